@@ -1,0 +1,35 @@
+# make demo: from nothing to a trained small Chameleon and its report (runs/digits/report/index.html)
+# make test: every test        make check: formatting, lint and types
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/digits
+SEED ?= 1
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check format clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	touch $@
+
+demo: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" SEED=$(SEED) bash examples/digits/run.sh $(RUN)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest tests
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,285 @@
+"""Handwritten digits as documents: captioned pairs, sums told in pictures, text, held-out pairs.
+
+The 1,797 digits are real: scikit-learn's ``load_digits`` (UCI, 8 x 8 pixels), scaled up. A fifth is
+held out, always the same one, and appears in heldout.jsonl only.
+
+    python examples/digits/make_documents.py --output runs/digits/data
+
+The first digit in each caption, a word or a numeral, names the picture: a model's captions can be
+scored by reading them. ``label`` in a document says it too; training does not see it.
+"""
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+WORDS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+)
+SHAPES = (
+    "is a round ring with nothing inside",
+    "is a single upright stroke",
+    "has a curve on top and a flat base",
+    "has open curves, all to the right",
+    "has an upright line crossed by a bar",
+    "has a flat roof above a round belly",
+    "has a loop at the bottom",
+    "has a flat roof and a slanted leg",
+    "has loops above each other",
+    "has a loop at the top",
+)
+CANONICAL = ("a handwritten {word}", "the digit {word}", "this is the number {word}")
+"""The phrasings that prompts use."""
+CAPTIONS = (
+    *CANONICAL,
+    "{a} {word}",
+    "{a} {word} written by hand",
+    "a picture of {a} {word}",
+    "the number {word}, written in ink",
+    "a small drawing of the digit {word}",
+    "written here: {a} {word}",
+    "a scan of the numeral {digit}",
+    "handwriting: {digit}",
+    "the digit {digit}, also called {word}",
+    "the image shows {a} {word}",
+    "here we see the number {digit}",
+    "a pen stroke in the shape of {a} {word}",
+    "black ink on white paper, it reads {word}",
+    "What digit is this? It is {a} {word}.",
+    "This is how a person writes {word}, the numeral {digit}.",
+    "This figure is {a} {word}, it {shape}.",
+)
+SUMS = (
+    "{left} plus {right} is {total}.",
+    "{left} and {right} make {total}.",
+    "Take {left} and add {right}. You get {total}.",
+    "What is {left} plus {right}? It is {total}.",
+    "First comes {left}, then comes {right}. Their sum is {total}.",
+    "Add {left} to {right} and the result is {total}.",
+)
+SPLIT_SEED = 1797
+HELD_OUT_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a digit, as it lies in the output folder."""
+
+    id: str
+    label: int
+    path: str
+    """Relative to the output folder."""
+    variant: int
+    """0 is the digit as it was written, others are turned, shifted and scaled a little."""
+
+
+# Pictures
+
+
+def write_pictures(output: Path, variants: int, size: int, seed: int) -> tuple[list[Picture], ...]:
+    """Write all pictures; returns those to train on and those held out."""
+    digits = load_digits()
+    order = np.random.RandomState(SPLIT_SEED).permutation(len(digits.target))
+    held_out = set(order[: round(HELD_OUT_SHARE * len(order))].tolist())
+    training, heldout = [], []
+    for name in ("train_images", "heldout_images"):
+        (output / name).mkdir(parents=True, exist_ok=True)
+    for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        image = render(pixels, size)
+        if index in held_out:
+            identity = f"heldout-{index:04d}"
+            picture = Picture(identity, int(label), f"heldout_images/{identity}.png", 0)
+            image.save(output / picture.path)
+            heldout.append(picture)
+            continue
+        for variant in range(variants):
+            identity = f"train-{index:04d}-{variant}"
+            picture = Picture(identity, int(label), f"train_images/{identity}.png", variant)
+            changed = vary(image, random.Random(f"{seed}-{identity}")) if variant else image
+            changed.save(output / picture.path)
+            training.append(picture)
+    return training, heldout
+
+
+def render(pixels: np.ndarray, size: int) -> Image.Image:
+    """Black ink on white, RGB, [size, size], from ink of 0 to 16, [8, 8]."""
+    grey = np.round(255 - pixels * (255 / 16)).astype(np.uint8)
+    return Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def vary(image: Image.Image, draw: random.Random) -> Image.Image:
+    """Turn by up to 10 degrees, scale by up to 10%, shift by up to a sixteenth of the width."""
+    angle = math.radians(draw.uniform(-10, 10))
+    scale = draw.uniform(0.9, 1.1)
+    size, shift = image.width, image.width / 16
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    centre = size / 2
+    x = centre + draw.uniform(-shift, shift)
+    y = centre + draw.uniform(-shift, shift)
+    inverse = (cos, sin, centre - cos * x - sin * y, -sin, cos, centre + sin * x - cos * y)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor="white"
+    )
+
+
+# Documents
+
+
+def caption(template: str, label: int) -> str:
+    word = WORDS[label]
+    article = "an" if word == "eight" else "a"
+    return template.format(word=word, digit=label, a=article, shape=SHAPES[label])
+
+
+def document(identity: str, source: str, *content: str | Picture, **extra: Any) -> dict[str, Any]:
+    """A document of texts and pictures in the given order."""
+    parts = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part.path}
+        for part in content
+    ]
+    return {"id": identity, "source": source, **extra, "content": parts}
+
+
+def pairs(
+    pictures: Iterable[Picture], templates: tuple[str, ...], source: str, draw: random.Random
+) -> Iterator[dict[str, Any]]:
+    """A picture and its caption, either first in half of the documents."""
+    for picture in pictures:
+        content: list[str | Picture] = [caption(draw.choice(templates), picture.label), picture]
+        if draw.random() < 0.5:
+            content.reverse()
+        yield document(f"{source}-{picture.id}", source, *content, label=picture.label)
+
+
+def sums(pictures: list[Picture], count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """A sum with pictures of its digits and the result in words."""
+    for number in range(count):
+        left, right = draw.choice(pictures), draw.choice(pictures)
+        total = left.label + right.label
+        content: list[str | Picture] = []
+        text = draw.choice(SUMS).format(left="\0L\0", right="\0R\0", total=WORDS[total])
+        for piece in text.split("\0"):
+            if piece:
+                content.append({"L": left, "R": right}.get(piece, piece))
+        labels = [left.label, right.label, total]
+        yield document(f"sums-{number:05d}", "sums", *content, labels=labels)
+
+
+def texts(count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """One to four sentences about numbers, without a picture."""
+    kinds = (counting, arithmetic, comparison, spelling, shape)
+    for number in range(count):
+        sentences = [draw.choice(kinds)(draw) for _ in range(draw.randint(1, 4))]
+        yield document(f"text-{number:05d}", "text", " ".join(sentences))
+
+
+def counting(draw: random.Random) -> str:
+    start = draw.randint(0, 6)
+    words = WORDS[start : start + draw.randint(3, 9)]
+    if draw.random() < 0.3:
+        return f"Counting down: {', '.join(reversed(words))}."
+    return f"Counting up from {words[0]}: {', '.join(words)}."
+
+
+def arithmetic(draw: random.Random) -> str:
+    a, b = draw.randint(0, 9), draw.randint(0, 9)
+    if draw.random() < 0.3:
+        high, low = max(a, b), min(a, b)
+        return f"{WORDS[high].capitalize()} minus {WORDS[low]} is {WORDS[high - low]}."
+    if draw.random() < 0.4:
+        return f"{a} + {b} = {a + b}."
+    return f"{WORDS[a].capitalize()} plus {WORDS[b]} is {WORDS[a + b]}."
+
+
+def comparison(draw: random.Random) -> str:
+    low, high = sorted(draw.sample(range(10), 2))
+    if draw.random() < 0.5:
+        return f"{WORDS[high].capitalize()} is greater than {WORDS[low]}."
+    return f"{WORDS[low].capitalize()} is less than {WORDS[high]}."
+
+
+def spelling(draw: random.Random) -> str:
+    number = draw.randint(0, 18)
+    return f"The numeral {number} is spelled {WORDS[number]}."
+
+
+def shape(draw: random.Random) -> str:
+    digit = draw.randint(0, 9)
+    return f"A handwritten {WORDS[digit]} {SHAPES[digit]}."
+
+
+# Files
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Write a text file whole or not at all; returns the number of lines."""
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    with partial.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line + "\n")
+            count += 1
+    partial.replace(path)
+    return count
+
+
+def write_documents(output: Path, args: argparse.Namespace) -> None:
+    training, heldout = write_pictures(output, args.variants, args.size, args.seed)
+    print(f"{output}/train_images: {len(training)} pictures of {args.size} x {args.size} pixels")
+    print(f"{output}/heldout_images: {len(heldout)} pictures")
+    clean = [picture for picture in training if picture.variant == 0]
+    draws = {name: random.Random(f"{args.seed}-{name}") for name in ("pairs", "sums", "text", "q")}
+    files = {
+        "pairs": list(pairs(training, CAPTIONS, "pairs", draws["pairs"])),
+        "sums": list(sums(training, args.sums, draws["sums"])),
+        "text": list(texts(args.texts, draws["text"])),
+        "quality": list(pairs(clean, CANONICAL, "quality", draws["q"])),
+        # Always the picture and the first phrasing: each held-out digit is scored the same way.
+        "heldout": [
+            document(p.id, "heldout", p, caption(CANONICAL[0], p.label), label=p.label)
+            for p in heldout
+        ],
+    }
+    for name, documents in files.items():
+        path = output / f"{name}.jsonl"
+        print(f"{path}: {write_lines(path, map(json.dumps, documents))} documents")
+    corpus = (
+        part["text"]
+        for name, documents in files.items()
+        if name != "heldout"
+        for record in documents
+        for part in record["content"]
+        if part["type"] == "text"
+    )
+    path = output / "corpus.txt"
+    print(f"{path}: {write_lines(path, corpus)} lines, for the text tokenizer")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Make the documents of the digits demo.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--variants", type=int, default=8, help="pictures of a training digit")
+    parser.add_argument("--size", type=int, default=16, help="width and height in pixels")
+    parser.add_argument("--sums", type=int, default=4000, help="documents in sums.jsonl")
+    parser.add_argument("--texts", type=int, default=4000, help="documents in text.jsonl")
+    parser.add_argument("--seed", type=int, default=1, help="of all but the held-out split")
+    args = parser.parse_args(argv)
+    if args.variants < 1 or args.size < 8 or args.sums < 1 or args.texts < 1:
+        parser.error("--variants, --sums and --texts are at least 1, --size is at least 8")
+    write_documents(args.output, args)
+
+
+if __name__ == "__main__":
+    main()

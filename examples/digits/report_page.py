@@ -1,0 +1,289 @@
+"""The figures of the digits report, and the one HTML file that holds them all."""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from megatron_chameleon.evaluation.curves import COLORS, series, smooth, style
+
+if TYPE_CHECKING:
+    from report import Captions, Drawings
+
+Records = Sequence[Mapping[str, Any]]
+Tables = Mapping[str, Sequence[Sequence[int]]]
+
+INK, PALE = "#1a202c", "#718096"
+GAP = 2
+"""White pixels between the tiles of a sheet."""
+WRONG_SHOWN, RIGHT_SHOWN = 24, 24
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches that needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_losses(axes: Axes, records: Records) -> None:
+    """Text and image loss over the steps: raw values pale, the mean of the last 20 on top."""
+    for key, color in (("loss_text", COLORS[0]), ("loss_image", COLORS[1])):
+        steps, values = series(records, key)
+        axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
+        axes.plot(steps, smooth(values, 20), color=color, linewidth=1.8)
+        if len(values):
+            name = key.removeprefix("loss_")
+            axes.annotate(
+                name,
+                (steps[-1], smooth(values, 20)[-1]),
+                xytext=(4, 0),
+                textcoords="offset points",
+                color=color,
+                va="center",
+                fontsize=9,
+            )
+    axes.set_title("Loss by modality (nats a token)", loc="left", fontsize=11, color=INK)
+    axes.set_xlabel("step", fontsize=9, color=PALE)
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    style(axes)
+
+
+def draw_confusion(axes: Axes, table: Sequence[Sequence[int]], title: str, said: str) -> None:
+    """Counts by what it is (rows) and what was seen (columns); the last column is no digit."""
+    counts = np.array(table)
+    if not counts[:, -1].any():
+        counts = counts[:, :-1]
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            color = "white" if shares[row, column] > 0.5 else INK
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=color)
+    names = [str(digit) for digit in range(10)] + ["none"] * (counts.shape[1] - 10)
+    axes.set_xticks(range(counts.shape[1]), names, fontsize=8)
+    axes.set_yticks(range(10), names[:10], fontsize=8)
+    axes.set_xlabel(said, fontsize=9, color=PALE)
+    axes.set_ylabel("digit", fontsize=9, color=PALE)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]], side: int = 32) -> Image.Image:
+    """Images as tiles of ``side`` pixels, row by row, on white."""
+    width = max(len(row) for row in rows) * (side + GAP) - GAP
+    page = Image.new("RGB", (width, len(rows) * (side + GAP) - GAP), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            tile = image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+            page.paste(tile, (x * (side + GAP), y * (side + GAP)))
+    return page
+
+
+def digit_columns(
+    captions: "Captions", again: Sequence[Image.Image], drawings: "Drawings", drawn_rows: int
+) -> list[list[Image.Image]]:
+    """A column a digit: a held-out image, its reconstruction, then generated ones."""
+    first = [captions.labels.index(digit) for digit in range(10)]
+    places = [[i for i, label in enumerate(drawings.labels) if label == d] for d in range(10)]
+    drawn = [
+        [drawings.images[places[digit][row]] for digit in range(10)]
+        for row in range(min(drawn_rows, *(len(place) for place in places)))
+    ]
+    return [[captions.images[i] for i in first], [again[i] for i in first], *drawn]
+
+
+def draw_sheet(axes: Axes, page: Image.Image, names: Sequence[str], title: str) -> None:
+    """A sheet of tiles with a name in front of each row."""
+    axes.imshow(page, interpolation="nearest")
+    height = page.height / len(names)
+    axes.set_yticks([(i + 0.5) * height for i in range(len(names))], names, fontsize=8)
+    axes.set_xticks([])
+    axes.tick_params(length=0, colors=PALE)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+
+
+def write_overview(
+    file: Path,
+    records: Records,
+    numbers: Mapping[str, Any],
+    tables: Tables,
+    captions: "Captions",
+    drawings: "Drawings",
+    again: Sequence[Image.Image],
+) -> None:
+    """One picture of the whole run: losses, images in a column a digit, both confusion matrices."""
+    figure = new_figure(13, 7)
+    grid = figure.add_gridspec(2, 2, width_ratios=[1.25, 1], height_ratios=[1, 1])
+    draw_losses(figure.add_subplot(grid[0, 0]), records)
+    right = grid[:, 1].subgridspec(2, 1)
+    rows = digit_columns(captions, again, drawings, 4)
+    names = ["held out", "through the tokenizer", "drawn from text", *[""] * (len(rows) - 3)]
+    draw_sheet(figure.add_subplot(grid[1, 0]), sheet(rows), names, "Images")
+    share = f"{numbers['caption_accuracy']:.1%} of {numbers['heldout_images']} captions right"
+    draw_confusion(figure.add_subplot(right[0]), tables["captions"], share, "caption says")
+    drawn = numbers["generated_images"]
+    share = f"{numbers['generated_image_accuracy']:.1%} of {drawn} drawings recognised"
+    draw_confusion(figure.add_subplot(right[1]), tables["drawings"], share, "judge sees")
+    save_whole(file, png(figure, dpi=130))
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """The figure as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def save_whole(file: Path, content: bytes) -> None:
+    """Write a file under another name first, so that it is never seen half."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(file)
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.55 system-ui, sans-serif; color: #1a202c; max-width: 60rem; margin: 3rem auto;
+  padding: 0 1.25rem; }
+h1 { font-size: 1.9rem; margin-bottom: .25rem; } h2 { margin-top: 3rem; font-size: 1.25rem; }
+p.how { color: #4a5568; max-width: 46rem; }
+img.figure { width: 100%; height: auto; }
+.numbers { display: grid; gap: .75rem;
+  grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); }
+.numbers div { border: 1px solid #e2e8f0; border-radius: .5rem; padding: .75rem 1rem; }
+.numbers b { display: block; font-size: 1.5rem; }
+.numbers span { color: #718096; font-size: .85rem; }
+.captions { display: grid; gap: .5rem;
+  grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
+.captions figure { display: flex; gap: .6rem; align-items: center; margin: 0; font-size: .85rem; }
+.captions img { width: 40px; height: 40px; image-rendering: pixelated; border-radius: 3px; }
+pre { background: #f7fafc; border: 1px solid #e2e8f0; border-radius: .5rem; padding: 1rem;
+  overflow-x: auto; font-size: .8rem; }
+details summary { cursor: pointer; }
+"""
+
+
+def write_page(
+    file: Path,
+    records: Records,
+    numbers: Mapping[str, Any],
+    tables: Tables,
+    captions: "Captions",
+    drawings: "Drawings",
+    again: Sequence[Image.Image],
+    config: str,
+) -> None:
+    """One HTML file that needs nothing beside it."""
+    losses = new_figure(9, 3.6)
+    draw_losses(losses.subplots(), records)
+    images = new_figure(9, 9.5)
+    rows = digit_columns(captions, again, drawings, 10)
+    names = ["held out", "through the tokenizer", "drawn from text", *[""] * (len(rows) - 3)]
+    draw_sheet(images.subplots(), sheet(rows, 48), names, "")
+    matrices = new_figure(9, 4.4)
+    left, right = matrices.subplots(1, 2)
+    draw_confusion(left, tables["captions"], "Captions of held-out images", "caption says")
+    draw_confusion(right, tables["drawings"], "Drawings", "judge sees")
+    right_ones = [i for i, d in enumerate(captions.digits) if d == captions.labels[i]]
+    wrong_ones = [i for i, d in enumerate(captions.digits) if d != captions.labels[i]]
+    body = [
+        "<h1>Digits, drawn and read by one model</h1>",
+        _how(
+            f"One transformer, {numbers['model_step']:,} steps on text and image tokens in one",
+            "stream. It captions images it never saw and draws images from text.",
+        ),
+        _number_cards(numbers),
+        "<h2>Losses</h2>",
+        _how(
+            "The mean cross-entropy of each step's text tokens and image codes. Pale: each step;",
+            "strong: the mean of the last 20. Text falls lower, because captions have few forms;",
+            "image codes keep the freedom of handwriting, which no training removes.",
+        ),
+        _figure(losses),
+        "<h2>Images</h2>",
+        _how(
+            "A column a digit. First a held-out image, then the same image encoded into codes and",
+            "decoded: what is lost there the model cannot draw. Below: drawn from text alone.",
+        ),
+        _figure(images),
+        "<h2>What is taken for what</h2>",
+        _how(
+            "Rows are the true digit, columns what the caption says (left) or what an SVM sees in",
+            "the drawing (right); all right would be a diagonal. The SVM was fitted on the real",
+            "training digits; of the real held-out images it gets",
+            f"{numbers['judge_accuracy_on_real_images']:.1%} right, of the same images through the",
+            f"image tokenizer {numbers['judge_accuracy_on_reconstructions']:.1%}.",
+        ),
+        _figure(matrices),
+        f"<h2>Captions, wrong ({len(wrong_ones)})</h2>",
+        _how("Held-out image and caption, the likeliest token each time."),
+        _gallery(captions, wrong_ones[:WRONG_SHOWN]),
+        f"<h2>Captions, right ({len(right_ones)})</h2>",
+        _gallery(captions, right_ones[:: max(1, len(right_ones) // RIGHT_SHOWN)][:RIGHT_SHOWN]),
+        "<h2>Config</h2>",
+        f"<details><summary>config.yaml</summary><pre>{html.escape(config)}</pre></details>",
+    ]
+    head = "<meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    head += f"<title>Digits</title><style>{STYLE}</style>"
+    page = f"<!doctype html><html lang=en>{head}{''.join(body)}</html>"
+    save_whole(file, page.encode("utf-8"))
+
+
+def _how(*lines: str) -> str:
+    return f"<p class=how>{' '.join(lines)}</p>"
+
+
+def _number_cards(numbers: Mapping[str, Any]) -> str:
+    cards = (
+        (f"{numbers['caption_accuracy']:.1%}", "of held-out captions right"),
+        (f"{numbers['generated_image_accuracy']:.1%}", "of drawings recognised"),
+        (f"{numbers['reconstruction_psnr_db']:.1f} dB", "PSNR of the image tokenizer"),
+        (f"{numbers['steps']:,}", "steps"),
+        (f"{numbers['train_seconds'] / 60:.1f} min", "training"),
+        (_or_dash(numbers["tokens_per_second"], ",.0f"), "tokens a second (median)"),
+        (_or_dash(numbers["final_loss_text"], ".3f"), "final text loss"),
+        (_or_dash(numbers["final_loss_image"], ".3f"), "final image loss"),
+    )
+    boxes = (f"<div><b>{value}</b><span>{name}</span></div>" for value, name in cards)
+    return f"<div class=numbers>{''.join(boxes)}</div>"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _figure(figure: Figure) -> str:
+    return f"<img class=figure alt='' src='{_data_uri(png(figure, dpi=130))}'>"
+
+
+def _gallery(captions: "Captions", indices: Sequence[int]) -> str:
+    if not indices:
+        return "<p>None.</p>"
+    cells = []
+    for index in indices:
+        buffer = io.BytesIO()
+        captions.images[index].save(buffer, format="png")
+        text = html.escape(captions.texts[index] or "(nothing)")
+        label = captions.labels[index]
+        cells.append(
+            f"<figure><img alt='{label}' src='{_data_uri(buffer.getvalue())}'>"
+            f"<figcaption>{text}<br><small>is {label}</small></figcaption></figure>"
+        )
+    return f"<div class=captions>{''.join(cells)}</div>"
+
+
+def _data_uri(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The whole demo: data, tokenizers, token files, training, export, report. Each line below can be run alone.
+# Usage: bash examples/digits/run.sh [RUN_FOLDER]      SEED=1 is the seed of the training run.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+RUN=${1:-runs/digits}
+SEED=${SEED:-1}
+HERE=examples/digits
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+started=$SECONDS
+say() { printf '\n== %s  (%ss)\n' "$1" "$((SECONDS - started))"; }
+
+say "1. Data: handwritten digits, captions, sums and plain text"
+python $HERE/make_documents.py --output "$RUN/data" --variants 16 --seed "$SEED"
+
+say "2. Tokenizers: one vocabulary for text and image codes"
+chameleon tokenizer text "$RUN"/data/{pairs,sums,text,quality}.jsonl \
+    --output "$RUN/tokenizer" --vocab-size 512 --image-codes 64
+OMP_NUM_THREADS=2 chameleon tokenizer image "$RUN/data/train_images" \
+    --output "$RUN/tokenizer" --config digits --seed "$SEED"
+
+say "3. Token files"
+for name in pairs sums text quality; do
+    chameleon preprocess "$RUN/data/$name.jsonl" --tokenizer "$RUN/tokenizer" \
+        --output "$RUN/tokens/$name" --workers 2
+done
+
+say "4. Training: two processes, tensor and sequence parallel"
+torchrun --standalone --nproc-per-node 2 -m megatron_chameleon train $HERE/train.yaml \
+    training.seed="$SEED" logging.run_dir="$RUN" tokenizer.path="$RUN/tokenizer"
+
+say "5. Export to Hugging Face"
+rm -rf "$RUN/exported"
+chameleon convert "$RUN/checkpoints" "$RUN/exported" --to hf
+
+say "6. Report: captions, drawings and figures"
+OMP_NUM_THREADS=2 python $HERE/report.py "$RUN"
+say "Done: open $RUN/report/index.html"

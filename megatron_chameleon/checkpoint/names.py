@@ -1,0 +1,268 @@
+"""One table of tensor names: megatron-core's on the left, Hugging Face's on the right, and how the
+numbers are laid out.
+
+Both directions come from the table. A ``Piece`` is one row of it for one layer:
+
+    for piece in pieces(dimensions):
+        tensors = piece.to_hf(reader.read(piece.megatron_name, piece.layer))
+        again = piece.to_megatron(tensors)
+
+Megatron-core's names are those of its GPTModel; its layers are stacked along a leading dim, HF's
+are numbered. Both rotate halves in RoPE, so no rows change places. Shape letters: V vocabulary, H
+hidden, F feed-forward, A attention heads, G query groups, D head_dim, N groups of heads that share
+a QK-norm.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_chameleon.config.schema import ModelConfig
+from megatron_chameleon.errors import CheckpointError
+
+Q_NORM = "decoder.layers.self_attention.q_layernorm.weight"
+K_NORM = "decoder.layers.self_attention.k_layernorm.weight"
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes that decide every tensor's shape, and the norm order, which decides two names."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int
+    q_norm_groups: int
+    k_norm_groups: int
+    norm_order: str = "pre"
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def of(
+        cls, model: ModelConfig, vocab_size: int, q_norm_groups: int, k_norm_groups: int
+    ) -> "Dimensions":
+        """The sizes of a config; the group counts come from the tensors, never from the config."""
+        return cls(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups or model.num_attention_heads,
+            vocab_size=vocab_size,
+            q_norm_groups=q_norm_groups,
+            k_norm_groups=k_norm_groups,
+            norm_order=model.norm_order,
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one megatron-core tensor becomes one or more HF tensors, and back.
+
+    ``shape`` is the megatron-core shape of one layer, without vocabulary padding.
+    """
+
+    shape: Callable[[Dimensions], tuple[int, ...]]
+    split: Callable[[torch.Tensor, Dimensions], tuple[torch.Tensor, ...]]
+    join: Callable[[Sequence[torch.Tensor], Dimensions], torch.Tensor]
+
+
+def plain(shape: Callable[[Dimensions], tuple[int, ...]]) -> Layout:
+    """The same tensor on both sides."""
+    return Layout(shape, lambda tensor, _: (tensor,), lambda tensors, _: tensors[0])
+
+
+def grouped_norm(groups: str, heads: str) -> Layout:
+    """[N, D], shared within groups of heads, on the left; [heads, D] on the right."""
+
+    def split(tensor: torch.Tensor, dims: Dimensions) -> tuple[torch.Tensor, ...]:
+        return (tensor.repeat_interleave(getattr(dims, heads) // getattr(dims, groups), dim=0),)
+
+    def join(tensors: Sequence[torch.Tensor], dims: Dimensions) -> torch.Tensor:
+        blocks = tensors[0].unflatten(0, (getattr(dims, groups), -1))
+        if not torch.equal(blocks, blocks[:, :1].expand_as(blocks)):
+            raise CheckpointError(
+                "QK-norm",
+                f"heads differ within the {getattr(dims, groups)} groups they should share",
+                "Use as many groups as norm_groups() finds",
+            )
+        return blocks[:, 0].contiguous()
+
+    return Layout(lambda dims: (getattr(dims, groups), dims.head_dim), split, join)
+
+
+def _split_qkv(tensor: torch.Tensor, dims: Dimensions) -> tuple[torch.Tensor, ...]:
+    """[(A + 2G) * D, H], group after group its query heads, its key, its value -> q, k, v."""
+    queries = dims.num_attention_heads // dims.num_query_groups
+    by_group = tensor.unflatten(0, (dims.num_query_groups, (queries + 2), dims.head_dim))
+    parts = by_group.split([queries, 1, 1], dim=1)
+    return tuple(part.flatten(0, 2) for part in parts)
+
+
+def _join_qkv(tensors: Sequence[torch.Tensor], dims: Dimensions) -> torch.Tensor:
+    parts = [tensor.unflatten(0, (dims.num_query_groups, -1, dims.head_dim)) for tensor in tensors]
+    return torch.cat(parts, dim=1).flatten(0, 2)
+
+
+VOCABULARY = plain(lambda dims: (dims.vocab_size, dims.hidden_size))
+HIDDEN_NORM = plain(lambda dims: (dims.hidden_size,))
+FUSED_QKV = Layout(
+    lambda dims: (
+        (dims.num_attention_heads + 2 * dims.num_query_groups) * dims.head_dim,
+        dims.hidden_size,
+    ),
+    _split_qkv,
+    _join_qkv,
+)
+ATTENTION_OUTPUT = plain(lambda dims: (dims.hidden_size, dims.num_attention_heads * dims.head_dim))
+Q_NORM_GROUPS = grouped_norm("q_norm_groups", "num_attention_heads")
+K_NORM_GROUPS = grouped_norm("k_norm_groups", "num_query_groups")
+GATE_UP = Layout(
+    lambda dims: (2 * dims.ffn_hidden_size, dims.hidden_size),
+    lambda tensor, _: tuple(tensor.chunk(2)),
+    lambda tensors, _: torch.cat(list(tensors)),
+)
+DOWN = plain(lambda dims: (dims.hidden_size, dims.ffn_hidden_size))
+
+_LAYERS = "decoder.layers"
+_ATTENTION = "decoder.layers.self_attention"
+_HF = "model.layers.{layer}."
+_HF_ATTENTION = "model.layers.{layer}.self_attn."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One megatron-core tensor and what it is called on the other side.
+
+    Attributes:
+        hf: HF's names in the layout's order; ``{layer}`` stands for the layer's number.
+        norm_order: The row belongs to models of this norm order only; None: to all.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: Layout
+    norm_order: str | None = None
+
+
+# HF calls the two norms of a layer by their place in the pre-norm order, also where they stand
+# behind the branches.
+TABLE: tuple[Row, ...] = (
+    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCABULARY),
+    Row(f"{_LAYERS}.input_layernorm.weight", (_HF + "input_layernorm.weight",), HIDDEN_NORM, "pre"),
+    Row(
+        f"{_LAYERS}.post_self_attn_layernorm.weight",
+        (_HF + "input_layernorm.weight",),
+        HIDDEN_NORM,
+        "swin",
+    ),
+    Row(
+        f"{_ATTENTION}.linear_qkv.weight",
+        tuple(f"{_HF_ATTENTION}{part}_proj.weight" for part in "qkv"),
+        FUSED_QKV,
+    ),
+    Row(Q_NORM, (_HF_ATTENTION + "q_norm.weight",), Q_NORM_GROUPS),
+    Row(f"{_ATTENTION}.q_layernorm.bias", (_HF_ATTENTION + "q_norm.bias",), Q_NORM_GROUPS),
+    Row(K_NORM, (_HF_ATTENTION + "k_norm.weight",), K_NORM_GROUPS),
+    Row(f"{_ATTENTION}.k_layernorm.bias", (_HF_ATTENTION + "k_norm.bias",), K_NORM_GROUPS),
+    Row(f"{_ATTENTION}.linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), ATTENTION_OUTPUT),
+    Row(
+        f"{_LAYERS}.pre_mlp_layernorm.weight",
+        (_HF + "post_attention_layernorm.weight",),
+        HIDDEN_NORM,
+        "pre",
+    ),
+    Row(
+        f"{_LAYERS}.post_mlp_layernorm.weight",
+        (_HF + "post_attention_layernorm.weight",),
+        HIDDEN_NORM,
+        "swin",
+    ),
+    Row(
+        f"{_LAYERS}.mlp.linear_fc1.weight",
+        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
+        GATE_UP,
+    ),
+    Row(f"{_LAYERS}.mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), DOWN),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), HIDDEN_NORM),
+    Row("output_layer.weight", ("lm_head.weight",), VOCABULARY),
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One row of the table for one layer: the unit that a conversion moves.
+
+    Attributes:
+        layer: 0-based; None for a tensor outside the layers.
+        hf_names: In the layout's order.
+    """
+
+    megatron_name: str
+    layer: int | None
+    hf_names: tuple[str, ...]
+    layout: Layout
+    dimensions: Dimensions
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Megatron-core's shape of this layer, without vocabulary padding."""
+        return self.layout.shape(self.dimensions)
+
+    def to_hf(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """HF's tensors by name; padding rows of the vocabulary are cut.
+
+        Args:
+            tensor: ``shape``, or more rows where the vocabulary is padded.
+        """
+        parts = self.layout.split(tensor[: self.shape[0]], self.dimensions)
+        return dict(zip(self.hf_names, parts, strict=True))
+
+    def to_megatron(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The inverse: [``shape``], without vocabulary padding.
+
+        Raises:
+            CheckpointError: The QK-norms differ between heads that should share one.
+        """
+        return self.layout.join([tensors[name] for name in self.hf_names], self.dimensions)
+
+
+def pieces(dimensions: Dimensions) -> Iterator[Piece]:
+    """Every piece of a model, in the order of the forward pass."""
+    rows = [row for row in TABLE if row.norm_order in (None, dimensions.norm_order)]
+    layered = [row for row in rows if "{layer}" in row.hf[0]]
+    first = rows.index(layered[0])
+    for row in rows[:first]:
+        yield Piece(row.megatron, None, row.hf, row.layout, dimensions)
+    for layer in range(dimensions.num_layers):
+        for row in layered:
+            hf_names = tuple(name.format(layer=layer) for name in row.hf)
+            yield Piece(row.megatron, layer, hf_names, row.layout, dimensions)
+    for row in rows[first + len(layered) :]:
+        yield Piece(row.megatron, None, row.hf, row.layout, dimensions)
+
+
+def norm_groups(per_head: Iterable[torch.Tensor]) -> int:
+    """The smallest number of groups in which neighbouring heads share their QK-norm.
+
+    Args:
+        per_head: HF's weights and biases of all layers, each [heads, D].
+
+    Returns:
+        A divisor of the number of heads: 1 if all heads are equal, ``heads`` if no neighbours are.
+    """
+    tensors = list(per_head)
+    heads = tensors[0].shape[0]
+    for groups in range(1, heads):
+        if heads % groups:
+            continue
+        blocks = (tensor.unflatten(0, (groups, -1)) for tensor in tensors)
+        if all(torch.equal(block, block[:, :1].expand_as(block)) for block in blocks):
+            return groups
+    return heads

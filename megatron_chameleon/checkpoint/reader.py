@@ -1,0 +1,288 @@
+"""Read a training checkpoint tensor by tensor: no process group, no model, memory for one tensor at
+a time.
+
+A checkpoint folder is megatron-core's ``torch_dist`` layout, which is PyTorch's
+distributed-checkpoint layout: a ``.metadata`` file that says which chunk of which tensor lies
+where, and ``__R_N.distcp`` files with the chunks. Beside them lie ``config.yaml`` and, written
+last, ``state.json``: without it the checkpoint is not whole.
+
+Try: ``CheckpointReader(find_checkpoint("runs/digits")).read("output_layer.weight")``
+"""
+
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_chameleon.config.load import load_config
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import CheckpointError
+
+STATE_FILE = "state.json"
+STATE_FORMAT = "megatron_chameleon.checkpoint/1"
+MODEL_PREFIX = "model."
+OPTIMIZER_PREFIX = "optimizer."
+
+_STEP_FOLDER = re.compile(r"step_(\d+)$")
+_METADATA_NAMES = frozenset(
+    {
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        *(
+            ("torch.distributed.checkpoint.planner", name)
+            for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Global shape and dtype of a stored tensor, whatever layout it was saved from."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint meant by a path: a ``step_...`` folder, or the newest whole one of a run.
+
+    Args:
+        path: A checkpoint folder, a ``checkpoints`` folder or a run folder.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint; the message says what there is.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(str(path), "no such folder", "Give a checkpoint or a run folder")
+    if (path / STATE_FILE).is_file():
+        return path
+    if (path / ".metadata").exists() or _STEP_FOLDER.search(path.name):
+        raise CheckpointError(
+            str(path),
+            f"the checkpoint is not whole: it has no {STATE_FILE}, which is written last",
+            "Use an earlier step, or let the run save again",
+        )
+    parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = [folder for folder in parent.glob("step_*") if _STEP_FOLDER.search(folder.name)]
+    whole = [folder for folder in steps if (folder / STATE_FILE).is_file()]
+    if not whole:
+        raise CheckpointError(
+            str(path),
+            f"no whole checkpoint in {parent} ({len(steps)} step folders without {STATE_FILE})",
+            "Train until the first save, or give the folder of another run",
+        )
+    return max(whole, key=lambda folder: int(folder.name.rpartition("_")[2]))
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """``state.json`` of a whole checkpoint.
+
+    Raises:
+        CheckpointError: The file is missing, no JSON, of another format, or lacks a key that
+            readers need.
+    """
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            str(folder), f"no {STATE_FILE}: this is no whole checkpoint", "Give another step"
+        )
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(str(file), f"no valid JSON ({error})", "Use another step") from error
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(
+            str(file),
+            f"format is {found!r}, this version reads {STATE_FORMAT!r}",
+            "Use the version of megatron_chameleon that wrote it",
+        )
+    for key in ("step", "vocab_size"):
+        if not isinstance(state.get(key), int):
+            raise CheckpointError(str(file), f"no whole number under {key!r}", "Use another step")
+    return state
+
+
+def load_checkpoint_config(folder: Path) -> Config:
+    """The training config that lies in a checkpoint.
+
+    Raises:
+        CheckpointError: There is no ``config.yaml``.
+        ConfigError: It does not fit this version's config.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise CheckpointError(str(folder), "no config.yaml", "Use another step of the run")
+    return load_config(file)
+
+
+class CheckpointReader:
+    """The model tensors of one checkpoint folder, read one by one.
+
+    Args:
+        folder: A whole ``step_...`` folder (see ``find_checkpoint``).
+
+    Attributes:
+        state: The content of ``state.json``.
+        config: The resolved training config.
+        tensors: Shape and dtype of every tensor outside the optimizer, by megatron-core's name; a
+            prefix ``model.`` is cut. Layers are stacked: the first dim of a ``decoder.layers.``
+            tensor is the layer.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete, damaged or of another format.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.state = load_state(self.folder)
+        self.config = load_checkpoint_config(self.folder)
+        self._storage = _SafeReader(self.folder)
+        self._metadata = _read_metadata(self._storage, self.folder)
+        self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._stored = {
+            name.removeprefix(MODEL_PREFIX): (name, item)
+            for name, item in self._metadata.state_dict_metadata.items()
+            if not name.startswith(OPTIMIZER_PREFIX) and isinstance(item, TensorStorageMetadata)
+        }
+        self.tensors = {
+            name: TensorInfo(tuple(item.size), item.properties.dtype)
+            for name, (_, item) in self._stored.items()
+        }
+
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        """One tensor, or one layer's part of a stacked tensor, on the CPU.
+
+        Args:
+            name: A key of ``tensors``.
+            layer: Index into the first dim, 0-based; None reads the whole tensor.
+
+        Raises:
+            CheckpointError: There is no such tensor, or its file is missing or damaged.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(str(self.folder), f"no tensor {name}", "Use another checkpoint")
+        info = self.tensors[name]
+        key, stored = self._stored[name]
+        first = 0 if layer is None else layer
+        shape = info.shape if layer is None else (1, *info.shape[1:])
+        chunk = ChunkStorageMetadata(
+            offsets=torch.Size([first, *[0] * (len(shape) - 1)][: len(shape)]),
+            sizes=torch.Size(shape),
+        )
+        target = torch.empty(shape, dtype=info.dtype)
+        plan = LoadPlan(create_read_items_for_chunk_list(key, stored, [chunk]))
+        read_elements = sum(item.lengths.numel() for item in plan.items)
+        if read_elements != target.numel():
+            raise CheckpointError(
+                str(self.folder),
+                f"{name} has {read_elements} of {target.numel()} elements in its files",
+                "Use another step",
+            )
+        try:
+            self._storage.read_data(plan, _IntoTensor(target))
+        except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                str(self.folder), f"cannot read {name} ({reason})", "Use another step"
+            ) from error
+        return target if layer is None else target[0]
+
+
+class _IntoTensor(LoadPlanner):
+    """Lets the storage reader copy chunks into one given tensor."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        assert read_item.type == LoadItemType.TENSOR
+        places = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._target[tuple(slice(start, start + length) for start, length in places)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing to do: ``resolve_tensor`` gave a view of the target."""
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise NotImplementedError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise NotImplementedError
+
+
+class _SafeReader(FileSystemReader):
+    """PyTorch's reader, with ``.metadata`` unpickled into a fixed list of classes only.
+
+    The chunks are read with ``weights_only=True`` by PyTorch already; its ``.metadata`` is a plain
+    pickle, which could run anything.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            return _MetadataUnpickler(file).load()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _METADATA_NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+def _read_metadata(storage: FileSystemReader, folder: Path) -> Metadata:
+    try:
+        metadata = storage.read_metadata()
+        files = {info.relative_path for info in metadata.storage_data.values()}
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+        raise CheckpointError(
+            str(folder / ".metadata"), f"cannot read it ({error})", "Use another step"
+        ) from error
+    missing = sorted(name for name in files if not (folder / name).is_file())
+    if missing:
+        raise CheckpointError(
+            str(folder),
+            f"{len(missing)} of {len(files)} data files are missing, the first is {missing[0]}",
+            "Copy the whole folder, or use another step",
+        )
+    return metadata

@@ -1,0 +1,284 @@
+"""Save, find, load and prune the checkpoints of a run: whole or not there.
+
+A checkpoint is written under a hidden name and renamed when everything in it, ``state.json`` last,
+has reached the disk. It is renamed back before it is deleted. So whatever is called
+``step_00001000`` is whole, whenever the job is killed. The tensors are megatron-core's distributed
+checkpoint (``torch_dist``), which any layout can load.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_chameleon.config.load import save_config
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import CheckpointError
+
+FORMAT = "megatron_chameleon.checkpoint/1"
+STATE_FILE = "state.json"
+SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
+
+# Values that a resumed run must share with its checkpoint, and why
+_FIXED = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.seq_length",
+    "model.norm_order",
+    "model.qk_norm_groups",
+    "training.seed",
+    "training.global_batch_size",
+)
+
+
+class Engine(Protocol):
+    """What the store needs of a training engine."""
+
+    config: Config
+
+    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a ``checkpoints/`` folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    names = re.compile(r"step_\d{8,}")
+    found = [p for p in folder.iterdir() if names.fullmatch(p.name) and (p / STATE_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def find_resume(folder: Path, resume: str) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        folder: The run's ``checkpoints/`` folder.
+        resume: ``auto`` for the newest whole one, ``never``, or a path.
+
+    Raises:
+        CheckpointError: The path is no whole checkpoint, or ``never`` would overwrite a run.
+    """
+    found = list_checkpoints(folder)
+    if resume == "never":
+        if found:
+            what = f"the run folder already holds a run up to {found[-1].name}"
+            raise CheckpointError(
+                str(folder), what, "Use --resume auto, or another logging.run_dir, or remove it"
+            )
+        return None
+    if resume == "auto":
+        return found[-1] if found else None
+    path = Path(resume)
+    if not (path / STATE_FILE).is_file():
+        what = f"no whole checkpoint (it has no {STATE_FILE})"
+        raise CheckpointError(resume, what, "Give a folder such as runs/NAME/checkpoints/step_...")
+    return path
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's ``state.json``.
+
+    Raises:
+        CheckpointError: It cannot be read, or is of another format.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(path), f"cannot be read ({error})", "Use another one") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        what = f"its format is not {FORMAT}"
+        raise CheckpointError(str(path), what, "Use a checkpoint of this version")
+    return state
+
+
+def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> None:
+    """Refuse to resume a run from a checkpoint of another model, seed, batch or tokenizer.
+
+    Raises:
+        CheckpointError: It names every value that differs.
+    """
+    from megatron_chameleon.config.check import get_value
+    from megatron_chameleon.config.load import load_config
+
+    state, old = read_state(checkpoint), load_config(checkpoint / "config.yaml")
+    differences = [
+        f"{key} is {get_value(config, key)} and was {get_value(old, key)}"
+        for key in _FIXED
+        if get_value(config, key) != get_value(old, key)
+    ]
+    if state["tokenizer_fingerprint"] != tokenizer_fingerprint:
+        differences.append("the tokenizer is another one")
+    if differences:
+        remedy = "Put the old values back, or train into another logging.run_dir"
+        raise CheckpointError(str(checkpoint), "; ".join(differences), remedy)
+    if state["step"] > config.training.steps:
+        what = f"it is at step {state['step']}, behind training.steps {config.training.steps}"
+        raise CheckpointError(str(checkpoint), what, "Raise training.steps")
+
+
+def save(folder: Path, step: int, engine: Engine, extra: dict[str, Any]) -> Path:
+    """Save a checkpoint and delete the oldest ones. A collective: every rank calls it.
+
+    Args:
+        folder: The run's ``checkpoints/`` folder.
+        step: Updates done.
+        engine: Its state is saved, and its config beside it.
+        extra: Further entries of ``state.json``: vocab_size, tokenizer_fingerprint.
+
+    Raises:
+        CheckpointError: On every rank, if any could not write; the folder then holds what it held
+            before.
+    """
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".{final.name}.saving"
+    state = engine.sharded_state(is_loading=False)
+    _together(final, lambda: _make_room(folder, temporary, state))
+    try:
+        dist_checkpointing.save(state, str(temporary))
+        error = None
+    except (Exception, CheckpointException) as failure:  # raised on every rank if one failed
+        error = _root_cause(failure)
+    _together(final, lambda: _finish(temporary, final, step, engine.config, extra, error))
+    if torch.distributed.get_rank() == 0:
+        for old in list_checkpoints(folder)[: -engine.config.checkpoint.keep_last]:
+            delete(old)
+    return final
+
+
+def load(checkpoint: Path, engine: Engine) -> int:
+    """Fill the engine from a checkpoint of any layout; returns the number of updates done.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or of another shape.
+    """
+    state = read_state(checkpoint)
+    try:
+        loaded = dist_checkpointing.load(engine.sharded_state(is_loading=True), str(checkpoint))
+    except (Exception, CheckpointException) as error:
+        what = f"cannot be loaded ({_root_cause(error)})"
+        raise CheckpointError(str(checkpoint), what, "Use an older checkpoint") from error
+    engine.load_state(loaded)
+    return int(state["step"])
+
+
+def delete(checkpoint: Path) -> None:
+    """Delete a checkpoint; an interrupted deletion leaves nothing that looks whole."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.deleting")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _make_room(folder: Path, temporary: Path, state: dict[str, Any]) -> None:
+    """Clear what interrupted saves and deletions left, and see that the new checkpoint has room."""
+    needed = torch.tensor([_local_bytes(state)], dtype=torch.int64)
+    sizes: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(sizes, int(needed))
+    if torch.distributed.get_rank() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    free, total = shutil.disk_usage(folder).free, sum(sizes) + SPARE_BYTES
+    if free < total:
+        raise OSError(f"disk full: {free:,} bytes are free and {total:,} are needed")
+    temporary.mkdir()
+
+
+def _local_bytes(state: dict[str, Any]) -> int:
+    tensors = (value for value in nested_values(state) if isinstance(value, ShardedTensor))
+    return sum(
+        t.data.numel() * t.data.element_size()
+        for t in tensors
+        if t.data is not None and is_main_replica(t.replica_id)
+    )
+
+
+def _finish(
+    temporary: Path,
+    final: Path,
+    step: int,
+    config: Config,
+    extra: dict[str, Any],
+    error: str | None,
+) -> None:
+    """Rank 0: write the config and ``state.json``, and give the checkpoint its name."""
+    if torch.distributed.get_rank() != 0:
+        if error:
+            raise OSError(error)
+        return
+    try:
+        if error:
+            raise OSError(error)
+        save_config(config, temporary / "config.yaml")
+        samples = step * config.training.global_batch_size
+        values = {
+            "format": FORMAT,
+            "step": step,
+            "consumed_samples": samples,
+            "consumed_tokens": samples * config.model.seq_length,
+            **extra,
+        }
+        (temporary / STATE_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        if final.exists():
+            delete(final)
+        temporary.rename(final)
+        _sync(final.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _together(final: Path, action: Any) -> None:
+    """Run ``action`` on every rank; if it failed on any, all of them raise the first failure."""
+    failure = None
+    try:
+        action()
+    except OSError as error:
+        failure = _first_line(error)
+    failures: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(failures, failure)
+    first = next((f for f in failures if f), None)
+    if first:
+        remedy = (
+            "Free disk space and start again with --resume auto; older checkpoints are untouched"
+        )
+        raise CheckpointError(str(final), f"could not be saved: {first}", remedy)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost reason of megatron-core's nested checkpoint errors, in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        return _root_cause(next(iter(failures.values()))[0])
+    if error.__cause__ is not None:
+        return _root_cause(error.__cause__)
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,76 @@
+"""The ``chameleon`` command: one file a verb in this folder, imported only when it is asked for.
+
+A verb's module defines ``add_arguments(parser)`` and ``run(args)`` and imports torch and the like
+inside ``run``, so that ``chameleon --help`` answers at once.
+"""
+
+import argparse
+import importlib
+import re
+import sys
+import traceback
+import warnings
+
+from megatron_chameleon import __version__
+from megatron_chameleon.errors import ChameleonError
+
+OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=.*", re.DOTALL)
+
+VERBS = {
+    "tokenizer": "train a text tokenizer or an image tokenizer",
+    "preprocess": "turn documents into .bin/.idx token files",
+    "inspect": "show documents of a .bin/.idx as an HTML page",
+    "train": "train a model from a YAML config",
+    "convert": "convert a checkpoint to another format",
+    "generate": "write text and images from a checkpoint",
+    "plot": "draw the curves of one or more runs",
+    "doctor": "say what this machine can run, and what is missing",
+}
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser, with the arguments of one verb only: no other verb's module is imported."""
+    parser = argparse.ArgumentParser(
+        prog="chameleon",
+        description="Train, convert and run mixed-modal early-fusion models (arXiv 2405.09818).",
+    )
+    parser.add_argument("--version", action="version", version=f"megatron_chameleon {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        subparser = subparsers.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + "."
+        )
+        subparser.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error"
+        )
+        if name == verb:
+            module = importlib.import_module(f"megatron_chameleon.cli.{name}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one verb and exit: 0 done, 2 the user's mistake, 1 a crash."""
+    argv = sys.argv[1:] if argv is None else argv
+    verb = argv[0] if argv and argv[0] in VERBS else None
+    parser = build_parser(verb)
+    args, rest = parser.parse_known_args(argv)
+    overrides = [word for word in rest if OVERRIDE.fullmatch(word)]
+    if len(overrides) < len(rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides:  # section.key=value behind an option, where argparse does not look for it
+        args.overrides = [*args.overrides, *overrides]
+    if not args.debug:  # the libraries' notes on what is not installed: `chameleon doctor` says it
+        warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
+    try:
+        args.run(args)
+    except ChameleonError as error:
+        if args.debug:
+            traceback.print_exc()
+        for line in error.lines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,62 @@
+"""``chameleon plot RUN... --output FILE``: draw the curves of one or more runs.
+
+chameleon plot runs/digits --output curves.svg --keys loss_text,loss_image --smooth 20
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+KEYS = "loss_text,loss_image,grad_norm,learning_rate"
+SUFFIXES = (".png", ".svg")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or a metrics.jsonl")
+    parser.add_argument("--output", required=True, metavar="FILE", help="a .png or .svg")
+    parser.add_argument("--keys", default=KEYS, help=f"one panel each (default: {KEYS})")
+    parser.add_argument(
+        "--smooth", type=int, default=1, metavar="N", help="mean over the last N steps (default: 1)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the metrics and write the figure."""
+    from megatron_chameleon.errors import ConfigError
+    from megatron_chameleon.evaluation.curves import draw_curves, read_metrics
+
+    output = Path(args.output)
+    if output.suffix not in SUFFIXES:
+        raise ConfigError(
+            str(output), f"the suffix is {output.suffix!r}", f"Use {' or '.join(SUFFIXES)}"
+        )
+    if args.smooth < 1:
+        raise ConfigError("--smooth", f"{args.smooth} is below 1", "Give a number of steps")
+    keys = [key.strip() for key in args.keys.split(",") if key.strip()]
+    if not keys:
+        raise ConfigError("--keys", "no key is given", f"Write for example {KEYS}")
+    runs = {
+        name: read_metrics(path) for name, path in zip(_names(args.runs), args.runs, strict=True)
+    }
+    figure = draw_curves(runs, keys, args.smooth)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
+    try:
+        figure.savefig(partial, dpi=150)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    steps = ", ".join(f"{name} to step {records[-1]['step']:,}" for name, records in runs.items())
+    print(f"{output}: {len(keys)} panels, {steps}")
+
+
+def _names(paths: list[str]) -> list[str]:
+    """A name for each run: its folder's; the whole path where two folders are called the same."""
+    folders = [Path(path).parent if Path(path).is_file() else Path(path) for path in paths]
+    names = [folder.resolve().name for folder in folders]
+    names = [
+        name if names.count(name) == 1 else str(path)
+        for name, path in zip(names, paths, strict=True)
+    ]
+    return [name if names.index(name) == i else f"{name} ({i + 1})" for i, name in enumerate(names)]

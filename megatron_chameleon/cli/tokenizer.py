@@ -1,0 +1,113 @@
+"""``chameleon tokenizer text|image``: train the two tokenizers of a tokenizer folder.
+
+    chameleon tokenizer text corpus.txt --output DIR --vocab-size 65536 --image-codes 8192
+    chameleon tokenizer image photos/ --output DIR --config chameleon_512 training.steps=1000
+
+Both write into one folder, in either order.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def is_override(word: str) -> bool:
+    """Whether a word is ``key=value`` and neither an option nor the name of a file."""
+    return "=" in word and not word.startswith("-") and not Path(word).exists()
+
+
+class _ParserWithOverrides(argparse.ArgumentParser):
+    """Takes ``section.key=value`` words anywhere, also after options (argparse does not)."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        if hasattr(found, "images"):
+            found.overrides = [word for word in [*found.images, *rest] if is_override(word)]
+            found.images = [word for word in found.images if not is_override(word)]
+            rest = [word for word in rest if not is_override(word)]
+        return found, rest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(
+        dest="kind", metavar="KIND", required=True, parser_class=_ParserWithOverrides
+    )
+    text = kinds.add_parser("text", help="a sentencepiece BPE and the vocabulary of the model")
+    text.add_argument("files", nargs="+", metavar="FILE", help=".txt, or .jsonl documents")
+    text.add_argument("--output", required=True, metavar="DIR", help="the tokenizer folder")
+    text.add_argument(
+        "--vocab-size",
+        required=True,
+        type=int,
+        metavar="N",
+        help="number of token ids, image codes and special tokens included",
+    )
+    text.add_argument(
+        "--image-codes", required=True, type=int, metavar="N", help="codebook size of the images"
+    )
+    image = kinds.add_parser("image", help="a VQGAN that turns images into codes")
+    image.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image file, folder, or .jsonl documents (whose `weight` says how often one is drawn)",
+    )
+    image.add_argument("--output", required=True, metavar="DIR", help="the tokenizer folder")
+    image.add_argument(
+        "--config",
+        default="chameleon_512",
+        metavar="NAME|YAML",
+        help="a preset (chameleon_512, digits) or a file; section.key=value words go over it",
+    )
+    image.add_argument("--seed", type=int, default=1, metavar="N")
+    for kind in (text, image):  # `chameleon tokenizer --debug text` has it too: do not overwrite
+        kind.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.kind == "text":
+        _train_text(args)
+    else:
+        _train_image(args)
+
+
+def _train_text(args: argparse.Namespace) -> None:
+    from megatron_chameleon.tokenizer.corpus import read_texts
+    from megatron_chameleon.tokenizer.text_training import train_text_tokenizer
+
+    start_seconds = time.perf_counter()
+    vocabulary = train_text_tokenizer(
+        read_texts(args.files), args.output, args.vocab_size, args.image_codes
+    )
+    seconds = time.perf_counter() - start_seconds
+    print(
+        f"{args.output}: text tokenizer with {vocabulary.size} ids, "
+        f"{vocabulary.image_codes} of them image codes, in {seconds:.1f} s"
+    )
+
+
+def _train_image(args: argparse.Namespace) -> None:
+    from megatron_chameleon.parallel import platform
+    from megatron_chameleon.tokenizer.corpus import find_images
+    from megatron_chameleon.tokenizer.image_config import load_image_config
+    from megatron_chameleon.tokenizer.image_training import train_image_tokenizer
+
+    start_seconds = time.perf_counter()
+    config = load_image_config(args.config, args.overrides)
+    result = train_image_tokenizer(
+        find_images(args.images),
+        config,
+        args.output,
+        seed=args.seed,
+        device=platform.device(),
+        report=lambda line: print(line, flush=True),
+    )
+    print(
+        f"{args.output}: image tokenizer from {result.images} images ({result.dropped} dropped), "
+        f"{result.psnr:.1f} dB, {result.codes_used} of {result.codebook_size} codes used, "
+        f"in {time.perf_counter() - start_seconds:.1f} s"
+    )

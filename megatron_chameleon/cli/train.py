@@ -1,0 +1,50 @@
+"""``chameleon train CONFIG``: alone, or under torchrun, srun, mpiexec or deepspeed."""
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that win over the file's"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and stop before the first step"
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="go on from the run's newest checkpoint (auto, the default) or from a given one",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_chameleon.config.load import load_config
+    from megatron_chameleon.errors import ChameleonError
+    from megatron_chameleon.parallel.launch import find_launch
+
+    launch = find_launch()
+    try:
+        config = load_config(args.config, args.overrides)
+        from megatron_chameleon.training import loop
+
+        world_size = launch.world_size
+        if args.dry_run and launch.launcher == "alone":
+            parallel = (
+                config.parallel
+            )  # checked as if as many processes had been started as it wants
+            world_size = max(1, parallel.tensor_model_parallel_size)
+            world_size *= max(1, parallel.pipeline_model_parallel_size)
+        job = loop.prepare(config, world_size, args.resume)
+        if args.dry_run:
+            if launch.rank == 0:
+                print(loop.dry_run_text(job, launch))
+            return
+        loop.train(job, launch)
+    except ChameleonError:
+        # All ranks find the same mistake; one of them says it.
+        if launch.rank != 0 and not args.debug:
+            sys.exit(2)
+        raise

@@ -1,0 +1,180 @@
+"""Find config values that cannot work together, before any process group or model exists.
+
+Every rule adds a ``ConfigError`` with the numbers and the remedy; all of them are raised together.
+"""
+
+from collections.abc import Iterator
+
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import ConfigError, ConfigErrors
+
+CHOICES = {
+    "model.norm_order": ("pre", "swin"),
+    "optimizer.lr_decay_style": ("exponential", "cosine", "constant"),
+    "training.dtype": ("fp32", "bf16"),
+    "parallel.recompute_granularity": (None, "selective", "full"),
+    "engine.name": ("megatron",),
+}
+POSITIVE = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.num_attention_heads",
+    "model.seq_length",
+    "model.rotary_base",
+    "model.init_method_std",
+    "model.layernorm_epsilon",
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "optimizer.lr",
+    "optimizer.adam_eps",
+    "training.steps",
+    "training.micro_batch_size",
+    "training.global_batch_size",
+    "checkpoint.keep_last",
+    "logging.every_steps",
+)
+NOT_NEGATIVE = (
+    "optimizer.min_lr",
+    "optimizer.lr_warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "training.seed",
+    "training.z_loss",
+    "checkpoint.every_steps",
+)
+SHARES = ("model.hidden_dropout", "data.stage1_fraction", "data.stage2_share")
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Raise for everything in ``config`` that cannot work on ``world_size`` processes.
+
+    Raises:
+        ConfigErrors: One entry for each problem.
+    """
+    problems = list(_check_values(config))
+    if not problems:  # the rest divides by these values
+        problems = [*_check_model(config), *_check_layout(config, world_size)]
+        problems += [*_check_schedule(config), *_check_data(config)]
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def get_value(config: Config, key: str) -> object:
+    """The value of ``section.key``."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _check_values(config: Config) -> Iterator[ConfigError]:
+    for key, choices in CHOICES.items():
+        if (value := get_value(config, key)) not in choices:
+            names = ", ".join("null" if c is None else str(c) for c in choices)
+            yield ConfigError(key, f"{value!r} is not one of {names}", "Choose one of them")
+    for keys, low, words in ((POSITIVE, 0, "above 0"), (NOT_NEGATIVE, -1, "0 or more")):
+        for key in keys:
+            value = get_value(config, key)
+            assert isinstance(value, int | float)
+            if not (value > 0 if low == 0 else value >= 0):
+                yield ConfigError(key, f"{value} is not {words}", f"Give a number {words}")
+    for key in SHARES:
+        value = get_value(config, key)
+        assert isinstance(value, float)
+        if not 0 <= value <= 1:
+            yield ConfigError(key, f"{value} is not between 0 and 1", "Give a share")
+
+
+def _check_model(config: Config) -> Iterator[ConfigError]:
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    groups = heads if groups is None else groups
+    if model.hidden_size % heads:
+        what = f"{model.hidden_size} does not divide by num_attention_heads {heads}"
+        yield ConfigError("model.hidden_size", what, f"Use a multiple of {heads}")
+    elif (model.hidden_size // heads) % 2:
+        what = f"{model.hidden_size} / {heads} heads gives an odd head size"
+        yield ConfigError("model.hidden_size", what, "RoPE needs an even one: change either")
+    if groups < 1 or heads % groups:
+        what = f"{groups} does not divide num_attention_heads {heads}"
+        yield ConfigError("model.num_query_groups", what, _divisors(heads))
+        return
+    for key, value in (
+        ("num_attention_heads", heads),
+        ("num_query_groups", groups),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        if value % tp:
+            what = f"{value} does not divide by tensor_model_parallel_size {tp}"
+            yield ConfigError(f"model.{key}", what, f"Use a multiple of {tp} or another layout")
+    norm_groups = model.qk_norm_groups
+    if norm_groups and (heads % norm_groups or norm_groups < 0):
+        what = f"{norm_groups} does not divide num_attention_heads {heads}"
+        yield ConfigError("model.qk_norm_groups", what, _divisors(heads))
+    elif norm_groups and (norm_groups % tp or min(norm_groups, groups) % tp):
+        what = f"{norm_groups} groups cannot be split over {tp} tensor-parallel ranks"
+        yield ConfigError("model.qk_norm_groups", what, f"Use a multiple of {tp}, or null")
+
+
+def _check_layout(config: Config, world_size: int) -> Iterator[ConfigError]:
+    parallel, training = config.parallel, config.training
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if config.model.num_layers % pp:
+        what = f"{config.model.num_layers} layers do not divide by {pp} pipeline stages"
+        yield ConfigError("model.num_layers", what, _divisors(config.model.num_layers))
+    if world_size % (tp * pp):
+        ranks = f"{world_size} process{'es' if world_size > 1 else ''}"
+        layout = f"tensor {tp} x pipeline {pp} = {tp * pp}"
+        what = f"{ranks} cannot be laid out as {layout} times data parallel"
+        yield ConfigError("parallel", what, f"Start a multiple of {tp * pp} processes")
+        return
+    dp = world_size // (tp * pp)
+    chunk = training.micro_batch_size * dp
+    if training.global_batch_size % chunk:
+        low = training.global_batch_size // chunk * chunk
+        near = f"{low} or {low + chunk}" if low else str(chunk)
+        what = (
+            f"{training.global_batch_size} does not divide by micro_batch_size "
+            f"{training.micro_batch_size} x data parallel {dp} = {chunk}"
+        )
+        yield ConfigError("training.global_batch_size", what, f"Use {near}")
+    if parallel.sequence_parallel and config.model.seq_length % tp:
+        what = f"{config.model.seq_length} does not divide by tensor_model_parallel_size {tp}"
+        yield ConfigError("model.seq_length", what, "Sequence parallelism needs a multiple")
+    if parallel.sequence_parallel and tp == 1:
+        what = "true needs tensor_model_parallel_size of 2 or more, and it is 1"
+        yield ConfigError("parallel.sequence_parallel", what, "Set it to false")
+
+
+def _check_schedule(config: Config) -> Iterator[ConfigError]:
+    warmup, steps = config.optimizer.lr_warmup_steps, config.training.steps
+    if warmup >= steps:
+        what = f"{warmup} is not below training.steps {steps}"
+        yield ConfigError("optimizer.lr_warmup_steps", what, f"Use at most {steps - 1}")
+    if config.optimizer.min_lr > config.optimizer.lr:
+        what = f"{config.optimizer.min_lr} is above lr {config.optimizer.lr}"
+        yield ConfigError("optimizer.min_lr", what, "Use a smaller one")
+
+
+def _check_data(config: Config) -> Iterator[ConfigError]:
+    if not config.tokenizer.path:
+        yield ConfigError("tokenizer.path", "not set", "Give a folder of `chameleon tokenizer`")
+    if not config.data.stage1:
+        yield ConfigError("data.stage1", "no sources", "List at least one with prefix and weight")
+    for stage in ("stage1", "stage2"):
+        for i, source in enumerate(getattr(config.data, stage)):
+            key = f"data.{stage}[{i}]"
+            if not source.prefix:
+                yield ConfigError(f"{key}.prefix", "not set", "Give the path without .bin")
+            if not 0 < source.weight < float("inf"):
+                what = f"{source.weight} is no number above 0"
+                yield ConfigError(
+                    f"{key}.weight", what, "Give a weight above 0, or drop the source"
+                )
+            if source.image_first is not None and not 0 <= source.image_first <= 1:
+                what = f"{source.image_first} is not between 0 and 1"
+                yield ConfigError(f"{key}.image_first", what, "Give a share, or null")
+
+
+def _divisors(number: int) -> str:
+    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return f"Use one of {', '.join(divisors)}"

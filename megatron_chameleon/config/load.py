@@ -1,0 +1,163 @@
+"""Read a config: defaults < preset < YAML file < ``section.key=value``.
+
+OmegaConf reads the YAML, the overrides and ``${...}``; this file turns the result into the
+dataclasses of ``schema.py`` and reports every unknown key and every value of a wrong type at once,
+each with the nearest name.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import ConfigError, ConfigErrors
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a training config.
+
+    Args:
+        path: A YAML file. Its key ``preset`` may name a file of ``presets/`` that lies underneath.
+        overrides: Words of the form ``section.key=value``, the value in YAML.
+
+    Raises:
+        ConfigError: The file, the preset or an override cannot be read.
+        ConfigErrors: One or more keys are unknown or values are of a wrong type.
+    """
+    path = Path(path)
+    layers = [_read_yaml(path), _read_overrides(overrides)]
+    preset = OmegaConf.select(OmegaConf.merge(*layers), "preset")
+    if preset is not None:
+        layers.insert(0, _read_yaml(_preset_path(str(preset), where=str(path))))
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(path), _first_line(error), "Correct that value") from error
+    assert isinstance(merged, dict)
+    merged.pop("preset", None)
+    return config_from_dict({str(key): value for key, value in merged.items()}, where=str(path))
+
+
+def config_from_dict(values: dict[str, Any], where: str) -> Config:
+    """Build a ``Config`` from nested dictionaries; ``where`` names their origin in errors."""
+    problems: list[ConfigError] = []
+    config = _build(Config, values, "", where, problems)
+    if problems:
+        raise ConfigErrors(problems)
+    assert isinstance(config, Config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    path.write_text(format_config(config), encoding="utf-8")
+
+
+def format_config(config: Config) -> str:
+    """The resolved config as YAML text, in the order of the schema."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(str(path), "no such config file", "Give the path of a YAML file")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        what = f"not valid YAML ({getattr(error, 'problem', None) or _first_line(error)})"
+        raise ConfigError(where, what, "Correct that line") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(str(path), "the top level is not a mapping", "Write sections with keys")
+    return loaded
+
+
+def _read_overrides(words: Sequence[str]) -> DictConfig:
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals or not key.strip() or " " in key:
+            raise ConfigError(
+                word, "not of the form section.key=value", "Write for example training.steps=100"
+            )
+    try:
+        return OmegaConf.from_dotlist(list(words))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(
+            " ".join(words), f"not valid overrides ({_first_line(error)})", "Quote the value"
+        ) from error
+
+
+def _preset_path(name: str, where: str) -> Path:
+    path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
+        raise ConfigError(
+            f"{where}: preset", f"no preset is called {name!r}", f"Use one of: {', '.join(names)}"
+        )
+    return path
+
+
+def _build(cls: type, values: Any, prefix: str, where: str, problems: list[ConfigError]) -> Any:
+    """An instance of ``cls``; what is wrong with ``values`` is added to ``problems``."""
+    place = f"{where}: {prefix.rstrip('.') or 'top level'}"
+    if not isinstance(values, dict):
+        if values is not None:
+            what = f"{values!r} is not a mapping"
+            problems.append(ConfigError(place, what, "Write its keys indented underneath"))
+        return cls()
+    hints = typing.get_type_hints(cls)
+    known = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
+            names = f"Did you mean {near[0]}?" if near else f"The keys are {', '.join(hints)}"
+            problems.append(
+                ConfigError(f"{where}: {prefix}{key}", "unknown config key", names.rstrip("?"))
+            )
+            continue
+        known[key] = _convert(hints[key], value, f"{prefix}{key}", where, problems)
+    return cls(**known)
+
+
+def _convert(hint: Any, value: Any, key: str, where: str, problems: list[ConfigError]) -> Any:
+    """``value`` as ``hint`` says: a dataclass, a list of them, or an optional scalar."""
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _build(hint, value, f"{key}.", where, problems)
+    if typing.get_origin(hint) is list:
+        if not isinstance(value, list):
+            problems.append(ConfigError(f"{where}: {key}", f"{value!r} is no list", "Write a list"))
+            return []
+        item = typing.get_args(hint)[0]
+        return [_convert(item, v, f"{key}[{i}]", where, problems) for i, v in enumerate(value)]
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if float in allowed and number:
+        return float(value)
+    if float in allowed and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if int in allowed and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if type(value) in allowed:
+        return value
+    names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+    problems.append(ConfigError(f"{where}: {key}", f"{value!r} is not {names}", f"Give {names}"))
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,149 @@
+"""The config: one dataclass a section, each field explained under its declaration.
+
+Fields that go straight to megatron-core keep its name. Defaults are small and safe; the presets in
+``presets/`` carry the paper's values. ``load.py`` reads YAML into these classes and ``check.py``
+looks for combinations that cannot work.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelConfig:
+    """The transformer. Source: paper, sections 2.3 and 2.4."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    ffn_hidden_size: int = 344
+    """Width of the SwiGLU feed-forward (of each of its two halves)."""
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None
+    """Key/value heads (GQA); null means as many as attention heads."""
+    seq_length: int = 256
+    """Tokens of one training sequence, and the longest context of generation."""
+    norm_order: str = "pre"
+    """pre: ``x + f(norm(x))`` (7B); swin: ``x + norm(f(x))`` (34B)."""
+    qk_norm_groups: int | None = None
+    """Groups of heads that share one QK-norm weight and bias; null: one a head; 0: no QK-norm."""
+    hidden_dropout: float = 0.0
+    """Dropout after attention and after feed-forward."""
+    layernorm_epsilon: float = 1e-5
+    rotary_base: int = 10000
+    init_method_std: float = 0.02
+
+
+@dataclass
+class TokenizerConfig:
+    path: str = ""
+    """Folder written by ``chameleon tokenizer``."""
+
+
+@dataclass
+class SourceConfig:
+    """One .bin/.idx pair of files and its share of the mixture."""
+
+    prefix: str = ""
+    """Path of the files without .bin and .idx."""
+    weight: float = 1.0
+    """Share of the samples within its stage's list; the weights of a list need not sum to 1."""
+    image_first: float | None = None
+    """Share of the text-image pairs with the image first; null leaves them as they were written."""
+
+
+@dataclass
+class DataConfig:
+    """Two-stage mixture. Source: paper, section 2.2."""
+
+    stage1: list[SourceConfig] = field(default_factory=list)
+    """Sources from the first step on."""
+    stage2: list[SourceConfig] = field(default_factory=list)
+    """Sources that join for the last part of training."""
+    reset_attention: bool = False
+    """Whether documents packed into one sequence attend to themselves only."""
+    stage1_fraction: float = 0.8
+    """Share of the steps that belong to stage 1."""
+    stage2_share: float = 0.5
+    """Share of stage 2 that its own sources get; those of stage 1 keep the rest, in proportion."""
+
+
+@dataclass
+class ParallelConfig:
+    """The layout over the processes; data parallelism takes what is left of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    """Split norms and dropout along the sequence over the tensor-parallel ranks."""
+    use_distributed_optimizer: bool = False
+    """Split the optimizer state over the data-parallel ranks (ZeRO-1)."""
+    recompute_granularity: str | None = None
+    """null, selective (attention only) or full (each layer)."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. Source: paper, section 2.4."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    lr_warmup_steps: int = 0
+    lr_decay_style: str = "exponential"
+    """exponential (pretraining), cosine (fine-tuning) or constant."""
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-5
+    clip_grad: float = 1.0
+    """Largest global norm of the gradient."""
+
+
+@dataclass
+class TrainingConfig:
+    steps: int = 100
+    """Optimizer updates of the whole run."""
+    seed: int = 1
+    micro_batch_size: int = 1
+    """Sequences of one forward and backward pass on one data-parallel rank."""
+    global_batch_size: int = 1
+    """Sequences of one optimizer update over the whole job."""
+    dtype: str = "fp32"
+    """fp32 or bf16 (with fp32 main weights)."""
+    z_loss: float = 1e-5
+    """Weight of ``log(Z)^2``, Z the normaliser of the output softmax."""
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 0
+    """Save every so many steps; 0 saves at the end only."""
+    keep_last: int = 2
+    """How many checkpoints stay; older ones are deleted after a newer one is whole."""
+
+
+@dataclass
+class LoggingConfig:
+    run_dir: str = "runs/default"
+    every_steps: int = 10
+    """Steps between two progress lines; ``metrics.jsonl`` has every step."""
+
+
+@dataclass
+class EngineConfig:
+    name: str = "megatron"
+    """Only megatron so far."""
+
+
+@dataclass
+class Config:
+    """The whole config of a training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)

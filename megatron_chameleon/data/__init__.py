@@ -1,0 +1,1 @@
+"""Documents in, batches out: documents -> token ids -> .bin/.idx -> windows -> batches."""

@@ -1,0 +1,169 @@
+"""Look into a token file: a summary for the terminal, documents as one self-contained HTML page.
+
+What the page shows is decoded from the token ids, images too: it is what the model will see. A
+token's id and name appear when the mouse rests on it.
+
+Try: ``chameleon inspect PREFIX --html documents.html``
+"""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_chameleon.data.indexed import TokenFile, TokenFileInfo
+from megatron_chameleon.tokenizer.files import write_text
+from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_SPACE = "\u2581"
+"""What sentencepiece writes for a space."""
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff }}
+article {{ border: 1px solid #ddd; border-radius: 8px; padding: .5rem 1rem; margin: 1rem 0;
+  white-space: pre-wrap; overflow-wrap: anywhere }}
+header, figcaption {{ font-size: .8rem; color: #666 }}
+figure {{ display: inline-block; margin: .3rem; vertical-align: middle; text-align: center }}
+img {{ min-width: 96px; max-width: 100%; image-rendering: pixelated; display: block }}
+span:nth-of-type(even) {{ background: #eef4fb }} span:hover {{ background: #ffe08a }}
+.control {{ color: #a04; font-size: .75rem }} pre {{ font-size: .8rem }}
+</style></head><body><h1>{title}</h1><pre>{summary}</pre>
+{articles}
+</body></html>
+"""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of one kind."""
+
+    kind: str
+    """text, image (the codes of one image) or control."""
+    token_ids: np.ndarray
+
+
+def segments(token_ids: np.ndarray, vocabulary: Vocabulary) -> Iterator[Segment]:
+    """Split a document into runs of text, runs of image codes and single control tokens."""
+    control = [
+        vocabulary.bos,
+        vocabulary.pad,
+        vocabulary.eos,
+        vocabulary.begin_image,
+        vocabulary.end_image,
+        vocabulary.separator,
+        vocabulary.image_placeholder,
+    ]
+    kinds = np.where(vocabulary.is_image_code(token_ids), 1, 0)
+    kinds[np.isin(token_ids, control)] = 2
+    borders = np.flatnonzero((np.diff(kinds) != 0) | (kinds[1:] == 2)) + 1
+    for run in np.split(token_ids, borders):
+        if len(run):
+            kind = 1 if vocabulary.is_image_code(run[:1])[0] else 2 * (int(run[0]) in control)
+            yield Segment(("text", "image", "control")[kind], run)
+
+
+def summary(prefix: str, info: TokenFileInfo, lengths: np.ndarray) -> str:
+    """Counts and a histogram of document lengths, for people.
+
+    Args:
+        prefix: Name of the token file.
+        info: Its sidecar.
+        lengths: Tokens of each document, int32 [documents].
+    """
+    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(info.dropped.items()))
+    share = 100 * info.image_tokens / info.tokens
+    lines = [
+        f"{prefix}: {info.documents:,} documents, {info.tokens:,} tokens, {info.images:,} images",
+        f"image tokens: {info.image_tokens:,} ({share:.1f}%)",
+        f"vocabulary: {info.vocab_size:,} ids, stored as {info.dtype}, tokenizer {info.tokenizer}",
+        f"dropped documents: {dropped or 'none'}",
+        f"tokens a document: {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}",
+    ]
+    counts, edges = np.histogram(lengths, bins=min(10, int(np.ptp(lengths)) + 1))
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        bar = "█" * round(40 * count / counts.max())
+        lines.append(f"{low:>9.0f} - {high:<9.0f} {count:>9,} {bar}")
+    return "\n".join(lines)
+
+
+def write_html(
+    path: str | Path, token_file: TokenFile, tokenizer: Tokenizer, start: int, documents: int
+) -> int:
+    """Write documents as one HTML page with nothing outside it.
+
+    Args:
+        path: The page; an older one is replaced when the new one is whole.
+        token_file: The documents.
+        tokenizer: Decodes them; without an image half, images appear as their codes.
+        start: First document, counted from 0.
+        documents: How many at most.
+
+    Returns:
+        How many were written.
+    """
+    chosen = range(start, min(start + documents, len(token_file)))
+    articles = [_article(position, token_file.read(position), tokenizer) for position in chosen]
+    title = html.escape(f"{Path(token_file.prefix).name}: documents {start} to {chosen.stop - 1}")
+    text = summary(token_file.prefix, token_file.info, token_file.lengths)
+    page = _PAGE.format(title=title, summary=html.escape(text), articles="\n".join(articles))
+    write_text(Path(path), page)
+    return len(chosen)
+
+
+def _article(position: int, token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    body = []
+    for segment in segments(token_ids, tokenizer.vocabulary):
+        if segment.kind == "image":
+            body.append(_figure(segment.token_ids, tokenizer))
+        elif segment.kind == "text":
+            body += _text_spans(segment.token_ids, tokenizer)
+        else:
+            name = tokenizer.vocabulary.tokens[int(segment.token_ids[0])]
+            body.append(_span(segment.token_ids, name, name, ' class="control"'))
+    head = f"<header>document {position} · {len(token_ids)} tokens</header>"
+    return f"<article>{head}{''.join(body)}</article>"
+
+
+def _text_spans(token_ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
+    """One span a token; byte tokens in a row share one, as only together they make a character."""
+    waiting: list[int] = []
+    for token_id in [*token_ids.tolist(), None]:
+        name = "" if token_id is None else tokenizer.vocabulary.tokens[token_id]
+        if _BYTE_PIECE.fullmatch(name):
+            waiting.append(token_id)
+            continue
+        if waiting:
+            names = " ".join(tokenizer.vocabulary.tokens[byte] for byte in waiting)
+            yield _span(np.array(waiting), names, tokenizer.text.decode(waiting))
+            waiting = []
+        if token_id is not None:
+            yield _span(np.array([token_id]), name, name.replace(_SPACE, " "))
+
+
+def _span(token_ids: np.ndarray, names: str, text: str, attributes: str = "") -> str:
+    hover = html.escape(f"{' '.join(str(token_id) for token_id in token_ids)}  {names}")
+    return f'<span{attributes} title="{hover}">{html.escape(text)}</span>'
+
+
+def _figure(token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    codes = tokenizer.vocabulary.token_ids_to_codes(token_ids)
+    listed = " ".join(str(code) for code in codes)
+    image = tokenizer.image
+    if image is None or len(codes) != image.codes_per_image:
+        expected = "" if image is None else f", not {image.codes_per_image}"
+        caption = f"{len(codes)} image codes{expected}: {listed}"
+        return f"<figure><figcaption>{html.escape(caption)}</figcaption></figure>"
+    buffer = io.BytesIO()
+    image.decode(codes[np.newaxis])[0].save(buffer, format="PNG")
+    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    caption = f"<figcaption>{len(codes)} codes</figcaption>"
+    return f'<figure><img src="{source}" alt="image" title="codes {listed}">{caption}</figure>'

@@ -1,0 +1,154 @@
+"""Read the metrics of runs and draw their curves.
+
+``metrics.jsonl`` has one object a step. A run that was resumed may have some steps twice: the last
+record of a step is the one that counts. A crash may leave half a last line: it is left out.
+Anything else that is broken is an error.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_chameleon.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+METRICS_FILE = "metrics.jsonl"
+DEFAULT_KEYS = ("loss_text", "loss_image", "grad_norm", "learning_rate")
+LABELS = {
+    "loss": "loss (nats a token)",
+    "loss_text": "text loss (nats a token)",
+    "loss_image": "image loss (nats a token)",
+    "z_loss": "z-loss",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+    "tokens_per_second": "tokens a second",
+    "step_seconds": "seconds a step",
+    "output_norm": "output norm",
+    "max_logit": "largest logit",
+}
+COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a run, one a step, in the order of the steps.
+
+    Args:
+        path: A run folder or a ``metrics.jsonl``.
+
+    Raises:
+        DataError: There is no such file, it has no records, or a line before the last is broken.
+    """
+    file = Path(path)
+    file = file / METRICS_FILE if file.is_dir() else file
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise DataError(
+            str(file), f"cannot be read ({error.strerror})", "Give a run folder or a metrics.jsonl"
+        ) from error
+    records: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            records[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # no newline after it: the process died while writing it
+                break
+            raise DataError(
+                f"{file}:{number}", f"no record of a step ({error})", "Mend or remove the line"
+            ) from error
+    if not records:
+        raise DataError(str(file), "has no records yet", "Wait for the first step")
+    return [records[step] for step in sorted(records)]
+
+
+def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a key, both [points]; steps where it is null or missing are left out."""
+    points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the last ``window`` values, or over what there is at the start: [points]."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def draw_curve(
+    axes: "Axes", runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, window: int = 1
+) -> None:
+    """Draw one key of every run into a panel; smoothed values over pale raw ones.
+
+    Raises:
+        DataError: No run has a value of that key.
+    """
+    found = False
+    for color, (name, records) in zip(_colors(len(runs)), runs.items(), strict=True):
+        steps, values = series(records, key)
+        if not len(values):
+            continue
+        found = True
+        if window > 1:
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth(values, window), color=color, linewidth=1.5, label=name)
+    if not found:
+        names = sorted({k for records in runs.values() for r in records for k in r})
+        raise DataError(
+            f"--keys {key}", "no run has a value of it", f"Use one of: {', '.join(names)}"
+        )
+    axes.set_title(LABELS.get(key, key), loc="left", fontsize=10)
+    axes.set_xlabel("step", fontsize=9)
+    style(axes)
+
+
+def style(axes: "Axes") -> None:
+    """The look of all panels: two spines, a pale grid, small ticks."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e2e8f0", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, color="#a0aec0")
+
+
+def draw_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    keys: Sequence[str] = DEFAULT_KEYS,
+    window: int = 1,
+) -> "Figure":
+    """One panel a key, one line a run.
+
+    Args:
+        runs: Records by the name that the legend shows.
+        keys: Keys of the records.
+        window: Steps of the running mean; 1 draws the values as they are.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(keys))
+    rows = -(-len(keys) // columns)
+    figure = Figure(figsize=(5.2 * columns, 2.9 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, key in zip(grid, keys, strict=False):
+        draw_curve(axes, runs, key, window)
+    for axes in grid[len(keys) :]:
+        axes.set_axis_off()
+    if len(runs) > 1:
+        handles, names = grid[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    return figure
+
+
+def _colors(count: int) -> list[str]:
+    return [COLORS[index % len(COLORS)] for index in range(count)]

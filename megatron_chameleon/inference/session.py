@@ -1,0 +1,319 @@
+"""Open a trained model and ask it for text and images.
+
+    session = Session.load("runs/digits")
+    session.caption([image])                    # ["a handwritten three"]
+    session.draw(["a handwritten three"])       # [<PIL.Image.Image>]
+
+An exported Hugging Face folder and a training checkpoint open alike; a checkpoint's tensors are
+renamed in memory.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_chameleon.checkpoint.convert import check_fingerprint, load_matching_tokenizer
+from megatron_chameleon.checkpoint.formats import hf
+from megatron_chameleon.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_chameleon.data.documents import ImagePart, TextPart
+from megatron_chameleon.errors import CheckpointError, DataError
+from megatron_chameleon.inference.decode import GenerationOptions, decode
+from megatron_chameleon.inference.modality import Force, TokenClasses
+from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
+from megatron_chameleon.tokenizer.image import ImageTokenizer
+from megatron_chameleon.tokenizer.text import TextTokenizer
+from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+
+Part = str | Image.Image | TextPart | ImagePart
+
+CAPTION_OPTIONS = GenerationOptions(temperature=0, repetition_penalty=1.0)
+DRAW_OPTIONS = GenerationOptions(temperature=1.0, top_p=1.0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one prompt."""
+
+    content: list[str | Image.Image]
+    """Texts and images in order; a text is never empty."""
+    token_ids: list[int]
+    """As drawn, ``</s>`` included where it came."""
+
+
+class Session:
+    """A model and its tokenizer on one device.
+
+    Args:
+        model: transformers' ``ChameleonForConditionalGeneration``.
+        tokenizer: With its image tokenizer.
+        step: The optimizer updates that the model has seen.
+    """
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, step: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.step = step
+        self.device: torch.device = model.lm_head.weight.device
+        self.context_tokens: int = model.config.max_position_embeddings
+        self._classes = TokenClasses(tokenizer.vocabulary, self.device)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str = "cpu", tokenizer_folder: str | Path | None = None
+    ) -> "Session":
+        """Open a model.
+
+        Args:
+            path: A folder of ``chameleon convert --to hf``, a checkpoint, or a run folder (its
+                newest checkpoint).
+            device: Where model and image tokenizer run.
+            tokenizer_folder: None takes the exported folder's own, or the path in the checkpoint's
+                config.
+
+        Raises:
+            CheckpointError: There is no whole model, or the tokenizer is another one.
+            DataError: The tokenizer cannot be used.
+        """
+        path = Path(path)
+        if (path / "config.json").is_file():
+            return _open_export(path, device, tokenizer_folder)
+        return _open_checkpoint(CheckpointReader(find_checkpoint(path)), device, tokenizer_folder)
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.tokenizer.image.codes_per_image if self.tokenizer.image else 0
+
+    def encode(self, prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
+        """Token ids of prompts: ``<s>`` and the parts in order, as in a document, without ``</s>``.
+
+        Raises:
+            DataError: An image cannot be read.
+        """
+        vocabulary = self.tokenizer.vocabulary
+        images = [_image(part) for prompt in prompts for part in prompt if _is_image(part)]
+        codes = iter(self._image_tokenizer().encode(images) if images else [])
+        encoded = []
+        for prompt in prompts:
+            token_ids = [vocabulary.bos]
+            for part in prompt:
+                if _is_image(part):
+                    image_ids = vocabulary.codes_to_token_ids(next(codes)).tolist()
+                    token_ids += [vocabulary.begin_image, *image_ids, vocabulary.end_image]
+                else:
+                    token_ids += self.tokenizer.text.encode(_text(part))
+            encoded.append(token_ids)
+        return encoded
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        options: GenerationOptions | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[Answer]:
+        """Answer prompts.
+
+        Args:
+            prompts: Each a list of texts and images in order; an empty one asks for a document from
+                its start.
+            options: How to draw; None takes the reference's defaults.
+            progress: Called with the numbers of answers so far and in all.
+
+        Raises:
+            ConfigError: An option has no meaning.
+            DataError: A prompt does not fit the context, or an image cannot be read.
+        """
+        options = options or GenerationOptions()
+        options.check()
+        encoded = self.encode(prompts)
+        rooms = [self._room(token_ids, options) for token_ids in encoded]
+        generator = torch.Generator(device=self.device).manual_seed(options.seed)
+        answers: list[list[int]] = []
+        for start in range(0, len(encoded), options.batch_size):
+            batch = slice(start, start + options.batch_size)
+            answers += decode(
+                self.model,
+                encoded[batch],
+                self._classes,
+                self.codes_per_image,
+                rooms[batch],
+                options,
+                generator,
+            )
+            progress(len(answers), len(encoded))
+        return [Answer(self._content(token_ids), token_ids) for token_ids in answers]
+
+    def caption(
+        self,
+        images: Sequence[Image.Image],
+        prompt_text: str = "",
+        options: GenerationOptions = CAPTION_OPTIONS,
+    ) -> list[str]:
+        """What the model says to each image: image, ``prompt_text``, then text until ``</s>``."""
+        prompts: list[list[Part]] = [
+            [image, prompt_text] if prompt_text else [image] for image in images
+        ]
+        answers = self.generate(prompts, replace(options, force=Force.TEXT))
+        return ["".join(part for part in a.content if isinstance(part, str)) for a in answers]
+
+    def draw(
+        self, texts: Sequence[str], options: GenerationOptions = DRAW_OPTIONS
+    ) -> list[Image.Image]:
+        """One image for each text: text, begin-image, then the model's codes."""
+        answers = self.generate([[t] for t in texts], replace(options, force=Force.IMAGE))
+        content = (part for answer in answers for part in answer.content)
+        return [part for part in content if isinstance(part, Image.Image)]
+
+    def _room(self, token_ids: list[int], options: GenerationOptions) -> int:
+        room = self.context_tokens - len(token_ids)
+        needed = self.codes_per_image + 2 if options.force is Force.IMAGE else 1
+        if room < needed:
+            answer = "an image" if options.force is Force.IMAGE else "an answer"
+            raise DataError(
+                "prompt",
+                f"its {len(token_ids):,} tokens leave too little room in the context of "
+                f"{self.context_tokens:,}: {answer} needs {needed:,} more",
+                f"Shorten it to at most {max(0, self.context_tokens - needed):,} tokens",
+            )
+        if options.force is Force.IMAGE:
+            self._image_tokenizer()
+            if options.max_tokens is not None and options.max_tokens < needed:
+                raise DataError(
+                    "max_tokens",
+                    f"{options.max_tokens:,} is too few for an image, which has {needed:,} tokens",
+                    f"Allow {needed:,} or more",
+                )
+        return room if options.max_tokens is None else min(room, options.max_tokens)
+
+    def _content(self, token_ids: list[int]) -> list[str | Image.Image]:
+        """Texts and images of drawn tokens; ``ModalityState`` sees to it that images are whole."""
+        vocabulary = self.tokenizer.vocabulary
+        content: list[str | Image.Image] = []
+        text_ids: list[int] = []
+
+        def finish_text() -> None:
+            if text := self.tokenizer.text.decode(text_ids):  # skips </s> and the end of an image
+                content.append(text)
+            text_ids.clear()
+
+        remaining = iter(token_ids)
+        for token_id in remaining:
+            if token_id != vocabulary.begin_image:
+                text_ids.append(token_id)
+                continue
+            finish_text()
+            image_ids = [next(remaining) for _ in range(self.codes_per_image)]
+            codes = vocabulary.token_ids_to_codes(np.array(image_ids))
+            content += self._image_tokenizer().decode(codes[None])
+        finish_text()
+        return content
+
+    def _image_tokenizer(self) -> ImageTokenizer:
+        if self.tokenizer.image is None:
+            raise DataError(
+                str(self.tokenizer.folder),
+                "the tokenizer has no image tokenizer",
+                "Use a folder with image.safetensors",
+            )
+        return self.tokenizer.image
+
+
+def _is_image(part: Part) -> bool:
+    return isinstance(part, Image.Image | ImagePart)
+
+
+def _image(part: Part) -> Image.Image:
+    if isinstance(part, ImagePart):
+        return part.open()
+    assert isinstance(part, Image.Image)
+    return part
+
+
+def _text(part: Part) -> str:
+    if isinstance(part, TextPart):
+        return part.text
+    assert isinstance(part, str)
+    return part
+
+
+def _open_checkpoint(
+    reader: CheckpointReader, device: str, tokenizer_folder: str | Path | None
+) -> Session:
+    from transformers import ChameleonForConditionalGeneration
+
+    found = hf.checked_pieces(reader)
+    tokenizer = load_matching_tokenizer(reader, tokenizer_folder, device)
+    assert tokenizer.image is not None
+    tensors = hf.encoder_tensors(tokenizer)
+    for piece in found:
+        for name, part in piece.to_hf(reader.read(piece.megatron_name, piece.layer)).items():
+            tensors[name] = part.contiguous()
+    dtype = tensors["lm_head.weight"].dtype
+    config = hf.build_config(
+        reader.config.model, tokenizer.vocabulary, tokenizer.image.config, dtype
+    )
+    with _no_progress_bar():
+        model, info = ChameleonForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
+    _check_complete(info, reader.folder)
+    return Session(model.to(device), tokenizer, reader.state["step"])
+
+
+def _open_export(path: Path, device: str, tokenizer_folder: str | Path | None) -> Session:
+    from transformers import ChameleonForConditionalGeneration
+
+    origin = hf.read_origin(path)
+    if tokenizer_folder is not None:
+        tokenizer = load_tokenizer(tokenizer_folder, device=device)
+        check_fingerprint(tokenizer, origin["tokenizer_fingerprint"], str(path))
+    else:
+        tokenizer = Tokenizer(
+            path,
+            Vocabulary.load(path),
+            TextTokenizer.load(path),
+            ImageTokenizer.load(path / hf.IMAGE_TOKENIZER_FOLDER, device),
+            origin["tokenizer_fingerprint"],
+        )
+    try:
+        with _no_progress_bar():
+            model, info = ChameleonForConditionalGeneration.from_pretrained(
+                path, dtype="auto", output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            str(path), f"transformers cannot open it ({reason})", "Convert the checkpoint again"
+        ) from error
+    _check_complete(info, path)
+    return Session(model.to(device), tokenizer, origin["step"])
+
+
+def _check_complete(loading_info: dict[str, Any], path: Path) -> None:
+    """Refuse a model that transformers completed with random numbers, as it does silently."""
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(str(name) for name in loading_info[kind]):
+            raise CheckpointError(
+                str(path),
+                f"{len(names)} tensors are {kind.removesuffix('_keys')}, the first is {names[0]}",
+                "Convert the checkpoint again",
+            )
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers' progress bar out of the output."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,141 @@
+"""Config -> transformer: megatron-core's ``GPTModel`` in Chameleon's shape.
+
+The model is read here, how it is laid out over processes is not: megatron-core's layers split
+themselves by the config.
+"""
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_chameleon.config.schema import Config, ModelConfig
+from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.model.initialization import initialize_weights
+from megatron_chameleon.model.layers import block_spec
+from megatron_chameleon.model.loss import vocab_parallel_cross_entropy
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.topology import Topology, seed_random
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ChameleonModel(GPTModel):
+    """``GPTModel`` that returns, given labels, the parts of Chameleon's loss for each token."""
+
+    def compute_language_model_loss(
+        self, labels: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy, log(Z) and the largest logit.
+
+        Args:
+            labels: [B, S] token ids.
+            logits: [S, B, vocabulary / tensor-parallel size].
+
+        Returns:
+            Three tensors [B, S].
+        """
+        parts = vocab_parallel_cross_entropy(logits, labels.t(), self.pg_collection.tp)
+        cross_entropy, log_z, max_logit = (part.t() for part in parts)
+        return cross_entropy, log_z, max_logit
+
+
+def build_model(config: Config, vocab_size: int, topology: Topology) -> ChameleonModel:
+    """Build this rank's part of the model on its device, with the first weights of the seed.
+
+    Raises:
+        ConfigError: The vocabulary cannot be split over the tensor-parallel ranks.
+    """
+    model_config, tp = config.model, topology.tensor_size
+    if vocab_size % tp:
+        what = f"its {vocab_size} tokens do not divide by tensor_model_parallel_size {tp}"
+        remedy = f"Train a tokenizer whose --vocab-size is a multiple of {tp}"
+        raise ConfigError("tokenizer.path", what, remedy)
+    seed_random(config.training.seed, 0, topology)  # megatron-core wants its streams to exist
+    transformer = transformer_config(config)
+    model = ChameleonModel(
+        config=transformer,
+        transformer_layer_spec=block_spec(
+            transformer,
+            swin_norm=model_config.norm_order == "swin",
+            qk_norm_groups=qk_norm_groups(model_config),
+        ),
+        vocab_size=vocab_size,
+        max_sequence_length=model_config.seq_length,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=model_config.rotary_base,
+    )
+    initialize_weights(
+        model,
+        seed=config.training.seed,
+        std=model_config.init_method_std,
+        num_layers=model_config.num_layers,
+        rank=topology.tensor_rank,
+        size=tp,
+    )
+    return model.to(platform.device())
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """megatron-core's config for ours. Source: paper, section 2.3; Llama 2 for the rest."""
+    model, parallel = config.model, config.parallel
+    dtype = DTYPES[config.training.dtype]
+    full_recompute = parallel.recompute_granularity == "full"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=0.0,
+        layernorm_epsilon=model.layernorm_epsilon,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method="uniform" if full_recompute else None,
+        recompute_num_layers=1 if full_recompute else None,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,  # mean over the unmasked tokens of the whole global batch
+        # initialization.py draws the weights; megatron-core only marks how each of them is split
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
+def qk_norm_groups(model: ModelConfig) -> int:
+    """Groups of heads with a QK-norm weight of their own; 0 without QK-norm."""
+    return model.num_attention_heads if model.qk_norm_groups is None else model.qk_norm_groups
+
+
+def count_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Parameters of the whole model, embeddings, norms and QK-norms included."""
+    head_size = model.hidden_size // model.num_attention_heads
+    key_heads = model.num_query_groups or model.num_attention_heads
+    norm_groups = qk_norm_groups(model)
+    attention = 2 * model.hidden_size * (model.hidden_size + key_heads * head_size)
+    feed_forward = 3 * model.hidden_size * model.ffn_hidden_size
+    norms = 2 * model.hidden_size + 2 * head_size * (norm_groups + min(norm_groups, key_heads))
+    embeddings = 2 * vocab_size * model.hidden_size
+    return model.num_layers * (attention + feed_forward + norms) + embeddings + model.hidden_size

@@ -1,0 +1,73 @@
+"""First weights that are the same under every layout.
+
+Each tensor is drawn whole from a generator keyed by the seed and the tensor's name in the whole
+model, and each rank keeps its part. So neither tensor nor pipeline nor data parallelism changes
+them. Source of the scales: GPT-2's, as megatron-core has them: N(0, std), and N(0, std / sqrt(2
+layers)) for the two matrices that write to the residual stream.
+"""
+
+import hashlib
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def initialize_weights(
+    model: nn.Module, *, seed: int, std: float, num_layers: int, rank: int, size: int
+) -> None:
+    """Draw the matrices of one pipeline stage; norms keep their ones and zeros.
+
+    Args:
+        model: A ``GPTModel`` (this rank's part).
+        seed: Of the run.
+        std: Standard deviation of the matrices.
+        num_layers: Of the whole model.
+        rank: Tensor-parallel rank.
+        size: Tensor-parallel size.
+    """
+    first_layer = _first_layer(model)
+    with torch.no_grad():
+        for local_name, parameter in model.named_parameters():
+            name = global_name(local_name, first_layer)
+            if "norm" in name:
+                continue
+            writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            scale = std / math.sqrt(2 * num_layers) if writes_residual else std
+            generator = torch.Generator().manual_seed(_key(seed, name))
+            parameter.copy_(_draw_part(parameter, name, scale, generator, rank, size))
+
+
+def global_name(local_name: str, first_layer: int) -> str:
+    """The name of a parameter with its layer counted from the start of the whole model."""
+    return re.sub(
+        r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m.group()) + first_layer), local_name
+    )
+
+
+def _first_layer(model: nn.Module) -> int:
+    layers: Any = model.get_submodule("decoder.layers")
+    return layers[0].layer_number - 1 if len(layers) else 0
+
+
+def _key(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def _draw_part(
+    parameter: Tensor, name: str, std: float, generator: torch.Generator, rank: int, size: int
+) -> Tensor:
+    """Draw the whole tensor in fp32 and cut this rank's part out of it."""
+    shape, dim = list(parameter.shape), getattr(parameter, "partition_dim", -1)
+    if size > 1 and dim >= 0:
+        shape[dim] *= size
+    whole = torch.empty(shape).normal_(0.0, std, generator=generator)
+    if size == 1 or dim < 0:
+        return whole
+    if name.endswith("linear_fc1.weight"):  # a rank's part is its gate rows, then its up rows
+        gate, up = whole.chunk(2, dim=0)
+        return torch.cat([gate.chunk(size, dim=0)[rank], up.chunk(size, dim=0)[rank]])
+    return whole.chunk(size, dim=dim)[rank]

@@ -1,0 +1,228 @@
+"""The one module that knows whether this machine computes on GPUs or on CPUs.
+
+With a usable GPU ``prepare()`` does nothing. Without one it makes megatron-core 0.16 run on CPU and
+gloo:
+
+1. the two ``torch.cuda`` functions by which megatron-core asks for its device answer for the CPU;
+2. its random-number tracker forks torch's CPU generator;
+3. a fixed list of its functions names the device in a literal ("cuda", "torch.cuda.FloatTensor").
+   Those literals are replaced in the functions' constants. Nothing else of the functions changes,
+   calls cost nothing, and a function of the list without such a literal raises: a megatron-core
+   that moved its code is noticed at once.
+
+Beside that, ``fix_torch_adam_in_distributed_optimizer()`` mends what megatron-core 0.16 does wrong
+on any machine that has neither Transformer Engine nor apex.
+"""
+
+import contextlib
+import importlib
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_chameleon.errors import ConfigError
+
+SUPPORTED_MEGATRON_CORE = "0.16."
+
+_CPU_LITERALS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+# module -> functions that allocate on, or compare with, a device they name themselves
+_DEVICE_SITES = {
+    "megatron.core.pipeline_parallel.schedules": (
+        "forward_backward_no_pipelining",
+        "forward_backward_pipelining_with_interleaving",
+        "forward_backward_pipelining_without_interleaving",
+    ),
+    "megatron.core.optimizer.optimizer": (
+        "MixedPrecisionOptimizer.__init__",
+        "Float16OptimizerWithFloat16Params.__init__",
+        "FP32Optimizer.__init__",
+    ),
+    "megatron.core.optimizer.distrib_optimizer": (
+        "DistributedOptimizer.__init__",
+        "DistributedOptimizer._build_model_and_main_param_groups",
+    ),
+    "megatron.core.optimizer.clip_grads": (
+        "get_grad_norm_fp32",
+        "clip_grad_by_total_norm_fp32",
+        "count_zeros_fp32",
+    ),
+    "megatron.core.transformer.utils": ("get_default_causal_mask",),
+    "megatron.core.utils": ("local_multi_tensor_l2_norm",),
+}
+
+
+def has_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend of this platform."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def prepare() -> None:
+    """Make megatron-core usable on this machine; call it before the first of its objects is built.
+
+    Raises:
+        ConfigError: megatron-core is of a version that the CPU support was not written for.
+    """
+    import megatron.core
+
+    version = megatron.core.__version__
+    if not version.startswith(SUPPORTED_MEGATRON_CORE):
+        raise ConfigError(
+            "megatron-core",
+            f"version {version} is installed and {SUPPORTED_MEGATRON_CORE}x is supported",
+            f"Run pip install 'megatron-core=={SUPPORTED_MEGATRON_CORE}*'",
+        )
+    fix_torch_adam_in_distributed_optimizer()
+    if has_gpu() or torch.cuda.current_device is _cpu_device:
+        return
+    torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
+    torch.cuda.synchronize = _no_synchronize
+    _install_cpu_random_tracker()
+    for module, names in _DEVICE_SITES.items():
+        for name in names:
+            _name_cpu_in(importlib.import_module(module), name)
+
+
+def _cpu_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def _no_synchronize(device: Any = None) -> None:
+    """CPU work is done when its call returns."""
+
+
+def _name_cpu_in(module: types.ModuleType, qualified_name: str) -> None:
+    target: Any = module
+    for part in qualified_name.split("."):
+        target = inspect.getattr_static(target, part)
+    function = inspect.unwrap(getattr(target, "__func__", target))
+    code, count = _replace_literals(function.__code__)
+    if count == 0:
+        raise RuntimeError(
+            f"{module.__name__}.{qualified_name} names no CUDA device: "
+            f"megatron-core changed; review {__name__}"
+        )
+    function.__code__ = code
+
+
+def _replace_literals(code: types.CodeType) -> tuple[types.CodeType, int]:
+    """The code with its device literals replaced, nested functions too, and their number."""
+    count = 0
+
+    def replace(constant: Any) -> Any:
+        nonlocal count
+        if isinstance(constant, str) and constant in _CPU_LITERALS:
+            count += 1
+            return _CPU_LITERALS[constant]
+        if isinstance(constant, tuple):
+            return tuple(replace(item) for item in constant)
+        if isinstance(constant, types.CodeType):
+            inner, inner_count = _replace_literals(constant)
+            count += inner_count
+            return inner
+        return constant
+
+    constants = tuple(replace(constant) for constant in code.co_consts)
+    return code.replace(co_consts=constants), count
+
+
+def _install_cpu_random_tracker() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
+        """megatron-core's tracker over torch's CPU generator."""
+
+        _current_state_name: str
+
+        def add(self, name: str, seed: int) -> None:
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"random state {name!r} or seed {seed} is already tracked")
+            self._is_initialized = True
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator:
+            outer, outer_name = torch.get_rng_state(), self._current_state_name
+            if outer_name != "default-rng":
+                self.states_[outer_name] = outer
+            torch.set_rng_state(self.states_[name])
+            self._current_state_name = name
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(
+                    outer if outer_name == "default-rng" else self.states_[outer_name]
+                )
+                self._current_state_name = outer_name
+
+    megatron_random.CudaRNGStatesTracker = CpuRNGStatesTracker
+    # Recomputation saves and restores both states; here the "CUDA" state is the CPU state, saved
+    # twice.
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def fix_torch_adam_in_distributed_optimizer() -> None:
+    """Let megatron-core's ``DistributedOptimizer`` resume over torch's AdamW.
+
+    megatron-core 0.16.1 falls back to torch's AdamW where Transformer Engine and apex are missing,
+    and then (a) asserts on loading that a step was already taken (distrib_optimizer.py:642), (b)
+    looks for a "step" that its checkpoints do not hold (:940), and (c) gives one step tensor to all
+    parameters (:822), which then advances once a parameter and corrupts resumed training without a
+    word.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    cls = distrib_optimizer.DistributedOptimizer
+    if distrib_optimizer.HAVE_APEX_OR_TE or getattr(cls, "_resumes_torch_adam", False):
+        return
+    sharded_state_dict = cls.sharded_state_dict
+    set_states = cls._set_main_param_and_optimizer_states
+    load_state_dict = cls.load_state_dict
+
+    def sharded_state_dict_with_state(
+        self: Any,
+        model_sharded_state_dict: Any,
+        is_loading: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return sharded_state_dict(self, model_sharded_state_dict, is_loading, *args, **kwargs)
+
+    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        step = {"step": state["step"]} if "step" in state else {}
+        set_states(self, model_param, {**step, **tensors})
+
+    def load_state_dict_with_own_steps(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    cls.sharded_state_dict = sharded_state_dict_with_state
+    cls._set_main_param_and_optimizer_states = set_states_with_step
+    cls.load_state_dict = load_state_dict_with_own_steps
+    cls._resumes_torch_adam = True

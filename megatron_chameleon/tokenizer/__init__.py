@@ -1,0 +1,31 @@
+"""Tokenizers: text (sentencepiece BPE), images (VQGAN) and the vocabulary that joins them.
+
+``chameleon tokenizer text`` and ``chameleon tokenizer image`` make a tokenizer folder,
+``load_tokenizer`` reads it. Names are imported on first use: a program that needs only the
+vocabulary does not pay for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_chameleon.tokenizer.folder import Tokenizer, fingerprint, load_tokenizer
+    from megatron_chameleon.tokenizer.image import ImageTokenizer
+    from megatron_chameleon.tokenizer.text import TextTokenizer
+    from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+
+__all__ = [
+    "ImageTokenizer",
+    "TextTokenizer",
+    "Tokenizer",
+    "Vocabulary",
+    "fingerprint",
+    "load_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    homes = {"ImageTokenizer": "image", "TextTokenizer": "text", "Vocabulary": "vocabulary"}
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{homes.get(name, 'folder')}"), name)

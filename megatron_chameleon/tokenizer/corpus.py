@@ -1,0 +1,162 @@
+"""Training data of the tokenizers: texts and images out of files, folders and documents.
+
+A document is read simply here, for its text parts or its images; training the tokenizers needs no
+more. A document may carry ``"weight": 2``: its images are then drawn twice as often, as the paper
+does with images that show faces (section 2.1).
+"""
+
+import base64
+import binascii
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from megatron_chameleon.errors import DataError
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """One image to train on, not opened yet."""
+
+    image: Path | bytes
+    """A file, or the bytes of one."""
+    where: str
+    """What an error names: the file, or the line of the document."""
+    weight: float = 1.0
+    """How often it is drawn, relative to the others."""
+
+    def open(self) -> Image.Image:
+        """The image; Pillow reads the pixels only when they are asked for."""
+        source = io.BytesIO(self.image) if isinstance(self.image, bytes) else self.image
+        return Image.open(source)
+
+
+def read_texts(paths: Sequence[str | Path]) -> Iterator[str]:
+    """The texts of .txt files (line by line) and of .jsonl documents (each text part).
+
+    Raises:
+        DataError: If a file is missing, of another kind, no UTF-8 or no JSON Lines.
+    """
+    for path in map(Path, paths):
+        _check_file(path)
+        if path.suffix == ".jsonl":
+            for where, document in _documents(path):
+                yield from _texts_of(document, where)
+        elif path.suffix == ".txt":
+            for _, line in _lines(path):
+                yield line
+        else:
+            raise DataError(
+                str(path), f"{path.suffix or 'no suffix'} is no kind of text", "Give .txt or .jsonl"
+            )
+
+
+def find_images(paths: Sequence[str | Path]) -> list[ImageEntry]:
+    """The images of image files, of folders (searched whole, by name) and of .jsonl documents.
+
+    Raises:
+        DataError: If a path is missing, a document is broken or there is no image at all.
+    """
+    entries: list[ImageEntry] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            suffixes = Image.registered_extensions()
+            files = (file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+            entries += [ImageEntry(file, str(file)) for file in sorted(files)]
+            continue
+        _check_file(path)
+        if path.suffix == ".jsonl":
+            for where, document in _documents(path):
+                entries += _images_of(document, where, path.parent)
+        else:
+            entries.append(ImageEntry(path, str(path)))
+    if not entries:
+        names = ", ".join(map(str, paths))
+        raise DataError(names, "no image found", "Give image files, folders or .jsonl documents")
+    if sum(entry.weight for entry in entries) <= 0:
+        raise DataError(
+            entries[0].where, f"the weights of all {len(entries)} images are 0", "Give one above 0"
+        )
+    return entries
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise DataError(str(path), what, "Give an existing file")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}:{number + 1}", f"no UTF-8 ({error.reason})", "Convert the file to UTF-8"
+        ) from error
+
+
+def _documents(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            document = json.loads(line)
+        except ValueError as error:
+            raise DataError(where, f"no JSON ({error})", "Write one document a line") from error
+        if not isinstance(document, dict):
+            raise _bad_document(where, "the line is no object")
+        yield where, document
+
+
+def _parts(document: dict[str, Any], where: str, kind: str) -> list[dict[str, Any]]:
+    content = document.get("content", [])
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise _bad_document(where, "`content` is no list of parts")
+    parts = [part for part in content if part.get("type") == kind]
+    if not all(isinstance(part.get(kind), str) for part in parts):
+        raise _bad_document(where, f"a part of type {kind!r} has no string `{kind}`")
+    return parts
+
+
+def _texts_of(document: dict[str, Any], where: str) -> list[str]:
+    if "content" in document:
+        return [part["text"] for part in _parts(document, where, "text")]
+    if isinstance(document.get("text"), str):
+        return [document["text"]]
+    raise _bad_document(where, "neither `content` nor a string `text`")
+
+
+def _images_of(document: dict[str, Any], where: str, folder: Path) -> list[ImageEntry]:
+    weight = document.get("weight", 1.0)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not 0 <= weight < float("inf"):
+        raise DataError(where, f"`weight` is {weight!r}", "Give a number of 0 or more")
+    entries = []
+    for number, part in enumerate(_parts(document, where, "image"), start=1):
+        name = part["image"]
+        data = name.partition(",")[2] if name.startswith("data:") else None
+        if data is None:
+            entries.append(ImageEntry(folder / name, f"{where}: {name}", weight))
+            continue
+        try:
+            content = base64.b64decode(data, validate=True)
+        except binascii.Error:
+            content = (
+                b""  # no image: dropped, counted and listed like any other that cannot be read
+            )
+        entries.append(ImageEntry(content, f"{where}: image {number}", weight))
+    return entries
+
+
+def _bad_document(where: str, what: str) -> DataError:
+    form = '{"content": [{"type": "text", "text": "..."}, {"type": "image", "image": "PATH"}]}'
+    return DataError(where, what, f"Write documents as {form}")

@@ -1,0 +1,88 @@
+"""A tokenizer folder, loaded and checked as one thing.
+
+It holds text.model, vocabulary.json, image.safetensors and image.json.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.image import IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE, ImageTokenizer
+from megatron_chameleon.tokenizer.text import TEXT_MODEL_FILE, TextTokenizer
+from megatron_chameleon.tokenizer.vocabulary import VOCABULARY_FILE, Vocabulary
+
+FINGERPRINTED_FILES = (TEXT_MODEL_FILE, VOCABULARY_FILE, IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Both tokenizers and the vocabulary that joins them."""
+
+    folder: Path
+    vocabulary: Vocabulary
+    text: TextTokenizer
+    image: ImageTokenizer | None
+    """None where the folder was loaded without images."""
+    fingerprint: str
+    """Changes with any byte that could change an id: see ``fingerprint``."""
+
+
+def load_tokenizer(
+    folder: str | Path, *, images: bool = True, device: str | torch.device = "cpu"
+) -> Tokenizer:
+    """Load a tokenizer folder and check that its parts belong together.
+
+    Args:
+        folder: Written by ``chameleon tokenizer text`` and ``chameleon tokenizer image``.
+        images: Whether the image tokenizer is needed; without it, it is neither loaded nor looked
+            for.
+        device: Where the image tokenizer runs.
+
+    Raises:
+        DataError: If the folder or a file in it is missing, or two files contradict each other.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(
+            str(folder),
+            "no such folder" if not folder.exists() else "is not a folder",
+            "Give a folder made by `chameleon tokenizer text` and `chameleon tokenizer image`",
+        )
+    vocabulary = Vocabulary.load(folder)
+    text = TextTokenizer.load(folder)
+    if tuple(text.tokens) != vocabulary.tokens:
+        raise DataError(
+            str(folder),
+            f"{TEXT_MODEL_FILE} ({text.size} tokens) and {VOCABULARY_FILE} "
+            f"({vocabulary.size} tokens) name different tokens",
+            "Run `chameleon tokenizer text` again, or put both files of one run beside each other",
+        )
+    image = ImageTokenizer.load(folder, device) if images else None
+    if image is not None and image.codebook_size != vocabulary.image_codes:
+        raise DataError(
+            str(folder),
+            f"the image tokenizer has {image.codebook_size} codes, "
+            f"the vocabulary {vocabulary.image_codes}",
+            f"Run `chameleon tokenizer text` again with --image-codes {image.codebook_size}, "
+            f"or `chameleon tokenizer image` with model.codebook_size={vocabulary.image_codes}",
+        )
+    return Tokenizer(folder, vocabulary, text, image, fingerprint(folder))
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 (hexadecimal) over names and bytes of the tokenizer files that are in the folder.
+
+    Token files and checkpoints carry it, so that a model never meets ids that another tokenizer
+    made.
+    """
+    digest = hashlib.sha256()
+    for name in FINGERPRINTED_FILES:
+        path = Path(folder) / name
+        if path.is_file():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{name} {content}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""Writes a tokenizer in Hugging Face's files, so that ``ChameleonProcessor`` loads it as it is.
+
+    python -c "
+    from pathlib import Path; from megatron_chameleon.tokenizer import load_tokenizer
+    from megatron_chameleon.tokenizer.huggingface import write_huggingface_tokenizer
+    write_huggingface_tokenizer(load_tokenizer('runs/digits/tokenizer'), Path('exported'))"
+
+Text gets the ids that sentencepiece gives it. One thing differs by nature: Hugging Face finds
+special tokens in text, which is how its prompts name images; pass ``split_special_tokens=True`` for
+text that must not be trusted.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.folder import Tokenizer
+
+SPACE = "▁"
+"""sentencepiece's mark for a space."""
+
+RESCALE_FACTOR = 2 / 255
+"""Pixel values to [0, 2], from which the mean of 1 is taken.
+
+Hugging Face's default, 0.0078, is this number rounded, and puts white at 0.989 in place of 1: codes
+of bright images then differ from those the model was trained on.
+"""
+
+
+def write_huggingface_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and processor_config.json.
+
+    Args:
+        tokenizer: With its image tokenizer: the processor needs the size of images.
+        output: A folder; made where it is missing.
+
+    Raises:
+        DataError: If the tokenizer was loaded without images.
+    """
+    from transformers import ChameleonProcessor
+    from transformers.models.chameleon.image_processing_pil_chameleon import (
+        ChameleonImageProcessorPil,
+    )
+
+    if tokenizer.image is None:
+        raise DataError(
+            str(tokenizer.folder), "was loaded without its image tokenizer", "Load it with images"
+        )
+    resolution = tokenizer.image.resolution
+    # The PIL class computes the same whether torchvision is there or not; it is saved under the
+    # name from which Hugging Face picks the class that the reader's installation has.
+    image_processor = ChameleonImageProcessorPil(
+        size={"shortest_edge": resolution},
+        crop_size={"height": resolution, "width": resolution},
+        rescale_factor=RESCALE_FACTOR,
+        image_mean=[1.0, 1.0, 1.0],
+        image_std=[1.0, 1.0, 1.0],
+    )
+    processor = ChameleonProcessor(
+        image_processor,
+        _fast_tokenizer(tokenizer),
+        image_seq_length=tokenizer.image.codes_per_image,
+        image_token=_names(tokenizer)["image_token"],
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    processor.save_pretrained(output)
+
+
+def _names(tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens by the names that Hugging Face's Chameleon classes look for."""
+    vocabulary = tokenizer.vocabulary
+    ids = {
+        "bos_token": vocabulary.bos,
+        "eos_token": vocabulary.eos,
+        "unk_token": vocabulary.unk,
+        "pad_token": vocabulary.pad,
+        "sep_token": vocabulary.separator,
+        "image_token": vocabulary.image_placeholder,
+        "boi_token": vocabulary.begin_image,
+        "eoi_token": vocabulary.end_image,
+    }
+    return {name: vocabulary.tokens[token_id] for name, token_id in ids.items()}
+
+
+def _fast_tokenizer(tokenizer: Tokenizer) -> Any:
+    """Byte-fallback BPE with the pieces of the sentencepiece model, in a transformers tokenizer."""
+    import tokenizers
+    from tokenizers import decoders, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    text = tokenizer.text
+    ids = {name: token_id for token_id, name in enumerate(text.tokens)}
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab=ids,
+            merges=_merges(tokenizer, ids),
+            unk_token=text.tokens[tokenizer.vocabulary.unk],
+            byte_fallback=True,
+            fuse_unk=False,
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=SPACE, prepend_scheme="never", split=False
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    names = _names(tokenizer)
+    bos = names["bos_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids[bos])]
+    )
+    backend.add_special_tokens(
+        [
+            tokenizers.AddedToken(name, normalized=False, special=True)
+            for name, token_id in ids.items()
+            if not text.is_text(token_id)
+        ]
+    )
+    images = {name: names.pop(name) for name in ("image_token", "boi_token", "eoi_token")}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        extra_special_tokens=images,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        **names,
+    )
+
+
+def _merges(tokenizer: Tokenizer, ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way in which a learned piece is made of two others, in the order it was learned."""
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    text = tokenizer.text
+    unspellable = [
+        name for name, i in ids.items() if not text.is_text(i) or text.is_byte(i)
+    ]  # no merge may lead to one: "<", "s>" must stay two tokens
+    scores = {name: text.score(token_id) for name, token_id in ids.items()}
+    return generate_merges(ids, vocab_scores=scores, skip_tokens=unspellable)

@@ -1,0 +1,271 @@
+"""The image tokenizer: PIL images to image codes and back.
+
+    python -c "
+    from PIL import Image; from megatron_chameleon.tokenizer import ImageTokenizer
+    tokenizer = ImageTokenizer.load('runs/digits/tokenizer')
+    print(tokenizer.encode([Image.open('cat.png')]))"
+
+It is the one place that says how an image is prepared; training the VQGAN uses it too.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.files import read_json, write_bytes, write_text
+from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
+
+IMAGE_CONFIG_FILE = "image.json"
+IMAGE_WEIGHTS_FILE = "image.safetensors"
+FORMAT = "megatron_chameleon.image_tokenizer/1"
+MADE_BY = "chameleon tokenizer image"
+
+PIXELS_OF_A_PASS = 2**16
+LARGEST_BATCH = 8
+"""Measured on CPU: beyond either, a pass with more images is no faster an image."""
+
+LARGEST_RATIO = 16
+"""Longer images lose their ends before they are resized: a thin one would need gigabytes."""
+
+
+def prepare_image(image: Image.Image, resolution: int) -> np.ndarray:
+    """The image upright, blended on white, resized to cover a square, and centre-cropped to it.
+
+    Args:
+        image: Any PIL image, of any mode and size.
+        resolution: Width and height of the result in pixels.
+
+    Returns:
+        RGB, uint8 [resolution, resolution, 3].
+
+    Source: ``image_tokenizer.py`` of the reference code. It rounds the longer side, as here; HF's
+    processor cuts it off, so that the crop of some images lies one pixel beside this one.
+    """
+    rgb = _without_ends(_on_white(_upright(image)))
+    scale = resolution / min(rgb.size)
+    width, height = (max(resolution, round(side * scale)) for side in rgb.size)
+    resized = rgb.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    return np.asarray(resized.crop((left, top, left + resolution, top + resolution)))
+
+
+def to_pixels(images_NHWC: np.ndarray) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W]: 0 becomes -1 and 255 becomes 1."""
+    return torch.tensor(images_NHWC).permute(0, 3, 1, 2).float().mul(2 / 255).sub(1).contiguous()
+
+
+def to_images(pixels_BCHW: torch.Tensor) -> list[Image.Image]:
+    """The inverse of ``to_pixels``; values outside [-1, 1] are clamped."""
+    scaled = pixels_BCHW.clamp(-1, 1).add(1).mul(255 / 2).round().to(torch.uint8)
+    return [Image.fromarray(array) for array in scaled.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # a broken image fails here
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        # The pixels are fine, but cameras and editors write EXIF blocks on which Pillow raises
+        # whatever its parser meets: the orientation stays unknown.
+        return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255: all white
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    longest = LARGEST_RATIO * min(image.size)
+    width, height = (min(side, longest) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+class ImageTokenizer:
+    """A trained VQGAN on one device.
+
+    Args:
+        model: The network.
+        device: Where it runs.
+
+    The codes of an image do not depend on what is encoded beside it. Convolution libraries choose
+    their algorithm by shape, so that latents differ by 1e-6 from one batch size to another, and a
+    code on the border between two codebook vectors flips: every pass has the same number of
+    images, the last is filled up.
+    """
+
+    def __init__(self, model: Vqgan, device: str | torch.device = "cpu") -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.config = model.config
+        self.device = torch.device(device)
+        fill = PIXELS_OF_A_PASS // model.config.resolution**2
+        self.batch_size = min(max(fill, 1), LARGEST_BATCH)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "ImageTokenizer":
+        """Read FOLDER/image.json and FOLDER/image.safetensors.
+
+        Raises:
+            DataError: If one of them is missing, unreadable, or they do not belong together.
+        """
+        config = read_vqgan_config(folder)
+        path = Path(folder) / IMAGE_WEIGHTS_FILE
+        remedy = f"Make it with `{MADE_BY}`"
+        try:
+            weights = load_file(path)
+        except FileNotFoundError:
+            raise DataError(str(path), "no such file", remedy) from None
+        except (OSError, safetensors.SafetensorError) as error:
+            problem = str(error).splitlines()[0]
+            raise DataError(str(path), f"cannot be read ({problem})", remedy) from None
+        with torch.device("meta"):
+            model = Vqgan(config)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        wrong = sorted(
+            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        )
+        if wrong:
+            name = wrong[0]
+            raise DataError(
+                str(path),
+                f"{len(wrong)} tensors do not fit {IMAGE_CONFIG_FILE}: "
+                f"{name} is {found.get(name, 'missing')}, "
+                f"the config wants {expected.get(name, 'none')}",
+                f"Put both files of one `{MADE_BY}` run beside each other",
+            )
+        model.load_state_dict(weights, assign=True)
+        return cls(model, device)
+
+    @property
+    def resolution(self) -> int:
+        """Width and height of an image in pixels."""
+        return self.config.resolution
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.config.codes_per_image
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Image codes; those of one image do not depend on the others.
+
+        Args:
+            images: Any sizes and modes.
+
+        Returns:
+            int64 [len(images), codes_per_image], in [0, codebook_size), row-major.
+
+        Raises:
+            DataError: If an image cannot be decoded.
+        """
+        codes = np.empty((len(images), self.codes_per_image), dtype=np.int64)
+        for start in range(0, len(images), self.batch_size):
+            indices = range(start, min(start + self.batch_size, len(images)))
+            batch = np.stack([self._prepare(index, images[index]) for index in indices])
+            full = np.resize(batch, (self.batch_size, *batch.shape[1:]))  # repeats to fill up
+            pass_codes = self.model.encode(to_pixels(full).to(self.device))
+            codes[start : start + len(batch)] = pass_codes[: len(batch)].cpu().numpy()
+        return codes
+
+    @torch.inference_mode()
+    def decode(self, codes: np.ndarray) -> list[Image.Image]:
+        """Images of image codes.
+
+        Args:
+            codes: Integers [n, codes_per_image] in [0, codebook_size), row-major.
+
+        Raises:
+            DataError: If the shape or a value does not fit this tokenizer.
+        """
+        codes = np.asarray(codes)
+        if codes.ndim != 2 or codes.shape[1] != self.codes_per_image:
+            raise DataError(
+                "image codes",
+                f"the shape is {codes.shape}, not (n, {self.codes_per_image})",
+                "Pass the codes of whole images, one row each",
+            )
+        if codes.size and (codes.min() < 0 or codes.max() >= self.codebook_size):
+            raise DataError(
+                "image codes",
+                f"values from {codes.min()} to {codes.max()} are outside [0, {self.codebook_size})",
+                "Pass image codes, not token ids",
+            )
+        images: list[Image.Image] = []
+        for start in range(0, len(codes), self.batch_size):
+            batch = torch.tensor(
+                codes[start : start + self.batch_size], dtype=torch.int64, device=self.device
+            )
+            images += to_images(self.model.decode(batch))
+        return images
+
+    def _prepare(self, index: int, image: Image.Image) -> np.ndarray:
+        try:
+            return prepare_image(image, self.resolution)
+        except Exception as error:  # Pillow's decoders raise whatever their format's parser raises
+            raise unreadable_image(f"image {index}", error) from error
+
+
+def unreadable_image(where: str, error: Exception) -> DataError:
+    """The error for image bytes that Pillow cannot turn into pixels."""
+    problem = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return DataError(where, f"the image cannot be decoded ({problem})", "Replace or remove it")
+
+
+def read_vqgan_config(folder: str | Path) -> VqganConfig:
+    """The network's shape from FOLDER/image.json.
+
+    Raises:
+        DataError: If the file is missing, unreadable, or describes no network.
+    """
+    path = Path(folder) / IMAGE_CONFIG_FILE
+    model = read_json(path, FORMAT, MADE_BY).get("model")
+    names = {item.name for item in fields(VqganConfig)}
+    if not isinstance(model, dict) or set(model) != names:
+        found = sorted(model) if isinstance(model, dict) else model
+        raise DataError(
+            str(path), f"`model` has {found}, not {sorted(names)}", f"Make it with `{MADE_BY}`"
+        )
+    return VqganConfig(**model)
+
+
+def save_vqgan(model: Vqgan, folder: str | Path, details: Mapping[str, Any] | None = None) -> None:
+    """Write FOLDER/image.safetensors, then FOLDER/image.json, whose presence says they are whole.
+
+    Args:
+        model: The network.
+        folder: The tokenizer folder; made where it is missing.
+        details: What image.json says beside the shape of the network: how it was trained.
+    """
+    folder = Path(folder)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = {"format": FORMAT, "model": vqgan_config_to_json(model.config), **(details or {})}
+    (folder / IMAGE_CONFIG_FILE).unlink(missing_ok=True)
+    write_bytes(folder / IMAGE_WEIGHTS_FILE, to_safetensors(weights))
+    write_text(folder / IMAGE_CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def vqgan_config_to_json(config: VqganConfig) -> dict[str, object]:
+    """The ``model`` part of image.json."""
+    return asdict(config)

@@ -1,0 +1,132 @@
+"""Batches for training an image tokenizer: prepared images, drawn by weight, slightly moved.
+
+What step ``s`` sees is a function of (images, config, seed, s) alone.
+"""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.corpus import ImageEntry
+from megatron_chameleon.tokenizer.files import write_text
+from megatron_chameleon.tokenizer.image import prepare_image, to_pixels, unreadable_image
+from megatron_chameleon.tokenizer.image_config import ImageTrainingConfig
+
+READING_THREADS = 8
+DROPPED_FILE = "image.dropped.jsonl"
+
+
+class ImageSet:
+    """Training images, prepared once and kept in memory as far as it reaches.
+
+    An image that cannot be read is dropped when it is first met: at the start for those that fit in
+    memory, when it is drawn for the others.
+
+    Args:
+        entries: What to read.
+        resolution: Width and height in pixels.
+        cache_bytes: Memory for prepared images.
+    """
+
+    def __init__(self, entries: Sequence[ImageEntry], resolution: int, cache_bytes: int) -> None:
+        self.entries = list(entries)
+        self.resolution = resolution
+        self.weights = np.array([entry.weight for entry in entries], dtype=np.float64)
+        self.dropped: dict[int, str] = {}
+        """Reason by index of the entry."""
+        self._cache: dict[int, np.ndarray] = {}
+        cached_images = min(len(self.entries), cache_bytes // (3 * resolution**2))
+        self._pool = ThreadPoolExecutor(READING_THREADS)
+        for index, image in enumerate(self._pool.map(self._read, range(cached_images))):
+            if image is not None:
+                self._cache[index] = image
+
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Draw images with replacement, in proportion to their weights.
+
+        Returns:
+            RGB, uint8 [count, resolution, resolution, 3].
+
+        Raises:
+            DataError: If every image with a weight above 0 turned out to be unreadable.
+        """
+        drawn: list[np.ndarray] = []
+        while len(drawn) < count:
+            if self.weights.sum() <= 0:
+                raise self._nothing_left()
+            share = self.weights / self.weights.sum()
+            indices = rng.choice(len(share), size=count - len(drawn), p=share)
+            drawn += [image for image in self._pool.map(self._get, indices) if image is not None]
+        return np.stack(drawn)
+
+    def first(self, count: int) -> np.ndarray:
+        """The first readable images: uint8 [at most count, resolution, resolution, 3]."""
+        images = (self._get(index) for index in range(len(self.entries)))
+        readable = (image for image in images if image is not None)
+        return np.stack([image for image, _ in zip(readable, range(count), strict=False)])
+
+    def write_dropped(self, folder: Path) -> None:
+        """List the dropped images in FOLDER/image.dropped.jsonl; no file where there are none."""
+        path = folder / DROPPED_FILE
+        lines = [
+            json.dumps({"image": self.entries[index].where, "reason": reason}, ensure_ascii=False)
+            for index, reason in sorted(self.dropped.items())
+        ]
+        if lines:
+            write_text(path, "\n".join(lines) + "\n")
+        else:
+            path.unlink(missing_ok=True)
+
+    def _get(self, index: int) -> np.ndarray | None:
+        cached = self._cache.get(index)
+        return self._read(index) if cached is None else cached
+
+    def _read(self, index: int) -> np.ndarray | None:
+        if index in self.dropped:
+            return None
+        try:
+            with self.entries[index].open() as image:
+                return prepare_image(image, self.resolution)
+        except Exception as error:  # Pillow's decoders raise whatever their format's parser raises
+            self.dropped[index] = unreadable_image(self.entries[index].where, error).what
+            self.weights[index] = 0
+            return None
+
+    def _nothing_left(self) -> DataError:
+        index, reason = next(iter(sorted(self.dropped.items())))
+        return DataError(
+            self.entries[index].where,
+            f"{reason}, and none of the {len(self.entries)} images can be used",
+            "Give images that Pillow can read",
+        )
+
+
+def training_batch(images: ImageSet, config: ImageTrainingConfig, seed: int, step: int) -> Tensor:
+    """The pixels of one step: float32 [batch_size, 3, H, W] in [-1, 1], on the CPU."""
+    rng = np.random.default_rng([seed, step])
+    pixels_BCHW = to_pixels(images.draw(config.batch_size, rng))
+    if config.rotate_degrees == config.shift == config.scale == 0:
+        return pixels_BCHW
+    return move(pixels_BCHW, config, rng)
+
+
+def move(pixels_BCHW: Tensor, config: ImageTrainingConfig, rng: np.random.Generator) -> Tensor:
+    """Rotate, scale and shift each image a little; what comes in repeats the border."""
+    count = pixels_BCHW.shape[0]
+    angle = np.deg2rad(rng.uniform(-config.rotate_degrees, config.rotate_degrees, count))
+    size = 1 + rng.uniform(-config.scale, config.scale, count)
+    shift = 2 * rng.uniform(-config.shift, config.shift, (count, 2))  # the image is 2 wide in torch
+    rows = [np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)]
+    matrix = np.stack(rows, axis=1).reshape(count, 2, 2) / size[:, None, None]
+    theta = torch.tensor(np.concatenate([matrix, shift[:, :, None]], axis=2), dtype=torch.float32)
+    grid = functional.affine_grid(theta, list(pixels_BCHW.shape), align_corners=False)
+    return functional.grid_sample(
+        pixels_BCHW, grid, padding_mode="border", align_corners=False, mode="bilinear"
+    )

@@ -1,0 +1,290 @@
+"""Train the image tokenizer (VQGAN) and write it into a tokenizer folder.
+
+    chameleon tokenizer image photos/ --output DIR --config digits training.steps=500
+
+Loss: pixels + codebook + commitment, and from ``discriminator_start`` on the adversarial loss of a
+patch discriminator. The perceptual loss (LPIPS) of Esser et al. 2021 is out: its pretrained weights
+would have to be downloaded.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.tokenizer.corpus import ImageEntry
+from megatron_chameleon.tokenizer.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_loss,
+)
+from megatron_chameleon.tokenizer.files import make_folder
+from megatron_chameleon.tokenizer.image import save_vqgan, to_pixels
+from megatron_chameleon.tokenizer.image_batches import ImageSet, training_batch
+from megatron_chameleon.tokenizer.image_config import ImageTokenizerConfig, ImageTrainingConfig
+from megatron_chameleon.tokenizer.vocabulary import VOCABULARY_FILE, Vocabulary
+from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganOutput
+
+ADAM_BETAS = (0.5, 0.9)
+MEASURED_IMAGES = 1024
+"""How many training images the closing figures are taken over, at most."""
+
+
+@dataclass(frozen=True)
+class ImageTrainingResult:
+    """What came out, measured on training images as they are (no augmentation)."""
+
+    images: int
+    """Images that could be used."""
+    dropped: int
+    psnr: float
+    """Peak signal-to-noise ratio of the reconstruction, dB."""
+    codes_used: int
+    """Codebook vectors that at least one measured image uses."""
+    codebook_size: int
+
+
+def train_image_tokenizer(
+    entries: Sequence[ImageEntry],
+    config: ImageTokenizerConfig,
+    output: str | Path,
+    *,
+    seed: int = 1,
+    device: str | torch.device = "cpu",
+    report: Callable[[str], None] = print,
+) -> ImageTrainingResult:
+    """Train on images; write OUTPUT/image.safetensors, image.json and the list of dropped images.
+
+    On the same CPU, the same images, config and seed give the same weights.
+
+    Args:
+        entries: The images.
+        config: Shape and training.
+        output: The tokenizer folder; an older image tokenizer in it is replaced.
+        seed: Of first weights, draws and augmentation.
+        device: Where to compute.
+        report: Takes each progress line.
+
+    Raises:
+        ConfigError: If the folder's vocabulary has another number of image codes.
+        DataError: If no image can be read.
+    """
+    output, device = make_folder(output), torch.device(device)
+    _check_vocabulary(output, config.model.codebook_size)
+    images = ImageSet(entries, config.model.resolution, int(config.training.cache_gib * 2**30))
+    # The caller's random numbers go on as if nothing had happened.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        trainer = _Trainer(config, seed, device)
+        trainer.fit(images, report)
+        result = measure(trainer.model, images, config.training.batch_size)
+    images.write_dropped(output)
+    details = {"training": asdict(config.training), "seed": seed, "result": asdict(result)}
+    save_vqgan(trainer.model, output, details)
+    return result
+
+
+@torch.inference_mode()
+def measure(model: Vqgan, images: ImageSet, batch_size: int) -> ImageTrainingResult:
+    """Reconstruction quality and codebook use over the first images of the set."""
+    model.eval()
+    device = next(model.parameters()).device
+    pixels_NCHW = to_pixels(images.first(MEASURED_IMAGES))
+    used = torch.zeros(model.config.codebook_size, dtype=torch.bool, device=device)
+    squared_error = 0.0
+    for batch_BCHW in pixels_NCHW.split(batch_size):
+        batch_BCHW = batch_BCHW.to(device)
+        codes_BN = model.encode(batch_BCHW)
+        used[codes_BN.flatten()] = True
+        missed_BCHW = model.decode(codes_BN).clamp(-1, 1) - batch_BCHW
+        squared_error += missed_BCHW.double().square().sum().item()
+    mean = squared_error / pixels_NCHW.numel()
+    return ImageTrainingResult(
+        images=len(images.entries) - len(images.dropped),
+        dropped=len(images.dropped),
+        psnr=10 * float(np.log10(4 / max(mean, 1e-12))),  # pixels span 2, so the peak power is 4
+        codes_used=int(used.sum()),
+        codebook_size=model.config.codebook_size,
+    )
+
+
+class _Trainer:
+    """Network, discriminator, their optimizers, and one step of them."""
+
+    def __init__(self, config: ImageTokenizerConfig, seed: int, device: torch.device) -> None:
+        self.config = config.training
+        self.seed = seed
+        self.device = device
+        self.model = Vqgan(config.model).to(device).train()
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=self.config.lr, betas=ADAM_BETAS
+        )
+        self.discriminator: PatchDiscriminator | None = None
+        self.discriminator_optimizer: torch.optim.Adam | None = None
+        if self.config.discriminator_weight > 0:
+            self.discriminator = PatchDiscriminator(
+                config.model.in_channels,
+                self.config.discriminator_channels,
+                self.config.discriminator_layers,
+            ).to(device)
+            self.discriminator_optimizer = torch.optim.Adam(
+                self.discriminator.parameters(), lr=self.config.lr, betas=ADAM_BETAS
+            )
+        self.uses_K = torch.zeros(config.model.codebook_size, dtype=torch.int64, device=device)
+        """How often each code was chosen since the last re-seeding."""
+
+    def fit(self, images: ImageSet, report: Callable[[str], None]) -> None:
+        """All steps, with a progress line every ``log_every_steps``."""
+        config = self.config
+        self.start_codebook(images)
+        progress = _Progress(config, report)
+        for step in range(config.steps):
+            self.set_learning_rate(step)
+            pixels_BCHW = training_batch(images, config, self.seed, step).to(self.device)
+            losses, output = self.step(pixels_BCHW, step)
+            self.uses_K += output.codes_BN.flatten().bincount(minlength=len(self.uses_K))
+            progress.step(step, losses, output.codes_BN, len(images.dropped))
+            every = config.reseed_every_steps
+            if (
+                every
+                and (step + 1) % every == 0
+                and step + 1 <= config.reseed_fraction * config.steps
+            ):
+                self.reseed(output.latents_BDhw.detach(), step)
+
+    @torch.no_grad()
+    def start_codebook(self, images: ImageSet) -> None:
+        """Put the codebook where the first latents are: far vectors would never be chosen."""
+        weight_KD = self.model.quantize.embedding.weight
+        vectors: list[Tensor] = []
+        rng = np.random.default_rng([self.seed, self.config.steps])  # a stream of its own
+        batches = -(-len(weight_KD) // (self.config.batch_size * self.model.config.codes_per_image))
+        for _ in range(batches):
+            pixels_BCHW = to_pixels(images.draw(self.config.batch_size, rng)).to(self.device)
+            vectors.append(_rows(self.model.latents(pixels_BCHW)))
+        rows_MD = torch.cat(vectors)
+        weight_KD.copy_(rows_MD[torch.tensor(rng.permutation(len(rows_MD))[: len(weight_KD)])])
+
+    def set_learning_rate(self, step: int) -> None:
+        lr = self.config.lr * learning_rate_share(self.config, step)
+        for optimizer in (self.optimizer, self.discriminator_optimizer):
+            if optimizer is not None:
+                optimizer.param_groups[0]["lr"] = lr
+
+    def step(self, pixels_BCHW: Tensor, step: int) -> tuple[dict[str, Tensor], VqganOutput]:
+        """One update of the network, then of the discriminator where it takes part."""
+        config = self.config
+        output = self.model(pixels_BCHW)
+        reconstruction_BCHW = output.reconstruction_BCHW
+        l1 = functional.l1_loss(reconstruction_BCHW, pixels_BCHW)
+        pixel_loss = config.l1_weight * l1
+        if config.l2_weight > 0:
+            l2 = functional.mse_loss(reconstruction_BCHW, pixels_BCHW)
+            pixel_loss = pixel_loss + config.l2_weight * l2
+        loss = (
+            pixel_loss
+            + config.codebook_weight * output.codebook_loss
+            + config.commitment_beta * output.commitment_loss
+        )
+        losses = {"l1": l1, "codebook": output.codebook_loss, "commit": output.commitment_loss}
+        adversarial = self.discriminator is not None and step >= config.discriminator_start
+        if adversarial:
+            assert self.discriminator is not None
+            losses["gan"] = -self.discriminator(reconstruction_BCHW).mean()
+            last_layer = self.model.decoder.conv_out.weight
+            balance = adaptive_weight(pixel_loss, losses["gan"], last_layer)
+            loss = loss + config.discriminator_weight * balance * losses["gan"]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if adversarial:
+            losses["disc"] = self.discriminator_step(pixels_BCHW, reconstruction_BCHW.detach())
+        return {name: value.detach() for name, value in losses.items()}, output
+
+    def discriminator_step(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> Tensor:
+        assert self.discriminator is not None and self.discriminator_optimizer is not None
+        # Its gradients also hold what the network's own backward pass left there: they go first.
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        loss = hinge_loss(self.discriminator(real_BCHW), self.discriminator(fake_BCHW))
+        loss.backward()
+        self.discriminator_optimizer.step()
+        return loss
+
+    @torch.no_grad()
+    def reseed(self, latents_BDhw: Tensor, step: int) -> None:
+        """Move codebook vectors that nothing chose to latents of the batch, Adam state included."""
+        unused = (self.uses_K == 0).nonzero().flatten()
+        self.uses_K.zero_()
+        rows_MD = _rows(latents_BDhw)
+        unused = unused[: len(rows_MD)]
+        rng = np.random.default_rng([self.seed, step, 1])  # a stream of its own
+        chosen = torch.tensor(rng.permutation(len(rows_MD))[: len(unused)], device=self.device)
+        weight_KD = self.model.quantize.embedding.weight
+        weight_KD[unused] = rows_MD[chosen]
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.optimizer.state[weight_KD][name][unused] = 0
+
+
+class _Progress:
+    """One line every ``log_every_steps``: losses, codebook use, rate and time to go."""
+
+    def __init__(self, config: ImageTrainingConfig, report: Callable[[str], None]) -> None:
+        self.config = config
+        self.report = report
+        self.start_seconds = time.perf_counter()
+        self.used: Tensor | None = None
+
+    def step(self, step: int, losses: dict[str, Tensor], codes_BN: Tensor, dropped: int) -> None:
+        seen = codes_BN.unique()
+        self.used = seen if self.used is None else torch.cat([self.used, seen])
+        done = step + 1
+        if done % self.config.log_every_steps and done != self.config.steps:
+            return
+        seconds = time.perf_counter() - self.start_seconds
+        values = " ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
+        line = (
+            f"step {done}/{self.config.steps} {values} codes {self.used.unique().numel()} "
+            f"{done * self.config.batch_size / seconds:.0f} images/s "
+            f"ETA {format_seconds(seconds / done * (self.config.steps - done))}"
+        )
+        self.report(f"{line} dropped {dropped}" if dropped else line)
+        self.used = None
+
+
+def learning_rate_share(config: ImageTrainingConfig, step: int) -> float:
+    """Learning rate of a step over the peak: linear warm-up, then a cosine to ``lr_final``."""
+    warmup = config.lr_warmup_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    position = (step - warmup) / max(1, config.steps - warmup)
+    return config.lr_final + (1 - config.lr_final) * 0.5 * (1 + float(np.cos(np.pi * position)))
+
+
+def format_seconds(seconds: float) -> str:
+    """75 -> 1:15, 3675 -> 1:01:15."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _rows(latents_BDhw: Tensor) -> Tensor:
+    """Latent vectors one under the other: [B * N, D]."""
+    return latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _check_vocabulary(output: Path, codebook_size: int) -> None:
+    if not (output / VOCABULARY_FILE).exists():
+        return
+    image_codes = Vocabulary.load(output).image_codes
+    if image_codes != codebook_size:
+        raise ConfigError(
+            "model.codebook_size",
+            f"{codebook_size} codes, but {output / VOCABULARY_FILE} has {image_codes}",
+            f"Use model.codebook_size={image_codes}, or another --output",
+        )

@@ -1,0 +1,128 @@
+"""The text tokenizer: sentencepiece BPE with byte fallback.
+
+    python -c "
+    from megatron_chameleon.tokenizer import TextTokenizer
+    print(TextTokenizer.load('runs/digits/tokenizer').encode('<s> is plain text'))"
+
+Text can never spell a control piece: image codes and sentinels come from code alone.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from megatron_chameleon.errors import DataError
+
+TEXT_MODEL_FILE = "text.model"
+
+
+class TextTokenizer:
+    """Turns text into token ids and back.
+
+    Every string round-trips, with two exceptions that are sentencepiece's and Unicode's: U+2581
+    (its mark for a space) comes back as a space, and a lone surrogate, which no UTF-8 can hold, as
+    U+FFFD.
+
+    Args:
+        model: The bytes of a sentencepiece model.
+        where: The file that an error names.
+
+    Raises:
+        DataError: If the bytes are no sentencepiece model.
+    """
+
+    def __init__(self, model: bytes, where: str = "text tokenizer") -> None:
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.load_from_serialized_proto(model)
+        except (RuntimeError, OSError) as error:
+            raise DataError(
+                where,
+                f"is no sentencepiece model ({len(model)} bytes)",
+                "Make it with `chameleon tokenizer text`",
+            ) from error
+        size = self._processor.get_piece_size()
+        self._is_text = np.array(
+            [
+                not (self._processor.is_control(i) or self._processor.is_unknown(i))
+                for i in range(size)
+            ]
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TextTokenizer":
+        """Read FOLDER/text.model.
+
+        Raises:
+            DataError: If the file is missing or is no sentencepiece model.
+        """
+        path = Path(folder) / TEXT_MODEL_FILE
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                str(path),
+                f"cannot be read ({error.strerror})",
+                "Make it with `chameleon tokenizer text`",
+            ) from None
+        return cls(model, where=str(path))
+
+    @property
+    def size(self) -> int:
+        """Number of token ids, image codes and sentinels included."""
+        return len(self._is_text)
+
+    @property
+    def tokens(self) -> list[str]:
+        """Token names by id."""
+        return [self._processor.id_to_piece(token_id) for token_id in range(self.size)]
+
+    def is_text(self, token_id: int) -> bool:
+        """Whether a token stands for text: neither a control piece nor ``<unk>``."""
+        return bool(self._is_text[token_id])
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token is one of the 256 bytes, such as ``<0x0A>``."""
+        return self._processor.is_byte(token_id)
+
+    def score(self, token_id: int) -> float:
+        """The order in which a piece was learned: the earlier, the higher."""
+        return self._processor.get_score(token_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without begin or end of document; never a control or image token."""
+        return self._processor.encode(_without_surrogates(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` for many texts, on one thread: preprocessing is parallel over processes."""
+        return self._processor.encode([_without_surrogates(text) for text in texts], num_threads=1)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of token ids; control and image tokens are skipped, broken UTF-8 becomes U+FFFD.
+
+        Args:
+            token_ids: Ids in [0, size).
+
+        Raises:
+            DataError: If an id is outside the vocabulary.
+        """
+        ids = [int(token_id) for token_id in token_ids]
+        wrong = [token_id for token_id in ids if not 0 <= token_id < self.size]
+        if wrong:
+            raise DataError(
+                "token ids",
+                f"{wrong[0]} is outside the vocabulary of {self.size}",
+                "Use the tokenizer that the ids were made with",
+            )
+        return self._processor.decode([token_id for token_id in ids if self._is_text[token_id]])
+
+
+def _without_surrogates(text: str) -> str:
+    """JSON can spell half a surrogate pair, UTF-8 cannot, and sentencepiece would refuse it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -1,0 +1,154 @@
+"""Train the text tokenizer: a BPE whose first ids are the special tokens and image codes.
+
+    chameleon tokenizer text corpus.txt --output DIR --vocab-size 65536 --image-codes 8192
+
+The vocabulary size includes everything, as in the paper (section 2.2): 65,536 with the 8,192 image
+codes. Ids: ``<s> <pad> </s> <unk>``, the image codes, four sentinels, 256 bytes, learned pieces,
+single characters.
+"""
+
+import io
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.tokenizer.files import make_folder, write_bytes
+from megatron_chameleon.tokenizer.image import IMAGE_CONFIG_FILE, read_vqgan_config
+from megatron_chameleon.tokenizer.text import TEXT_MODEL_FILE, TextTokenizer
+from megatron_chameleon.tokenizer.vocabulary import (
+    BOS,
+    EOS,
+    PAD,
+    UNK,
+    VOCABULARY_FILE,
+    Vocabulary,
+    control_names,
+)
+
+BYTE_PIECES = 256
+CHARACTER_COVERAGE = 0.99995
+"""Share of the corpus' characters with a piece of their own; the rarest are spelled in bytes."""
+LONGEST_LINE_CHARACTERS = 2**18
+"""sentencepiece leaves out lines that are too long, silently: longer ones are cut."""
+LONGEST_LINE_BYTES = 4 * LONGEST_LINE_CHARACTERS
+
+
+def train_text_tokenizer(
+    texts: Iterable[str], output: str | Path, vocab_size: int, image_codes: int
+) -> Vocabulary:
+    """Train on texts and write OUTPUT/text.model and OUTPUT/vocabulary.json.
+
+    Args:
+        texts: The corpus. Line breaks separate: no piece contains one, the byte ``<0x0A>`` stands
+            for it.
+        output: The tokenizer folder; made where it is missing, an older text tokenizer in it is
+            replaced.
+        vocab_size: Number of token ids, image codes and special tokens included.
+        image_codes: Codebook size of the image tokenizer that belongs to it.
+
+    Raises:
+        ConfigError: If the size is too small for what it must contain, larger than the corpus can
+            fill, or an image tokenizer in the folder has another codebook size.
+        DataError: If there is no text.
+    """
+    output = make_folder(output)
+    _check_sizes(vocab_size, image_codes)
+    _check_image_tokenizer(output, image_codes)
+    lines = _lines(texts)
+    first = next(lines, None)
+    if first is None:
+        raise DataError("text corpus", "no text in it", "Give files with at least one line of text")
+    model = _train(itertools.chain([first], lines), vocab_size, image_codes)
+    tokenizer = TextTokenizer(model)
+    if tokenizer.size < vocab_size:
+        raise ConfigError(
+            "--vocab-size",
+            f"{vocab_size} is more than this corpus fills, the most is {tokenizer.size}",
+            f"Use --vocab-size {tokenizer.size}, or more text",
+        )
+    vocabulary = Vocabulary.from_tokens(tokenizer.tokens)
+    # The old table goes first: a crash in between leaves an incomplete folder, not two files that
+    # contradict.
+    (output / VOCABULARY_FILE).unlink(missing_ok=True)
+    write_bytes(output / TEXT_MODEL_FILE, model)
+    vocabulary.save(output)
+    return vocabulary
+
+
+def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:
+    """The sentencepiece model; smaller than asked for where the corpus gives no more pieces."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # a smaller model comes back, and tells what is possible
+            bos_id=0,
+            bos_piece=BOS,
+            pad_id=1,
+            pad_piece=PAD,
+            eos_id=2,
+            eos_piece=EOS,
+            unk_id=3,
+            unk_piece=UNK,
+            control_symbols=control_names(image_codes),
+            byte_fallback=True,
+            add_dummy_prefix=False,  # with it, Hugging Face's tokenizers give other ids
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,  # a number is spelled digit by digit, which arithmetic needs
+            allow_whitespace_only_pieces=True,  # indentation costs one token, not one a space
+            character_coverage=CHARACTER_COVERAGE,
+            max_sentence_length=LONGEST_LINE_BYTES,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        required = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", str(error))
+        if required is None:
+            raise
+        raise ConfigError(
+            "--vocab-size",
+            f"{vocab_size} is too small: {required[2]} ids are needed for the special tokens, "
+            f"{image_codes} image codes, {BYTE_PIECES} bytes and the characters of the corpus",
+            f"Use --vocab-size {required[2]} or more",
+        ) from error
+    return model.getvalue()
+
+
+def _check_sizes(vocab_size: int, image_codes: int) -> None:
+    if image_codes < 1:
+        raise ConfigError("--image-codes", f"{image_codes} is below 1", "Give the codebook size")
+    least = 4 + len(control_names(image_codes)) + BYTE_PIECES + 1
+    if vocab_size < least:
+        raise ConfigError(
+            "--vocab-size",
+            f"{vocab_size} is too small: {image_codes} image codes, {least - 1 - image_codes} "
+            f"special tokens and bytes, and one piece of text are the least",
+            f"Use --vocab-size {least} or more, it includes the image codes",
+        )
+
+
+def _check_image_tokenizer(output: Path, image_codes: int) -> None:
+    """An image tokenizer of another codebook size would meet ids that mean something else."""
+    if not (output / IMAGE_CONFIG_FILE).exists():
+        return
+    codebook_size = read_vqgan_config(output).codebook_size
+    if codebook_size != image_codes:
+        raise ConfigError(
+            "--image-codes",
+            f"{image_codes} codes, but {output / IMAGE_CONFIG_FILE} has {codebook_size}",
+            f"Use --image-codes {codebook_size}, or another --output",
+        )
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in filter(str.strip, text.splitlines()):
+            for start in range(0, len(line), LONGEST_LINE_CHARACTERS):
+                yield line[start : start + LONGEST_LINE_CHARACTERS]

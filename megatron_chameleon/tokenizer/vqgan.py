@@ -1,0 +1,345 @@
+"""The VQGAN: images to a grid of codebook indices and back.
+
+Shape and parameter names are those of the released image tokenizer, so that its weights load as
+they are and the encoder gives the indices that Hugging Face's ``ChameleonVQVAE`` gives. Sources:
+Gafni et al. 2022 (Make-A-Scene), Esser et al. 2021 (VQGAN, sections 3.1 and A), paper section 2.1.
+
+Letters in tensor names: B images, C channels, H and W pixels, D width of a codebook vector, h and w
+latent positions, N = h * w codes of an image.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_chameleon.errors import ConfigError
+
+NORM_GROUPS = 32
+
+
+@dataclass
+class VqganConfig:
+    """Shape of the network. The defaults are the paper's."""
+
+    resolution: int = 512
+    """Width and height of an image in pixels."""
+    in_channels: int = 3
+    base_channels: int = 128
+    """Channels at full resolution; a multiple of 32 (GroupNorm has 32 groups)."""
+    ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
+    """Channels of each level over base_channels; each level but the last halves the resolution."""
+    num_res_blocks: int = 2
+    """Residual blocks a level in the encoder; the decoder has one more."""
+    z_channels: int = 256
+    """Channels between the network and the codebook's own projection."""
+    embed_dim: int = 256
+    """Width of a codebook vector."""
+    codebook_size: int = 8192
+    dropout: float = 0.0
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels that one code covers along each axis."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes of an image along each axis."""
+        return self.resolution // self.downsampling
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.grid**2
+
+    def check(self, where: str) -> None:
+        """Refuse a shape that no network can have.
+
+        Args:
+            where: The file or preset that an error names.
+
+        Raises:
+            ConfigError: At the first value that cannot work.
+        """
+        for name in (
+            "resolution",
+            "in_channels",
+            "base_channels",
+            "num_res_blocks",
+            "z_channels",
+            "embed_dim",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{where}: model.{name}", f"{getattr(self, name)} is below 1", "Give at least 1"
+                )
+        if self.codebook_size < 2:
+            raise ConfigError(
+                f"{where}: model.codebook_size",
+                f"{self.codebook_size} is below 2",
+                "Give at least 2",
+            )
+        if not self.ch_mult or min(self.ch_mult) < 1:
+            raise ConfigError(
+                f"{where}: model.ch_mult",
+                f"{list(self.ch_mult)} has no level or one below 1",
+                "Give one factor of 1 or more for each level",
+            )
+        if self.base_channels % NORM_GROUPS:
+            raise ConfigError(
+                f"{where}: model.base_channels",
+                f"{self.base_channels} is no multiple of {NORM_GROUPS}, GroupNorm's groups",
+                f"Use {-(-self.base_channels // NORM_GROUPS) * NORM_GROUPS}",
+            )
+        if self.resolution % self.downsampling:
+            nearest = -(-self.resolution // self.downsampling) * self.downsampling
+            raise ConfigError(
+                f"{where}: model.resolution",
+                f"{self.resolution} is no multiple of {self.downsampling}, by which "
+                f"{len(self.ch_mult)} levels shrink it",
+                f"Use {nearest}, or fewer levels in model.ch_mult",
+            )
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Two normalised 3x3 convolutions and a skip connection, projected where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.conv1(functional.silu(self.norm1(x_BCHW)))
+        h_BCHW = self.conv2(self.dropout(functional.silu(self.norm2(h_BCHW))))
+        skip_BCHW = self.nin_shortcut(x_BCHW) if hasattr(self, "nin_shortcut") else x_BCHW
+        return skip_BCHW + h_BCHW
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.norm(x_BCHW)
+        q_BNC, k_BNC, v_BNC = (
+            conv(h_BCHW).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v)
+        )
+        mixed_BNC = functional.scaled_dot_product_attention(q_BNC, k_BNC, v_BNC)
+        return x_BCHW + self.proj_out(mixed_BNC.transpose(1, 2).reshape(x_BCHW.shape))
+
+
+class Downsample(nn.Module):
+    """Halves height and width; pads on the right and at the bottom only, as released."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(functional.pad(x_BCHW, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repeating pixels, then smooths with a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(functional.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """The lowest resolution: residual, attention, residual. The only attention of the network."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels, dropout)
+        self.attn_1 = AttentionBlock(channels)
+        self.block_2 = ResidualBlock(channels, channels, dropout)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x_BCHW)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, then the way to the next one, if there is one."""
+
+    def __init__(
+        self, in_channels: int, channels: int, blocks: int, dropout: float, resample: str | None
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [channels] * blocks
+        self.block = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in pairwise(widths))
+        if resample == "down":
+            self.downsample = Downsample(channels)
+        elif resample == "up":
+            self.upsample = Upsample(channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for layer in self.children():
+            if isinstance(layer, nn.ModuleList):
+                for block in layer:
+                    x_BCHW = block(x_BCHW)
+            else:
+                x_BCHW = layer(x_BCHW)
+        return x_BCHW
+
+
+class Encoder(nn.Module):
+    """Pixels [B, 3, H, W] to latents [B, z_channels, h, w]."""
+
+    def __init__(self, config: VqganConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * factor for factor in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        previous = config.base_channels
+        for level, width in enumerate(widths):
+            resample = "down" if level < len(widths) - 1 else None
+            self.down.append(
+                Level(previous, width, config.num_res_blocks, config.dropout, resample)
+            )
+            previous = width
+        self.mid = Middle(previous, config.dropout)
+        self.norm_out = _norm(previous)
+        self.conv_out = nn.Conv2d(previous, config.z_channels, 3, padding=1)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.conv_in(pixels_BCHW)
+        for level in self.down:
+            x_BCHW = level(x_BCHW)
+        return self.conv_out(functional.silu(self.norm_out(self.mid(x_BCHW))))
+
+
+class Decoder(nn.Module):
+    """Latents [B, z_channels, h, w] to pixels [B, 3, H, W]; ``up.0``, the full size, runs last."""
+
+    def __init__(self, config: VqganConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * factor for factor in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.dropout)
+        levels = []
+        previous = widths[-1]
+        for level in reversed(range(len(widths))):
+            resample = "up" if level > 0 else None
+            blocks = config.num_res_blocks + 1
+            levels.append(Level(previous, widths[level], blocks, config.dropout, resample))
+            previous = widths[level]
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = _norm(previous)
+        self.conv_out = nn.Conv2d(previous, config.in_channels, 3, padding=1)
+
+    def forward(self, latents_BDhw: Tensor) -> Tensor:
+        x_BCHW = self.mid(self.conv_in(latents_BDhw))
+        for level in reversed(self.up):
+            x_BCHW = level(x_BCHW)
+        return self.conv_out(functional.silu(self.norm_out(x_BCHW)))
+
+
+class Codebook(nn.Module):
+    """Replaces each latent vector by the nearest of ``codebook_size`` learned ones."""
+
+    def __init__(self, codebook_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codebook_size, embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
+
+    def nearest(self, latents_BDhw: Tensor) -> Tensor:
+        """Indices of the nearest codebook vectors: int64 [B, N], row-major."""
+        flat_MD = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, self.embedding.embedding_dim)
+        weight_KD = self.embedding.weight
+        # |z - e|^2 spelled out: one matrix product, and the same rounding as Hugging Face's, so
+        # that ties agree.
+        distances_MK = (
+            flat_MD.square().sum(dim=1, keepdim=True)
+            + weight_KD.square().sum(dim=1)
+            - 2 * flat_MD @ weight_KD.T
+        )
+        return distances_MK.argmin(dim=1).view(latents_BDhw.shape[0], -1)
+
+    def lookup(self, codes_BN: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Codebook vectors of row-major codes: [B, D, h, w]."""
+        vectors_BND = self.embedding(codes_BN)
+        return vectors_BND.transpose(1, 2).unflatten(2, grid)
+
+
+@dataclass
+class VqganOutput:
+    """What one training pass gives."""
+
+    reconstruction_BCHW: Tensor
+    codes_BN: Tensor
+    latents_BDhw: Tensor
+    """What the encoder gave, before it was replaced by codebook vectors."""
+    codebook_loss: Tensor
+    """Mean square by which the codebook vectors miss the (fixed) latents."""
+    commitment_loss: Tensor
+    """Mean square by which the latents miss the (fixed) codebook vectors."""
+
+
+class Vqgan(nn.Module):
+    """Encoder, codebook and decoder. Pixels are in [-1, 1]."""
+
+    def __init__(self, config: VqganConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Codebook(config.codebook_size, config.embed_dim)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+
+    def latents(self, pixels_BCHW: Tensor) -> Tensor:
+        """What is compared with the codebook: [B, embed_dim, h, w]."""
+        return self.quant_conv(self.encoder(pixels_BCHW))
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Image codes: int64 [B, N], row-major."""
+        return self.quantize.nearest(self.latents(pixels_BCHW))
+
+    def decode(self, codes_BN: Tensor) -> Tensor:
+        """Pixels of image codes: [B, 3, H, W]; not clamped to [-1, 1]."""
+        vectors_BDhw = self.quantize.lookup(codes_BN, (self.config.grid, self.config.grid))
+        return self.decoder(self.post_quant_conv(vectors_BDhw))
+
+    def forward(self, pixels_BCHW: Tensor) -> VqganOutput:
+        """One training pass; the decoder's gradient goes straight through to the encoder.
+
+        The commitment weight belongs to the term that moves the encoder (van den Oord et al. 2017,
+        equation 3). The reference code weighs the other one, an old slip that it keeps for
+        compatibility; it has no effect on codes.
+        """
+        latents_BDhw = self.latents(pixels_BCHW)
+        codes_BN = self.quantize.nearest(latents_BDhw.detach())
+        vectors_BDhw = self.quantize.lookup(
+            codes_BN, (latents_BDhw.shape[2], latents_BDhw.shape[3])
+        )
+        straight_BDhw = latents_BDhw + (vectors_BDhw - latents_BDhw).detach()
+        return VqganOutput(
+            reconstruction_BCHW=self.decoder(self.post_quant_conv(straight_BDhw)),
+            codes_BN=codes_BN,
+            latents_BDhw=latents_BDhw,
+            codebook_loss=functional.mse_loss(vectors_BDhw, latents_BDhw.detach()),
+            commitment_loss=functional.mse_loss(latents_BDhw, vectors_BDhw.detach()),
+        )

@@ -1,0 +1,133 @@
+"""The training loop, from a config to a trained checkpoint.
+
+Try it: ``torchrun --nproc-per-node 2 -m megatron_chameleon train examples/digits/train.yaml``
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_chameleon.checkpoint import store
+from megatron_chameleon.config.check import check_config
+from megatron_chameleon.config.load import format_config
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.errors import TrainingError
+from megatron_chameleon.model.chameleon import count_parameters
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.launch import Launch, join
+from megatron_chameleon.parallel.topology import create_topology
+from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
+from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.progress import Progress
+from megatron_chameleon.training.run_folder import RunFolder, checkpoints_folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A config whose every part was found to be there and to fit."""
+
+    config: Config
+    tokenizer: Tokenizer
+    reader: BatchReader
+    resume_from: Path | None
+
+    def checkpoint_extra(self) -> dict[str, object]:
+        """What a checkpoint says of the tokenizer, so that it is never used with another one."""
+        return {
+            "vocab_size": self.tokenizer.vocabulary.size,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+        }
+
+
+def prepare(config: Config, world_size: int, resume: str) -> Job:
+    """Check the config, the tokenizer, the data and the checkpoint before anything is started.
+
+    Args:
+        config: As loaded.
+        world_size: Processes of the job.
+        resume: ``auto``, ``never`` or the path of a checkpoint.
+
+    Raises:
+        ChameleonError: Whatever is missing or does not fit.
+    """
+    check_config(config, world_size)
+    tokenizer = load_tokenizer(config.tokenizer.path, images=False)
+    reader = BatchReader(config, tokenizer)
+    checkpoint = store.find_resume(checkpoints_folder(config), resume)
+    if checkpoint is not None:
+        store.check_fits(checkpoint, config, tokenizer.fingerprint)
+    return Job(config, tokenizer, reader, checkpoint)
+
+
+def train(job: Job, launch: Launch) -> None:
+    """Train to the last step of the config; every process of the job calls it."""
+    config, reader = job.config, job.reader
+    platform.prepare()
+    join(launch)
+    topology = create_topology(config.parallel)
+    engine = MegatronEngine(config, job.tokenizer.vocabulary.size, topology)
+    step = store.load(job.resume_from, engine) if job.resume_from else 0
+    run = RunFolder(config, step) if topology.rank == 0 else None
+    if run:
+        print(f"{topology}; {describe(job)}; starts at step {step}", flush=True)
+
+    progress = Progress(step, config.training.steps)
+    batch_tokens = config.training.global_batch_size * config.model.seq_length
+    while step < config.training.steps:
+        indices = reader.indices_for(step, topology.data_rank, topology.data_size)
+        metrics = engine.train_step(step, [reader.batch(samples) for samples in indices])
+        step += 1
+        metrics |= {
+            "step": step,
+            "consumed_samples": step * config.training.global_batch_size,
+            "consumed_tokens": step * batch_tokens,
+            "tokens_per_second": batch_tokens / (metrics["step_seconds"] or math.inf),
+        }
+        if run:
+            run.write_metrics(metrics)
+            if step % config.logging.every_steps == 0 or step == config.training.steps:
+                print(progress.line(step, metrics), flush=True)
+        _check_finite(step, metrics)
+        if _is_save_step(config, step):
+            path = store.save(checkpoints_folder(config), step, engine, job.checkpoint_extra())
+            if run:
+                print(f"saved {path}", flush=True)
+    if run:
+        run.close()
+
+
+def describe(job: Job) -> str:
+    """Parameters, tokens a step and steps a stage, in a line."""
+    config = job.config
+    parameters = count_parameters(config.model, job.tokenizer.vocabulary.size)
+    tokens = config.training.global_batch_size * config.model.seq_length
+    stage1 = round(config.training.steps * config.data.stage1_fraction)
+    return (
+        f"{parameters:,} parameters; {tokens:,} tokens a step; {config.training.steps} steps, "
+        f"of which stage 2 has {config.training.steps - stage1}"
+    )
+
+
+def dry_run_text(job: Job, launch: Launch) -> str:
+    """What ``--dry-run`` prints: the resolved config and what the run would do."""
+    start = f"resumes from {job.resume_from}" if job.resume_from else "starts from step 0"
+    return f"{format_config(job.config)}\n{describe(job)}; {start}; {launch.launcher}: all is there"
+
+
+def _is_save_step(config: Config, step: int) -> bool:
+    every = config.checkpoint.every_steps
+    return step == config.training.steps or (every > 0 and step % every == 0)
+
+
+def _check_finite(step: int, metrics: dict) -> None:
+    """All ranks see the same metrics, so all of them stop here together."""
+    for name in ("loss", "grad_norm"):
+        value = metrics[name]
+        if value is None or not math.isfinite(value):
+            raise TrainingError(
+                f"step {step}",
+                f"{name} is {value}",
+                "Resume from the last checkpoint with a lower optimizer.lr, and look at "
+                "output_norm and max_logit in metrics.jsonl before this step",
+            )

@@ -1,0 +1,145 @@
+"""The megatron-core engine: model, gradients, optimizer and schedule behind one ``train_step``."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.model.chameleon import build_model
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.topology import Topology, seed_random
+from megatron_chameleon.training.monitor import Monitor
+from megatron_chameleon.training.optimizer import build_optimizer, build_scheduler
+
+
+class MegatronEngine:
+    """This rank's share of the training state.
+
+    Args:
+        config: A checked config.
+        vocab_size: Tokens of the vocabulary.
+        topology: From ``create_topology``.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
+        self.config = config
+        self.topology = topology
+        self.model = build_model(config, vocab_size, topology)
+        self.monitor = Monitor(self.model)
+        transformer = self.model.config
+        wrapped: nn.Module = self.model
+        if transformer.bf16:
+            wrapped = Float16Module(transformer, self.model)
+        self.chunk = DistributedDataParallel(
+            transformer,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            ),
+            wrapped,
+        )
+        self.optimizer = build_optimizer(config, [self.chunk])
+        self.scheduler = build_scheduler(config, self.optimizer)
+        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.grad_scale_func = self.optimizer.scale_loss
+        self._forward_backward = get_forward_backward_func()
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, float | None]:
+        """One optimizer update.
+
+        Args:
+            step: Updates done before this one.
+            micro_batches: This data-parallel rank's share of the global batch.
+
+        Returns:
+            The metrics of the whole job, the same on every rank.
+        """
+        start = time.perf_counter()
+        training = self.config.training
+        seed_random(training.seed, step, self.topology)
+        self.chunk.train()
+        self.chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(micro_batches),
+            model=self.chunk,
+            num_microbatches=len(micro_batches),
+            seq_length=self.config.model.seq_length,
+            micro_batch_size=training.micro_batch_size,
+            forward_only=False,
+        )
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(1)
+        metrics = asdict(self.monitor.finish_step(training.z_loss))
+        metrics["grad_norm"] = float(grad_norm)
+        metrics["learning_rate"] = float(learning_rate)
+        metrics["step_seconds"] = time.perf_counter() - start
+        return metrics
+
+    def _forward_step(
+        self, micro_batches: Iterator[Batch], model: nn.Module
+    ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, dict]]]:
+        batch = _to_device(next(micro_batches))
+        output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+        return output, partial(self._loss, batch)
+
+    def _loss(
+        self, batch: Batch, output: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, dict]:
+        """Sum over unmasked tokens; megatron-core divides by their number in the global batch."""
+        cross_entropy, log_z, max_logit = output
+        z_term = log_z.square()
+        self.monitor.observe_loss(batch, cross_entropy.detach(), z_term.detach(), max_logit)
+        losses = cross_entropy + self.config.training.z_loss * z_term
+        return (losses * batch.loss_mask).sum(), batch.loss_mask.sum().int(), {}
+
+    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """What a checkpoint holds, as megatron-core's sharded tensors with global positions."""
+        metadata = self._checkpoint_metadata()
+        model = self.model.sharded_state_dict(metadata=metadata)
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what ``sharded_state`` described and a checkpoint filled in."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+    def _checkpoint_metadata(self) -> dict[str, Any]:
+        from megatron.core import parallel_state
+
+        return {
+            # optimizer state that loads at any tensor, pipeline and data-parallel size
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": not platform.has_gpu(),
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+
+
+def _to_device(batch: Batch) -> Batch:
+    device = platform.device()
+    tensors: dict[str, Tensor] = {
+        name: tensor.to(device, non_blocking=True)
+        for name, tensor in vars(batch).items()
+        if tensor is not None
+    }
+    return Batch(**tensors)

@@ -1,0 +1,62 @@
+"""Config -> megatron-core's AdamW and its learning-rate schedule. Source: paper, section 2.4."""
+
+from collections.abc import Sequence
+
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from megatron_chameleon.config.schema import Config
+
+
+def build_optimizer(config: Config, model_chunks: Sequence[nn.Module]) -> MegatronOptimizer:
+    """AdamW over the chunks of this rank, without weight decay on norms and biases."""
+    values = config.optimizer
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=values.lr,
+        min_lr=values.min_lr,
+        weight_decay=values.weight_decay,
+        adam_beta1=values.adam_beta1,
+        adam_beta2=values.adam_beta2,
+        adam_eps=values.adam_eps,
+        clip_grad=values.clip_grad,
+        bf16=config.training.dtype == "bf16",
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+    # megatron-core's own rule looks for vectors; the QK-norms' weights have a dimension for the
+    # group.
+    vectors = ParamPredicate(name="vector", fn=lambda parameter: parameter.dim() == 1)
+    no_decay = ParamKey(name=("*norm.weight", "*norm.bias"), predicate=vectors)
+    return get_megatron_optimizer(
+        megatron_config, list(model_chunks), config_overrides={no_decay: {"wd_mult": 0.0}}
+    )
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warm-up, then the decay; one scheduler step is one optimizer update.
+
+    The paper decays exponentially to 0 and gives no rate. ``exponential`` is megatron-core's curve
+    that falls from the peak at the end of the warm-up to exactly ``min_lr`` at the last step: ``2 *
+    0.5^(progress) - 1``.
+    """
+    values, steps = config.optimizer, config.training.steps
+    exponential = values.lr_decay_style == "exponential"
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=values.lr,
+        min_lr=values.min_lr,
+        lr_warmup_steps=values.lr_warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style="WSD" if exponential else values.lr_decay_style,
+        wsd_decay_steps=steps - values.lr_warmup_steps if exponential else None,
+        lr_wsd_decay_style="exponential" if exponential else None,
+        start_wd=values.weight_decay,
+        end_wd=values.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,51 @@
+"""Package metadata and extras; exact versions are pinned in constraints.txt.
+
+Install torch first (``pip install -c constraints.txt torch``) so that nothing pulls in another
+build of it.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+INIT = (HERE / "megatron_chameleon" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'__version__ = "([^"]+)"', INIT)
+assert VERSION is not None
+
+setup(
+    name="megatron-chameleon",
+    version=VERSION.group(1),
+    description="Train, convert, serve and evaluate mixed-modal early-fusion models (Chameleon)",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_chameleon", "megatron_chameleon.*"]),
+    package_data={"megatron_chameleon": ["config/presets/*.yaml", "tokenizer/presets/*.yaml"]},
+    entry_points={"console_scripts": ["chameleon = megatron_chameleon.cli.main:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core~=0.16.1",
+        "numpy",
+        "psutil",  # megatron-core's checkpoint writer hangs without it and does not declare it
+        "sentencepiece",
+        "transformers>=5.23",
+        "safetensors",
+        "omegaconf",
+        "PyYAML",
+        "pillow",
+        "pyarrow",
+        "webdataset",
+        "matplotlib",
+        "rich",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]"],
+        "deepspeed": ["deepspeed"],
+        "mpi": ["mpi4py"],
+        "demo": ["scikit-learn"],
+        "test": ["pytest", "pytest-timeout", "scikit-learn", "ruff", "mypy", "types-PyYAML"],
+    },
+)

@@ -1,0 +1,81 @@
+"""A model trained tensor-parallel, exported: transformers gives megatron-core's logits."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_chameleon.checkpoint import store
+from megatron_chameleon.config.load import load_config
+from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.launch import Launch, join
+from megatron_chameleon.parallel.topology import create_topology
+from megatron_chameleon.tokenizer.folder import load_tokenizer
+from megatron_chameleon.training.megatron_engine import MegatronEngine
+
+# The project's promise. The logits are of order 10 after training with a high learning rate, and
+# fp32 sums in another order differ by some 1e-6 of that.
+TOLERANCE = 1e-4
+
+FAMILIES = {
+    "pre": ["model.norm_order=pre"],
+    "swin": ["model.norm_order=swin", "model.num_query_groups=2", "model.qk_norm_groups=2"],
+}
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """megatron-core's process groups for this process alone."""
+    platform.prepare()
+    join(Launch("alone", 0, 1, 0))
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_logits_from_the_exported_folder(
+    tiny, chameleon, family: str, one_process: None
+) -> None:
+    from transformers import ChameleonForConditionalGeneration
+
+    run = f"export-{family}"
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    tiny.train(run, *FAMILIES[family], *layout, processes=2)
+    checkpoint = tiny.folder / run / "checkpoints" / "step_00000020"
+    exported = tiny.folder / f"exported-{family}"
+    chameleon("convert", checkpoint, exported, "--to", "hf")
+
+    tokens = sample(checkpoint)
+    ours = megatron_logits(checkpoint, tokens)
+    model = ChameleonForConditionalGeneration.from_pretrained(exported)
+    assert model.dtype == torch.float32
+    with torch.no_grad():
+        # its own forward puts the lowest number in place of the image codes' logits
+        theirs = model.lm_head(model.model(tokens).last_hidden_state)
+    assert ours.std() > 0.5, "a model that learned nothing would prove nothing"
+    assert (ours - theirs).abs().max() <= TOLERANCE
+
+
+def sample(checkpoint: Path) -> torch.Tensor:
+    """Token ids [2, 64] of text and images, as trained on."""
+    config = load_config(checkpoint / "config.yaml")
+    reader = BatchReader(config, load_tokenizer(config.tokenizer.path, images=False))
+    return reader.batch([0, 1]).tokens
+
+
+def megatron_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """[2, 64, vocabulary], from megatron-core's model in one process."""
+    layout = ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
+    config = load_config(checkpoint / "config.yaml", layout)
+    engine = MegatronEngine(
+        config, store.read_state(checkpoint)["vocab_size"], create_topology(config.parallel)
+    )
+    assert store.load(checkpoint, engine) == 20
+    engine.model.eval()
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    with torch.no_grad():
+        return engine.model(tokens, positions, None)

@@ -1,0 +1,76 @@
+"""Finding checkpoints: only whole ones count, and what does not fit is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_chameleon.checkpoint import store
+from megatron_chameleon.config.load import save_config
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import CheckpointError
+
+
+def make(folder: Path, step: int, config: Config | None = None) -> Path:
+    path = folder / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    state = {"format": store.FORMAT, "step": step, "tokenizer_fingerprint": "abc"}
+    (path / store.STATE_FILE).write_text(json.dumps(state))
+    save_config(config or Config(), path / "config.yaml")
+    return path
+
+
+def test_only_whole_checkpoints_oldest_first(tmp_path: Path) -> None:
+    late, early = make(tmp_path, 200_000_000), make(tmp_path, 5)
+    make(tmp_path, 7).joinpath(store.STATE_FILE).unlink()
+    make(tmp_path, 9).rename(tmp_path / ".step_00000009.saving")
+    (tmp_path / "step_00000011").touch()
+    assert store.list_checkpoints(tmp_path) == [early, late]
+
+
+def test_a_folder_that_is_not_there_has_none(tmp_path: Path) -> None:
+    assert store.list_checkpoints(tmp_path / "none") == []
+    assert store.find_resume(tmp_path / "none", "auto") is None
+    assert store.find_resume(tmp_path / "none", "never") is None
+
+
+def test_auto_takes_the_newest(tmp_path: Path) -> None:
+    make(tmp_path, 5)
+    newest = make(tmp_path, 10)
+    assert store.find_resume(tmp_path, "auto") == newest
+
+
+def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint \(it has no state\.json\)"):
+        store.find_resume(tmp_path, str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "other/1"}'])
+def test_a_damaged_state_is_refused(tmp_path: Path, content: str) -> None:
+    path = make(tmp_path, 5)
+    (path / store.STATE_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        store.read_state(path)
+
+
+def test_what_must_not_change_between_save_and_resume(tmp_path: Path) -> None:
+    path, config = make(tmp_path, 5), Config()
+    store.check_fits(path, config, "abc")
+    config.model.num_layers, config.training.seed = 9, 3
+    config.optimizer.lr = 0.5  # may change
+    with pytest.raises(CheckpointError) as caught:
+        store.check_fits(path, config, "other")
+    assert "num_layers is 9 and was 4; training.seed is 3 and was 1; the tokenizer" in str(
+        caught.value
+    )
+
+
+def test_a_checkpoint_behind_the_last_step(tmp_path: Path) -> None:
+    path, config = make(tmp_path, 500), Config()
+    with pytest.raises(CheckpointError, match=r"step 500, behind training\.steps 100"):
+        store.check_fits(path, config, "abc")
+
+
+def test_delete_leaves_nothing(tmp_path: Path) -> None:
+    store.delete(make(tmp_path, 5))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,54 @@
+"""``chameleon convert`` from its words to its last line."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_chameleon.cli.main import main
+
+Chameleon = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_it_prints_what_it_wrote(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["convert", str(tiny_checkpoint.parents[1]), str(tmp_path / "hf"), "--to", "hf"])
+    output = capsys.readouterr()
+    assert "(step 7) ->" in output.out
+    assert "parameters" in output.out
+    assert "bytes" in output.out
+    assert "verified bit for bit" in output.out
+    assert "layer 3/3" in output.err
+
+
+def test_verification_can_be_left_out(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(tiny_checkpoint), str(tmp_path / "hf"), "--to", "hf", "--no-verify"]
+    main(words)
+    assert "not verified" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["meta", "megatron", "deepspeed", "nonsense"])
+def test_other_formats_are_one_clear_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["convert", "anything", str(tmp_path / "out"), "--to", name])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: --to {name}: this format is not available in this version, which writes hf. "
+        "Use --to hf.\n"
+    )
+
+
+def test_the_tool_forwards_to_the_verb(tmp_path: Path) -> None:
+    import sys
+
+    tool = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"
+    words = [sys.executable, str(tool), str(tmp_path / "none"), str(tmp_path / "out"), "--to", "hf"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tmp_path / 'none'}: no such folder.")

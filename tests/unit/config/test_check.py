@@ -1,0 +1,101 @@
+"""Combinations that cannot work are refused with the numbers and a remedy, all at once."""
+
+from collections.abc import Callable
+
+import pytest
+
+from megatron_chameleon.config.check import check_config
+from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.errors import ConfigErrors
+
+
+def good() -> Config:
+    config = Config()
+    config.tokenizer.path = "tokenizer"
+    config.data.stage1 = [SourceConfig(prefix="data")]
+    config.training.global_batch_size = 8
+    return config
+
+
+def problems(config: Config, world_size: int = 1) -> list[str]:
+    with pytest.raises(ConfigErrors) as caught:
+        check_config(config, world_size)
+    return caught.value.lines()
+
+
+def change(section: str, key: str, value: object) -> Callable[[Config], None]:
+    return lambda config: setattr(getattr(config, section), key, value)
+
+
+def test_a_config_that_works_is_let_through() -> None:
+    config = good()
+    config.parallel.tensor_model_parallel_size = 2
+    config.parallel.sequence_parallel = True
+    check_config(config, world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("edit", "world_size", "message"),
+    [
+        (
+            change("training", "global_batch_size", 6),
+            4,
+            "training.global_batch_size: 6 does not divide by micro_batch_size 1 x data parallel 4 "
+            "= 4. Use 4 or 8.",
+        ),
+        (
+            change("parallel", "tensor_model_parallel_size", 2),
+            3,
+            "parallel: 3 processes cannot be laid out as tensor 2 x pipeline 1 = 2 times data "
+            "parallel. Start a multiple of 2 processes.",
+        ),
+        (
+            change("parallel", "tensor_model_parallel_size", 3),
+            3,
+            "model.num_attention_heads: 4 does not divide by tensor_model_parallel_size 3.",
+        ),
+        (
+            change("parallel", "pipeline_model_parallel_size", 3),
+            3,
+            "model.num_layers: 4 layers do not divide by 3 pipeline stages. Use one of 1, 2, 4.",
+        ),
+        (change("parallel", "sequence_parallel", True), 1, "true needs tensor_model_parallel_size"),
+        (change("model", "hidden_size", 130), 1, "130 does not divide by num_attention_heads 4"),
+        (change("model", "hidden_size", 12), 1, "12 / 4 heads gives an odd head size"),
+        (change("model", "num_query_groups", 3), 1, "Use one of 1, 2, 4"),
+        (change("model", "qk_norm_groups", 3), 1, "model.qk_norm_groups: 3 does not divide"),
+        (change("model", "norm_order", "post"), 1, "'post' is not one of pre, swin"),
+        (change("model", "hidden_dropout", 1.5), 1, "1.5 is not between 0 and 1"),
+        (change("optimizer", "lr", 0.0), 1, "optimizer.lr: 0.0 is not above 0"),
+        (change("optimizer", "lr", float("nan")), 1, "optimizer.lr: nan is not above 0"),
+        (change("optimizer", "lr_warmup_steps", 100), 1, "100 is not below training.steps 100"),
+        (change("optimizer", "min_lr", 1.0), 1, "1.0 is above lr 0.0001"),
+        (change("training", "z_loss", -1.0), 1, "training.z_loss: -1.0 is not 0 or more"),
+        (change("tokenizer", "path", ""), 1, "tokenizer.path: not set"),
+        (change("data", "stage1", []), 1, "data.stage1: no sources"),
+        (change("data", "stage1", [SourceConfig("a", -1.0)]), 1, "-1.0 is no number above 0"),
+        (change("data", "stage2", [SourceConfig("a", float("inf"))]), 1, "inf is no number above"),
+        (change("data", "stage1_fraction", 1.5), 1, "1.5 is not between 0 and 1"),
+        (change("data", "stage1", [SourceConfig("")]), 1, "data.stage1[0].prefix: not set"),
+        (change("data", "stage2", [SourceConfig("a", 1.0, 7.0)]), 1, "data.stage2[0].image_first"),
+    ],
+)
+def test_what_cannot_work(edit: Callable[[Config], None], world_size: int, message: str) -> None:
+    config = good()
+    edit(config)
+    assert any(message in line for line in problems(config, world_size))
+
+
+def test_all_problems_come_at_once() -> None:
+    config = good()
+    config.training.global_batch_size = 7
+    config.parallel.sequence_parallel = True
+    config.optimizer.lr_warmup_steps = 1000
+    assert len(problems(config, world_size=2)) == 3
+
+
+def test_qk_norm_groups_that_cannot_be_split() -> None:
+    config = good()
+    config.parallel.tensor_model_parallel_size = 2
+    config.model.qk_norm_groups = 1
+    assert "1 groups cannot be split over 2 tensor-parallel ranks" in problems(config, 2)[0]

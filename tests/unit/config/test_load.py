@@ -1,0 +1,95 @@
+"""Configs: precedence, types and one clear line for each mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_chameleon.config import load
+from megatron_chameleon.config.load import format_config, load_config
+from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.errors import ConfigError, ConfigErrors
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "{}")) == Config()
+
+
+def test_preset_then_file_then_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small.yaml").write_text("model: {num_layers: 7, hidden_size: 64, seq_length: 8}")
+    monkeypatch.setattr(load, "PRESETS", tmp_path)
+    path = write(tmp_path, "preset: small\nmodel: {hidden_size: 96, seq_length: 16}")
+    config = load_config(path, ["model.seq_length=32"])
+    assert (config.model.num_layers, config.model.hidden_size) == (7, 96)
+    assert config.model.seq_length == 32
+
+
+def test_a_list_of_sources(tmp_path: Path) -> None:
+    text = "data: {stage1: [{prefix: a, weight: 2}, {prefix: b, image_first: 0.5}]}"
+    sources = load_config(write(tmp_path, text)).data.stage1
+    assert sources == [SourceConfig("a", 2.0), SourceConfig("b", 1.0, 0.5)]
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    # YAML 1.1 takes 1e-4 for a string: the config must not.
+    config = load_config(write(tmp_path, "optimizer: {lr: 1e-4, weight_decay: 0}"))
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-4, 0.0)
+    assert isinstance(config.optimizer.weight_decay, float)
+
+
+def test_interpolation(tmp_path: Path) -> None:
+    text = "tokenizer: {path: here/tokenizer}\nlogging: {run_dir: '${tokenizer.path}/run'}"
+    assert load_config(write(tmp_path, text)).logging.run_dir == "here/tokenizer/run"
+
+
+def test_what_is_saved_loads_again(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "data: {stage1: [{prefix: a}]}\ntraining: {seed: 9}"))
+    assert load_config(write(tmp_path, format_config(config))) == config
+
+
+def test_every_unknown_key_and_wrong_type_in_one_go_with_the_nearest_name(tmp_path: Path) -> None:
+    text = (
+        "model: {hiden_size: 3, num_layers: two}\ntrainning: {}\nparallel: {sequence_parallel: 1}"
+    )
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigErrors) as caught:
+        load_config(path)
+    assert caught.value.lines() == [
+        f"{path}: model.hiden_size: unknown config key. Did you mean hidden_size.",
+        f"{path}: model.num_layers: 'two' is not int. Give int.",
+        f"{path}: trainning: unknown config key. Did you mean training.",
+        f"{path}: parallel.sequence_parallel: 1 is not bool. Give bool.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("a: [1", [], "not valid YAML"),
+        ("[1, 2]", [], "the top level is not a mapping"),
+        ("model: 3", [], "model: 3 is not a mapping"),
+        ("data: {stage1: 5}", [], "data.stage1: 5 is no list"),
+        ("preset: chameleon_8b", [], "no preset is called 'chameleon_8b'. Use one of: "),
+        ("logging: {run_dir: '${nowhere.x}'}", [], "nowhere"),
+        ("{}", ["training.steps"], "training.steps: not of the form section.key=value"),
+        ("{}", ["trainin.steps=3"], "trainin: unknown config key. Did you mean training"),
+    ],
+)
+def test_one_line_says_what_is_wrong(
+    tmp_path: Path, text: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text), overrides)
+    lines = caught.value.lines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such config file"):
+        load_config(tmp_path / "none.yaml")

@@ -1,0 +1,128 @@
+"""The schema of a document: what is read from one line, and what each fault is called."""
+
+import base64
+from pathlib import Path
+
+import pytest
+
+from megatron_chameleon.data.documents import ImageError, ImagePart, TextPart, parse_line
+from megatron_chameleon.errors import DataError
+
+PATH = Path("folder/data.jsonl")
+
+
+def parse(line: str):
+    return parse_line(line.encode(), PATH, 3)
+
+
+def test_content_keeps_its_order_and_resolves_paths():
+    document = parse(
+        '{"id": "a", "source": "s", "label": 7, "content": [{"type": "text", "text": "x"},'
+        ' {"type": "image", "image": "sub/i.png"}, {"type": "text", "text": "y"}]}'
+    )
+    assert document.content == (TextPart("x"), ImagePart("folder/sub/i.png"), TextPart("y"))
+    assert (document.id, document.source, document.where) == ("a", "s", "folder/data.jsonl:3")
+    assert document.roles is None
+
+
+def test_text_lines_get_an_id_and_a_source():
+    document = parse('{"text": "hello", "id": null}')
+    assert document.content == (TextPart("hello"),)
+    assert (document.id, document.source) == ("data.jsonl:3", "data")
+
+
+def test_chat_keeps_a_role_for_each_part():
+    document = parse(
+        '{"messages": [{"role": "user", "content": [{"type": "image", "image": "i.png"},'
+        ' {"type": "text", "text": "what?"}]}, {"role": "assistant", "content": "seven"}]}'
+    )
+    assert document.content == (
+        ImagePart("folder/i.png"),
+        TextPart("what?"),
+        TextPart("seven"),
+    )
+    assert document.roles == ("user", "user", "assistant")
+
+
+def test_data_uri_becomes_bytes():
+    uri = "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()
+    document = parse(f'{{"content": [{{"type": "image", "image": "{uri}"}}]}}')
+    assert document.content == (ImagePart(b"\x89PNG"),)
+
+
+def test_byte_order_mark_is_ignored_on_the_first_line():
+    assert parse_line(b'\xef\xbb\xbf{"text": "x"}', PATH, 1).content == (TextPart("x"),)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('{"text": "half', "not a line of JSON (Unterminated string"),
+        ("[1]", "a list, not an object"),
+        ('{"txt": "x"}', "none of the keys content, text and messages (it has txt)"),
+        ('{"text": "x", "content": []}', "content and text of the keys"),
+        ('{"text": 3}', "text is a int, not a string"),
+        ('{"content": []}', "content is no list with at least one part"),
+        ('{"content": ["x"]}', "content[0] is no object with a type"),
+        ('{"content": [{"type": "audio"}]}', "content[0] has the type 'audio'"),
+        ('{"content": [{"type": "text"}]}', "content[0] has no string under the key 'text'"),
+        ('{"content": [{"type": "image", "image": "https://x/y.png"}]}', "the image is a link"),
+        ('{"messages": []}', "messages is no list with at least one message"),
+        ('{"messages": [{"content": "x"}]}', "messages[0] is no object with a role and content"),
+        ('{"text": "x", "id": ["a"]}', "id is a list, not a string"),
+        ("[" * 100_000, "not a line of JSON (maximum recursion depth"),
+    ],
+)
+def test_broken_line_names_file_and_line_and_fault(line, what):
+    with pytest.raises(DataError) as caught:
+        parse(line)
+    assert caught.value.where == "folder/data.jsonl:3"
+    assert caught.value.what.startswith(what)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_utf8_are_a_broken_line():
+    with pytest.raises(
+        DataError, match=r"data.jsonl:3: not a line of JSON .*can't decode byte 0xff"
+    ):
+        parse_line(b'{"text": "\xff"}', PATH, 3)
+
+
+def test_image_opens(tmp_path, picture):
+    assert ImagePart(str(tmp_path / picture("i.png"))).open().size == (20, 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "what"),
+    [
+        (None, "missing image", "no such image file"),
+        (b"", "empty image", "the image has 0 bytes"),
+        (
+            b"no picture",
+            "corrupt image",
+            "the image of 10 bytes cannot be decoded (unknown format)",
+        ),
+    ],
+)
+def test_unusable_image_says_why(tmp_path, content, reason, what):
+    path = tmp_path / "i.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ImageError) as caught:
+        ImagePart(str(path)).open()
+    assert (caught.value.where, caught.value.reason) == (str(path), reason)
+    assert caught.value.what.startswith(what)
+
+
+def test_truncated_image_is_corrupt(tmp_path, picture):
+    path = tmp_path / picture("i.jpg", size=(200, 200))
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ImageError, match="truncated"):
+        ImagePart(str(path)).open()
+
+
+def test_data_uri_of_broken_base64_is_a_corrupt_image():
+    document = parse('{"content": [{"type": "image", "image": "data:image/png;base64,abc"}]}')
+    with pytest.raises(ImageError, match="the base64 text of a data: URI cannot be decoded") as c:
+        document.content[0].open()
+    assert c.value.reason == "corrupt image"

@@ -1,0 +1,187 @@
+"""Token files: megatron-core reads what we write, and each way to be broken has its own message."""
+
+import dataclasses
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_chameleon.data.indexed import TokenFileWriter, open_token_file, token_dtype
+from megatron_chameleon.errors import DataError
+
+
+@pytest.fixture
+def written(token_file, numbered):
+    documents = numbered([5, 2, 9])
+    return token_file(documents), documents
+
+
+def test_megatron_core_reads_back_the_same_tokens(written):
+    token_file, documents = written
+    dataset = IndexedDataset(token_file.prefix)
+    assert len(dataset) == len(token_file) == 3
+    assert dataset.index.dtype == np.uint16
+    for position, document in enumerate(documents):
+        np.testing.assert_array_equal(dataset[position], document)
+        np.testing.assert_array_equal(token_file.read(position), document)
+    assert dataset.document_indices.tolist() == [0, 1, 2, 3]
+    assert token_file.lengths.tolist() == [5, 2, 9] and token_file.lengths.dtype == np.int32
+
+
+def test_reading_a_part(written):
+    token_file, documents = written
+    np.testing.assert_array_equal(token_file.read(2, 3, 4), documents[2][3:7])
+    np.testing.assert_array_equal(token_file.read(2, 8), documents[2][8:])
+    with pytest.raises(AssertionError):  # megatron-core would read on into the next document
+        token_file.read(0, 3, 3)
+
+
+def test_sidecar_counts(tmp_path, tokenizer, token_file):
+    vocabulary = tokenizer.vocabulary
+    image = [vocabulary.begin_image, *vocabulary.code_token_ids[:16], vocabulary.end_image]
+    info = token_file([np.array([vocabulary.bos, *image, vocabulary.eos])]).info
+    assert (info.documents, info.tokens, info.image_tokens, info.images) == (1, 20, 18, 1)
+    assert info.bin_bytes == (tmp_path / "tokens.bin").stat().st_size == 40
+    record = json.loads((tmp_path / "tokens.json").read_text())
+    assert record["tokenizer_fingerprint"] == tokenizer.fingerprint
+    assert record["format"] == "megatron_chameleon.tokens/1" and record["dropped"] == {}
+
+
+def test_dtype_is_uint16_up_to_the_paper_s_vocabulary():
+    assert token_dtype(65_536) is np.uint16  # megatron-core's optimal_dtype says int32 here
+    assert token_dtype(65_537) is np.int32
+
+
+def test_uncommitted_writer_leaves_the_old_files(written, tokenizer, numbered, tmp_path):
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RuntimeError), TokenFileWriter(tmp_path / "tokens", tokenizer) as writer:
+        writer.add(numbered([3])[0], 0)
+        raise RuntimeError
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_sidecar_is_gone_before_anything_is_replaced(
+    written, tokenizer, numbered, tmp_path, monkeypatch
+):
+    """A crash in between must not leave old and new files that look like one whole."""
+    real_replace = type(tmp_path).replace
+
+    def replace(self, target):
+        if self.name.endswith(".idx"):
+            raise OSError(28, "No space left on device")
+        return real_replace(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "replace", replace)
+    with (
+        pytest.raises(DataError, match=r"cannot write the token file \(No space left on device\)"),
+        TokenFileWriter(tmp_path / "tokens", tokenizer) as writer,
+    ):
+        writer.add(numbered([3])[0], 0)
+        writer.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens.bin", "tokens.idx"]
+    with pytest.raises(DataError, match=r"incomplete, its \.json \(written last\) is missing"):
+        open_token_file(tmp_path / "tokens", tokenizer)
+
+
+def test_unwritable_output(tmp_path, tokenizer):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(DataError, match=r"cannot write the token file \((File exists|Not a dir)"),
+        TokenFileWriter(tmp_path / "file" / "tokens", tokenizer),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_missing_file(written, tmp_path, suffix):
+    (tmp_path / f"tokens{suffix}").unlink()
+    with pytest.raises(DataError, match=rf"tokens: no token file here, \{suffix} missing\. Write"):
+        open_token_file(tmp_path / "tokens", None)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(DataError, match=r"no token file here, \.bin and \.idx and \.json missing"):
+        open_token_file(tmp_path / "tokens", None)
+
+
+def patch(path, offset, content):
+    data = bytearray(path.read_bytes())
+    data[offset : offset + len(content)] = content
+    path.write_bytes(data)
+
+
+def test_truncated_bin_says_bytes_found_and_expected(written, tmp_path):
+    os.truncate(tmp_path / "tokens.bin", 20)
+    with pytest.raises(DataError, match=r"tokens\.bin: 20 bytes, its \.idx names 16 tokens, 32 by"):
+        open_token_file(tmp_path / "tokens", None)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (20, r"20 bytes, shorter than the header of 34"),
+        (60, r"60 bytes, its header names 3 documents, 102 bytes"),
+    ],
+)
+def test_truncated_idx(written, tmp_path, size, message):
+    os.truncate(tmp_path / "tokens.idx", size)
+    with pytest.raises(DataError, match=r"tokens\.idx: " + message):
+        open_token_file(tmp_path / "tokens", None)
+
+
+@pytest.mark.parametrize(
+    ("offset", "content", "message"),
+    [
+        (0, b"TNTIDX", r"starts with b'TNTIDX.*, not with the header of a Megatron \.idx"),
+        (9, struct.pack("<Q", 2), r"not with the header of a Megatron \.idx, version 1"),
+        (17, b"\x04", r"holds int32 tokens, its \.json says uint16"),
+        (17, b"\x63", r"holds unknown code 99 tokens, its \.json says uint16"),
+    ],
+)
+def test_header_of_another_kind(written, tmp_path, offset, content, message):
+    patch(tmp_path / "tokens.idx", offset, content)
+    with pytest.raises(DataError, match=message):
+        open_token_file(tmp_path / "tokens", None)
+
+
+def edit_sidecar(tmp_path, **changes):
+    path = tmp_path / "tokens.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"documents": 4}, r"holds 3 documents, its \.json says 4"),
+        ({"format": "tokens/9"}, r"tokens\.json: the format is 'tokens/9', this version reads"),
+        ({"vocab_size": 300}, r"written for a vocabulary of 300 ids, .* has 340\. Name the tok"),
+        ({"tokenizer_fingerprint": "f" * 64}, r"a tokenizer of fingerprint ffffffffffff, .* has "),
+    ],
+)
+def test_sidecar_that_does_not_fit(written, tokenizer, tmp_path, changes, message):
+    edit_sidecar(tmp_path, **changes)
+    with pytest.raises(DataError, match=message):
+        open_token_file(tmp_path / "tokens", tokenizer)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"format": "megatron_chameleon.tokens/1"}'])
+def test_sidecar_that_is_none(written, tmp_path, content):
+    (tmp_path / "tokens.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokens\.json: not the sidecar of a token file"):
+        open_token_file(tmp_path / "tokens", None)
+
+
+def test_no_documents(tmp_path, tokenizer):
+    with TokenFileWriter(tmp_path / "tokens", tokenizer) as writer:
+        writer.commit()
+    with pytest.raises(DataError, match=r"tokens\.idx: holds 0 documents"):
+        open_token_file(tmp_path / "tokens", tokenizer)
+
+
+def test_other_tokenizer_of_the_same_size(written, tokenizer, tmp_path):
+    other = dataclasses.replace(tokenizer, fingerprint="0" * 64)
+    with pytest.raises(DataError, match=r"has 000000000000\. Name the tokenizer"):
+        open_token_file(tmp_path / "tokens", other)

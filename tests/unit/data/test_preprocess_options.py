@@ -1,0 +1,125 @@
+"""Options and inputs that ``preprocess`` refuses; the whole command is under integration."""
+
+import json
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+
+from megatron_chameleon.cli.preprocess import parse_shard
+from megatron_chameleon.data import preprocess as module
+from megatron_chameleon.data.documents import Document, TextPart
+from megatron_chameleon.data.preprocess import preprocess
+from megatron_chameleon.errors import ConfigError, DataError
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, r"--workers: 0 is less than 1\. Give the number"),
+        ({"shard": (2, 2)}, r"--shard: 2/2 is not within 0/2 to 1/2\. Count from 0"),
+        ({"shard": (0, 0)}, r"--shard: 0/0 is not within"),
+    ],
+)
+def test_options_that_cannot_work(tmp_path, tokenizer_folder, write_lines, options, message):
+    path = write_lines("d.jsonl", {"text": "x"})
+    with pytest.raises(ConfigError, match=message):
+        preprocess([path], tokenizer_folder, tmp_path / "t", **options)
+
+
+def test_output_that_would_overwrite_an_input(tmp_path, tokenizer_folder, write_lines):
+    path = write_lines("d.json", {"text": "x"})
+    with pytest.raises(ConfigError, match=r"--output: .*d would overwrite the input .*d\.json"):
+        preprocess([path], tokenizer_folder, tmp_path / "d")
+    assert json.loads(path.read_text()) == {"text": "x"}
+
+
+def test_output_without_a_name(tokenizer_folder, write_lines):
+    with pytest.raises(ConfigError, match=r"--output: '/' names no file"):
+        preprocess([write_lines("d.jsonl", {"text": "x"})], tokenizer_folder, "/")
+
+
+def test_no_documents(tmp_path, tokenizer_folder, write_lines):
+    with pytest.raises(DataError, match=r"d\.jsonl: no documents\. Check"):
+        preprocess([write_lines("d.jsonl")], tokenizer_folder, tmp_path / "t")
+    path = write_lines("d.jsonl", {"text": "x"})
+    with pytest.raises(DataError, match=r"no documents for shard 1/2\. Give files that hold some"):
+        preprocess([path], tokenizer_folder, tmp_path / "t", shard=(1, 2))
+    assert [p.name for p in tmp_path.iterdir()] == ["d.jsonl"]
+
+
+def test_no_dropped_documents_no_list_of_them(tmp_path, tokenizer_folder, write_lines, capsys):
+    bad = write_lines("bad.jsonl", {"text": "x"}, {"content": [{"type": "image", "image": "no"}]})
+    good = write_lines("good.jsonl", {"text": "x"})
+    assert preprocess([bad], tokenizer_folder, tmp_path / "t").dropped == {"missing image": 1}
+    assert (tmp_path / "t.dropped.jsonl").is_file()
+    assert preprocess([good], tokenizer_folder, tmp_path / "t").dropped == {}
+    assert not (tmp_path / "t.dropped.jsonl").exists()  # of the run before
+    assert "0 dropped" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_text_needs_no_image_tokenizer(tmp_path, tokenizer_folder, write_lines):
+    folder = tmp_path / "text_only"
+    folder.mkdir()
+    for name in ("text.model", "vocabulary.json"):
+        (folder / name).write_bytes((tokenizer_folder / name).read_bytes())
+    path = write_lines("d.jsonl", {"text": "x"})
+    assert preprocess([path], folder, tmp_path / "t").documents == 1
+    path = write_lines("d.jsonl", {"content": [{"type": "image", "image": "i.png"}]})
+    with pytest.raises(DataError, match=r"d\.jsonl:1: the document has 1 images, .* no image tok"):
+        preprocess([path], folder, tmp_path / "t")
+
+
+def test_chunks_follow_the_results_closely(tokenizer, monkeypatch):
+    """The reader must not run ahead of the writer: memory would grow with the input."""
+    read = 0
+
+    def chunks():
+        nonlocal read
+        for i in range(10):
+            read += 1
+            yield module.Chunk([Document(str(i), "s", (TextPart("x"),), "f:1")], i)
+
+    class Executor:
+        def __init__(self, *_, **__): ...
+        def shutdown(self, **_): ...
+        def submit(self, _, documents):
+            future = Future()
+            future.set_result(documents)
+            return future
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Executor)
+    order = []
+    for written, (_, results) in enumerate(module._encode_chunks(chunks(), tokenizer, 2)):
+        assert read - written <= 4
+        order.append(results[0].id)
+    assert order == [str(i) for i in range(10)]
+
+
+def test_killed_worker_is_no_traceback():
+    future = Future()
+    future.set_exception(BrokenProcessPool("a child died"))
+    chunk = module.Chunk([Document("a", "s", (TextPart("x"),), "f.jsonl:65")], 0)
+    with pytest.raises(DataError, match=r"f\.jsonl:65: a worker process died .* fewer --workers"):
+        module._result(chunk, future)
+
+
+def test_progress_line(monkeypatch, capsys):
+    report = module._Report(module.ReadProgress(total_bytes=4_000_000))
+    report.update(_Counts, 1_000_000)
+    assert capsys.readouterr().err == ""  # too early
+    report.started, report.printed = report.started - 20, report.printed - 20
+    report.update(_Counts, 1_000_000)
+    line = capsys.readouterr().err
+    assert line.startswith("preprocess: 400 documents, 25% of input, 20 documents/s, 300 tokens/s")
+    assert line.endswith(", 0.05 MB/s, ETA 1:00\n")
+
+
+class _Counts:
+    documents, tokens = 400, 6000
+
+
+def test_shard_option():
+    assert parse_shard("3/16") == (3, 16)
+    with pytest.raises(Exception, match="'3' is not of the form I/N, such as 0/8"):
+        parse_shard("3")

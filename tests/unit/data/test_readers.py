@@ -1,0 +1,166 @@
+"""Each kind of file: what it gives, how far it says it is, and what is said of a broken one."""
+
+import gzip
+import io
+import json
+import tarfile
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_chameleon.data.documents import ImagePart, TextPart
+from megatron_chameleon.data.readers import ReadProgress, read_documents
+from megatron_chameleon.errors import DataError
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def write_parquet(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_files_are_read_in_order_and_progress_counts_bytes(write_lines):
+    first = write_lines("a.jsonl", {"text": "1"}, "", {"text": "2"})
+    second = write_lines("b.json", {"text": "3"})
+    progress = ReadProgress()
+    seen = []
+    for document in read_documents([first, second], progress):
+        seen.append((document.content[0].text, document.where, progress.read_bytes))
+    sizes = first.stat().st_size, second.stat().st_size
+    assert [text for text, _, _ in seen] == ["1", "2", "3"]
+    assert seen[1][1] == f"{first}:3"
+    assert [done for _, _, done in seen] == [14, sizes[0], sum(sizes)]
+    assert progress.read_bytes == progress.total_bytes == sum(sizes)
+
+
+def test_gzip(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "1"}\n{"text": "2"}\n'))
+    assert [d.content[0].text for d in read_documents([path])] == ["1", "2"]
+
+
+def test_truncated_gzip_names_the_line(tmp_path):
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(10_000))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines)[:-2000])
+    with pytest.raises(
+        DataError, match=r"a\.jsonl\.gz:\d+: cannot read on \(Compressed file ended"
+    ):
+        list(read_documents([path]))
+
+
+def test_tar_pairs_an_image_with_its_caption(tmp_path):
+    path = write_tar(
+        tmp_path / "shard-0.tar",
+        {
+            "000.JPG": b"jpeg",
+            "000.txt": b"a caption\n",
+            "001.json": json.dumps({"caption": "from json"}).encode(),
+            "001.png": b"png",
+            "002.json": json.dumps({"caption": "no image"}).encode(),
+        },
+    )
+    documents = list(read_documents([path]))
+    assert [d.id for d in documents] == ["000", "001", "002"]
+    assert documents[0].content == (ImagePart(b"jpeg"), TextPart("a caption"))
+    assert documents[1].content == (ImagePart(b"png"), TextPart("from json"))
+    assert documents[1].where == f"{path}:001" and documents[1].source == "shard-0"
+    with pytest.raises(DataError, match="no such image file"):
+        documents[2].content[0].open()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"0.png": b"x"}, r"s\.tar:0: no caption among its files \(png\)\. Add KEY\.txt"),
+        ({"0.png": b"x", "0.json": b"{"}, r"s\.tar:0: its \.json is broken"),
+        ({"0.png": b"x", "0.txt": b"\xff"}, r"s\.tar:0: its \.txt is not UTF-8"),
+        ({"0.png": b"x", "0.json": b'["caption"]'}, r"no caption among its files \(png, json\)"),
+    ],
+)
+def test_tar_sample_without_a_caption(tmp_path, files, message):
+    path = write_tar(tmp_path / "s.tar", files)
+    with pytest.raises(DataError, match=message):
+        list(read_documents([path]))
+
+
+def test_truncated_tar_says_after_which_sample(tmp_path):
+    files = {f"{i}.{kind}": b"x" * 5000 for i in range(3) for kind in ("png", "txt")}
+    path = write_tar(tmp_path / "s.tar", files)
+    path.write_bytes(path.read_bytes()[: 5 * 5632 + 1000])  # 5632 bytes: header + padded content
+    with pytest.raises(DataError, match=r"s\.tar: the tar is broken after 1 \(unexpected end"):
+        list(read_documents([path]))
+
+
+def test_parquet_interleaves_images_and_texts(tmp_path):
+    struct = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    images = pyarrow.array(
+        [[{"bytes": b"png", "path": None}, None, {"bytes": None, "path": "i.png"}]],
+        type=pyarrow.list_(struct),
+    )
+    path = write_parquet(tmp_path / "o.parquet", images=images, texts=[[None, "between", None]])
+    (document,) = read_documents([path])
+    assert document.content == (
+        ImagePart(b"png"),
+        TextPart("between"),
+        ImagePart(str(tmp_path / "i.png")),
+    )
+    assert document.where == f"{path}:1" and document.id == "o.parquet:1"
+
+
+def test_parquet_images_as_bytes_and_paths(tmp_path):
+    as_bytes = write_parquet(tmp_path / "b.parquet", images=[[b"png"]], texts=[[None]], id=["x"])
+    as_paths = write_parquet(tmp_path / "p.parquet", images=[["i.png"]], texts=[[None]])
+    documents = list(read_documents([as_bytes, as_paths]))
+    assert documents[0].content == (ImagePart(b"png"),) and documents[0].id == "x"
+    assert documents[1].content == (ImagePart(str(tmp_path / "i.png")),)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"images": [["i"]]}, r"o\.parquet: no column texts \(it has images\)"),
+        ({"images": [["i"]], "texts": [[None, "x"]]}, r"o\.parquet:1: 1 images beside 2 texts"),
+        ({"images": [["i"]], "texts": [["x"]]}, r"images\[0\] and texts\[0\] are both there"),
+        ({"images": [["i", None]], "texts": [[None, None]]}, r"texts\[1\] are both null"),
+        ({"images": [[None]], "texts": [[3]]}, r"texts\[0\] is a int"),
+        ({"images": [[4]], "texts": [[None]]}, r"images\[0\] is a int"),
+        ({"images": ["i"], "texts": ["x"]}, r"images and texts are no lists"),
+        ({"images": [["http://x"]], "texts": [[None]]}, r"the image is a link \(http://x\)"),
+    ],
+)
+def test_parquet_of_another_shape(tmp_path, columns, message):
+    path = write_parquet(tmp_path / "o.parquet", **columns)
+    with pytest.raises(DataError, match=message):
+        list(read_documents([path]))
+
+
+def test_truncated_parquet(tmp_path):
+    path = write_parquet(tmp_path / "o.parquet", images=[["i"]], texts=[[None]])
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match=r"o\.parquet: not a parquet file"):
+        list(read_documents([path]))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.jsonl", r"none\.jsonl: no such file\. Give files of documents"),
+        ("folder.jsonl", r"folder\.jsonl: is a folder"),
+        ("words.csv", r"words\.csv: the suffix is of no known kind\. Use \.jsonl"),
+    ],
+)
+def test_what_is_no_file_of_documents(tmp_path, name, message):
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "words.csv").write_text("x")
+    with pytest.raises(DataError, match=message):
+        list(read_documents([tmp_path / name]))

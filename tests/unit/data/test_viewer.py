@@ -1,0 +1,61 @@
+"""The page: what was written is what is seen, and text stays text."""
+
+import base64
+import io
+import re
+
+import numpy as np
+from PIL import Image
+
+from megatron_chameleon.data.documents import Document, ImagePart, TextPart
+from megatron_chameleon.data.encode import encode_documents
+from megatron_chameleon.data.viewer import segments, summary, write_html
+
+
+def encoded(tokenizer, *content):
+    (result,) = encode_documents([Document("id", "s", content, "f:1")], tokenizer)
+    return result.token_ids
+
+
+def test_segments(tokenizer):
+    v = tokenizer.vocabulary
+    image = [v.begin_image, *v.code_token_ids[:4], v.end_image]
+    found = list(segments(np.array([v.bos, 300, 301, *image, *image, v.eos]), v))
+    kinds = [(s.kind, len(s.token_ids)) for s in found]
+    block = [("control", 1), ("image", 4), ("control", 1)]
+    assert kinds == [("control", 1), ("text", 2), *block, *block, ("control", 1)]
+
+
+def test_page_shows_texts_and_decoded_images(tmp_path, tokenizer, token_file, picture):
+    image = ImagePart(str(tmp_path / picture("i.png")))
+    text = 'a <script>alert("x")</script> & é 東 seven'
+    ids = encoded(tokenizer, TextPart(text), image)
+    file = token_file([ids, encoded(tokenizer, TextPart("not shown"))])
+    page_path = tmp_path / "page.html"
+    assert write_html(page_path, file, tokenizer, start=0, documents=1) == 1
+    page = page_path.read_text()
+    assert "http" not in page
+    spans = re.findall(r"<span title=\"[^\"]*\">(.*?)</span>", page, re.DOTALL)
+    assert not any("<" in span or '"' in span for span in spans)
+    shown = "".join(spans).replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"')
+    assert shown.replace("&amp;", "&") == text
+    assert f'title="{ids[1]}  ' in page
+    (data,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    codes = tokenizer.image.encode([image.open()])
+    np.testing.assert_array_equal(decoded, np.asarray(tokenizer.image.decode(codes)[0]))
+
+
+def test_block_of_the_wrong_length_is_shown_as_codes(tmp_path, tokenizer, token_file):
+    v = tokenizer.vocabulary
+    ids = np.array([v.bos, v.begin_image, *v.code_token_ids[:3], v.end_image, v.eos])
+    write_html(tmp_path / "page.html", token_file([ids]), tokenizer, start=0, documents=9)
+    assert "3 image codes, not 16: 0 1 2" in (tmp_path / "page.html").read_text()
+
+
+def test_summary(tokenizer, token_file, numbered):
+    file = token_file(numbered([4, 4, 4, 9]))
+    text = summary("data/x", file.info, file.lengths)
+    assert text.startswith("data/x: 4 documents, 21 tokens, 0 images\nimage tokens: 0 (0.0%)")
+    assert "tokens a document: 4 to 9, median 4" in text
+    assert [line.split()[3] for line in text.splitlines()[5:]] == ["3", "0", "0", "0", "0", "1"]

@@ -1,0 +1,86 @@
+"""Metrics of resumed and crashed runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.evaluation.curves import draw_curves, read_metrics, series, smooth
+
+
+def write(file: Path, *records: dict | str, end: str = "\n") -> Path:
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    file.write_text("\n".join(lines) + end)
+    return file
+
+
+def test_the_last_record_of_a_step_wins(tmp_path: Path) -> None:
+    """A run that was resumed from step 1 wrote step 2 again."""
+    file = write(
+        tmp_path / "metrics.jsonl",
+        {"step": 1, "loss": 5.0},
+        {"step": 2, "loss": 4.0},
+        {"step": 2, "loss": 3.5},
+        {"step": 3, "loss": 3.0},
+    )
+    assert [r["loss"] for r in read_metrics(tmp_path)] == [5.0, 3.5, 3.0]
+    assert read_metrics(file) == read_metrics(tmp_path)
+
+
+def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
+    file = write(tmp_path / "m.jsonl", {"step": 1, "loss": 5.0}, '{"step": 2, "lo', end="")
+    assert [r["step"] for r in read_metrics(file)] == [1]
+
+
+@pytest.mark.parametrize("broken", ['{"step": 2, "lo', '{"loss": 1}', "[]", '{"step": null}'])
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, broken: str) -> None:
+    file = write(tmp_path / "m.jsonl", {"step": 1}, broken, {"step": 3})
+    with pytest.raises(DataError, match=r"m\.jsonl:2: no record of a step"):
+        read_metrics(file)
+
+
+def test_a_broken_last_line_that_was_finished_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "m.jsonl", {"step": 1}, "{}")
+    with pytest.raises(DataError, match=r"m\.jsonl:2: no record of a step"):
+        read_metrics(file)
+
+
+def test_no_file_and_no_records_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"metrics\.jsonl: cannot be read \(No such file"):
+        read_metrics(tmp_path)
+    with pytest.raises(DataError, match="has no records yet"):
+        read_metrics(write(tmp_path / "m.jsonl", end=""))
+
+
+def test_nulls_are_left_out_of_a_series() -> None:
+    records = [{"step": 1, "x": 2.0}, {"step": 2, "x": None}, {"step": 4}, {"step": 5, "x": 3.0}]
+    steps, values = series(records, "x")
+    assert (steps.tolist(), values.tolist()) == ([1, 5], [2.0, 3.0])
+
+
+def test_smoothing_is_the_mean_over_the_last_values() -> None:
+    values = np.array([1.0, 3.0, 5.0, 7.0])
+    assert smooth(values, 1).tolist() == values.tolist()
+    assert smooth(values, 2).tolist() == [1, 2, 4, 6]
+    assert smooth(values, 100).tolist() == [1, 2, 3, 4]
+
+
+def test_one_panel_a_key_and_one_line_a_run() -> None:
+    runs = {
+        "a": [{"step": i, "loss": float(i), "grad_norm": 1.0} for i in range(5)],
+        "b": [{"step": i, "loss": 2.0 * i, "grad_norm": None} for i in range(5)],
+    }
+    figure = draw_curves(runs, ["loss", "grad_norm", "loss"])
+    panels = [axes for axes in figure.axes if axes.lines]
+    assert [len(axes.lines) for axes in panels] == [2, 1, 2]
+    assert panels[0].lines[1].get_ydata().tolist() == [0, 2, 4, 6, 8]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_an_unknown_key_names_what_there_is() -> None:
+    with pytest.raises(
+        DataError, match=r"--keys los: no run has a value of it\. Use one of: loss, step"
+    ):
+        draw_curves({"a": [{"step": 1, "loss": 1.0}]}, ["los"])

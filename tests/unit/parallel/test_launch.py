@@ -1,0 +1,33 @@
+"""Which launcher started this process, read from its variables."""
+
+import pytest
+
+from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.parallel.launch import Launch, find_launch
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch("alone", 0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch("torchrun", 3, 8, 1)),
+        (
+            {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"},
+            Launch("srun", 1, 2, 0),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, Launch("alone", 0, 1, 0)),  # the batch script
+        ({"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}, Launch("mpich", 1, 4, 1)),
+        (
+            {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"},
+            Launch("openmpi", 2, 4, 0),
+        ),
+    ],
+)
+def test_launchers(environment: dict[str, str], expected: Launch) -> None:
+    assert find_launch(environment) == expected
+
+
+@pytest.mark.parametrize("rank", ["x", "4", "-1"])
+def test_a_rank_outside_the_job(rank: str) -> None:
+    with pytest.raises(ConfigError, match=f"RANK={rank} and WORLD_SIZE=4 name no place in a job"):
+        find_launch({"RANK": rank, "WORLD_SIZE": "4"})

@@ -1,0 +1,50 @@
+"""The CPU stand-ins: only device literals change, and a moved megatron-core is noticed."""
+
+import types
+
+import megatron.core
+import pytest
+import torch
+
+from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.parallel import platform
+
+
+def names_a_device() -> torch.Tensor:
+    return torch.zeros([2], device="cuda")
+
+
+def names_no_device() -> int:
+    return 3
+
+
+def test_literals_are_replaced_also_in_nested_functions() -> None:
+    def outer() -> str:
+        def inner() -> tuple[str, ...]:
+            return ("torch.cuda.FloatTensor", "untouched")
+
+        return inner()[0]
+
+    code, count = platform._replace_literals(outer.__code__)
+    assert count == 1
+    assert types.FunctionType(code, {})() == "torch.FloatTensor"
+
+
+def test_a_function_runs_on_the_cpu_afterwards() -> None:
+    module = types.ModuleType("sample")
+    module.names_a_device = names_a_device  # type: ignore[attr-defined]
+    platform._name_cpu_in(module, "names_a_device")
+    assert names_a_device().device == torch.device("cpu")
+
+
+def test_a_listed_function_without_a_device_is_refused() -> None:
+    module = types.ModuleType("sample")
+    module.names_no_device = names_no_device  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"sample\.names_no_device names no CUDA device"):
+        platform._name_cpu_in(module, "names_no_device")
+
+
+def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron.core, "__version__", "0.99.0")
+    with pytest.raises(ConfigError, match=r"version 0\.99\.0 is installed and 0\.16\.x"):
+        platform.prepare()

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.tokenizer.image_config import load_image_config, preset_names
+
+
+def test_presets() -> None:
+    assert preset_names() == ["chameleon_512", "digits"]
+    paper = load_image_config().model
+    assert (paper.resolution, paper.codebook_size, paper.embed_dim, paper.z_channels) == (
+        512,
+        8192,
+        256,
+        256,
+    )
+    assert (paper.base_channels, paper.ch_mult, paper.num_res_blocks) == (128, [1, 1, 2, 2, 4], 2)
+    assert load_image_config().training.commitment_beta == 0.25
+    assert load_image_config("digits").model.resolution < 64
+
+
+def test_overrides_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {resolution: 64, ch_mult: [1, 2]}\ntraining: {lr: 1e-3, steps: 7}\n")
+    config = load_image_config(path, ["training.steps=9", "model.ch_mult=[1,2,4]"])
+    assert config.model.resolution == 64 and config.model.ch_mult == [1, 2, 4]
+    assert config.training.lr == 1e-3 and config.training.steps == 9
+    assert config.model.num_res_blocks == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["training.step=9"], r"training.step=9: .*training.step.* Did you mean training.steps\."),
+        (["steps=9"], r"steps=9: .* Did you mean training.steps\."),
+        (["training.steps=many"], "training.steps=many: .*'many'.*Give a value of that type"),
+        (["training.steps=0"], "training.steps: 0 is below 1. Give 1 or more"),
+        (["training.shift=-0.1"], r"training.shift: -0.1 is below 0"),
+        (["training.scale=1"], r"training.scale: 1.0 is not below 1"),
+        (["training.l1_weight=0", "training.l2_weight=0"], "l1_weight and l2_weight are both 0"),
+        (["model.base_channels=48"], "48 is no multiple of 32"),
+        (
+            ["training.discriminator_weight=1", "model.resolution=16"],
+            "3 layers need images of 24 pixels, model.resolution is 16. Use fewer",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_image_config("digits", words)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_not_there_is_named_with_the_presets() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--config digit: neither a preset nor a file.*digits, or"
+    ):
+        load_image_config("digit")
+
+
+def test_a_file_with_an_unknown_key_or_no_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {codebok_size: 64}\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml: .*Did you mean model.codebook_size\."):
+        load_image_config(path)
+    path.write_text("model: [\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml: "):
+        load_image_config(path)
+    path.write_text("just words\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml: "):
+        load_image_config(path)

@@ -1,0 +1,33 @@
+"""The progress line: every figure, and the time that is left."""
+
+import pytest
+
+from megatron_chameleon.training import progress
+from megatron_chameleon.training.progress import Progress, format_duration
+
+METRICS = {
+    "loss": 3.25,
+    "loss_text": 2.5,
+    "loss_image": None,
+    "grad_norm": 1.5,
+    "learning_rate": 1e-4,
+    "tokens_per_second": 12345.6,
+}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.6, "1m00s"), (185, "3m05s"), (7625, "2h07m"), (363600, "4d05h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_the_line_and_its_eta(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 130.0])  # 30 s for the 10 steps since the resume: 3 s a step, 80 left
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    line = Progress(first_step=10, steps=100).line(20, METRICS)
+    assert line == (
+        "step  20/100  loss 3.2500 (text 2.5000, image -)  grad norm 1.500  lr 1.00e-04  "
+        "12,346 tokens/s  ETA 4m00s"
+    )

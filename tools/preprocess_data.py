@@ -1,0 +1,8 @@
+"""Megatron-style entry point of ``chameleon preprocess``: same arguments, same exit codes."""
+
+import sys
+
+from megatron_chameleon.cli.main import main
+
+if __name__ == "__main__":
+    main(["preprocess", *sys.argv[1:]])
