@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-RUN := runs/digits
+RUN ?= runs/digits
 SEED ?= 1
 export OMP_NUM_THREADS ?= 1
 

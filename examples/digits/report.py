@@ -202,8 +202,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the trained digits model.")
     parser.add_argument("run", type=Path, help="the run folder, for example runs/digits")
     parser.add_argument("--each", type=int, default=10, help="drawings of each digit (default: 10)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of drawings (default: 1.0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="of drawings (default: 1.0)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of drawings (default: 0.7)")
+    parser.add_argument("--top-p", type=float, default=0.9, help="of drawings (default: 0.9)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     options = GenerationOptions(

@@ -104,11 +104,12 @@ def digit_columns(
     return [[captions.images[i] for i in first], [again[i] for i in first], *drawn]
 
 
-def draw_sheet(axes: Axes, page: Image.Image, names: Sequence[str], title: str) -> None:
-    """A sheet of tiles with a name in front of each row."""
+def draw_sheet(axes: Axes, page: Image.Image, title: str) -> None:
+    """A sheet of the tiles of ``digit_columns``, its first rows named."""
     axes.imshow(page, interpolation="nearest")
-    height = page.height / len(names)
-    axes.set_yticks([(i + 0.5) * height for i in range(len(names))], names, fontsize=8)
+    tile = page.width / 10
+    names = ["held out", "through the\ntokenizer", "drawn from\ntext"]
+    axes.set_yticks([(row + 0.5) * tile for row in range(len(names))], names, fontsize=8)
     axes.set_xticks([])
     axes.tick_params(length=0, colors=PALE)
     axes.spines[:].set_visible(False)
@@ -130,8 +131,7 @@ def write_overview(
     draw_losses(figure.add_subplot(grid[0, 0]), records)
     right = grid[:, 1].subgridspec(2, 1)
     rows = digit_columns(captions, again, drawings, 4)
-    names = ["held out", "through the tokenizer", "drawn from text", *[""] * (len(rows) - 3)]
-    draw_sheet(figure.add_subplot(grid[1, 0]), sheet(rows), names, "Images")
+    draw_sheet(figure.add_subplot(grid[1, 0]), sheet(rows), "Images")
     share = f"{numbers['caption_accuracy']:.1%} of {numbers['heldout_images']} captions right"
     draw_confusion(figure.add_subplot(right[0]), tables["captions"], share, "caption says")
     drawn = numbers["generated_images"]
@@ -191,8 +191,7 @@ def write_page(
     draw_losses(losses.subplots(), records)
     images = new_figure(9, 9.5)
     rows = digit_columns(captions, again, drawings, 10)
-    names = ["held out", "through the tokenizer", "drawn from text", *[""] * (len(rows) - 3)]
-    draw_sheet(images.subplots(), sheet(rows, 48), names, "")
+    draw_sheet(images.subplots(), sheet(rows, 48), "")
     matrices = new_figure(9, 4.4)
     left, right = matrices.subplots(1, 2)
     draw_confusion(left, tables["captions"], "Captions of held-out images", "caption says")

@@ -6,6 +6,7 @@ inside ``run``, so that ``chameleon --help`` answers at once.
 
 import argparse
 import importlib
+import logging
 import re
 import sys
 import traceback
@@ -61,8 +62,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if overrides:  # section.key=value behind an option, where argparse does not look for it
         args.overrides = [*args.overrides, *overrides]
-    if not args.debug:  # the libraries' notes on what is not installed: `chameleon doctor` says it
+    if not args.debug:  # the libraries' notes: `chameleon doctor` and our own errors say it
         warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
+        logging.getLogger("megatron").setLevel(logging.CRITICAL)
     try:
         args.run(args)
     except ChameleonError as error:

@@ -8,9 +8,7 @@ Both write into one folder, in either order.
 
 import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 
 def is_override(word: str) -> bool:
@@ -18,24 +16,8 @@ def is_override(word: str) -> bool:
     return "=" in word and not word.startswith("-") and not Path(word).exists()
 
 
-class _ParserWithOverrides(argparse.ArgumentParser):
-    """Takes ``section.key=value`` words anywhere, also after options (argparse does not)."""
-
-    def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> Any:
-        found, rest = super().parse_known_args(args, namespace)
-        if hasattr(found, "images"):
-            found.overrides = [word for word in [*found.images, *rest] if is_override(word)]
-            found.images = [word for word in found.images if not is_override(word)]
-            rest = [word for word in rest if not is_override(word)]
-        return found, rest
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(
-        dest="kind", metavar="KIND", required=True, parser_class=_ParserWithOverrides
-    )
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     text = kinds.add_parser("text", help="a sentencepiece BPE and the vocabulary of the model")
     text.add_argument("files", nargs="+", metavar="FILE", help=".txt, or .jsonl documents")
     text.add_argument("--output", required=True, metavar="DIR", help="the tokenizer folder")
@@ -64,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a preset (chameleon_512, digits) or a file; section.key=value words go over it",
     )
     image.add_argument("--seed", type=int, default=1, metavar="N")
+    image.set_defaults(overrides=[])
     for kind in (text, image):  # `chameleon tokenizer --debug text` has it too: do not overwrite
         kind.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
 
@@ -97,9 +80,10 @@ def _train_image(args: argparse.Namespace) -> None:
     from megatron_chameleon.tokenizer.image_training import train_image_tokenizer
 
     start_seconds = time.perf_counter()
-    config = load_image_config(args.config, args.overrides)
+    words = [word for word in args.images if is_override(word)]
+    config = load_image_config(args.config, [*words, *args.overrides])
     result = train_image_tokenizer(
-        find_images(args.images),
+        find_images([image for image in args.images if image not in words]),
         config,
         args.output,
         seed=args.seed,

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError, ConfigErrors
+
+T = TypeVar("T")
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -35,27 +37,49 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigErrors: One or more keys are unknown or values are of a wrong type.
     """
     path = Path(path)
-    layers = [_read_yaml(path), _read_overrides(overrides)]
-    preset = OmegaConf.select(OmegaConf.merge(*layers), "preset")
-    if preset is not None:
-        layers.insert(0, _read_yaml(_preset_path(str(preset), where=str(path))))
+    words = [word for word in overrides if not word.startswith("preset=")]
+    preset = read_yaml(path).get("preset")
+    for word in overrides:
+        preset = word.removeprefix("preset=") if word.startswith("preset=") else preset
+    layers = [] if preset is None else [_preset_path(str(preset), where=str(path))]
+    return load_layers(Config, [*layers, path], words)
+
+
+def load_layers(cls: type[T], paths: Sequence[Path], overrides: Sequence[str]) -> T:
+    """Read YAML files, each over those before it, and overrides over all, into a dataclass.
+
+    Args:
+        cls: A dataclass of dataclasses, lists and scalars.
+        paths: At least one file; errors name the last.
+        overrides: Words of the form ``section.key=value``.
+
+    Raises:
+        ConfigError: A file or an override cannot be read.
+        ConfigErrors: One or more keys are unknown or values are of a wrong type.
+    """
+    where = str(paths[-1])
+    layers = [*(read_yaml(path) for path in paths), _read_overrides(overrides)]
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(path), _first_line(error), "Correct that value") from error
+        raise ConfigError(where, _first_line(error), "Correct that value") from error
     assert isinstance(merged, dict)
     merged.pop("preset", None)
-    return config_from_dict({str(key): value for key, value in merged.items()}, where=str(path))
-
-
-def config_from_dict(values: dict[str, Any], where: str) -> Config:
-    """Build a ``Config`` from nested dictionaries; ``where`` names their origin in errors."""
     problems: list[ConfigError] = []
-    config = _build(Config, values, "", where, problems)
+    config = _build(cls, merged, "", where, problems)
     if problems:
-        raise ConfigErrors(problems)
-    assert isinstance(config, Config)
+        raise ConfigErrors([_name_override(problem, where, overrides) for problem in problems])
+    assert isinstance(config, cls)
     return config
+
+
+def _name_override(problem: ConfigError, where: str, overrides: Sequence[str]) -> ConfigError:
+    """The problem with the override that caused it, if one did, in place of file and key."""
+    key = problem.where.removeprefix(f"{where}: ")
+    for word in overrides:
+        if f"{word.partition('=')[0]}.".startswith(f"{key}."):
+            return ConfigError(word, problem.what, problem.remedy)
+    return problem
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -68,7 +92,12 @@ def format_config(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML file whose top level is a mapping.
+
+    Raises:
+        ConfigError: It is not there, no YAML or no mapping.
+    """
     if not path.is_file():
         raise ConfigError(str(path), "no such config file", "Give the path of a YAML file")
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ModelConfig:
-    """The transformer. Source: paper, sections 2.3 and 2.4."""
+    """The transformer. Source: paper, section 2.3."""
 
     num_layers: int = 4
     hidden_size: int = 128
@@ -82,7 +82,7 @@ class ParallelConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW. Source: paper, section 2.4."""
+    """AdamW. Source: paper, section 2.3."""
 
     lr: float = 1e-4
     """Peak learning rate."""

@@ -1,7 +1,7 @@
 """Draw token ids one by one: the modality state's masks, sampling, guidance, key/value cache.
 
 Letters in tensor names: B rows of the batch, S tokens, V vocabulary, C columns of the cache.
-Source of the sampling rules and defaults: paper, section 2.5, and the reference inference code.
+Source of the sampling rules and defaults: paper, section 2.4, and the reference inference code.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@
 In text any text token may come, ``</s>``, and begin-image where there is room for a whole image. In
 an image only codes may come until it is full, then only its end. Nothing else is ever allowed: no
 code in text, no ``<pad>``, ``<s>``, ``<unk>``, separator or placeholder. Source: paper, section
-2.5; the reference inference code.
+2.4; the reference inference code.
 """
 
 from enum import StrEnum

@@ -33,7 +33,7 @@ from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 Part = str | Image.Image | TextPart | ImagePart
 
 CAPTION_OPTIONS = GenerationOptions(temperature=0, repetition_penalty=1.0)
-DRAW_OPTIONS = GenerationOptions(temperature=1.0, top_p=1.0)
+DRAW_OPTIONS = GenerationOptions()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What Chameleon changes in megatron-core's layer: QK-norm, norm order, CPU core attention.
 
 Dimension letters in tensor names: S sequence, B batch, N heads of this rank, D head size, H hidden.
-Source: paper, section 2.3; Meta's reference inference code (per-head LayerNorm with bias, before
-    RoPE).
+Source: paper, section 2.3; Meta's reference inference code for QK-norm (LayerNorm with bias over
+the head dimension, before RoPE).
 """
 
 from collections.abc import Callable

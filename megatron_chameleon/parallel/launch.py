@@ -50,6 +50,16 @@ def find_launch(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch("alone", 0, 1, 0)
 
 
+def leave() -> None:
+    """Take the job's process groups down; without it, a process may abort while it exits."""
+    import torch
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def join(launch: Launch) -> None:
     """Initialise torch.distributed for this process, with NCCL on GPUs and gloo on CPUs.
 

@@ -6,16 +6,11 @@ Presets are in ``presets/``; a YAML file and ``section.key=value`` words go over
 """
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
+from megatron_chameleon.config.load import load_layers
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.tokenizer.discriminator import smallest_resolution
 from megatron_chameleon.tokenizer.vqgan import VqganConfig
@@ -92,26 +87,11 @@ def load_image_config(
         ConfigError: If there is no such config, a key or a value does not fit, or values contradict
             each other.
     """
-    path = _config_path(name)
-    config = OmegaConf.structured(ImageTokenizerConfig)
-    try:
-        config = OmegaConf.merge(config, OmegaConf.load(path))
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise _config_error(str(path), error, config) from error
-    for word in overrides:
-        key, equals, _ = word.partition("=")
-        if not key or not equals:
-            raise ConfigError(word, "is no override", "Write section.key=value")
-        try:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([word]))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise _config_error(word, error, config) from error
-    resolved = OmegaConf.to_object(config)
-    assert isinstance(resolved, ImageTokenizerConfig)
+    config = load_layers(ImageTokenizerConfig, [_config_path(name)], overrides)
     where = " ".join([str(name), *overrides])
-    resolved.model.check(where)
-    _check_training(resolved, where)
-    return resolved
+    config.model.check(where)
+    _check_training(config, where)
+    return config
 
 
 def _config_path(name: str | Path) -> Path:
@@ -126,16 +106,6 @@ def _config_path(name: str | Path) -> Path:
             f"Use one of {', '.join(preset_names())}, or a YAML file",
         )
     return path
-
-
-def _config_error(where: str, error: Exception, config: Any) -> ConfigError:
-    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if not isinstance(error, ConfigKeyError):
-        return ConfigError(where, message, "Give a value of that type")
-    key = str(error.full_key or error.key)
-    known = [f"{section}.{item}" for section in config for item in config[section]] + list(config)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return ConfigError(where, f"{key} is no key of an image tokenizer", f"Did you mean {near[0]}")
 
 
 def _check_training(config: ImageTokenizerConfig, where: str) -> None:

@@ -15,7 +15,7 @@ from megatron_chameleon.data.batches import BatchReader
 from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.model.chameleon import count_parameters
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join
+from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.training.megatron_engine import MegatronEngine
@@ -62,9 +62,16 @@ def prepare(config: Config, world_size: int, resume: str) -> Job:
 
 def train(job: Job, launch: Launch) -> None:
     """Train to the last step of the config; every process of the job calls it."""
-    config, reader = job.config, job.reader
     platform.prepare()
     join(launch)
+    try:
+        _train(job)
+    finally:
+        leave()
+
+
+def _train(job: Job) -> None:
+    config, reader = job.config, job.reader
     topology = create_topology(config.parallel)
     engine = MegatronEngine(config, job.tokenizer.vocabulary.size, topology)
     step = store.load(job.resume_from, engine) if job.resume_from else 0

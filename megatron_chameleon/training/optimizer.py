@@ -1,4 +1,4 @@
-"""Config -> megatron-core's AdamW and its learning-rate schedule. Source: paper, section 2.4."""
+"""Config -> megatron-core's AdamW and its learning-rate schedule. Source: paper, section 2.3."""
 
 from collections.abc import Sequence
 

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from megatron_chameleon.checkpoint import store
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.data.batches import BatchReader
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join
+from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.training.megatron_engine import MegatronEngine
@@ -32,8 +31,7 @@ def one_process() -> Iterator[None]:
     platform.prepare()
     join(Launch("alone", 0, 1, 0))
     yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,10 +1,11 @@
 """The Hugging Face folder: what ``ChameleonForConditionalGeneration.from_pretrained`` opens.
 
-config.json · generation_config.json · model*.safetensors      the transformer and the VQGAN's
-encoder tokenizer and processor files                                  for transformers
-text.model · vocabulary.json · image_tokenizer/                our tokenizer, with the VQ
-decoder that HF has no place for chameleon.json
-where it all comes from
+    config.json, generation_config.json, model*.safetensors   transformer and the VQGAN's encoder
+    tokenizer and processor files                             for transformers
+    text.model, vocabulary.json, image_tokenizer/             our tokenizer, the VQ decoder included
+    chameleon.json                                            where it all comes from
+
+Hugging Face's model has no place for the decoder that turns codes into images: it is kept beside.
 """
 
 import hashlib

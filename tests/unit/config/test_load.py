@@ -77,7 +77,7 @@ def test_every_unknown_key_and_wrong_type_in_one_go_with_the_nearest_name(tmp_pa
         ("preset: chameleon_8b", [], "no preset is called 'chameleon_8b'. Use one of: "),
         ("logging: {run_dir: '${nowhere.x}'}", [], "nowhere"),
         ("{}", ["training.steps"], "training.steps: not of the form section.key=value"),
-        ("{}", ["trainin.steps=3"], "trainin: unknown config key. Did you mean training"),
+        ("{}", ["trainin.steps=3"], "trainin.steps=3: unknown config key. Did you mean training"),
     ],
 )
 def test_one_line_says_what_is_wrong(

@@ -64,7 +64,10 @@ def test_overrides_may_stand_before_options_and_after(corpus: Path) -> None:
     [
         (["text", "none.txt"], "error: none.txt: no such file. Give an existing file.\n"),
         (["image", "none"], "error: none: no such file. Give an existing file.\n"),
-        (["image", ".", "model.codebok=3"], "Did you mean model.codebook_size.\n"),
+        (
+            ["image", ".", "model.codebok=3"],
+            "model.codebok=3: unknown config key. Did you mean codebook_size.\n",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -1,0 +1,157 @@
+"""What users get wrong: one clear line, exit code 2, and no run folder or file that looks whole."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_chameleon.cli.main import main
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command in this process and returns the one line that it ends with."""
+
+    def run(*words: object) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main([str(word) for word in words])
+        assert caught.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def copy(tiny, tmp_path: Path) -> Path:
+    """The tiny project's token files, to be damaged."""
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{tiny.tokens}{suffix}", tmp_path / f"tokens{suffix}")
+    config = tiny.config.read_text().replace(str(tiny.tokens), str(tmp_path / "tokens"))
+    config = config.replace("every_steps: 5", f"every_steps: 5, run_dir: {tmp_path / 'run'}")
+    (tmp_path / "train.yaml").write_text(config)
+    return tmp_path
+
+
+def damage(path: Path, edit: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(edit(path.read_bytes()))
+
+
+def set_dtype(index: bytes) -> bytes:
+    """Say int32 (4) where the files say uint16 (8): the byte behind the magic and the version."""
+    assert index[17] == 8
+    return index[:17] + b"\x04" + index[18:]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "edit", "message"),
+    [
+        (".bin", lambda content: content[:-10], "bytes"),
+        (".bin", lambda content: b"", "bytes"),
+        (".idx", lambda content: content[:-10], "tokens.idx"),
+        (".idx", lambda content: b"not an index", "tokens.idx"),
+        (".idx", set_dtype, "int32"),
+        (".json", lambda content: b"{", "tokens.json"),
+    ],
+)
+def test_damaged_token_files(copy: Path, refused, suffix: str, edit, message: str) -> None:
+    damage(copy / f"tokens{suffix}", edit)
+    # the second source is the same file and fails alike: one line is enough to see
+    line = refused("train", copy / "train.yaml", "data.stage2=[]")
+    assert message in line
+    assert not (copy / "run").exists()
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+def test_missing_token_files(copy: Path, refused, suffix: str) -> None:
+    (copy / f"tokens{suffix}").unlink()
+    line = refused("train", copy / "train.yaml", "data.stage2=[]")
+    assert suffix in line
+    assert "missing" in line
+
+
+def test_token_files_of_another_tokenizer(copy: Path, refused) -> None:
+    sidecar = json.loads((copy / "tokens.json").read_text())
+    sidecar["tokenizer_fingerprint"] = "0" * 64
+    (copy / "tokens.json").write_text(json.dumps(sidecar))
+    line = refused("train", copy / "train.yaml", "data.stage2=[]")
+    assert "tokenizer" in line
+    assert not (copy / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["model.hiden_size=3"],
+            "model.hiden_size=3: unknown config key. Did you mean hidden_size.",
+        ),
+        (["training.global_batch_size=7"], "7 does not divide by micro_batch_size 2 x data"),
+        (["tokenizer.path=/none"], "no such folder"),
+        (["--resume", "/none"], "/none: no whole checkpoint"),
+        (["parallel.tensor_model_parallel_size=2"], "1 process cannot be laid out as tensor 2"),
+    ],
+)
+def test_configs(copy: Path, refused, words: list[str], message: str) -> None:
+    assert message in refused("train", copy / "train.yaml", *words)
+    assert not (copy / "run").exists()
+
+
+def test_more_processes_than_the_layout_wants_say_so_once(tiny, chameleon, copy: Path) -> None:
+    overrides = ["parallel.tensor_model_parallel_size=2", "training.global_batch_size=8"]
+    result = chameleon("train", copy / "train.yaml", *overrides, processes=3, succeeds=False)
+    assert result.stderr.count("error: parallel: 3 processes cannot be laid out as tensor 2") == 1
+    assert "exitcode  : 2" in result.stderr  # torchrun's own report of its workers
+    assert not (copy / "run").exists()
+
+
+def test_dry_run_says_what_would_happen_and_writes_nothing(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    main(["train", str(copy / "train.yaml"), "--dry-run", *layout])
+    text = capsys.readouterr().out
+    assert "hidden_size: 32" in text
+    assert "parameters; 512 tokens a step; 20 steps, of which stage 2 has 4" in text
+    assert not (copy / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "documents.jsonl:61"),
+        ('{"id": "x", "content": [{"type": "sound"}]}', "documents.jsonl:61"),
+    ],
+)
+def test_broken_documents_leave_nothing(
+    tiny, tmp_path: Path, refused, line: str, message: str
+) -> None:
+    for image in tiny.folder.glob("*.png"):
+        shutil.copy(image, tmp_path)
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text(tiny.documents.read_text() + line + "\n")
+    output = tmp_path / "tokens"
+    words = ("preprocess", documents, "--tokenizer", tiny.tokenizer, "--output", output)
+    assert message in refused(*words)
+    assert list(tmp_path.glob("tokens*")) == []
+
+
+def test_corrupt_and_empty_images_drop_their_documents(
+    tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for image in tiny.folder.glob("*.png"):
+        shutil.copy(image, tmp_path)
+    (tmp_path / "3.png").write_bytes(b"")
+    damage(tmp_path / "7.png", lambda content: content[:40])
+    (tmp_path / "9.png").unlink()
+    shutil.copy(tiny.documents, tmp_path)
+    output = tmp_path / "tokens"
+    words = ["preprocess", tmp_path / "documents.jsonl", "--tokenizer", tiny.tokenizer]
+    main([str(word) for word in (*words, "--output", output)])
+    assert json.loads((tmp_path / "tokens.json").read_text())["documents"] == 57
+    report = (tmp_path / "tokens.dropped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in report] == ["3", "7", "9"]
+    assert "3 dropped" in "".join(capsys.readouterr())
