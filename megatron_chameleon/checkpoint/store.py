@@ -49,7 +49,7 @@ class Engine(Protocol):
 
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]: ...
 
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def load_state(self, state: dict[str, Any], step: int) -> None: ...
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -171,7 +171,7 @@ def load(checkpoint: Path, engine: Engine) -> int:
     except (Exception, CheckpointException) as error:
         what = f"cannot be loaded ({_root_cause(error)})"
         raise CheckpointError(str(checkpoint), what, "Use an older checkpoint") from error
-    engine.load_state(loaded)
+    engine.load_state(loaded, state["step"])
     return int(state["step"])
 
 

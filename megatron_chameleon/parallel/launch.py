@@ -5,7 +5,6 @@ own names; a process that finds none of them is a job of its own.
 """
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,16 +71,14 @@ def join(launch: Launch) -> None:
 
     if platform.has_gpu():
         torch.cuda.set_device(launch.local_rank)
+    store = None
     if launch.launcher == "alone":
-        # One process meets itself in a file that nobody else can name: no port to be taken.
-        with tempfile.NamedTemporaryFile(prefix="chameleon-", delete=False) as file:
-            init_method = f"file://{file.name}"
+        store = torch.distributed.HashStore()  # one process meets itself without a port
     else:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 what = f"{name} is not set and {launch.launcher} does not set it"
                 raise ConfigError("launch", what, f"Export {name} of the first node")
-        init_method = "env://"
     torch.distributed.init_process_group(
-        platform.backend(), init_method=init_method, rank=launch.rank, world_size=launch.world_size
+        platform.backend(), store=store, rank=launch.rank, world_size=launch.world_size
     )

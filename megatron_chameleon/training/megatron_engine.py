@@ -112,17 +112,24 @@ class MegatronEngine:
         metadata = self._checkpoint_metadata()
         model = self.model.sharded_state_dict(metadata=metadata)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
-        return {
-            "model": model,
-            "optimizer": optimizer,
-            "scheduler": self.scheduler.state_dict(),
-        }
+        return {"model": model, "optimizer": optimizer}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what ``sharded_state`` described and a checkpoint filled in."""
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Take over what ``sharded_state`` described, filled in from a checkpoint at ``step``.
+
+        Weights and moments are the checkpoint's; learning rate, betas and the like are this
+        config's, so that a run can be continued with other values.
+        """
+        kept = ("params", "step")
+        values = [
+            {name: value for name, value in group.items() if name not in kept}
+            for group in self.optimizer.param_groups
+        ]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        for group, own in zip(self.optimizer.param_groups, values, strict=True):
+            group.update(own)
+        self.scheduler.step(step)
 
     def _checkpoint_metadata(self) -> dict[str, Any]:
         from megatron.core import parallel_state

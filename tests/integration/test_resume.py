@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command, environment
+from run_command import command, environment
 
 LAYOUT = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 SETTINGS = [*LAYOUT, "checkpoint.every_steps=3", "model.hidden_dropout=0.1"]
@@ -112,6 +112,17 @@ def test_another_model_is_refused_with_all_differences(tiny, unbroken) -> None:
     result = tiny.train("unbroken", "model.hidden_size=64", "training.seed=5", succeeds=False)
     assert result.returncode == 2
     assert "model.hidden_size is 64 and was 32; training.seed is 5 and was 1" in result.stderr
+
+
+def test_values_changed_on_resume_take_effect(tiny) -> None:
+    changed = ["training.steps=8", "optimizer.lr=5e-3", "optimizer.weight_decay=0.3"]
+    tiny.train("fresh", *changed)
+    tiny.train("changed", "training.steps=4")
+    tiny.train("changed", *changed)
+    rates = {run: [r["learning_rate"] for r in tiny.metrics(run)] for run in ("fresh", "changed")}
+    assert rates["changed"][:4] != rates["fresh"][:4]
+    assert rates["changed"][4:] == rates["fresh"][4:]
+    assert rates["changed"][4] > 0
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tiny) -> None:

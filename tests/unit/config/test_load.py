@@ -74,7 +74,11 @@ def test_every_unknown_key_and_wrong_type_in_one_go_with_the_nearest_name(tmp_pa
         ("[1, 2]", [], "the top level is not a mapping"),
         ("model: 3", [], "model: 3 is not a mapping"),
         ("data: {stage1: 5}", [], "data.stage1: 5 is no list"),
-        ("preset: chameleon_8b", [], "no preset is called 'chameleon_8b'. Use one of: "),
+        (
+            "preset: chameleon_8b",
+            [],
+            "no preset is called 'chameleon_8b'. Use one of: chameleon_34b, chameleon_7b.",
+        ),
         ("logging: {run_dir: '${nowhere.x}'}", [], "nowhere"),
         ("{}", ["training.steps"], "training.steps: not of the form section.key=value"),
         ("{}", ["trainin.steps=3"], "trainin.steps=3: unknown config key. Did you mean training"),

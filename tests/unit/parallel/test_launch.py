@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.parallel.launch import Launch, find_launch
+from megatron_chameleon.parallel.launch import Launch, find_launch, join
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,14 @@ def test_launchers(environment: dict[str, str], expected: Launch) -> None:
 def test_a_rank_outside_the_job(rank: str) -> None:
     with pytest.raises(ConfigError, match=f"RANK={rank} and WORLD_SIZE=4 name no place in a job"):
         find_launch({"RANK": rank, "WORLD_SIZE": "4"})
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_a_launcher_that_does_not_say_where_to_meet(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv(missing)
+    with pytest.raises(ConfigError, match=f"{missing} is not set and srun does not set it. Export"):
+        join(Launch("srun", 0, 2, 0))
