@@ -95,7 +95,7 @@ class OptimizerConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-5
     clip_grad: float = 1.0
-    """Largest global norm of the gradient."""
+    """Largest global norm of the gradient; 0 leaves it as it is."""
 
 
 @dataclass

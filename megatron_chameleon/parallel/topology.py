@@ -28,7 +28,7 @@ class Topology:
 
     def __str__(self) -> str:
         sizes = f"tensor {self.tensor_size} x pipeline {self.pipeline_size} x data {self.data_size}"
-        return f"{self.world_size} processes: {sizes}"
+        return f"{self.world_size} process{'es' if self.world_size > 1 else ''}: {sizes}"
 
 
 def create_topology(parallel: ParallelConfig) -> Topology:

@@ -20,7 +20,7 @@ from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 from megatron_chameleon.training.progress import Progress
-from megatron_chameleon.training.run_folder import RunFolder, checkpoints_folder
+from megatron_chameleon.training.run_folder import RunFolder, check_run_folder, checkpoints_folder
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def prepare(config: Config, world_size: int, resume: str) -> Job:
         ChameleonError: Whatever is missing or does not fit.
     """
     check_config(config, world_size)
+    check_run_folder(Path(config.logging.run_dir))
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
     reader = BatchReader(config, tokenizer)
     checkpoint = store.find_resume(checkpoints_folder(config), resume)
@@ -91,11 +92,11 @@ def _train(job: Job) -> None:
             "consumed_tokens": step * batch_tokens,
             "tokens_per_second": batch_tokens / (metrics["step_seconds"] or math.inf),
         }
+        _check_finite(step, metrics)
         if run:
             run.write_metrics(metrics)
             if step % config.logging.every_steps == 0 or step == config.training.steps:
                 print(progress.line(step, metrics), flush=True)
-        _check_finite(step, metrics)
         if _is_save_step(config, step):
             path = store.save(checkpoints_folder(config), step, engine, job.checkpoint_extra())
             if run:
@@ -109,10 +110,11 @@ def describe(job: Job) -> str:
     config = job.config
     parameters = count_parameters(config.model, job.tokenizer.vocabulary.size)
     tokens = config.training.global_batch_size * config.model.seq_length
-    stage1 = round(config.training.steps * config.data.stage1_fraction)
+    stage2 = config.training.steps - round(config.training.steps * config.data.stage1_fraction)
+    stages = f", of which stage 2 has {stage2:,}" if config.data.stage2 else " in one stage"
     return (
-        f"{parameters:,} parameters; {tokens:,} tokens a step; {config.training.steps} steps, "
-        f"of which stage 2 has {config.training.steps - stage1}"
+        f"{parameters:,} parameters; {tokens:,} tokens a step; {config.training.steps:,} steps"
+        f"{stages}"
     )
 
 

@@ -1,5 +1,6 @@
 """Config -> megatron-core's AdamW and its learning-rate schedule. Source: paper, section 2.3."""
 
+import math
 from collections.abc import Sequence
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -23,7 +24,7 @@ def build_optimizer(config: Config, model_chunks: Sequence[nn.Module]) -> Megatr
         adam_beta1=values.adam_beta1,
         adam_beta2=values.adam_beta2,
         adam_eps=values.adam_eps,
-        clip_grad=values.clip_grad,
+        clip_grad=values.clip_grad or math.inf,  # megatron-core measures no norm where it is 0
         bf16=config.training.dtype == "bf16",
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )

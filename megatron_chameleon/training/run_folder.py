@@ -18,7 +18,7 @@ from typing import TextIO
 from megatron_chameleon import __version__
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.errors import DataError
+from megatron_chameleon.errors import ConfigError, DataError
 
 METRICS = (
     "step",
@@ -41,6 +41,23 @@ METRICS = (
 def checkpoints_folder(config: Config) -> Path:
     """Where the run's checkpoints lie."""
     return Path(config.logging.run_dir) / "checkpoints"
+
+
+def check_run_folder(path: Path) -> None:
+    """See, without writing, that the folder is there or can be made.
+
+    Raises:
+        ConfigError: A file is in the way, or the place is not writable.
+    """
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    if not path.is_dir():
+        what = f"{path} is a file"
+    elif not os.access(path, os.W_OK):
+        what = f"{path} is not writable"
+    else:
+        return
+    raise ConfigError("logging.run_dir", what, "Choose another folder")
 
 
 class RunFolder:

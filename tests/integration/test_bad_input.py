@@ -155,3 +155,22 @@ def test_corrupt_and_empty_images_drop_their_documents(
     report = (tmp_path / "tokens.dropped.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in report] == ["3", "7", "9"]
     assert "3 dropped" in "".join(capsys.readouterr())
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny) -> None:
+    overrides = ["optimizer.lr=1e30", "optimizer.lr_warmup_steps=0", "checkpoint.every_steps=1"]
+    result = tiny.train("diverged", *overrides, succeeds=False)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "Resume from the last checkpoint with a lower optimizer.lr" in line
+    # neither a checkpoint nor a line of metrics of the step that failed
+    steps = len(tiny.metrics("diverged"))
+    assert line.startswith(f"error: step {steps + 1}: ")
+    saved = [path.name for path in (tiny.folder / "diverged" / "checkpoints").iterdir()]
+    assert max(saved, default="step_00000000") == f"step_{steps:08d}"
+
+
+def test_a_run_folder_that_is_a_file(tiny, tmp_path: Path, refused) -> None:
+    (tmp_path / "run").touch()
+    line = refused("train", tiny.config, f"logging.run_dir={tmp_path / 'run'}")
+    assert line.endswith("/run is a file. Choose another folder.")

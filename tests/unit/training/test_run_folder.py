@@ -7,8 +7,8 @@ import pytest
 
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.errors import DataError
-from megatron_chameleon.training.run_folder import METRICS, RunFolder
+from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.training.run_folder import METRICS, RunFolder, check_run_folder
 
 
 @pytest.fixture
@@ -68,3 +68,20 @@ def test_the_folder_tells_how_the_run_was_started(config: Config) -> None:
     assert load_config(folder / "config.yaml") == config
     assert len((folder / "command.txt").read_text().splitlines()) == 2
     assert json.loads((folder / "environment.json").read_text())["packages"]["megatron-core"]
+
+
+def test_a_place_where_no_run_folder_can_be(tmp_path: Path) -> None:
+    check_run_folder(tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"logging\.run_dir: .*/file is a file\. Choose another"):
+        check_run_folder(tmp_path / "file" / "run")
+
+
+def test_a_place_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # root may write anywhere, so the answer of the operating system is given here
+    monkeypatch.setattr(
+        "megatron_chameleon.training.run_folder.os.access", lambda path, mode: False
+    )
+    with pytest.raises(ConfigError, match="is not writable"):
+        check_run_folder(tmp_path / "run")
