@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole demo: data, tokenizers, token files, training, export, report. Each line below can be run alone.
-# Usage: bash examples/digits/run.sh [RUN_FOLDER]      SEED=1 is the seed of the training run.
+# Usage: bash examples/digits/run.sh [RUN_FOLDER]      SEED=1 is the seed of all that is drawn.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RUN=${1:-runs/digits}
@@ -34,5 +34,5 @@ rm -rf "$RUN/exported"
 chameleon convert "$RUN/checkpoints" "$RUN/exported" --to hf
 
 say "6. Report: captions, drawings and figures"
-OMP_NUM_THREADS=2 python $HERE/report.py "$RUN"
+OMP_NUM_THREADS=2 python $HERE/report.py "$RUN" --seed "$SEED"
 say "Done: open $RUN/report/index.html"

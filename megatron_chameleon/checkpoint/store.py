@@ -39,6 +39,9 @@ _FIXED = (
     "model.qk_norm_groups",
     "training.seed",
     "training.global_batch_size",
+    # megatron-core's optimizers with and without these write states that the other cannot read
+    "training.dtype",
+    "parallel.use_distributed_optimizer",
 )
 
 

@@ -67,4 +67,6 @@ def seed_random(seed: int, step: int, topology: Topology) -> None:
     words = numpy.random.SeedSequence([seed, step, place]).generate_state(1, numpy.uint32)
     stream = int(words[0])
     torch.manual_seed(stream)
-    megatron_random.model_parallel_cuda_manual_seed(stream, force_reset_rng=False)
+    megatron_random.model_parallel_cuda_manual_seed(
+        stream, tp_rank=topology.tensor_rank, ep_rank=0, etp_rank=topology.tensor_rank
+    )
