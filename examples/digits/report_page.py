@@ -192,12 +192,6 @@ def write_page(
     images = new_figure(9, 9.5)
     rows = digit_columns(captions, again, drawings, 10)
     draw_sheet(images.subplots(), sheet(rows, 48), "")
-    matrices = new_figure(9, 4.4)
-    left, right = matrices.subplots(1, 2)
-    draw_confusion(left, tables["captions"], "Captions of held-out images", "caption says")
-    draw_confusion(right, tables["drawings"], "Drawings", "judge sees")
-    right_ones = [i for i, d in enumerate(captions.digits) if d == captions.labels[i]]
-    wrong_ones = [i for i, d in enumerate(captions.digits) if d != captions.labels[i]]
     body = [
         "<h1>Digits, drawn and read by one model</h1>",
         _how(
@@ -226,12 +220,8 @@ def write_page(
             f"{numbers['judge_accuracy_on_real_images']:.1%} right, of the same images through the",
             f"image tokenizer {numbers['judge_accuracy_on_reconstructions']:.1%}.",
         ),
-        _figure(matrices),
-        f"<h2>Captions, wrong ({len(wrong_ones)})</h2>",
-        _how("Held-out image and caption, the likeliest token each time."),
-        _gallery(captions, wrong_ones[:WRONG_SHOWN]),
-        f"<h2>Captions, right ({len(right_ones)})</h2>",
-        _gallery(captions, right_ones[:: max(1, len(right_ones) // RIGHT_SHOWN)][:RIGHT_SHOWN]),
+        _figure(_matrices(tables)),
+        *_caption_sections(captions),
         "<h2>Config</h2>",
         f"<details><summary>config.yaml</summary><pre>{html.escape(config)}</pre></details>",
     ]
@@ -239,6 +229,26 @@ def write_page(
     head += f"<title>Digits</title><style>{STYLE}</style>"
     page = f"<!doctype html><html lang=en>{head}{''.join(body)}</html>"
     save_whole(file, page.encode("utf-8"))
+
+
+def _matrices(tables: Tables) -> Figure:
+    figure = new_figure(9, 4.4)
+    left, right = figure.subplots(1, 2)
+    draw_confusion(left, tables["captions"], "Captions of held-out images", "caption says")
+    draw_confusion(right, tables["drawings"], "Drawings", "judge sees")
+    return figure
+
+
+def _caption_sections(captions: "Captions") -> list[str]:
+    right = [i for i, d in enumerate(captions.digits) if d == captions.labels[i]]
+    wrong = [i for i, d in enumerate(captions.digits) if d != captions.labels[i]]
+    return [
+        f"<h2>Captions, wrong ({len(wrong)})</h2>",
+        _how("Held-out image and caption, the likeliest token each time."),
+        _gallery(captions, wrong[:WRONG_SHOWN]),
+        f"<h2>Captions, right ({len(right)})</h2>",
+        _gallery(captions, right[:: max(1, len(right) // RIGHT_SHOWN)][:RIGHT_SHOWN]),
+    ]
 
 
 def _how(*lines: str) -> str:

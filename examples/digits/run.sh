@@ -27,7 +27,7 @@ done
 
 say "4. Training: two processes, tensor and sequence parallel"
 torchrun --standalone --nproc-per-node 2 -m megatron_chameleon train $HERE/train.yaml \
-    training.seed="$SEED" logging.run_dir="$RUN"
+    training.seed="$SEED" variables.inputs="$RUN" logging.run_dir="$RUN"
 
 say "5. Export to Hugging Face"
 rm -rf "$RUN/exported"

@@ -1,5 +1,6 @@
 """Read a config: defaults < preset < YAML file < ``section.key=value``.
 
+A file's section ``variables`` may hold values of one's own, to be used as ``${variables.name}``.
 OmegaConf reads the YAML, the overrides and ``${...}``; this file turns the result into the
 dataclasses of ``schema.py`` and reports every unknown key and every value of a wrong type at once,
 each with the nearest name.
@@ -64,7 +65,8 @@ def load_layers(cls: type[T], paths: Sequence[Path], overrides: Sequence[str]) -
     except OmegaConfBaseException as error:
         raise ConfigError(where, _first_line(error), "Correct that value") from error
     assert isinstance(merged, dict)
-    merged.pop("preset", None)
+    for key in ("preset", "variables"):
+        merged.pop(key, None)
     problems: list[ConfigError] = []
     config = _build(cls, merged, "", where, problems)
     if problems:

@@ -47,6 +47,13 @@ def test_interpolation(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, text)).logging.run_dir == "here/tokenizer/run"
 
 
+def test_variables_of_ones_own(tmp_path: Path) -> None:
+    text = "variables: {inputs: here}\ntokenizer: {path: '${variables.inputs}/tokenizer'}"
+    path = write(tmp_path, text)
+    assert load_config(path).tokenizer.path == "here/tokenizer"
+    assert load_config(path, ["variables.inputs=there"]).tokenizer.path == "there/tokenizer"
+
+
 def test_what_is_saved_loads_again(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "data: {stage1: [{prefix: a}]}\ntraining: {seed: 9}"))
     assert load_config(write(tmp_path, format_config(config))) == config
