@@ -60,7 +60,8 @@ def _kill_tree(pid: int) -> None:
 
 
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(tiny, unbroken) -> None:
-    step = random.SystemRandom().randint(4, 17)
+    # at most 12 of the 20 steps: the signal comes a moment after the step that it waits for
+    step = random.SystemRandom().randint(4, 12)
     kill_at_step(tiny, "killed", step)
     before = len(tiny.metrics("killed"))
     assert step <= before < 20, f"killed at {before}, wanted {step}"
