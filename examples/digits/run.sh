@@ -1,23 +1,30 @@
 #!/usr/bin/env bash
-# The whole demo: data, tokenizers, token files, training, export, report. Each line below can be run alone.
-# Usage: bash examples/digits/run.sh [RUN_FOLDER]      SEED=1 is the seed of all that is drawn.
+# The whole demo: data, tokenizers, token files, training, export, report. Each command below can be run alone.
+# Usage: bash examples/digits/run.sh [RUN_FOLDER]
+# SEED=1 is the seed of all that is drawn. QUICK=1 runs the same commands in a minute or two and learns nothing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RUN=${1:-runs/digits}
 SEED=${SEED:-1}
 HERE=examples/digits
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+data=(--variants 16) image=() train=()
+if [ -n "${QUICK:-}" ]; then
+    data=(--variants 1 --sums 100 --texts 100)
+    image=(training.steps=20)
+    train=(training.steps=20 optimizer.lr_warmup_steps=2)
+fi
 started=$SECONDS
 say() { printf '\n== %s  (%ss)\n' "$1" "$((SECONDS - started))"; }
 
 say "1. Data: handwritten digits, captions, sums and plain text"
-python $HERE/make_documents.py --output "$RUN/data" --variants 16 --seed "$SEED"
+python $HERE/make_documents.py --output "$RUN/data" --seed "$SEED" "${data[@]}"
 
 say "2. Tokenizers: one vocabulary for text and image codes"
 chameleon tokenizer text "$RUN"/data/{pairs,sums,text,quality}.jsonl \
     --output "$RUN/tokenizer" --vocab-size 512 --image-codes 64
 OMP_NUM_THREADS=2 chameleon tokenizer image "$RUN/data/train_images" \
-    --output "$RUN/tokenizer" --config digits --seed "$SEED"
+    --output "$RUN/tokenizer" --config digits --seed "$SEED" "${image[@]}"
 
 say "3. Token files"
 for name in pairs sums text quality; do
@@ -27,7 +34,7 @@ done
 
 say "4. Training: two processes, tensor and sequence parallel"
 torchrun --standalone --nproc-per-node 2 -m megatron_chameleon train $HERE/train.yaml \
-    training.seed="$SEED" variables.inputs="$RUN" logging.run_dir="$RUN"
+    training.seed="$SEED" variables.inputs="$RUN" logging.run_dir="$RUN" "${train[@]}"
 
 say "5. Export to Hugging Face"
 rm -rf "$RUN/exported"

@@ -1,0 +1,65 @@
+"""The demo's script from beginning to end, with a model that has no time to learn."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_command import environment
+
+ROOT = Path(__file__).parents[2]
+REPORTED = (
+    "caption_accuracy",
+    "generated_image_accuracy",
+    "reconstruction_psnr_db",
+    "steps",
+    "train_seconds",
+    "tokens_per_second",
+    "final_loss_text",
+    "final_loss_image",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "digits"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", str(ROOT / "examples" / "digits" / "run.sh"), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(QUICK="1", SEED="2", PATH=path),
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return folder
+
+
+def test_the_report_has_every_figure(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    assert all(isinstance(report[name], int | float) for name in REPORTED)
+    assert (report["steps"], report["heldout_images"], report["generated_images"]) == (20, 359, 100)
+    assert 0 <= report["caption_accuracy"] < 0.5, "20 steps cannot teach it to read"
+    assert report["judge_accuracy_on_real_images"] > 0.95
+
+
+def test_the_page_stands_alone(run: Path) -> None:
+    page = (run / "report" / "index.html").read_text()
+    for heading in ("Losses", "Images", "What is taken for what", "Captions, wrong", "Config"):
+        assert f"<h2>{heading}" in page
+    assert 'src="http' not in page and "src='http" not in page
+    assert (run / "report" / "overview.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_held_out_digits_are_in_no_token_file(run: Path) -> None:
+    for name in ("pairs", "sums", "text", "quality"):
+        assert "heldout" not in (run / "data" / f"{name}.jsonl").read_text()
+
+
+def test_the_run_folder_holds_what_the_guide_says(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "command.txt", "environment.json", "metrics.jsonl"}
+    assert names >= {"checkpoints", "data", "exported", "report", "report.json", "tokenizer"}
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 20
