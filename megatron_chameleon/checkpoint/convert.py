@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_chameleon.checkpoint.folders import find_checkpoint
 from megatron_chameleon.checkpoint.formats import hf
 from megatron_chameleon.checkpoint.names import Piece
-from megatron_chameleon.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_chameleon.checkpoint.reader import CheckpointReader
 from megatron_chameleon.errors import CheckpointError, ConfigError
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 

@@ -9,9 +9,7 @@ last, ``state.json``: without it the checkpoint is not whole.
 Try: ``CheckpointReader(find_checkpoint("runs/digits")).read("output_layer.weight")``
 """
 
-import json
 import pickle
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,16 +24,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_chameleon.config.load import load_config
-from megatron_chameleon.config.schema import Config
+from megatron_chameleon.checkpoint.folders import load_checkpoint_config, load_state
 from megatron_chameleon.errors import CheckpointError
 
-STATE_FILE = "state.json"
-STATE_FORMAT = "megatron_chameleon.checkpoint/1"
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
 
-_STEP_FOLDER = re.compile(r"step_(\d+)$")
 _METADATA_NAMES = frozenset(
     {
         ("torch", "Size"),
@@ -68,80 +62,6 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint meant by a path: a ``step_...`` folder, or the newest whole one of a run.
-
-    Args:
-        path: A checkpoint folder, a ``checkpoints`` folder or a run folder.
-
-    Raises:
-        CheckpointError: There is no whole checkpoint; the message says what there is.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(str(path), "no such folder", "Give a checkpoint or a run folder")
-    if (path / STATE_FILE).is_file():
-        return path
-    if (path / ".metadata").exists() or _STEP_FOLDER.search(path.name):
-        raise CheckpointError(
-            str(path),
-            f"the checkpoint is not whole: it has no {STATE_FILE}, which is written last",
-            "Use an earlier step, or let the run save again",
-        )
-    parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [folder for folder in parent.glob("step_*") if _STEP_FOLDER.search(folder.name)]
-    whole = [folder for folder in steps if (folder / STATE_FILE).is_file()]
-    if not whole:
-        raise CheckpointError(
-            str(path),
-            f"no whole checkpoint in {parent} ({len(steps)} step folders without {STATE_FILE})",
-            "Train until the first save, or give the folder of another run",
-        )
-    return max(whole, key=lambda folder: int(folder.name.rpartition("_")[2]))
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """``state.json`` of a whole checkpoint.
-
-    Raises:
-        CheckpointError: The file is missing, no JSON, of another format, or lacks a key that
-            readers need.
-    """
-    file = folder / STATE_FILE
-    if not file.is_file():
-        raise CheckpointError(
-            str(folder), f"no {STATE_FILE}: this is no whole checkpoint", "Give another step"
-        )
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(str(file), f"no valid JSON ({error})", "Use another step") from error
-    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(
-            str(file),
-            f"format is {found!r}, this version reads {STATE_FORMAT!r}",
-            "Use the version of megatron_chameleon that wrote it",
-        )
-    for key in ("step", "vocab_size"):
-        if not isinstance(state.get(key), int):
-            raise CheckpointError(str(file), f"no whole number under {key!r}", "Use another step")
-    return state
-
-
-def load_checkpoint_config(folder: Path) -> Config:
-    """The training config that lies in a checkpoint.
-
-    Raises:
-        CheckpointError: There is no ``config.yaml``.
-        ConfigError: It does not fit this version's config.
-    """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise CheckpointError(str(folder), "no config.yaml", "Use another step of the run")
-    return load_config(file)
 
 
 class CheckpointReader:

@@ -8,7 +8,6 @@ checkpoint (``torch_dist``), which any layout can load.
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +18,18 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_chameleon.checkpoint.folders import (
+    STATE_FILE,
+    STATE_FORMAT,
+    list_checkpoints,
+    load_checkpoint_config,
+    load_state,
+)
+from megatron_chameleon.config.check import get_value
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError
 
-FORMAT = "megatron_chameleon.checkpoint/1"
-STATE_FILE = "state.json"
 SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
 
 # Values that a resumed run must share with its checkpoint, and why
@@ -55,15 +60,6 @@ class Engine(Protocol):
     def load_state(self, state: dict[str, Any], step: int) -> None: ...
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a ``checkpoints/`` folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    names = re.compile(r"step_\d{8,}")
-    found = [p for p in folder.iterdir() if names.fullmatch(p.name) and (p / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
 def find_resume(folder: Path, resume: str) -> Path | None:
     """The checkpoint to resume from.
 
@@ -91,33 +87,13 @@ def find_resume(folder: Path, resume: str) -> Path | None:
     return path
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's ``state.json``.
-
-    Raises:
-        CheckpointError: It cannot be read, or is of another format.
-    """
-    path = checkpoint / STATE_FILE
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(path), f"cannot be read ({error})", "Use another one") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        what = f"its format is not {FORMAT}"
-        raise CheckpointError(str(path), what, "Use a checkpoint of this version")
-    return state
-
-
 def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> None:
     """Refuse to resume a run from a checkpoint of another model, seed, batch or tokenizer.
 
     Raises:
         CheckpointError: It names every value that differs.
     """
-    from megatron_chameleon.config.check import get_value
-    from megatron_chameleon.config.load import load_config
-
-    state, old = read_state(checkpoint), load_config(checkpoint / "config.yaml")
+    state, old = load_state(checkpoint), load_checkpoint_config(checkpoint)
     differences = [
         f"{key} is {get_value(config, key)} and was {get_value(old, key)}"
         for key in _FIXED
@@ -168,7 +144,7 @@ def load(checkpoint: Path, engine: Engine) -> int:
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.
     """
-    state = read_state(checkpoint)
+    state = load_state(checkpoint)
     try:
         loaded = dist_checkpointing.load(engine.sharded_state(is_loading=True), str(checkpoint))
     except (Exception, CheckpointException) as error:
@@ -229,7 +205,7 @@ def _finish(
         save_config(config, temporary / "config.yaml")
         samples = step * config.training.global_batch_size
         values = {
-            "format": FORMAT,
+            "format": STATE_FORMAT,
             "step": step,
             "consumed_samples": samples,
             "consumed_tokens": samples * config.model.seq_length,

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from megatron_chameleon.checkpoint.convert import check_fingerprint, load_matching_tokenizer
+from megatron_chameleon.checkpoint.folders import find_checkpoint
 from megatron_chameleon.checkpoint.formats import hf
-from megatron_chameleon.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_chameleon.checkpoint.reader import CheckpointReader
 from megatron_chameleon.data.documents import ImagePart, TextPart
 from megatron_chameleon.errors import CheckpointError, DataError
 from megatron_chameleon.inference.decode import GenerationOptions, decode

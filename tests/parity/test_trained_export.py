@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_chameleon.checkpoint import store
+from megatron_chameleon.checkpoint.folders import load_state
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.data.batches import BatchReader
 from megatron_chameleon.parallel import platform
@@ -70,7 +71,7 @@ def megatron_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
     layout = ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
     config = load_config(checkpoint / "config.yaml", layout)
     engine = MegatronEngine(
-        config, store.read_state(checkpoint)["vocab_size"], create_topology(config.parallel)
+        config, load_state(checkpoint)["vocab_size"], create_topology(config.parallel)
     )
     assert store.load(checkpoint, engine) == 20
     engine.model.eval()

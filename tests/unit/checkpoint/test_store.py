@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chameleon.checkpoint import store
+from megatron_chameleon.checkpoint import folders, store
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError
@@ -14,22 +14,23 @@ from megatron_chameleon.errors import CheckpointError
 def make(folder: Path, step: int, config: Config | None = None) -> Path:
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)
-    state = {"format": store.FORMAT, "step": step, "tokenizer_fingerprint": "abc"}
-    (path / store.STATE_FILE).write_text(json.dumps(state))
+    state = {"format": folders.STATE_FORMAT, "step": step, "vocab_size": 9}
+    state["tokenizer_fingerprint"] = "abc"
+    (path / folders.STATE_FILE).write_text(json.dumps(state))
     save_config(config or Config(), path / "config.yaml")
     return path
 
 
 def test_only_whole_checkpoints_oldest_first(tmp_path: Path) -> None:
     late, early = make(tmp_path, 200_000_000), make(tmp_path, 5)
-    make(tmp_path, 7).joinpath(store.STATE_FILE).unlink()
+    make(tmp_path, 7).joinpath(folders.STATE_FILE).unlink()
     make(tmp_path, 9).rename(tmp_path / ".step_00000009.saving")
     (tmp_path / "step_00000011").touch()
-    assert store.list_checkpoints(tmp_path) == [early, late]
+    assert folders.list_checkpoints(tmp_path) == [early, late]
 
 
 def test_a_folder_that_is_not_there_has_none(tmp_path: Path) -> None:
-    assert store.list_checkpoints(tmp_path / "none") == []
+    assert folders.list_checkpoints(tmp_path / "none") == []
     assert store.find_resume(tmp_path / "none", "auto") is None
     assert store.find_resume(tmp_path / "none", "never") is None
 
@@ -48,9 +49,9 @@ def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "other/1"}'])
 def test_a_damaged_state_is_refused(tmp_path: Path, content: str) -> None:
     path = make(tmp_path, 5)
-    (path / store.STATE_FILE).write_text(content)
+    (path / folders.STATE_FILE).write_text(content)
     with pytest.raises(CheckpointError, match=r"state\.json"):
-        store.read_state(path)
+        folders.load_state(path)
 
 
 def test_what_must_not_change_between_save_and_resume(tmp_path: Path) -> None:

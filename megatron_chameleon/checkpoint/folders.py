@@ -1,0 +1,100 @@
+"""Checkpoint folders by their names and small files, without a look at the tensors.
+
+A ``step_00001000`` folder is whole if it has ``state.json``, which is written last.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_chameleon.config.load import load_config
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import CheckpointError
+
+STATE_FILE = "state.json"
+STATE_FORMAT = "megatron_chameleon.checkpoint/1"
+STEP_FOLDER = re.compile(r"step_\d{8,}")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a ``checkpoints/`` folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    steps = (path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
+    found = [path for path in steps if (path / STATE_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint meant by a path: a ``step_...`` folder, or the newest whole one of a run.
+
+    Args:
+        path: A checkpoint folder, a ``checkpoints`` folder or a run folder.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint; the message says what there is.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(str(path), "no such folder", "Give a checkpoint or a run folder")
+    if (path / STATE_FILE).is_file():
+        return path
+    if (path / ".metadata").exists() or STEP_FOLDER.fullmatch(path.name):
+        raise CheckpointError(
+            str(path),
+            f"the checkpoint is not whole: it has no {STATE_FILE}, which is written last",
+            "Use an earlier step, or let the run save again",
+        )
+    parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    whole = list_checkpoints(parent)
+    if not whole:
+        broken = sum(1 for folder in parent.iterdir() if STEP_FOLDER.fullmatch(folder.name))
+        raise CheckpointError(
+            str(path),
+            f"no whole checkpoint in {parent} ({broken} step folders without {STATE_FILE})",
+            "Train until the first save, or give the folder of another run",
+        )
+    return whole[-1]
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """``state.json`` of a whole checkpoint.
+
+    Raises:
+        CheckpointError: The file is missing, no JSON, of another format, or lacks a key that
+            readers need.
+    """
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            str(folder), f"no {STATE_FILE}: this is no whole checkpoint", "Give another step"
+        )
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(str(file), f"no valid JSON ({error})", "Use another step") from error
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(
+            str(file),
+            f"format is {found!r}, this version reads {STATE_FORMAT!r}",
+            "Use the version of megatron_chameleon that wrote it",
+        )
+    for key in ("step", "vocab_size"):
+        if not isinstance(state.get(key), int):
+            raise CheckpointError(str(file), f"no whole number under {key!r}", "Use another step")
+    return state
+
+
+def load_checkpoint_config(folder: Path) -> Config:
+    """The training config that lies in a checkpoint.
+
+    Raises:
+        CheckpointError: There is no ``config.yaml``.
+        ConfigError: It does not fit this version's config.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise CheckpointError(str(folder), "no config.yaml", "Use another step of the run")
+    return load_config(file)
