@@ -32,7 +32,8 @@ from megatron_chameleon.errors import CheckpointError
 
 SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
 
-# Values that a resumed run must share with its checkpoint, and why
+# What a resumed run must share with its checkpoint: the model's shape, what the order of the data
+# depends on, and the kind of optimizer
 _FIXED = (
     "model.num_layers",
     "model.hidden_size",
@@ -163,9 +164,8 @@ def delete(checkpoint: Path) -> None:
 
 def _make_room(folder: Path, temporary: Path, state: dict[str, Any]) -> None:
     """Clear what interrupted saves and deletions left, and see that the new checkpoint has room."""
-    needed = torch.tensor([_local_bytes(state)], dtype=torch.int64)
     sizes: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(sizes, int(needed))
+    torch.distributed.all_gather_object(sizes, _local_bytes(state))
     if torch.distributed.get_rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
