@@ -38,28 +38,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigErrors: One or more keys are unknown or values are of a wrong type.
     """
     path = Path(path)
-    words = [word for word in overrides if not word.startswith("preset=")]
-    preset = read_yaml(path).get("preset")
-    for word in overrides:
-        preset = word.removeprefix("preset=") if word.startswith("preset=") else preset
-    layers = [] if preset is None else [_preset_path(str(preset), where=str(path))]
-    return load_layers(Config, [*layers, path], words)
+    own, words = read_yaml(path), _read_overrides(overrides)
+    preset = words.get("preset", own.get("preset"))
+    layers = [own, words]
+    if preset is not None:
+        layers.insert(0, read_yaml(_preset_path(str(preset), where=str(path))))
+    return _resolve(Config, layers, str(path), overrides)
 
 
-def load_layers(cls: type[T], paths: Sequence[Path], overrides: Sequence[str]) -> T:
-    """Read YAML files, each over those before it, and overrides over all, into a dataclass.
+def load_dataclass(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
+    """Read a YAML file, and overrides over it, into a dataclass.
 
     Args:
         cls: A dataclass of dataclasses, lists and scalars.
-        paths: At least one file; errors name the last.
+        path: A YAML file.
         overrides: Words of the form ``section.key=value``.
 
     Raises:
-        ConfigError: A file or an override cannot be read.
+        ConfigError: The file or an override cannot be read.
         ConfigErrors: One or more keys are unknown or values are of a wrong type.
     """
-    where = str(paths[-1])
-    layers = [*(read_yaml(path) for path in paths), _read_overrides(overrides)]
+    return _resolve(cls, [read_yaml(path), _read_overrides(overrides)], str(path), overrides)
+
+
+def _resolve(cls: type[T], layers: Sequence[DictConfig], where: str, overrides: Sequence[str]) -> T:
+    """The dataclass of all layers, each over those before it; the last are the overrides."""
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except OmegaConfBaseException as error:

@@ -151,13 +151,18 @@ class BatchReader:
         return [list(range(start, start + training.micro_batch_size)) for start in first]
 
 
+def stage1_steps(config: Config) -> int:
+    """Steps of the run that belong to stage 1."""
+    return round(config.training.steps * config.data.stage1_fraction)
+
+
 def mixture_of(config: Config) -> Mixture:
-    """The config's mixture: stage 1 is the first ``round(steps * stage1_fraction)`` steps."""
+    """The config's mixture: stage 1 is the first ``stage1_steps`` steps."""
     data, training = config.data, config.training
     return Mixture(
         [source.weight for source in data.stage1],
         [source.weight for source in data.stage2],
-        round(training.steps * data.stage1_fraction) * training.global_batch_size,
+        stage1_steps(config) * training.global_batch_size,
         data.stage2_share,
     )
 

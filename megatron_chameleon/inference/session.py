@@ -34,7 +34,6 @@ from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 Part = str | Image.Image | TextPart | ImagePart
 
 CAPTION_OPTIONS = GenerationOptions(temperature=0, repetition_penalty=1.0)
-DRAW_OPTIONS = GenerationOptions()
 
 
 @dataclass(frozen=True)
@@ -163,10 +162,11 @@ class Session:
         return ["".join(part for part in a.content if isinstance(part, str)) for a in answers]
 
     def draw(
-        self, texts: Sequence[str], options: GenerationOptions = DRAW_OPTIONS
+        self, texts: Sequence[str], options: GenerationOptions | None = None
     ) -> list[Image.Image]:
         """One image for each text: text, begin-image, then the model's codes."""
-        answers = self.generate([[t] for t in texts], replace(options, force=Force.IMAGE))
+        options = replace(options or GenerationOptions(), force=Force.IMAGE)
+        answers = self.generate([[text] for text in texts], options)
         content = (part for answer in answers for part in answer.content)
         return [part for part in content if isinstance(part, Image.Image)]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_chameleon.config.load import load_layers
+from megatron_chameleon.config.load import load_dataclass
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.tokenizer.discriminator import smallest_resolution
 from megatron_chameleon.tokenizer.vqgan import VqganConfig
@@ -87,7 +87,7 @@ def load_image_config(
         ConfigError: If there is no such config, a key or a value does not fit, or values contradict
             each other.
     """
-    config = load_layers(ImageTokenizerConfig, [_config_path(name)], overrides)
+    config = load_dataclass(ImageTokenizerConfig, _config_path(name), overrides)
     where = " ".join([str(name), *overrides])
     config.model.check(where)
     _check_training(config, where)

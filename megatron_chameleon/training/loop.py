@@ -11,7 +11,7 @@ from megatron_chameleon.checkpoint import store
 from megatron_chameleon.config.check import check_config
 from megatron_chameleon.config.load import format_config
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.data.batches import BatchReader, stage1_steps
 from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.model.chameleon import count_parameters
 from megatron_chameleon.parallel import platform
@@ -110,7 +110,7 @@ def describe(job: Job) -> str:
     config = job.config
     parameters = count_parameters(config.model, job.tokenizer.vocabulary.size)
     tokens = config.training.global_batch_size * config.model.seq_length
-    stage2 = config.training.steps - round(config.training.steps * config.data.stage1_fraction)
+    stage2 = config.training.steps - stage1_steps(config)
     stages = f", of which stage 2 has {stage2:,}" if config.data.stage2 else " in one stage"
     return (
         f"{parameters:,} parameters; {tokens:,} tokens a step; {config.training.steps:,} steps"

@@ -36,6 +36,14 @@ def copy(tiny, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def documents(tiny, tmp_path: Path) -> Path:
+    """The tiny project's documents with their images, to be damaged."""
+    for image in tiny.folder.glob("*.png"):
+        shutil.copy(image, tmp_path)
+    return Path(shutil.copy(tiny.documents, tmp_path))
+
+
 def damage(path: Path, edit: Callable[[bytes], bytes]) -> None:
     path.write_bytes(edit(path.read_bytes()))
 
@@ -127,12 +135,9 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(
     ],
 )
 def test_broken_documents_leave_nothing(
-    tiny, tmp_path: Path, refused, line: str, message: str
+    tiny, documents: Path, tmp_path: Path, refused, line: str, message: str
 ) -> None:
-    for image in tiny.folder.glob("*.png"):
-        shutil.copy(image, tmp_path)
-    documents = tmp_path / "documents.jsonl"
-    documents.write_text(tiny.documents.read_text() + line + "\n")
+    documents.write_text(documents.read_text() + line + "\n")
     output = tmp_path / "tokens"
     words = ("preprocess", documents, "--tokenizer", tiny.tokenizer, "--output", output)
     assert message in refused(*words)
@@ -140,16 +145,13 @@ def test_broken_documents_leave_nothing(
 
 
 def test_corrupt_and_empty_images_drop_their_documents(
-    tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for image in tiny.folder.glob("*.png"):
-        shutil.copy(image, tmp_path)
     (tmp_path / "3.png").write_bytes(b"")
     damage(tmp_path / "7.png", lambda content: content[:40])
     (tmp_path / "9.png").unlink()
-    shutil.copy(tiny.documents, tmp_path)
     output = tmp_path / "tokens"
-    words = ["preprocess", tmp_path / "documents.jsonl", "--tokenizer", tiny.tokenizer]
+    words = ["preprocess", documents, "--tokenizer", tiny.tokenizer]
     main([str(word) for word in (*words, "--output", output)])
     assert json.loads((tmp_path / "tokens.json").read_text())["documents"] == 57
     report = (tmp_path / "tokens.dropped.jsonl").read_text().splitlines()

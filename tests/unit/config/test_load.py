@@ -29,6 +29,12 @@ def test_preset_then_file_then_overrides(tmp_path: Path, monkeypatch: pytest.Mon
     assert config.model.seq_length == 32
 
 
+def test_a_preset_by_override_wins_over_the_files(tmp_path: Path) -> None:
+    path = write(tmp_path, "preset: chameleon_34b")
+    assert load_config(path).model.num_layers == 48
+    assert load_config(path, ["preset=chameleon_7b"]).model.num_layers == 32
+
+
 def test_a_list_of_sources(tmp_path: Path) -> None:
     text = "data: {stage1: [{prefix: a, weight: 2}, {prefix: b, image_first: 0.5}]}"
     sources = load_config(write(tmp_path, text)).data.stage1

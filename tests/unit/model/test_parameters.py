@@ -1,4 +1,4 @@
-"""Parameter counts: the paper's sizes, and what megatron-core really builds."""
+"""Parameter counts: the paper's sizes, and what transformers builds."""
 
 from pathlib import Path
 
