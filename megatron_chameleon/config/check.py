@@ -110,9 +110,9 @@ def _check_model(config: Config) -> Iterator[ConfigError]:
     if norm_groups and (heads % norm_groups or norm_groups < 0):
         what = f"{norm_groups} does not divide num_attention_heads {heads}"
         yield ConfigError("model.qk_norm_groups", what, _divisors(heads))
-    elif norm_groups and (norm_groups % tp or min(norm_groups, groups) % tp):
-        what = f"{norm_groups} groups cannot be split over {tp} tensor-parallel ranks"
-        yield ConfigError("model.qk_norm_groups", what, f"Use a multiple of {tp}, or null")
+    elif norm_groups and groups % min(norm_groups, groups):
+        what = f"{norm_groups} does not divide num_query_groups {groups}"
+        yield ConfigError("model.qk_norm_groups", what, _divisors(groups))
 
 
 def _check_layout(config: Config, world_size: int) -> Iterator[ConfigError]:

@@ -76,8 +76,18 @@ class ParallelConfig:
     """Split norms and dropout along the sequence over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Split the optimizer state over the data-parallel ranks (ZeRO-1)."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Parts of the model that each pipeline stage holds (interleaved schedule); null: one."""
+    context_parallel_size: int = 1
+    """Split each sequence over so many ranks; needs Transformer Engine."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs; needs GPUs."""
+    overlap_param_gather: bool = False
+    """Gather the distributed optimizer's weights while the forward pass runs; needs GPUs."""
     recompute_granularity: str | None = None
     """null, selective (attention only) or full (each layer)."""
+    recompute_num_layers: int = 1
+    """Layers of one recomputed block, with full recompute."""
 
 
 @dataclass
@@ -114,6 +124,33 @@ class TrainingConfig:
 
 
 @dataclass
+class Fp8Config:
+    """FP8 matrix products. megatron-core's fields without their prefix ``fp8_``.
+
+    Source: Transformer Engine's recipes, whose defaults these are; megatron-core's differ.
+    """
+
+    format: str | None = None
+    """null: no FP8; hybrid: E4M3 forward and E5M2 for gradients; e4m3: E4M3 for all."""
+    recipe: str = "delayed"
+    """delayed: scales from the largest values of earlier steps; tensorwise: from the tensor itself
+    (current scaling)."""
+    margin: int = 0
+    """Scales are divided by 2^margin (delayed scaling)."""
+    amax_history_len: int = 1024
+    """Steps that delayed scaling looks back."""
+    amax_compute_algo: str = "max"
+    """max: of the whole history; most_recent: the last step's."""
+    num_layers_at_start_in_bf16: int = 0
+    """First layers that stay in bf16 (tensorwise only)."""
+    num_layers_at_end_in_bf16: int = 0
+    """Last layers that stay in bf16 (tensorwise only)."""
+    emulate: bool = False
+    """Quantise and dequantise in the same places on a machine without FP8, to see a recipe's effect
+    on the loss; slower than no FP8."""
+
+
+@dataclass
 class CheckpointConfig:
     every_steps: int = 0
     """Save every so many steps; 0 saves at the end only."""
@@ -131,7 +168,14 @@ class LoggingConfig:
 @dataclass
 class EngineConfig:
     name: str = "megatron"
-    """Only megatron so far."""
+    """megatron or deepspeed."""
+    zero_stage: int = 1
+    """DeepSpeed: split over the data-parallel ranks nothing (0), optimizer state (1), gradients too
+    (2), weights too (3)."""
+    offload_optimizer: bool = False
+    """DeepSpeed: keep the optimizer state in CPU memory and update there."""
+    offload_param: bool = False
+    """DeepSpeed: keep the weights in CPU memory (ZeRO 3)."""
 
 
 @dataclass
@@ -144,6 +188,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.model.backend import select_backend
 from megatron_chameleon.model.initialization import initialize_weights
 from megatron_chameleon.model.layers import block_spec
 from megatron_chameleon.model.loss import vocab_parallel_cross_entropy
@@ -58,6 +59,7 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> Chameleo
         config=transformer,
         transformer_layer_spec=block_spec(
             transformer,
+            select_backend(config),
             swin_norm=model_config.norm_order == "swin",
             qk_norm_groups=qk_norm_groups(model_config),
         ),
@@ -94,6 +96,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         num_query_groups=model.num_query_groups or model.num_attention_heads,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=0.0,
+        qk_layernorm=qk_norm_groups(model) > 0,
         layernorm_epsilon=model.layernorm_epsilon,
         normalization="RMSNorm",
         add_bias_linear=False,

@@ -58,7 +58,7 @@ def test_the_run_learns(alone) -> None:
 
 
 def test_swin_order_and_shared_norms_under_tensor_parallelism(tiny) -> None:
-    overrides = ["model.norm_order=swin", "model.num_query_groups=2", "model.qk_norm_groups=2"]
+    overrides = ["model.norm_order=swin", "model.num_query_groups=2", "model.qk_norm_groups=1"]
     tiny.train("swin", *overrides)
     layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
     tiny.train("swin-tensor", *overrides, *layout, processes=2)

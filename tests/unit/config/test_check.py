@@ -94,8 +94,22 @@ def test_all_problems_come_at_once() -> None:
     assert len(problems(config, world_size=2)) == 3
 
 
-def test_qk_norm_groups_that_cannot_be_split() -> None:
+def test_qk_norm_groups_that_fit_the_heads_but_not_the_key_heads() -> None:
+    config = good()
+    config.model.num_attention_heads = 8
+    config.model.hidden_size = 64
+    config.model.num_query_groups = 4
+    config.model.qk_norm_groups = 8  # more groups than key heads: each key head has its own
+    check_config(config, 1)
+    config.model.num_attention_heads = 12
+    config.model.hidden_size = 96
+    config.model.num_query_groups = 6
+    config.model.qk_norm_groups = 4
+    assert problems(config, 1)[0].startswith("model.qk_norm_groups: 4 does not divide num_query_")
+
+
+def test_qk_norm_groups_need_not_fit_the_layout() -> None:
     config = good()
     config.parallel.tensor_model_parallel_size = 2
     config.model.qk_norm_groups = 1
-    assert "1 groups cannot be split over 2 tensor-parallel ranks" in problems(config, 2)[0]
+    check_config(config, 2)
