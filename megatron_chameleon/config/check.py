@@ -5,6 +5,7 @@ Every rule adds a ``ConfigError`` with the numbers and the remedy; all of them a
 
 from collections.abc import Iterator
 
+from megatron_chameleon.config.layouts import check_layout
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
@@ -26,6 +27,8 @@ POSITIVE = (
     "model.layernorm_epsilon",
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
+    "parallel.recompute_num_layers",
     "optimizer.lr",
     "optimizer.adam_eps",
     "training.steps",
@@ -54,7 +57,8 @@ def check_config(config: Config, world_size: int) -> None:
     """
     problems = list(_check_values(config))
     if not problems:  # the rest divides by these values
-        problems = [*_check_model(config), *_check_layout(config, world_size)]
+        problems = [*_check_model(config), *_check_parallel(config)]
+        problems = problems or list(check_layout(config, world_size))
         problems += [*_check_schedule(config), *_check_data(config)]
     if problems:
         raise ConfigErrors(problems)
@@ -85,7 +89,7 @@ def _check_values(config: Config) -> Iterator[ConfigError]:
 
 
 def _check_model(config: Config) -> Iterator[ConfigError]:
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    model = config.model
     heads, groups = model.num_attention_heads, model.num_query_groups
     groups = heads if groups is None else groups
     if model.hidden_size % heads:
@@ -98,14 +102,6 @@ def _check_model(config: Config) -> Iterator[ConfigError]:
         what = f"{groups} does not divide num_attention_heads {heads}"
         yield ConfigError("model.num_query_groups", what, _divisors(heads))
         return
-    for key, value in (
-        ("num_attention_heads", heads),
-        ("num_query_groups", groups),
-        ("ffn_hidden_size", model.ffn_hidden_size),
-    ):
-        if value % tp:
-            what = f"{value} does not divide by tensor_model_parallel_size {tp}"
-            yield ConfigError(f"model.{key}", what, f"Use a multiple of {tp} or another layout")
     norm_groups = model.qk_norm_groups
     if norm_groups and (heads % norm_groups or norm_groups < 0):
         what = f"{norm_groups} does not divide num_attention_heads {heads}"
@@ -115,34 +111,22 @@ def _check_model(config: Config) -> Iterator[ConfigError]:
         yield ConfigError("model.qk_norm_groups", what, _divisors(groups))
 
 
-def _check_layout(config: Config, world_size: int) -> Iterator[ConfigError]:
-    parallel, training = config.parallel, config.training
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if config.model.num_layers % pp:
-        what = f"{config.model.num_layers} layers do not divide by {pp} pipeline stages"
-        yield ConfigError("model.num_layers", what, _divisors(config.model.num_layers))
-    if world_size % (tp * pp):
-        ranks = f"{world_size} process{'es' if world_size > 1 else ''}"
-        layout = f"tensor {tp} x pipeline {pp} = {tp * pp}"
-        what = f"{ranks} cannot be laid out as {layout} times data parallel"
-        yield ConfigError("parallel", what, f"Start a multiple of {tp * pp} processes")
-        return
-    dp = world_size // (tp * pp)
-    chunk = training.micro_batch_size * dp
-    if training.global_batch_size % chunk:
-        low = training.global_batch_size // chunk * chunk
-        near = f"{low} or {low + chunk}" if low else str(chunk)
-        what = (
-            f"{training.global_batch_size} does not divide by micro_batch_size "
-            f"{training.micro_batch_size} x data parallel {dp} = {chunk}"
-        )
-        yield ConfigError("training.global_batch_size", what, f"Use {near}")
-    if parallel.sequence_parallel and config.model.seq_length % tp:
-        what = f"{config.model.seq_length} does not divide by tensor_model_parallel_size {tp}"
-        yield ConfigError("model.seq_length", what, "Sequence parallelism needs a multiple")
-    if parallel.sequence_parallel and tp == 1:
-        what = "true needs tensor_model_parallel_size of 2 or more, and it is 1"
-        yield ConfigError("parallel.sequence_parallel", what, "Set it to false")
+def _check_parallel(config: Config) -> Iterator[ConfigError]:
+    """Settings that do not depend on the number of processes."""
+    parallel = config.parallel
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        what = "true gathers the weights of the distributed optimizer, which is off"
+        remedy = "Set parallel.use_distributed_optimizer=true or this to false"
+        yield ConfigError("parallel.overlap_param_gather", what, remedy)
+    elif parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        what = "true needs overlap_grad_reduce, which is off"
+        yield ConfigError("parallel.overlap_param_gather", what, "Set both to true")
+    if parallel.recompute_num_layers > 1 and parallel.recompute_granularity != "full":
+        what = f"{parallel.recompute_num_layers} belongs to recompute_granularity full"
+        yield ConfigError("parallel.recompute_num_layers", what, "Set it to 1, or recompute fully")
+    if parallel.context_parallel_size > 1 and config.data.reset_attention:
+        what = "true does not work with context_parallel_size above 1"
+        yield ConfigError("data.reset_attention", what, "Set either back")
 
 
 def _check_schedule(config: Config) -> Iterator[ConfigError]:

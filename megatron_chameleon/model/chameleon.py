@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_chameleon.config.schema import Config, ModelConfig
-from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.model.backend import select_backend
 from megatron_chameleon.model.initialization import initialize_weights
 from megatron_chameleon.model.layers import block_spec
 from megatron_chameleon.model.loss import vocab_parallel_cross_entropy
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.topology import Topology, seed_random
+from megatron_chameleon.parallel.random_streams import seed_random
+from megatron_chameleon.parallel.topology import Topology
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# fp64 is no choice of a config: megatron-core's clipping has no fp64, but gradients are exact in it
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class ChameleonModel(GPTModel):
@@ -42,19 +43,33 @@ class ChameleonModel(GPTModel):
         return cross_entropy, log_z, max_logit
 
 
-def build_model(config: Config, vocab_size: int, topology: Topology) -> ChameleonModel:
-    """Build this rank's part of the model on its device, with the first weights of the seed.
+def build_model(config: Config, vocab_size: int, topology: Topology) -> list[ChameleonModel]:
+    """Build this rank's parts of the model on its device, with the first weights of the seed.
 
-    Raises:
-        ConfigError: The vocabulary cannot be split over the tensor-parallel ranks.
+    Args:
+        config: A checked config.
+        vocab_size: A multiple of the tensor-parallel size.
+        topology: From ``create_topology``.
+
+    Returns:
+        One part, or as many as ``virtual_pipeline_model_parallel_size`` says, all with the same
+        ``TransformerConfig``.
     """
-    model_config, tp = config.model, topology.tensor_size
-    if vocab_size % tp:
-        what = f"its {vocab_size} tokens do not divide by tensor_model_parallel_size {tp}"
-        remedy = f"Train a tokenizer whose --vocab-size is a multiple of {tp}"
-        raise ConfigError("tokenizer.path", what, remedy)
-    seed_random(config.training.seed, 0, topology)  # megatron-core wants its streams to exist
+    seed_random(config.training.seed, 0, 0, topology)  # megatron-core wants its streams to exist
     transformer = transformer_config(config)
+    stages = range(topology.virtual_pipeline_size)
+    return [_build_part(config, transformer, vocab_size, topology, stage) for stage in stages]
+
+
+def _build_part(
+    config: Config,
+    transformer: TransformerConfig,
+    vocab_size: int,
+    topology: Topology,
+    stage: int,
+) -> ChameleonModel:
+    model_config = config.model
+    vp_stage = stage if topology.virtual_pipeline_size > 1 else None
     model = ChameleonModel(
         config=transformer,
         transformer_layer_spec=block_spec(
@@ -62,23 +77,27 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> Chameleo
             select_backend(config),
             swin_norm=model_config.norm_order == "swin",
             qk_norm_groups=qk_norm_groups(model_config),
+            vp_stage=vp_stage,
         ),
         vocab_size=vocab_size,
         max_sequence_length=model_config.seq_length,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
+        pre_process=topology.is_first_part(stage),
+        post_process=topology.is_last_part(stage),
         parallel_output=True,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
         rotary_base=model_config.rotary_base,
+        vp_stage=vp_stage,
     )
+    if model.pre_process:
+        model.embedding.embedding_dropout.p = 0.0  # the paper has none there, megatron-core has
     initialize_weights(
         model,
         seed=config.training.seed,
         std=model_config.init_method_std,
         num_layers=model_config.num_layers,
         rank=topology.tensor_rank,
-        size=tp,
+        size=topology.tensor_size,
     )
     return model.to(platform.device())
 
@@ -87,6 +106,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     """megatron-core's config for ours. Source: paper, section 2.3; Llama 2 for the rest."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.training.dtype]
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     full_recompute = parallel.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -104,10 +124,12 @@ def transformer_config(config: Config) -> TransformerConfig:
         activation_func=functional.silu,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method="uniform" if full_recompute else None,
-        recompute_num_layers=1 if full_recompute else None,
+        recompute_num_layers=parallel.recompute_num_layers if full_recompute else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -119,7 +141,11 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # Interleaved pipelines are exact only so: batched messages between two stages gave wrong
+        # gradients, and so did outputs that are freed while gloo still sends them.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=not interleaved or platform.has_gpu(),
     )
 
 

@@ -30,6 +30,8 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_chameleon.parallel.random_streams import seed_layer
+
 QK_NORM_EPSILON = 1e-5  # of the reference code; not the RMSNorm's
 
 
@@ -104,6 +106,11 @@ class ChameleonLayer(TransformerLayer):
             self.post_self_attn_layernorm, self.self_attn_bda
         )
         self.mlp_bda: Callable = _after_norm(self.post_mlp_layernorm, self.mlp_bda)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training and self.config.hidden_dropout > 0:
+            seed_layer(self.layer_number)
+        return super().forward(*args, **kwargs)
 
     def _build_norm(self, spec: ModuleSpec | type) -> nn.Module:
         return build_module(

@@ -75,6 +75,13 @@ def backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
 
+def random_generator() -> torch.Generator:
+    """The generator that dropout on this device draws from."""
+    if has_gpu():
+        return torch.cuda.default_generators[torch.cuda.current_device()]
+    return torch.default_generator
+
+
 def prepare() -> None:
     """Make megatron-core usable on this machine; call it before the first of its objects is built.
 

@@ -7,7 +7,7 @@ from megatron_chameleon.config.schema import ParallelConfig
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes and ranks of tensor, pipeline and data parallelism."""
+    """Sizes and ranks of tensor, pipeline, context and data parallelism."""
 
     world_size: int
     rank: int
@@ -17,18 +17,28 @@ class Topology:
     pipeline_size: int
     data_rank: int
     data_size: int
+    context_rank: int = 0
+    context_size: int = 1
+    virtual_pipeline_size: int = 1
+    """Parts of the model on each pipeline stage."""
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline_rank == 0
+    def is_first_part(self, vp_stage: int = 0) -> bool:
+        """Whether the part ``vp_stage`` of this rank has the embedding."""
+        return self.pipeline_rank == 0 and vp_stage == 0
 
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline_size - 1
+    def is_last_part(self, vp_stage: int = 0) -> bool:
+        """Whether the part ``vp_stage`` of this rank has the output layer."""
+        last = self.virtual_pipeline_size - 1
+        return self.pipeline_rank == self.pipeline_size - 1 and vp_stage == last
 
     def __str__(self) -> str:
-        sizes = f"tensor {self.tensor_size} x pipeline {self.pipeline_size} x data {self.data_size}"
-        return f"{self.world_size} process{'es' if self.world_size > 1 else ''}: {sizes}"
+        sizes = f"tensor {self.tensor_size} x pipeline {self.pipeline_size}"
+        if self.virtual_pipeline_size > 1:
+            sizes += f" (interleaved by {self.virtual_pipeline_size})"
+        if self.context_size > 1:
+            sizes += f" x context {self.context_size}"
+        processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+        return f"{processes}: {sizes} x data {self.data_size}"
 
 
 def create_topology(parallel: ParallelConfig) -> Topology:
@@ -39,6 +49,8 @@ def create_topology(parallel: ParallelConfig) -> Topology:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
     )
     return Topology(
         world_size=torch.distributed.get_world_size(),
@@ -49,24 +61,7 @@ def create_topology(parallel: ParallelConfig) -> Topology:
         pipeline_size=parallel.pipeline_model_parallel_size,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
-    )
-
-
-def seed_random(seed: int, step: int, topology: Topology) -> None:
-    """Set every random stream of this process as a function of (seed, step, place in the job).
-
-    Called before each step, so that a resumed run draws the same dropout masks without any saved
-    state. Tensor-parallel ranks share the outer stream and have streams of their own in
-    megatron-core's tracker; pipeline stages and data-parallel ranks differ in both.
-    """
-    import numpy
-    import torch
-    from megatron.core.tensor_parallel import random as megatron_random
-
-    place = topology.pipeline_rank * topology.data_size + topology.data_rank
-    words = numpy.random.SeedSequence([seed, step, place]).generate_state(1, numpy.uint32)
-    stream = int(words[0])
-    torch.manual_seed(stream)
-    megatron_random.model_parallel_cuda_manual_seed(
-        stream, tp_rank=topology.tensor_rank, ep_rank=0, etp_rank=topology.tensor_rank
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel.context_parallel_size,
+        virtual_pipeline_size=parallel.virtual_pipeline_model_parallel_size or 1,
     )

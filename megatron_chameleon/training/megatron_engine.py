@@ -13,13 +13,16 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
-from megatron_chameleon.model.chameleon import build_model
+from megatron_chameleon.model.chameleon import ChameleonModel, build_model
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.topology import Topology, seed_random
+from megatron_chameleon.parallel.random_streams import seed_random
+from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.monitor import Monitor
 from megatron_chameleon.training.optimizer import build_optimizer, build_scheduler
 
@@ -36,24 +39,17 @@ class MegatronEngine:
     def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
         self.config = config
         self.topology = topology
-        self.model = build_model(config, vocab_size, topology)
-        self.monitor = Monitor(self.model)
-        transformer = self.model.config
-        wrapped: nn.Module = self.model
-        if transformer.bf16:
-            wrapped = Float16Module(transformer, self.model)
-        self.chunk = DistributedDataParallel(
-            transformer,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            ),
-            wrapped,
-        )
-        self.optimizer = build_optimizer(config, [self.chunk])
+        self.parts = build_model(config, vocab_size, topology)
+        self.monitor = Monitor(self.parts)
+        transformer = self.parts[0].config
+        self.chunks = [_wrap(config, transformer, part) for part in self.parts]
+        self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer)
         transformer.finalize_model_grads_func = finalize_model_grads
         transformer.grad_scale_func = self.optimizer.scale_loss
+        if config.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._forward_backward = get_forward_backward_func()
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, float | None]:
@@ -68,19 +64,7 @@ class MegatronEngine:
         """
         start = time.perf_counter()
         training = self.config.training
-        seed_random(training.seed, step, self.topology)
-        self.chunk.train()
-        self.chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        self._forward_backward(
-            forward_step_func=self._forward_step,
-            data_iterator=iter(micro_batches),
-            model=self.chunk,
-            num_microbatches=len(micro_batches),
-            seq_length=self.config.model.seq_length,
-            micro_batch_size=training.micro_batch_size,
-            forward_only=False,
-        )
+        self.compute_gradients(step, micro_batches)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
@@ -90,10 +74,32 @@ class MegatronEngine:
         metrics["step_seconds"] = time.perf_counter() - start
         return metrics
 
+    def compute_gradients(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Forward and backward passes; the gradients are then those of the whole job's loss."""
+        topology = self.topology
+        places = range(
+            topology.data_rank, len(micro_batches) * topology.data_size, topology.data_size
+        )
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._forward_backward(
+            forward_step_func=partial(self._forward_step, step),
+            data_iterator=[zip(places, micro_batches, strict=True) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=self.config.model.seq_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=False,
+        )
+
     def _forward_step(
-        self, micro_batches: Iterator[Batch], model: nn.Module
+        self, step: int, micro_batches: Iterator[tuple[int, Batch]], model: nn.Module
     ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, dict]]]:
-        batch = _to_device(next(micro_batches))
+        place, whole_batch = next(micro_batches)
+        seed_random(self.config.training.seed, step, place, self.topology)
+        batch = _own_part(whole_batch)
         output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
         return output, partial(self._loss, batch)
 
@@ -110,7 +116,10 @@ class MegatronEngine:
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         """What a checkpoint holds, as megatron-core's sharded tensors with global positions."""
         metadata = self._checkpoint_metadata()
-        model = self.model.sharded_state_dict(metadata=metadata)
+        model = {
+            _part_key(i): part.sharded_state_dict(metadata=metadata)
+            for i, part in enumerate(self.parts)
+        }
         optimizer = self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer}
 
@@ -125,7 +134,8 @@ class MegatronEngine:
             {name: value for name, value in group.items() if name not in kept}
             for group in self.optimizer.param_groups
         ]
-        self.model.load_state_dict(state["model"])
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state["model"][_part_key(i)])
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, values, strict=True):
             group.update(own)
@@ -142,11 +152,33 @@ class MegatronEngine:
         }
 
 
-def _to_device(batch: Batch) -> Batch:
-    device = platform.device()
+def _wrap(
+    config: Config, transformer: TransformerConfig, part: ChameleonModel
+) -> DistributedDataParallel:
+    """One part of the model with its gradient buffers."""
+    wrapped = Float16Module(transformer, part) if transformer.bf16 else part
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.training.dtype != "fp64",
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    # Later parts' gradients come first in the backward pass: only the first part's are worth
+    # reducing in several buckets (megatron-core's rule).
+    later = part.vp_stage is not None and part.vp_stage > 0
+    return DistributedDataParallel(transformer, ddp_config, wrapped, disable_bucketing=later)
+
+
+def _part_key(index: int) -> str:
+    return f"part{index}"
+
+
+def _own_part(batch: Batch) -> Batch:
+    """The batch on this rank's device, and of each sequence what context parallelism gives it."""
     tensors: dict[str, Tensor] = {
-        name: tensor.to(device, non_blocking=True)
+        name: tensor.to(platform.device(), non_blocking=True)
         for name, tensor in vars(batch).items()
         if tensor is not None
     }
-    return Batch(**tensors)
+    return Batch(**get_batch_on_this_cp_rank(tensors))

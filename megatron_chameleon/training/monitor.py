@@ -1,5 +1,6 @@
 """What a step measures: sums collected on each rank, means of the whole job by one reduction."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,14 +33,15 @@ class Monitor:
 
     SUMS = ("loss", "tokens", "text", "text_tokens", "image", "image_tokens", "z", "norm", "rows")
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
         self._sums = torch.zeros(len(self.SUMS), dtype=torch.float64, device=platform.device())
         self._max_logit = torch.full(
             (1,), -torch.inf, dtype=torch.float64, device=platform.device()
         )
-        final_norm = getattr(model.decoder, "final_layernorm", None)
-        if final_norm is not None:
-            final_norm.register_forward_pre_hook(self._observe_output)
+        for part in parts:
+            final_norm = getattr(part.decoder, "final_layernorm", None)
+            if final_norm is not None:  # on the last part of the last stage only
+                final_norm.register_forward_pre_hook(self._observe_output)
 
     def _observe_output(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if module.training:

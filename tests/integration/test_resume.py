@@ -92,6 +92,20 @@ def test_distributed_optimizer_resumes_exactly_and_at_another_layout(tiny) -> No
     assert "parallel.use_distributed_optimizer is False and was True" in result.stderr
 
 
+def test_interleaved_pipeline_resumes_exactly_and_at_another_layout(tiny) -> None:
+    pipeline = ["parallel.pipeline_model_parallel_size=2", "checkpoint.every_steps=10"]
+    interleaved = [*pipeline, "parallel.virtual_pipeline_model_parallel_size=2"]
+    keep = "checkpoint.keep_last=5"
+    tiny.train("interleaved", *interleaved, keep, processes=2)
+    checkpoint = str(tiny.folder / "interleaved" / "checkpoints" / "step_00000010")
+    tiny.train("interleaved-same", *interleaved, "--resume", checkpoint, processes=2)
+    tiny.train("interleaved-alone", "--resume", checkpoint)
+    unbroken = [record["loss"] for record in tiny.metrics("interleaved")[10:]]
+    assert [record["loss"] for record in tiny.metrics("interleaved-same")] == unbroken
+    alone = [record["loss"] for record in tiny.metrics("interleaved-alone")]
+    assert alone == pytest.approx(unbroken, rel=1e-5)  # other sums, as in tests/parity
+
+
 def test_only_whole_checkpoints_remain(tiny, unbroken) -> None:
     folder = tiny.folder / "unbroken" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000018", "step_00000020"]

@@ -74,7 +74,7 @@ def megatron_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
         config, load_state(checkpoint)["vocab_size"], create_topology(config.parallel)
     )
     assert store.load(checkpoint, engine) == 20
-    engine.model.eval()
+    engine.parts[0].eval()
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     with torch.no_grad():
-        return engine.model(tokens, positions, None)
+        return engine.parts[0](tokens, positions, None)

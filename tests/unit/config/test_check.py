@@ -91,7 +91,9 @@ def test_all_problems_come_at_once() -> None:
     config.training.global_batch_size = 7
     config.parallel.sequence_parallel = True
     config.optimizer.lr_warmup_steps = 1000
-    assert len(problems(config, world_size=2)) == 3
+    lines = problems(config, world_size=2)
+    assert len(lines) == 4
+    assert lines[2].startswith("parallel: tensor 1 x pipeline 1 does not work on 2 processes")
 
 
 def test_qk_norm_groups_that_fit_the_heads_but_not_the_key_heads() -> None:

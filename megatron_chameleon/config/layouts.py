@@ -1,0 +1,155 @@
+"""Which layouts over the processes a config can have, and the nearest to one that cannot be."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+from megatron_chameleon.config.schema import Config, ParallelConfig
+from megatron_chameleon.errors import ConfigError
+
+SUGGESTIONS = 3
+
+
+def check_layout(config: Config, world_size: int) -> Iterator[ConfigError]:
+    """What of the layout cannot work, and then the nearest layouts that can.
+
+    Args:
+        config: Its single values were checked.
+        world_size: Processes of the job.
+    """
+    problems = list(_problems(config, world_size))
+    yield from problems
+    if problems and (layouts := nearest_layouts(config, world_size)):
+        processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+        what = f"{_describe(config.parallel)} does not work on {processes}"
+        names = "; ".join(_describe(layout) for layout in layouts)
+        yield ConfigError("parallel", what, f"The nearest layouts that do: {names}")
+
+
+def nearest_layouts(config: Config, world_size: int) -> list[ParallelConfig]:
+    """Layouts that work on so many processes, by their distance in doublings of TP and PP."""
+    asked = config.parallel
+
+    def distance(layout: ParallelConfig) -> tuple[float, int]:
+        pairs = (
+            (layout.tensor_model_parallel_size, asked.tensor_model_parallel_size),
+            (layout.pipeline_model_parallel_size, asked.pipeline_model_parallel_size),
+            (layout.context_parallel_size, asked.context_parallel_size),
+        )
+        doublings = sum(abs(math.log2(found / wanted)) for found, wanted in pairs)
+        dropped = layout.virtual_pipeline_model_parallel_size is None
+        return doublings, int(dropped)
+
+    found = []
+    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    contexts = {1, asked.context_parallel_size}
+    virtual_sizes = {None, asked.virtual_pipeline_model_parallel_size}
+    for tp, pp, cp, vpp in itertools.product(sizes, sizes, contexts, virtual_sizes):
+        layout = dataclasses.replace(
+            asked,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            context_parallel_size=cp,
+            virtual_pipeline_model_parallel_size=vpp,
+            sequence_parallel=asked.sequence_parallel and tp > 1,
+        )
+        if not any(_problems(dataclasses.replace(config, parallel=layout), world_size)):
+            found.append(layout)
+    return sorted(found, key=distance)[:SUGGESTIONS]
+
+
+def _describe(parallel: ParallelConfig) -> str:
+    text = f"tensor {parallel.tensor_model_parallel_size}"
+    text += f" x pipeline {parallel.pipeline_model_parallel_size}"
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        text += f" (interleaved by {parallel.virtual_pipeline_model_parallel_size})"
+    if parallel.context_parallel_size > 1:
+        text += f" x context {parallel.context_parallel_size}"
+    return text
+
+
+def _problems(config: Config, world_size: int) -> Iterator[ConfigError]:
+    yield from _check_tensor(config)
+    yield from _check_pipeline(config)
+    yield from _check_context(config)
+    yield from _check_data(config, world_size)
+
+
+def _check_tensor(config: Config) -> Iterator[ConfigError]:
+    model, parallel = config.model, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    for key, value in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", model.num_query_groups or model.num_attention_heads),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        if value % tp:
+            what = f"{value} does not divide by tensor_model_parallel_size {tp}"
+            yield ConfigError(f"model.{key}", what, f"Use a multiple of {tp} or another layout")
+    if parallel.sequence_parallel and tp == 1:
+        what = "true needs tensor_model_parallel_size of 2 or more, and it is 1"
+        yield ConfigError("parallel.sequence_parallel", what, "Set it to false")
+    elif parallel.sequence_parallel and model.seq_length % (tp * parallel.context_parallel_size):
+        what = f"{model.seq_length} does not divide by tensor_model_parallel_size {tp}"
+        yield ConfigError("model.seq_length", what, "Sequence parallelism needs a multiple")
+
+
+def _check_pipeline(config: Config) -> Iterator[ConfigError]:
+    layers, parallel = config.model.num_layers, config.parallel
+    pp, vpp = (
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+    )
+    if layers % pp:
+        what = f"{layers} layers do not divide by {pp} pipeline stages"
+        divisors = [str(d) for d in range(1, layers + 1) if layers % d == 0]
+        yield ConfigError("model.num_layers", what, f"Use one of {', '.join(divisors)}")
+        return
+    if vpp is None:
+        return
+    key = "parallel.virtual_pipeline_model_parallel_size"
+    if pp == 1:
+        what = f"{vpp} needs pipeline_model_parallel_size of 2 or more, and it is 1"
+        yield ConfigError(key, what, "Set it to null")
+    elif vpp < 2 or layers // pp % vpp:
+        each = layers // pp
+        parts = [str(d) for d in range(2, each + 1) if each % d == 0]
+        what = f"{vpp} does not divide the {each} layers of a pipeline stage into 2 or more parts"
+        yield ConfigError(key, what, f"Use one of {', '.join([*parts, 'null'])}")
+
+
+def _check_context(config: Config) -> Iterator[ConfigError]:
+    cp, seq_length = config.parallel.context_parallel_size, config.model.seq_length
+    if cp > 1 and seq_length % (2 * cp):
+        what = f"{seq_length} does not divide by 2 x context_parallel_size {cp}"
+        yield ConfigError("model.seq_length", what, f"Use a multiple of {2 * cp}")
+
+
+def _check_data(config: Config, world_size: int) -> Iterator[ConfigError]:
+    parallel, training = config.parallel, config.training
+    pp = parallel.pipeline_model_parallel_size
+    replica = parallel.tensor_model_parallel_size * pp * parallel.context_parallel_size
+    if world_size % replica:
+        ranks = f"{world_size} process{'es' if world_size > 1 else ''}"
+        layout = f"{_describe(parallel)} = {replica}"
+        what = f"{ranks} cannot be laid out as {layout} times data parallel"
+        yield ConfigError("parallel", what, f"Start a multiple of {replica} processes")
+        return
+    dp = world_size // replica
+    chunk = training.micro_batch_size * dp
+    batch = training.global_batch_size
+    if batch % chunk:
+        low = batch // chunk * chunk
+        near = f"{low} or {low + chunk}" if low else str(chunk)
+        what = (
+            f"{batch} does not divide by micro_batch_size {training.micro_batch_size} x data "
+            f"parallel {dp} = {chunk}"
+        )
+        yield ConfigError("training.global_batch_size", what, f"Use {near}")
+    elif parallel.virtual_pipeline_model_parallel_size and (batch // chunk) % pp:
+        what = (
+            f"{batch} gives {batch // chunk} micro-batches, and the interleaved schedule of {pp} "
+            f"stages needs a multiple of {pp}"
+        )
+        yield ConfigError("training.global_batch_size", what, f"Use a multiple of {chunk * pp}")

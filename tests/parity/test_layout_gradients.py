@@ -1,0 +1,156 @@
+"""First weights, every parameter's gradient and the losses: every layout against one process.
+
+The z-loss weighs 1e-2, so that its gradient shows. In the pre-norm model all heads share one
+QK-norm, so that its gradient must be summed over the tensor-parallel ranks; the Swin model has
+grouped queries and two QK-norms. The deep one has layers enough for more pipeline stages, and the
+one with dropout runs under the layouts that do not change its masks.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_command import environment
+
+TOLERANCES = {
+    # fp32 carries 6e-8; sums in another order, through four layers. A gradient is compared by the
+    # norm of its difference: single elements near 0 have no relative precision.
+    "fp32": 1e-5,
+    # float64 carries 1e-16; RoPE's angles stay in fp32, the same ones in every layout
+    "fp64": 1e-10,
+}
+STEPS = {"fp32": 20, "fp64": 3}  # the gradients of the first step say most in fp64
+SECONDS = 1800
+
+MODELS: dict[str, dict[str, Any]] = {
+    "pre": {"model.qk_norm_groups": 1},
+    "swin": {
+        "model.norm_order": "swin",
+        "model.num_attention_heads": 8,
+        "model.num_query_groups": 4,
+        "model.qk_norm_groups": 2,
+    },
+    "deep": {"model.num_layers": 4},
+    "dropout": {"model.num_layers": 4, "model.hidden_dropout": 0.1},
+}
+
+
+def grid() -> dict[str, tuple[int, dict[str, Any]]]:
+    """Every layout of the grid: name -> processes, config values."""
+    found = {}
+    for tp, pp, sp, dp in itertools.product(
+        (1, 2, 4), (1, 2), (False, True), ("1", "2", "2-distributed")
+    ):
+        if (sp and tp == 1) or (tp, pp, dp) == (1, 1, "1"):
+            continue
+        values = {
+            "parallel.tensor_model_parallel_size": tp,
+            "parallel.pipeline_model_parallel_size": pp,
+            "parallel.sequence_parallel": sp,
+            "parallel.use_distributed_optimizer": dp == "2-distributed",
+        }
+        name = f"tp{tp}{'-sp' if sp else ''}-pp{pp}-dp{dp}"
+        found[name] = (tp * pp * int(dp[0]), values)
+    return found
+
+
+def others() -> dict[str, tuple[int, dict[str, Any]]]:
+    """What the grid does not have: interleaved pipelines, overlap and recomputation."""
+    tensor = {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True}
+    pipeline = {"parallel.pipeline_model_parallel_size": 2}
+    interleaved = {**pipeline, "parallel.virtual_pipeline_model_parallel_size": 2}
+    overlap = {"parallel.overlap_grad_reduce": True}
+    gather = {"parallel.use_distributed_optimizer": True, "parallel.overlap_param_gather": True}
+    return {
+        "interleaved": (2, interleaved),
+        "interleaved-tp2-sp": (4, {**interleaved, **tensor}),
+        "interleaved-distributed": (
+            4,
+            {**interleaved, "parallel.use_distributed_optimizer": True},
+        ),
+        "pp4": (4, {"parallel.pipeline_model_parallel_size": 4}),
+        "overlap": (2, overlap),
+        "overlap-gather": (2, {**overlap, **gather}),
+        "overlap-interleaved": (4, {**overlap, **interleaved}),
+        "recompute-selective": (2, {**tensor, "parallel.recompute_granularity": "selective"}),
+        "recompute-full": (2, {**tensor, "parallel.recompute_granularity": "full"}),
+        "recompute-two-layers": (
+            1,
+            {"parallel.recompute_granularity": "full", "parallel.recompute_num_layers": 2},
+        ),
+    }
+
+
+def with_dropout() -> dict[str, tuple[int, dict[str, Any]]]:
+    """Layouts that draw the same dropout masks as one process."""
+    every = {**grid(), **others()}
+    names = ["tp2-pp1-dp1", "tp2-pp2-dp2", "interleaved-distributed", "recompute-two-layers"]
+    return {name: every[name] for name in names}
+
+
+def jobs() -> list[dict[str, Any]]:
+    found = []
+    for model, dtype in itertools.product(MODELS, TOLERANCES):
+        layouts = {"deep": others, "dropout": with_dropout}.get(model, grid)()
+        for name, (processes, values) in {"alone": (1, {}), **layouts}.items():
+            if dtype == "fp64" and values.get("parallel.use_distributed_optimizer"):
+                continue  # megatron-core's distributed optimizer knows fp32 and bf16 weights only
+            settings = {**MODELS[model], **values, "training.dtype": dtype}
+            found.append(
+                {
+                    "name": f"{model}-{dtype}-{name}",
+                    "processes": processes,
+                    "steps": STEPS[dtype],
+                    "set": settings,
+                }
+            )
+    return sorted(found, key=lambda job: job["processes"])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what every job wrote."""
+    folder = tmp_path_factory.mktemp("layouts")
+    script = Path(__file__).with_name("run_layouts.py")
+    (folder / "jobs.json").write_text(json.dumps(jobs()))
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", script, folder / "jobs.json", folder],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=environment(),
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", [job["name"] for job in jobs() if "alone" not in job["name"]])
+def test_a_layout_is_the_same_model(results: Path, name: str) -> None:
+    model, dtype, _ = name.split("-", 2)
+    reference, tolerance = f"{model}-{dtype}-alone", TOLERANCES[dtype]
+    expected, found = (torch.load(results / f"{run}.pt") for run in (reference, name))
+    assert found["weights"].keys() == expected["weights"].keys()
+    for key, weight in expected["weights"].items():
+        assert torch.equal(found["weights"][key], weight), key
+    for key, gradient in expected["gradients"].items():
+        difference = torch.linalg.vector_norm(found["gradients"][key] - gradient)
+        assert difference <= tolerance * torch.linalg.vector_norm(gradient), key
+
+    expected_steps, found_steps = (
+        json.loads((results / f"{run}.json").read_text()) for run in (reference, name)
+    )
+    for key in ("loss", "loss_text", "loss_image", "z_loss"):
+        losses = [step[key] for step in expected_steps]
+        assert [step[key] for step in found_steps] == pytest.approx(losses, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_models_learn(results: Path, model: str) -> None:
+    """Weights that hardly move would hide a wrong gradient from the losses."""
+    steps = json.loads((results / f"{model}-fp32-alone.json").read_text())
+    assert abs(steps[-1]["loss"] - steps[0]["loss"]) > 0.05
