@@ -27,8 +27,9 @@ from megatron_chameleon.checkpoint.folders import (
 )
 from megatron_chameleon.config.check import get_value
 from megatron_chameleon.config.load import save_config
-from megatron_chameleon.config.schema import Config
+from megatron_chameleon.config.schema import Config, Fp8Config
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.parallel import platform
 
 SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
 
@@ -100,6 +101,8 @@ def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> 
         for key in _FIXED
         if get_value(config, key) != get_value(old, key)
     ]
+    if _scales_are_unreadable(config.fp8, old.fp8):
+        differences.append(f"fp8.emulate is {config.fp8.emulate} and was {old.fp8.emulate}")
     if state["tokenizer_fingerprint"] != tokenizer_fingerprint:
         differences.append("the tokenizer is another one")
     if differences:
@@ -108,6 +111,13 @@ def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> 
     if state["step"] > config.training.steps:
         what = f"it is at step {state['step']}, behind training.steps {config.training.steps}"
         raise CheckpointError(str(checkpoint), what, "Raise training.steps")
+
+
+def _scales_are_unreadable(new: Fp8Config, old: Fp8Config) -> bool:
+    """Emulation and Transformer Engine keep delayed scaling's state in forms of their own."""
+    has_state = old.format is not None and old.recipe == "delayed"
+    reads_state = new.format is not None or platform.has_transformer_engine()
+    return has_state and reads_state and new.emulate != old.emulate
 
 
 def save(folder: Path, step: int, engine: Engine, extra: dict[str, Any]) -> Path:

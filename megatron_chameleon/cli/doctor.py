@@ -222,8 +222,12 @@ def _megatron_core() -> Check:
 
 
 def _apex() -> Check:
-    """NVIDIA's apex has ``apex.optimizers``; the "apex" of the package index is another project."""
-    purpose, build = "fused optimizer kernels", "Build NVIDIA's from github.com/NVIDIA/apex"
+    """NVIDIA's apex has ``apex.optimizers``; the "apex" of the package index is another project.
+
+    megatron-core takes fused AdamW and gradient norms from Transformer Engine, else from apex.
+    """
+    purpose = "fused AdamW and gradient norms, without transformer-engine"
+    build = "Build NVIDIA's from github.com/NVIDIA/apex"
     if not _importable("apex"):
         return Check("apex", MISSING, "-", purpose, build)
     if not _importable("apex.optimizers"):

@@ -7,13 +7,22 @@ G key/value heads of this rank, D head size.
 
 from typing import Any
 
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_chameleon.config.schema import Config
+from megatron_chameleon.config.schema import Config, Fp8Config
+from megatron_chameleon.errors import ConfigError, ConfigErrors
+from megatron_chameleon.model.fp8_linear import (
+    EmulatedColumnParallelLinear,
+    EmulatedRowParallelLinear,
+)
+from megatron_chameleon.parallel import platform
 
 
 class RMSNorm(nn.RMSNorm):
@@ -67,6 +76,92 @@ class LocalBackend(LocalSpecProvider):
         return ScaledDotProductAttention
 
 
+class EmulatedFp8Backend(LocalBackend):
+    """Linear layers that quantise as Transformer Engine's do.
+
+    Args:
+        fp8: The recipe.
+    """
+
+    def __init__(self, fp8: Fp8Config) -> None:
+        self._params = {"fp8": fp8}
+
+    def column_parallel_linear(self) -> ModuleSpec:
+        return ModuleSpec(EmulatedColumnParallelLinear, params=self._params)
+
+    def row_parallel_linear(self) -> ModuleSpec:
+        return ModuleSpec(EmulatedRowParallelLinear, params=self._params)
+
+
+class TransformerEngineBackend(TESpecProvider):
+    """Transformer Engine's linear layers, norms and attention.
+
+    Norms stay modules of their own, so that names, checkpoints and norm orders are those of the
+    other backends.
+
+    Args:
+        masked: Whether attention gets a mask (``data.reset_attention``). Transformer Engine's
+            causal attention passes over a mask without a word, so torch's attention stays then.
+    """
+
+    def __init__(self, masked: bool) -> None:
+        self._masked = masked
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return False
+
+    def core_attention(self) -> type:
+        return ScaledDotProductAttention if self._masked else super().core_attention()
+
+
 def select_backend(config: Config) -> BackendSpecProvider:
     """The backend of this machine for a config."""
+    if config.fp8.format is not None and config.fp8.emulate:
+        return EmulatedFp8Backend(config.fp8)
+    if platform.has_transformer_engine():
+        return TransformerEngineBackend(masked=config.data.reset_attention)
     return LocalBackend()
+
+
+def layer_backend(
+    backend: BackendSpecProvider, config: TransformerConfig, layer: int
+) -> BackendSpecProvider:
+    """The backend of one layer: plain linear layers where the emulated recipe leaves out FP8.
+
+    With Transformer Engine, megatron-core keeps such layers out of its FP8 context by itself.
+
+    Args:
+        backend: From ``select_backend``.
+        config: megatron-core's config.
+        layer: 0-based, counted over the whole model.
+    """
+    if isinstance(backend, EmulatedFp8Backend) and is_first_last_bf16_layer(config, layer):
+        return LocalBackend()
+    return backend
+
+
+def check_machine(config: Config) -> None:
+    """Refuse to train what this machine cannot compute; no process group needs to exist.
+
+    Raises:
+        ConfigErrors: They say what the machine lacks.
+    """
+    if problems := machine_problems(config):
+        raise ConfigErrors(problems)
+
+
+def machine_problems(config: Config) -> list[ConfigError]:
+    """What of a config this machine lacks the hardware or Transformer Engine for."""
+    problems = []
+    fp8, cp = config.fp8, config.parallel.context_parallel_size
+    if fp8.format is not None and not fp8.emulate and (obstacle := platform.fp8_obstacle()):
+        remedy = (
+            "Set fp8.emulate=true to see the recipe's effect, or run on H100/H200 with Transformer "
+            "Engine"
+        )
+        problems.append(ConfigError("fp8.format", f"{fp8.format} {obstacle}", remedy))
+    if cp > 1 and not platform.has_transformer_engine():
+        what = f"{cp} needs a GPU with Transformer Engine, and this machine has none"
+        remedy = "Set it to 1; tensor parallelism with sequence_parallel splits sequences anywhere"
+        problems.append(ConfigError("parallel.context_parallel_size", what, remedy))
+    return problems

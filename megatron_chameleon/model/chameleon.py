@@ -4,14 +4,17 @@ The model is read here, how it is laid out over processes is not: megatron-core'
 themselves by the config.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_chameleon.config.schema import Config, ModelConfig
+from megatron_chameleon.config.schema import Config, Fp8Config, ModelConfig
 from megatron_chameleon.model.backend import select_backend
+from megatron_chameleon.model.fp8_linear import connect_decoder
 from megatron_chameleon.model.initialization import initialize_weights
 from megatron_chameleon.model.layers import block_spec
 from megatron_chameleon.model.loss import vocab_parallel_cross_entropy
@@ -25,6 +28,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 class ChameleonModel(GPTModel):
     """``GPTModel`` that returns, given labels, the parts of Chameleon's loss for each token."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        connect_decoder(self.decoder)  # of emulated FP8
 
     def compute_language_model_loss(
         self, labels: Tensor, logits: Tensor
@@ -146,7 +153,26 @@ def transformer_config(config: Config) -> TransformerConfig:
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not interleaved or platform.has_gpu(),
+        **_fp8_fields(config.fp8),
     )
+
+
+def _fp8_fields(fp8: Fp8Config) -> dict[str, Any]:
+    """All of FP8's fields: megatron-core's defaults are not Transformer Engine's.
+
+    Emulated FP8 is none for megatron-core; it would enter Transformer Engine's context.
+    """
+    start, end = fp8.num_layers_at_start_in_bf16, fp8.num_layers_at_end_in_bf16
+    return {
+        "fp8": None if fp8.emulate else fp8.format,
+        "fp8_recipe": fp8.recipe,
+        "fp8_margin": fp8.margin,
+        "fp8_amax_history_len": fp8.amax_history_len,
+        "fp8_amax_compute_algo": fp8.amax_compute_algo,
+        "first_last_layers_bf16": start + end > 0,
+        "num_layers_at_start_in_bf16": start,
+        "num_layers_at_end_in_bf16": end,
+    }
 
 
 def _leave(weight: Tensor) -> Tensor:

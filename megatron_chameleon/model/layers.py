@@ -26,10 +26,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
+    get_transformer_layer_offset,
 )
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_chameleon.model.backend import layer_backend
 from megatron_chameleon.parallel.random_streams import seed_layer
 
 QK_NORM_EPSILON = 1e-5  # of the reference code; not the RMSNorm's
@@ -158,9 +160,11 @@ def block_spec(
         qk_norm_groups: Groups of heads with a QK-norm weight of their own, 0 for no QK-norm.
         vp_stage: Which of this pipeline stage's parts, with interleaved pipeline parallelism.
     """
-    layer = _layer_spec(config, backend, swin_norm, qk_norm_groups)
+    first = get_transformer_layer_offset(config, vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    backends = [layer_backend(backend, config, layer) for layer in layers]
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
+        layer_specs=[_layer_spec(config, b, swin_norm, qk_norm_groups) for b in backends],
         layer_norm=backend.layer_norm(rms_norm=True),
     )
 

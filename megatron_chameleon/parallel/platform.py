@@ -26,6 +26,7 @@ import torch
 from megatron_chameleon.errors import ConfigError
 
 SUPPORTED_MEGATRON_CORE = "0.16."
+FP8_CAPABILITY = (8, 9)
 
 _CPU_LITERALS = {
     "cuda": "cpu",
@@ -80,6 +81,28 @@ def random_generator() -> torch.Generator:
     if has_gpu():
         return torch.cuda.default_generators[torch.cuda.current_device()]
     return torch.default_generator
+
+
+def has_transformer_engine() -> bool:
+    """Whether this process computes with Transformer Engine's layers: wherever they can run."""
+    if not has_gpu():
+        return False
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+def fp8_obstacle() -> str | None:
+    """What this machine lacks for FP8 matrix products, as the end of a sentence; None: nothing."""
+    if not has_gpu():
+        return "needs a GPU, and this machine has none"
+    capability = torch.cuda.get_device_capability()
+    if capability < FP8_CAPABILITY:
+        found = ".".join(map(str, capability))
+        return f"needs a GPU of compute capability 8.9, and this one has {found}"
+    if not has_transformer_engine():
+        return "needs Transformer Engine, and it cannot be imported here"
+    return None
 
 
 def prepare() -> None:

@@ -13,6 +13,7 @@ from megatron_chameleon.config.load import format_config
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import BatchReader, stage1_steps
 from megatron_chameleon.errors import ConfigError, TrainingError
+from megatron_chameleon.model.backend import check_machine, machine_problems
 from megatron_chameleon.model.chameleon import count_parameters
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
@@ -71,7 +72,12 @@ def _check_vocabulary(vocab_size: int, config: Config) -> None:
 
 
 def train(job: Job, launch: Launch) -> None:
-    """Train to the last step of the config; every process of the job calls it."""
+    """Train to the last step of the config; every process of the job calls it.
+
+    Raises:
+        ConfigErrors: The machine lacks what the config needs.
+    """
+    check_machine(job.config)
     platform.prepare()
     join(launch)
     try:
@@ -130,7 +136,10 @@ def describe(job: Job) -> str:
 def dry_run_text(job: Job, launch: Launch) -> str:
     """What ``--dry-run`` prints: the resolved config and what the run would do."""
     start = f"resumes from {job.resume_from}" if job.resume_from else "starts from step 0"
-    return f"{format_config(job.config)}\n{describe(job)}; {start}; {launch.launcher}: all is there"
+    text = f"{format_config(job.config)}\n{describe(job)}; {start}; {launch.launcher}: all is there"
+    for problem in machine_problems(job.config):  # maybe a login node: no mistake in the config
+        text += f"\nbut not on this machine: {problem.where}: {problem.what}"
+    return text
 
 
 def _is_save_step(config: Config, step: int) -> bool:

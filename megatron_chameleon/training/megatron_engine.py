@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
+from megatron_chameleon.model.fp8_linear import start_step
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
@@ -80,6 +81,8 @@ class MegatronEngine:
         places = range(
             topology.data_rank, len(micro_batches) * topology.data_size, topology.data_size
         )
+        for part in self.parts:
+            start_step(part)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
