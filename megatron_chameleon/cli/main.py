@@ -21,6 +21,7 @@ VERBS = {
     "tokenizer": "train a text tokenizer or an image tokenizer",
     "preprocess": "turn documents into .bin/.idx token files",
     "inspect": "show documents of a .bin/.idx as an HTML page",
+    "config": "compare a config with the paper's values",
     "train": "train a model from a YAML config",
     "convert": "convert a checkpoint to another format",
     "generate": "write text and images from a checkpoint",

@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from megatron_chameleon.config import paper
+    from megatron_chameleon.config.check import smallest_world_size
     from megatron_chameleon.config.load import load_config
     from megatron_chameleon.errors import ChameleonError
     from megatron_chameleon.parallel.launch import find_launch
@@ -32,12 +34,12 @@ def run(args: argparse.Namespace) -> None:
 
         world_size = launch.world_size
         if args.dry_run and launch.launcher == "alone":
-            parallel = (
-                config.parallel
-            )  # checked as if as many processes had been started as it wants
-            world_size = max(1, parallel.tensor_model_parallel_size)
-            world_size *= max(1, parallel.pipeline_model_parallel_size)
+            # checked as if as many processes had been started as it wants
+            world_size = smallest_world_size(config.parallel)
         job = loop.prepare(config, world_size, args.resume)
+        if launch.rank == 0:
+            for line in paper.warnings(config):
+                print(f"warning: {line}", file=sys.stderr)
         if args.dry_run:
             if launch.rank == 0:
                 print(loop.dry_run_text(job, launch))

@@ -3,10 +3,11 @@
 Every rule adds a ``ConfigError`` with the numbers and the remedy; all of them are raised together.
 """
 
+import math
 from collections.abc import Iterator
 
 from megatron_chameleon.config.layouts import check_layout
-from megatron_chameleon.config.schema import Config
+from megatron_chameleon.config.schema import Config, ParallelConfig
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
 CHOICES = {
@@ -70,6 +71,16 @@ def check_config(config: Config, world_size: int) -> None:
         problems += [*_check_schedule(config), *_check_data(config)]
     if problems:
         raise ConfigErrors(problems)
+
+
+def smallest_world_size(parallel: ParallelConfig) -> int:
+    """Processes of one copy of the model, for a check before any were started."""
+    sizes = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    return math.prod(max(1, size) for size in sizes)
 
 
 def get_value(config: Config, key: str) -> object:

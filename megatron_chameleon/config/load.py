@@ -46,6 +46,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _resolve(Config, layers, str(path), overrides)
 
 
+def find_config(name: str | Path) -> Path:
+    """The path of a config: ``name`` itself, or the preset that is called so.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    path, preset = Path(name), PRESETS / f"{name}.yaml"
+    if path.is_file():
+        return path
+    if not preset.is_file():
+        names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        remedy = f"Give the path of a YAML file, or a preset: {names}"
+        raise ConfigError(str(name), "no such config file", remedy)
+    return preset
+
+
+def find_preset(path: Path, overrides: Sequence[str] = ()) -> str | None:
+    """The name of the preset that lies under a config, or that it is; None for none."""
+    own = path.stem if path.parent == PRESETS else None
+    preset = _read_overrides(overrides).get("preset", read_yaml(path).get("preset", own))
+    return None if preset is None else str(preset)
+
+
 def load_dataclass(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
     """Read a YAML file, and overrides over it, into a dataclass.
 

@@ -12,7 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_chameleon.config.schema import Config, Fp8Config, ModelConfig
+from megatron_chameleon.config.parameters import qk_norm_groups
+from megatron_chameleon.config.schema import Config, Fp8Config
 from megatron_chameleon.model.backend import select_backend
 from megatron_chameleon.model.fp8_linear import connect_decoder
 from megatron_chameleon.model.initialization import initialize_weights
@@ -177,20 +178,3 @@ def _fp8_fields(fp8: Fp8Config) -> dict[str, Any]:
 
 def _leave(weight: Tensor) -> Tensor:
     return weight
-
-
-def qk_norm_groups(model: ModelConfig) -> int:
-    """Groups of heads with a QK-norm weight of their own; 0 without QK-norm."""
-    return model.num_attention_heads if model.qk_norm_groups is None else model.qk_norm_groups
-
-
-def count_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters of the whole model, embeddings, norms and QK-norms included."""
-    head_size = model.hidden_size // model.num_attention_heads
-    key_heads = model.num_query_groups or model.num_attention_heads
-    norm_groups = qk_norm_groups(model)
-    attention = 2 * model.hidden_size * (model.hidden_size + key_heads * head_size)
-    feed_forward = 3 * model.hidden_size * model.ffn_hidden_size
-    norms = 2 * model.hidden_size + 2 * head_size * (norm_groups + min(norm_groups, key_heads))
-    embeddings = 2 * vocab_size * model.hidden_size
-    return model.num_layers * (attention + feed_forward + norms) + embeddings + model.hidden_size

@@ -9,6 +9,7 @@ layers)) for the two matrices that write to the residual stream.
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,16 +29,21 @@ def initialize_weights(
         rank: Tensor-parallel rank.
         size: Tensor-parallel size.
     """
-    first_layer = _first_layer(model)
     with torch.no_grad():
-        for local_name, parameter in model.named_parameters():
-            name = global_name(local_name, first_layer)
+        for name, parameter in named_global_parameters(model):
             if "norm" in name:
                 continue
             writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             scale = std / math.sqrt(2 * num_layers) if writes_residual else std
             generator = torch.Generator().manual_seed(_key(seed, name))
             parameter.copy_(_draw_part(parameter, name, scale, generator, rank, size))
+
+
+def named_global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a ``GPTModel`` under their names in the whole model."""
+    first_layer = _first_layer(model)
+    for local_name, parameter in model.named_parameters():
+        yield global_name(local_name, first_layer), parameter
 
 
 def global_name(local_name: str, first_layer: int) -> str:

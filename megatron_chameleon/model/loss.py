@@ -14,13 +14,17 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Two all-reduces and one buffer of the logits' size, as cross-entropy alone needs."""
+    """Two all-reduces and one buffer of the logits' size, as cross-entropy alone needs.
+
+    The softmax is never written out: the backward pass divides by its sums while it multiplies by
+    the incoming gradient, which saves a pass over the buffer.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.logits_dtype = logits.dtype
+        ctx.logits_dtype, ctx.group = logits.dtype, group
         if logits.dtype not in (torch.float32, torch.float64):
             logits = logits.float()
         max_logit = logits.amax(dim=-1)
@@ -28,21 +32,16 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         # In place: the layer that made the logits does not need them for its backward pass.
         shifted = logits.sub_(max_logit.unsqueeze(-1))
 
-        first, last = VocabUtility.vocab_range_from_per_partition_vocab_size(
-            logits.size(-1), group.rank(), group.size()
-        )
-        elsewhere = (labels < first) | (labels >= last)
-        columns = (labels - first).masked_fill(elsewhere, 0).unsqueeze(-1)
-        label_logit = shifted.gather(-1, columns).squeeze(-1).masked_fill(elsewhere, 0.0)
-
-        softmax = shifted.exp_()
-        sums = torch.stack([softmax.sum(dim=-1), label_logit])
-        all_reduce(sums, ReduceOp.SUM, group)
+        columns, elsewhere = _local_columns(labels, logits.size(-1), group)
+        sums = shifted.new_empty(2, *labels.shape)
         sum_exp, label_logit = sums[0], sums[1]
-        log_sum_exp = sum_exp.log()
-        softmax.div_(sum_exp.unsqueeze(-1))
+        label_logit.copy_(shifted.gather(-1, columns).squeeze(-1)).masked_fill_(elsewhere, 0.0)
+        exponentials = shifted.exp_()
+        torch.sum(exponentials, dim=-1, out=sum_exp)
+        all_reduce(sums, ReduceOp.SUM, group)
 
-        ctx.save_for_backward(softmax, columns, elsewhere)
+        log_sum_exp = sum_exp.log()
+        ctx.save_for_backward(exponentials, sum_exp, labels)
         ctx.mark_non_differentiable(max_logit)
         return log_sum_exp - label_logit, log_sum_exp + max_logit, max_logit
 
@@ -50,11 +49,22 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(
         ctx: Any, grad_cross_entropy: Tensor, grad_log_z: Tensor, _: Tensor
     ) -> tuple[Tensor, None, None]:
-        softmax, columns, elsewhere = ctx.saved_tensors
-        grad_logits = softmax.mul_((grad_cross_entropy + grad_log_z).unsqueeze(-1))
-        at_label = grad_cross_entropy.masked_fill(elsewhere, 0.0).unsqueeze(-1)
-        grad_logits.scatter_add_(-1, columns, -at_label)
+        exponentials, sum_exp, labels = ctx.saved_tensors
+        columns, elsewhere = _local_columns(labels, exponentials.size(-1), ctx.group)
+        factor = (grad_cross_entropy + grad_log_z).div_(sum_exp)
+        grad_logits = exponentials.mul_(factor.unsqueeze(-1))
+        at_label = grad_cross_entropy.masked_fill(elsewhere, 0.0).neg_()
+        grad_logits.scatter_add_(-1, columns, at_label.unsqueeze(-1))
         return grad_logits.to(ctx.logits_dtype), None, None
+
+
+def _local_columns(labels: Tensor, local_size: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Each label's column in this rank's part of the vocabulary [..., 1]; where it has none."""
+    first, last = VocabUtility.vocab_range_from_per_partition_vocab_size(
+        local_size, group.rank(), group.size()
+    )
+    elsewhere = (labels < first).logical_or_(labels >= last)
+    return (labels - first).masked_fill_(elsewhere, 0).unsqueeze(-1), elsewhere
 
 
 def vocab_parallel_cross_entropy(

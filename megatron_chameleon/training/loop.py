@@ -10,15 +10,16 @@ from pathlib import Path
 from megatron_chameleon.checkpoint import store
 from megatron_chameleon.config.check import check_config
 from megatron_chameleon.config.load import format_config
+from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import BatchReader, stage1_steps
 from megatron_chameleon.errors import ConfigError, TrainingError
 from megatron_chameleon.model.backend import check_machine, machine_problems
-from megatron_chameleon.model.chameleon import count_parameters
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
+from megatron_chameleon.training.failure import check_loaded_weights, name_broken_weights
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 from megatron_chameleon.training.progress import Progress
 from megatron_chameleon.training.run_folder import RunFolder, check_run_folder, checkpoints_folder
@@ -91,6 +92,8 @@ def _train(job: Job) -> None:
     topology = create_topology(config.parallel)
     engine = MegatronEngine(config, job.tokenizer.vocabulary.size, topology)
     step = store.load(job.resume_from, engine) if job.resume_from else 0
+    if job.resume_from:
+        check_loaded_weights(engine.named_parameters(), job.resume_from)
     run = RunFolder(config, step) if topology.rank == 0 else None
     if run:
         print(f"{topology}; {describe(job)}; starts at step {step}", flush=True)
@@ -107,7 +110,7 @@ def _train(job: Job) -> None:
             "consumed_tokens": step * batch_tokens,
             "tokens_per_second": batch_tokens / (metrics["step_seconds"] or math.inf),
         }
-        _check_finite(step, metrics)
+        _check_finite(step, metrics, engine, saves=_is_save_step(config, step))
         if run:
             run.write_metrics(metrics)
             if step % config.logging.every_steps == 0 or step == config.training.steps:
@@ -147,14 +150,19 @@ def _is_save_step(config: Config, step: int) -> bool:
     return step == config.training.steps or (every > 0 and step % every == 0)
 
 
-def _check_finite(step: int, metrics: dict) -> None:
-    """All ranks see the same metrics, so all of them stop here together."""
-    for name in ("loss", "grad_norm"):
-        value = metrics[name]
-        if value is None or not math.isfinite(value):
-            raise TrainingError(
-                f"step {step}",
-                f"{name} is {value}",
-                "Resume from the last checkpoint with a lower optimizer.lr, and look at "
-                "output_norm and max_logit in metrics.jsonl before this step",
-            )
+def _check_finite(step: int, metrics: dict, engine: MegatronEngine, *, saves: bool) -> None:
+    """All ranks find the same, so all of them stop here together, before the step is saved."""
+    values = {name: metrics[name] for name in ("loss", "grad_norm")}
+    bad = [name for name, value in values.items() if value is None or not math.isfinite(value)]
+    problems = [f"{name} is {values[name]}" for name in bad[:1]]
+    # after an update with a bad gradient every weight is broken, and there is nothing to find
+    if "loss" in bad or (saves and not bad):
+        broken = name_broken_weights(engine.named_parameters())
+        problems += [f"not finite: {broken}"] if broken else []
+    if problems:
+        raise TrainingError(
+            f"step {step}",
+            ", ".join(problems),
+            "Resume from the last checkpoint with a lower optimizer.lr, and look at "
+            "output_norm and max_logit in metrics.jsonl before this step",
+        )

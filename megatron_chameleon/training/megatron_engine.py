@@ -1,5 +1,6 @@
 """The megatron-core engine: model, gradients, optimizer and schedule behind one ``train_step``."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
 from megatron_chameleon.model.fp8_linear import start_step
+from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
@@ -66,12 +68,13 @@ class MegatronEngine:
         start = time.perf_counter()
         training = self.config.training
         self.compute_gradients(step, micro_batches)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(1)
         metrics = asdict(self.monitor.finish_step(training.z_loss))
-        metrics["grad_norm"] = float(grad_norm)
-        metrics["learning_rate"] = float(learning_rate)
+        metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        metrics["grad_norm"] = math.nan
+        if math.isfinite(metrics["loss"] or 0.0):  # else no update, which would break all weights
+            _, grad_norm, _ = self.optimizer.step()
+            self.scheduler.step(1)
+            metrics["grad_norm"] = float(grad_norm)
         metrics["step_seconds"] = time.perf_counter() - start
         return metrics
 
@@ -96,6 +99,11 @@ class MegatronEngine:
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=False,
         )
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters under their names in the whole model."""
+        for part in self.parts:
+            yield from named_global_parameters(part)
 
     def _forward_step(
         self, step: int, micro_batches: Iterator[tuple[int, Batch]], model: nn.Module

@@ -127,6 +127,15 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(
     assert not (copy / "run").exists()
 
 
+def test_what_the_paper_warns_of_is_said_before_training(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["model.norm_order=swin", "model.hidden_dropout=0.1"]
+    main(["train", str(copy / "train.yaml"), "--dry-run", *overrides])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: model.hidden_dropout is 0.1 with model.norm_order swin")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

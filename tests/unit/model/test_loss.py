@@ -1,6 +1,8 @@
 """The loss against torch's own cross-entropy and logsumexp in float64, by autograd."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,37 @@ def test_huge_logits_do_not_overflow(group: dist.ProcessGroup) -> None:
     # ln(1 + e) = 1.3133: a third logit 2e4 below adds nothing
     torch.testing.assert_close(cross_entropy, torch.tensor([1.31326]), rtol=1e-5, atol=0)
     torch.testing.assert_close(log_z, torch.tensor([1e4 + 0.31326]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("z_loss", [1e-5, 1e-1])
+def test_the_gradient_on_two_ranks(z_loss: float) -> None:
+    """Each thread is a rank with half of the vocabulary; fp64, so that only rounding is left."""
+    logits, labels, weights = draw(torch.float64)
+    expected_loss, expected_grad = reference(logits, labels, weights, z_loss)
+    store = dist.HashStore()
+
+    def run(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        group = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=60))
+        leaf = logits.chunk(2, dim=-1)[rank].clone().requires_grad_()
+        parts = vocab_parallel_cross_entropy(leaf * 1.0, labels, group)
+        loss = ((parts[0] + z_loss * parts[1].square()) * weights).sum()
+        (grad,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), grad
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, range(2)))
+    found = torch.cat([grad for _, grad in results], dim=-1)
+    for loss, _ in results:
+        assert (loss - expected_loss).abs() / expected_loss <= 1e-12
+    assert (found - expected_grad).abs().max() / expected_grad.abs().max() <= 1e-12
+
+
+def test_the_gradient_of_the_z_loss_alone(group: dist.ProcessGroup) -> None:
+    """Nothing of the cross-entropy hides an error in it."""
+    logits, labels, _ = draw(torch.float64)
+    leaf = logits.clone().requires_grad_()
+    _, log_z, _ = vocab_parallel_cross_entropy(leaf * 1.0, labels, group)
+    (found,) = torch.autograd.grad(log_z.square().sum(), leaf)
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(leaf.logsumexp(-1).square().sum(), leaf)
+    assert (found - expected).abs().max() / expected.abs().max() <= 1e-12

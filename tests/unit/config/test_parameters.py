@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.config.load import load_config
+from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import ModelConfig
-from megatron_chameleon.model.chameleon import count_parameters
 
 VOCAB_SIZE = 65_536
 

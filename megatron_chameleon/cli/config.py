@@ -1,0 +1,149 @@
+"""``chameleon config check CONFIG``: every value of a config beside the paper's.
+
+    chameleon config check chameleon_34b
+    chameleon config check my.yaml optimizer.lr=3e-4 --paper 7b
+    chameleon config check examples/sft/train.yaml --stage sft
+
+Deviations are fine and end with exit code 0; errors are listed and end with 2. What is not there
+yet, tokenizer and data, is said to be missing and is no error.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_chameleon.config.paper import Row
+    from megatron_chameleon.config.schema import Config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    check = kinds.add_parser("check", help="every value beside the paper's, deviations marked")
+    check.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a preset")
+    check.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that win over the file's"
+    )
+    check.add_argument(
+        "--paper",
+        choices=("7b", "34b"),
+        help="compare with this size (default: the preset's, or the nearest)",
+    )
+    check.add_argument(
+        "--stage",
+        choices=("pretraining", "sft"),
+        default="pretraining",
+        help="compare with pretraining (stages 1 and 2, the default) or fine-tuning",
+    )
+    check.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_chameleon.config import paper
+    from megatron_chameleon.config.check import check_config, smallest_world_size
+    from megatron_chameleon.config.load import find_config, find_preset, load_config
+
+    path = find_config(args.config)
+    config = load_config(path, args.overrides)
+    check_config(_filled_in(config), smallest_world_size(config.parallel))
+    size = args.paper or _size_of_preset(find_preset(path, args.overrides))
+    chosen = size or paper.nearest_size(config)
+    vocab_size, note = _vocab_size(config)
+
+    rows = paper.compare(config, chosen, args.stage)
+    derived = paper.derived_rows(config, chosen, args.stage, vocab_size)
+    why = "" if size else " (the nearest in depth and width; --paper chooses)"
+    deviations = sum(row.mark == paper.DEVIATES for row in [*rows, *derived])
+    text = [
+        f"{args.config} beside the paper's {chosen.upper()}, {args.stage}{why}: arXiv 2405.09818",
+        f"{paper.LEGEND}\n",
+        f"{_table(rows, derived)}\n",
+        f"{_parameters(config, vocab_size)}{note}",
+        f"{deviations} of {len(rows) + len(derived)} values deviate from the paper's",
+    ]
+    missing = [row.key for row in rows if row.value == paper.TO_BE_SET]
+    if missing:
+        text.append(f"{paper.TO_BE_SET} before training: {', '.join(missing)}")
+    print("\n".join(text))
+    for line in paper.warnings(config):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _filled_in(config: "Config") -> "Config":
+    """A copy in which what is still to be set stands there, so that it counts as no error."""
+    from dataclasses import replace
+
+    from megatron_chameleon.config.schema import SourceConfig, TokenizerConfig
+
+    tokenizer = config.tokenizer if config.tokenizer.path else TokenizerConfig("later")
+    stage1 = config.data.stage1 or [SourceConfig("later")]
+    return replace(config, tokenizer=tokenizer, data=replace(config.data, stage1=stage1))
+
+
+def _size_of_preset(preset: str | None) -> str | None:
+    """``chameleon_7b`` -> ``7b``; None for a preset of no size of the paper."""
+    from megatron_chameleon.config.paper import SIZES
+
+    return next((size for size in SIZES if preset and preset.endswith(f"_{size}")), None)
+
+
+def _vocab_size(config: "Config") -> tuple[int, str]:
+    """Of the config's tokenizer where it is there, else the paper's; and what to say of it."""
+    from pathlib import Path
+
+    from megatron_chameleon.config.paper import VOCAB_SIZE
+    from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+
+    path = config.tokenizer.path
+    if path and Path(path).is_dir():
+        return Vocabulary.load(Path(path)).size, ""
+    return VOCAB_SIZE, "; the vocabulary is the paper's, as there is no tokenizer yet"
+
+
+def _table(rows: "Sequence[Row]", derived: "Sequence[Row]") -> str:
+    """Aligned columns as wide as they need to be, whatever the terminal: nothing is cut."""
+    cells: list[tuple[str, tuple[str, ...]]] = []
+    for row in [*rows, *derived]:
+        section, _, key = row.key.partition(".")
+        line = (row.mark, key, _text(row.value), _text(row.paper, "-"), row.source)
+        cells.append((section, line))
+    widths = [max(len(line[column]) for _, line in cells) for column in range(4)]
+    text = []
+    for section, group in itertools.groupby(cells, key=lambda cell: cell[0]):
+        lines = [("", section, "here", "paper", "source"), *(line for _, line in group)]
+        text.append("\n".join(_line(line, widths) for line in lines))
+    return "\n\n".join(text)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [cell.ljust(width) for cell, width in zip(cells[:4], widths, strict=True)]
+    return "  ".join([*padded, cells[4]]).rstrip()
+
+
+def _text(value: object, none: str = "null") -> str:
+    if value is None:
+        return none
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        for unit, name in ((1e12, "T"), (1e9, "B")):
+            if value >= unit:
+                return f"{value / unit:g}{name}"
+        return f"{value:g}"
+    return str(value)
+
+
+def _parameters(config: "Config", vocab_size: int) -> str:
+    from megatron_chameleon.config.parameters import parameter_counts
+
+    counts = parameter_counts(config.model, vocab_size)
+    return (
+        f"{counts.total:,} parameters: input embeddings {counts.embeddings:,} + output layer "
+        f"{counts.embeddings:,} (vocabulary {vocab_size:,}) + {counts.num_layers} layers x "
+        f"{counts.layer:,} (attention {counts.attention:,}, feed-forward {counts.feed_forward:,}, "
+        f"norms {counts.norms:,}, QK-norms {counts.qk_norms:,}) + final norm {counts.final_norm:,}"
+    )
