@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,deepspeed,test]'
 	touch $@
 
 demo: $(VENV)/installed

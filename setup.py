@@ -43,7 +43,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
-        "deepspeed": ["deepspeed"],
+        "deepspeed": ["deepspeed~=0.19.8"],
         "mpi": ["mpi4py"],
         "demo": ["scikit-learn"],
         "test": ["pytest", "pytest-timeout", "scikit-learn", "ruff", "mypy", "types-PyYAML"],

@@ -2,8 +2,7 @@
 
 A checkpoint is written under a hidden name and renamed when everything in it, ``state.json`` last,
 has reached the disk. It is renamed back before it is deleted. So whatever is called
-``step_00001000`` is whole, whenever the job is killed. The tensors are megatron-core's distributed
-checkpoint (``torch_dist``), which any layout can load.
+``step_00001000`` is whole, whenever the job is killed. What lies in it is the engine's own.
 """
 
 import json
@@ -13,10 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_chameleon.checkpoint.folders import (
     STATE_FILE,
@@ -49,7 +44,19 @@ _FIXED = (
     # megatron-core's optimizers with and without these write states that the other cannot read
     "training.dtype",
     "parallel.use_distributed_optimizer",
+    "engine.name",
 )
+
+
+class Snapshot(Protocol):
+    """A training state that is about to be written."""
+
+    @property
+    def local_bytes(self) -> int:
+        """What this rank will write."""
+
+    def write(self, folder: Path) -> None:
+        """Write into a folder that is there; ``OSError`` on one rank or more if it failed."""
 
 
 class Engine(Protocol):
@@ -57,9 +64,9 @@ class Engine(Protocol):
 
     config: Config
 
-    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]: ...
+    def snapshot(self) -> Snapshot: ...
 
-    def load_state(self, state: dict[str, Any], step: int) -> None: ...
+    def restore(self, checkpoint: Path, step: int) -> None: ...
 
 
 def find_resume(folder: Path, resume: str) -> Path | None:
@@ -135,14 +142,15 @@ def save(folder: Path, step: int, engine: Engine, extra: dict[str, Any]) -> Path
     """
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.saving"
-    state = engine.sharded_state(is_loading=False)
-    _together(final, lambda: _make_room(folder, temporary, state))
+    snapshot = engine.snapshot()
+    _together(final, lambda: _make_room(folder, temporary, snapshot.local_bytes))
     try:
-        dist_checkpointing.save(state, str(temporary))
-        error = None
-    except (Exception, CheckpointException) as failure:  # raised on every rank if one failed
-        error = _root_cause(failure)
-    _together(final, lambda: _finish(temporary, final, step, engine.config, extra, error))
+        _together(final, lambda: snapshot.write(temporary))
+    except CheckpointError:
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _together(final, lambda: _finish(temporary, final, step, engine.config, extra))
     if torch.distributed.get_rank() == 0:
         for old in list_checkpoints(folder)[: -engine.config.checkpoint.keep_last]:
             delete(old)
@@ -150,18 +158,13 @@ def save(folder: Path, step: int, engine: Engine, extra: dict[str, Any]) -> Path
 
 
 def load(checkpoint: Path, engine: Engine) -> int:
-    """Fill the engine from a checkpoint of any layout; returns the number of updates done.
+    """Fill the engine from a checkpoint; returns the number of updates done.
 
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.
     """
     state = load_state(checkpoint)
-    try:
-        loaded = dist_checkpointing.load(engine.sharded_state(is_loading=True), str(checkpoint))
-    except (Exception, CheckpointException) as error:
-        what = f"cannot be loaded ({_root_cause(error)})"
-        raise CheckpointError(str(checkpoint), what, "Use an older checkpoint") from error
-    engine.load_state(loaded, state["step"])
+    engine.restore(checkpoint, state["step"])
     return int(state["step"])
 
 
@@ -172,10 +175,10 @@ def delete(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _make_room(folder: Path, temporary: Path, state: dict[str, Any]) -> None:
+def _make_room(folder: Path, temporary: Path, local_bytes: int) -> None:
     """Clear what interrupted saves and deletions left, and see that the new checkpoint has room."""
     sizes: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(sizes, _local_bytes(state))
+    torch.distributed.all_gather_object(sizes, local_bytes)
     if torch.distributed.get_rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,31 +190,11 @@ def _make_room(folder: Path, temporary: Path, state: dict[str, Any]) -> None:
     temporary.mkdir()
 
 
-def _local_bytes(state: dict[str, Any]) -> int:
-    tensors = (value for value in nested_values(state) if isinstance(value, ShardedTensor))
-    return sum(
-        t.data.numel() * t.data.element_size()
-        for t in tensors
-        if t.data is not None and is_main_replica(t.replica_id)
-    )
-
-
-def _finish(
-    temporary: Path,
-    final: Path,
-    step: int,
-    config: Config,
-    extra: dict[str, Any],
-    error: str | None,
-) -> None:
+def _finish(temporary: Path, final: Path, step: int, config: Config, extra: dict[str, Any]) -> None:
     """Rank 0: write the config and ``state.json``, and give the checkpoint its name."""
     if torch.distributed.get_rank() != 0:
-        if error:
-            raise OSError(error)
         return
     try:
-        if error:
-            raise OSError(error)
         save_config(config, temporary / "config.yaml")
         samples = step * config.training.global_batch_size
         values = {
@@ -257,16 +240,6 @@ def _together(final: Path, action: Any) -> None:
             "Free disk space and start again with --resume auto; older checkpoints are untouched"
         )
         raise CheckpointError(str(final), f"could not be saved: {first}", remedy)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The innermost reason of megatron-core's nested checkpoint errors, in one line."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        return _root_cause(next(iter(failures.values()))[0])
-    if error.__cause__ is not None:
-        return _root_cause(error.__cause__)
-    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

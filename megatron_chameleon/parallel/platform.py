@@ -16,8 +16,11 @@ on any machine that has neither Transformer Engine nor apex.
 
 import contextlib
 import importlib
+import importlib.metadata
 import inspect
+import os
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +30,7 @@ from megatron_chameleon.errors import ConfigError
 
 SUPPORTED_MEGATRON_CORE = "0.16."
 FP8_CAPABILITY = (8, 9)
+SUPPORTED_DEEPSPEED = "0.19."
 
 _CPU_LITERALS = {
     "cuda": "cpu",
@@ -129,6 +133,47 @@ def prepare() -> None:
     for module, names in _DEVICE_SITES.items():
         for name in names:
             _name_cpu_in(importlib.import_module(module), name)
+
+
+def check_deepspeed() -> None:
+    """See that DeepSpeed is installed, in the version that the engine was tested with.
+
+    Raises:
+        ConfigError: It is missing, or of another minor version.
+    """
+    remedy = "Run pip install -c constraints.txt 'megatron_chameleon[deepspeed]'"
+    try:
+        version = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError as error:
+        what = "deepspeed needs the package deepspeed, which is not installed"
+        raise ConfigError("engine.name", what, remedy) from error
+    if not version.startswith(SUPPORTED_DEEPSPEED):
+        what = f"deepspeed {version} is installed and {SUPPORTED_DEEPSPEED}x is supported"
+        raise ConfigError("engine.name", what, remedy)
+
+
+def prepare_deepspeed(local_rank: int) -> None:
+    """Let DeepSpeed use this machine and the process group there is, instead of its own.
+
+    Call it before anything else imports deepspeed.
+
+    Args:
+        local_rank: Of this process within its node; DeepSpeed reads it from the environment.
+    """
+    # DeepSpeed 0.19 calls torch's older names of two collectives: a line on every call
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
+    )
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    if not has_gpu():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    if not has_gpu():
+        # init_distributed would compile this for 44 s; only DeepSpeed's CPU inference needs it
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend(), verbose=False)
 
 
 def _cpu_device() -> torch.device:

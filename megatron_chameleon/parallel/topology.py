@@ -31,6 +31,10 @@ class Topology:
         last = self.virtual_pipeline_size - 1
         return self.pipeline_rank == self.pipeline_size - 1 and vp_stage == last
 
+    def micro_batch_numbers(self, count: int) -> range:
+        """Where this rank's ``count`` micro-batches of a step stand among those of all ranks."""
+        return range(self.data_rank, count * self.data_size, self.data_size)
+
     def __str__(self) -> str:
         sizes = f"tensor {self.tensor_size} x pipeline {self.pipeline_size}"
         if self.virtual_pipeline_size > 1:

@@ -19,8 +19,8 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
+from megatron_chameleon.training.engine import TrainingEngine, build_engine, check_installed
 from megatron_chameleon.training.failure import check_loaded_weights, name_broken_weights
-from megatron_chameleon.training.megatron_engine import MegatronEngine
 from megatron_chameleon.training.progress import Progress
 from megatron_chameleon.training.run_folder import RunFolder, check_run_folder, checkpoints_folder
 
@@ -54,6 +54,7 @@ def prepare(config: Config, world_size: int, resume: str) -> Job:
         ChameleonError: Whatever is missing or does not fit.
     """
     check_config(config, world_size)
+    check_installed(config)
     check_run_folder(Path(config.logging.run_dir))
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
     _check_vocabulary(tokenizer.vocabulary.size, config)
@@ -82,15 +83,16 @@ def train(job: Job, launch: Launch) -> None:
     platform.prepare()
     join(launch)
     try:
-        _train(job)
+        train_joined(job)
     finally:
         leave()
 
 
-def _train(job: Job) -> None:
+def train_joined(job: Job) -> None:
+    """``train`` in a process that has joined its job and stays in it."""
     config, reader = job.config, job.reader
     topology = create_topology(config.parallel)
-    engine = MegatronEngine(config, job.tokenizer.vocabulary.size, topology)
+    engine = build_engine(config, job.tokenizer.vocabulary.size, topology)
     step = store.load(job.resume_from, engine) if job.resume_from else 0
     if job.resume_from:
         check_loaded_weights(engine.named_parameters(), job.resume_from)
@@ -150,7 +152,7 @@ def _is_save_step(config: Config, step: int) -> bool:
     return step == config.training.steps or (every > 0 and step % every == 0)
 
 
-def _check_finite(step: int, metrics: dict, engine: MegatronEngine, *, saves: bool) -> None:
+def _check_finite(step: int, metrics: dict, engine: TrainingEngine, *, saves: bool) -> None:
     """All ranks find the same, so all of them stop here together, before the step is saved."""
     values = {name: metrics[name] for name in ("loss", "grad_norm")}
     bad = [name for name, value in values.items() if value is None or not math.isfinite(value)]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron.core.distributed import (
@@ -15,9 +16,9 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
+from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
@@ -27,6 +28,7 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.monitor import Monitor
+from megatron_chameleon.training.objective import own_part, summed_loss
 from megatron_chameleon.training.optimizer import build_optimizer, build_scheduler
 
 
@@ -80,10 +82,7 @@ class MegatronEngine:
 
     def compute_gradients(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Forward and backward passes; the gradients are then those of the whole job's loss."""
-        topology = self.topology
-        places = range(
-            topology.data_rank, len(micro_batches) * topology.data_size, topology.data_size
-        )
+        numbers = self.topology.micro_batch_numbers(len(micro_batches))
         for part in self.parts:
             start_step(part)
         for chunk in self.chunks:
@@ -92,7 +91,7 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         self._forward_backward(
             forward_step_func=partial(self._forward_step, step),
-            data_iterator=[zip(places, micro_batches, strict=True) for _ in self.chunks],
+            data_iterator=[zip(numbers, micro_batches, strict=True) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(micro_batches),
             seq_length=self.config.model.seq_length,
@@ -108,9 +107,9 @@ class MegatronEngine:
     def _forward_step(
         self, step: int, micro_batches: Iterator[tuple[int, Batch]], model: nn.Module
     ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, dict]]]:
-        place, whole_batch = next(micro_batches)
-        seed_random(self.config.training.seed, step, place, self.topology)
-        batch = _own_part(whole_batch)
+        number, whole_batch = next(micro_batches)
+        seed_random(self.config.training.seed, step, number, self.topology)
+        batch = own_part(whole_batch)
         output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
         return output, partial(self._loss, batch)
 
@@ -118,11 +117,16 @@ class MegatronEngine:
         self, batch: Batch, output: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, dict]:
         """Sum over unmasked tokens; megatron-core divides by their number in the global batch."""
-        cross_entropy, log_z, max_logit = output
-        z_term = log_z.square()
-        self.monitor.observe_loss(batch, cross_entropy.detach(), z_term.detach(), max_logit)
-        losses = cross_entropy + self.config.training.z_loss * z_term
-        return (losses * batch.loss_mask).sum(), batch.loss_mask.sum().int(), {}
+        loss = summed_loss(batch, output, self.config.training.z_loss, self.monitor)
+        return loss, batch.loss_mask.sum().int(), {}
+
+    def snapshot(self) -> ShardedSnapshot:
+        """The state to save."""
+        return ShardedSnapshot(self.sharded_state(is_loading=False))
+
+    def restore(self, checkpoint: Path, step: int) -> None:
+        """Take over a checkpoint's state, saved at any layout after ``step`` updates."""
+        self.load_state(load_sharded(checkpoint, self.sharded_state(is_loading=True)), step)
 
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         """What a checkpoint holds, as megatron-core's sharded tensors with global positions."""
@@ -183,13 +187,3 @@ def _wrap(
 
 def _part_key(index: int) -> str:
     return f"part{index}"
-
-
-def _own_part(batch: Batch) -> Batch:
-    """The batch on this rank's device, and of each sequence what context parallelism gives it."""
-    tensors: dict[str, Tensor] = {
-        name: tensor.to(platform.device(), non_blocking=True)
-        for name, tensor in vars(batch).items()
-        if tensor is not None
-    }
-    return Batch(**get_batch_on_this_cp_rank(tensors))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -9,6 +10,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
+from torch.optim import AdamW
 
 from megatron_chameleon.config.schema import Config
 
@@ -28,16 +30,47 @@ def build_optimizer(config: Config, model_chunks: Sequence[nn.Module]) -> Megatr
         bf16=config.training.dtype == "bf16",
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
-    # megatron-core's own rule looks for vectors; the QK-norms' weights have a dimension for the
-    # group.
-    vectors = ParamPredicate(name="vector", fn=lambda parameter: parameter.dim() == 1)
-    no_decay = ParamKey(name=("*norm.weight", "*norm.bias"), predicate=vectors)
     return get_megatron_optimizer(
-        megatron_config, list(model_chunks), config_overrides={no_decay: {"wd_mult": 0.0}}
+        megatron_config, list(model_chunks), config_overrides={_no_decay(): {"wd_mult": 0.0}}
     )
 
 
-def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def build_torch_adamw(config: Config, model: nn.Module) -> AdamW:
+    """The same AdamW as a torch optimizer of two groups, for DeepSpeed to split and to offload."""
+    values, no_decay = config.optimizer, _no_decay()
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in model.named_parameters():
+        parts[no_decay.matches(parameter, name)].append(parameter)
+    groups = [
+        {"params": parameters, "wd_mult": wd_mult}
+        for parameters, wd_mult in zip(parts, (1.0, 0.0), strict=True)
+        if parameters
+    ]
+    return AdamW(
+        groups,
+        lr=values.lr,
+        betas=(values.adam_beta1, values.adam_beta2),
+        eps=values.adam_eps,
+        weight_decay=values.weight_decay,
+        fused=True,  # one pass over the memory, on CPUs too, which is what an offload waits for
+    )
+
+
+def _no_decay() -> ParamKey:
+    # megatron-core's own rule looks for vectors; the QK-norms' weights have a dimension for the
+    # group.
+    vectors = ParamPredicate(name="vector", fn=lambda parameter: parameter.dim() == 1)
+    return ParamKey(name=("*norm.weight", "*norm.bias"), predicate=vectors)
+
+
+class HasParamGroups(Protocol):
+    """An optimizer of either engine."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+
+def build_scheduler(config: Config, optimizer: HasParamGroups) -> OptimizerParamScheduler:
     """Linear warm-up, then the decay; one scheduler step is one optimizer update.
 
     The paper decays exponentially to 0 and gives no rate. ``exponential`` is megatron-core's curve

@@ -111,7 +111,7 @@ def _open_metrics(path: Path, first_step: int) -> TextIO:
 
 
 def _environment() -> dict[str, object]:
-    names = ("torch", "megatron-core", "transformers", "sentencepiece", "numpy")
+    names = ("torch", "megatron-core", "deepspeed", "transformers", "sentencepiece", "numpy")
     versions: dict[str, str | None] = {}
     for name in names:
         try:

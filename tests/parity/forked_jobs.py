@@ -26,52 +26,43 @@ def run_forked(run_job: Callable[[Job, Path], None]) -> None:
     """The main function of a script with the arguments JOBS.json OUTPUT_DIR.
 
     Args:
-        run_job: Called with a job and the output folder in each of the job's ``processes``.
+        run_job: Called with a job and the output folder in each of the job's ``processes``, which
+            have process groups of their own.
     """
     jobs, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    platform.prepare()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = range(max(job["processes"] for job in jobs))
-        children = {_fork(run_job, jobs, output, folder, rank) for rank in ranks}
-        failed = False
-        while children and not failed:
-            child, status = os.wait()
-            children.discard(child)
-            failed = status != 0
-        for child in children:  # they would wait for the one that failed
-            os.kill(child, signal.SIGKILL)
-    sys.exit(1 if failed else 0)
+        for job in jobs:
+            _run(run_job, job, output, f"{folder}/{job['name']}")
+
+
+def _run(run_job: Callable[[Job, Path], None], job: Job, output: Path, meeting: str) -> None:
+    children = {_fork(run_job, job, output, meeting, rank) for rank in range(job["processes"])}
+    while children:
+        child, status = os.wait()
+        children.discard(child)
+        if status != 0:
+            for other in children:  # they would wait for the one that failed
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"{job['name']} failed")
 
 
 def _fork(
-    run_job: Callable[[Job, Path], None], jobs: list[Job], output: Path, folder: str, rank: int
+    run_job: Callable[[Job, Path], None], job: Job, output: Path, meeting: str, rank: int
 ) -> int:
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        _run_rank(run_job, jobs, output, folder, rank)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=job["processes"]
+        )
+        run_job(job, output)
+        leave()
         status = 0
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)  # not the parent's clean-up
-
-
-def _run_rank(
-    run_job: Callable[[Job, Path], None], jobs: list[Job], output: Path, folder: str, rank: int
-) -> None:
-    """One process: the jobs that want it, each with process groups of its own."""
-    platform.prepare()
-    for number, job in enumerate(jobs):
-        if rank >= job["processes"]:
-            continue
-        torch.distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/{number}",
-            rank=rank,
-            world_size=job["processes"],
-        )
-        run_job(job, output)
-        leave()

@@ -115,3 +115,88 @@ def test_qk_norm_groups_need_not_fit_the_layout() -> None:
     config.parallel.tensor_model_parallel_size = 2
     config.model.qk_norm_groups = 1
     check_config(config, 2)
+
+
+def deepspeed(**values: object) -> Config:
+    config = good()
+    config.engine.name = "deepspeed"
+    for name, value in values.items():
+        setattr(config.engine, name, value)
+    return config
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_is_let_through(stage: int) -> None:
+    config = deepspeed(zero_stage=stage, offload_optimizer=stage > 0, offload_param=stage == 3)
+    config.parallel.tensor_model_parallel_size = 2
+    config.parallel.sequence_parallel = True
+    config.training.dtype = "bf16" if stage else "fp32"
+    check_config(config, world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            change("engine", "zero_stage", 4),
+            "engine.zero_stage: 4 is no ZeRO stage. Use 0, 1, 2 or 3.",
+        ),
+        (
+            change("engine", "offload_param", True),
+            "engine.offload_param: true needs engine.zero_stage 3, and it is 1.",
+        ),
+        (
+            change("parallel", "pipeline_model_parallel_size", 2),
+            "parallel.pipeline_model_parallel_size: 2, but the deepspeed engine has no pipeline "
+            "parallelism. Set it to 1, or use engine.name=megatron.",
+        ),
+        (
+            change("parallel", "virtual_pipeline_model_parallel_size", 2),
+            "the deepspeed engine has no interleaved pipelines",
+        ),
+        (
+            change("parallel", "context_parallel_size", 2),
+            "the deepspeed engine has no context parallelism",
+        ),
+        (
+            change("parallel", "use_distributed_optimizer", True),
+            "true is for the megatron engine; with deepspeed engine.zero_stage does this. Set it "
+            "to false, and engine.zero_stage to 1 or more.",
+        ),
+        (
+            change("parallel", "overlap_grad_reduce", True),
+            "parallel.overlap_grad_reduce: true is for the megatron engine",
+        ),
+        (
+            change("fp8", "format", "hybrid"),
+            "fp8.format: hybrid is not supported by the deepspeed engine. Set it to null",
+        ),
+    ],
+)
+def test_what_deepspeed_cannot_do(edit: Callable[[Config], None], message: str) -> None:
+    config = deepspeed()
+    edit(config)
+    assert any(message in line for line in problems(config, world_size=4))
+
+
+def test_zero_0_offloads_nothing_and_has_no_bf16() -> None:
+    lines = problems(deepspeed(zero_stage=0, offload_optimizer=True))
+    assert lines == [
+        "engine.offload_optimizer: true needs engine.zero_stage of 1 or more, and it is 0. Set it "
+        "to false, or the stage to 1."
+    ]
+    config = deepspeed(zero_stage=0)
+    config.training.dtype = "bf16"
+    assert problems(config)[0].startswith(
+        "engine.zero_stage: 0 with training.dtype bf16 would sum gradients in bf16"
+    )
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_deepspeed_keys_with_the_other_engine(key: str) -> None:
+    config = good()
+    setattr(config.engine, key, True)
+    assert problems(config) == [
+        f"engine.{key}: true needs engine.name deepspeed, and it is megatron. Set it to false, or "
+        "change the engine."
+    ]

@@ -1,5 +1,6 @@
 """The CPU stand-ins: only device literals change, and a moved megatron-core is noticed."""
 
+import importlib.metadata
 import types
 
 import megatron.core
@@ -48,3 +49,24 @@ def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(megatron.core, "__version__", "0.99.0")
     with pytest.raises(ConfigError, match=r"version 0\.99\.0 is installed and 0\.16\.x"):
         platform.prepare()
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "deepspeed needs the package deepspeed, which is not installed. Run pip install "),
+        ("0.18.2", "deepspeed 0.18.2 is installed and 0.19.x is supported. Run pip install "),
+    ],
+)
+def test_deepspeed_missing_or_of_another_version(
+    found: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ConfigError, match=r"engine\.name: ") as caught:
+        platform.check_deepspeed()
+    assert message in str(caught.value)

@@ -4,9 +4,10 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.training.optimizer import build_scheduler
+from megatron_chameleon.training.optimizer import build_scheduler, build_torch_adamw
 
 
 def rates(style: str, steps: int = 10, warmup: int = 2) -> list[float]:
@@ -45,3 +46,21 @@ def test_the_exponential_decay_loses_a_constant_share() -> None:
 
 def test_constant_stays_at_the_peak() -> None:
     assert rates("constant")[2:] == [1.0] * 9
+
+
+def test_deepspeed_gets_two_groups_by_the_same_rule() -> None:
+    model = nn.Module()
+    model.linear_proj = nn.Linear(4, 4)
+    model.q_layernorm = nn.Linear(4, 2)  # a matrix, as the QK-norms' weights are
+    config = Config()
+    config.optimizer.weight_decay = 0.25
+    optimizer = build_torch_adamw(config, model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    assert found == [
+        ["linear_proj.weight"],
+        ["linear_proj.bias", "q_layernorm.weight", "q_layernorm.bias"],
+    ]
+    build_scheduler(config, optimizer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.95)] * 2

@@ -1,0 +1,239 @@
+"""The checkpoint of the DeepSpeed engine, which any ZeRO stage, offload and layout can load.
+
+DeepSpeed's own files hold each rank's part of its flat buffers and load at the same stage and
+layout only. So the state goes another way: DeepSpeed hands out and takes back whole tensors,
+parameter by parameter (``deepspeed.utils.safe_get_full_fp32_param`` and its kin), and they are
+stored as megatron-core's sharded tensors, the weights under the names that the other engine gives
+them too. The data-parallel ranks take turns in keeping a parameter until it is written, so that
+each needs memory for its share only.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
+
+WEIGHT = "fp32_param"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BATCH_ELEMENTS = 256 * 2**20  # parameters loaded at once: 3 GiB with their moments
+
+
+class ShardedState:
+    """How megatron-core stores each parameter, noted while they are whole.
+
+    Args:
+        model: This rank's part, before DeepSpeed has it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._parameters = dict(model.named_parameters())
+        self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        entries = model.sharded_state_dict(metadata={"dp_cp_group": group})  # type: ignore[operator]
+        self._entries: dict[str, Any] = {}
+        for order, name in enumerate(self._parameters):
+            turn = (group.rank() - order) % group.size()
+            replica_id = (*entries[name].replica_id[:-1], turn)
+            self._entries[name] = dataclasses.replace(
+                entries[name], data=None, replica_id=replica_id
+            )
+
+    def snapshot(self, optimizer: Any) -> "DeepSpeedSnapshot":
+        """The state of ``engine.optimizer``, to be saved."""
+        return DeepSpeedSnapshot(self, optimizer)
+
+    def own_elements(self) -> Iterator[tuple[int, torch.dtype]]:
+        """Size and dtype of each parameter that this rank writes."""
+        for name, entry in self._entries.items():
+            if is_main_replica(entry.replica_id):
+                yield self._shapes[name].numel(), self._parameters[name].dtype
+
+    def collect(self, optimizer: Any) -> dict[str, Any]:
+        """Weights and optimizer state as sharded tensors. A collective.
+
+        Args:
+            optimizer: ``engine.optimizer`` after its first step.
+        """
+        _link_state(optimizer)
+        state: dict[str, Any] = {"model": {}, "optimizer": {}}
+        for name, parameter in self._parameters.items():
+            entry = self._entries[name]
+
+            def keep(value: Tensor, entry: ShardedBase = entry) -> Tensor:
+                own = is_main_replica(entry.replica_id)
+                return value.detach().to("cpu" if own else "meta", copy=True)
+
+            weight = _get(optimizer, parameter, WEIGHT)
+            state["model"][name] = dataclasses.replace(entry, data=keep(weight.to(parameter.dtype)))
+            for part in _parts(parameter):
+                value = weight if part == WEIGHT else _get(optimizer, parameter, part)
+                key = f"optimizer.{part}"
+                state["optimizer"][f"{part}.{name}"] = make_sharded_optimizer_tensor(
+                    entry, keep(value), key
+                )
+        return state
+
+    def restore(self, checkpoint: Path, optimizer: Any, step: int) -> None:
+        """Fill the optimizer, and by it the weights, from a checkpoint. A collective.
+
+        Args:
+            checkpoint: Of this engine, at any layout.
+            optimizer: ``engine.optimizer`` before its first step.
+            step: Updates that the checkpoint has behind it.
+
+        Raises:
+            CheckpointError: A file is missing, damaged or of another shape.
+        """
+        _create_state(optimizer, step)
+        if hasattr(optimizer, "checkpoint_event_prologue"):  # ZeRO 3
+            optimizer.checkpoint_event_prologue()
+        for names in self._batches():
+            wanted = {
+                f"{part}.{name}": self._to_fill(name, part)
+                for name in names
+                for part in (WEIGHT, *MOMENTS)
+            }
+            loaded = load_sharded(checkpoint, wanted, is_whole=False)
+            for name in names:
+                for part in (WEIGHT, *MOMENTS):
+                    _set(optimizer, self._parameters[name], part, loaded.pop(f"{part}.{name}"))
+        _update_weights(optimizer)
+
+    def _to_fill(self, name: str, part: str) -> ShardedBase:
+        empty = torch.empty(self._shapes[name], dtype=torch.float32)
+        if part in _parts(self._parameters[name]):
+            return make_sharded_optimizer_tensor(self._entries[name], empty, f"optimizer.{part}")
+        return dataclasses.replace(self._entries[name], data=empty)  # fp32 weights serve as such
+
+    def _batches(self) -> Iterator[list[str]]:
+        names: list[str] = []
+        elements = 0
+        for name, shape in self._shapes.items():
+            if names and elements + shape.numel() > BATCH_ELEMENTS:
+                yield names
+                names, elements = [], 0
+            names.append(name)
+            elements += shape.numel()
+        yield names
+
+
+class DeepSpeedSnapshot:
+    """A state that is about to be written; see ``checkpoint.store``."""
+
+    def __init__(self, state: ShardedState, optimizer: Any) -> None:
+        self._state = state
+        self._optimizer = optimizer
+
+    @property
+    def local_bytes(self) -> int:
+        """What this rank will write."""
+        weight_bytes = {torch.float32: 4, torch.bfloat16: 2 + 4}  # bf16: fp32 main weights too
+        return sum(
+            count * (weight_bytes[dtype] + 4 * len(MOMENTS))
+            for count, dtype in self._state.own_elements()
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write into a folder that is there. A collective.
+
+        Raises:
+            OSError: On every rank, if one of them could not write.
+        """
+        ShardedSnapshot(self._state.collect(self._optimizer)).write(folder)
+
+
+def _parts(parameter: nn.Parameter) -> tuple[str, ...]:
+    """What is stored of a parameter beside the weight; fp32 weights are their own main weights."""
+    return MOMENTS if parameter.dtype == torch.float32 else (WEIGHT, *MOMENTS)
+
+
+def _flat_parameters(optimizer: Any) -> list[Tensor]:
+    """The tensors that the inner optimizer updates, by DeepSpeed's names for them."""
+    for name in (
+        "single_partition_of_fp32_groups",  # ZeRO 1 and 2
+        "fp32_groups_flat_partition",  # ZeRO 1 in bf16 with fp32 sums of gradients
+        "fp32_partitioned_groups_flat",  # ZeRO 3
+    ):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    assert isinstance(optimizer, Optimizer), f"unknown optimizer {type(optimizer).__name__}"
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _create_state(optimizer: Any, step: int) -> None:
+    """Give the inner AdamW the state that its first step would create, with ``step`` behind it."""
+    inner = optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
+    for flat in _flat_parameters(optimizer):
+        state = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=flat.device)
+        inner.state[flat] = state
+    _link_state(optimizer)
+
+
+def _link_state(optimizer: Any) -> None:
+    """Let ZeRO 1 and 2 find each parameter's moments in the flat ones.
+
+    DeepSpeed 0.19 does it after the step of its first group, when the second group's moments do not
+    exist yet, and then never again.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _get(optimizer: Any, parameter: nn.Parameter, part: str) -> Tensor:
+    """A whole fp32 tensor of a parameter. A collective under ZeRO."""
+    if isinstance(optimizer, Optimizer):
+        return parameter.detach() if part == WEIGHT else optimizer.state[parameter][part]
+    if part == WEIGHT:
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, part)
+
+
+def _set(optimizer: Any, parameter: nn.Parameter, part: str, value: Tensor) -> None:
+    """Take this rank's part out of a whole fp32 tensor."""
+    if isinstance(optimizer, Optimizer):
+        _get(optimizer, parameter, part).copy_(value)
+        return
+    set_weight, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
+    if hasattr(parameter, "ds_tensor"):  # ZeRO 3, whose setters of whole tensors know no padding
+        size, rank = parameter.ds_tensor.numel(), parallel_state.get_data_parallel_rank()
+        part_of_rank = torch.zeros(size)
+        values = value.flatten()[rank * size : (rank + 1) * size]
+        part_of_rank[: values.numel()] = values
+        value, set_weight, set_moment = (
+            part_of_rank,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+    if part == WEIGHT:
+        set_weight(parameter, value)
+    else:
+        set_moment(parameter, value, part)
+
+
+def _update_weights(optimizer: Any) -> None:
+    """Make the model's weights those of the optimizer. A collective under ZeRO."""
+    if hasattr(optimizer, "update_lp_params"):  # ZeRO 1 and 2
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "checkpoint_event_epilogue"):  # ZeRO 3
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()

@@ -1,0 +1,210 @@
+"""The DeepSpeed engine: the same model and loss, with ZeRO in place of megatron-core's optimizer.
+
+ZeRO splits over the data-parallel ranks the optimizer state (stage 1), the gradients too (2) and
+the weights too (3). Tensor parallelism is megatron-core's, and DeepSpeed is told its groups.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from torch import Tensor, nn
+
+from megatron_chameleon.checkpoint.deepspeed import DeepSpeedSnapshot, ShardedState
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.model.chameleon import build_model
+from megatron_chameleon.model.initialization import named_global_parameters
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.random_streams import seed_random
+from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.training.monitor import Monitor
+from megatron_chameleon.training.objective import own_part, summed_loss
+from megatron_chameleon.training.optimizer import build_scheduler, build_torch_adamw
+
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default; it allocates whole buckets
+
+
+class DeepSpeedEngine:
+    """This rank's share of the training state.
+
+    Args:
+        config: A checked config.
+        vocab_size: Tokens of the vocabulary.
+        topology: From ``create_topology``.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
+        self.config = config
+        self.topology = topology
+        (self.model,) = build_model(config, vocab_size, topology)
+        self.monitor = Monitor([self.model])
+        # ZeRO 3 takes the weights apart, so their shapes are noted before
+        self._state = ShardedState(self.model)
+        _sum_shared_gradients(self.model, config)
+        self.engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=build_torch_adamw(config, self.model),
+            config=deepspeed_config(config, self.model),
+            mpu=_ModelParallelUnit(),
+        )
+        self.scheduler = build_scheduler(config, self.engine.optimizer)
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, float | None]:
+        """One optimizer update; see ``TrainingEngine``."""
+        start = time.perf_counter()
+        training, optimizer = self.config.training, self.engine.optimizer
+        self.engine.train()
+        # DeepSpeed averages over the data-parallel ranks; the mean is over all unmasked tokens.
+        scale = self.topology.data_size / self._count_tokens(micro_batches)
+        metrics: dict[str, float | None] = {}
+        numbers = self.topology.micro_batch_numbers(len(micro_batches))
+        for number, whole_batch in zip(numbers, micro_batches, strict=True):
+            seed_random(training.seed, step, number, self.topology)
+            batch = own_part(whole_batch)
+            output = self.engine(
+                batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels
+            )
+            loss = summed_loss(batch, output, training.z_loss, self.monitor)
+            self.engine.backward(scale * loss, scale_wrt_gas=False)
+            if self.engine.is_gradient_accumulation_boundary():
+                metrics = asdict(self.monitor.finish_step(training.z_loss))
+                if not math.isfinite(metrics["loss"] or 0.0):
+                    break  # no update, which would break all weights
+            metrics["grad_norm"] = self._step()
+        metrics = {"grad_norm": math.nan, **metrics}
+        metrics["learning_rate"] = float(optimizer.param_groups[0]["lr"])
+        self.scheduler.step(1)
+        metrics["step_seconds"] = time.perf_counter() - start
+        return metrics
+
+    def _step(self) -> float:
+        """Let DeepSpeed count the micro-batch, and update after the last; the gradients' norm."""
+        norm = 0.0
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        if boundary and self.config.engine.zero_stage == 0:
+            norm = self._clip_gradients()
+        self.engine.step()
+        if boundary and self.config.engine.zero_stage:
+            norm = float(self.engine.get_global_grad_norm())
+        return norm
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank has of the parameters; see ``TrainingEngine``."""
+        for name, parameter in named_global_parameters(self.model):
+            yield name, getattr(parameter, "ds_tensor", parameter)  # ZeRO 3: its part
+
+    def _count_tokens(self, micro_batches: Sequence[Batch]) -> float:
+        """Unmasked tokens of the whole global batch, at least 1."""
+        tokens = torch.zeros(1, dtype=torch.float64, device=platform.device())
+        for batch in micro_batches:
+            tokens += batch.loss_mask.sum().to(tokens.device)
+        torch.distributed.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
+        return max(tokens.item(), 1.0)
+
+    def _clip_gradients(self) -> float:
+        """Without ZeRO, DeepSpeed clips fp32 gradients and tells nobody their norm."""
+        parameters = list(self.model.parameters())
+        own = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p)]
+        norm = get_grad_norm_fp32(
+            own, grad_stats_parallel_group=parallel_state.get_model_parallel_group()
+        )
+        if self.config.optimizer.clip_grad:
+            clip_grad_by_total_norm_fp32(parameters, self.config.optimizer.clip_grad, norm)
+        return norm
+
+    def snapshot(self) -> DeepSpeedSnapshot:
+        """The state to save."""
+        return self._state.snapshot(self.engine.optimizer)
+
+    def restore(self, checkpoint: Path, step: int) -> None:
+        """Take over a checkpoint's state; see ``TrainingEngine``."""
+        self._state.restore(checkpoint, self.engine.optimizer, step)
+        self.scheduler.step(step)
+
+
+def deepspeed_config(config: Config, model: nn.Module) -> dict[str, Any]:
+    """What ``deepspeed.initialize`` is given as its JSON.
+
+    Args:
+        config: A checked config.
+        model: This rank's part, whole.
+    """
+    training, engine = config.training, config.engine
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    offload = {"device": "cpu", "pin_memory": platform.has_gpu()}
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "reduce_bucket_size": min(BUCKET_ELEMENTS, parameters),
+    }
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = offload
+    if engine.offload_param:
+        zero["offload_param"] = offload
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "train_batch_size": training.global_batch_size,
+        "gradient_clipping": config.optimizer.clip_grad if engine.zero_stage else 0.0,
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW on CPUs too: nothing to compile
+        "zero_allow_untested_optimizer": True,
+    }
+    if training.dtype == "bf16":
+        values["bf16"] = {"enabled": True}
+        # as megatron-core's engine does: sums over micro-batches and ranks in fp32
+        values["data_types"] = {"grad_accum_dtype": "fp32"}
+        values["communication_data_type"] = "fp32"
+    return values
+
+
+class _ModelParallelUnit:
+    """megatron-core's groups under the names that DeepSpeed asks for.
+
+    "Model parallel" is tensor parallel here: there is no pipeline under this engine.
+    """
+
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(
+        parallel_state.get_tensor_model_parallel_world_size
+    )
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_src_rank = get_model_parallel_src_rank
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+
+
+def _sum_shared_gradients(model: nn.Module, config: Config) -> None:
+    """Sum over the tensor-parallel ranks what each of them has only a part of.
+
+    That is the gradient of the norms, where the sequence is split, and of the QK-norms always: each
+    rank sees its own heads. megatron-core's engine does this in ``finalize_model_grads``; here it
+    happens before a gradient is accumulated, so that every ZeRO stage sees the sum.
+    """
+    if config.parallel.tensor_model_parallel_size == 1:
+        return
+    group = parallel_state.get_tensor_model_parallel_group()
+    for name, parameter in model.named_parameters():
+        is_qk_norm = "q_layernorm" in name or "k_layernorm" in name
+        if is_qk_norm or getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(partial(_sum_over, group))
+
+
+def _sum_over(group: torch.distributed.ProcessGroup, gradient: Tensor) -> Tensor:
+    total = gradient.float().contiguous()
+    torch.distributed.all_reduce(total, group=group)
+    return total.to(gradient.dtype)

@@ -1,0 +1,78 @@
+"""The two training engines behind one interface; this is the only place that chooses."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_chameleon.checkpoint.store import Snapshot
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.launch import find_launch
+from megatron_chameleon.parallel.topology import Topology
+
+
+class TrainingEngine(Protocol):
+    """Model, gradients, optimizer and schedule of one rank.
+
+    Every method but ``named_parameters`` is a collective: all ranks call it.
+    """
+
+    config: Config
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, float | None]:
+        """One optimizer update.
+
+        Args:
+            step: Updates done before this one.
+            micro_batches: This data-parallel rank's share of the global batch.
+
+        Returns:
+            The metrics of the whole job, the same on every rank.
+        """
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of the parameters under their names in the whole model."""
+
+    def snapshot(self) -> Snapshot:
+        """The state to save."""
+
+    def restore(self, checkpoint: Path, step: int) -> None:
+        """Take over a checkpoint's state, saved after ``step`` updates.
+
+        Weights and moments are the checkpoint's; learning rate, betas and the like are this
+        config's, so that a run can be continued with other values.
+
+        Raises:
+            CheckpointError: It cannot be read.
+        """
+
+
+def check_installed(config: Config) -> None:
+    """See that the engine is installed, before anything is started.
+
+    Raises:
+        ConfigError: DeepSpeed is not there or of an untested version.
+    """
+    if config.engine.name == "deepspeed":
+        platform.check_deepspeed()
+
+
+def build_engine(config: Config, vocab_size: int, topology: Topology) -> TrainingEngine:
+    """The engine that ``engine.name`` asks for, at step 0.
+
+    Args:
+        config: A checked config.
+        vocab_size: Tokens of the vocabulary.
+        topology: From ``create_topology``.
+    """
+    if config.engine.name == "deepspeed":
+        platform.prepare_deepspeed(find_launch().local_rank)  # before deepspeed is imported
+        from megatron_chameleon.training.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, vocab_size, topology)
+    from megatron_chameleon.training.megatron_engine import MegatronEngine
+
+    return MegatronEngine(config, vocab_size, topology)

@@ -1,0 +1,41 @@
+"""What both engines minimise, and what they measure of it."""
+
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.training.monitor import Monitor
+
+
+def summed_loss(
+    batch: Batch, output: tuple[Tensor, Tensor, Tensor], z_loss: float, monitor: Monitor
+) -> Tensor:
+    """Cross-entropy and weighted z-loss, summed over the unmasked tokens of a micro-batch.
+
+    The engine divides by the number of unmasked tokens in the whole global batch: micro-batches
+    have different numbers of them, so that a mean of their means would be another loss.
+
+    Args:
+        batch: On this process's device.
+        output: What the model returned: cross-entropy, log(Z) and largest logit, each [B, S].
+        z_loss: Weight of log(Z)^2.
+        monitor: Counts the micro-batch.
+
+    Returns:
+        A scalar to go backward from.
+    """
+    cross_entropy, log_z, max_logit = output
+    z_term = log_z.square()
+    monitor.observe_loss(batch, cross_entropy.detach(), z_term.detach(), max_logit)
+    return ((cross_entropy + z_loss * z_term) * batch.loss_mask).sum()
+
+
+def own_part(batch: Batch) -> Batch:
+    """The batch on this rank's device, and of each sequence what context parallelism gives it."""
+    tensors: dict[str, Tensor] = {
+        name: tensor.to(platform.device(), non_blocking=True)
+        for name, tensor in vars(batch).items()
+        if tensor is not None
+    }
+    return Batch(**get_batch_on_this_cp_rank(tensors))

@@ -1,0 +1,160 @@
+"""Both engines compute the same: ZeRO 0 to 3, tensor parallelism and offload against megatron's.
+
+All runs of one number of processes share a launch (``train_many.py``).
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_command import environment
+
+# fp32 sums in another order differ by about 1e-7 relative, and 20 steps of AdamW amplify that: the
+# same bounds as between the layouts of one engine (test_layouts.py). AdamW hides gradients of a
+# wrong size, their norm does not.
+TOLERANCES = {
+    "loss": 1e-5,
+    "loss_text": 1e-5,
+    "loss_image": 1e-5,
+    "z_loss": 1e-4,
+    "grad_norm": 1e-4,
+    "output_norm": 1e-4,
+    "max_logit": 1e-4,
+    "learning_rate": 0.0,
+}
+EXACT = (*TOLERANCES, "step", "consumed_samples", "consumed_tokens")
+
+TENSOR = ["parallel.tensor_model_parallel_size=2"]
+SEQUENCE = [*TENSOR, "parallel.sequence_parallel=true"]
+
+
+def zero(stage: int, *overrides: str) -> list[str]:
+    return ["engine.name=deepspeed", f"engine.zero_stage={stage}", *overrides]
+
+
+SHORT = ["training.steps=8", "checkpoint.every_steps=4", "checkpoint.keep_last=2"]
+RUNS = {
+    "megatron": [],
+    **{f"zero{stage}": zero(stage) for stage in range(4)},
+    "megatron-short": SHORT,
+    "megatron-dropout": [*SHORT, "model.hidden_dropout=0.1"],
+    "zero0-tensor": zero(0, *SHORT, *TENSOR),
+    "zero1-sequence": zero(1, *SHORT, *SEQUENCE),
+    "zero3-sequence": zero(3, *SHORT, *SEQUENCE, "parallel.recompute_granularity=full"),
+    "zero2-offload": zero(2, *SHORT, *SEQUENCE, "engine.offload_optimizer=true"),
+    "zero3-offload": zero(3, *SHORT, "engine.offload_optimizer=true", "engine.offload_param=true"),
+    "zero3-dropout": zero(3, *SHORT, "model.hidden_dropout=0.1"),
+}
+RESUMED = {
+    "zero3-resumed": ("zero3-dropout", RUNS["zero3-dropout"]),
+    "zero1-resumed": ("zero1-sequence", RUNS["zero1-sequence"]),
+    "zero1-to-zero3": ("zero1-sequence", zero(3, *SHORT)),
+    "zero3-to-zero1": ("zero3-offload", zero(1, *SHORT)),
+}
+
+
+def train_many(tiny, runs: dict[str, list[str]], processes: int = 2) -> None:
+    """Run all of them in one launch, in folders of the tiny project named like the runs."""
+    plan = tiny.folder / f"runs-{processes}.json"
+    plan.write_text(json.dumps({str(tiny.folder / name): words for name, words in runs.items()}))
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = Path(__file__).with_name("train_many.py")
+    result = subprocess.run(
+        [sys.executable, *launch, str(script), str(tiny.config), str(plan)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment(),
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny) -> dict[str, list[dict[str, Any]]]:
+    resumed = {
+        name: [*words, "--resume", str(tiny.folder / source / "checkpoints" / "step_00000004")]
+        for name, (source, words) in RESUMED.items()
+    }
+    train_many(tiny, {**RUNS, **resumed})
+    return {name: tiny.metrics(name) for name in (*RUNS, *RESUMED)}
+
+
+def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    for key, tolerance in TOLERANCES.items():
+        values = [record[key] for record in expected]
+        assert [r[key] for r in found] == pytest.approx(values, rel=tolerance, abs=0), key
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_every_zero_stage_equals_megatron(runs, stage: int) -> None:
+    assert len(runs["megatron"]) == 20
+    assert_same(runs[f"zero{stage}"], runs["megatron"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["zero0-tensor", "zero1-sequence", "zero3-sequence", "zero2-offload", "zero3-offload"],
+)
+def test_tensor_parallelism_and_offload_equal_megatron(runs, name: str) -> None:
+    assert_same(runs[name], runs["megatron-short"])
+
+
+def test_dropout_masks_are_megatrons(runs) -> None:
+    assert_same(runs["zero3-dropout"], runs["megatron-dropout"])
+    assert runs["megatron-dropout"][-1]["loss"] != runs["megatron-short"][-1]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("unbroken", "resumed"),
+    [("zero1-sequence", "zero1-resumed"), ("zero3-dropout", "zero3-resumed")],
+)
+def test_resumed_equals_unbroken_bit_for_bit(runs, unbroken: str, resumed: str) -> None:
+    assert [record["step"] for record in runs[resumed]] == [5, 6, 7, 8]
+    expected = [[record[key] for key in EXACT] for record in runs[unbroken][4:]]
+    assert [[record[key] for key in EXACT] for record in runs[resumed]] == expected
+
+
+@pytest.mark.parametrize("name", ["zero1-to-zero3", "zero3-to-zero1"])
+def test_a_checkpoint_resumes_at_another_stage_and_layout(runs, name: str) -> None:
+    assert_same(runs[name], runs["megatron-short"][4:])
+
+
+def test_the_weights_are_stored_as_megatron_stores_them(tiny, runs) -> None:
+    from megatron_chameleon.checkpoint.reader import CheckpointReader
+
+    megatron = CheckpointReader(tiny.folder / "megatron-short" / "checkpoints" / "step_00000008")
+    # QK-norms hardly show in the norm of all gradients, but AdamW moves them as far as any weight
+    for name in ("zero0-tensor", "zero1-sequence", "zero3-offload"):
+        reader = CheckpointReader(tiny.folder / name / "checkpoints" / "step_00000008")
+        assert reader.tensors == megatron.tensors
+        for tensor in reader.tensors:
+            difference = (reader.read(tensor) - megatron.read(tensor)).abs().max()
+            # weights of size 0.02 to 1 after 8 steps of up to 1e-2; see TOLERANCES
+            assert difference < 1e-5, tensor
+
+
+def test_engines_do_not_read_each_others_checkpoints(tiny, runs) -> None:
+    result = tiny.train("zero2", "training.steps=30", succeeds=False)
+    assert result.returncode == 2
+    assert "engine.name is megatron and was deepspeed. Put the old values back" in result.stderr
+
+
+def test_three_ranks_whose_parts_are_padded(tiny) -> None:
+    batch = ["training.micro_batch_size=1", "training.global_batch_size=6", "training.steps=4"]
+    words = [*batch, "checkpoint.every_steps=2", "checkpoint.keep_last=2"]
+    source = ["--resume", str(tiny.folder / "three" / "checkpoints" / "step_00000002")]
+    planned = {
+        "three": zero(3, *words),
+        "three-resumed": [*zero(3, *words), *source],
+        "three-zero1": [*zero(1, *words), *source],
+    }
+    train_many(tiny, planned, processes=3)
+    unbroken, resumed = (tiny.metrics(name) for name in ("three", "three-resumed"))
+    assert [[r[k] for k in EXACT] for r in resumed] == [[r[k] for k in EXACT] for r in unbroken[2:]]
+    expected = [record["grad_norm"] for record in unbroken[2:]]
+    found = [record["grad_norm"] for record in tiny.metrics("three-zero1")]
+    assert found == pytest.approx(expected, rel=TOLERANCES["grad_norm"])
