@@ -19,12 +19,20 @@ def check_layout(config: Config, world_size: int) -> Iterator[ConfigError]:
         world_size: Processes of the job.
     """
     problems = list(_problems(config, world_size))
+    layouts = nearest_layouts(config, world_size) if problems else []
+    if not layouts:
+        yield from problems
+        return
+    names = "; ".join(_describe(layout) for layout in layouts)
+    if len(problems) == 1:
+        problem = problems[0]
+        remedy = f"{problem.remedy}, or take the nearest layout that works: {names}"
+        yield ConfigError(problem.where, problem.what, remedy)
+        return
     yield from problems
-    if problems and (layouts := nearest_layouts(config, world_size)):
-        processes = f"{world_size} process{'es' if world_size > 1 else ''}"
-        what = f"{_describe(config.parallel)} does not work on {processes}"
-        names = "; ".join(_describe(layout) for layout in layouts)
-        yield ConfigError("parallel", what, f"The nearest layouts that do: {names}")
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    what = f"{_describe(config.parallel)} does not work on {processes}"
+    yield ConfigError("parallel", what, f"The nearest layouts that do: {names}")
 
 
 def nearest_layouts(config: Config, world_size: int) -> list[ParallelConfig]:

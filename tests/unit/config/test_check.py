@@ -41,7 +41,7 @@ def test_a_config_that_works_is_let_through() -> None:
             change("training", "global_batch_size", 6),
             4,
             "training.global_batch_size: 6 does not divide by micro_batch_size 1 x data parallel 4 "
-            "= 4. Use 4 or 8.",
+            "= 4. Use 4 or 8, or take the nearest layout that works: ",
         ),
         (
             change("parallel", "tensor_model_parallel_size", 2),

@@ -89,6 +89,14 @@ def test_the_nearest_layouts_are_named() -> None:
     )
 
 
+def test_one_problem_is_one_line() -> None:
+    assert lines(config_of(pipeline_model_parallel_size=8), 8) == [
+        "model.num_layers: 12 layers do not divide by 8 pipeline stages. Use one of 1, 2, 3, 4, 6, "
+        "12, or take the nearest layout that works: tensor 1 x pipeline 4; tensor 1 x pipeline 2; "
+        "tensor 2 x pipeline 4."
+    ]
+
+
 def test_every_suggestion_works() -> None:
     config = config_of(
         tensor_model_parallel_size=3,
