@@ -46,6 +46,18 @@ _FIXED = (
     "parallel.use_distributed_optimizer",
     "engine.name",
 )
+# What a run that starts from weights alone must share with them
+_FIXED_WEIGHTS = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.norm_order",
+    "model.qk_norm_groups",
+    "model.rotary_base",
+    "model.layernorm_epsilon",
+)
 
 
 class Snapshot(Protocol):
@@ -67,6 +79,8 @@ class Engine(Protocol):
     def snapshot(self) -> Snapshot: ...
 
     def restore(self, checkpoint: Path, step: int) -> None: ...
+
+    def restore_weights(self, checkpoint: Path) -> None: ...
 
 
 def find_resume(folder: Path, resume: str) -> Path | None:
@@ -103,10 +117,11 @@ def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> 
         CheckpointError: It names every value that differs.
     """
     state, old = load_state(checkpoint), load_checkpoint_config(checkpoint)
+    weights_only = state.get("optimizer") is False
     differences = [
         f"{key} is {get_value(config, key)} and was {get_value(old, key)}"
-        for key in _FIXED
-        if get_value(config, key) != get_value(old, key)
+        for key in (_FIXED_WEIGHTS if weights_only else _FIXED)
+        if _resolved(config, key) != _resolved(old, key)
     ]
     if _scales_are_unreadable(config.fp8, old.fp8):
         differences.append(f"fp8.emulate is {config.fp8.emulate} and was {old.fp8.emulate}")
@@ -115,7 +130,7 @@ def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> 
     if differences:
         remedy = "Put the old values back, or train into another logging.run_dir"
         raise CheckpointError(str(checkpoint), "; ".join(differences), remedy)
-    if state["step"] > config.training.steps:
+    if state["step"] > config.training.steps and not weights_only:
         what = f"it is at step {state['step']}, behind training.steps {config.training.steps}"
         raise CheckpointError(str(checkpoint), what, "Raise training.steps")
 
@@ -125,6 +140,14 @@ def _scales_are_unreadable(new: Fp8Config, old: Fp8Config) -> bool:
     has_state = old.format is not None and old.recipe == "delayed"
     reads_state = new.format is not None or platform.has_transformer_engine()
     return has_state and reads_state and new.emulate != old.emulate
+
+
+def _resolved(config: Config, key: str) -> object:
+    """The value of ``section.key``, with null where it stands for the number of heads."""
+    value = get_value(config, key)
+    if value is None and key in ("model.num_query_groups", "model.qk_norm_groups"):
+        return config.model.num_attention_heads
+    return value
 
 
 def save(folder: Path, step: int, engine: Engine, extra: dict[str, Any]) -> Path:
@@ -160,10 +183,16 @@ def save(folder: Path, step: int, engine: Engine, extra: dict[str, Any]) -> Path
 def load(checkpoint: Path, engine: Engine) -> int:
     """Fill the engine from a checkpoint; returns the number of updates done.
 
+    A checkpoint without optimizer state, as a conversion writes it, gives its weights to a run that
+    begins.
+
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.
     """
     state = load_state(checkpoint)
+    if state.get("optimizer") is False:
+        engine.restore_weights(checkpoint)
+        return 0
     engine.restore(checkpoint, state["step"])
     return int(state["step"])
 

@@ -1,4 +1,4 @@
-"""``chameleon convert SRC DST --to hf``: turn a training checkpoint into a Hugging Face folder."""
+"""``chameleon convert SRC DST --to FORMAT``: turn a checkpoint into another format."""
 
 import argparse
 import sys
@@ -6,14 +6,32 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument("source", help="a step_... folder, or a run folder (its newest whole step)")
-    parser.add_argument("destination", help="a folder that does not exist yet")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help="target format: hf")
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="of the tensors (default: as in the checkpoint)"
+        "source",
+        help="a step_... or run folder (its newest whole step), a Hugging Face folder, or Meta's",
+    )
+    parser.add_argument("destination", help="a folder that does not exist yet")
+    parser.add_argument(
+        "--to", required=True, metavar="FORMAT", help="target format: megatron, hf or meta"
     )
     parser.add_argument(
-        "--tokenizer", metavar="DIR", help="tokenizer folder (default: as in the checkpoint)"
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the tensors (default: as in the checkpoint)",
+    )
+    parser.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="files of Meta's format (default: as few as the QK-norms allow)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="tokenizer folder, ours or Meta's (default: as in the checkpoint)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, sizes and needs; write nothing"
     )
     parser.add_argument(
         "--no-verify", action="store_true", help="do not read the files back and compare"
@@ -22,19 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Convert, and print what was written."""
-    from megatron_chameleon.checkpoint.convert import check_format, convert_to_hf
+    from megatron_chameleon.checkpoint.convert import convert, plan_conversion
 
-    check_format(args.to)
-    result = convert_to_hf(
+    options = {"dtype": args.dtype, "shards": args.shards, "tokenizer_folder": args.tokenizer}
+    if args.dry_run:
+        print(plan_conversion(args.source, args.destination, args.to, **options).text())
+        return
+    result = convert(
         args.source,
         args.destination,
-        dtype=args.dtype,
-        tokenizer_folder=args.tokenizer,
+        args.to,
+        **options,
         verify=not args.no_verify,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(
         f"{result.source} (step {result.step:,}) -> {result.destination}: "
         f"{result.parameters:,} parameters, {result.total_bytes:,} bytes, {result.seconds:.1f} s, "
-        + ("verified bit for bit" if result.verified else "not verified")
+        + (
+            f"verified bit for bit in {result.verify_seconds:.1f} s"
+            if result.verified
+            else "not verified"
+        )
     )
+    if result.largest_change:
+        change, name = result.largest_change
+        print(f"largest relative change by the cast to {args.dtype}: {change:.3g}, in {name}")

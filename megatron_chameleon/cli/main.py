@@ -24,6 +24,7 @@ VERBS = {
     "config": "compare a config with the paper's values",
     "train": "train a model from a YAML config",
     "convert": "convert a checkpoint to another format",
+    "verify": "compare two checkpoints of any formats",
     "generate": "write text and images from a checkpoint",
     "plot": "draw the curves of one or more runs",
     "doctor": "say what this machine can run, and what is missing",

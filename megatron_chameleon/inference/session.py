@@ -8,8 +8,8 @@ An exported Hugging Face folder and a training checkpoint open alike; a checkpoi
 renamed in memory.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_chameleon.checkpoint.convert import check_fingerprint, load_matching_tokenizer
-from megatron_chameleon.checkpoint.folders import find_checkpoint
 from megatron_chameleon.checkpoint.formats import hf
-from megatron_chameleon.checkpoint.reader import CheckpointReader
+from megatron_chameleon.checkpoint.formats.base import Source, read_origin
+from megatron_chameleon.checkpoint.formats.hf_model import load_transformers, read_transformers
+from megatron_chameleon.checkpoint.formats.opening import (
+    check_fingerprint,
+    open_source,
+    open_tokenizer,
+)
 from megatron_chameleon.data.documents import ImagePart, TextPart
-from megatron_chameleon.errors import CheckpointError, DataError
+from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.decode import GenerationOptions, decode
 from megatron_chameleon.inference.modality import Force, TokenClasses
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
@@ -70,8 +74,8 @@ class Session:
         """Open a model.
 
         Args:
-            path: A folder of ``chameleon convert --to hf``, a checkpoint, or a run folder (its
-                newest checkpoint).
+            path: A folder of ``chameleon convert``, a checkpoint, or a run folder (its newest
+                checkpoint).
             device: Where model and image tokenizer run.
             tokenizer_folder: None takes the exported folder's own, or the path in the checkpoint's
                 config.
@@ -83,7 +87,7 @@ class Session:
         path = Path(path)
         if (path / "config.json").is_file():
             return _open_export(path, device, tokenizer_folder)
-        return _open_checkpoint(CheckpointReader(find_checkpoint(path)), device, tokenizer_folder)
+        return _open_checkpoint(open_source(path), device, tokenizer_folder)
 
     @property
     def codes_per_image(self) -> int:
@@ -242,34 +246,14 @@ def _text(part: Part) -> str:
     return part
 
 
-def _open_checkpoint(
-    reader: CheckpointReader, device: str, tokenizer_folder: str | Path | None
-) -> Session:
-    from transformers import ChameleonForConditionalGeneration
-
-    found = hf.checked_pieces(reader)
-    tokenizer = load_matching_tokenizer(reader, tokenizer_folder, device)
-    assert tokenizer.image is not None
-    tensors = hf.encoder_tensors(tokenizer)
-    for piece in found:
-        for name, part in piece.to_hf(reader.read(piece.megatron_name, piece.layer)).items():
-            tensors[name] = part.contiguous()
-    dtype = tensors["lm_head.weight"].dtype
-    config = hf.build_config(
-        reader.config.model, tokenizer.vocabulary, tokenizer.image.config, dtype
-    )
-    with _no_progress_bar():
-        model, info = ChameleonForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-        )
-    _check_complete(info, reader.folder)
-    return Session(model.to(device), tokenizer, reader.state["step"])
+def _open_checkpoint(source: Source, device: str, tokenizer_folder: str | Path | None) -> Session:
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = open_tokenizer(source, tokenizer_folder, Path(scratch), device)
+    return Session(read_transformers(source, tokenizer).to(device), tokenizer, source.step)
 
 
 def _open_export(path: Path, device: str, tokenizer_folder: str | Path | None) -> Session:
-    from transformers import ChameleonForConditionalGeneration
-
-    origin = hf.read_origin(path)
+    origin = read_origin(path)
     if tokenizer_folder is not None:
         tokenizer = load_tokenizer(tokenizer_folder, device=device)
         check_fingerprint(tokenizer, origin["tokenizer_fingerprint"], str(path))
@@ -281,40 +265,4 @@ def _open_export(path: Path, device: str, tokenizer_folder: str | Path | None) -
             ImageTokenizer.load(path / hf.IMAGE_TOKENIZER_FOLDER, device),
             origin["tokenizer_fingerprint"],
         )
-    try:
-        with _no_progress_bar():
-            model, info = ChameleonForConditionalGeneration.from_pretrained(
-                path, dtype="auto", output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            str(path), f"transformers cannot open it ({reason})", "Convert the checkpoint again"
-        ) from error
-    _check_complete(info, path)
-    return Session(model.to(device), tokenizer, origin["step"])
-
-
-def _check_complete(loading_info: dict[str, Any], path: Path) -> None:
-    """Refuse a model that transformers completed with random numbers, as it does silently."""
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if names := sorted(str(name) for name in loading_info[kind]):
-            raise CheckpointError(
-                str(path),
-                f"{len(names)} tensors are {kind.removesuffix('_keys')}, the first is {names[0]}",
-                "Convert the checkpoint again",
-            )
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers' progress bar out of the output."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
+    return Session(load_transformers(path).to(device), tokenizer, origin["step"])

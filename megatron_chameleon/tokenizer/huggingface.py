@@ -58,7 +58,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
     )
     processor = ChameleonProcessor(
         image_processor,
-        _fast_tokenizer(tokenizer),
+        fast_tokenizer(tokenizer),
         image_seq_length=tokenizer.image.codes_per_image,
         image_token=_names(tokenizer)["image_token"],
     )
@@ -82,7 +82,7 @@ def _names(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: vocabulary.tokens[token_id] for name, token_id in ids.items()}
 
 
-def _fast_tokenizer(tokenizer: Tokenizer) -> Any:
+def fast_tokenizer(tokenizer: Tokenizer) -> Any:
     """Byte-fallback BPE with the pieces of the sentencepiece model, in a transformers tokenizer."""
     import tokenizers
     from tokenizers import decoders, pre_tokenizers, processors

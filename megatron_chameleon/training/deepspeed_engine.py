@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_chameleon.checkpoint.deepspeed import DeepSpeedSnapshot, ShardedState
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.model.chameleon import build_model
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel import platform
@@ -130,6 +131,14 @@ class DeepSpeedEngine:
         """Take over a checkpoint's state; see ``TrainingEngine``."""
         self._state.restore(checkpoint, self.engine.optimizer, step)
         self.scheduler.step(step)
+
+    def restore_weights(self, checkpoint: Path) -> None:
+        """Refused: ZeRO's main weights would have to be set too; see ``TrainingEngine``."""
+        raise CheckpointError(
+            str(checkpoint),
+            "holds weights without optimizer state, and the deepspeed engine cannot start so",
+            "Start with engine.name=megatron",
+        )
 
 
 def deepspeed_config(config: Config, model: nn.Module) -> dict[str, Any]:

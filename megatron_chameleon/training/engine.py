@@ -49,6 +49,13 @@ class TrainingEngine(Protocol):
             CheckpointError: It cannot be read.
         """
 
+    def restore_weights(self, checkpoint: Path) -> None:
+        """Take over a checkpoint's weights only; moments and schedule begin anew.
+
+        Raises:
+            CheckpointError: It cannot be read, or the engine cannot start so.
+        """
+
 
 def check_installed(config: Config) -> None:
     """See that the engine is installed, before anything is started.

@@ -156,6 +156,17 @@ class MegatronEngine:
             group.update(own)
         self.scheduler.step(step)
 
+    def restore_weights(self, checkpoint: Path) -> None:
+        """Take over weights only; see ``TrainingEngine``."""
+        state = {
+            _part_key(i): _tensors(part.sharded_state_dict(metadata=self._checkpoint_metadata()))
+            for i, part in enumerate(self.parts)
+        }
+        loaded = load_sharded(checkpoint, state)
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(loaded[_part_key(i)], strict=False)  # without FP8's scales
+        self.optimizer.reload_model_params()  # the fp32 copies of bf16 weights
+
     def _checkpoint_metadata(self) -> dict[str, Any]:
         from megatron.core import parallel_state
 
@@ -187,3 +198,8 @@ def _wrap(
 
 def _part_key(index: int) -> str:
     return f"part{index}"
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """The weights of a sharded state, without megatron-core's further objects."""
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}

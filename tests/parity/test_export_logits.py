@@ -20,7 +20,7 @@ from tiny_model import (
 )
 from torch import Tensor
 
-from megatron_chameleon.checkpoint.convert import convert_to_hf
+from megatron_chameleon.checkpoint.convert import convert
 from megatron_chameleon.config.schema import Config, ModelConfig
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
@@ -120,7 +120,7 @@ def test_exported_model_computes_the_formulas(
     model = model_config(norm_order, qk_norm_groups)
     tensors = random_tensors(model, PADDED_VOCAB_SIZE)
     source = write_checkpoint(tmp_path / "step_00000007", model, tensors, tiny_tokenizer)
-    convert_to_hf(source, tmp_path / "hf")
+    convert(source, tmp_path / "hf", "hf")
     token_ids = random_token_ids(40)
     logits = exported_logits(tmp_path / "hf", token_ids)
     for row in range(2):
@@ -159,7 +159,7 @@ def test_exported_model_computes_what_megatron_core_computes(
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
-    convert_to_hf(source, tmp_path / "hf")
+    convert(source, tmp_path / "hf", "hf")
     logits = exported_logits(tmp_path / "hf", token_ids)
     torch.testing.assert_close(logits, expected, **TOLERANCE)
 

@@ -15,15 +15,20 @@ from tiny_model import (
     write_tokenizer,
 )
 
-from megatron_chameleon.checkpoint import convert
-from megatron_chameleon.checkpoint.convert import convert_to_hf
+from megatron_chameleon.checkpoint.convert import convert
 from megatron_chameleon.checkpoint.formats import hf
-from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.checkpoint.formats.hf_config import vocabulary_map
+from megatron_chameleon.checkpoint.formats.safetensors_files import (
+    SafetensorsFiles,
+    SafetensorsWriter,
+)
+from megatron_chameleon.checkpoint.names import Dimensions, pieces
+from megatron_chameleon.errors import CheckpointError, ConfigError
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary, control_names
 
 
 def test_the_folder_has_everything(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    result = convert_to_hf(tiny_checkpoint.parents[1], tmp_path / "hf")
+    result = convert(tiny_checkpoint.parents[1], tmp_path / "hf", "hf")
     files = {str(path.relative_to(tmp_path / "hf")) for path in (tmp_path / "hf").rglob("*")}
     assert files >= {
         "config.json",
@@ -39,12 +44,14 @@ def test_the_folder_has_everything(tiny_checkpoint: Path, tmp_path: Path) -> Non
     assert len(modes) == 1  # who may read one file may read all
     assert result.verified
     assert (result.step, result.source) == (7, tiny_checkpoint)
-    assert result.total_bytes == 4 * result.parameters
+    expected = random_tensors(model_config(), VOCAB_SIZE)
+    assert result.parameters == sum(tensor.numel() for tensor in expected.values())
+    assert result.total_bytes == (tmp_path / "hf/model.safetensors").stat().st_size
     assert list(tmp_path.iterdir()) == [tmp_path / "hf"]  # nothing temporary is left
 
 
 def test_config_says_what_the_model_is(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    convert_to_hf(tiny_checkpoint, tmp_path / "hf")
+    convert(tiny_checkpoint, tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     vocabulary = Vocabulary.load(tmp_path / "hf")
     expected = {
@@ -82,7 +89,7 @@ def test_hf_encodes_images_to_our_codes(
     from megatron_chameleon.tokenizer.folder import load_tokenizer
     from megatron_chameleon.tokenizer.image import prepare_image, to_pixels
 
-    convert_to_hf(tiny_checkpoint, tmp_path / "hf")
+    convert(tiny_checkpoint, tmp_path / "hf", "hf")
     model = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "hf")
     tokenizer = load_tokenizer(tiny_tokenizer)
     assert tokenizer.image is not None
@@ -96,34 +103,48 @@ def test_hf_encodes_images_to_our_codes(
 
 
 def test_shards_and_index_hold_the_same_tensors(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    one = convert_to_hf(tiny_checkpoint, tmp_path / "one")
-    many = convert_to_hf(tiny_checkpoint, tmp_path / "many", shard_bytes=100_000)
+    one = convert(tiny_checkpoint, tmp_path / "one", "hf")
+    many = convert(tiny_checkpoint, tmp_path / "many", "hf", shard_bytes=100_000)
     index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == one.total_bytes == many.total_bytes
+    headers = sum(file_header_bytes(path) for path in (tmp_path / "many").glob("*.safetensors"))
+    assert index["metadata"]["total_size"] == many.total_bytes - headers
+    assert one.total_bytes - file_header_bytes(tmp_path / "one/model.safetensors") == (
+        many.total_bytes - headers
+    )
     files = sorted(set(index["weight_map"].values()))
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     for file in files:
         # The header comes on top; 500 names of 50 letters are far below 50,000 bytes.
         assert (tmp_path / "many" / file).stat().st_size < 150_000
-    first, second = hf.StoredTensors(tmp_path / "one"), hf.StoredTensors(tmp_path / "many")
-    assert first.names() == second.names() == set(index["weight_map"])
-    for name in first.names():
+    first, second = SafetensorsFiles(tmp_path / "one"), SafetensorsFiles(tmp_path / "many")
+    assert first.shapes.keys() == second.shapes.keys() == index["weight_map"].keys()
+    for name in first.shapes:
         assert torch.equal(first.read(name), second.read(name))
 
 
+def file_header_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def test_bf16_casts_the_transformer_only(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    convert_to_hf(tiny_checkpoint, tmp_path / "hf", dtype="bf16")
-    stored = hf.StoredTensors(tmp_path / "hf")
+    result = convert(tiny_checkpoint, tmp_path / "hf", "hf", dtype="bf16")
+    stored = SafetensorsFiles(tmp_path / "hf")
     expected = random_tensors(model_config(), PADDED_VOCAB_SIZE)["output_layer.weight"].bfloat16()
     assert torch.equal(stored.read("lm_head.weight"), expected[:VOCAB_SIZE])
     assert stored.read("model.vqmodel.quantize.embedding.weight").dtype == torch.float32
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
+    assert result.largest_change is not None
+    change, name = result.largest_change
+    dims = Dimensions.of(model_config(), VOCAB_SIZE, 2, 2)
+    assert name in {piece.key for piece in pieces(dims)}
+    assert 2**-9 < change <= 2**-8  # half a step of 8 significant bits, seen in 60,000 numbers
 
 
 def test_an_existing_destination_is_left_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     with pytest.raises(CheckpointError, match=r"hf: already exists"):
-        convert_to_hf(tiny_checkpoint, tmp_path / "hf")
+        convert(tiny_checkpoint, tmp_path / "hf", "hf")
     assert list((tmp_path / "hf").iterdir()) == []
 
 
@@ -135,24 +156,24 @@ def test_a_failure_leaves_nothing(
 
     monkeypatch.setattr(hf, "write_tokenizer", full)
     with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
-        convert_to_hf(tiny_checkpoint, tmp_path / "hf")
+        convert(tiny_checkpoint, tmp_path / "hf", "hf")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tensor_that_changed_on_the_disk_is_named(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = hf.ShardWriter.add
+    write = SafetensorsWriter.write
 
-    def damage(self: hf.ShardWriter, name: str, tensor: torch.Tensor) -> None:
+    def damage(self: SafetensorsWriter, name: str, tensor: torch.Tensor) -> None:
         is_target = name == "model.layers.1.mlp.up_proj.weight"
         write(self, name, tensor * 1.001 if is_target else tensor)
 
-    monkeypatch.setattr(hf.ShardWriter, "add", damage)
+    monkeypatch.setattr(SafetensorsWriter, "write", damage)
     with pytest.raises(CheckpointError, match=r"linear_fc1\.weight\[1\] differs after writing"):
-        convert_to_hf(tiny_checkpoint, tmp_path / "hf")
+        convert(tiny_checkpoint, tmp_path / "hf", "hf")
     assert not (tmp_path / "hf").exists()
-    convert_to_hf(tiny_checkpoint, tmp_path / "hf", verify=False)
+    convert(tiny_checkpoint, tmp_path / "hf", "hf", verify=False)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +199,7 @@ def test_tensors_that_do_not_fit_are_named(
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     source = write_checkpoint(tmp_path / "step_00000007", model, kept, tiny_tokenizer)
     with pytest.raises(CheckpointError, match=message):
-        convert_to_hf(source, tmp_path / "hf")
+        convert(source, tmp_path / "hf", "hf")
 
 
 def test_a_model_without_qk_norm_is_refused(tiny_tokenizer: Path, tmp_path: Path) -> None:
@@ -186,13 +207,13 @@ def test_a_model_without_qk_norm_is_refused(tiny_tokenizer: Path, tmp_path: Path
     tensors = random_tensors(model, VOCAB_SIZE)
     source = write_checkpoint(tmp_path / "step_00000007", model, tensors, tiny_tokenizer)
     with pytest.raises(CheckpointError, match=r"no QK-norm .* cannot leave it out"):
-        convert_to_hf(source, tmp_path / "hf")
+        convert(source, tmp_path / "hf", "hf")
 
 
 def test_another_tokenizer_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     other = write_tokenizer(tmp_path / "other", seed=2)
     with pytest.raises(CheckpointError, match=r"its fingerprint is \w{12}, .* trained with \w{12}"):
-        convert_to_hf(tiny_checkpoint, tmp_path / "hf", tokenizer_folder=other)
+        convert(tiny_checkpoint, tmp_path / "hf", "hf", tokenizer_folder=other)
 
 
 def test_a_tokenizer_that_moved_away_is_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -201,17 +222,17 @@ def test_a_tokenizer_that_moved_away_is_asked_for(tiny_checkpoint: Path, tmp_pat
     path = next(line for line in config.splitlines() if line.startswith("  path:"))
     (source / "config.yaml").write_text(config.replace(path, "  path: gone/tokenizer"))
     with pytest.raises(CheckpointError, match=r"'gone/tokenizer' is no folder .*--tokenizer"):
-        convert_to_hf(source, tmp_path / "hf")
+        convert(source, tmp_path / "hf", "hf")
 
 
-def test_only_hf_can_be_written() -> None:
-    with pytest.raises(convert.ConfigError, match=r"--to meta: .* not available in this version"):
-        convert.check_format("meta")
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--to deepspeed: .* not available in this version"):
+        convert("anywhere", "nowhere", "deepspeed")
 
 
 def test_a_text_piece_that_looks_like_a_code_is_not_in_the_map() -> None:
     names = ["<s>", "<pad>", "</s>", "<unk>", *control_names(12), "IMGIMGBZx", "b"]
-    names_to_ids = hf.vocabulary_map(Vocabulary.from_tokens(names))
+    names_to_ids = vocabulary_map(Vocabulary.from_tokens(names))
     assert "IMGIMGBZx" not in names_to_ids
     assert names_to_ids["IMGIMGBBZ"] == 4 + 11
     assert names_to_ids["b"] == len(names) - 1

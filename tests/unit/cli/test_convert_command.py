@@ -31,7 +31,29 @@ def test_verification_can_be_left_out(
     assert "not verified" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["meta", "megatron", "deepspeed", "nonsense"])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(tiny_checkpoint), str(tmp_path / "out"), "--to", "meta"]
+    main([*words, "--shards", "2", "--dtype", "bf16", "--dry-run"])
+    output = capsys.readouterr().out
+    assert f"{tiny_checkpoint} (megatron, step 7) -> {tmp_path / 'out'} (meta)" in output
+    assert "parameters in bfloat16: 3 layers, hidden 48" in output
+    assert "2 QK-norm groups" in output
+    assert output.count("consolidated.0") == 2
+    assert "bytes needed on disk" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cast_is_reported(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(tiny_checkpoint), str(tmp_path / "out"), "--to", "megatron"]
+    main([*words, "--dtype", "bf16", "--no-verify"])
+    assert "largest relative change by the cast to bf16: 0.003" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "nonsense"])
 def test_other_formats_are_one_clear_line(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -39,8 +61,8 @@ def test_other_formats_are_one_clear_line(
         main(["convert", "anything", str(tmp_path / "out"), "--to", name])
     assert end.value.code == 2
     assert capsys.readouterr().err == (
-        f"error: --to {name}: this format is not available in this version, which writes hf. "
-        "Use --to hf.\n"
+        f"error: --to {name}: this format is not available in this version, which writes "
+        "megatron, hf, meta. Use one of megatron, hf, meta.\n"
     )
 
 

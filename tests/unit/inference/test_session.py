@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tokenizer
 
-from megatron_chameleon.checkpoint.convert import convert_to_hf
+from megatron_chameleon.checkpoint.convert import convert
 from megatron_chameleon.data.documents import ImagePart, TextPart
 from megatron_chameleon.errors import CheckpointError, ConfigError, DataError
 from megatron_chameleon.inference.decode import GenerationOptions
@@ -29,7 +29,7 @@ def session(tiny_checkpoint: Path) -> Session:
 
 @pytest.fixture(scope="module")
 def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert_to_hf(tiny_checkpoint, tmp_path_factory.mktemp("session") / "hf").destination
+    return convert(tiny_checkpoint, tmp_path_factory.mktemp("session") / "hf", "hf").destination
 
 
 def test_checkpoint_and_export_answer_alike(session: Session, exported: Path) -> None:
@@ -161,3 +161,15 @@ def test_a_folder_that_is_no_export_of_ours_is_refused(exported: Path, tmp_path:
 def test_bad_options_are_refused_before_anything_is_drawn(session: Session) -> None:
     with pytest.raises(ConfigError, match="top_p: 2"):
         session.generate([["a"]], GenerationOptions(top_p=2))
+
+
+@pytest.mark.parametrize("to", ["meta", "megatron"])
+def test_converted_checkpoints_open_alike(tiny_checkpoint: Path, tmp_path: Path, to: str) -> None:
+    convert(tiny_checkpoint, tmp_path / to, to, verify=False)
+    expected = Session.load(tiny_checkpoint)
+    session = Session.load(tmp_path / to)
+    assert session.step == expected.step == 7
+    assert session.tokenizer.fingerprint == expected.tokenizer.fingerprint
+    weights = session.model.state_dict()
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(weights[name], tensor), name

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_model import tiny_tokenizer  # noqa: F401
 
 from megatron_chameleon.tokenizer.image import save_vqgan
 from megatron_chameleon.tokenizer.text_training import train_text_tokenizer

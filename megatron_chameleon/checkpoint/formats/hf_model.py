@@ -1,0 +1,107 @@
+"""A checkpoint of any format as transformers' model, in memory."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chameleon.checkpoint.formats.base import Source
+from megatron_chameleon.checkpoint.formats.hf import encoder_tensors
+from megatron_chameleon.checkpoint.formats.hf_config import build_config
+from megatron_chameleon.checkpoint.names import pieces
+from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.tokenizer.folder import Tokenizer
+
+
+def read_transformers(source: Source, tokenizer: Tokenizer) -> Any:
+    """``ChameleonForConditionalGeneration`` with a checkpoint's tensors, renamed in memory.
+
+    Args:
+        source: Of any format.
+        tokenizer: With its image tokenizer.
+
+    Raises:
+        CheckpointError: The model has no QK-norm, without which transformers has no Chameleon.
+    """
+    from transformers import ChameleonForConditionalGeneration
+
+    if not source.dimensions.q_norm_groups:
+        raise CheckpointError(
+            str(source.folder),
+            "the model has no QK-norm (model.qk_norm_groups is 0), and transformers' Chameleon "
+            "cannot leave it out",
+            "Use a model that was trained with QK-norm",
+        )
+    assert tokenizer.image is not None
+    tensors = encoder_tensors(tokenizer)
+    for piece in pieces(source.dimensions):
+        for name, part in piece.to_hf(source.read(piece)).items():
+            tensors[name] = part.contiguous()
+    dtype = tensors["lm_head.weight"].dtype
+    config = build_config(source.model, tokenizer.vocabulary, tokenizer.image.config, dtype)
+    with no_progress_bar():
+        model, info = ChameleonForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
+    _check_complete(info, source.folder)
+    return model
+
+
+def load_transformers(path: Path) -> Any:
+    """The same from a Hugging Face folder, as transformers opens it.
+
+    Raises:
+        CheckpointError: It cannot, or would complete it with random numbers.
+    """
+    from transformers import ChameleonForConditionalGeneration
+
+    try:
+        with no_progress_bar():
+            model, info = ChameleonForConditionalGeneration.from_pretrained(
+                path, dtype="auto", output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            str(path), f"transformers cannot open it ({reason})", "Convert the checkpoint again"
+        ) from error
+    _check_complete(info, path)
+    return model
+
+
+def logits(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """[B, T, vocabulary] in float32, before the mask that ``forward`` puts on image codes.
+
+    Args:
+        model: transformers' ``ChameleonForConditionalGeneration``.
+        token_ids: [B, T], image codes included.
+    """
+    with torch.no_grad():
+        return model.lm_head(model.model(input_ids=token_ids).last_hidden_state).float()
+
+
+def _check_complete(loading_info: dict[str, Any], path: Path) -> None:
+    """Refuse a model that transformers completed with random numbers, as it does silently."""
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(str(name) for name in loading_info[kind]):
+            raise CheckpointError(
+                str(path),
+                f"{len(names)} tensors are {kind.removesuffix('_keys')}, the first is {names[0]}",
+                "Convert the checkpoint again",
+            )
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers' progress bar out of the output."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,278 @@
+"""A training checkpoint: megatron-core's distributed checkpoint (``torch_dist``) and what lies
+beside it.
+
+    .metadata, __N_0.distcp, common.pt, metadata.json   what dist_checkpointing.load reads
+    config.yaml, state.json                             as ``checkpoint/store.py`` writes them
+    tokenizer/                                          the tokenizer, in a converted checkpoint
+
+A converted checkpoint has weights only: its ``state.json`` says ``"optimizer": false``.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from megatron_chameleon.checkpoint.folders import (
+    STATE_FILE,
+    STATE_FORMAT,
+    STEP_FOLDER,
+    find_checkpoint,
+)
+from megatron_chameleon.checkpoint.formats.base import Stream, Target, check_names, count
+from megatron_chameleon.checkpoint.names import K_NORM, Q_NORM, Dimensions, Piece, pieces
+from megatron_chameleon.checkpoint.reader import CheckpointReader, TensorInfo
+from megatron_chameleon.config.load import save_config
+from megatron_chameleon.config.schema import Config, TokenizerConfig, TrainingConfig
+from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES
+
+TOKENIZER_FOLDER = "tokenizer"
+CHUNK_BYTES = 2**25
+"""Larger tensors are stored in several chunks of rows: torch copies each one when it writes it."""
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a folder is meant to be a checkpoint, a ``checkpoints`` folder or a run folder."""
+    if (folder / STATE_FILE).is_file() or (folder / ".metadata").is_file():
+        return True
+    if (folder / "checkpoints").is_dir() or STEP_FOLDER.fullmatch(folder.name):
+        return True
+    return any(STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir())
+
+
+class Source:
+    """The weights of a training checkpoint. See ``formats.base.Source``.
+
+    Args:
+        folder: A checkpoint, ``checkpoints`` or run folder; of the latter two the newest whole
+            step.
+    """
+
+    format = "megatron"
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = CheckpointReader(find_checkpoint(folder))
+        self.folder = self._reader.folder
+        self.step = self._reader.state["step"]
+        fingerprint = self._reader.state.get("tokenizer_fingerprint")
+        self.fingerprint: str | None = None if fingerprint is None else str(fingerprint)
+        found = self._reader.tensors
+        q_groups, k_groups = (
+            found[name].shape[1] if name in found else 0 for name in (Q_NORM, K_NORM)
+        )
+        model = self._reader.config.model
+        self.model = replace(
+            model,
+            num_query_groups=model.num_query_groups or model.num_attention_heads,
+            qk_norm_groups=q_groups,
+        )
+        vocab_size = self._reader.state["vocab_size"]
+        self.dimensions = Dimensions.of(self.model, vocab_size, q_groups, k_groups)
+        _check_tensors(str(self.folder), found, self.dimensions)
+
+    def dtype(self, piece: Piece) -> torch.dtype:
+        """Of the stored tensor."""
+        return self._reader.tensors[piece.megatron_name].dtype
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """One piece, without the padding rows of the vocabulary."""
+        return self._reader.read(piece.megatron_name, piece.layer)[: piece.shape[0]]
+
+    def tokenizer_folder(self, scratch: Path) -> Path:
+        """The folder inside, or the path in the config.
+
+        Raises:
+            CheckpointError: The path leads nowhere.
+        """
+        inside = self.folder / TOKENIZER_FOLDER
+        path = inside if inside.is_dir() else Path(self._reader.config.tokenizer.path)
+        if not path.is_dir():
+            raise CheckpointError(
+                str(self.folder / "config.yaml"),
+                f"its tokenizer.path {str(path)!r} is no folder seen from {Path.cwd()}",
+                "Give the folder with --tokenizer",
+            )
+        return path
+
+
+def _check_tensors(where: str, found: dict[str, TensorInfo], dims: Dimensions) -> None:
+    """Compare names and shapes with the config; a vocabulary may have padding rows."""
+    expected, shapes = {}, {name: info.shape for name, info in found.items()}
+    for piece in pieces(dims):
+        name = piece.megatron_name
+        expected[name] = piece.shape if piece.layer is None else (dims.num_layers, *piece.shape)
+        rows, columns = shapes.get(name, ())[:1], shapes.get(name, ())[1:]
+        is_vocabulary = piece.layer is None and piece.shape[0] == dims.vocab_size
+        if is_vocabulary and columns == piece.shape[1:] and rows >= piece.shape[:1]:
+            shapes[name] = piece.shape
+    check_names(where, shapes, expected)
+
+
+class Sink:
+    """Writes a checkpoint of weights without a process group. See ``formats.base.Sink``."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        # a file for each layer, and for what is before and behind the layers
+        groups: list[tuple[int | None, list[Piece]]] = []
+        for piece in target.pieces:
+            if not groups or groups[-1][0] != piece.layer:
+                groups.append((piece.layer, []))
+            groups[-1][1].append(piece)
+        self._files = {f"__{i}_0.distcp": group for i, (_, group) in enumerate(groups)}
+
+    def files(self) -> dict[str, int]:
+        """Files with tensors and their sizes, to some bytes."""
+        return {
+            file: sum(
+                count(piece.shape) * self._target.dtypes[piece.key].itemsize for piece in group
+            )
+            for file, group in self._files.items()
+        }
+
+    def write(self, folder: Path, stream: Stream) -> None:
+        """Write everything; ``state.json``, which makes the checkpoint whole, last."""
+        from megatron.core.dist_checkpointing.core import CheckpointingConfig
+        from megatron.core.dist_checkpointing.core import save_config as save_backend
+
+        writer = _Writer(folder, thread_count=1, sync_files=False)
+        writer.set_up_storage_writer(is_coordinator=True)
+        tensors: dict[str, Any] = {}
+        results = []
+        for file, group in self._files.items():
+            items = {item.index: item for piece in group for item in self._items(piece)}
+            for item in items.values():
+                data = item.tensor_data
+                assert data is not None
+                stored = TensorStorageMetadata(data.properties, data.size, [])
+                tensors.setdefault(item.index.fqn, stored).chunks.append(data.chunk)
+            empty = [item for piece in group for item in self._empty_objects(piece)]
+            tensors.update({item.index.fqn: BytesStorageMetadata() for item in empty})
+            plan = writer.prepare_local_plan(SavePlan([*items.values(), *empty]))
+            (plan,) = writer.prepare_global_plan([plan])
+            plan.storage_data.prefix = file.removesuffix("0.distcp")
+            results.append(writer.write_data(plan, _StreamPlanner(stream)).wait())
+        writer.finish(Metadata(tensors), results)
+        torch.save({}, folder / "common.pt")
+        save_backend(CheckpointingConfig(sharded_backend="torch_dist"), str(folder))
+        self._write_beside(folder)
+
+    def _items(self, piece: Piece) -> Iterator[WriteItem]:
+        """A piece as chunks of rows of the stacked tensor."""
+        dtype = self._target.dtypes[piece.key]
+        stacked = piece.layer is not None
+        layers = (self._target.dimensions.num_layers,) if stacked else ()
+        first = (piece.layer,) if stacked else ()
+        chunk_rows = max(1, CHUNK_BYTES // (count(piece.shape[1:]) * dtype.itemsize))
+        for start in range(0, piece.shape[0], chunk_rows):
+            rows = min(chunk_rows, piece.shape[0] - start)
+            offsets = torch.Size((*first, start, *(0 for _ in piece.shape[1:])))
+            sizes = torch.Size((*(1 for _ in layers), rows, *piece.shape[1:]))
+            yield WriteItem(
+                index=MetadataIndex(piece.megatron_name, offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    ChunkStorageMetadata(offsets, sizes),
+                    TensorProperties(dtype=dtype),
+                    torch.Size((*layers, *piece.shape)),
+                ),
+            )
+
+    def _empty_objects(self, piece: Piece) -> Iterator[WriteItem]:
+        """What megatron-core keeps of each linear layer beside its weight, and misses on loading.
+
+        It is Transformer Engine's FP8 state; without FP8 it is empty.
+        """
+        name = piece.megatron_name.removesuffix(".weight")
+        if piece.layer is not None and name.rpartition(".")[2].startswith("linear_"):
+            shard = f"shard_{piece.layer}_{self._target.dimensions.num_layers}"
+            index = MetadataIndex(f"{name}._extra_state/{shard}")
+            yield WriteItem(index=index, type=WriteItemType.BYTE_IO)
+
+    def _write_beside(self, folder: Path) -> None:
+        target = self._target
+        tokenizer = folder / TOKENIZER_FOLDER
+        tokenizer.mkdir()
+        for name in FINGERPRINTED_FILES:
+            shutil.copyfile(target.tokenizer.folder / name, tokenizer / name)
+        half = target.main_dtype is torch.bfloat16
+        config = Config(
+            model=target.model,
+            tokenizer=TokenizerConfig(path=TOKENIZER_FOLDER),
+            training=TrainingConfig(dtype="bf16" if half else "fp32"),
+        )
+        save_config(config, folder / "config.yaml")
+        state = {
+            "format": STATE_FORMAT,
+            "step": target.step,
+            "optimizer": False,
+            "source": target.origin,
+            "vocab_size": target.dimensions.vocab_size,
+            "tokenizer_fingerprint": target.tokenizer.fingerprint,
+        }
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer, whose metadata would name the temporary folder."""
+
+    def storage_meta(self) -> None:
+        return None
+
+
+class _StreamPlanner(SavePlanner):
+    """Gives torch's writer the chunks in the order of its plan, from one piece at a time."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._rows_left = torch.empty(0)
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """The next chunk of the piece that is being written, or the first of the next piece."""
+        if write_item.type == WriteItemType.BYTE_IO:
+            empty = io.BytesIO()
+            torch.save([None], empty)
+            return empty
+        data = write_item.tensor_data
+        assert data is not None
+        if not len(self._rows_left):
+            piece, self._rows_left = next(self._stream)
+            assert piece.megatron_name == write_item.index.fqn
+        stacked = len(data.chunk.sizes) > self._rows_left.dim()
+        rows = data.chunk.sizes[1 if stacked else 0]
+        chunk, self._rows_left = self._rows_left[:rows], self._rows_left[rows:]
+        return chunk.contiguous().view(data.chunk.sizes)
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def create_local_plan(self) -> SavePlan:
+        raise NotImplementedError
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        raise NotImplementedError
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        raise NotImplementedError

@@ -1,0 +1,338 @@
+"""Meta's files of the reference code: one ``.pth`` a model-parallel rank, and two of settings.
+
+    consolidated.pth, or consolidated.00.pth, .01.pth, ...   the shards
+    params.json                                              the model's settings, under "model"
+    consolidate_params.json                                  how many shards there are
+    tokenizer/text_tokenizer.json, vqgan.ckpt, vqgan.yaml    read from the folder or from beside it
+    chameleon.json                                           ours: where it comes from
+
+A shard has one weight and bias for the QK-norm of its heads: a model of n groups of heads fits into
+n shards, or a multiple. Source: loader.py, transformer.py of facebookresearch/chameleon.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chameleon.checkpoint.formats.base import (
+    ORIGIN_FILE,
+    Stream,
+    Target,
+    check_names,
+    count,
+    norm_settings,
+    one_dtype,
+    read_json_object,
+    read_origin,
+    with_recorded,
+    write_origin,
+)
+from megatron_chameleon.checkpoint.formats.hf_config import whole_rotary_base
+from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
+    META_TEXT_FILE,
+    read_meta_tokenizer,
+    write_meta_tokenizer,
+)
+from megatron_chameleon.checkpoint.formats.pth_files import PthFile, create
+from megatron_chameleon.checkpoint.names import (
+    Dimensions,
+    Piece,
+    norm_groups,
+    pieces,
+)
+from megatron_chameleon.config.schema import ModelConfig
+from megatron_chameleon.errors import CheckpointError
+
+PARAMS_FILE, SHARDS_FILE = "params.json", "consolidate_params.json"
+TOKENIZER_FOLDER = "tokenizer"
+ROPE = "rope.freqs"
+"""The reference code wants it in the files, and ignores it."""
+SEQ_LENGTH = 4096
+"""Of the released models; the files don't say."""
+KNOWN = {
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "norm_order",
+    "layernorm_epsilon",
+    "rotary_base",
+}
+_SHARD = re.compile(r"consolidated(\.(\d+))?\.pth")
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a folder is meant to be one of this format."""
+    return (folder / PARAMS_FILE).is_file() or any(
+        _SHARD.fullmatch(path.name) for path in folder.iterdir()
+    )
+
+
+class Source:
+    """Meta's shards. See ``formats.base.Source``."""
+
+    format = "meta"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.origin = read_origin(folder) if (folder / ORIGIN_FILE).is_file() else {}
+        self.step = int(self.origin.get("step", 0))
+        self.fingerprint: str | None = self.origin.get("tokenizer_fingerprint")
+        params = _params(folder)
+        self._shards = [PthFile(path) for path in _shard_files(folder)]
+        model, dims = self._geometry(params)
+        self._check(dims)
+        self.model = with_recorded(model, self.origin, KNOWN)
+        q_groups = k_groups = self.model.qk_norm_groups = 0
+        if model.qk_norm_groups:
+            self.model.qk_norm_groups, q_groups, k_groups = norm_settings(
+                self.origin.get("model", {}).get("qk_norm_groups"),
+                q_groups=self._norm_groups(dims, "q"),
+                k_groups=self._norm_groups(dims, "k"),
+                heads=dims.num_attention_heads,
+                key_heads=dims.num_query_groups,
+            )
+        self.dimensions = Dimensions.of(self.model, dims.vocab_size, q_groups, k_groups)
+
+    @property
+    def shards(self) -> int:
+        return len(self._shards)
+
+    def dtype(self, piece: Piece) -> torch.dtype:
+        """Of the stored tensors."""
+        dtypes = [shard.tensors[p.name].dtype for p in piece.meta for shard in self._shards]
+        return one_dtype(str(self.folder), piece.key, dtypes)
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """One piece in megatron-core's layout."""
+        tensors = {}
+        for name, part in zip(piece.hf_names, piece.meta, strict=True):
+            shards = [shard.read(part.name) for shard in self._shards]
+            tensors[name] = part.from_shards(shards, piece.dimensions)
+        return piece.to_megatron(tensors)
+
+    def tokenizer_folder(self, scratch: Path) -> Path:
+        """Our tokenizer's files, made in ``scratch`` from those in the folder or beside it.
+
+        Raises:
+            CheckpointError: There are none.
+        """
+        places = [self.folder, self.folder.parent, self.folder.parent.parent]
+        for place in places:  # released: models/7b/ and tokenizer/
+            if (place / TOKENIZER_FOLDER / META_TEXT_FILE).is_file():
+                return read_meta_tokenizer(place / TOKENIZER_FOLDER, scratch)
+        raise CheckpointError(
+            str(self.folder / TOKENIZER_FOLDER),
+            f"no {META_TEXT_FILE} there, nor in the two folders above",
+            "Give a tokenizer folder, ours or Meta's, with --tokenizer",
+        )
+
+    def _geometry(self, params: dict[str, Any]) -> tuple[ModelConfig, Dimensions]:
+        """What params.json and the tensors' shapes say."""
+        where, first = str(self.folder / PARAMS_FILE), self._shards[0].tensors
+        w1, output = "layers.0.feed_forward.w1.weight", "output.weight"
+        for name in (w1, output):
+            if name not in first:
+                raise CheckpointError(
+                    str(self._shards[0].path),
+                    f"the tensor {name} is missing",
+                    "Use a checkpoint of a whole Chameleon model",
+                )
+        try:
+            heads = int(params["n_heads"])
+            has_norms = bool(params.get("qk_normalization", False))
+            model = ModelConfig(
+                num_layers=int(params["n_layers"]),
+                hidden_size=int(params["dim"]),
+                ffn_hidden_size=first[w1].shape[0] * self.shards,
+                num_attention_heads=heads,
+                num_query_groups=int(params.get("n_kv_heads") or heads),
+                seq_length=int(params.get("max_seq_len") or SEQ_LENGTH),
+                norm_order="swin" if params.get("swin_norm") else "pre",
+                qk_norm_groups=self.shards if has_norms else 0,
+                layernorm_epsilon=float(params.get("norm_eps", 1e-5)),
+                rotary_base=whole_rotary_base(float(params.get("rope_theta", 10000.0)), where),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"a value is missing or no number ({error!r})"
+            raise CheckpointError(where, what, "Use the params.json of the checkpoint") from error
+        groups = self.shards if has_norms else 0
+        vocab_size = first[output].shape[0] * self.shards
+        if params.get("vocab_size", vocab_size) not in (vocab_size, -1, None):
+            what = f"vocab_size is {params['vocab_size']}, the tensors have {vocab_size}"
+            raise CheckpointError(where, what, "Use the params.json of the checkpoint")
+        return model, Dimensions.of(model, vocab_size, groups, groups)
+
+    def _check(self, dims: Dimensions) -> None:
+        check_divides(str(self.folder), dims, self.shards)
+        expected = {name: shape for name, shape, _ in shard_tensors(dims, self.shards)}
+        for shard in self._shards:
+            found = {name: t.shape for name, t in shard.tensors.items() if name != ROPE}
+            check_names(str(shard.path), found, expected)
+
+    def _norm_groups(self, dims: Dimensions, which: str) -> int:
+        """The fewest groups of shards with the same QK-norms, over all layers."""
+        rows = []
+        for layer in range(dims.num_layers):
+            for part in ("weight", "bias"):
+                name = f"layers.{layer}.attention.{which}_normalization.{part}"
+                rows.append(torch.stack([shard.read(name) for shard in self._shards]))
+        return norm_groups(rows)
+
+
+class Sink:
+    """Writes Meta's shards. See ``formats.base.Sink``."""
+
+    def __init__(self, target: Target) -> None:
+        dims = target.dimensions
+        self._shards = target.shards or max(1, dims.q_norm_groups, dims.k_norm_groups)
+        check_divides(f"--shards {self._shards}", dims, self._shards)
+        for groups in (dims.q_norm_groups, dims.k_norm_groups):
+            if groups and self._shards % groups:
+                raise CheckpointError(
+                    f"--shards {self._shards}",
+                    f"the model has {groups} groups of QK-norms and a shard holds one, so that "
+                    f"{self._shards} shards cannot hold them",
+                    f"Use --shards {groups}, or a multiple of it",
+                )
+        self._target = target
+        self._tensors = {
+            name: (shape, target.dtypes[piece.key])
+            for name, shape, piece in shard_tensors(dims, self._shards)
+        }
+        self._tensors[ROPE] = ((dims.head_dim // 2,), target.main_dtype)
+
+    def files(self) -> dict[str, int]:
+        """The shards and their sizes, to some kilobytes."""
+        size_bytes = sum(count(shape) * dtype.itemsize for shape, dtype in self._tensors.values())
+        return dict.fromkeys(shard_names(self._shards), size_bytes)
+
+    def write(self, folder: Path, stream: Stream) -> None:
+        """Write everything."""
+        dims, model = self._target.dimensions, self._target.model
+        shards = [create(folder / name, self._tensors) for name in shard_names(self._shards)]
+        turns = torch.arange(0, dims.head_dim, 2, dtype=torch.float64) / dims.head_dim
+        freqs = (float(model.rotary_base) ** -turns).to(self._target.main_dtype)
+        for shard in shards:
+            shard.write(ROPE, freqs)
+        for piece, tensor in stream:
+            for part, whole in zip(piece.meta, piece.to_hf(tensor).values(), strict=True):
+                parts = part.to_shards(whole, dims, self._shards)
+                for shard, own in zip(shards, parts, strict=True):
+                    shard.write(part.name, own)
+        _write_json(folder / PARAMS_FILE, {"model": model_params(model, dims)})
+        _write_json(folder / SHARDS_FILE, {"model_parallel_size": self._shards})
+        write_meta_tokenizer(self._target.tokenizer, folder / TOKENIZER_FOLDER)
+        write_origin(folder, self._target)
+
+
+def shard_names(shards: int) -> list[str]:
+    """File names of so many shards."""
+    if shards == 1:
+        return ["consolidated.pth"]
+    return [f"consolidated.{index:02}.pth" for index in range(shards)]
+
+
+def shard_tensors(dims: Dimensions, shards: int) -> list[tuple[str, tuple[int, ...], Piece]]:
+    """Every tensor of one shard: its name, its shape, and the piece that it is of."""
+    return [
+        (part.name, part.shape(whole, dims, shards), piece)
+        for piece in pieces(dims)
+        for part, whole in zip(piece.meta, piece.hf_shapes.values(), strict=True)
+    ]
+
+
+def check_divides(where: str, dims: Dimensions, shards: int) -> None:
+    """Refuse a number of shards into which the model cannot be cut.
+
+    Raises:
+        CheckpointError: It names the first size that does not divide.
+    """
+    for name in (
+        "num_query_groups",
+        "num_attention_heads",
+        "hidden_size",
+        "ffn_hidden_size",
+        "vocab_size",
+    ):
+        if getattr(dims, name) % shards:
+            raise CheckpointError(
+                where,
+                f"{name} {getattr(dims, name)} does not divide by {shards} shards",
+                f"Use a divisor of {getattr(dims, name)} as the number of shards",
+            )
+
+
+def model_params(model: ModelConfig, dims: Dimensions) -> dict[str, Any]:
+    """The reference code's settings.
+
+    It computes the feed-forward's width as 2/3 of 4 dim, times ``ffn_dim_multiplier``, rounded up
+    to ``multiple_of``: they are chosen so that the width comes out.
+    """
+    ffn, base = model.ffn_hidden_size, int(2 * 4 * model.hidden_size / 3)
+    multiple_of = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if ffn % size == 0)
+    by_default = -(-base // multiple_of) * multiple_of == ffn
+    return {
+        "dim": model.hidden_size,
+        "n_layers": model.num_layers,
+        "n_heads": model.num_attention_heads,
+        "n_kv_heads": dims.num_query_groups,
+        "vocab_size": dims.vocab_size,
+        "ffn_dim_multiplier": None if by_default else (ffn + 0.5) / base,
+        "multiple_of": multiple_of,
+        "norm_eps": model.layernorm_epsilon,
+        "rope_theta": float(model.rotary_base),
+        "qk_normalization": dims.q_norm_groups > 0,
+        "swin_norm": model.norm_order == "swin",
+        "max_seq_len": model.seq_length,
+    }
+
+
+def _params(folder: Path) -> dict[str, Any]:
+    content = read_json_object(folder / PARAMS_FILE, "Copy it from where the shards come from")
+    model = content.get("model", {})
+    return {**content, **model} if isinstance(model, dict) else content
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    """The shards in order, after their number was compared with what the settings say."""
+    single = folder / "consolidated.pth"
+    files = sorted(
+        (path for path in folder.glob("consolidated.*.pth") if _SHARD.fullmatch(path.name)),
+        key=lambda path: int(path.name.split(".")[1]),
+    )
+    if single.is_file():
+        if files:
+            raise CheckpointError(
+                str(folder),
+                f"holds consolidated.pth and {files[0].name}",
+                "Leave the shards of one model in it",
+            )
+        files = [single]
+    expected = len(files)
+    if (folder / SHARDS_FILE).is_file():
+        settings = read_json_object(folder / SHARDS_FILE, "Copy it again")
+        expected = int(settings.get("model_parallel_size", expected))
+    wanted = shard_names(max(expected, 1))
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            str(folder),
+            f"{len(missing)} of {len(wanted)} shards are missing, the first is {missing[0]}",
+            "Copy the whole folder",
+        )
+    if len(files) != len(wanted):
+        raise CheckpointError(
+            str(folder / SHARDS_FILE),
+            f"says {len(wanted)} shards, there are {len(files)}",
+            "Leave the shards of one model in the folder",
+        )
+    return files
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

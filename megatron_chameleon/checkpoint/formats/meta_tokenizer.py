@@ -1,0 +1,135 @@
+"""Meta's tokenizer folder: ``text_tokenizer.json``, ``vqgan.ckpt`` and ``vqgan.yaml``.
+
+Ours has a sentencepiece model in place of the first and safetensors in place of the second.
+``text.model``, ``vocabulary.json`` and ``image.json`` are kept beside, so that what we wrote comes
+back to the byte. Source of the names: image_tokenizer.py, vqgan.py of facebookresearch/chameleon.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_chameleon.checkpoint.formats.base import check_names
+from megatron_chameleon.checkpoint.formats.pth_files import PthFile
+from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.tokenizer.image import IMAGE_CONFIG_FILE, save_vqgan
+from megatron_chameleon.tokenizer.sentencepiece_model import sentencepiece_from_huggingface
+from megatron_chameleon.tokenizer.text import TEXT_MODEL_FILE, TextTokenizer
+from megatron_chameleon.tokenizer.vocabulary import VOCABULARY_FILE, Vocabulary
+from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
+
+META_TEXT_FILE, VQGAN_FILE, VQGAN_CONFIG_FILE = "text_tokenizer.json", "vqgan.ckpt", "vqgan.yaml"
+_KEPT = (TEXT_MODEL_FILE, VOCABULARY_FILE, IMAGE_CONFIG_FILE)
+
+
+def write_meta_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer as Meta's code reads it, and beside it what its files cannot hold.
+
+    Args:
+        tokenizer: With its image tokenizer.
+        folder: Does not exist yet.
+    """
+    from megatron_chameleon.tokenizer.huggingface import fast_tokenizer
+
+    assert tokenizer.image is not None
+    folder.mkdir()
+    fast_tokenizer(tokenizer).backend_tokenizer.save(str(folder / META_TEXT_FILE))
+    weights = tokenizer.image.model.state_dict()
+    torch.save({"state_dict": {n: t.cpu() for n, t in weights.items()}}, folder / VQGAN_FILE)
+    content = {"model": {"params": _vqgan_params(tokenizer.image.config)}}
+    text = yaml.safe_dump(content, sort_keys=False)
+    (folder / VQGAN_CONFIG_FILE).write_text(text, encoding="utf-8")
+    for name in _KEPT:
+        shutil.copyfile(tokenizer.folder / name, folder / name)
+
+
+def read_meta_tokenizer(folder: Path, output: Path) -> Path:
+    """Make a tokenizer folder of ours.
+
+    Args:
+        folder: Meta's, written by us or by others.
+        output: Where ours goes; made where it is missing.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        CheckpointError: The image tokenizer's files are missing, damaged or do not fit.
+        DataError: The vocabulary cannot be used.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if (folder / TEXT_MODEL_FILE).is_file() and (folder / VOCABULARY_FILE).is_file():
+        for name in (TEXT_MODEL_FILE, VOCABULARY_FILE):
+            shutil.copyfile(folder / name, output / name)
+    else:
+        model = sentencepiece_from_huggingface(folder / META_TEXT_FILE)
+        (output / TEXT_MODEL_FILE).write_bytes(model)
+        Vocabulary.from_tokens(TextTokenizer(model).tokens, where=str(folder)).save(output)
+    config = _read_vqgan_config(folder / VQGAN_CONFIG_FILE)
+    save_vqgan(_read_vqgan(folder / VQGAN_FILE, config), output)
+    if (folder / IMAGE_CONFIG_FILE).is_file():
+        shutil.copyfile(folder / IMAGE_CONFIG_FILE, output / IMAGE_CONFIG_FILE)
+    return output
+
+
+def _read_vqgan(path: Path, config: VqganConfig) -> Vqgan:
+    file = PthFile(path)
+    # the discriminator and perceptual loss of its training, which nothing needs any more
+    names = [name for name in file.tensors if not name.startswith("loss.")]
+    with torch.device("meta"):
+        model = Vqgan(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_names(str(path), {name: file.tensors[name].shape for name in names}, expected)
+    model.load_state_dict({name: file.read(name) for name in names}, assign=True)
+    return model
+
+
+def _vqgan_params(config: VqganConfig) -> dict[str, Any]:
+    return {
+        "embed_dim": config.embed_dim,
+        "n_embed": config.codebook_size,
+        "ddconfig": {
+            "double_z": False,
+            "z_channels": config.z_channels,
+            "resolution": config.resolution,
+            "in_channels": config.in_channels,
+            "out_ch": config.in_channels,
+            "ch": config.base_channels,
+            "ch_mult": list(config.ch_mult),
+            "num_res_blocks": config.num_res_blocks,
+            "attn_resolutions": [],
+            "dropout": config.dropout,
+        },
+    }
+
+
+def _read_vqgan_config(path: Path) -> VqganConfig:
+    try:
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
+        values = params["ddconfig"]
+        config = VqganConfig(
+            resolution=int(values["resolution"]),
+            in_channels=int(values["in_channels"]),
+            base_channels=int(values["ch"]),
+            ch_mult=[int(factor) for factor in values["ch_mult"]],
+            num_res_blocks=int(values["num_res_blocks"]),
+            z_channels=int(values["z_channels"]),
+            embed_dim=int(params["embed_dim"]),
+            codebook_size=int(params["n_embed"]),
+            dropout=float(values.get("dropout", 0.0)),
+        )
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            str(path), f"cannot be read ({error!r})", "Copy it from where vqgan.ckpt comes from"
+        ) from error
+    if values.get("double_z") or values.get("attn_resolutions"):
+        raise CheckpointError(
+            str(path),
+            "double_z or attn_resolutions is set, which this image tokenizer does not have",
+            "Give another tokenizer with --tokenizer",
+        )
+    return config

@@ -1,0 +1,87 @@
+"""Find out what format a checkpoint has, and open it with its tokenizer."""
+
+from pathlib import Path
+
+from megatron_chameleon.checkpoint.formats import FORMATS, load_format
+from megatron_chameleon.checkpoint.formats.base import Source
+from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
+    META_TEXT_FILE,
+    read_meta_tokenizer,
+)
+from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a checkpoint of any format.
+
+    Args:
+        path: A training checkpoint, a ``checkpoints`` or run folder, a Hugging Face folder, or one
+            of Meta's.
+
+    Raises:
+        CheckpointError: It is none of them, or damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file, and checkpoints are folders" if folder.exists() else "no such folder"
+        raise CheckpointError(str(path), what, "Give a checkpoint or a run folder")
+    for name in FORMATS:
+        module = load_format(name)
+        if module.recognise(folder):
+            return module.Source(folder)
+    raise CheckpointError(
+        str(path),
+        "holds no state.json or step_... folder (megatron), no config.json (hf) and no params.json "
+        "(meta)",
+        "Give a checkpoint of one of these formats",
+    )
+
+
+def open_tokenizer(
+    source: Source, folder: str | Path | None, scratch: Path, device: str = "cpu"
+) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with.
+
+    Args:
+        source: The checkpoint.
+        folder: Ours or Meta's; None takes the checkpoint's own.
+        scratch: A folder that may be made, for files that are put together.
+        device: Where the image tokenizer runs.
+
+    Raises:
+        DataError: The folder is no whole tokenizer.
+        CheckpointError: It is another tokenizer than the checkpoint's.
+    """
+    if folder is None:
+        path = source.tokenizer_folder(scratch)
+    elif (Path(folder) / META_TEXT_FILE).is_file():
+        path = read_meta_tokenizer(Path(folder), scratch)
+    else:
+        path = Path(folder)
+    tokenizer = load_tokenizer(path, device=device)
+    if source.fingerprint is not None:
+        check_fingerprint(tokenizer, source.fingerprint, str(source.folder))
+    if tokenizer.vocabulary.size != source.dimensions.vocab_size:
+        raise CheckpointError(
+            str(folder or path),
+            f"has {tokenizer.vocabulary.size} tokens, the checkpoint "
+            f"{source.dimensions.vocab_size}",
+            "Give the tokenizer of the run with --tokenizer",
+        )
+    return tokenizer
+
+
+def check_fingerprint(tokenizer: Tokenizer, expected: str, checkpoint: str) -> None:
+    """Refuse a tokenizer whose ids mean something else to the model.
+
+    Raises:
+        CheckpointError: The fingerprints differ.
+    """
+    if tokenizer.fingerprint != expected:
+        raise CheckpointError(
+            str(tokenizer.folder),
+            f"its fingerprint is {tokenizer.fingerprint[:12]}, {checkpoint} was trained with "
+            f"{expected[:12]}",
+            "Give the tokenizer of the run with --tokenizer",
+        )

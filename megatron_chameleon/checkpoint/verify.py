@@ -1,0 +1,208 @@
+"""Compare two checkpoints of any formats, tensor by tensor.
+
+    chameleon verify runs/digits exported/digits
+
+Both are mapped to Hugging Face's tensors, where each head has its own QK-norm: so a checkpoint that
+keeps one QK-norm for a group of heads equals one that repeats it.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from megatron_chameleon.checkpoint.formats.base import Source
+from megatron_chameleon.checkpoint.formats.hf_model import (
+    load_transformers,
+    logits,
+    read_transformers,
+)
+from megatron_chameleon.checkpoint.formats.opening import open_source, open_tokenizer
+from megatron_chameleon.checkpoint.formats.safetensors_files import as_bytes
+from megatron_chameleon.checkpoint.names import pieces
+from megatron_chameleon.errors import ChameleonError, ConfigError
+from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+
+SHOWN_DIFFERENCES = 5
+SETTINGS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "norm_order",
+    "layernorm_epsilon",
+    "rotary_base",
+)
+"""What decides, beside the tensors, what a model computes."""
+COMPARED_ELEMENTS = 2**24
+MEMORY_SHARE = 0.5
+"""Of the free memory, for two models in fp32: larger ones are compared by their tensors alone."""
+LOGITS_TOLERANCE = 1e-5
+"""Two models of the same numbers may still differ in what their configs say of them."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing in which two checkpoints differ."""
+
+    name: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
+@dataclass
+class Comparison:
+    """What two checkpoints have in common."""
+
+    first: Source
+    second: Source
+    tensors: int
+    parameters: int
+    largest: float
+    """The largest |a - b| of an element as a share of its tensor's largest |a|."""
+    largest_name: str
+    differences: list[Difference]
+    tokenizers: str
+    """Equal, different, or why they were not compared."""
+    logits: float | None = None
+    """The largest difference of the logits on a fixed mixed document; None: not computed."""
+
+
+def verify(
+    first: str | Path,
+    second: str | Path,
+    *,
+    tolerance: float = 0.0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Compare settings, tensors and tokenizers; the tensors stream.
+
+    Args:
+        first: A checkpoint of any format.
+        second: Another one.
+        tolerance: Largest |a - b| of an element, as a share of the largest |a| of its tensor, that
+            counts as equal. 0: the same numbers, whatever their dtype, and the same bits where the
+            dtype is the same.
+        progress: Gets a line after each layer.
+
+    Raises:
+        CheckpointError: One of them cannot be opened.
+        ConfigError: The tolerance is below 0.
+    """
+    if not tolerance >= 0:
+        raise ConfigError(f"--tolerance {tolerance}", "is below 0", "Give 0 or more")
+    a, b = open_source(first), open_source(second)
+    result = Comparison(a, b, 0, 0, 0.0, "", _compare_settings(a, b), "not compared")
+    if result.differences:
+        return result
+    with tempfile.TemporaryDirectory() as scratch:
+        result.tokenizers, tokenizer = _compare_tokenizers(a, b, Path(scratch))
+    if result.tokenizers == "different":
+        result.differences.append(Difference("tokenizer", "its files differ"))
+    layer = None
+    both = zip(pieces(a.dimensions), pieces(b.dimensions), strict=True)
+    for piece_a, piece_b in both:
+        if layer is not None and piece_a.layer != layer:
+            progress(f"layer {layer + 1}/{a.dimensions.num_layers}")
+        layer = piece_a.layer
+        parts_b = piece_b.to_hf(b.read(piece_b))
+        for name, part in piece_a.to_hf(a.read(piece_a)).items():
+            result.tensors += 1
+            result.parameters += part.numel()
+            share = largest_difference(part, parts_b[name])
+            if not share <= result.largest:
+                result.largest, result.largest_name = share, name
+            if not share <= tolerance:
+                result.differences.append(Difference(name, f"differs by {share:.3g}"))
+    fits = 2 * 4 * result.parameters < MEMORY_SHARE * psutil.virtual_memory().available
+    if tokenizer and fits and a.dimensions.q_norm_groups:
+        result.logits = _compare_logits(a, b, tokenizer)
+        if tolerance == 0 and not result.differences and not result.logits <= LOGITS_TOLERANCE:
+            result.differences.append(Difference("logits", f"differ by {result.logits:.3g}"))
+    return result
+
+
+def _compare_logits(a: Source, b: Source, tokenizer: Tokenizer) -> float:
+    """The largest difference between what transformers computes with either, in fp32."""
+    document = fixed_document(tokenizer.vocabulary, a.model.seq_length)
+    first, second = (
+        logits(_in_transformers(source, tokenizer).float(), document) for source in (a, b)
+    )
+    return (first - second).abs().nan_to_num(nan=torch.inf).max().item()
+
+
+def _in_transformers(source: Source, tokenizer: Tokenizer) -> Any:
+    """As a user would open it, where that is possible."""
+    if source.format == "hf":
+        return load_transformers(source.folder)
+    return read_transformers(source, tokenizer)
+
+
+def fixed_document(vocabulary: Vocabulary, longest: int) -> torch.Tensor:
+    """Token ids [1, T] of a document with text, an image and text again, always the same.
+
+    Args:
+        vocabulary: Its last tokens are taken for text, as pieces have the last ids.
+        longest: Where it is cut off.
+    """
+    text = [vocabulary.size - 1 - (i * 31) % 97 for i in range(24)]
+    codes = [i * 7919 % vocabulary.image_codes for i in range(64)]
+    image = vocabulary.codes_to_token_ids(np.array(codes)).tolist()
+    ids = [vocabulary.bos, *text, vocabulary.begin_image, *image, vocabulary.end_image]
+    ids += [*reversed(text), vocabulary.eos]
+    return torch.tensor([ids[:longest]])
+
+
+def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """The largest |a - b| as a share of the largest |a|; infinite where one is no number.
+
+    0 only for the same numbers, and for tensors of one dtype only for the same bits.
+    """
+    if first.dtype == second.dtype and as_bytes(first) == as_bytes(second):
+        return 0.0
+    largest, scale = 0.0, 0.0
+    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    blocks = zip(
+        first.flatten().split(COMPARED_ELEMENTS),
+        second.flatten().split(COMPARED_ELEMENTS),
+        strict=True,
+    )
+    for a, b in blocks:
+        a, b = a.to(wide), b.to(wide)
+        largest = max(largest, (a - b).abs().nan_to_num(nan=torch.inf).max().item())
+        scale = max(scale, a.abs().max().item())
+    if first.dtype == second.dtype:
+        # -0.0 for 0.0 is another bit, and the smallest difference that there is
+        largest = max(largest, torch.finfo(torch.float64).tiny)
+    return 0.0 if largest == 0 else largest / scale if scale > 0 else torch.inf
+
+
+def _compare_settings(a: Source, b: Source) -> list[Difference]:
+    names = [name for name in SETTINGS if getattr(a.model, name) != getattr(b.model, name)]
+    found = [
+        Difference(name, f"{getattr(a.model, name)} and {getattr(b.model, name)}") for name in names
+    ]
+    if a.dimensions.vocab_size != b.dimensions.vocab_size:
+        sizes = f"{a.dimensions.vocab_size} and {b.dimensions.vocab_size}"
+        found.append(Difference("vocabulary", sizes))
+    if (a.dimensions.q_norm_groups > 0) != (b.dimensions.q_norm_groups > 0):
+        found.append(Difference("QK-norm", "one has it, the other has not"))
+    return found
+
+
+def _compare_tokenizers(a: Source, b: Source, scratch: Path) -> tuple[str, Tokenizer | None]:
+    try:
+        first = open_tokenizer(a, None, scratch / "a")
+        second = open_tokenizer(b, None, scratch / "b")
+    except ChameleonError as error:
+        return f"not compared ({error.where}: {error.what})", None
+    return ("equal" if first.fingerprint == second.fingerprint else "different"), first

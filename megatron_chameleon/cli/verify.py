@@ -1,0 +1,51 @@
+"""``chameleon verify A B``: compare two checkpoints of any formats, tensor by tensor."""
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("first", help="a checkpoint of any format")
+    parser.add_argument("second", help="another one")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="largest difference, as a share of a tensor's largest number (default: 0)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare, and end with 0 if nothing differs, with 2 otherwise."""
+    from megatron_chameleon.checkpoint.verify import SHOWN_DIFFERENCES, verify
+    from megatron_chameleon.errors import CheckpointError
+
+    result = verify(
+        args.first,
+        args.second,
+        tolerance=args.tolerance,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    for difference in result.differences[:SHOWN_DIFFERENCES]:
+        print(difference)
+    if count := len(result.differences):
+        raise CheckpointError(
+            str(args.second),
+            f"differs from {args.first} in {count} place{'s' if count > 1 else ''}, the first is "
+            f"{result.differences[0].name}",
+            "Convert again, or allow differences with --tolerance",
+        )
+    largest = (
+        "bit for bit or in value"
+        if result.largest == 0
+        else f"up to {result.largest:.3g} (in {result.largest_name})"
+    )
+    print(
+        f"equal: {result.first.folder} ({result.first.format}) and {result.second.folder} "
+        f"({result.second.format}): {result.tensors:,} tensors, {result.parameters:,} parameters "
+        f"{largest}; logits "
+        + ("not computed" if result.logits is None else f"within {result.logits:.3g}")
+        + f"; tokenizers {result.tokenizers}"
+    )

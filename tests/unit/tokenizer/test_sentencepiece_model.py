@@ -1,0 +1,81 @@
+"""A sentencepiece model made from tokenizer.json gives the same ids, or is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.folder import load_tokenizer
+from megatron_chameleon.tokenizer.huggingface import fast_tokenizer
+from megatron_chameleon.tokenizer.image import ImageTokenizer
+from megatron_chameleon.tokenizer.sentencepiece_model import (
+    SAMPLES,
+    build_model,
+    sentencepiece_from_huggingface,
+)
+from megatron_chameleon.tokenizer.text import TextTokenizer
+from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+
+
+@pytest.fixture
+def exported(tiny_tokenizer: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "text_tokenizer.json"
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    assert isinstance(tokenizer.image, ImageTokenizer)
+    fast_tokenizer(tokenizer).backend_tokenizer.save(str(path))
+    return path
+
+
+def test_ids_and_kinds_come_back(exported: Path, tiny_tokenizer: Path) -> None:
+    old = TextTokenizer.load(tiny_tokenizer)
+    new = TextTokenizer(sentencepiece_from_huggingface(exported))
+    assert new.tokens == old.tokens
+    assert Vocabulary.from_tokens(new.tokens) == Vocabulary.load(tiny_tokenizer)
+    for text in SAMPLES:
+        assert new.encode(text) == old.encode(text)
+        assert new.decode(new.encode(text)) == text.replace("▁", " ")
+    kinds = [(old.is_text(i), old.is_byte(i)) for i in range(old.size)]
+    assert [(new.is_text(i), new.is_byte(i)) for i in range(new.size)] == kinds
+
+
+def test_a_vocabulary_of_another_kind_is_refused(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>", "<pad>", *alphabet])}
+    byte_level = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    byte_level.save(str(tmp_path / "t.json"))
+    with pytest.raises(DataError, match=r"sentencepiece would give other ids for 'The quick"):
+        sentencepiece_from_huggingface(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].update(type="WordPiece"), "is a WordPiece, not a BPE"),
+        (lambda c: c["model"]["vocab"].pop("<s>"), "ids have gaps"),
+        (lambda c: c.pop("model"), r"is no tokenizer\.json"),
+    ],
+)
+def test_other_files_are_refused(exported: Path, change, message: str) -> None:
+    content = json.loads(exported.read_text())
+    change(content)
+    exported.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        sentencepiece_from_huggingface(exported)
+
+
+def test_a_prefix_is_added_where_it_is_asked_for() -> None:
+    names = ["<s>", "<pad>", "</s>", "<unk>", "▁", "a", "▁a"]
+    plain, prefixed = (
+        TextTokenizer(
+            build_model(
+                names, {"▁a": 0}, {"<s>", "<pad>", "</s>"}, byte_fallback=False, add_prefix=add
+            )
+        )
+        for add in (False, True)
+    )
+    assert (plain.encode("a"), prefixed.encode("a")) == ([5], [6])
