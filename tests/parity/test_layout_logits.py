@@ -12,7 +12,7 @@ from run_command import environment
 from test_export_logits import exported_logits, random_token_ids
 from tiny_model import VOCAB_SIZE, random_tensors, write_checkpoint
 
-from megatron_chameleon.checkpoint.convert import convert_to_hf
+from megatron_chameleon.checkpoint.convert import convert
 from megatron_chameleon.config.schema import ModelConfig
 
 # fp32 carries 6e-8 and the logits reach about 4; the project promises 1e-5.
@@ -51,7 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> P
         tensors = random_tensors(model, VOCAB_SIZE)
         checkpoint = folder / name / "step_00000007"
         write_checkpoint(checkpoint, model, tensors, tiny_tokenizer)
-        convert_to_hf(checkpoint, folder / f"{name}-hf")
+        convert(checkpoint, folder / f"{name}-hf", "hf")
         torch.save(exported_logits(folder / f"{name}-hf", token_ids), folder / f"{name}.pt")
         jobs += [
             {
