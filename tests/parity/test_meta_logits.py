@@ -116,7 +116,7 @@ def megatron_logits(checkpoint: Path, token_ids: Tensor) -> Tensor:
 
     from megatron_chameleon.model.chameleon import build_model
     from megatron_chameleon.parallel import platform
-    from megatron_chameleon.parallel.topology import create_topology, seed_random
+    from megatron_chameleon.parallel.topology import create_topology
 
     platform.prepare()
     config = CheckpointReader(checkpoint).config
@@ -124,8 +124,8 @@ def megatron_logits(checkpoint: Path, token_ids: Tensor) -> Tensor:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         topology = create_topology(config.parallel)
-        seed_random(1, 0, topology)
-        model = build_model(config, 320, topology).eval()
+        (model,) = build_model(config, 320, topology)
+        model.eval()
         state = dist_checkpointing.load(model.sharded_state_dict(), str(checkpoint))
         model.load_state_dict(state)
         positions = torch.arange(token_ids.shape[1]).expand_as(token_ids)
