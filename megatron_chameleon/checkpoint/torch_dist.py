@@ -1,5 +1,6 @@
 """megatron-core's distributed checkpoint (``torch_dist``), which any layout can load."""
 
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_chameleon.errors import CheckpointError
@@ -42,6 +44,10 @@ class ShardedSnapshot:
         Raises:
             OSError: On every rank, if one of them could not write.
         """
+        # megatron-core would start a process for this queue, for a writer that is not used here: it
+        # takes seconds and 270 MB, outlives a run that is killed, and where a signal to a whole
+        # job kills it first, the save waits for ever.
+        filesystem_async._results_queue = queue.Queue()
         try:
             dist_checkpointing.save(self._state, str(folder))
         except (Exception, CheckpointException) as error:

@@ -44,9 +44,13 @@ def run(args: argparse.Namespace) -> None:
             if launch.rank == 0:
                 print(loop.dry_run_text(job, launch))
             return
-        loop.train(job, launch)
+        finished = loop.train(job, launch)
     except ChameleonError:
         # All ranks find the same mistake; one of them says it.
         if launch.rank != 0 and not args.debug:
             sys.exit(2)
         raise
+    if not finished:
+        from megatron_chameleon.training.interruption import EXIT_CODE
+
+        sys.exit(EXIT_CODE)

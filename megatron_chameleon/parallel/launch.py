@@ -2,9 +2,15 @@
 
 torchrun (and the deepspeed launcher) set RANK and WORLD_SIZE, srun sets SLURM_PROCID, mpiexec its
 own names; a process that finds none of them is a job of its own.
+
+Where the processes meet, MASTER_ADDR and MASTER_PORT say. torchrun sets them; under srun they
+follow from SLURM's variables, and under mpiexec rank 0 tells the others by MPI. Whoever sets them
+himself is listened to.
 """
 
 import os
+import socket
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +23,8 @@ _LAUNCHERS = {
     "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
+
+_FIRST_PORT, _PORTS = 15_000, 15_000  # below the ports that systems hand out themselves
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,75 @@ def join(launch: Launch) -> None:
     if launch.launcher == "alone":
         store = torch.distributed.HashStore()  # one process meets itself without a port
     else:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                what = f"{name} is not set and {launch.launcher} does not set it"
-                raise ConfigError("launch", what, f"Export {name} of the first node")
+        _set_meeting_point(launch)
     torch.distributed.init_process_group(
         platform.backend(), store=store, rank=launch.rank, world_size=launch.world_size
     )
+
+
+def _set_meeting_point(launch: Launch) -> None:
+    """Set what is not set yet of MASTER_ADDR and MASTER_PORT."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if not missing:
+        return
+    found: dict[str, str] = {}
+    if launch.launcher == "srun":
+        found = slurm_meeting_point(os.environ)
+    elif launch.launcher in ("openmpi", "mpich"):
+        found = _mpi_meeting_point(launch)
+    for name in missing:
+        if name not in found:
+            what = f"{name} is not set and {launch.launcher} does not set it"
+            raise ConfigError("launch", what, f"Export {name} of the first node")
+        os.environ[name] = found[name]
+
+
+def slurm_meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
+    """The first node of a job step, and a port that follows from the numbers of job and step.
+
+    Rank 0 runs on the first node, as ``--distribution`` has it unless told otherwise.
+
+    Raises:
+        ConfigError: ``scontrol``, which reads lists such as ``node[3-5,9]``, does not answer.
+    """
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        first = answer.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        what = f"`{' '.join(command)}` names no node ({error})"
+        remedy = "Export MASTER_ADDR and MASTER_PORT of the first node"
+        raise ConfigError("SLURM_STEP_NODELIST", what, remedy) from error
+    numbers = [environment.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
+    job, step = (int(number) if number.isdigit() else 0 for number in numbers)
+    port = _FIRST_PORT + (job * 7 + step) % _PORTS
+    return {"MASTER_ADDR": first, "MASTER_PORT": str(port)}
+
+
+def _mpi_meeting_point(launch: Launch) -> dict[str, str]:
+    """Rank 0's host name and a free port of its machine, told to all by MPI.
+
+    Raises:
+        ConfigError: mpi4py is missing, or belongs to another MPI than the launcher, so that each
+            process finds itself alone.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        what = f"MASTER_ADDR is not set, and mpi4py cannot be used ({error})"
+        remedy = "pip install 'megatron_chameleon[mpi]', or export MASTER_ADDR and MASTER_PORT"
+        raise ConfigError(launch.launcher, what, remedy) from error
+    world = MPI.COMM_WORLD
+    if (world.Get_rank(), world.Get_size()) != (launch.rank, launch.world_size):
+        what = f"mpi4py sees rank {world.Get_rank()} of {world.Get_size()}, the launcher says "
+        what += f"{launch.rank} of {launch.world_size}"
+        remedy = "Use the mpiexec of the MPI that mpi4py was built with"
+        raise ConfigError(launch.launcher, what, remedy)
+    found: dict[str, object] = {}
+    if launch.rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            found = {"MASTER_ADDR": socket.gethostname(), "MASTER_PORT": probe.getsockname()[1]}
+    found = world.bcast(found)
+    return {name: str(value) for name, value in found.items()}

@@ -21,6 +21,7 @@ from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.training.engine import TrainingEngine, build_engine, check_installed
 from megatron_chameleon.training.failure import check_loaded_weights, name_broken_weights
+from megatron_chameleon.training.interruption import Interruption
 from megatron_chameleon.training.progress import Progress
 from megatron_chameleon.training.run_folder import RunFolder, check_run_folder, checkpoints_folder
 
@@ -73,22 +74,26 @@ def _check_vocabulary(vocab_size: int, config: Config) -> None:
         raise ConfigError("tokenizer.path", what, remedy)
 
 
-def train(job: Job, launch: Launch) -> None:
+def train(job: Job, launch: Launch) -> bool:
     """Train to the last step of the config; every process of the job calls it.
+
+    Returns:
+        Whether the last step is done; False if a signal asked to save and stop before.
 
     Raises:
         ConfigErrors: The machine lacks what the config needs.
     """
     check_machine(job.config)
-    platform.prepare()
-    join(launch)
-    try:
-        train_joined(job)
-    finally:
-        leave()
+    with Interruption() as interruption:
+        platform.prepare()
+        join(launch)
+        try:
+            return train_joined(job, interruption)
+        finally:
+            leave()
 
 
-def train_joined(job: Job) -> None:
+def train_joined(job: Job, interruption: Interruption) -> bool:
     """``train`` in a process that has joined its job and stays in it."""
     config, reader = job.config, job.reader
     topology = create_topology(config.parallel)
@@ -117,12 +122,18 @@ def train_joined(job: Job) -> None:
             run.write_metrics(metrics)
             if step % config.logging.every_steps == 0 or step == config.training.steps:
                 print(progress.line(step, metrics), flush=True)
-        if _is_save_step(config, step):
+        stop = interruption.agreed()
+        if stop or _is_save_step(config, step):
             path = store.save(checkpoints_folder(config), step, engine, job.checkpoint_extra())
             if run:
                 print(f"saved {path}", flush=True)
+        if stop and step < config.training.steps:
+            if run:
+                print(f"{stop}: stopped after step {step}; the same command goes on", flush=True)
+            break
     if run:
         run.close()
+    return step == config.training.steps
 
 
 def describe(job: Job) -> str:

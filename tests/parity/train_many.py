@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import find_launch, join, leave
+from megatron_chameleon.training.interruption import Interruption
 from megatron_chameleon.training.loop import prepare, train_joined
 
 
@@ -26,7 +27,7 @@ def main() -> None:
         resume = words.pop(words.index("--resume") + 1) if "--resume" in words else "auto"
         overrides = [word for word in words if word != "--resume"]
         config = load_config(config_file, [*overrides, f"logging.run_dir={run}"])
-        train_joined(prepare(config, launch.world_size, resume))
+        train_joined(prepare(config, launch.world_size, resume), Interruption())
         parallel_state.destroy_model_parallel()
     leave()
 

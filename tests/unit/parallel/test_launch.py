@@ -1,9 +1,11 @@
 """Which launcher started this process, read from its variables."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.parallel.launch import Launch, find_launch, join
+from megatron_chameleon.parallel.launch import Launch, find_launch, join, slurm_meeting_point
 
 
 @pytest.mark.parametrize(
@@ -40,5 +42,33 @@ def test_a_launcher_that_does_not_say_where_to_meet(
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv(missing)
-    with pytest.raises(ConfigError, match=f"{missing} is not set and srun does not set it. Export"):
-        join(Launch("srun", 0, 2, 0))
+    match = f"{missing} is not set and torchrun does not set it. Export"
+    with pytest.raises(ConfigError, match=match):
+        join(Launch("torchrun", 0, 2, 0))
+
+
+SCONTROL = """#!/bin/sh
+[ "$*" = "show hostnames node[3-5]" ] && printf 'node3\\nnode4\\nnode5\\n'
+"""
+
+
+def test_srun_meets_on_the_first_node_at_a_port_of_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    variables = {"SLURM_STEP_NODELIST": "node[3-5]", "SLURM_JOB_ID": "812", "SLURM_STEP_ID": "0"}
+    found = slurm_meeting_point(variables)
+    assert found["MASTER_ADDR"] == "node3"
+    assert found == slurm_meeting_point(variables), "all ranks find the same"
+    assert 15_000 <= int(found["MASTER_PORT"]) < 30_000
+    other = slurm_meeting_point({**variables, "SLURM_STEP_ID": "1"})
+    assert other["MASTER_PORT"] != found["MASTER_PORT"], "steps of one job may run at once"
+
+
+def test_srun_without_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    match = r"show hostnames node7` names no node.*Export MASTER_ADDR"
+    with pytest.raises(ConfigError, match=match):
+        slurm_meeting_point({"SLURM_STEP_NODELIST": "node7"})

@@ -1,0 +1,40 @@
+# Sourced by the scripts of this folder, which sbatch starts in the folder where it was called (cd there first).
+# Environment: VENV=.venv  MAX_RESTARTS=20 (of a job whose processes died; saved stops are not counted)
+
+[ -n "${SLURM_JOB_ID:-}" ] || { echo "error: $0: not a SLURM job. Start it by: sbatch $0" >&2; exit 2; }
+VENV=${VENV:-.venv}
+[ -x "$VENV/bin/chameleon" ] || { echo "error: $VENV/bin/chameleon: not there. Set VENV to the environment of the project." >&2; exit 2; }
+export PATH="$(cd "$VENV/bin" && pwd):$PATH"
+export PYTHONUNBUFFERED=1
+export CUDA_DEVICE_MAX_CONNECTIONS=1 # starts tensor parallelism's communication in time
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# NCCL over several nodes. Leave these to NCCL until it picks the wrong card; `NCCL_DEBUG=INFO` prints what it picked.
+#   NCCL_SOCKET_IFNAME=ib0        the card over which the processes first find each other
+#   NCCL_IB_HCA=mlx5_0,mlx5_1     the InfiniBand cards for the data, one a GPU; NCCL_IB_DISABLE=1 falls back to TCP
+#   NCCL_NET_GDR_LEVEL=PHB        how far a card may be from a GPU and still read its memory
+# A collective that hangs ends after 10 minutes, with the stacks of all ranks in the log:
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 TORCH_NCCL_DUMP_ON_TIMEOUT=1
+
+# Run a command on every task of the job, a log file a rank; then end the job, or put it back into the queue.
+#   0 done; 2 a mistake, which a restart would repeat; 75 saved on a signal; anything else: a process or a node died.
+run_in_job() {
+    local restarts=${SLURM_RESTART_COUNT:-0} logs=${LOGS:-logs} code=0
+    mkdir -p "$logs"
+    printf '%s  job %s, restart %s, on %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$restarts" "$SLURM_JOB_NODELIST"
+    printf 'command: srun %s\n' "$(printf '%q ' "$@")"
+    srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/%x-%j-rank%t.log" "$@" || code=$?
+    printf '%s  ended with exit code %s\n' "$(date +%FT%T)" "$code"
+    case $code in
+        0 | 2) ;;
+        75) scontrol requeue "$SLURM_JOB_ID"; sleep 60 ;; # SLURM ends this script meanwhile
+        *)
+            tail -n 3 "$logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-rank"*.log || true
+            if [ "$restarts" -lt "${MAX_RESTARTS:-20}" ]; then
+                scontrol requeue "$SLURM_JOB_ID"
+                sleep 60
+            fi
+            ;;
+    esac
+    exit "$code"
+}

@@ -1,0 +1,104 @@
+"""The scripts of slurm/ on a real SLURM: stopped by signals and a dead node, they end as unbroken.
+
+The jobs of one test run at once: starting Python is most of their time.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ("training.steps=40", "checkpoint.every_steps=3", "model.hidden_dropout=0.1")
+EXACT = ("step", "loss", "loss_text", "loss_image", "z_loss", "grad_norm", "learning_rate")
+SMALL = ("--cpus-per-task=1", "--gpus-per-node=1", "--mem=2000")
+SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def submit(slurm: Cluster, venv: str, tiny) -> Callable[..., str]:
+    """Submit a script of slurm/ with a run into FOLDER/run; returns the job's number."""
+
+    def start(run: str, layout: tuple[str, ...], *overrides: str) -> str:
+        words = (*SMALL, *layout, f"--output={tiny.folder}/{run}.log", "slurm/pretrain_7b.sbatch")
+        run_dir = f"logging.run_dir={tiny.folder / run}"
+        variables = {"VENV": venv, "CONFIG": str(tiny.config), "LOGS": f"{tiny.folder}/{run}-logs"}
+        return slurm.submit(ROOT, *words, run_dir, *SETTINGS, *overrides, **variables)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny) -> list[dict[str, Any]]:
+    tiny.train("slurm-unbroken", *SETTINGS, processes=2)
+    return tiny.metrics("slurm-unbroken")
+
+
+def exact(metrics: list[dict[str, Any]]) -> list[list[Any]]:
+    return [[record[key] for key in EXACT] for record in metrics]
+
+
+def wait_for_step(slurm: Cluster, tiny, run: str, step: int) -> None:
+    path = tiny.folder / run / "metrics.jsonl"
+    slurm.wait_for(lambda: path.exists() and path.read_text().count("\n") >= step, SECONDS)
+
+
+def test_signals_save_and_requeue_over_two_nodes(slurm, submit, tiny, unbroken) -> None:
+    job = submit("signals", ("--nodes=2", "--ntasks-per-node=1"))
+    wait_for_step(slurm, tiny, "signals", 4)
+    slurm.run("scancel", "--signal=USR1", job)  # as --signal=USR1@300 does before the time limit
+    log = tiny.folder / "signals.log"
+    slurm.wait_for(lambda: "restart 1, on node[1-2]" in log.read_text(), SECONDS)
+    first = len(tiny.metrics("signals"))
+    wait_for_step(slurm, tiny, "signals", first + 4)
+    slurm.run("scancel", "--signal=TERM", job)
+    assert slurm.wait_until_ended(job, SECONDS) == "COMPLETED", log.read_text()
+    assert exact(tiny.metrics("signals")) == exact(unbroken)
+    text = log.read_text()
+    assert text.count("ended with exit code 75") == 2
+    assert text.count("ended with exit code 0") == 1
+    assert "command: srun chameleon train" in text
+    rank0 = (tiny.folder / "signals-logs" / f"chameleon-7b-{job}-rank0.log").read_text()
+    assert f"SIGUSR1: stopped after step {first}; the same command goes on" in rank0
+    assert f"starts at step {first}" in rank0
+    assert "SIGTERM: stopped after step" in rank0
+
+
+def test_a_job_comes_back_on_the_other_node(slurm, submit, tiny, unbroken) -> None:
+    job = submit("node", ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1"))
+    wait_for_step(slurm, tiny, "node", 7)
+    log = tiny.folder / "node.log"
+    first = "node1" if "restart 0, on node1" in log.read_text() else "node2"
+    slurm.kill_node(first)
+    try:
+        assert slurm.wait_until_ended(job, SECONDS) == "COMPLETED", log.read_text()
+    finally:
+        slurm.start_node(first)
+    assert exact(tiny.metrics("node")) == exact(unbroken)
+    other = {"node1": "node2", "node2": "node1"}[first]
+    assert f"restart 1, on {other}" in log.read_text()
+
+
+def test_a_mistake_is_not_repeated(slurm, submit, tiny) -> None:
+    job = submit("mistake", ("--nodes=1", "--ntasks-per-node=2"), "optimizer.lr=0")
+    slurm.wait_until_ended(job, SECONDS)
+    assert slurm.state(job) == "FAILED"
+    text = (tiny.folder / "mistake.log").read_text()
+    assert text.count("ended with exit code 2") == 1
+    rank0 = (tiny.folder / "mistake-logs" / f"chameleon-7b-{job}-rank0.log").read_text()
+    assert "error: optimizer.lr: 0.0 is not above 0" in rank0
+
+
+def test_a_process_that_dies_takes_the_job_back_into_the_queue(
+    slurm, submit, tiny, unbroken
+) -> None:
+    job = submit("dies", ("--nodes=1", "--ntasks-per-node=2"))
+    wait_for_step(slurm, tiny, "dies", 7)
+    slurm.kill_task(job, rank=1)
+    assert slurm.wait_until_ended(job, SECONDS) == "COMPLETED"
+    assert exact(tiny.metrics("dies")) == exact(unbroken)
+    text = (tiny.folder / "dies.log").read_text()
+    assert "restart 1, on" in text
+    assert "ended with exit code 75" not in text

@@ -1,0 +1,66 @@
+"""Signals that ask a run to save and stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_chameleon.training.interruption import SIGNALS, Interruption
+
+
+@pytest.fixture(autouse=True)
+def job_of_one() -> Iterator[None]:
+    """A process group, and this process's signals as they were."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_is_noted_and_named(name: str) -> None:
+    with Interruption() as interruption:
+        assert interruption.agreed() is None
+        os.kill(os.getpid(), signal.Signals[name])
+        deadline = time.monotonic() + 10  # another thread may get it, and this one a moment later
+        while not interruption.agreed() and time.monotonic() < deadline:
+            pass
+        assert interruption.agreed() == name
+        assert interruption.agreed() == name, "it is not forgotten"
+
+
+def test_processes_that_were_started_meanwhile_survive() -> None:
+    script = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"
+    with Interruption():
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout == "alive\n"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGUSR1, "without it they would not"
+
+
+def test_a_run_that_was_not_interrupted_leaves_the_signals_as_they_were() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with Interruption():
+        assert signal.getsignal(signal.SIGUSR1) != before
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_second_signal_does_not_end_an_interrupted_run() -> None:
+    """Else one rank's early end would change the exit code of the others."""
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        interruption.agreed()
+    assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    signal.sigtimedwait(SIGNALS, 0)
