@@ -3,13 +3,13 @@
 DeepSpeed's own files hold each rank's part of its flat buffers and load at the same stage and
 layout only. So the state goes another way: DeepSpeed hands out and takes back whole tensors,
 parameter by parameter (``deepspeed.utils.safe_get_full_fp32_param`` and its kin), and they are
-stored as megatron-core's sharded tensors, the weights under the names that the other engine gives
-them too. The data-parallel ranks take turns in keeping a parameter until it is written, so that
+stored as megatron-core's sharded tensors under the names of ``checkpoint/reader.py``, as the other
+engine's are. The data-parallel ranks take turns in keeping a parameter until it is written, so that
 each needs memory for its share only.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,15 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megatron_chameleon.checkpoint.reader import (
+    MAIN_WEIGHT,
+    MOMENTS,
+    OPTIMIZER_PREFIX,
+    CheckpointReader,
+    weight_key,
+)
 from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
 
-WEIGHT = "fp32_param"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 BATCH_ELEMENTS = 256 * 2**20  # parameters loaded at once: 3 GiB with their moments
 
 
@@ -80,13 +85,12 @@ class ShardedState:
                 own = is_main_replica(entry.replica_id)
                 return value.detach().to("cpu" if own else "meta", copy=True)
 
-            weight = _get(optimizer, parameter, WEIGHT)
+            weight = _get(optimizer, parameter, MAIN_WEIGHT)
             state["model"][name] = dataclasses.replace(entry, data=keep(weight.to(parameter.dtype)))
             for part in _parts(parameter):
-                value = weight if part == WEIGHT else _get(optimizer, parameter, part)
-                key = f"optimizer.{part}"
+                value = weight if part == MAIN_WEIGHT else _get(optimizer, parameter, part)
                 state["optimizer"][f"{part}.{name}"] = make_sharded_optimizer_tensor(
-                    entry, keep(value), key
+                    entry, keep(value), f"{OPTIMIZER_PREFIX}state.{part}"
                 )
         return state
 
@@ -94,7 +98,7 @@ class ShardedState:
         """Fill the optimizer, and by it the weights, from a checkpoint. A collective.
 
         Args:
-            checkpoint: Of this engine, at any layout.
+            checkpoint: Of any engine, at any layout.
             optimizer: ``engine.optimizer`` before its first step.
             step: Updates that the checkpoint has behind it.
 
@@ -102,25 +106,38 @@ class ShardedState:
             CheckpointError: A file is missing, damaged or of another shape.
         """
         _create_state(optimizer, step)
+        self._load(checkpoint, optimizer, (MAIN_WEIGHT, *MOMENTS))
+
+    def restore_weights(self, checkpoint: Path, optimizer: Any) -> None:
+        """Fill the weights, main weights included; the moments begin anew. A collective.
+
+        Args and Raises: as for ``restore``.
+        """
+        self._load(checkpoint, optimizer, (MAIN_WEIGHT,))
+
+    def _load(self, checkpoint: Path, optimizer: Any, parts: tuple[str, ...]) -> None:
+        stored = CheckpointReader(checkpoint).names
         if hasattr(optimizer, "checkpoint_event_prologue"):  # ZeRO 3
             optimizer.checkpoint_event_prologue()
         for names in self._batches():
             wanted = {
-                f"{part}.{name}": self._to_fill(name, part)
+                f"{part}.{name}": self._to_fill(name, part, stored)
                 for name in names
-                for part in (WEIGHT, *MOMENTS)
+                for part in parts
             }
             loaded = load_sharded(checkpoint, wanted, is_whole=False)
             for name in names:
-                for part in (WEIGHT, *MOMENTS):
+                for part in parts:
                     _set(optimizer, self._parameters[name], part, loaded.pop(f"{part}.{name}"))
         _update_weights(optimizer)
 
-    def _to_fill(self, name: str, part: str) -> ShardedBase:
+    def _to_fill(self, name: str, part: str, stored: Collection[str]) -> ShardedBase:
+        entry = self._entries[name]
         empty = torch.empty(self._shapes[name], dtype=torch.float32)
-        if part in _parts(self._parameters[name]):
-            return make_sharded_optimizer_tensor(self._entries[name], empty, f"optimizer.{part}")
-        return dataclasses.replace(self._entries[name], data=empty)  # fp32 weights serve as such
+        sharded = make_sharded_optimizer_tensor(entry, empty, f"{OPTIMIZER_PREFIX}state.{part}")
+        if part == MAIN_WEIGHT:
+            sharded.key = weight_key(entry.key, torch.float32, stored)
+        return sharded
 
     def _batches(self) -> Iterator[list[str]]:
         names: list[str] = []
@@ -161,7 +178,7 @@ class DeepSpeedSnapshot:
 
 def _parts(parameter: nn.Parameter) -> tuple[str, ...]:
     """What is stored of a parameter beside the weight; fp32 weights are their own main weights."""
-    return MOMENTS if parameter.dtype == torch.float32 else (WEIGHT, *MOMENTS)
+    return MOMENTS if parameter.dtype == torch.float32 else (MAIN_WEIGHT, *MOMENTS)
 
 
 def _flat_parameters(optimizer: Any) -> list[Tensor]:
@@ -201,8 +218,8 @@ def _link_state(optimizer: Any) -> None:
 def _get(optimizer: Any, parameter: nn.Parameter, part: str) -> Tensor:
     """A whole fp32 tensor of a parameter. A collective under ZeRO."""
     if isinstance(optimizer, Optimizer):
-        return parameter.detach() if part == WEIGHT else optimizer.state[parameter][part]
-    if part == WEIGHT:
+        return parameter.detach() if part == MAIN_WEIGHT else optimizer.state[parameter][part]
+    if part == MAIN_WEIGHT:
         return safe_get_full_fp32_param(parameter)
     return safe_get_full_optimizer_state(parameter, part)
 
@@ -223,7 +240,7 @@ def _set(optimizer: Any, parameter: nn.Parameter, part: str, value: Tensor) -> N
             safe_set_local_fp32_param,
             safe_set_local_optimizer_state,
         )
-    if part == WEIGHT:
+    if part == MAIN_WEIGHT:
         set_weight(parameter, value)
     else:
         set_moment(parameter, value, part)

@@ -6,10 +6,19 @@ distributed-checkpoint layout: a ``.metadata`` file that says which chunk of whi
 where, and ``__R_N.distcp`` files with the chunks. Beside them lie ``config.yaml`` and, written
 last, ``state.json``: without it the checkpoint is not whole.
 
+What is in it does not depend on the engine, its optimizer or the layout that wrote it:
+
+    NAME                                a weight, in the dtype that the run computes with
+    optimizer.state.fp32_param.NAME     its fp32 main weight, where the weight is not fp32 itself
+    optimizer.state.exp_avg.NAME        AdamW's moments, fp32
+    optimizer.state.exp_avg_sq.NAME
+    state.json                          the step, which is AdamW's step too
+
 Try: ``CheckpointReader(find_checkpoint("runs/digits")).read("output_layer.weight")``
 """
 
 import pickle
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +38,8 @@ from megatron_chameleon.errors import CheckpointError
 
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
+MAIN_WEIGHT = "fp32_param"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _METADATA_NAMES = frozenset(
     {
@@ -56,6 +67,29 @@ _METADATA_NAMES = frozenset(
 )
 
 
+def optimizer_key(part: str, name: str) -> str:
+    """Where a checkpoint keeps a weight's optimizer state.
+
+    Args:
+        part: ``MAIN_WEIGHT`` or one of ``MOMENTS``.
+        name: Of the weight.
+    """
+    return f"{OPTIMIZER_PREFIX}state.{part}.{name}"
+
+
+def weight_key(name: str, dtype: torch.dtype, stored: Collection[str]) -> str:
+    """Where a checkpoint keeps a weight best: an fp32 one may have a main weight, which is more
+    precise.
+
+    Args:
+        name: Of the weight.
+        dtype: That it is wanted in.
+        stored: All names in the checkpoint.
+    """
+    main = optimizer_key(MAIN_WEIGHT, name)
+    return main if dtype == torch.float32 and main in stored else name
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Global shape and dtype of a stored tensor, whatever layout it was saved from."""
@@ -76,6 +110,7 @@ class CheckpointReader:
         tensors: Shape and dtype of every tensor outside the optimizer, by megatron-core's name; a
             prefix ``model.`` is cut. Layers are stacked: the first dim of a ``decoder.layers.``
             tensor is the layer.
+        names: Everything that is stored, by its full name.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, damaged or of another format.
@@ -88,6 +123,7 @@ class CheckpointReader:
         self._storage = _SafeReader(self.folder)
         self._metadata = _read_metadata(self._storage, self.folder)
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self.names = frozenset(self._metadata.state_dict_metadata)
         self._stored = {
             name.removeprefix(MODEL_PREFIX): (name, item)
             for name, item in self._metadata.state_dict_metadata.items()

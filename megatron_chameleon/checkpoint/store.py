@@ -28,8 +28,8 @@ from megatron_chameleon.parallel import platform
 
 SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
 
-# What a resumed run must share with its checkpoint: the model's shape, what the order of the data
-# depends on, and the kind of optimizer
+# What a resumed run must share with its checkpoint: the model's shape, and what the order of the
+# data depends on. Layout, engine, optimizer and dtype may all change.
 _FIXED = (
     "model.num_layers",
     "model.hidden_size",
@@ -41,10 +41,6 @@ _FIXED = (
     "model.qk_norm_groups",
     "training.seed",
     "training.global_batch_size",
-    # megatron-core's optimizers with and without these write states that the other cannot read
-    "training.dtype",
-    "parallel.use_distributed_optimizer",
-    "engine.name",
 )
 # What a run that starts from weights alone must share with them
 _FIXED_WEIGHTS = (

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from megatron_chameleon.checkpoint.deepspeed import DeepSpeedSnapshot, ShardedState
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
-from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.model.chameleon import build_model
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel import platform
@@ -133,12 +132,8 @@ class DeepSpeedEngine:
         self.scheduler.step(step)
 
     def restore_weights(self, checkpoint: Path) -> None:
-        """Refused: ZeRO's main weights would have to be set too; see ``TrainingEngine``."""
-        raise CheckpointError(
-            str(checkpoint),
-            "holds weights without optimizer state, and the deepspeed engine cannot start so",
-            "Start with engine.name=megatron",
-        )
+        """Take over weights only; see ``TrainingEngine``."""
+        self._state.restore_weights(checkpoint, self.engine.optimizer)
 
 
 def deepspeed_config(config: Config, model: nn.Module) -> dict[str, Any]:

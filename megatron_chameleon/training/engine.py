@@ -40,7 +40,7 @@ class TrainingEngine(Protocol):
         """The state to save."""
 
     def restore(self, checkpoint: Path, step: int) -> None:
-        """Take over a checkpoint's state, saved after ``step`` updates.
+        """Take over a checkpoint's state, saved by any engine and layout after ``step`` updates.
 
         Weights and moments are the checkpoint's; learning rate, betas and the like are this
         config's, so that a run can be continued with other values.
@@ -53,7 +53,7 @@ class TrainingEngine(Protocol):
         """Take over a checkpoint's weights only; moments and schedule begin anew.
 
         Raises:
-            CheckpointError: It cannot be read, or the engine cannot start so.
+            CheckpointError: It cannot be read.
         """
 
 

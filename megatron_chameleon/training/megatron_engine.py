@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_chameleon.checkpoint.megatron_optimizer import load_optimizer, sharded_optimizer
+from megatron_chameleon.checkpoint.reader import CheckpointReader, weight_key
 from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
@@ -122,50 +124,44 @@ class MegatronEngine:
 
     def snapshot(self) -> ShardedSnapshot:
         """The state to save."""
-        return ShardedSnapshot(self.sharded_state(is_loading=False))
+        model = self._sharded_model()
+        optimizer = sharded_optimizer(self.optimizer, model, self._checkpoint_metadata())
+        return ShardedSnapshot({"model": model, "optimizer": optimizer})
 
     def restore(self, checkpoint: Path, step: int) -> None:
-        """Take over a checkpoint's state, saved at any layout after ``step`` updates."""
-        self.load_state(load_sharded(checkpoint, self.sharded_state(is_loading=True)), step)
-
-    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """What a checkpoint holds, as megatron-core's sharded tensors with global positions."""
-        metadata = self._checkpoint_metadata()
-        model = {
-            _part_key(i): part.sharded_state_dict(metadata=metadata)
-            for i, part in enumerate(self.parts)
-        }
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer}
-
-    def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Take over what ``sharded_state`` described, filled in from a checkpoint at ``step``.
-
-        Weights and moments are the checkpoint's; learning rate, betas and the like are this
-        config's, so that a run can be continued with other values.
-        """
-        kept = ("params", "step")
-        values = [
-            {name: value for name, value in group.items() if name not in kept}
-            for group in self.optimizer.param_groups
-        ]
-        for i, part in enumerate(self.parts):
-            part.load_state_dict(state["model"][_part_key(i)])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, values, strict=True):
-            group.update(own)
+        """Take over a checkpoint's state, saved by any engine and layout after ``step`` updates."""
+        stored = CheckpointReader(checkpoint).names
+        model, metadata = self._sharded_model(), self._checkpoint_metadata()
+        load_optimizer(self.optimizer, model, metadata, checkpoint, stored, step)
+        self._load_weights(checkpoint, stored, fp8_state=True)
         self.scheduler.step(step)
 
     def restore_weights(self, checkpoint: Path) -> None:
         """Take over weights only; see ``TrainingEngine``."""
-        state = {
-            _part_key(i): _tensors(part.sharded_state_dict(metadata=self._checkpoint_metadata()))
+        self._load_weights(checkpoint, CheckpointReader(checkpoint).names, fp8_state=False)
+        self.optimizer.reload_model_params()  # the fp32 copies of bf16 weights
+
+    def _load_weights(self, checkpoint: Path, stored: Collection[str], *, fp8_state: bool) -> None:
+        model = self._sharded_model()
+        for part in model.values():
+            for name, value in list(part.items()):
+                # Transformer Engine's scales; a checkpoint of another engine has none
+                if name.endswith("_extra_state"):
+                    if not fp8_state or getattr(value, "unique_key", "") not in stored:
+                        del part[name]
+                else:
+                    value.key = weight_key(value.key, value.data.dtype, stored)
+        loaded = load_sharded(checkpoint, model)
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(loaded[_part_key(i)], strict=False)  # all weights were asked for
+
+    def _sharded_model(self) -> dict[str, Any]:
+        """The weights as megatron-core's sharded tensors with global positions."""
+        metadata = self._checkpoint_metadata()
+        return {
+            _part_key(i): part.sharded_state_dict(metadata=metadata)
             for i, part in enumerate(self.parts)
         }
-        loaded = load_sharded(checkpoint, state)
-        for i, part in enumerate(self.parts):
-            part.load_state_dict(loaded[_part_key(i)], strict=False)  # without FP8's scales
-        self.optimizer.reload_model_params()  # the fp32 copies of bf16 weights
 
     def _checkpoint_metadata(self) -> dict[str, Any]:
         from megatron.core import parallel_state
@@ -198,8 +194,3 @@ def _wrap(
 
 def _part_key(index: int) -> str:
     return f"part{index}"
-
-
-def _tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """The weights of a sharded state, without megatron-core's further objects."""
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}

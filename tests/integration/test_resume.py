@@ -87,9 +87,11 @@ def test_distributed_optimizer_resumes_exactly_and_at_another_layout(tiny) -> No
     assert [record["loss"] for record in tiny.metrics("same")] == unbroken
     alone = [record["loss"] for record in tiny.metrics("alone-resumed")]
     assert alone == pytest.approx(unbroken, rel=1e-5)  # other sums, as in tests/parity
-    result = tiny.train("other-optimizer", *shared, "--resume", checkpoint, succeeds=False)
-    assert result.returncode == 2
-    assert "parallel.use_distributed_optimizer is False and was True" in result.stderr
+    tiny.train("plain", *shared, "training.dtype=bf16", "--resume", checkpoint)
+    rounded = [record["loss"] for record in tiny.metrics("plain")]
+    # bf16 keeps 8 bits of a number; a run without the moments is 0.1 off after one step
+    assert rounded == pytest.approx(unbroken, rel=2e-2)
+    assert rounded != alone
 
 
 def test_interleaved_pipeline_resumes_exactly_and_at_another_layout(tiny) -> None:

@@ -1,0 +1,118 @@
+"""megatron-core's optimizers, saved in the one form that every engine and layout loads.
+
+megatron-core has an optimizer for fp32, one for bf16 and a distributed one, and each saves its
+state in a form of its own: with other names, with or without main weights, and with learning rates
+and steps beside the tensors. Here only the tensors are kept, under the names that
+``checkpoint/reader.py`` lists.
+"""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_chameleon.checkpoint.reader import (
+    MAIN_WEIGHT,
+    OPTIMIZER_PREFIX,
+    optimizer_key,
+    weight_key,
+)
+from megatron_chameleon.checkpoint.torch_dist import load_sharded
+
+_DISTRIBUTED_WEIGHT = f"{OPTIMIZER_PREFIX}state.param."
+_MAIN_WEIGHT = optimizer_key(MAIN_WEIGHT, "")
+
+
+def sharded_optimizer(
+    optimizer: MegatronOptimizer, model: dict[str, Any], metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """The optimizer's tensors to be saved. A collective.
+
+    Args:
+        optimizer: After a step.
+        model: The model's sharded state, with the parameters themselves in it.
+        metadata: megatron-core's, which says how the distributed optimizer is saved.
+    """
+    state = optimizer.sharded_state_dict(model, False, metadata=metadata)
+    tensors, _ = extract_sharded_tensors_and_factories({"state": state})
+    dtypes = {sharded.key: sharded.data.dtype for sharded in sharded_values(model)}
+    kept = {}
+    for index, sharded in enumerate(sharded_values(tensors)):
+        sharded.key = _canonical(sharded.key)
+        name = sharded.key.removeprefix(_MAIN_WEIGHT)
+        if dtypes.get(name) != torch.float32:  # an fp32 weight is its own main weight
+            kept[str(index)] = sharded
+    return kept
+
+
+def load_optimizer(
+    optimizer: MegatronOptimizer,
+    model: dict[str, Any],
+    metadata: dict[str, Any],
+    checkpoint: Path,
+    stored: Collection[str],
+    step: int,
+) -> None:
+    """Take over main weights, moments and the step. A collective.
+
+    Learning rate, betas and the like stay those of the optimizer.
+
+    Args:
+        optimizer: Before its first step.
+        model: The model's sharded state, with the parameters themselves in it.
+        metadata: As for ``sharded_optimizer``.
+        checkpoint: A whole one, of any engine and layout.
+        stored: All names in it.
+        step: Updates that it has behind it.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or of another shape.
+    """
+    state = optimizer.sharded_state_dict(model, True, metadata=metadata)
+    for sharded in sharded_values(state):
+        sharded.key = _canonical(sharded.key)
+        if sharded.key.startswith(_MAIN_WEIGHT):
+            name = sharded.key.removeprefix(_MAIN_WEIGHT)
+            sharded.key = weight_key(name, torch.float32, stored)
+    dict_list_map_inplace(_keep_own, state)
+    loaded = load_sharded(checkpoint, state)
+    _set_step(loaded, step, optimizer)
+    optimizer.load_state_dict(loaded)
+
+
+def sharded_values(state: dict[str, Any]) -> Iterator[Any]:
+    """The sharded tensors in nested dicts and lists."""
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+            yield value
+
+
+def _canonical(key: str) -> str:
+    if key.startswith(_DISTRIBUTED_WEIGHT):
+        return _MAIN_WEIGHT + key.removeprefix(_DISTRIBUTED_WEIGHT)
+    return key
+
+
+def _keep_own(value: Any) -> Any:
+    """What megatron-core does not read from the checkpoint, it takes from here."""
+    kept = ShardedTensor | ShardedTensorFactory | LocalNonpersistentObject
+    return value if isinstance(value, kept) else LocalNonpersistentObject(value)
+
+
+def _set_step(state: dict[str, Any], step: int, optimizer: Any) -> None:
+    """Put AdamW's step where each of megatron-core's optimizers looks for it."""
+    inner = state.get("optimizer", state)  # fp32: torch's own state dict
+    if isinstance(optimizer.optimizer, torch.optim.AdamW) and "param_state" not in state:
+        inner["state"]["common_step"] = torch.tensor(float(step))
+    else:  # the distributed optimizer, and Transformer Engine's AdamW
+        for group in inner["param_groups"]:
+            group["step"] = step
