@@ -28,8 +28,8 @@ from megatron_chameleon.parallel import platform
 
 SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
 
-# What a resumed run must share with its checkpoint: the model's shape, and what the order of the
-# data depends on. Layout, engine, optimizer and dtype may all change.
+# What a resumed run must share with its checkpoint: the model's shape and the seed. Layout, engine,
+# optimizer and dtype may all change; the data's history knows what the order of the data depends on.
 _FIXED = (
     "model.num_layers",
     "model.hidden_size",
@@ -40,7 +40,6 @@ _FIXED = (
     "model.norm_order",
     "model.qk_norm_groups",
     "training.seed",
-    "training.global_batch_size",
 )
 # What a run that starts from weights alone must share with them
 _FIXED_WEIGHTS = (
@@ -153,7 +152,7 @@ def save(folder: Path, step: int, engine: Engine, extra: dict[str, Any]) -> Path
         folder: The run's ``checkpoints/`` folder.
         step: Updates done.
         engine: Its state is saved, and its config beside it.
-        extra: Further entries of ``state.json``: vocab_size, tokenizer_fingerprint.
+        extra: Further entries of ``state.json``, those of the tokenizer and of the data.
 
     Raises:
         CheckpointError: On every rank, if any could not write; the folder then holds what it held
@@ -221,14 +220,7 @@ def _finish(temporary: Path, final: Path, step: int, config: Config, extra: dict
         return
     try:
         save_config(config, temporary / "config.yaml")
-        samples = step * config.training.global_batch_size
-        values = {
-            "format": STATE_FORMAT,
-            "step": step,
-            "consumed_samples": samples,
-            "consumed_tokens": samples * config.model.seq_length,
-            **extra,
-        }
+        values = {"format": STATE_FORMAT, "step": step, **extra}
         (temporary / STATE_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         for path in temporary.iterdir():
             _sync(path)

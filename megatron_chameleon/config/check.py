@@ -165,9 +165,20 @@ def _check_data(config: Config) -> Iterator[ConfigError]:
         yield ConfigError("tokenizer.path", "not set", "Give a folder of `chameleon tokenizer`")
     if not config.data.stage1:
         yield ConfigError("data.stage1", "no sources", "List at least one with prefix and weight")
+    tokens = config.data.stage1_tokens
+    if tokens is not None and tokens < 1:
+        yield ConfigError("data.stage1_tokens", f"{tokens} is not above 0", "Give tokens, or null")
+    if not 0 <= config.data.packing_reserve <= 0.5:
+        what = f"{config.data.packing_reserve} is not between 0 and 0.5"
+        yield ConfigError("data.packing_reserve", what, "Give a small share, such as 0.002")
+    named: dict[str, str] = {}
     for stage in ("stage1", "stage2"):
         for i, source in enumerate(getattr(config.data, stage)):
             key = f"data.{stage}[{i}]"
+            if source.name and source.name in named:
+                what = f"{source.name!r} is the name of {named[source.name]} too"
+                yield ConfigError(f"{key}.name", what, "Give each source a name of its own")
+            named[source.name] = key
             if not source.prefix:
                 yield ConfigError(f"{key}.prefix", "not set", "Give the path without .bin")
             if not 0 < source.weight < float("inf"):
@@ -175,6 +186,9 @@ def _check_data(config: Config) -> Iterator[ConfigError]:
                 yield ConfigError(
                     f"{key}.weight", what, "Give a weight above 0, or drop the source"
                 )
+            if source.repeat is not False and source.repeat < 1:
+                what = f"{source.repeat} is no number of epochs"
+                yield ConfigError(f"{key}.repeat", what, "Give true, false or a number from 1")
             if source.image_first is not None and not 0 <= source.image_first <= 1:
                 what = f"{source.image_first} is not between 0 and 1"
                 yield ConfigError(f"{key}.image_first", what, "Give a share, or null")

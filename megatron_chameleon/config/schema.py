@@ -45,9 +45,15 @@ class SourceConfig:
     prefix: str = ""
     """Path of the files without .bin and .idx."""
     weight: float = 1.0
-    """Share of the samples within its stage's list; the weights of a list need not sum to 1."""
+    """Share of the tokens within its stage's list; the weights of a list need not sum to 1."""
     image_first: float | None = None
     """Share of the text-image pairs with the image first; null leaves them as they were written."""
+    repeat: bool | int = True
+    """true: its documents come again, in another order, as often as they are needed; false: once; a
+    number: at most so many times. The other sources then take its share."""
+    name: str = ""
+    """What a run knows the source by, to find its place in it when it is resumed; empty: its
+    prefix. With a name, the files may be moved."""
 
 
 @dataclass
@@ -59,9 +65,16 @@ class DataConfig:
     stage2: list[SourceConfig] = field(default_factory=list)
     """Sources that join for the last part of training."""
     reset_attention: bool = False
-    """Whether documents packed into one sequence attend to themselves only."""
+    """Whether documents are isolated: those packed into one sequence attend to themselves only, and
+    a text is not cut unless it is longer than a sequence."""
+    packing_reserve: float = 0.002
+    """Share of the tokens of 2,048 sequences that is left free, so that unevenly spread images
+    fit."""
     stage1_fraction: float = 0.8
     """Share of the steps that belong to stage 1."""
+    stage1_tokens: int | None = None
+    """Consumed tokens, padding included, at which stage 2 begins, in place of
+    ``stage1_fraction``."""
     stage2_share: float = 0.5
     """Share of stage 2 that its own sources get; those of stage 1 keep the rest, in proportion."""
 

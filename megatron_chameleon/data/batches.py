@@ -1,25 +1,34 @@
-"""Batches of a training run: sample index -> window of tokens -> tokens, labels and masks.
+"""Batches of a training run: sample index -> packed sequence -> tokens, labels and masks.
 
-Labels are the window shifted by one, here and nowhere else. Attention is causal over the whole
-window, across the documents packed in it (megatron's default; the paper names no other), or with
-``data.reset_attention`` within each document. Positions count from the window's start: RoPE sees
-differences only.
+Labels are the tokens shifted by one within each piece of a document, here and nowhere else. So a
+document that is cut at the end of a sequence has the first token of its next part as its last
+label, and the last token of a document has no label, which is written as ``<pad>``.
 
-The loss is on every label but ``<pad>`` and ``<s>``. A ``<s>`` label stands after the ``</s>`` of
-the document before: it is certain, and whoever generates writes it himself, so it would only
-flatter the mean.
+The loss is on every label but ``<pad>`` and ``<s>``: ``<s>`` is certain, and whoever generates
+writes it himself, so it would only flatter the mean.
+
+Attention is causal over the whole sequence, across the documents packed in it (megatron's default;
+the paper names no other), or with ``data.reset_attention`` within each of them; then positions
+count from each document's start.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.data import history as order
+from megatron_chameleon.data.corpus import Corpus, TokenFileCorpus
+from megatron_chameleon.data.history import Entry, History, Source, SourceRecord
 from megatron_chameleon.data.indexed import TokenFile, open_token_file
-from megatron_chameleon.data.mixture import Mixture
-from megatron_chameleon.data.packing import DocumentStream
+from megatron_chameleon.data.mixture import ExhaustedError, Mixture
+from megatron_chameleon.data.packing import Packed
 from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
@@ -29,92 +38,136 @@ class Batch:
     """One micro-batch on the CPU; the tensors are [samples, seq_length] unless they say more."""
 
     tokens: torch.Tensor
-    """Input ids, int64."""
+    """Input ids, int64; ``<pad>`` behind the last document."""
     labels: torch.Tensor
-    """The id that follows each token, int64."""
+    """The id that follows each token in its document, int64; ``<pad>`` where none does."""
     loss_mask: torch.Tensor
     """1 where the label counts in the loss, else 0; float32."""
     image_mask: torch.Tensor
     """Where the label is an image code; bool."""
     position_ids: torch.Tensor
-    """0 .. seq_length - 1 in each row, int64."""
+    """From 0 in each row, or in each isolated document; int64."""
     attention_mask: torch.Tensor | None = None
     """[samples, 1, seq_length, seq_length], True where a token (row) must not see another (column);
     None for plain causal attention."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One sequence; the arrays are [seq_length]."""
+
+    tokens: np.ndarray
+    """int64, ``<pad>`` behind the last piece."""
+    labels: np.ndarray
+    """int64."""
+    piece: np.ndarray
+    """Number of the piece that each token belongs to, from 0; the padding counts as one; int64."""
+    packed: Packed
+    """What the pieces are."""
+    names: list[str]
+    """Of the sources that ``packed`` counts."""
+
+
 class BatchReader:
     """Reads any sample of a run, in any order.
 
-    What it gives depends on nothing but the data, the config and the index.
+    What it gives depends on nothing but the data, the config, the history and the index.
 
     Args:
         config: The run's config, checked; data, model.seq_length, and training.{steps, seed,
             global_batch_size, micro_batch_size} are read.
         tokenizer: The tokenizer that the token files were written with.
+        state: What ``state`` gave when the run was saved; None for a run that begins.
+        step: Updates done by then.
 
     Raises:
-        ConfigErrors: All token files at once that are missing, broken or too short.
+        ConfigErrors: All problems at once: token files that are missing or broken, sources that do
+            not last, or that are not what they were.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        state: Mapping[str, Any] | None = None,
+        step: int = 0,
+    ) -> None:
         self.config = config
         self.vocabulary = tokenizer.vocabulary
-        sources = _sources(config)
-        problems: list[ConfigError] = []
-        files: list[TokenFile] = []
-        for name, source in sources:
-            try:
-                files.append(_open(name, source, config.model.seq_length, tokenizer))
-            except ConfigError as problem:
-                problems.append(problem)
-        if problems:
-            raise ConfigErrors(problems)
-        self._streams = [
-            DocumentStream(
-                file,
-                self.vocabulary,
-                config.training.seed,
-                index,
-                config.model.seq_length,
-                source.image_first,
-            )
-            for index, (file, (_, source)) in enumerate(zip(files, sources, strict=True))
-        ]
-        self.mixture = mixture_of(config)
+        self._tokenizer = tokenizer
+        sources = _open_sources(config, tokenizer)
+        self._corpora = {source.key: source.corpus for source in sources}
+        self._mixtures: dict[int, Mixture] = {}
+        if state is None:
+            self.history = order.begin(config, sources)
+        else:
+            self.history = _read_history(state)
+            resumed = order.resume(self.history, config, sources, step, self._open_mixture)
+            self._mixtures.clear()
+            self.history = resumed
+        self._check_length(step)
 
-    def sample(self, index: int) -> np.ndarray:
-        """Token ids of one sample of the run, int64 [seq_length + 1].
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the order of the data."""
+        return self.history.to_json()
+
+    def mixture(self, sample: int) -> Mixture:
+        """The mixture that a sample belongs to."""
+        entry = self.history.entry(sample)
+        return self._mixtures.get(entry.first_sample) or self._open_mixture(entry)
+
+    def sample(self, index: int) -> Sample:
+        """One sample of the run.
 
         Args:
             index: Counted from the start of the run, >= 0.
         """
-        source, place = self.mixture.locate(index)
-        return self._streams[source].window(place)
+        mixture = self.mixture(index)
+        packed = mixture.sequence(index)
+        length = self.config.model.seq_length
+        tokens = np.full(length, self.vocabulary.pad, dtype=np.int64)
+        labels = tokens.copy()
+        sizes = packed.pieces.tokens
+        piece = np.repeat(np.arange(len(sizes) + 1), np.append(sizes, length - sizes.sum()))
+        streams = [cursor.stream for cursor in mixture.cursors.values()]
+        place = 0
+        columns = (packed.source, *(getattr(packed.pieces, name) for name in _COLUMNS))
+        for source, epoch, document, start, stop, whole in zip(
+            *(column.tolist() for column in columns), strict=True
+        ):
+            last = min(stop + 1, whole)
+            ids = streams[source].documents.read(epoch, document, start, last, whole)
+            tokens[place : place + stop - start] = ids[: stop - start]
+            labels[place : place + last - start - 1] = ids[1:]
+            place += stop - start
+        return Sample(tokens, labels, piece, packed, mixture.names)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The samples with these indices as one batch, in order."""
-        window = np.stack([self.sample(index) for index in indices])
-        labels = window[:, 1:]
+        samples = [self.sample(index) for index in indices]
+        labels = np.stack([sample.labels for sample in samples])
+        piece_BS = np.stack([sample.piece for sample in samples])
         counts = (labels != self.vocabulary.pad) & (labels != self.vocabulary.bos)
         positions = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)
-        reset = self.config.data.reset_attention
+        isolated = self.config.data.reset_attention
+        if isolated:
+            is_first = np.diff(piece_BS, axis=1, prepend=-1) > 0
+            positions = positions - np.maximum.accumulate(positions * is_first, axis=1)
         return Batch(
-            tokens=torch.tensor(window[:, :-1]),
-            labels=torch.tensor(labels),
-            loss_mask=torch.tensor(counts, dtype=torch.float32),
-            image_mask=torch.tensor(self.vocabulary.is_image_code(labels)),
+            tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
+            labels=torch.from_numpy(labels),
+            loss_mask=torch.from_numpy(counts.astype(np.float32)),
+            image_mask=torch.from_numpy(self.vocabulary.is_image_code(labels)),
             position_ids=torch.tensor(positions),
-            attention_mask=self._document_mask(window[:, :-1]) if reset else None,
+            attention_mask=_document_mask(torch.from_numpy(piece_BS)) if isolated else None,
         )
 
-    def _document_mask(self, tokens_BS: np.ndarray) -> torch.Tensor:
-        """Causal, and closed at each ``<s>``."""
-        document_BS = torch.tensor(tokens_BS == self.vocabulary.bos).cumsum(dim=1)
-        other_BSS = document_BS.unsqueeze(2) != document_BS.unsqueeze(1)
-        size = tokens_BS.shape[1]
-        later_SS = torch.ones(size, size, dtype=torch.bool).triu(diagonal=1)
-        return (other_BSS | later_SS).unsqueeze(1)
+    def batches_for(
+        self, step: int, data_parallel_rank: int, data_parallel_size: int
+    ) -> list[Batch]:
+        """The micro-batches of one rank in one step: see ``indices_for``."""
+        indices = self.indices_for(step, data_parallel_rank, data_parallel_size)
+        return [self.batch(samples) for samples in indices]
 
     def indices_for(
         self, step: int, data_parallel_rank: int, data_parallel_size: int
@@ -135,59 +188,157 @@ class BatchReader:
         """
         training = self.config.training
         together = training.micro_batch_size * data_parallel_size
-        if training.global_batch_size % together:
+        size = self.history.batch_size(step)
+        if size % together:
             raise ConfigError(
                 "training.global_batch_size",
-                f"{training.global_batch_size} is no multiple of {together} (micro_batch_size "
+                f"{size} is no multiple of {together} (micro_batch_size "
                 f"{training.micro_batch_size} x {data_parallel_size} data-parallel ranks)",
                 f"Choose a multiple of {together}",
             )
-        begin = step * training.global_batch_size
+        begin = self.history.first_sample(step)
         first = range(
-            begin + data_parallel_rank * training.micro_batch_size,
-            begin + training.global_batch_size,
-            together,
+            begin + data_parallel_rank * training.micro_batch_size, begin + size, together
         )
         return [list(range(start, start + training.micro_batch_size)) for start in first]
 
+    def _open_mixture(self, entry: Entry) -> Mixture:
+        mixture = order.open_mixture(self.history, entry, self._corpus, self.vocabulary)
+        self._mixtures[entry.first_sample] = mixture
+        return mixture
 
-def stage1_steps(config: Config) -> int:
-    """Steps of the run that belong to stage 1."""
-    return round(config.training.steps * config.data.stage1_fraction)
+    def _corpus(self, key: str, record: SourceRecord) -> Corpus:
+        """The files of a source, also of one that is not in the config any more."""
+        if key not in self._corpora:
+            try:
+                file = open_token_file(record.prefix, self._tokenizer)
+            except DataError as error:
+                what = f"the run read {key}, which the config does not name: {error.what}"
+                remedy = "Put its files back until the run has been saved with its new mixture"
+                raise ConfigError("data", what, remedy) from error
+            self._corpora[key] = TokenFileCorpus(file, self.vocabulary)
+        return self._corpora[key]
+
+    def _check_length(self, step: int) -> None:
+        """See that sources with a limited number of epochs reach to the last step."""
+        steps = self.config.training.steps
+        weights = self.history.entries[-1].weights
+        if step >= steps or all(s.epochs is None for s in (*weights.stage1, *weights.stage2)):
+            return
+        samples = self.history.first_sample(steps)
+        try:
+            self.mixture(samples - 1).phases(samples)
+        except ExhaustedError as error:
+            size = self.config.training.global_batch_size
+            reached = step + (error.samples - self.history.first_sample(step)) // size
+            what = f"its sources are exhausted after step {reached:,} of {steps:,}"
+            remedy = f"Let one repeat, or set training.steps to at most {reached}"
+            raise ConfigErrors([ConfigError("data", what, remedy)]) from error
 
 
-def mixture_of(config: Config) -> Mixture:
-    """The config's mixture: stage 1 is the first ``stage1_steps`` steps."""
-    data, training = config.data, config.training
-    return Mixture(
-        [source.weight for source in data.stage1],
-        [source.weight for source in data.stage2],
-        stage1_steps(config) * training.global_batch_size,
-        data.stage2_share,
-    )
+_COLUMNS = ("epoch", "document", "start", "stop", "length")
 
 
-def _sources(config: Config) -> list[tuple[str, SourceConfig]]:
-    """All sources under their names in the config, stage 1 first."""
-    stages = (("stage1", config.data.stage1), ("stage2", config.data.stage2))
-    return [
-        (f"data.{stage}[{i}]", source)
-        for stage, sources in stages
-        for i, source in enumerate(sources)
-    ]
+@contextmanager
+def read_ahead(
+    reader: BatchReader, first_step: int, data_parallel_rank: int, data_parallel_size: int
+) -> Iterator[Iterator[list[Batch]]]:
+    """The micro-batches of one rank, step by step; the next step's are read in a thread meanwhile.
+
+    Args:
+        reader: Not to be read by anyone else until the context is left.
+        first_step: Counted from 0; the last is the config's.
+        data_parallel_rank: See ``BatchReader.indices_for``.
+        data_parallel_size: The same.
+    """
+
+    def batches() -> Iterator[list[Batch]]:
+        ahead = None
+        for step in range(first_step, reader.config.training.steps):
+            now = ahead or pool.submit(
+                reader.batches_for, step, data_parallel_rank, data_parallel_size
+            )
+            result = now.result()
+            ahead = None
+            if step + 1 < reader.config.training.steps:
+                ahead = pool.submit(
+                    reader.batches_for, step + 1, data_parallel_rank, data_parallel_size
+                )
+            yield result
+
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+    try:
+        yield batches()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _open(name: str, source: SourceConfig, seq_length: int, tokenizer: Tokenizer) -> TokenFile:
+def _document_mask(piece_BS: torch.Tensor) -> torch.Tensor:
+    """Causal, and closed at each piece."""
+    other_BSS = piece_BS.unsqueeze(2) != piece_BS.unsqueeze(1)
+    size = piece_BS.shape[1]
+    later_SS = torch.ones(size, size, dtype=torch.bool).triu_(diagonal=1)
+    return other_BSS.logical_or_(later_SS).unsqueeze(1)
+
+
+def _read_history(state: Mapping[str, Any]) -> History:
+    try:
+        return History.from_json(state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            "the checkpoint's state.json",
+            f"its order of the data cannot be read ({error})",
+            "Resume with the version that wrote it",
+        ) from error
+
+
+def _open_sources(config: Config, tokenizer: Tokenizer) -> list[Source]:
+    """All sources of the config, stage 1 first.
+
+    Raises:
+        ConfigErrors: Of all that cannot be used.
+    """
+    found: list[Source] = []
+    problems: list[ConfigError] = []
+    for stage in ("stage1", "stage2"):
+        for i, source in enumerate(getattr(config.data, stage)):
+            where = f"data.{stage}[{i}]"
+            try:
+                file = _open(where, source, config.model.seq_length, tokenizer)
+            except ConfigError as problem:
+                problems.append(problem)
+                continue
+            key = _key(source, [other.key for other in found])
+            found.append(Source(key, where, source, TokenFileCorpus(file, tokenizer.vocabulary)))
+    if problems:
+        raise ConfigErrors(problems)
+    return found
+
+
+def _key(source: SourceConfig, taken: Sequence[str]) -> str:
+    """The name of a source; one that is listed twice without a name is told apart by a number."""
+    name = source.name or str(Path(source.prefix))
+    key, number = name, 1
+    while key in taken:
+        number += 1
+        key = f"{name}#{number}"
+    return key
+
+
+def _open(where: str, source: SourceConfig, seq_length: int, tokenizer: Tokenizer) -> TokenFile:
     try:
         file = open_token_file(source.prefix, tokenizer)
     except DataError as error:
-        raise ConfigError(f"{name}.prefix", f"{error.where}: {error.what}", error.remedy) from error
-    if file.info.tokens < seq_length + 1:
-        tokens = file.info.tokens
-        what = f"{source.prefix} has {tokens} tokens, model.seq_length {seq_length} needs "
         raise ConfigError(
-            f"{name}.prefix",
-            f"{what}{seq_length + 1}",
-            "Add data or choose a smaller model.seq_length",
+            f"{where}.prefix", f"{error.where}: {error.what}", error.remedy
+        ) from error
+    info = file.info
+    longest = -(-info.image_tokens // info.images) if info.images else 0
+    if longest > seq_length:
+        what = (
+            f"an image of {source.prefix} has {longest} tokens, more than a sequence: "
+            f"model.seq_length is {seq_length}"
         )
+        remedy = f"Choose a model.seq_length of at least {longest}"
+        raise ConfigError(f"{where}.prefix", what, remedy)
     return file

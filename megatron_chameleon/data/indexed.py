@@ -194,6 +194,16 @@ class TokenFile:
         """Tokens of each document, int32 [documents]."""
         return self._dataset.sequence_lengths
 
+    @property
+    def offsets(self) -> np.ndarray:
+        """Byte of the .bin where each document begins, int64 [documents], memory-mapped."""
+        return self._dataset.index.sequence_pointers
+
+    def read_range(self, start: int, stop: int) -> np.ndarray:
+        """Token ids ``start`` to ``stop`` - 1, counted through all documents, read-only."""
+        dtype = np.dtype(self.info.dtype)
+        return self._dataset.bin_reader.read(dtype, stop - start, start * dtype.itemsize)
+
     def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Token ids of one document or of a part of it, [length] in the dtype of the file,
         read-only.
@@ -316,5 +326,9 @@ def _check_index(path: str, info: TokenFileInfo) -> int:
             raise DataError(
                 path, "holds 0 documents", "Run chameleon preprocess on inputs that have some"
             )
-        lengths = np.fromfile(file, dtype=np.int32, count=sequences)
-    return int(lengths.sum(dtype=np.int64))
+        # the last document tells the sum: reading all lengths would take as long as there are many
+        file.seek(_IDX_HEADER.size + 4 * (sequences - 1))
+        (length,) = struct.unpack("<i", file.read(4))
+        file.seek(_IDX_HEADER.size + 12 * sequences - 8)
+        (offset,) = struct.unpack("<q", file.read(8))
+    return offset // np.dtype(info.dtype).itemsize + length

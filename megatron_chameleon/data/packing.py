@@ -1,152 +1,231 @@
-"""The endless stream of one source: its documents, shuffled each epoch, cut into windows.
+"""Packing: pieces of documents into the sequences of one block, no image ever cut.
 
-Window k holds tokens [k * seq_length, (k + 1) * seq_length] of the stream, both ends included: the
-last token of a window is the first of the next, so that each token is a label exactly once.
-Documents run on across window borders and epochs straddle them; nothing is padded, repeated or left
-out. A window is a pure function of (data, seed, source, k).
+What must stay whole is put where it fits best: into that sequence, of a window of open ones, that
+it leaves the least room in. Sequences are opened at the pace of the tokens, so that the order of
+the stream is kept to within the window. Text that may flow then fills the room that is left, in
+order, running on from one sequence to the next as in Megatron. If something that should stay whole
+does not fit anywhere at last, it is cut at text.
 
-Random bits come from ``PCG64.random_raw`` and BLAKE2b, which do not change with the version of
-numpy, as the methods of ``np.random.Generator`` may: a run can be continued after an upgrade.
+The number of sequences is given, not found: so a sample's block, and its place in it, follow from
+its index alone. ``Mixture`` gives a block a little less than it can hold (see there); what is left
+over is padding, spread evenly where text flows.
+
+Source: Ding et al., "Fewer truncations improve language modeling", 2024 (best fit);
+megatron/core/datasets/gpt_dataset.py (flowing text).
 """
 
-import hashlib
-import struct
-from collections import OrderedDict
+import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_chameleon.data.indexed import TokenFile
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+from megatron_chameleon.data.stream import Pieces
 
-CACHED_EPOCHS = 2
-"""Consecutive samples meet at most two epochs at a time; an epoch takes 16 bytes a document."""
+OPEN_SEQUENCES = 128
+"""Sequences among which the best fit is looked for."""
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    order: np.ndarray
-    """Document at each place: int64 [documents]."""
-    ends: np.ndarray
-    """Tokens of the epoch up to the end of that document: int64 [documents]."""
+class Items:
+    """What is to be packed, in the order of the stream."""
+
+    pieces: Pieces
+    source: np.ndarray
+    """Number of the source of each piece, int64."""
+    whole: np.ndarray
+    """Whether the piece must stay whole, else it flows; bool."""
 
 
-class DocumentStream:
-    """Windows of one token file.
+@dataclass(frozen=True)
+class Packed:
+    """The sequences of one block; the arrays are [pieces], sorted by sequence."""
 
-    Args:
-        token_file: The documents.
-        vocabulary: Their tokens.
-        seed: Seed of the run, >= 0.
-        source_index: Which source of the run this is: sources of the same file and seed differ in
-            order.
-        seq_length: Tokens of a training sequence; a window has one more.
-        image_first: Share of the text-image pairs, in [0, 1], whose image comes before the text,
-            drawn anew for each document and epoch; None leaves each pair as it was written. Source:
-            paper, section 2.2.1 (50%).
-    """
+    pieces: Pieces
+    source: np.ndarray
+    sequence: np.ndarray
+    """Number of the sequence, int64, ascending."""
+    sequences: int
 
-    def __init__(
-        self,
-        token_file: TokenFile,
-        vocabulary: Vocabulary,
-        seed: int,
-        source_index: int,
-        seq_length: int,
-        image_first: float | None = None,
-    ) -> None:
-        self.token_file = token_file
-        self.vocabulary = vocabulary
-        self.seed = seed
-        self.source_index = source_index
-        self.seq_length = seq_length
-        self.image_first = image_first
-        self.epoch_tokens = int(token_file.lengths.sum(dtype=np.int64))
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+    def of(self, sequence: int) -> "Packed":
+        """The pieces of one sequence."""
+        first, stop = np.searchsorted(self.sequence, [sequence, sequence + 1])
+        part = slice(int(first), int(stop))
+        return Packed(self.pieces.take(part), self.source[part], self.sequence[part], 1)
 
-    def window(self, index: int) -> np.ndarray:
-        """Token ids of one window, int64 [seq_length + 1].
-
-        Args:
-            index: Its place in the stream, >= 0, without an upper bound.
-        """
-        tokens = np.empty(self.seq_length + 1, dtype=np.int64)
-        epoch_index, position = divmod(index * self.seq_length, self.epoch_tokens)
-        epoch = self._epoch(epoch_index)
-        place = int(np.searchsorted(epoch.ends, position, side="right"))
-        filled = 0
-        while filled < len(tokens):
-            if place == len(epoch.order):
-                epoch_index, position, place = epoch_index + 1, 0, 0
-                epoch = self._epoch(epoch_index)
-            document = int(epoch.order[place])
-            length = int(self.token_file.lengths[document])
-            start = position - (int(epoch.ends[place]) - length)
-            count = min(length - start, len(tokens) - filled)
-            tokens[filled : filled + count] = self._read(epoch_index, document, start, count)
-            filled, position, place = filled + count, position + count, place + 1
-        return tokens
-
-    def _epoch(self, index: int) -> _Epoch:
-        epoch = self._epochs.get(index)
-        if epoch is None:
-            seed = np.random.SeedSequence([self.seed, self.source_index, index])
-            keys = np.random.PCG64(seed).random_raw(len(self.token_file))
-            order = np.argsort(keys, kind="stable")
-            epoch = _Epoch(order, np.cumsum(self.token_file.lengths[order], dtype=np.int64))
-            self._epochs[index] = epoch
-            if len(self._epochs) > CACHED_EPOCHS:
-                self._epochs.popitem(last=False)
-        self._epochs.move_to_end(index)
-        return epoch
-
-    def _read(self, epoch: int, document: int, start: int, count: int) -> np.ndarray:
-        """Part of a document, after its image and text have been put in this epoch's order."""
-        if self.image_first is None or not self._may_be_pair(document):
-            return self.token_file.read(document, start, count)
-        whole = self.token_file.read(document)
-        image_first = uniform(self.seed, self.source_index, epoch, document) < self.image_first
-        return order_pair(whole, self.vocabulary, image_first)[start : start + count]
-
-    def _may_be_pair(self, document: int) -> bool:
-        """Whether an image stands at either end; saves reading long documents that are no pair."""
-        if self.token_file.lengths[document] < 5:  # <s>, begin, end, one token of text, </s>
-            return False
-        last = int(self.token_file.lengths[document]) - 2
-        return bool(
-            self.token_file.read(document, 1, 1)[0] == self.vocabulary.begin_image
-            or self.token_file.read(document, last, 1)[0] == self.vocabulary.end_image
-        )
+    def behind(self, sequence: int, source: int) -> Pieces:
+        """What a source has in this sequence and the later ones."""
+        return self.pieces.take((self.sequence >= sequence) & (self.source == source))
 
 
-def order_pair(token_ids: np.ndarray, vocabulary: Vocabulary, image_first: bool) -> np.ndarray:
-    """Put the image of a text-image pair before or after its text.
+class DoesNotFitError(Exception):
+    """The items need more sequences than there are."""
+
+
+LastCut = Callable[[int, Pieces, int], int]
+"""Given a source, a piece and a room: the last place up to there where the piece may be cut."""
+
+
+def sequences_needed(items: Items, seq_length: int) -> int:
+    """How many sequences the items fill when new ones are opened only as they are needed."""
+    opened = 0
+    rooms: list[int] = []  # ascending
+    for length in items.pieces.tokens[items.whole].tolist():
+        place = bisect.bisect_left(rooms, length)
+        if place == len(rooms):
+            opened += 1
+            room = seq_length
+        else:
+            room = rooms.pop(place)
+        if room > length:
+            bisect.insort(rooms, room - length)
+        if len(rooms) > OPEN_SEQUENCES:
+            rooms.pop(0)
+    return max(opened, -(-int(items.pieces.tokens.sum()) // seq_length))
+
+
+def pack(
+    items: Items, sequences: int, seq_length: int, order: np.ndarray, last_cut: LastCut
+) -> Packed:
+    """Put every token of the items into exactly one of so many sequences.
 
     Args:
-        token_ids: One document, [tokens].
-        vocabulary: Its tokens.
-        image_first: Which of the two comes first.
+        items: Pieces of at most ``seq_length`` tokens, but for those that flow.
+        sequences: At least 1.
+        seq_length: Tokens that a sequence holds.
+        order: Numbers by which the pieces of a sequence are sorted at last, by the index of an
+            item; [items].
+        last_cut: Where an item may be cut that should stay whole; used at need only.
 
-    Returns:
-        The document in that order, of the same length; a document that is no pair (exactly one
-        image, text on exactly one side of it, between ``<s>`` and ``</s>``) is returned as it is.
+    Raises:
+        DoesNotFitError: They do not fit.
     """
-    begins = np.flatnonzero(token_ids == vocabulary.begin_image)
-    ends = np.flatnonzero(token_ids == vocabulary.end_image)
-    if len(begins) != 1 or len(ends) != 1 or begins[0] > ends[0]:
-        return token_ids
-    if token_ids[0] != vocabulary.bos or token_ids[-1] != vocabulary.eos:
-        return token_ids
-    begin, end = int(begins[0]), int(ends[0]) + 1
-    before, after = token_ids[1:begin], token_ids[end:-1]
-    if (len(before) > 0) == (len(after) > 0):
-        return token_ids
-    image, text = token_ids[begin:end], np.concatenate([before, after])
-    middle = [image, text] if image_first else [text, image]
-    return np.concatenate([token_ids[:1], *middle, token_ids[-1:]])
+    placed, rooms = _place_whole(items, sequences, seq_length)
+    if items.whole.all():  # else text is poured into every sequence
+        _fill_empty(items, placed, rooms, seq_length)
+    missing = np.flatnonzero(items.whole & (placed < 0)).tolist()
+    index, start, stop, sequence = _whole_parts(items, placed)
+    extra = [_cut_into_rooms(items, i, rooms, last_cut) for i in missing]
+    flowing = _flow(items, rooms, seq_length)
+    parts = [(index, start, stop, sequence), *(part for cut in extra for part in cut), flowing]
+    index, start, stop, sequence = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    by_sequence = np.lexsort((start, order[index], sequence))
+    index = index[by_sequence]
+    whole = items.pieces.take(index)
+    pieces = Pieces(
+        whole.epoch,
+        whole.document,
+        start[by_sequence],
+        stop[by_sequence],
+        whole.length,
+        whole.has_image,
+    )
+    return Packed(pieces, items.source[index], sequence[by_sequence], sequences)
 
 
-def uniform(*key: int) -> float:
-    """A number in [0, 1) that depends on nothing but the key, integers >= 0."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(key)}Q", *key), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Index of the item, start, stop and sequence of parts of items, each int64 [parts]."""
+
+
+def _place_whole(items: Items, sequences: int, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sequence of each whole item, -1 where none had room, and the room left in each."""
+    tokens = items.pieces.tokens
+    whole = np.flatnonzero(items.whole)
+    reached = np.cumsum(tokens)[whole]
+    total = max(1, int(tokens.sum()))
+    paces = -(-(reached * sequences) // total)  # sequences that should be open by then
+    placed = np.full(len(tokens), -1, dtype=np.int64)
+    rooms = np.full(sequences, seq_length, dtype=np.int64)
+    # Of equal rooms, the oldest sequence's, so that none stays behind; where text fills them all,
+    # the newest's, so that images are spread evenly
+    sign = 1 if items.whole.all() else -1
+    window: list[tuple[int, int]] = []  # room and signed number of the open sequences, ascending
+    opened = 0
+    for item, length, pace in zip(
+        whole.tolist(), tokens[whole].tolist(), paces.tolist(), strict=True
+    ):
+        while opened < pace:
+            bisect.insort(window, (seq_length, sign * opened))
+            opened += 1
+        place = bisect.bisect_left(window, (length, -sequences))
+        if place == len(window):
+            if opened == sequences:
+                continue
+            window.append((seq_length, sign * opened))
+            opened += 1
+        room, number = window.pop(place)
+        placed[item] = abs(number)
+        rooms[abs(number)] = room - length
+        if room > length:
+            bisect.insort(window, (room - length, number))
+        while len(window) > OPEN_SEQUENCES:  # the fullest is closed, or else the oldest
+            del window[0 if window[0][0] < seq_length or sign > 0 else -1]
+    return placed, rooms
+
+
+def _fill_empty(items: Items, placed: np.ndarray, rooms: np.ndarray, seq_length: int) -> None:
+    """Leave no sequence empty that can get a document of another one: its last one."""
+    for number in np.flatnonzero(rooms == seq_length).tolist():
+        counts = np.bincount(placed[placed >= 0], minlength=len(rooms))
+        giver = int(counts.argmax())
+        if counts[giver] < 2:
+            return
+        item = int(np.flatnonzero(placed == giver)[-1])
+        tokens = int(items.pieces.stop[item] - items.pieces.start[item])
+        placed[item] = number
+        rooms[giver] += tokens
+        rooms[number] -= tokens
+
+
+def _whole_parts(items: Items, placed: np.ndarray) -> Parts:
+    index = np.flatnonzero(placed >= 0)
+    return index, items.pieces.start[index], items.pieces.stop[index], placed[index]
+
+
+def _cut_into_rooms(items: Items, item: int, rooms: np.ndarray, last_cut: LastCut) -> list[Parts]:
+    """Put one item where there is room, whole if it can be; takes it from ``rooms``."""
+    piece = items.pieces.take(np.array([item]))  # a copy
+    source = int(items.source[item])
+    parts: list[Parts] = []
+    start, stop = int(piece.start[0]), int(piece.stop[0])
+    while start < stop:
+        fitting = np.flatnonzero(rooms >= stop - start)
+        number = int(fitting[rooms[fitting].argmin()]) if len(fitting) else int(rooms.argmax())
+        count = min(stop - start, int(rooms[number]))
+        if not len(fitting):
+            count = last_cut(source, piece, count)
+        if count == 0:
+            raise DoesNotFitError
+        rooms[number] -= count
+        columns = np.array([[item], [start], [start + count], [number]])
+        parts.append((columns[0], columns[1], columns[2], columns[3]))
+        start += count
+        piece.start[0] = start
+    return parts
+
+
+def _flow(items: Items, rooms: np.ndarray, seq_length: int) -> Parts:
+    """Pour the flowing text into the rooms, in order."""
+    index = np.flatnonzero(~items.whole)
+    tokens = items.pieces.tokens[index]
+    ends = np.cumsum(tokens)
+    total = int(ends[-1]) if len(ends) else 0
+    spare = int(rooms.sum()) - total
+    if spare < 0:
+        raise DoesNotFitError
+    if total == 0:
+        none = np.zeros(0, dtype=np.int64)
+        return none, none, none, none
+    small = rooms < seq_length // 128  # not worth cutting a document for
+    if int(rooms[small].sum()) <= spare:
+        rooms = np.where(small, 0, rooms)
+    reached = np.cumsum(rooms)
+    # the padding is spread evenly: no sequence is left empty
+    fills = reached * total // int(reached[-1])
+    borders = np.union1d(ends, fills)
+    borders = borders[borders > 0]
+    begins = np.append(0, borders[:-1])
+    which = np.searchsorted(ends, begins, side="right")
+    sequence = np.searchsorted(fills, begins, side="right")
+    start = items.pieces.start[index][which] + begins - (ends - tokens)[which]
+    return index[which], start, start + borders - begins, sequence

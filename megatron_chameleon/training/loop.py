@@ -4,16 +4,19 @@ Try it: ``torchrun --nproc-per-node 2 -m megatron_chameleon train examples/digit
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chameleon.checkpoint import store
+from megatron_chameleon.checkpoint.folders import load_state
 from megatron_chameleon.config.check import check_config
 from megatron_chameleon.config.load import format_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.data.batches import BatchReader, stage1_steps
-from megatron_chameleon.errors import ConfigError, TrainingError
+from megatron_chameleon.data.batches import BatchReader, read_ahead
+from megatron_chameleon.data.history import stage1_steps
+from megatron_chameleon.errors import CheckpointError, ConfigError, TrainingError
 from megatron_chameleon.model.backend import check_machine, machine_problems
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
@@ -35,11 +38,16 @@ class Job:
     reader: BatchReader
     resume_from: Path | None
 
-    def checkpoint_extra(self) -> dict[str, object]:
-        """What a checkpoint says of the tokenizer, so that it is never used with another one."""
+    def checkpoint_extra(self, step: int) -> dict[str, object]:
+        """What a checkpoint says of the tokenizer, so that it is never used with another one, and
+        of the data that was read in ``step`` updates."""
+        samples = self.reader.history.first_sample(step)
         return {
             "vocab_size": self.tokenizer.vocabulary.size,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "consumed_samples": samples,
+            "consumed_tokens": samples * self.config.model.seq_length,
+            "data": self.reader.state(),
         }
 
 
@@ -59,11 +67,27 @@ def prepare(config: Config, world_size: int, resume: str) -> Job:
     check_run_folder(Path(config.logging.run_dir))
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
     _check_vocabulary(tokenizer.vocabulary.size, config)
-    reader = BatchReader(config, tokenizer)
     checkpoint = store.find_resume(checkpoints_folder(config), resume)
     if checkpoint is not None:
         store.check_fits(checkpoint, config, tokenizer.fingerprint)
+    reader = open_reader(config, tokenizer, checkpoint)
     return Job(config, tokenizer, reader, checkpoint)
+
+
+def open_reader(config: Config, tokenizer: Tokenizer, checkpoint: Path | None) -> BatchReader:
+    """The data of a run that begins, or goes on after a checkpoint.
+
+    Raises:
+        ChameleonError: The data is not there, or does not go on from the checkpoint.
+    """
+    state = load_state(checkpoint) if checkpoint is not None else {}
+    if not state or state.get("optimizer") is False:  # weights alone: the run begins
+        return BatchReader(config, tokenizer)
+    if "data" not in state:
+        what = "it does not say what the run has read: an earlier version wrote it"
+        remedy = "Resume with that version, or train into another logging.run_dir"
+        raise CheckpointError(str(checkpoint), what, remedy)
+    return BatchReader(config, tokenizer, state["data"], state["step"])
 
 
 def _check_vocabulary(vocab_size: int, config: Config) -> None:
@@ -105,35 +129,44 @@ def train_joined(job: Job, interruption: Interruption) -> bool:
     if run:
         print(f"{topology}; {describe(job)}; starts at step {step}", flush=True)
 
-    progress = Progress(step, config.training.steps)
-    batch_tokens = config.training.global_batch_size * config.model.seq_length
-    while step < config.training.steps:
-        indices = reader.indices_for(step, topology.data_rank, topology.data_size)
-        metrics = engine.train_step(step, [reader.batch(samples) for samples in indices])
-        step += 1
-        metrics |= {
-            "step": step,
-            "consumed_samples": step * config.training.global_batch_size,
-            "consumed_tokens": step * batch_tokens,
-            "tokens_per_second": batch_tokens / (metrics["step_seconds"] or math.inf),
-        }
-        _check_finite(step, metrics, engine, saves=_is_save_step(config, step))
-        if run:
-            run.write_metrics(metrics)
-            if step % config.logging.every_steps == 0 or step == config.training.steps:
-                print(progress.line(step, metrics), flush=True)
-        stop = interruption.agreed()
-        if stop or _is_save_step(config, step):
-            path = store.save(checkpoints_folder(config), step, engine, job.checkpoint_extra())
+    with read_ahead(reader, step, topology.data_rank, topology.data_size) as batches:
+        progress = Progress(step, config.training.steps)
+        for micro_batches in batches:
+            metrics = engine.train_step(step, micro_batches)
+            step += 1
+            metrics |= _consumed(reader, step, metrics)
+            _check_finite(step, metrics, engine, saves=_is_save_step(config, step))
             if run:
-                print(f"saved {path}", flush=True)
-        if stop and step < config.training.steps:
-            if run:
-                print(f"{stop}: stopped after step {step}; the same command goes on", flush=True)
-            break
+                run.write_metrics(metrics)
+                if step % config.logging.every_steps == 0 or step == config.training.steps:
+                    print(progress.line(step, metrics), flush=True)
+            stop = interruption.agreed()
+            if stop or _is_save_step(config, step):
+                extra = job.checkpoint_extra(step)
+                path = store.save(checkpoints_folder(config), step, engine, extra)
+                if run:
+                    print(f"saved {path}", flush=True)
+            if stop and step < config.training.steps:
+                if run:
+                    print(f"{stop}: stopped after step {step}; the same command goes on", flush=True)
+                break
     if run:
         run.close()
     return step == config.training.steps
+
+
+def _consumed(
+    reader: BatchReader, step: int, metrics: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    """Metrics of what the run has read, up to ``step`` updates."""
+    samples, length = reader.history.first_sample(step), reader.config.model.seq_length
+    step_tokens = (samples - reader.history.first_sample(step - 1)) * length
+    return {
+        "step": step,
+        "consumed_samples": samples,
+        "consumed_tokens": samples * length,
+        "tokens_per_second": step_tokens / (metrics["step_seconds"] or math.inf),
+    }
 
 
 def describe(job: Job) -> str:

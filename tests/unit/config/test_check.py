@@ -78,6 +78,15 @@ def test_a_config_that_works_is_let_through() -> None:
         (change("data", "stage1_fraction", 1.5), 1, "1.5 is not between 0 and 1"),
         (change("data", "stage1", [SourceConfig("")]), 1, "data.stage1[0].prefix: not set"),
         (change("data", "stage2", [SourceConfig("a", 1.0, 7.0)]), 1, "data.stage2[0].image_first"),
+        (change("data", "stage1", [SourceConfig("a", 0.0)]), 1, "0.0 is no number above 0. Give a"),
+        (change("data", "stage1", [SourceConfig("a", repeat=0)]), 1, "0 is no number of epochs"),
+        (
+            change("data", "stage2", [SourceConfig("a", name="x"), SourceConfig("b", name="x")]),
+            1,
+            "data.stage2[1].name: 'x' is the name of data.stage2[0] too. Give each source a name",
+        ),
+        (change("data", "packing_reserve", 0.6), 1, "0.6 is not between 0 and 0.5"),
+        (change("data", "stage1_tokens", 0), 1, "data.stage1_tokens: 0 is not above 0"),
     ],
 )
 def test_what_cannot_work(edit: Callable[[Config], None], world_size: int, message: str) -> None:

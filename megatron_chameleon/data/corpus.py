@@ -1,0 +1,184 @@
+"""The documents of one source as the order of the data sees them.
+
+Only what is asked for is read: the lengths and positions stay in the memory-mapped .idx, and
+nothing here grows with the number of documents.
+"""
+
+import bisect
+from typing import Protocol
+
+import numpy as np
+
+from megatron_chameleon.data.indexed import TokenFile
+from megatron_chameleon.data.permutation import uniform
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+
+
+class Corpus(Protocol):
+    """Documents one after the other, numbered from 0; tokens are counted through all of them."""
+
+    name: str
+    """Path of the files, for errors and for people."""
+    tokens: int
+    """Tokens of all documents, at least 1."""
+    documents: int
+    images: int
+    """Images of all documents; 0 promises that no document has any."""
+
+    def at(self, token: int) -> int:
+        """The document that holds this token, in [0, documents)."""
+
+    def starts(self, first: int, stop: int) -> np.ndarray:
+        """Where documents ``first`` to ``stop`` - 1 begin, and where the last of them ends.
+
+        Returns:
+            int64 [stop - first + 1], tokens from the start of the corpus.
+        """
+
+    def have_images(self, first: int, stop: int) -> np.ndarray:
+        """Which of these documents hold images: bool [stop - first]."""
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Token ids ``start`` to ``stop`` - 1 of a document, as they were written."""
+
+
+class TokenFileCorpus:
+    """A token file as a corpus.
+
+    Args:
+        token_file: Opened and checked.
+        vocabulary: Its tokens.
+    """
+
+    def __init__(self, token_file: TokenFile, vocabulary: Vocabulary) -> None:
+        self.token_file = token_file
+        self.name = token_file.prefix
+        self.tokens = token_file.info.tokens
+        self.documents = token_file.info.documents
+        self.images = token_file.info.images
+        self._vocabulary = vocabulary
+        self._itemsize = np.dtype(token_file.info.dtype).itemsize
+
+    def at(self, token: int) -> int:
+        # np.searchsorted would copy the whole mapped array, which is not aligned
+        return bisect.bisect_right(self.token_file.offsets, token * self._itemsize) - 1
+
+    def starts(self, first: int, stop: int) -> np.ndarray:
+        lengths = self.token_file.lengths[first:stop].astype(np.int64)
+        begin = int(self.token_file.offsets[first]) // self._itemsize if first < stop else 0
+        starts = np.concatenate([[begin], begin + np.cumsum(lengths)])
+        stored = self.token_file.offsets[first:stop] // self._itemsize
+        if (lengths < 0).any() or not np.array_equal(stored, starts[:-1]):
+            raise DataError(
+                f"{self.name}.idx",
+                f"the positions of documents {first} to {stop - 1} do not follow from their "
+                "lengths",
+                "Copy the file again or run chameleon preprocess again",
+            )
+        return starts
+
+    def have_images(self, first: int, stop: int) -> np.ndarray:
+        if self.images == 0 or first == stop:
+            return np.zeros(stop - first, dtype=bool)
+        starts = self.starts(first, stop)
+        tokens = self.token_file.read_range(int(starts[0]), int(starts[-1]))
+        begins = image_begins(tokens, self._vocabulary) + starts[0]
+        return np.diff(np.searchsorted(begins, starts)) > 0
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        return self.token_file.read(document, start, stop - start)
+
+
+def image_begins(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Positions of the begin-image tokens, int64 [images].
+
+    This and ``image_spans`` are the only places that look for images in the tokens.
+    """
+    return np.flatnonzero(token_ids == vocabulary.begin_image)
+
+
+def image_spans(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Where images begin and end, sentinels included: int64 [images, 2], ascending.
+
+    An image without an end reaches to the next image or to the end of the tokens.
+    """
+    begins = image_begins(token_ids, vocabulary)
+    ends = np.flatnonzero(token_ids == vocabulary.end_image) + 1
+    limits = np.append(begins[1:], len(token_ids)) if len(begins) else begins
+    found = np.append(ends, len(token_ids))[np.searchsorted(ends, begins, side="right")]
+    return np.stack([begins, np.minimum(found, limits)], axis=1)
+
+
+class OrderedDocuments:
+    """A source's documents with the text-image pairs of each epoch put in order.
+
+    Args:
+        corpus: The documents.
+        vocabulary: Their tokens.
+        image_first: Share of the text-image pairs, in [0, 1], whose image comes before the text,
+            drawn anew for each document and epoch; None leaves each pair as it was written. Source:
+            paper, section 2.2.1 (50%).
+        key: What the draw depends on besides epoch and document.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        vocabulary: Vocabulary,
+        image_first: float | None,
+        key: tuple[int, ...],
+    ) -> None:
+        self.corpus = corpus
+        self.image_first = image_first
+        self._vocabulary = vocabulary
+        self._key = key
+
+    def read(self, epoch: int, document: int, start: int, stop: int, length: int) -> np.ndarray:
+        """Token ids ``start`` to ``stop`` - 1 of a document of ``length`` tokens in this epoch."""
+        if self.image_first is None or not self._may_be_pair(document, length):
+            return self.corpus.read(document, start, stop)
+        whole = self.corpus.read(document, 0, length)
+        image_first = uniform(*self._key, epoch, document) < self.image_first
+        return order_pair(whole, self._vocabulary, image_first)[start:stop]
+
+    def spans(self, epoch: int, document: int) -> np.ndarray:
+        """Where the images of a document lie in this epoch: see ``image_spans``."""
+        length = int(np.diff(self.corpus.starts(document, document + 1))[0])
+        return image_spans(self.read(epoch, document, 0, length, length), self._vocabulary)
+
+    def _may_be_pair(self, document: int, length: int) -> bool:
+        """Whether an image stands at either end; saves reading long documents that are no pair."""
+        if length < 5:  # <s>, begin, end, one token of text, </s>
+            return False
+        vocabulary, read = self._vocabulary, self.corpus.read
+        if read(document, 1, 2)[0] == vocabulary.begin_image:
+            return True
+        return bool(read(document, length - 2, length - 1)[0] == vocabulary.end_image)
+
+
+def order_pair(token_ids: np.ndarray, vocabulary: Vocabulary, image_first: bool) -> np.ndarray:
+    """Put the image of a text-image pair before or after its text.
+
+    Args:
+        token_ids: One document, [tokens].
+        vocabulary: Its tokens.
+        image_first: Which of the two comes first.
+
+    Returns:
+        The document in that order, of the same length; a document that is no pair (exactly one
+        image, text on exactly one side of it, between ``<s>`` and ``</s>``) is returned as it is.
+    """
+    begins = np.flatnonzero(token_ids == vocabulary.begin_image)
+    ends = np.flatnonzero(token_ids == vocabulary.end_image)
+    if len(begins) != 1 or len(ends) != 1 or begins[0] > ends[0]:
+        return token_ids
+    if token_ids[0] != vocabulary.bos or token_ids[-1] != vocabulary.eos:
+        return token_ids
+    begin, end = int(begins[0]), int(ends[0]) + 1
+    before, after = token_ids[1:begin], token_ids[end:-1]
+    if (len(before) > 0) == (len(after) > 0):
+        return token_ids
+    image, text = token_ids[begin:end], np.concatenate([before, after])
+    middle = [image, text] if image_first else [text, image]
+    return np.concatenate([token_ids[:1], *middle, token_ids[-1:]])

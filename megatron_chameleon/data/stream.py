@@ -1,0 +1,328 @@
+"""The endless stream of one source: its documents, shuffled anew each epoch, by position.
+
+A position is a token count from the start of the stream; each epoch is as long as the corpus has
+tokens. Which documents lie between two positions is found without going through those before:
+
+1. The corpus is cut into chunks of ``CHUNK_TOKENS`` in the order of the file. Chunk j begins behind
+   the document that holds token j * CHUNK_TOKENS (where that document may be cut, at that token),
+   so that it is found by one binary search in the .idx.
+2. Each epoch takes the chunks in an order of its own, a keyed permutation that needs no memory
+   (``permutation.py``); the last one, which is shorter, comes last.
+3. Some ``WINDOW_CHUNKS`` chunks in a row of that order make a window. Its documents, from as many
+   places of the corpus, are shuffled among each other. Only the windows in use are in memory: 40
+   bytes a document.
+
+A shuffle of all documents would not tell where a position is without the sum of the lengths before
+it, a table of the corpus' size for each epoch. Here that sum is known but for the documents that
+straddle the borders of chunks: a window holds a few documents' tokens more or less than its share,
+and positions inside it are stretched accordingly (by 0.03% for documents of 1,000 tokens). A corpus
+of one window is exact.
+
+A position in the middle of a document is moved to where the document may be cut: a document of text
+alone that may flow from one sequence to the next, anywhere; one that is longer than a sequence, at
+text, never inside an image; every other one to its nearer end.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_chameleon.data.corpus import Corpus, OrderedDocuments
+from megatron_chameleon.data.permutation import Permutation, shuffled
+from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+
+CHUNK_TOKENS = 1 << 18
+WINDOW_CHUNKS = 64
+_CACHED_WINDOWS = 3
+
+_CHUNK_ORDER, _DOCUMENT_ORDER, _PAIR_ORDER = 1, 2, 3
+"""What random numbers are for: no two uses share a key."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Documents, or parts of them, in order; all arrays are [pieces]."""
+
+    epoch: np.ndarray
+    """int64."""
+    document: np.ndarray
+    """int64."""
+    start: np.ndarray
+    """First token within the document, int64."""
+    stop: np.ndarray
+    """One behind the last, int64."""
+    length: np.ndarray
+    """Tokens of the whole document, int64."""
+    has_image: np.ndarray
+    """Whether the document, not only this part, has images; bool."""
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens of each piece, int64."""
+        return self.stop - self.start
+
+    def take(self, chosen: np.ndarray | slice) -> "Pieces":
+        """Those pieces, in that order."""
+        return Pieces(*(array[chosen] for array in vars(self).values()))
+
+    def between(self, first: tuple[int, int], last: tuple[int, int]) -> "Pieces":
+        """From one cut to another; a cut is a piece's index and a token inside the piece."""
+        (index, inside), (last_index, last_inside) = first, last
+        part = self.take(slice(index, last_index + (last_inside > 0)))
+        start, stop = part.start.copy(), part.stop.copy()
+        if last_inside:
+            stop[-1] = start[-1] + last_inside
+        if len(part):
+            start[0] += inside
+        part = Pieces(part.epoch, part.document, start, stop, part.length, part.has_image)
+        return part.take(start < stop)
+
+    @classmethod
+    def join(cls, parts: "list[Pieces]") -> "Pieces":
+        """All pieces of all parts, in order; none of no parts."""
+        parts = [part for part in parts if len(part)]
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            none = np.zeros(0, dtype=np.int64)
+            return cls(none, none, none, none, none, none.astype(bool))
+        return cls(*(np.concatenate(arrays) for arrays in zip(*map(_arrays, parts), strict=True)))
+
+
+def _arrays(pieces: Pieces) -> list[np.ndarray]:
+    return list(vars(pieces).values())
+
+
+@dataclass(frozen=True, order=True)
+class Cut:
+    """A place in a stream where it may be cut; comparable within a stream."""
+
+    epoch: int
+    window: int
+    index: int
+    inside: int
+
+
+@dataclass(frozen=True)
+class _Window:
+    pieces: Pieces
+    ends: np.ndarray
+    """Tokens of the window up to the end of each piece, int64."""
+
+
+class SourceStream:
+    """The stream of one corpus.
+
+    Args:
+        corpus: The documents.
+        vocabulary: Their tokens.
+        seed: Seed of the run, >= 0.
+        stream: Tells sources of the same corpus and seed apart; an integer in [0, 2^63).
+        seq_length: Tokens of a training sequence.
+        isolated: Whether a text that is no longer than a sequence must stay whole.
+        image_first: See ``OrderedDocuments``.
+        chunk_tokens: Least tokens of a chunk.
+        window_chunks: Most chunks of a window.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        vocabulary: Vocabulary,
+        seed: int,
+        stream: int,
+        seq_length: int,
+        isolated: bool = False,
+        image_first: float | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
+        window_chunks: int = WINDOW_CHUNKS,
+    ) -> None:
+        self.corpus = corpus
+        self.stream = stream
+        self.seq_length = seq_length
+        self.isolated = isolated
+        self._key = (seed, stream)
+        self.documents = OrderedDocuments(
+            corpus, vocabulary, image_first, (*self._key, _PAIR_ORDER)
+        )
+        # a chunk holds many documents that must stay whole, so that no window is empty
+        self._chunk_tokens = max(chunk_tokens, 16 * seq_length)
+        self._chunks = -(-corpus.tokens // self._chunk_tokens)
+        self._windows = -(-self._chunks // window_chunks)
+        self._cache: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the stream can be cut at any position."""
+        return not self.isolated and self.corpus.images == 0
+
+    def cut(self, position: int) -> Cut:
+        """The place of a position, after moving it to where documents may be cut.
+
+        Args:
+            position: Tokens from the start of the stream, >= 0, without an upper bound.
+        """
+        epoch, place = divmod(position, self.corpus.tokens)
+        chunk = place // self._chunk_tokens
+        window = chunk * self._windows // self._chunks
+        while place >= self._window_start(window + 1):
+            window += 1
+        begin, end = self._window_start(window), self._window_start(window + 1)
+        content = self._window(epoch, window)
+        stretched = (place - begin) * int(content.ends[-1]) // (end - begin)
+        index, inside = self.legalise(content.pieces, content.ends, stretched)
+        return Cut(epoch, window, index, inside)
+
+    def between(self, first: Cut, last: Cut) -> Pieces:
+        """The pieces from one cut to a later one."""
+        parts, epoch, window = [], first.epoch, first.window
+        begin = (first.index, first.inside)
+        while (epoch, window) < (last.epoch, last.window):
+            pieces = self._window(epoch, window).pieces
+            parts.append(pieces.between(begin, (len(pieces), 0)))
+            begin = (0, 0)
+            epoch, window = (epoch, window + 1) if window + 1 < self._windows else (epoch + 1, 0)
+        pieces = self._window(epoch, window).pieces
+        parts.append(pieces.between(begin, (last.index, last.inside)))
+        return Pieces.join(parts)
+
+    def legalise(self, pieces: Pieces, ends: np.ndarray, token: int) -> tuple[int, int]:
+        """Where pieces may be cut: index of a piece and token inside it, nearest to ``token``."""
+        index = int(np.searchsorted(ends, token, side="right"))
+        if index == len(pieces):
+            return index, 0
+        length = int(pieces.stop[index] - pieces.start[index])
+        inside = token - (int(ends[index]) - length)
+        if inside == 0 or (not self.isolated and not pieces.has_image[index]):
+            return index, inside
+        if length <= self.seq_length:
+            return (index, 0) if 2 * inside < length else (index + 1, 0)
+        piece = pieces.take(slice(index, index + 1))
+        return index, self.last_cut(piece, inside)
+
+    def last_cut(self, piece: Pieces, inside: int) -> int:
+        """The last place up to ``inside`` where a document may be cut although it should not be.
+
+        Args:
+            piece: One piece.
+            inside: Tokens from the piece's start, at most its length.
+
+        Returns:
+            Tokens from the piece's start; 0 where there is no such place.
+        """
+        if not piece.has_image[0]:
+            return inside
+        spans = self.documents.spans(int(piece.epoch[0]), int(piece.document[0]))
+        start = int(piece.start[0])
+        within = (spans[:, 0] < start + inside) & (start + inside < spans[:, 1])
+        return max(0, int(spans[within, 0][0]) - start) if within.any() else inside
+
+    def _window_start(self, window: int) -> int:
+        """Position within the epoch."""
+        chunks = window * self._chunks // self._windows
+        return min(chunks * self._chunk_tokens, self.corpus.tokens)
+
+    def _window(self, epoch: int, window: int) -> _Window:
+        found = self._cache.get((epoch, window))
+        if found is None:
+            first, stop = (w * self._chunks // self._windows for w in (window, window + 1))
+            chunks = np.arange(first, stop)
+            if self._chunks > 1:
+                order = Permutation(self._chunks - 1, *self._key, _CHUNK_ORDER, epoch)
+                equal = chunks < self._chunks - 1
+                chunks[equal] = order(chunks[equal])
+            pieces = Pieces.join([self._chunk(epoch, chunk) for chunk in chunks.tolist()])
+            mixed = shuffled(len(pieces), *self._key, _DOCUMENT_ORDER, epoch, window)
+            pieces = pieces.take(mixed)
+            found = _Window(pieces, np.cumsum(pieces.tokens))
+            self._cache[epoch, window] = found
+            if len(self._cache) > _CACHED_WINDOWS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end((epoch, window))
+        return found
+
+    def _chunk(self, epoch: int, chunk: int) -> Pieces:
+        """Documents of a chunk in the order of the file."""
+        (first, inside), (last, last_inside) = (
+            self._chunk_border(epoch, border) for border in (chunk, chunk + 1)
+        )
+        stop = last + (last_inside > 0)
+        lengths = np.diff(self.corpus.starts(first, stop))
+        documents = np.arange(first, stop)
+        starts, stops = np.zeros_like(lengths), lengths.copy()
+        if last_inside:
+            stops[-1] = last_inside
+        if inside and stop > first:
+            starts[0] = inside
+        flags = self.corpus.have_images(first, stop)
+        pieces = Pieces(np.full_like(documents, epoch), documents, starts, stops, lengths, flags)
+        return pieces.take(starts < stops)  # empty documents are nothing
+
+    def _chunk_border(self, epoch: int, chunk: int) -> tuple[int, int]:
+        """The document with which a chunk begins, and the token inside it."""
+        corpus = self.corpus
+        if chunk in (0, self._chunks):
+            return (0 if chunk == 0 else corpus.documents), 0
+        token = chunk * self._chunk_tokens
+        document = corpus.at(token)
+        start, stop = corpus.starts(document, document + 1).tolist()
+        inside, length = token - start, stop - start
+        if inside == 0:
+            return document, 0
+        has_image = corpus.have_images(document, document + 1)
+        if not has_image[0] and not self.isolated:
+            return document, inside
+        if length <= self.seq_length:
+            return document + 1, 0
+        one = np.array([document])
+        zero = np.zeros_like(one)
+        piece = Pieces(zero + epoch, one, zero, zero + length, zero + length, has_image)
+        return document, self.last_cut(piece, inside)
+
+
+class Cursor:
+    """A stream from some position on, behind pieces that were left over before it.
+
+    Args:
+        stream: The stream.
+        base: Position in the stream at which it goes on.
+        backlog: What comes first.
+    """
+
+    def __init__(self, stream: SourceStream, base: int = 0, backlog: Pieces | None = None) -> None:
+        self.stream = stream
+        self.base = base
+        self.backlog = Pieces.join([]) if backlog is None else backlog
+        self._ends = np.cumsum(self.backlog.tokens)
+        self.backlog_tokens = int(self._ends[-1]) if len(self._ends) else 0
+
+    def tokens_left(self, epochs: int) -> int:
+        """Tokens until the stream has given so many epochs."""
+        return max(0, self.backlog_tokens + epochs * self.stream.corpus.tokens - self.base)
+
+    def pieces(self, first: int, last: int) -> Pieces:
+        """The pieces between two positions, counted from the cursor."""
+        (begin, begin_cut), (end, end_cut) = self._cut(first), self._cut(last)
+        parts = [self.backlog.between(begin, end)]
+        if end_cut is not None:
+            begin_cut = self.stream.cut(self.base) if begin_cut is None else begin_cut
+            parts.append(self.stream.between(begin_cut, end_cut))
+        return Pieces.join(parts)
+
+    def moved(self, position: int, unused: Pieces) -> "Cursor":
+        """The cursor behind ``position``, with pieces before it that were not used."""
+        index, cut = self._cut(position)
+        base = self.base if cut is None else self.base + position - self.backlog_tokens
+        rest = self.backlog.between(index, (len(self.backlog), 0))
+        return Cursor(self.stream, base, Pieces.join([unused, rest]))
+
+    def _cut(self, position: int) -> tuple[tuple[int, int], Cut | None]:
+        """Place in the backlog, and in the stream if the position lies behind the backlog."""
+        if position < self.backlog_tokens:
+            return self.stream.legalise(self.backlog, self._ends, position), None
+        cut = self.stream.cut(self.base + position - self.backlog_tokens)
+        return (len(self.backlog), 0), cut

@@ -1,0 +1,246 @@
+"""Resuming: the same order on any cluster, mixtures edited in mid-run, and what is refused."""
+
+import json
+import shutil
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError
+
+SEQ_LENGTH = 32
+
+
+@pytest.fixture
+def config(tmp_path, token_file, numbered, tokenizer):
+    v = tokenizer.vocabulary
+    draw = np.random.default_rng(0)
+    pairs = [
+        np.array([v.bos, 300, v.begin_image, *v.code_token_ids[:8], v.end_image, v.eos])
+        for _ in range(60)
+    ]
+    token_file(numbered(draw.integers(3, 50, 90).tolist()), "text")
+    token_file(pairs, "pairs")
+    token_file(numbered(draw.integers(3, 20, 70).tolist()), "new")
+    config = Config()
+    config.model.seq_length = SEQ_LENGTH
+    config.data.stage1 = [source(tmp_path, "text", 2.0), source(tmp_path, "pairs", 1.0)]
+    config.data.stage2 = [source(tmp_path, "new", 1.0)]
+    config.data.stage1_tokens = 300 * SEQ_LENGTH
+    config.training.steps, config.training.global_batch_size = 40, 24
+    return config
+
+
+def source(folder, name, weight=1.0, **values):
+    return SourceConfig(str(folder / name), weight=weight, **values)
+
+
+def resumed(reader, config, tokenizer, step):
+    """As from the checkpoint of a run after ``step`` updates."""
+    return BatchReader(config, tokenizer, json.loads(json.dumps(reader.state())), step)
+
+
+def row(sample):
+    return sample.tokens.tolist(), sample.labels.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_the_same_order_on_every_cluster(config, tokenizer, size):
+    config.training.micro_batch_size = 3 if size != 3 else 4
+    reader = BatchReader(config, tokenizer)
+    reference = [row(reader.sample(i)) for i in range(40 * 24)]
+    for step in (0, 12, 39):
+        dealt = [reader.batches_for(step, rank, size) for rank in range(size)]
+        rows = [
+            (batch.tokens[i].tolist(), batch.labels[i].tolist())
+            for batches in zip(*dealt, strict=True)
+            for batch in batches
+            for i in range(config.training.micro_batch_size)
+        ]
+        assert rows == reference[24 * step : 24 * step + 24]
+
+
+def test_the_same_order_across_resumes_with_another_cluster_and_batch_size(config, tokenizer):
+    whole = BatchReader(config, tokenizer)
+    reference = [row(whole.sample(i)) for i in range(40 * 24)]
+    reader, step, found = whole, 0, []
+    for ranks, micro, size, steps in ((1, 2, 24, 5), (4, 1, 8, 11), (3, 4, 12, 9), (8, 2, 48, 8)):
+        config.training.micro_batch_size, config.training.global_batch_size = micro, size
+        config.training.steps = step + steps + 1
+        reader = resumed(reader, config, tokenizer, step)
+        for last in range(step, step + steps):
+            dealt = [reader.indices_for(last, rank, ranks) for rank in range(ranks)]
+            for batches in zip(*dealt, strict=True):
+                found += [row(reader.sample(i)) for batch in batches for i in batch]
+        step += steps
+        assert reader.history.first_sample(step) == len(found)
+    assert found == reference[: len(found)]
+    assert len(found) == 5 * 24 + 11 * 8 + 9 * 12 + 8 * 48 > 300  # into stage 2
+
+
+class Seen:
+    """What a run has read of each source, epoch by epoch."""
+
+    def __init__(self):
+        self.parts = defaultdict(list)
+
+    def add(self, reader, first, last):
+        for index in range(first, last):
+            sample = reader.sample(index)
+            pieces = sample.packed.pieces
+            for i, number in enumerate(sample.packed.source):
+                part = (int(pieces.document[i]), int(pieces.start[i]), int(pieces.stop[i]))
+                self.parts[sample.names[number], int(pieces.epoch[i])].append(part)
+
+    def check_complete(self, reader, step):
+        """With what is still to come of their epochs, all sources are whole."""
+        sample = reader.history.first_sample(step)
+        cursors = reader.mixture(sample - 1).cursors_at(sample)
+        for key, cursor in cursors.items():
+            corpus = cursor.stream.corpus
+            epochs = max([cursor.base // corpus.tokens, *(e for k, e in self.parts if k == key)])
+            rest = cursor.pieces(0, cursor.tokens_left(epochs + 1))
+            for epoch, *part in zip(
+                *(column.tolist() for column in (rest.epoch, rest.document, rest.start, rest.stop)),
+                strict=True,
+            ):
+                self.parts[key, epoch].append(tuple(part))
+        for (key, _), parts in self.parts.items():
+            lengths = np.diff(cursors[key].stream.corpus.starts(0, corpus_size(cursors[key])))
+            ends = [0] * len(lengths)
+            for number, start, stop in sorted(parts):
+                assert start == ends[number]
+                ends[number] = stop
+            assert ends == lengths.tolist()
+
+
+def corpus_size(cursor):
+    return cursor.stream.corpus.documents
+
+
+def test_an_edited_mixture_repeats_and_skips_nothing(config, tokenizer, tmp_path):
+    seen = Seen()
+    reader = BatchReader(config, tokenizer)
+    seen.add(reader, 0, 7 * 24)
+    before = [row(reader.sample(i)) for i in range(7 * 24)]
+
+    # other weights, another order of the list, the third source earlier
+    config.data.stage1 = [
+        source(tmp_path, "new", 1.0),
+        source(tmp_path, "pairs", 3.0, image_first=1.0),
+        source(tmp_path, "text", 1.0),
+    ]
+    config.data.stage2 = []
+    reader = resumed(reader, config, tokenizer, 7)
+    assert len(reader.history.entries) == 2
+    seen.add(reader, 7 * 24, 20 * 24)
+    assert [row(reader.sample(i)) for i in range(7 * 24)] == before
+
+    # a source is left out for some steps, and comes again where it was
+    config.data.stage1 = config.data.stage1[:2]
+    reader = resumed(reader, config, tokenizer, 20)
+    seen.add(reader, 20 * 24, 23 * 24)
+    names = {n for i in range(20 * 24, 23 * 24) for n in names_in(reader, i)}
+    assert names == {str(tmp_path / "new"), str(tmp_path / "pairs")}
+    config.data.stage1 += [source(tmp_path, "text", 5.0)]
+    reader = resumed(reader, config, tokenizer, 23)
+    seen.add(reader, 23 * 24, 40 * 24)
+    assert [row(reader.sample(i)) for i in range(7 * 24)] == before
+    seen.check_complete(reader, 40)
+
+
+def names_in(reader, index):
+    sample = reader.sample(index)
+    return {sample.names[number] for number in sample.packed.source}
+
+
+def test_an_edit_holds_from_its_first_sample_on(config, tokenizer, tmp_path):
+    reader = BatchReader(config, tokenizer)
+    config.data.stage1 = [source(tmp_path, "new")]
+    config.data.stage2 = []
+    reader = resumed(reader, config, tokenizer, 3)
+    assert names_in(reader, 3 * 24) == {str(tmp_path / "new")}
+    assert names_in(reader, 3 * 24 - 1) <= {str(tmp_path / "text"), str(tmp_path / "pairs")}
+
+
+def test_what_does_not_change_the_order_makes_no_new_mixture(config, tokenizer):
+    reader = BatchReader(config, tokenizer)
+    reference = [row(reader.sample(i)) for i in range(290)]
+    config.training.steps, config.data.stage1_tokens = 50, 290 * SEQ_LENGTH
+    reader = resumed(reader, config, tokenizer, 10)
+    assert len(reader.history.entries) == 1
+    assert [row(reader.sample(i)) for i in range(290)] == reference
+    assert reader.mixture(290).locate(290).phase.stage == 2
+    # stage 2 that has begun stays where it began
+    config.data.stage1_tokens = 400 * SEQ_LENGTH
+    reader = resumed(reader, config, tokenizer, 13)
+    assert reader.mixture(290).locate(290).phase.stage == 2
+
+
+def refused(reader, config, tokenizer, step=10):
+    with pytest.raises(ConfigErrors) as caught:
+        resumed(reader, config, tokenizer, step)
+    return caught.value.lines()
+
+
+def move(prefix, new_prefix):
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.move(f"{prefix}{suffix}", f"{new_prefix}{suffix}")
+
+
+def test_moved_files_want_their_name(config, tokenizer, tmp_path):
+    reader = BatchReader(config, tokenizer)
+    reference = row(reader.sample(250))
+    move(tmp_path / "pairs", tmp_path / "moved")
+    config.data.stage1[1].prefix = str(tmp_path / "moved")
+    assert refused(reader, config, tokenizer) == [
+        f"data.stage1[1].prefix: {tmp_path}/moved is unknown to the run, and holds the 60 "
+        f"documents of 780 tokens that it knows as {tmp_path}/pairs. Add `name: {tmp_path}/pairs` "
+        "to go on in it, or another name to start it anew."
+    ]
+    config.data.stage1[1].name = str(tmp_path / "pairs")
+    reader = resumed(reader, config, tokenizer, 10)
+    assert len(reader.history.entries) == 1
+    assert row(reader.sample(250)) == reference
+    config.data.stage1[1].name = "anew"
+    reader = resumed(reader, config, tokenizer, 10)
+    assert reader.mixture(240).cursors["anew"].base == 0
+
+
+def test_changed_files_are_refused(config, tokenizer, token_file, numbered):
+    reader = BatchReader(config, tokenizer)
+    token_file(numbered([9, 9]), "text")
+    (line,) = refused(reader, config, tokenizer)
+    assert "text holds 2 documents of 18 tokens, and held 90 of " in line
+    assert line.endswith("or give the source a name of its own to start it anew.")
+
+
+def test_files_of_the_old_mixture_are_needed_once_more(config, tokenizer, tmp_path):
+    reader = BatchReader(config, tokenizer)
+    (tmp_path / "text.json").unlink()
+    del config.data.stage1[0]
+    with pytest.raises(ConfigError) as caught:
+        resumed(reader, config, tokenizer, 10)
+    assert str(caught.value).startswith(
+        f"data: the run read {tmp_path}/text, which the config does not name: the token file is "
+        "incomplete"
+    )
+
+
+def test_isolation_cannot_change(config, tokenizer):
+    reader = BatchReader(config, tokenizer)
+    config.data.reset_attention = True
+    config.model.seq_length = 64
+    assert refused(reader, config, tokenizer) == [
+        "model.seq_length: is 64 and was 32. Put the old value back, or train anew.",
+        "data.reset_attention: is True and was False. Put the old value back, or train anew.",
+    ]
+
+
+@pytest.mark.parametrize("broken", [{}, {"format": "other"}, {"format": None, "entries": 3}])
+def test_a_state_that_cannot_be_read(config, tokenizer, broken):
+    with pytest.raises(DataError, match="its order of the data cannot be read"):
+        BatchReader(config, tokenizer, broken, 10)
