@@ -1,11 +1,28 @@
-"""``chameleon inspect PREFIX --html FILE``: what is in a token file, as the model will see it."""
+"""``chameleon inspect PREFIX --html FILE``: what is in a token file, as the model will see it.
+
+With a config in place of a prefix: the run's mixture, and on the page the packed sequences of a
+step.
+"""
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefix", metavar="PREFIX", help="token file, without .bin and .idx")
-    parser.add_argument("--html", metavar="FILE", help="also write documents as an HTML page")
+    parser.add_argument(
+        "prefix",
+        metavar="PREFIX|CONFIG",
+        help="token file, without .bin and .idx; or the YAML file of a run",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="with a config: values that win over the file's",
+    )
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write documents or sequences as an HTML page"
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
@@ -17,14 +34,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start", type=int, default=0, metavar="K", help="the first of them (default: 0)"
     )
+    parser.add_argument(
+        "--step",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with a config: the step whose sequences are on the page, counted from 1 (default: 1)",
+    )
+    parser.add_argument(
+        "--sequences", type=int, default=8, metavar="N", help="sequences on the page (default: 8)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
+    if Path(args.prefix).suffix in (".yaml", ".yml"):
+        _inspect_mixture(args)
+    else:
+        _inspect_token_file(args)
+
+
+def _inspect_mixture(args: argparse.Namespace) -> None:
+    from megatron_chameleon.config.check import check_config, smallest_world_size
+    from megatron_chameleon.config.load import load_config
+    from megatron_chameleon.data.audit import audit_step
+    from megatron_chameleon.data.encode import load_for_encoding
+    from megatron_chameleon.data.sequence_viewer import mixture_summary, write_sequence_page
+    from megatron_chameleon.errors import ConfigError, DataError
+    from megatron_chameleon.training.reading import open_newest
+
+    if args.sequences < 1:
+        raise ConfigError("--sequences", f"{args.sequences} is less than 1", "Give a number from 1")
+    config = load_config(args.prefix, args.overrides)
+    check_config(config, smallest_world_size(config.parallel))
+    tokenizer = load_for_encoding(args.tokenizer or config.tokenizer.path)
+    reader = open_newest(config, tokenizer)
+    print(mixture_summary(reader))
+    if args.html:
+        audit = audit_step(reader, args.step)
+        try:
+            written = write_sequence_page(Path(args.html), audit, reader, tokenizer, args.sequences)
+        except OSError as error:
+            what = f"cannot be written ({error.strerror})"
+            raise DataError(args.html, what, "Choose another file for --html") from error
+        print(f"{args.html}: {written} sequences")
+
+
+def _inspect_token_file(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.encode import load_for_encoding
     from megatron_chameleon.data.indexed import open_token_file, read_info
     from megatron_chameleon.data.viewer import summary, write_html
     from megatron_chameleon.errors import ConfigError, DataError
 
+    if args.overrides:
+        what = f"{args.prefix} is a token file, which has no values to override"
+        raise ConfigError(args.overrides[0], what, "Leave it away, or name a YAML file")
     if args.documents < 1:
         raise ConfigError("--documents", f"{args.documents} is less than 1", "Give a number from 1")
     folder = args.tokenizer or read_info(args.prefix).tokenizer

@@ -20,7 +20,8 @@ OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=.*", re.DOTALL)
 VERBS = {
     "tokenizer": "train a text tokenizer or an image tokenizer",
     "preprocess": "turn documents into .bin/.idx token files",
-    "inspect": "show documents of a .bin/.idx as an HTML page",
+    "inspect": "show a token file or a run's mixture, also as an HTML page",
+    "data": "show what a step of a run saw",
     "config": "compare a config with the paper's values",
     "train": "train a model from a YAML config",
     "convert": "convert a checkpoint to another format",

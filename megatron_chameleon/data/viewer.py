@@ -25,7 +25,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"
 """What sentencepiece writes for a space."""
 
-_PAGE = """<!DOCTYPE html>
+PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
   color: #222; background: #fff }}
@@ -114,12 +114,23 @@ def write_html(
     articles = [_article(position, token_file.read(position), tokenizer) for position in chosen]
     title = html.escape(f"{Path(token_file.prefix).name}: documents {start} to {chosen.stop - 1}")
     text = summary(token_file.prefix, token_file.info, token_file.lengths)
-    page = _PAGE.format(title=title, summary=html.escape(text), articles="\n".join(articles))
+    page = PAGE.format(title=title, summary=html.escape(text), articles="\n".join(articles))
     write_text(Path(path), page)
     return len(chosen)
 
 
 def _article(position: int, token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    head = f"<header>document {position} · {len(token_ids)} tokens</header>"
+    return f"<article>{head}{render_tokens(token_ids, tokenizer)}</article>"
+
+
+def render_tokens(token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    """A document or a part of it as HTML: text in spans, decoded images, control tokens by name.
+
+    Args:
+        token_ids: int [tokens].
+        tokenizer: Decodes them; without an image half, images appear as their codes.
+    """
     body = []
     for segment in segments(token_ids, tokenizer.vocabulary):
         if segment.kind == "image":
@@ -129,8 +140,7 @@ def _article(position: int, token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
         else:
             name = tokenizer.vocabulary.tokens[int(segment.token_ids[0])]
             body.append(_span(segment.token_ids, name, name, ' class="control"'))
-    head = f"<header>document {position} · {len(token_ids)} tokens</header>"
-    return f"<article>{head}{''.join(body)}</article>"
+    return "".join(body)
 
 
 def _text_spans(token_ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:

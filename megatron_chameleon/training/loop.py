@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chameleon.checkpoint import store
-from megatron_chameleon.checkpoint.folders import load_state
 from megatron_chameleon.config.check import check_config
 from megatron_chameleon.config.load import format_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import BatchReader, read_ahead
 from megatron_chameleon.data.history import stage1_steps
-from megatron_chameleon.errors import CheckpointError, ConfigError, TrainingError
+from megatron_chameleon.errors import ConfigError, TrainingError
 from megatron_chameleon.model.backend import check_machine, machine_problems
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
@@ -26,6 +25,7 @@ from megatron_chameleon.training.engine import TrainingEngine, build_engine, che
 from megatron_chameleon.training.failure import check_loaded_weights, name_broken_weights
 from megatron_chameleon.training.interruption import Interruption
 from megatron_chameleon.training.progress import Progress
+from megatron_chameleon.training.reading import open_reader
 from megatron_chameleon.training.run_folder import RunFolder, check_run_folder, checkpoints_folder
 
 
@@ -72,22 +72,6 @@ def prepare(config: Config, world_size: int, resume: str) -> Job:
         store.check_fits(checkpoint, config, tokenizer.fingerprint)
     reader = open_reader(config, tokenizer, checkpoint)
     return Job(config, tokenizer, reader, checkpoint)
-
-
-def open_reader(config: Config, tokenizer: Tokenizer, checkpoint: Path | None) -> BatchReader:
-    """The data of a run that begins, or goes on after a checkpoint.
-
-    Raises:
-        ChameleonError: The data is not there, or does not go on from the checkpoint.
-    """
-    state = load_state(checkpoint) if checkpoint is not None else {}
-    if not state or state.get("optimizer") is False:  # weights alone: the run begins
-        return BatchReader(config, tokenizer)
-    if "data" not in state:
-        what = "it does not say what the run has read: an earlier version wrote it"
-        remedy = "Resume with that version, or train into another logging.run_dir"
-        raise CheckpointError(str(checkpoint), what, remedy)
-    return BatchReader(config, tokenizer, state["data"], state["step"])
 
 
 def _check_vocabulary(vocab_size: int, config: Config) -> None:

@@ -1,0 +1,147 @@
+"""What a step of a run saw: its samples, their documents, and the tokens of each kind and source.
+
+Try: ``chameleon data audit CONFIG --step 1000``
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_chameleon.data.batches import BatchReader, Sample
+from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+
+KINDS = ("text", "image", "control", "padding")
+"""Image: codes and their begin and end tokens. Control: ``<s>``, ``</s>`` and separators."""
+
+
+@dataclass(frozen=True)
+class StepAudit:
+    """One step of a run."""
+
+    step: int
+    """Counted from 1, as in ``metrics.jsonl``."""
+    stage: int
+    epoch_of: dict[str, float]
+    """How often each source's documents had been gone through by the step's first sample's block:
+    1.5 is half of the second time."""
+    samples: list[tuple[int, Sample]]
+    """Index and content of each."""
+    files: dict[str, str]
+    """Prefix of each source."""
+
+
+def audit_step(reader: BatchReader, step: int) -> StepAudit:
+    """Read a step again.
+
+    Args:
+        reader: Of the run.
+        step: Counted from 1.
+
+    Raises:
+        ConfigError: The run has no such step.
+    """
+    steps = reader.config.training.steps
+    if not 1 <= step <= steps:
+        raise ConfigError("--step", f"{step}, but the run has {steps}", f"Give 1 to {steps}")
+    first = reader.history.first_sample(step - 1)
+    indices = range(first, first + reader.history.batch_size(step - 1))
+    samples = [(index, reader.sample(index)) for index in indices]
+    mixture = reader.mixture(first)
+    place = mixture.locate(first)
+    epochs = {}
+    for key, cursor in mixture.cursors.items():
+        cursor = place.phase.cursors[key]
+        done = cursor.base - cursor.backlog_tokens
+        if key in place.phase.amounts:
+            done += place.phase.position(key, place.block)
+        epochs[key] = max(0, done) / cursor.stream.corpus.tokens
+    files = {key: cursor.stream.corpus.name for key, cursor in mixture.cursors.items()}
+    return StepAudit(step, place.phase.stage, epochs, samples, files)
+
+
+def kinds_of(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Index in ``KINDS`` of each token: int64, the same shape."""
+    kinds = np.zeros(token_ids.shape, dtype=np.int64)
+    image = [vocabulary.begin_image, vocabulary.end_image]
+    kinds[vocabulary.is_image_code(token_ids) | np.isin(token_ids, image)] = 1
+    control = [vocabulary.bos, vocabulary.eos, vocabulary.separator, vocabulary.image_placeholder]
+    kinds[np.isin(token_ids, control)] = 2
+    kinds[token_ids == vocabulary.pad] = 3
+    return kinds
+
+
+def count_kinds(samples: Sequence[Sample], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+    """Tokens of each kind by source, and of the padding: int64 [kinds]."""
+    counts: dict[str, np.ndarray] = {}
+    for sample in samples:
+        kinds = kinds_of(sample.tokens, vocabulary)
+        padding = sample.piece == len(sample.packed.source)
+        for number in np.unique(sample.packed.source).tolist():
+            here = np.append(sample.packed.source == number, False)[sample.piece]
+            found = np.bincount(kinds[here], minlength=len(KINDS))
+            name = sample.names[number]
+            counts[name] = counts.get(name, 0) + found
+        if padding.any():
+            found = np.bincount(kinds[padding], minlength=len(KINDS))
+            counts["padding"] = counts.get("padding", 0) + found
+    return counts
+
+
+def format_audit(audit: StepAudit, vocabulary: Vocabulary, documents: int) -> str:
+    """The step for people.
+
+    Args:
+        audit: The step.
+        vocabulary: Of its tokens.
+        documents: How many lines of documents at most.
+    """
+    lines = _document_lines(audit.samples, documents)
+    return "\n".join([format_shares(audit, vocabulary), "", *lines])
+
+
+def format_shares(audit: StepAudit, vocabulary: Vocabulary) -> str:
+    """The step's samples, and its tokens by source and kind."""
+    samples = [sample for _, sample in audit.samples]
+    first, last = audit.samples[0][0], audit.samples[-1][0]
+    tokens = sum(len(sample.tokens) for sample in samples)
+    head = (
+        f"step {audit.step}: samples {first:,} to {last:,}, {tokens:,} tokens, stage {audit.stage}"
+    )
+    return "\n".join([head, "", *_share_lines(count_kinds(samples, vocabulary), audit, tokens)])
+
+
+def _share_lines(counts: dict[str, np.ndarray], audit: StepAudit, tokens: int) -> list[str]:
+    width = max(map(len, (*counts, "source")))
+    heads = "".join(f"{kind:>12}" for kind in KINDS)
+    lines = [f"{'source':{width}} {'share':>7}{heads} {'epochs':>8}  file"]
+    padding = counts.pop("padding", None)
+    for name, row in sorted(counts.items()):
+        numbers = "".join(f"{count:>12,}" for count in row.tolist())
+        share = f"{100 * row.sum() / tokens:6.2f}%"
+        file = audit.files.get(name, "")
+        lines.append(f"{name:{width}} {share}{numbers} {audit.epoch_of.get(name, 0):8.3f}  {file}")
+    if padding is not None:
+        numbers = "".join(f"{count:>12,}" for count in padding.tolist())
+        lines.append(f"{'-':{width}} {100 * padding.sum() / tokens:6.2f}%{numbers}")
+    return lines
+
+
+def _document_lines(samples: list[tuple[int, Sample]], documents: int) -> list[str]:
+    total = sum(len(sample.packed.source) for _, sample in samples)
+    lines = [
+        f"{total:,} pieces of documents; a document is counted from 0 in its file",
+        f"{'sample':>10} {'document':>12} {'epoch':>5} {'tokens of the document':>24}  source",
+    ]
+    for index, sample in samples:
+        pieces = sample.packed.pieces
+        for i, number in enumerate(sample.packed.source.tolist()):
+            if len(lines) == documents + 2:
+                return [*lines, f"... and {total - documents:,} more: --documents {total}"]
+            part = f"{pieces.start[i]}-{pieces.stop[i] - 1} of {pieces.length[i]}"
+            lines.append(
+                f"{index:>10} {pieces.document[i]:>12} {pieces.epoch[i]:>5} {part:>24}  "
+                f"{sample.names[number]}"
+            )
+    return lines

@@ -1,0 +1,123 @@
+"""Look into a mixture: its sources and stages as a table, packed sequences of a step as HTML.
+
+The colours are the tokens' kinds; a bar above each sequence shows where its documents lie and how
+much of it is text, image, control and padding.
+
+Try: ``chameleon inspect CONFIG --html sequences.html``
+"""
+
+import html
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from megatron_chameleon.data.audit import KINDS, StepAudit, count_kinds, format_shares, kinds_of
+from megatron_chameleon.data.batches import BatchReader, Sample
+from megatron_chameleon.data.viewer import PAGE, render_tokens
+from megatron_chameleon.tokenizer.files import write_text
+from megatron_chameleon.tokenizer.folder import Tokenizer
+
+_STYLE = """<style>
+article { max-height: 40rem; overflow: auto }
+section { border-left: .4rem solid #ddd; margin: .4rem 0; padding-left: .6rem }
+.bar { display: flex; height: 1.1rem; margin: .3rem 0; border-radius: 3px; overflow: hidden }
+.bar i { border-right: 1px solid #fff; box-sizing: border-box }
+.text { background: #8fb8de } .image { background: #f2b05e } .control { background: #c9a0d0 }
+.padding { background: #e4e4e4 } span.control { background: none }
+.key i { display: inline-block; width: .9rem; height: .9rem; margin: 0 .3rem 0 1rem }
+</style>"""
+
+
+def mixture_summary(reader: BatchReader) -> str:
+    """Sources, their sizes and modalities, and what each stage takes of them, for people."""
+    config, history = reader.config, reader.history
+    samples = history.first_sample(config.training.steps)
+    first = history.entries[-1].first_sample
+    mixture = reader.mixture(max(first, samples - 1))
+    width = max(map(len, (*mixture.names, "source")))
+    lines = [
+        f"{config.training.steps:,} steps, {samples:,} sequences of {mixture.seq_length:,} tokens; "
+        f"{len(history.entries)} mixture{'s' if len(history.entries) > 1 else ''}",
+        "",
+        f"{'source':{width}} {'documents':>14} {'tokens':>18} {'images':>13} {'mean length':>12}",
+    ]
+    for key, cursor in mixture.cursors.items():
+        corpus = cursor.stream.corpus
+        lines.append(
+            f"{key:{width}} {corpus.documents:>14,} {corpus.tokens:>18,} {corpus.images:>13,} "
+            f"{corpus.tokens / corpus.documents:>12,.1f}"
+        )
+    for phase in mixture.phases(samples):
+        end = samples if phase.end_sample is None else min(samples, phase.end_sample)
+        total = sum(phase.amounts.values())
+        lines += ["", f"stage {phase.stage}, samples {phase.first_sample:,} to {end - 1:,}:"]
+        for key in phase.amounts:
+            share = phase.amounts[key] / total
+            blocks = -(-(end - phase.first_sample) // phase.sequences)
+            epochs = phase.position(key, blocks) / mixture.cursors[key].stream.corpus.tokens
+            lines.append(f"{key:{width}} {100 * share:6.2f}% of the tokens, {epochs:,.3f} epochs")
+    return "\n".join(lines)
+
+
+def write_sequence_page(
+    path: Path, audit: StepAudit, reader: BatchReader, tokenizer: Tokenizer, sequences: int
+) -> int:
+    """Write sequences of a step as one HTML page with nothing outside it.
+
+    Args:
+        path: The page; an older one is replaced when the new one is whole.
+        audit: The step.
+        reader: Of the run.
+        tokenizer: Decodes them; without an image half, images appear as their codes.
+        sequences: How many at most.
+
+    Returns:
+        How many were written.
+    """
+    chosen = audit.samples[:sequences]
+    articles = [_article(index, sample, tokenizer) for index, sample in chosen]
+    text = f"{mixture_summary(reader)}\n\n{format_shares(audit, tokenizer.vocabulary)}"
+    key = "".join(f'<i class="{kind}"></i>{kind}' for kind in KINDS)
+    body = [_STYLE, f'<p class="key">{key}</p>', *articles]
+    page = PAGE.format(
+        title=f"step {audit.step}: {len(chosen)} of {len(audit.samples)} sequences",
+        summary=html.escape(text),
+        articles="\n".join(body),
+    )
+    write_text(path, page)
+    return len(chosen)
+
+
+def _article(index: int, sample: Sample, tokenizer: Tokenizer) -> str:
+    vocabulary, pieces = tokenizer.vocabulary, sample.packed.pieces
+    kinds = kinds_of(sample.tokens, vocabulary)
+    counts = sum(count_kinds([sample], vocabulary).values())
+    shares = ", ".join(
+        f"{100 * count / len(kinds):.1f}% {kind}"
+        for kind, count in zip(KINDS, np.asarray(counts).tolist(), strict=True)
+    )
+    sections = []
+    for i, number in enumerate(sample.packed.source.tolist()):
+        where = (
+            f"{sample.names[number]}: document {pieces.document[i]}, epoch {pieces.epoch[i]}, "
+            f"tokens {pieces.start[i]} to {pieces.stop[i] - 1} of {pieces.length[i]}"
+        )
+        content = render_tokens(sample.tokens[sample.piece == i], tokenizer)
+        sections.append(f"<section><header>{html.escape(where)}</header>{content}</section>")
+    head = f"<header>sample {index} · {len(sections)} pieces of documents · {shares}</header>"
+    return f"<article>{head}{_bar(sample.piece, kinds)}{''.join(sections)}</article>"
+
+
+def _bar(piece: np.ndarray, kinds: np.ndarray) -> str:
+    """A strip of the sequence, each run of one kind in one document as wide as it is long."""
+    is_new = (np.diff(piece) != 0) | (np.diff(kinds) != 0)
+    borders = [0, *(np.flatnonzero(is_new) + 1).tolist(), len(kinds)]
+    parts = []
+    for first, stop in itertools.pairwise(borders):
+        kind = KINDS[kinds[first]]
+        parts.append(
+            f'<i class="{kind}" style="width:{100 * (stop - first) / len(kinds):.3f}%" '
+            f'title="{stop - first} tokens of {kind}"></i>'
+        )
+    return f'<div class="bar">{"".join(parts)}</div>'
