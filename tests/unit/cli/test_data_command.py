@@ -55,7 +55,7 @@ def test_inspect_a_config(config: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["data", "audit", "CONFIG", "--step", "6"], "--step: 6, but the run has 5. Give 1 to 5."),
         (["data", "audit", "CONFIG", "--step", "1", "--documents", "0"], "--documents: 0 is less"),
         (["data", "audit", "/none.yaml", "--step", "1"], "/none.yaml: no such config file"),
-        (["inspect", "CONFIG", "--html", "UNDER"], "UNDER: cannot be written (Not a directory)"),
+        (["inspect", "CONFIG", "--html", "UNDER"], "UNDER: cannot be written (File exists)"),
         (["inspect", "CONFIG", "--sequences", "0"], "--sequences: 0 is less than 1"),
         (["inspect", "PREFIX", "training.steps=3"], "training.steps=3: PREFIX is a token file"),
     ],

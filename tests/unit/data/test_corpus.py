@@ -1,11 +1,15 @@
 """Text-image pairs in the order of their epoch, token files as corpora, and the permutation."""
 
+import json
+import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_chameleon.data.corpus import OrderedDocuments, TokenFileCorpus, order_pair
+from megatron_chameleon.data.indexed import open_token_file
 from megatron_chameleon.data.permutation import Permutation, shuffled, uniform
 from megatron_chameleon.errors import DataError
 
@@ -95,6 +99,33 @@ def test_positions_that_do_not_follow_from_the_lengths(token_file, numbered, tok
     corpus = TokenFileCorpus(type(file)(file.prefix, file.info), tokenizer.vocabulary)
     with pytest.raises(DataError, match=r"tokens\.idx: the positions of documents 0 to 2 do not"):
         corpus.starts(0, 3)
+
+
+def test_a_token_file_of_a_billion_documents_opens_at_once(token_file, numbered, tokenizer):
+    """Sparse files: neither lengths nor positions are read, but for the last."""
+    path = Path(token_file(numbered([5, 9, 4])).prefix)
+    documents, tokens = 10**9, 10**11
+    index = path.with_suffix(".idx")
+    head = index.read_bytes()[:18] + struct.pack("<QQ", documents, documents + 1)
+    with index.open("wb") as file:
+        file.write(head)
+        file.seek(34 + 4 * (documents - 1))
+        file.write(struct.pack("<i", 100))
+        file.seek(34 + 12 * documents - 8)
+        file.write(struct.pack("<q", 2 * (tokens - 100)))
+        file.seek(34 + 12 * documents + 8 * documents)
+        file.write(struct.pack("<q", documents))
+    with path.with_suffix(".bin").open("wb") as file:
+        file.truncate(2 * tokens)
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    sidecar |= {"documents": documents, "tokens": tokens}
+    path.with_suffix(".json").write_text(json.dumps(sidecar))
+    tracemalloc.start()
+    corpus = TokenFileCorpus(open_token_file(path, tokenizer), tokenizer.vocabulary)
+    assert corpus.at(tokens - 1) == documents - 1
+    assert corpus.at(tokens - 101) == documents - 2
+    assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
