@@ -29,7 +29,7 @@ from megatron_chameleon.parallel import platform
 SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
 
 # What a resumed run must share with its checkpoint: the model's shape and the seed. Layout, engine,
-# optimizer and dtype may all change; the data's history knows what the order of the data depends on.
+# optimizer and dtype may all change. The data's history knows what its order depends on.
 _FIXED = (
     "model.num_layers",
     "model.hidden_size",

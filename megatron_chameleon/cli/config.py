@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> None:
 
     path = find_config(args.config)
     config = load_config(path, args.overrides)
-    check_config(_filled_in(config), smallest_world_size(config.parallel))
+    check_config(filled_in(config), smallest_world_size(config.parallel))
     size = args.paper or _size_of_preset(find_preset(path, args.overrides))
     chosen = size or paper.nearest_size(config)
-    vocab_size, note = _vocab_size(config)
+    vocab_size, note = find_vocab_size(config)
 
     rows = paper.compare(config, chosen, args.stage)
     derived = paper.derived_rows(config, chosen, args.stage, vocab_size)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _filled_in(config: "Config") -> "Config":
+def filled_in(config: "Config") -> "Config":
     """A copy in which what is still to be set stands there, so that it counts as no error."""
     from dataclasses import replace
 
@@ -89,7 +89,7 @@ def _size_of_preset(preset: str | None) -> str | None:
     return next((size for size in SIZES if preset and preset.endswith(f"_{size}")), None)
 
 
-def _vocab_size(config: "Config") -> tuple[int, str]:
+def find_vocab_size(config: "Config") -> tuple[int, str]:
     """Of the config's tokenizer where it is there, else the paper's; and what to say of it."""
     from pathlib import Path
 

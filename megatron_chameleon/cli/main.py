@@ -23,6 +23,7 @@ VERBS = {
     "inspect": "show a token file or a run's mixture, also as an HTML page",
     "data": "show what a step of a run saw",
     "config": "compare a config with the paper's values",
+    "plan": "predict speed and memory of the layouts on a number of GPUs",
     "train": "train a model from a YAML config",
     "convert": "convert a checkpoint to another format",
     "verify": "compare two checkpoints of any formats",

@@ -18,7 +18,7 @@ def check_layout(config: Config, world_size: int) -> Iterator[ConfigError]:
         config: Its single values were checked.
         world_size: Processes of the job.
     """
-    problems = list(_problems(config, world_size))
+    problems = list(layout_problems(config, world_size))
     layouts = nearest_layouts(config, world_size) if problems else []
     if not layouts:
         yield from problems
@@ -62,7 +62,7 @@ def nearest_layouts(config: Config, world_size: int) -> list[ParallelConfig]:
             virtual_pipeline_model_parallel_size=vpp,
             sequence_parallel=asked.sequence_parallel and tp > 1,
         )
-        if not any(_problems(dataclasses.replace(config, parallel=layout), world_size)):
+        if not any(layout_problems(dataclasses.replace(config, parallel=layout), world_size)):
             found.append(layout)
     return sorted(found, key=distance)[:SUGGESTIONS]
 
@@ -77,7 +77,17 @@ def _describe(parallel: ParallelConfig) -> str:
     return text
 
 
-def _problems(config: Config, world_size: int) -> Iterator[ConfigError]:
+def check_vocabulary(vocab_size: int, config: Config) -> Iterator[ConfigError]:
+    """What of a tokenizer's size the layout cannot split; it is never padded."""
+    tp = config.parallel.tensor_model_parallel_size
+    if vocab_size % tp:
+        what = f"its {vocab_size} tokens do not divide by tensor_model_parallel_size {tp}"
+        remedy = f"Train a tokenizer whose --vocab-size is a multiple of {tp}"
+        yield ConfigError("tokenizer.path", what, remedy)
+
+
+def layout_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
+    """What of the layout cannot work, without looking for others; see ``check_layout``."""
     yield from _check_tensor(config)
     yield from _check_pipeline(config)
     yield from _check_context(config)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from megatron_chameleon.checkpoint import store
 from megatron_chameleon.config.check import check_config
+from megatron_chameleon.config.layouts import check_vocabulary
 from megatron_chameleon.config.load import format_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import BatchReader, read_ahead
 from megatron_chameleon.data.history import stage1_steps
-from megatron_chameleon.errors import ConfigError, TrainingError
+from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.model.backend import check_machine, machine_problems
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
@@ -66,20 +67,13 @@ def prepare(config: Config, world_size: int, resume: str) -> Job:
     check_installed(config)
     check_run_folder(Path(config.logging.run_dir))
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
-    _check_vocabulary(tokenizer.vocabulary.size, config)
+    for problem in check_vocabulary(tokenizer.vocabulary.size, config):
+        raise problem
     checkpoint = store.find_resume(checkpoints_folder(config), resume)
     if checkpoint is not None:
         store.check_fits(checkpoint, config, tokenizer.fingerprint)
     reader = open_reader(config, tokenizer, checkpoint)
     return Job(config, tokenizer, reader, checkpoint)
-
-
-def _check_vocabulary(vocab_size: int, config: Config) -> None:
-    tp = config.parallel.tensor_model_parallel_size
-    if vocab_size % tp:
-        what = f"its {vocab_size} tokens do not divide by tensor_model_parallel_size {tp}"
-        remedy = f"Train a tokenizer whose --vocab-size is a multiple of {tp}"
-        raise ConfigError("tokenizer.path", what, remedy)
 
 
 def train(job: Job, launch: Launch) -> bool:

@@ -1,0 +1,59 @@
+"""The GPUs that the planner knows and by whose peaks a run's MFU is counted: one table, no torch.
+
+Source: NVIDIA's data sheets of the A100 SXM, H100 SXM and H200 (dense peaks, without sparsity), and
+of the DGX systems for the links.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU in a node of eight."""
+
+    name: str
+    memory_gib: float
+    """What a process sees as total memory."""
+    fp32_tflops: float
+    bf16_tflops: float
+    fp8_tflops: float | None
+    """None: no FP8 matrix products."""
+    memory_gb_per_second: float
+    nvlink_gb_per_second: float
+    """Within a node, in each direction."""
+    network_gb_per_second: float
+    """Between nodes, in each direction, for each GPU."""
+    bf16_efficiency: float
+    """Share of the peak that the matrix products of a whole training step reach; calibrated, see
+    ``plan_published.py``."""
+    fp8_efficiency: float
+    gpus_per_node: int = 8
+
+    def peak_flops(self, dtype: str, fp8: bool) -> float:
+        """Peak of the matrix products, in FLOP/s.
+
+        Args:
+            dtype: fp32 or bf16.
+            fp8: Whether they run in FP8 where the GPU has it.
+        """
+        if fp8 and self.fp8_tflops:
+            return self.fp8_tflops * 1e12
+        return (self.bf16_tflops if dtype == "bf16" else self.fp32_tflops) * 1e12
+
+
+GPUS = {
+    "a100": Gpu("a100", 79.2, 19.5, 312.0, None, 2039, 300, 25, 0.71, 0.0),
+    "h100": Gpu("h100", 79.1, 67.0, 989.4, 1978.9, 3352, 450, 50, 0.56, 0.52),
+    "h200": Gpu("h200", 139.8, 67.0, 989.4, 1978.9, 4800, 450, 50, 0.56, 0.52),
+}
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The table's entry for what CUDA calls a device; None where the peaks would be guessed.
+
+    The PCIe and NVL variants of the H100 have other peaks and are not in the table.
+    """
+    words = device_name.upper().replace("-", " ").split()
+    if ("PCIE" in words and "H100" in words) or "NVL" in words:
+        return None
+    return next((gpu for name, gpu in GPUS.items() if name.upper() in words), None)

@@ -1,0 +1,261 @@
+"""Which layouts a config can have on so many GPUs, how fast each would be, and what does not fit.
+
+    chameleon plan chameleon_7b --gpus 64 --gpu h100
+
+Tried are all sizes of tensor (within a node), pipeline and interleaved parallelism, the micro-batch
+sizes and the kinds of recomputation; sequence parallelism is on where tensor parallelism is, the
+distributed optimizer and its overlaps always, context parallelism as the config has it. What the
+trainer refuses is not offered: the checks are the same. Nothing here imports torch.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_chameleon.config.check import check_config
+from megatron_chameleon.config.fp8 import check_fp8
+from megatron_chameleon.config.layouts import check_vocabulary, layout_problems
+from megatron_chameleon.config.schema import Config, ParallelConfig
+from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.parallel.gpus import Gpu
+from megatron_chameleon.parallel.plan_memory import GIB, Memory, predict_memory
+from megatron_chameleon.parallel.plan_time import (
+    StepTime,
+    model_tflops,
+    predict_step,
+    tokens_per_second_per_gpu,
+    uses_fp8,
+)
+
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+RECOMPUTE = (None, "selective", "full")
+SECONDS_A_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned for."""
+
+    config: Config
+    vocab_size: int
+    gpus: int
+    gpu: Gpu
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        training = self.config.training
+        return training.steps * training.global_batch_size * self.config.model.seq_length
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout with its prediction."""
+
+    job: Job
+    config: Config
+    """The job's, with this layout and micro-batch."""
+    memory: Memory
+    step: StepTime
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.job.gpu.memory_gib * GIB
+
+    @property
+    def data_size(self) -> int:
+        """Data-parallel ranks."""
+        parallel = self.config.parallel
+        return self.job.gpus // (
+            parallel.tensor_model_parallel_size
+            * parallel.pipeline_model_parallel_size
+            * parallel.context_parallel_size
+        )
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second on each GPU."""
+        return tokens_per_second_per_gpu(self.config, self.job.gpus, self.step.total)
+
+    @property
+    def tflops(self) -> float:
+        """TFLOP/s of each GPU by the convention of ``flops.py``."""
+        return model_tflops(self.config, self.job.vocab_size, self.speed)
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak of the format that the matrix products run in."""
+        peak = self.job.gpu.peak_flops(self.config.training.dtype, uses_fp8(self.config))
+        return self.tflops * 1e12 / peak
+
+    @property
+    def days(self) -> float:
+        """Of the whole run, without a failure."""
+        return self.job.tokens / (self.speed * self.job.gpus) / SECONDS_A_DAY
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.days * 24 * self.job.gpus
+
+    def overrides(self) -> list[str]:
+        """The words that give ``chameleon train`` this layout."""
+        names = (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "sequence_parallel",
+            "use_distributed_optimizer",
+            "overlap_grad_reduce",
+            "overlap_param_gather",
+            "recompute_granularity",
+        )
+        values = [(f"parallel.{name}", getattr(self.config.parallel, name)) for name in names]
+        values.append(("training.micro_batch_size", self.config.training.micro_batch_size))
+        return [f"{key}={_yaml(value)}" for key, value in values]
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The result of a search."""
+
+    job: Job
+    fitting: list[Plan]
+    """Fastest first; of each layout and micro-batch the least recomputation that fits."""
+    too_large: list[Plan]
+    """Faster than the fastest that fits, or fastest of all where none fits; fastest first."""
+    refused: Counter[str]
+    """What the trainer would say, with how many layouts each refusal ended."""
+    own: Plan | None
+    """The layout that the config has, if the trainer takes it."""
+
+
+def make_plans(job: Job) -> Plans:
+    """Search the layouts of a job.
+
+    Raises:
+        ConfigError: The config cannot be planned for: another engine, FP8 on a GPU without it.
+        ConfigErrors: Values that have nothing to do with the layout are wrong.
+    """
+    _check_job(job)
+    fitting, rest, refused = [], [], Counter[str]()
+    for layout in _layouts(job):
+        problem = next(_refusals(job, layout), None)
+        if problem is not None:
+            refused[problem.where + ": " + problem.what] += 1
+            continue
+        kinds = [_predict(job, _with_recompute(layout, kind)) for kind in RECOMPUTE]
+        kept = next((plan for plan in kinds if plan.fits), None)
+        if kept is not None:
+            fitting.append(kept)
+        rest += [plan for plan in kinds if not plan.fits]
+    fitting.sort(key=_rank)
+    rest.sort(key=_rank)
+    if fitting:
+        rest = [plan for plan in rest if plan.speed > fitting[0].speed]
+    own = None if any(_refusals(job, job.config)) else _predict(job, job.config)
+    return Plans(job, fitting, rest, refused, own)
+
+
+def _rank(plan: Plan) -> tuple[float, float]:
+    """The fastest first; what is as fast within a thousandth, by its memory."""
+    return -round(math.log(plan.speed), 3), plan.memory.total
+
+
+def best_of_each(plans: Sequence[Plan]) -> list[Plan]:
+    """The first plan of each TP x PP."""
+    found: dict[tuple[int, int], Plan] = {}
+    for plan in plans:
+        parallel = plan.config.parallel
+        sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        found.setdefault(sizes, plan)
+    return list(found.values())
+
+
+def _check_job(job: Job) -> None:
+    config = job.config
+    if config.engine.name != "megatron":
+        what = f"{config.engine.name}, and the planner knows the megatron engine only"
+        raise ConfigError("engine.name", what, "Set engine.name=megatron")
+    if uses_fp8(config) and job.gpu.fp8_tflops is None:
+        what = f"{config.fp8.format}, and {job.gpu.name} has no FP8"
+        raise ConfigError("fp8.format", what, "Set fp8.format=null, or plan for h100 or h200")
+    # without its layout: that is what is looked for
+    neutral = ParallelConfig(context_parallel_size=config.parallel.context_parallel_size)
+    training = dataclasses.replace(config.training, micro_batch_size=1)
+    neutral_config = dataclasses.replace(config, parallel=neutral, training=training)
+    check_config(neutral_config, config.parallel.context_parallel_size)
+
+
+def _layouts(job: Job) -> Iterator[Config]:
+    """Every layout that is looked at, in no order, the impossible ones too."""
+    layers = job.config.model.num_layers
+    cp = job.config.parallel.context_parallel_size
+    sizes = [size for size in range(1, job.gpus + 1) if job.gpus % size == 0]
+    tensor = [size for size in sizes if size <= job.gpu.gpus_per_node]
+    pipeline = [size for size in sizes if size <= layers]
+    for tp, pp, micro in itertools.product(tensor, pipeline, MICRO_BATCHES):
+        if tp * pp * cp > job.gpus:
+            continue
+        each = layers // pp
+        parts = [size for size in range(2, each + 1) if each % size == 0] if pp > 1 else []
+        for vpp in (None, *parts):
+            layout = dataclasses.replace(
+                job.config.parallel,
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                virtual_pipeline_model_parallel_size=vpp,
+                sequence_parallel=tp > 1,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=True,
+                overlap_param_gather=True,
+                recompute_granularity=None,
+                recompute_num_layers=1,
+            )
+            training = dataclasses.replace(job.config.training, micro_batch_size=micro)
+            yield dataclasses.replace(job.config, parallel=layout, training=training)
+
+
+def _refusals(job: Job, config: Config) -> Iterator[ConfigError]:
+    yield from layout_problems(config, job.gpus)
+    yield from check_vocabulary(job.vocab_size, config)
+    yield from check_fp8(config)
+
+
+def _with_recompute(config: Config, kind: str | None) -> Config:
+    parallel = dataclasses.replace(config.parallel, recompute_granularity=kind)
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def _predict(job: Job, config: Config) -> Plan:
+    memory = predict_memory(config, job.vocab_size, job.gpus)
+    step = predict_step(config, job.vocab_size, job.gpus, job.gpu)
+    return Plan(job, config, memory, step)
+
+
+def _yaml(value: object) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def describe_layout(config: Config) -> str:
+    """``TP 2 x PP 4 x VPP 2, micro-batch 1, full recomputation``."""
+    parallel = config.parallel
+    words = [f"TP {parallel.tensor_model_parallel_size}"]
+    words.append(f"PP {parallel.pipeline_model_parallel_size}")
+    if parallel.virtual_pipeline_model_parallel_size:
+        words.append(f"VPP {parallel.virtual_pipeline_model_parallel_size}")
+    if parallel.context_parallel_size > 1:
+        words.append(f"CP {parallel.context_parallel_size}")
+    text = f"{' x '.join(words)}, micro-batch {config.training.micro_batch_size}"
+    kind = parallel.recompute_granularity
+    return f"{text}, {kind} recomputation" if kind else text
+
+
+def largest_parts(memory: Memory, count: int = 2) -> Sequence[tuple[str, float]]:
+    """The parts that need most of the memory, largest first."""
+    parts = sorted(vars(memory).items(), key=lambda part: -part[1])
+    return parts[:count]

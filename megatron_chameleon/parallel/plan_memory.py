@@ -1,0 +1,229 @@
+"""How much memory a layout needs on the fullest of its processes: plain arithmetic, no torch.
+
+What a layer keeps for its backward pass is counted tensor by tensor, as megatron-core's layers in
+Chameleon's shape save them; ``tests/unit/parallel/test_plan_memory.py`` counts the bytes that a
+real model saves and compares. Source of the method: Korthikanti et al. (arXiv 2205.05198), sections
+4 and 5, whose layer has no gate, no grouped queries, no QK-norm and writes its attention scores
+out.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megatron_chameleon.config.parameters import (
+    ParameterCounts,
+    parameter_counts,
+    qk_norm_groups,
+    query_groups,
+)
+from megatron_chameleon.config.schema import Config
+
+GIB = 2**30
+RESERVED_GIB = 4.0
+"""CUDA's context, NCCL's and cuBLAS's buffers, Transformer Engine's workspaces."""
+FRAGMENTATION = 0.06
+"""Share of the activations that the allocator loses between its blocks."""
+LOGIT_BYTES = 6
+"""The output layer's bf16 logits and the loss's fp32 copy (fp32: one buffer of 4, worked on in
+place)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    reserved: float = 0.0
+
+    @property
+    def total(self) -> float:
+        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.logits)
+        return sum(parts) + self.reserved
+
+
+def predict_memory(config: Config, vocab_size: int, world_size: int) -> Memory:
+    """The memory of the fullest process.
+
+    The first pipeline stage has most activations in flight, the last one the logits; both are
+    looked at.
+
+    Args:
+        config: With the layout that is asked about; the megatron engine.
+        vocab_size: Tokens of the vocabulary.
+        world_size: Processes of the job.
+    """
+    last = config.parallel.pipeline_model_parallel_size - 1
+    stages = [stage_memory(config, vocab_size, world_size, stage) for stage in {0, last}]
+    return max(stages, key=lambda memory: memory.total)
+
+
+def stage_memory(config: Config, vocab_size: int, world_size: int, stage: int) -> Memory:
+    """The memory of a process of one pipeline stage; see ``predict_memory``."""
+    parallel, bf16 = config.parallel, config.training.dtype == "bf16"
+    pp, cp = parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    data = world_size // (parallel.tensor_model_parallel_size * pp * cp)
+    parameters = stage_parameters(config, vocab_size, stage)
+    layers = math.ceil(config.model.num_layers / pp)
+    in_flight = micro_batches_in_flight(config, data, stage)
+    activations = stage_activations(config, layers, in_flight)
+    is_last = stage == pp - 1
+    return Memory(
+        weights=parameters * _width(config) + _fp8_copies(config, layers),
+        gradients=parameters * 4,
+        optimizer=parameters
+        * (12 if bf16 else 8)
+        / (data * cp if parallel.use_distributed_optimizer else 1),
+        activations=activations * (1 + FRAGMENTATION),
+        logits=output_bytes(config, vocab_size, LOGIT_BYTES) if is_last else 0.0,
+        reserved=RESERVED_GIB * GIB,
+    )
+
+
+def stage_parameters(config: Config, vocab_size: int, stage: int) -> float:
+    """Parameters of one process of a pipeline stage."""
+    counts = parameter_counts(config.model, vocab_size)
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    layers = math.ceil(config.model.num_layers / pp)
+    ends = (stage == 0) + (stage == pp - 1)
+    total = layers * _layer_parameters(counts, tp) + ends * counts.embeddings / tp
+    return total + (counts.final_norm if stage == pp - 1 else 0)
+
+
+def micro_batches_in_flight(config: Config, data_size: int, stage: int) -> float:
+    """Micro-batches whose activations a stage keeps at once, in units of all its layers.
+
+    1F1B: as many as stages from here to the end. The interleaved schedule keeps a few parts more.
+    """
+    parallel, training = config.parallel, config.training
+    pp, vpp = (
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size or 1,
+    )
+    count = training.global_batch_size / (training.micro_batch_size * data_size)
+    if vpp == 1:
+        return min(pp - stage, count)
+    warm_up = 2 * (pp - stage - 1) + (vpp - 1) * pp + 1
+    return min(warm_up, count * vpp) / vpp
+
+
+def local_sequence(config: Config) -> float:
+    """Tokens of a sequence that a process works on outside of sequence parallelism."""
+    return config.model.seq_length / config.parallel.context_parallel_size
+
+
+def stage_activations(config: Config, layers: int, in_flight: float = 1) -> float:
+    """Bytes that the layers of one stage keep for their backward passes.
+
+    Args:
+        config: Its recomputation is considered.
+        layers: Layers of the stage.
+        in_flight: Micro-batches that are kept at once.
+    """
+    parallel = config.parallel
+    tokens = config.training.micro_batch_size * local_sequence(config)
+    layer = layer_bytes_per_token(config)
+    if parallel.recompute_granularity != "full":
+        return in_flight * tokens * layers * layer
+    block = min(parallel.recompute_num_layers, layers)
+    inputs = math.ceil(layers / block) * config.model.hidden_size * _width(config)
+    # the inputs of all blocks, and the layers of one block while it is recomputed
+    return tokens * (in_flight * inputs / _sequence_split(config) + block * layer)
+
+
+def layer_bytes_per_token(config: Config, fused_norms: bool = True) -> float:
+    """Bytes that a layer keeps for its backward pass, for each token of the micro-batch.
+
+    Args:
+        config: With its layout.
+        fused_norms: False for torch's norms and dropout on CPUs, which keep more: the norms their
+            inputs and normalised inputs in fp32, dropout masks as wide as what they mask.
+    """
+    model, parallel = config.model, config.parallel
+    tp, split, width = parallel.tensor_model_parallel_size, _sequence_split(config), _width(config)
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    head_size, keys = hidden // heads, query_groups(model) * (hidden // heads)
+    linear = 1 if config.fp8.format and not config.fp8.emulate else width
+    # On hidden vectors: the inputs of both norms and of both column-parallel layers (in the Swin
+    # order the norms' inputs are the branches, and the layers' the residual stream).
+    stream = 2 * hidden * linear + 2 * norm_bytes(config, fused_norms)
+    if model.hidden_dropout > 0:
+        stream += 2 * hidden * (1 if fused_norms else width)
+    # In attention: what the query-key-value layer wrote, which the values are a view of; queries
+    # and keys after RoPE; the output, which the projection takes.
+    attention: float = width * ((hidden + 2 * keys) + (hidden + keys) + hidden)
+    attention += linear * hidden if linear != width else 0  # the projection's own FP8 copy
+    if parallel.recompute_granularity != "selective":
+        attention += 4 * heads  # the softmax's normalisers
+    attention += _qk_norm_bytes(config, hidden, keys)
+    # RoPE's tables, which each layer makes for queries and keys, are for positions, not tokens.
+    tables = 4 * head_size * width / config.training.micro_batch_size
+    # In the feed-forward: gate and value; the gate's activation; the value again, to which
+    # megatron-core adds an offset of 0; their product, which the last layer takes.
+    feed_forward = model.ffn_hidden_size * (4 * width + linear)
+    return stream / split + tables + (attention + feed_forward) / tp
+
+
+def norm_bytes(config: Config, fused: bool = True) -> float:
+    """Bytes that a norm of hidden vectors keeps for each token."""
+    return config.model.hidden_size * (_width(config) if fused else 8) + 4
+
+
+def _qk_norm_bytes(config: Config, queries: int, keys: int) -> float:
+    """What QK-norm keeps, for each token, of so many numbers of queries and of keys."""
+    model = config.model
+    groups, width = qk_norm_groups(model), _width(config)
+    if not groups:
+        return 0.0
+    heads = model.num_attention_heads + query_groups(model)
+    found = 2.0 * width * heads  # the statistics
+    if groups > 1:  # the normalised vectors are multiplied by their groups' weights
+        found += width * (queries + keys)
+    if query_groups(model) < model.num_attention_heads:
+        found += width * queries  # queries that share keys are copied out of the layer's output
+    return found
+
+
+def _layer_parameters(counts: ParameterCounts, tp: int) -> float:
+    return (counts.attention + counts.feed_forward) / tp + counts.norms + counts.qk_norms
+
+
+def output_bytes(
+    config: Config, vocab_size: int, logit_bytes: int, fused_norms: bool = True
+) -> float:
+    """What the final norm, the output layer and the loss keep of a micro-batch.
+
+    Args:
+        config: With its layout.
+        vocab_size: Tokens of the vocabulary.
+        logit_bytes: Of one logit, in bf16; in fp32 there is one buffer, worked on in place.
+        fused_norms: See ``layer_bytes_per_token``.
+    """
+    width = _width(config)
+    inputs = config.model.hidden_size * width + norm_bytes(config, fused_norms)
+    logits = (4 if width == 4 else logit_bytes) * vocab_size
+    tp = config.parallel.tensor_model_parallel_size
+    tokens = config.training.micro_batch_size * local_sequence(config)
+    return tokens * (inputs / _sequence_split(config) + logits / tp)
+
+
+def _fp8_copies(config: Config, layers: int) -> float:
+    """Transformer Engine's FP8 weights and their transposes, one byte each."""
+    if not config.fp8.format or config.fp8.emulate:
+        return 0.0
+    counts = parameter_counts(config.model, vocab_size=1)
+    matrices = counts.attention + counts.feed_forward
+    return 2 * layers * matrices / config.parallel.tensor_model_parallel_size
+
+
+def _sequence_split(config: Config) -> int:
+    """Parts that sequence parallelism cuts norms, residuals and their dropout into."""
+    return config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+
+
+def _width(config: Config) -> int:
+    return 2 if config.training.dtype == "bf16" else 4

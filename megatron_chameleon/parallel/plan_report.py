@@ -1,0 +1,237 @@
+"""What ``chameleon plan`` prints: tables for people, one JSON object for scripts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.parallel.plan import (
+    Job,
+    Plan,
+    Plans,
+    best_of_each,
+    describe_layout,
+    largest_parts,
+)
+from megatron_chameleon.parallel.plan_memory import GIB, Memory
+from megatron_chameleon.parallel.plan_time import uses_fp8
+
+CONVENTION = (
+    "Model FLOPs: all weight matrices and the output layer, attention over the full square "
+    "although a causal kernel computes half of it, backward = 2 x forward, without recomputation."
+)
+MEMORY_WORDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "logits": "logits",
+    "reserved": "CUDA, NCCL",
+}
+TIME_WORDS = {
+    "matrices": "matrix products",
+    "attention": "attention",
+    "elementwise": "norms, RoPE, SwiGLU",
+    "logits": "output layer and loss",
+    "recompute": "recomputation",
+    "tensor_messages": "tensor messages",
+    "pipeline_messages": "pipeline messages",
+    "bubble": "pipeline bubble",
+    "data_messages": "data-parallel messages",
+    "optimizer": "optimizer",
+    "other": "launches, stragglers",
+}
+SHOWN_PROBLEMS = 5
+
+
+def check_found(plans: Plans) -> None:
+    """Refuse a result without a layout.
+
+    Raises:
+        ConfigError: It says what comes nearest, or what the trainer refuses.
+    """
+    if plans.fitting:
+        return
+    job = plans.job
+    if not plans.too_large:
+        (reason, count), *_ = plans.refused.most_common(1)
+        what = f"no layout on {job.gpus} GPUs passes the trainer's checks ({reason}: {count} times)"
+        raise ConfigError("--gpus", what, "Use another number of GPUs, or another global batch")
+    smallest = min(plans.too_large, key=lambda plan: plan.memory.total)
+    what = (
+        f"no layout fits on {job.gpus} x {job.gpu.name}: the smallest, "
+        f"{describe_layout(smallest.config)}, needs {_gib(smallest.memory.total)} of "
+        f"{job.gpu.memory_gib:.1f} GiB ({_largest(smallest.memory)})"
+    )
+    raise ConfigError("--gpus", what, "Use more GPUs, or larger ones")
+
+
+def as_text(plans: Plans, top: int, every: bool) -> str:
+    """The tables.
+
+    Args:
+        plans: With at least one that fits.
+        top: Rows of the ranking.
+        every: Rank all layouts, not only the best of each TP x PP.
+    """
+    job, best = plans.job, plans.fitting[0]
+    shown = (plans.fitting if every else best_of_each(plans.fitting))[:top]
+    sections = [
+        _heading(job),
+        _table(["", *_COLUMNS], [_row(str(n), plan) for n, plan in enumerate(shown, start=1)]),
+        _details(best),
+        _too_large(plans),
+        _refused(plans),
+    ]
+    if plans.own is not None:
+        sections.insert(2, _own(plans.own))
+    return "\n\n".join(section for section in sections if section)
+
+
+def as_json(plans: Plans, top: int) -> dict[str, Any]:
+    """The same for scripts; sizes in GiB, times in seconds."""
+    job = plans.job
+    return {
+        "gpu": job.gpu.name,
+        "gpus": job.gpus,
+        "vocab_size": job.vocab_size,
+        "tokens": job.tokens,
+        "flops_convention": CONVENTION,
+        "plans": [_plan_json(plan) for plan in plans.fitting[:top]],
+        "own_layout": None if plans.own is None else _plan_json(plans.own),
+        "do_not_fit": [_plan_json(plan) for plan in plans.too_large[:top]],
+        "refused": dict(plans.refused.most_common()),
+    }
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    parallel = plan.config.parallel
+    memory = {name: round(size / GIB, 3) for name, size in vars(plan.memory).items()}
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "data_parallel_size": plan.data_size,
+        "micro_batch_size": plan.config.training.micro_batch_size,
+        "recompute_granularity": parallel.recompute_granularity,
+        "fits": plan.fits,
+        "tokens_per_second_per_gpu": round(plan.speed, 1),
+        "tflops": round(plan.tflops, 1),
+        "mfu": round(plan.mfu, 4),
+        "days": round(plan.days, 2),
+        "gpu_hours": round(plan.gpu_hours),
+        "memory_gib": {**memory, "total": round(plan.memory.total / GIB, 3)},
+        "step_seconds": {
+            **{name: round(seconds, 5) for name, seconds in vars(plan.step).items()},
+            "total": round(plan.step.total, 5),
+        },
+        "overrides": plan.overrides(),
+    }
+
+
+_COLUMNS = (
+    *("TP", "PP", "VPP", "DP", "micro", "recompute", "tokens/s/GPU", "TFLOP/s", "MFU"),
+    *("GiB", "bubble", "messages", "days", "GPU-hours"),
+)
+
+
+def _heading(job: Job) -> str:
+    training, fp8 = job.config.training, job.config.fp8
+    precision = f"FP8 ({fp8.recipe})" if uses_fp8(job.config) else training.dtype
+    batch, length = training.global_batch_size, job.config.model.seq_length
+    return (
+        f"{job.gpus} x {job.gpu.name} ({job.gpu.memory_gib:.1f} GiB), {precision}, global batch "
+        f"{batch:,} x {length:,}, {job.tokens / 1e12:.3g}T tokens in all\n{CONVENTION}\n"
+        "Predicted, without failures and restarts; how good that is: docs/parallelism.md"
+    )
+
+
+def _row(name: str, plan: Plan) -> list[str]:
+    parallel, step = plan.config.parallel, plan.step
+    messages = step.tensor_messages + step.pipeline_messages + step.data_messages
+    return [
+        name,
+        str(parallel.tensor_model_parallel_size),
+        str(parallel.pipeline_model_parallel_size),
+        str(parallel.virtual_pipeline_model_parallel_size or "-"),
+        str(plan.data_size),
+        str(plan.config.training.micro_batch_size),
+        parallel.recompute_granularity or "-",
+        f"{plan.speed:,.0f}",
+        f"{plan.tflops:,.0f}",
+        f"{plan.mfu:.1%}",
+        f"{plan.memory.total / GIB:.1f}",
+        f"{step.bubble / step.total:.1%}",
+        f"{messages / step.total:.1%}",
+        f"{plan.days:,.1f}",
+        f"{plan.gpu_hours:,.0f}",
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [header, *rows]
+    ]
+    return "\n".join(lines)
+
+
+def _own(plan: Plan) -> str:
+    verdict = "fits" if plan.fits else f"does not fit {plan.job.gpu.memory_gib:.1f} GiB"
+    return (
+        f"The config's own layout, {describe_layout(plan.config)}: {plan.speed:,.0f} tokens/s/GPU, "
+        f"{_gib(plan.memory.total)} GiB, {verdict}"
+    )
+
+
+def _details(plan: Plan) -> str:
+    """Where the fastest plan's memory and time go, and how to train with it."""
+    total, seconds = plan.memory.total, plan.step.total
+    memory = [
+        [MEMORY_WORDS[name], _gib(size), f"{size / total:.1%}"]
+        for name, size in vars(plan.memory).items()
+    ]
+    time = [
+        [TIME_WORDS[name], f"{part:.4f}", f"{part / seconds:.1%}"]
+        for name, part in vars(plan.step).items()
+    ]
+    return (
+        f"1: {describe_layout(plan.config)}\n\n"
+        f"{_table(['memory', 'GiB', ''], memory)}\n\n"
+        f"{_table(['a step', 'seconds', ''], [*time, ['together', f'{seconds:.4f}', '']])}\n\n"
+        f"chameleon train CONFIG {' '.join(plan.overrides())}"
+    )
+
+
+def _too_large(plans: Plans) -> str:
+    """The next ones that would be faster, with what they lack."""
+    if not plans.too_large:
+        return ""
+    limit = plans.job.gpu.memory_gib
+    lines = [
+        f"  {plan.speed:,.0f} tokens/s/GPU: {describe_layout(plan.config)} needs "
+        f"{_gib(plan.memory.total)} of {limit:.1f} GiB ({_largest(plan.memory)})"
+        for plan in best_of_each(plans.too_large)[:SHOWN_PROBLEMS]
+    ]
+    count = len(plans.too_large)
+    heading = f"{count:,} would be faster and do not fit; the fastest of each TP x PP:"
+    return "\n".join([heading, *lines])
+
+
+def _refused(plans: Plans) -> str:
+    """What the trainer would not take, the most frequent first."""
+    if not plans.refused:
+        return ""
+    lines = [f"  {count:,} x {reason}" for reason, count in plans.refused.most_common()]
+    total = sum(plans.refused.values())
+    return "\n".join([f"{total:,} the trainer refuses:", *lines[:SHOWN_PROBLEMS]])
+
+
+def _largest(memory: Memory) -> str:
+    parts = largest_parts(memory)
+    return ", ".join(f"{MEMORY_WORDS[name]} {_gib(size)}" for name, size in parts)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}"

@@ -1,0 +1,275 @@
+"""How long a step takes under a layout: matrix products, memory traffic, messages and bubbles.
+
+Everything is counted from the config; what cannot be counted are the few shares in ``gpus.py`` and
+below, calibrated on some published runs and tested on others (``plan_published.py``).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from megatron_chameleon.config.parameters import query_groups
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.parallel.flops import (
+    BACKWARD,
+    attention_flops,
+    matrix_flops,
+    output_flops,
+    training_flops_per_token,
+)
+from megatron_chameleon.parallel.gpus import Gpu
+from megatron_chameleon.parallel.plan_memory import local_sequence, stage_parameters
+
+ATTENTION_EFFICIENCY = 0.5
+"""Share of the bf16 peak that a fused causal attention kernel reaches on the half it computes."""
+ATTENTION_BACKWARD = 2.5
+"""A fused kernel's backward pass computes the scores again: five products where forward has two."""
+MEMORY_EFFICIENCY = 0.85
+LINK_EFFICIENCY = 0.75
+"""Share of a link's bandwidth that large collectives reach, within and between nodes."""
+MESSAGE_SECONDS = 20e-6
+"""What a message costs beside its bytes: its launch and the wait for the other side."""
+OVERHEAD = 0.05
+"""Share of a step that is none of the rest: launches, waiting for the slowest, data, logging."""
+LOSS_BYTES = 44
+"""Bytes that the loss reads and writes for each logit, forward and backward."""
+OPTIMIZER_BYTES = 50
+"""Bytes that clipping and AdamW read and write for each parameter they hold in fp32."""
+
+
+@dataclass(frozen=True)
+class Software:
+    """What differs between implementations; the default is this project."""
+
+    fused: bool = False
+    """SwiGLU, RoPE and dropout each run as one kernel."""
+    tensor_overlap: float = 0.0
+    """Share of the tensor-parallel messages that hides behind matrix products."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer update, by what they are spent on; the parts add up."""
+
+    matrices: float
+    attention: float
+    elementwise: float
+    logits: float
+    recompute: float
+    tensor_messages: float
+    pipeline_messages: float
+    bubble: float
+    data_messages: float
+    optimizer: float
+    other: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Seconds of one layer and micro-batch, forward and backward, of one process."""
+
+    matrices: float
+    attention: float
+    elementwise: float
+    recompute: float
+    tensor_messages: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def predict_step(
+    config: Config, vocab_size: int, world_size: int, gpu: Gpu, software: Software | None = None
+) -> StepTime:
+    """The parts of a step's time.
+
+    Args:
+        config: With the layout that is asked about; the megatron engine.
+        vocab_size: Tokens of the vocabulary.
+        world_size: Processes of the job.
+        gpu: All of them run on this.
+        software: None: this project.
+    """
+    parallel, training = config.parallel, config.training
+    software = software or Software()
+    pp, vpp = (
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size or 1,
+    )
+    replica = parallel.tensor_model_parallel_size * pp * parallel.context_parallel_size
+    data = world_size // replica
+    count = training.global_batch_size / (training.micro_batch_size * data)
+    layer, logits = _layer_time(config, gpu, software), _logit_time(config, vocab_size, gpu)
+    layers = math.ceil(config.model.num_layers / pp)
+    last_layers = config.model.num_layers - layers * (pp - 1)
+    # the slowest stage sets the pace; the output layer may make it the last one
+    slowest_is_last = last_layers * layer.total + logits > layers * layer.total
+    paced = last_layers if slowest_is_last else layers
+    paced_logits = logits if slowest_is_last else 0.0
+    micro_batch = layers * layer.total + logits / pp
+    messages = _pipeline_messages(config, gpu, world_size, count)
+    parts = StepTime(
+        matrices=count * paced * layer.matrices,
+        attention=count * paced * layer.attention,
+        elementwise=count * paced * layer.elementwise,
+        logits=count * paced_logits,
+        recompute=count * paced * layer.recompute,
+        tensor_messages=count * paced * layer.tensor_messages,
+        pipeline_messages=messages,
+        bubble=(pp - 1) / vpp * micro_batch,
+        data_messages=_data_messages(config, vocab_size, gpu, data, layers * layer.total),
+        optimizer=_optimizer_time(config, vocab_size, gpu, data),
+        other=0.0,
+    )
+    return replace(parts, other=parts.total * OVERHEAD / (1 - OVERHEAD))
+
+
+def tokens_per_second_per_gpu(config: Config, world_size: int, step_seconds: float) -> float:
+    """Trained tokens a second on each GPU."""
+    tokens = config.training.global_batch_size * config.model.seq_length
+    return tokens / step_seconds / world_size
+
+
+def model_tflops(config: Config, vocab_size: int, tokens_per_second: float) -> float:
+    """TFLOP/s by the convention of ``flops.py``."""
+    return training_flops_per_token(config.model, vocab_size) * tokens_per_second / 1e12
+
+
+def uses_fp8(config: Config) -> bool:
+    return config.fp8.format is not None and not config.fp8.emulate
+
+
+def _layer_time(config: Config, gpu: Gpu, software: Software) -> _Layer:
+    model, parallel, training = config.model, config.parallel, config.training
+    tp = parallel.tensor_model_parallel_size
+    tokens = training.micro_batch_size * local_sequence(config)
+    rate = gpu.peak_flops(training.dtype, uses_fp8(config))
+    rate *= gpu.fp8_efficiency if uses_fp8(config) else gpu.bf16_efficiency
+    matrices = tokens * matrix_flops(model) / tp / rate
+    # causal: half of the square is computed
+    causal = tokens * attention_flops(model) / 2 / tp
+    attention = causal / (gpu.peak_flops(training.dtype, False) * ATTENTION_EFFICIENCY)
+    elementwise = tokens * _elementwise_bytes(config, software) / _memory_rate(gpu)
+    collective = _collective_seconds(config, gpu, tokens) * (1 - software.tensor_overlap)
+    forward = matrices + attention + elementwise + 4 * collective
+    recompute = {None: 0.0, "selective": attention, "full": forward}
+    return _Layer(
+        matrices=matrices * (1 + BACKWARD),
+        attention=attention * (1 + ATTENTION_BACKWARD),
+        elementwise=elementwise * (1 + BACKWARD),
+        recompute=recompute[parallel.recompute_granularity],
+        tensor_messages=8 * collective,
+    )
+
+
+def _elementwise_bytes(config: Config, software: Software) -> float:
+    """Bytes of the forward pass outside of matrix products and attention, a token and layer."""
+    model, parallel = config.model, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    split = tp if parallel.sequence_parallel else 1
+    width = 2 if config.training.dtype == "bf16" else 4
+    hidden = model.hidden_size
+    keys = query_groups(model) * (hidden // model.num_attention_heads)
+    stream = 4 * hidden + 6 * hidden  # both norms, both residual additions
+    if model.hidden_dropout > 0:
+        stream += hidden if software.fused else 5 * hidden
+    rope_passes, gate_passes = (2, 3) if software.fused else (9, 5)
+    norm_passes = 0 if model.qk_norm_groups == 0 else 2
+    heads = (rope_passes + norm_passes) * (hidden + keys)
+    found = width * (stream / split + (heads + gate_passes * model.ffn_hidden_size) / tp)
+    if uses_fp8(config):  # casts of four inputs, each written plain and transposed
+        found += (2 + 2) * (2 * hidden / split + (hidden + model.ffn_hidden_size) / tp)
+    return found
+
+
+def _logit_time(config: Config, vocab_size: int, gpu: Gpu) -> float:
+    """Output layer and loss of one micro-batch."""
+    tp = config.parallel.tensor_model_parallel_size
+    tokens = config.training.micro_batch_size * local_sequence(config)
+    flops = (1 + BACKWARD) * tokens * output_flops(config.model, vocab_size) / tp
+    rate = gpu.peak_flops(config.training.dtype, False) * gpu.bf16_efficiency
+    return flops / rate + tokens * LOSS_BYTES * vocab_size / tp / _memory_rate(gpu)
+
+
+def _collective_seconds(config: Config, gpu: Gpu, tokens: float) -> float:
+    """One gathering or scattering of a micro-batch's hidden vectors over the tensor ranks.
+
+    An all-reduce, without sequence parallelism, is two of them.
+    """
+    tp = config.parallel.tensor_model_parallel_size
+    if tp == 1:
+        return 0.0
+    width = 2 if config.training.dtype == "bf16" else 4
+    moved = tokens * config.model.hidden_size * width * (tp - 1) / tp
+    within = tp <= gpu.gpus_per_node
+    link = gpu.nvlink_gb_per_second if within else gpu.network_gb_per_second
+    return moved / (link * 1e9 * LINK_EFFICIENCY) + MESSAGE_SECONDS
+
+
+def _pipeline_messages(config: Config, gpu: Gpu, world_size: int, count: float) -> float:
+    """Hidden vectors that wait for the link between stages, forward and backward.
+
+    An interleaved pipeline sends them while it computes, and pays for their number only.
+    """
+    parallel = config.parallel
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if pp == 1:
+        return 0.0
+    tokens = config.training.micro_batch_size * local_sequence(config)
+    width = 2 if config.training.dtype == "bf16" else 4
+    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    moved = tokens * config.model.hidden_size * width / split
+    within = world_size <= gpu.gpus_per_node
+    link = gpu.nvlink_gb_per_second if within else gpu.network_gb_per_second
+    seconds = moved / (link * 1e9 * LINK_EFFICIENCY)
+    if vpp is None:
+        return 2 * (count + pp - 1) * (seconds + MESSAGE_SECONDS)
+    return 2 * (pp - 1) * seconds + 2 * (count * vpp + pp - 1) * MESSAGE_SECONDS
+
+
+def _data_messages(
+    config: Config, vocab_size: int, gpu: Gpu, data: int, micro_batch_seconds: float
+) -> float:
+    """What of the gradients' reduction and the weights' gathering does not hide.
+
+    With overlap it hides behind the backward pass of the last micro-batch and the forward pass of
+    the first.
+    """
+    parallel = config.parallel
+    size = data * parallel.context_parallel_size
+    if size == 1:
+        return 0.0
+    tp = parallel.tensor_model_parallel_size
+    parameters = stage_parameters(config, vocab_size, 0)
+    share = (size - 1) / size
+    # a node's network cards serve the groups that its ranks belong to, tp of them
+    network = gpu.network_gb_per_second * max(1.0, gpu.gpus_per_node / tp)
+    within = tp * size <= gpu.gpus_per_node
+    link = gpu.nvlink_gb_per_second
+    rate = (link if within else min(link, network)) * 1e9 * LINK_EFFICIENCY
+    width = 2 if config.training.dtype == "bf16" else 4
+    reduce = parameters * 4 * share / rate
+    gather = parameters * width * share / rate
+    if not parallel.use_distributed_optimizer:
+        reduce, gather = 2 * reduce, 0.0
+    forward = micro_batch_seconds / (1 + BACKWARD)
+    if parallel.overlap_grad_reduce:
+        reduce = max(0.0, reduce - (micro_batch_seconds - forward))
+    if parallel.overlap_param_gather:
+        gather = max(0.0, gather - forward)
+    return reduce + gather
+
+
+def _optimizer_time(config: Config, vocab_size: int, gpu: Gpu, data: int) -> float:
+    parallel = config.parallel
+    split = data * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
+    parameters = stage_parameters(config, vocab_size, 0)
+    return parameters / split * OPTIMIZER_BYTES / _memory_rate(gpu)
+
+
+def _memory_rate(gpu: Gpu) -> float:
+    return gpu.memory_gb_per_second * 1e9 * MEMORY_EFFICIENCY

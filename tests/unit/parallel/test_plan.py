@@ -1,0 +1,182 @@
+"""The planner offers what the trainer takes, ranks it, and says why the rest is out."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_chameleon.config.check import check_config
+from megatron_chameleon.config.load import PRESETS, load_config
+from megatron_chameleon.config.parameters import count_parameters
+from megatron_chameleon.config.schema import Config, SourceConfig, TokenizerConfig
+from megatron_chameleon.errors import ChameleonError, ConfigError
+from megatron_chameleon.parallel.flops import training_flops_per_token
+from megatron_chameleon.parallel.gpus import GPUS, find_gpu
+from megatron_chameleon.parallel.plan import Job, Plans, make_plans
+from megatron_chameleon.parallel.plan_memory import GIB
+from megatron_chameleon.parallel.plan_report import as_json, as_text, check_found
+from megatron_chameleon.parallel.plan_time import predict_step
+
+VOCAB_SIZE = 65_536
+
+
+def preset(name: str, *overrides: str) -> Config:
+    config = load_config(PRESETS / f"chameleon_{name}.yaml", overrides)
+    config.tokenizer = TokenizerConfig("later")
+    config.data.stage1 = [SourceConfig("later")]
+    return config
+
+
+@pytest.fixture(scope="module")
+def plans() -> Plans:
+    return make_plans(Job(preset("34b"), VOCAB_SIZE, 64, GPUS["h100"]))
+
+
+def test_the_trainer_takes_every_plan(plans: Plans) -> None:
+    assert len(plans.fitting) > 10
+    for plan in plans.fitting:
+        check_config(plan.config, 64)
+
+
+def test_every_plan_fits_and_the_fastest_is_first(plans: Plans) -> None:
+    assert all(plan.memory.total <= 79.1 * GIB for plan in plans.fitting)
+    speeds = [plan.speed for plan in plans.fitting]
+    assert all(later <= speed * 1.002 for speed, later in itertools.pairwise(speeds))
+    assert all(plan.memory.total > 79.1 * GIB for plan in plans.too_large)
+    assert all(plan.speed > speeds[0] for plan in plans.too_large)
+
+
+def test_no_more_recomputation_than_it_takes_to_fit(plans: Plans) -> None:
+    recomputed = [p for p in plans.fitting if p.config.parallel.recompute_granularity == "full"]
+    assert recomputed
+    for plan in recomputed[:3]:
+        parallel = dataclasses.replace(plan.config.parallel, recompute_granularity=None)
+        job = Job(dataclasses.replace(plan.config, parallel=parallel), VOCAB_SIZE, 64, GPUS["h100"])
+        own = make_plans(job).own
+        assert own is not None and not own.fits
+
+
+def test_what_the_trainer_refuses_is_counted_with_its_words(plans: Plans) -> None:
+    assert plans.refused == {"model.num_layers: 48 layers do not divide by 32 pipeline stages": 10}
+
+
+def test_days_and_gpu_hours_are_those_of_the_whole_run(plans: Plans) -> None:
+    best = plans.fitting[0]
+    seconds = preset("34b").training.steps * best.step.total
+    assert best.days == pytest.approx(seconds / 86_400)
+    assert best.gpu_hours == pytest.approx(64 * seconds / 3600)
+
+
+def test_the_json_is_whole_and_its_overrides_give_the_plan(plans: Plans) -> None:
+    found = json.loads(json.dumps(as_json(plans, top=3)))
+    assert len(found["plans"]) == 3 and found["own_layout"]["fits"] is False
+    first = found["plans"][0]
+    parts = {k: v for k, v in first["memory_gib"].items() if k != "total"}
+    assert sum(parts.values()) == pytest.approx(first["memory_gib"]["total"], abs=0.01)
+    parts = {k: v for k, v in first["step_seconds"].items() if k != "total"}
+    assert sum(parts.values()) == pytest.approx(first["step_seconds"]["total"], abs=0.01)
+    config = preset("34b", *first["overrides"])
+    assert config.parallel == plans.fitting[0].config.parallel
+
+
+def test_the_text_names_the_convention_the_split_and_what_does_not_fit(plans: Plans) -> None:
+    text = as_text(plans, top=5, every=False)
+    for words in (
+        "attention over the full square",
+        "9.2T tokens",
+        "The config's own layout, TP 1 x PP 1, micro-batch 1",
+        "would be faster and do not fit",
+        "the trainer refuses",
+        "chameleon train CONFIG parallel.tensor_model_parallel_size=",
+    ):
+        assert words in text
+
+
+def test_nothing_fits() -> None:
+    plans = make_plans(Job(preset("34b"), VOCAB_SIZE, 4, GPUS["a100"]))
+    with pytest.raises(ConfigError) as caught:
+        check_found(plans)
+    assert str(caught.value).startswith(
+        "--gpus: no layout fits on 4 x a100: the smallest, TP 4 x PP 1, micro-batch 1, full "
+        "recomputation, needs "
+    )
+
+
+def test_no_layout_passes_the_checks() -> None:
+    with pytest.raises(ConfigError, match="no layout on 7 GPUs passes the trainer's checks"):
+        check_found(make_plans(Job(preset("34b"), VOCAB_SIZE, 7, GPUS["h200"])))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu", "message"),
+    [
+        (["engine.name=deepspeed"], "h100", "engine.name: deepspeed, and the planner knows the"),
+        (["fp8.format=hybrid"], "a100", "fp8.format: hybrid, and a100 has no FP8. Set"),
+        (["model.num_layers=0"], "h100", "model.num_layers: 0 is not above 0"),
+    ],
+)
+def test_what_cannot_be_planned(overrides: list[str], gpu: str, message: str) -> None:
+    with pytest.raises(ChameleonError) as caught:
+        make_plans(Job(preset("7b", *overrides), VOCAB_SIZE, 8, GPUS[gpu]))
+    assert message in str(caught.value)
+
+
+def test_a_vocabulary_that_the_tensor_ranks_cannot_split() -> None:
+    plans = make_plans(Job(preset("7b"), 65_537, 8, GPUS["h200"]))
+    assert {plan.config.parallel.tensor_model_parallel_size for plan in plans.fitting} == {1}
+    assert any("its 65537 tokens do not divide" in reason for reason in plans.refused)
+
+
+def test_flops_are_six_a_weight_and_the_full_square_of_attention() -> None:
+    model = preset("7b").model
+    looked_up = VOCAB_SIZE * model.hidden_size
+    norms = count_parameters(model, 0) - 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    weights = count_parameters(model, VOCAB_SIZE) - looked_up - norms
+    attention = 12 * 32 * 4096 * 4096
+    assert training_flops_per_token(model, VOCAB_SIZE) == 6 * weights + attention
+
+
+def test_more_of_everything_is_never_faster() -> None:
+    """Bubble, recomputation and messages each cost time; FP8 and a newer GPU save it."""
+
+    def seconds(*overrides: str, gpu: str = "h100", name: str = "7b") -> float:
+        return predict_step(preset(name, *overrides), VOCAB_SIZE, 64, GPUS[gpu]).total
+
+    plain = seconds()
+    pipeline = "parallel.pipeline_model_parallel_size=4"
+    assert seconds("parallel.recompute_granularity=full") > 1.2 * plain
+    assert seconds("parallel.tensor_model_parallel_size=8") > plain
+    assert seconds(pipeline) > seconds(pipeline, "parallel.virtual_pipeline_model_parallel_size=8")
+    assert seconds("fp8.format=hybrid") < 0.8 * plain
+    assert seconds(gpu="a100") > 2 * plain > 2 * seconds(gpu="h200")
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_gpus_by_their_names(name: str, gpu: str | None) -> None:
+    found = find_gpu(name)
+    assert (found.name if found else None) == gpu
+
+
+def test_the_planner_needs_no_torch() -> None:
+    words = ["chameleon", "plan", "chameleon_7b", "--gpus", "8", "--gpu", "h200"]
+    code = (
+        "import sys; from megatron_chameleon.cli.main import main\n"
+        f"main({words[1:]!r}); assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "tokens/s/GPU" in result.stdout
