@@ -59,14 +59,14 @@ class DeepSpeedEngine:
         )
         self.scheduler = build_scheduler(config, self.engine.optimizer)
 
-    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, float | None]:
+    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Any]:
         """One optimizer update; see ``TrainingEngine``."""
         start = time.perf_counter()
         training, optimizer = self.config.training, self.engine.optimizer
         self.engine.train()
         # DeepSpeed averages over the data-parallel ranks; the mean is over all unmasked tokens.
         scale = self.topology.data_size / self._count_tokens(micro_batches)
-        metrics: dict[str, float | None] = {}
+        metrics: dict[str, Any] = {}
         numbers = self.topology.micro_batch_numbers(len(micro_batches))
         for number, whole_batch in zip(numbers, micro_batches, strict=True):
             seed_random(training.seed, step, number, self.topology)

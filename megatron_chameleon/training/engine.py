@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class TrainingEngine(Protocol):
 
     config: Config
 
-    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, float | None]:
+    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Any]:
         """One optimizer update.
 
         Args:

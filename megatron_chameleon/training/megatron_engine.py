@@ -29,6 +29,7 @@ from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.training.gradient_groups import GradientGroups
 from megatron_chameleon.training.monitor import Monitor
 from megatron_chameleon.training.objective import own_part, summed_loss
 from megatron_chameleon.training.optimizer import build_optimizer, build_scheduler
@@ -52,6 +53,7 @@ class MegatronEngine:
         self.chunks = [_wrap(config, transformer, part) for part in self.parts]
         self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer)
+        self.gradients = GradientGroups(self.parts, self.optimizer)
         transformer.finalize_model_grads_func = finalize_model_grads
         transformer.grad_scale_func = self.optimizer.scale_loss
         if config.parallel.overlap_grad_reduce:
@@ -59,7 +61,7 @@ class MegatronEngine:
             transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._forward_backward = get_forward_backward_func()
 
-    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, float | None]:
+    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Any]:
         """One optimizer update.
 
         Args:
@@ -79,6 +81,7 @@ class MegatronEngine:
             _, grad_norm, _ = self.optimizer.step()
             self.scheduler.step(1)
             metrics["grad_norm"] = float(grad_norm)
+            metrics |= self.gradients.norms(float(grad_norm))
         metrics["step_seconds"] = time.perf_counter() - start
         return metrics
 

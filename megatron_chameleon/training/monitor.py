@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.parallel import platform
+from megatron_chameleon.training.layer_monitor import LayerMonitor
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Means over the unmasked tokens of one step's global batch; None where there were none."""
+    """Means over one step's global batch, of losses and log(Z) over its unmasked tokens.
+
+    None where there were none.
+    """
 
     loss: float | None
     loss_text: float | None
@@ -20,6 +24,10 @@ class StepMetrics:
     z_loss: float | None
     output_norm: float | None
     max_logit: float | None
+    log_z_text: float | None
+    log_z_image: float | None
+    max_attention_logit: float | None
+    layer_output_norms: list[float | None]
 
 
 class Monitor:
@@ -28,66 +36,72 @@ class Monitor:
     Losses are counted on the last pipeline stage, equally on each of its tensor-parallel ranks, so
     that one sum over the whole job keeps every ratio right. ``output_norm`` is the mean L2 norm of
     a token's vector before the final norm, the growth of which predicts divergence long before the
-    loss does (paper, section 2.3, figure 5).
+    loss does (paper, section 2.3, figure 5); ``layer_output_norms`` has the same of every layer.
+
+    Args:
+        parts: This rank's parts of the model.
     """
 
-    SUMS = ("loss", "tokens", "text", "text_tokens", "image", "image_tokens", "z", "norm", "rows")
+    SUMS = (
+        *("loss", "tokens", "text", "text_tokens", "image", "image_tokens", "z"),
+        *("log_z_text", "log_z_image"),
+    )
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         self._sums = torch.zeros(len(self.SUMS), dtype=torch.float64, device=platform.device())
         self._max_logit = torch.full(
             (1,), -torch.inf, dtype=torch.float64, device=platform.device()
         )
-        for part in parts:
-            final_norm = getattr(part.decoder, "final_layernorm", None)
-            if final_norm is not None:  # on the last part of the last stage only
-                final_norm.register_forward_pre_hook(self._observe_output)
-
-    def _observe_output(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if module.training:
-            norms = torch.linalg.vector_norm(inputs[0].detach().float(), dim=-1)
-            self._add(norm=norms.sum(), rows=norms.numel())
+        self._layers = LayerMonitor(parts)
 
     def observe_loss(
-        self, batch: Batch, cross_entropy: Tensor, z_term: Tensor, max_logit: Tensor
+        self, batch: Batch, cross_entropy: Tensor, log_z: Tensor, max_logit: Tensor
     ) -> None:
-        """Count one micro-batch; all tensors are [B, S], ``z_term`` is the unweighted log(Z)^2."""
+        """Count one micro-batch; all tensors are [B, S]."""
         with torch.no_grad():
-            text_mask = batch.loss_mask * ~batch.image_mask
-            image_mask = batch.loss_mask * batch.image_mask
-            self._add(
-                loss=(cross_entropy * batch.loss_mask).sum(),
-                tokens=batch.loss_mask.sum(),
-                text=(cross_entropy * text_mask).sum(),
-                text_tokens=text_mask.sum(),
-                image=(cross_entropy * image_mask).sum(),
-                image_tokens=image_mask.sum(),
-                z=(z_term * batch.loss_mask).sum(),
+            masks = torch.stack([batch.loss_mask, batch.loss_mask * batch.image_mask]).double()
+            values = torch.stack([cross_entropy, torch.ones_like(log_z), log_z, log_z.square()])
+            # rows: cross-entropy, tokens, log(Z), its square; columns: all tokens, images
+            sums = torch.einsum("vbs,mbs->vm", values.double(), masks)
+            everything, image = sums[:, 0], sums[:, 1]
+            text = everything - image
+            self._sums += torch.cat(
+                [everything[:2], text[:2], image[:2], everything[3:], text[2:3], image[2:3]]
             )
             self._max_logit = torch.maximum(self._max_logit, max_logit.max().double())
 
-    def _add(self, **values: Tensor | int) -> None:
-        for name, value in values.items():
-            self._sums[self.SUMS.index(name)] += value
-
     def finish_step(self, z_loss_weight: float) -> StepMetrics:
         """Reduce over the job, reset, and return the means. A collective: every rank calls it."""
-        torch.distributed.all_reduce(self._sums)
-        torch.distributed.all_reduce(self._max_logit, torch.distributed.ReduceOp.MAX)
-        sums = dict(zip(self.SUMS, self._sums.tolist(), strict=True))
-        max_logit = self._max_logit.item()
+        layers, count = self._layers, len(self._layers.norm_sums)
+        sums = torch.cat([self._sums, layers.norm_sums, layers.rows])
+        largest = torch.cat([self._max_logit, layers.max_attention])
+        torch.distributed.all_reduce(sums)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        values, norms, rows = (part.tolist() for part in sums.split([len(self.SUMS), count, count]))
+        max_logit, *attention = largest.tolist()
         self._sums.zero_()
         self._max_logit.fill_(-torch.inf)
+        layers.reset()
+        named = dict(zip(self.SUMS, values, strict=True))
 
-        def mean(total: str, count: str) -> float | None:
-            return sums[total] / sums[count] if sums[count] else None
+        def mean(total: str, tokens: str) -> float | None:
+            return named[total] / named[tokens] if named[tokens] else None
 
+        layer_norms = [norm / row if row else None for norm, row in zip(norms, rows, strict=True)]
         z_mean = mean("z", "tokens")
         return StepMetrics(
             loss=mean("loss", "tokens"),
             loss_text=mean("text", "text_tokens"),
             loss_image=mean("image", "image_tokens"),
             z_loss=None if z_mean is None else z_loss_weight * z_mean,
-            output_norm=mean("norm", "rows"),
-            max_logit=max_logit if max_logit > -torch.inf else None,
+            output_norm=layer_norms[-1],
+            max_logit=_known(max_logit),
+            log_z_text=mean("log_z_text", "text_tokens"),
+            log_z_image=mean("log_z_image", "image_tokens"),
+            max_attention_logit=_known(max(attention)),
+            layer_output_norms=layer_norms,
         )
+
+
+def _known(largest: float) -> float | None:
+    return largest if largest > float("-inf") else None

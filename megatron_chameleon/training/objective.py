@@ -26,9 +26,8 @@ def summed_loss(
         A scalar to go backward from.
     """
     cross_entropy, log_z, max_logit = output
-    z_term = log_z.square()
-    monitor.observe_loss(batch, cross_entropy.detach(), z_term.detach(), max_logit)
-    return ((cross_entropy + z_loss * z_term) * batch.loss_mask).sum()
+    monitor.observe_loss(batch, cross_entropy.detach(), log_z.detach(), max_logit)
+    return ((cross_entropy + z_loss * log_z.square()) * batch.loss_mask).sum()
 
 
 def own_part(batch: Batch) -> Batch:

@@ -1,0 +1,151 @@
+"""What the monitor says of a step, against the same computed in another way on one process."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_chameleon.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.topology import Topology, create_topology
+from megatron_chameleon.training.gradient_groups import GROUPS, group_of
+from megatron_chameleon.training.layer_monitor import largest_logit
+from megatron_chameleon.training.megatron_engine import MegatronEngine
+
+VOCAB_SIZE = 96
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    platform.prepare()
+    join(Launch("alone", 0, 1, 0))
+    yield create_topology(ParallelConfig())
+    leave()
+
+
+def make_engine(topology: Topology, **parallel: Any) -> MegatronEngine:
+    config = Config(model=ModelConfig(3, 32, 48, 4, num_query_groups=2, seq_length=16))
+    config.parallel = dataclasses.replace(config.parallel, **parallel)
+    config.training.micro_batch_size, config.training.global_batch_size = 2, 4
+    config.optimizer.clip_grad = 0.1
+    return MegatronEngine(config, VOCAB_SIZE, topology)
+
+
+def make_batches() -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(2):
+        ids = torch.randint(VOCAB_SIZE, (2, 17), generator=generator)
+        mask = (torch.rand(2, 16, generator=generator) < 0.7).float()
+        positions = torch.arange(16).expand(2, -1)
+        batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, ids[:, 1:] < 24, positions))
+    return batches
+
+
+def outputs_of(engine: MegatronEngine, batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:
+    """Every layer's output norms, and log(Z), over both micro-batches; no step is taken."""
+    norms: list[list[Tensor]] = [[] for _ in engine.parts[0].decoder.layers]
+    hooks = [
+        layer.register_forward_hook(
+            lambda module, inputs, output, kept=kept: kept.append(output[0].norm(dim=-1).flatten())
+        )
+        for layer, kept in zip(engine.parts[0].decoder.layers, norms, strict=True)
+    ]
+    engine.parts[0].eval()
+    with torch.no_grad():
+        log_z = [
+            engine.parts[0](batch.tokens, batch.position_ids, None, labels=batch.labels)[1]
+            for batch in batches
+        ]
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(kept) for kept in norms], log_z
+
+
+def test_norms_of_layers_and_log_z_by_modality(topology: Topology) -> None:
+    engine, batches = make_engine(topology), make_batches()
+    norms, log_z = outputs_of(engine, batches)
+    found = engine.train_step(0, batches)
+    expected = [layer.mean().item() for layer in norms]
+    assert found["layer_output_norms"] == pytest.approx(expected, rel=1e-6)
+    assert found["output_norm"] == found["layer_output_norms"][-1]
+    for key, of_image in (("log_z_text", False), ("log_z_image", True)):
+        counted = [b.loss_mask.bool() & (b.image_mask == of_image) for b in batches]
+        values = torch.cat([z[mask] for z, mask in zip(log_z, counted, strict=True)])
+        assert found[key] == pytest.approx(values.mean().item(), rel=1e-6)
+
+
+def test_nothing_of_a_step_stays_for_the_next(topology: Topology) -> None:
+    engine, batches = make_engine(topology), make_batches()
+    engine.config.optimizer.lr = 0.0
+    first, second = (engine.train_step(step, batches) for step in (0, 0))
+    for key in ("layer_output_norms", "max_attention_logit", "log_z_text"):
+        assert first[key] == pytest.approx(second[key], rel=0.1)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_gradient_norms_of_groups_make_up_the_whole(topology: Topology, distributed: bool) -> None:
+    engine, batches = make_engine(topology, use_distributed_optimizer=distributed), make_batches()
+    engine.compute_gradients(0, batches)
+    parameters = list(engine.named_parameters())
+    expected = {}
+    for group in GROUPS:
+        gradients = [p.main_grad.flatten() for name, p in parameters if group_of(name) == group]
+        expected[f"grad_norm_{group}"] = torch.cat(gradients).norm().item()
+    engine.monitor.finish_step(0.0)
+    found = engine.train_step(0, batches)
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    total = sum(found[key] ** 2 for key in expected) ** 0.5
+    assert total == pytest.approx(found["grad_norm"], rel=1e-6)
+    assert found["grad_norm"] > 0.2  # it was clipped
+
+
+def test_recomputation_changes_nothing(topology: Topology) -> None:
+    batches = make_batches()
+    plain, again = (
+        make_engine(topology, recompute_granularity=kind).train_step(0, batches)
+        for kind in (None, "full")
+    )
+    keys = ("layer_output_norms", "max_attention_logit")
+    assert {k: plain[k] for k in keys} == {k: again[k] for k in keys}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_largest_attention_logit(masked: bool) -> None:
+    """A lower bound of all that are seen, and it is exact where one query stands out."""
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(12, 2, 4, 8, generator=generator)
+    key = torch.randn(12, 2, 2, 8, generator=generator)
+    hidden = torch.ones(12, 12, dtype=torch.bool).triu(1).expand(2, 1, 12, 12).clone()
+    if masked:
+        hidden[:, :, 6:, :6] = True
+    scores = torch.einsum("sbnd,tbnd->bnst", query, key.repeat_interleave(2, dim=2)) / 8**0.5
+    exact = scores.masked_fill(hidden, -torch.inf).max().item()
+    found = largest_logit(query, key, hidden if masked else None).item()
+    assert 0 < found <= exact + 1e-6
+    query[7, 1, 2] *= 100
+    scores = torch.einsum("sbnd,tbnd->bnst", query, key.repeat_interleave(2, dim=2)) / 8**0.5
+    exact = scores.masked_fill(hidden, -torch.inf).max().item()
+    found = largest_logit(query, key, hidden if masked else None).item()
+    assert found == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("decoder.layers.0.self_attention.q_layernorm.weight", "qk_norms"),
+        ("decoder.layers.0.self_attention.linear_qkv.weight", "attention"),
+        ("decoder.layers.0.pre_mlp_layernorm.weight", "norms"),
+        ("decoder.layers.0.mlp.linear_fc1.weight", "feed_forward"),
+        ("decoder.final_layernorm.weight", "norms"),
+        ("embedding.word_embeddings.weight", "embedding"),
+        ("output_layer.weight", "output"),
+    ],
+)
+def test_every_parameter_has_a_group(name: str, group: str) -> None:
+    assert group_of(name) == group
