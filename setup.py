@@ -46,6 +46,17 @@ setup(
         "deepspeed": ["deepspeed~=0.19.8"],
         "mpi": ["mpi4py"],
         "demo": ["scikit-learn"],
-        "test": ["pytest", "pytest-timeout", "scikit-learn", "ruff", "mypy", "types-PyYAML"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "scikit-learn",
+            "tensorboard",
+            "wandb",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+        ],
     },
 )

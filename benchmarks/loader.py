@@ -194,7 +194,9 @@ def report(
             config.data.reset_attention = is_isolated
             reader = BatchReader(config, tokenizer)
             part = Size(size.seq_length, size.image_codes, size.tokens, size.samples // 8)
-            rates.append(rate(lambda r=reader, s=part if is_isolated else size: read_ours(r, s), clock))
+            rates.append(
+                rate(lambda r=reader, s=part if is_isolated else size: read_ours(r, s), clock)
+            )
         theirs.append(rate(lambda: read_gpt_dataset(peer, size), clock))
     print(f"{'':34} {'tokens/s':>14} {'of a 7B step':>13} {'of GPTDataset':>14}")
     for name, rates in (

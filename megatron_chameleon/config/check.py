@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from megatron_chameleon.config.engines import check_engine
 from megatron_chameleon.config.fp8 import check_fp8
 from megatron_chameleon.config.layouts import check_layout
+from megatron_chameleon.config.reporting import check_reporting
 from megatron_chameleon.config.schema import Config, ParallelConfig
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
@@ -55,6 +56,7 @@ NOT_NEGATIVE = (
     "fp8.num_layers_at_start_in_bf16",
     "fp8.num_layers_at_end_in_bf16",
     "checkpoint.every_steps",
+    "logging.sample_every_steps",
 )
 SHARES = ("model.hidden_dropout", "data.stage1_fraction", "data.stage2_share")
 
@@ -69,7 +71,7 @@ def check_config(config: Config, world_size: int) -> None:
     if not problems:  # the rest divides by these values
         problems = [*_check_model(config), *_check_parallel(config), *check_engine(config)]
         problems = problems or [*check_layout(config, world_size), *check_fp8(config)]
-        problems += [*_check_schedule(config), *_check_data(config)]
+        problems += [*_check_schedule(config), *_check_data(config), *check_reporting(config)]
     if problems:
         raise ConfigErrors(problems)
 

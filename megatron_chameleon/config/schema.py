@@ -134,6 +134,11 @@ class TrainingConfig:
     """fp32 or bf16 (with fp32 main weights)."""
     z_loss: float = 1e-5
     """Weight of ``log(Z)^2``, Z the normaliser of the output softmax."""
+    profile_steps: list[int] = field(default_factory=list)
+    """First and last step to trace with torch's profiler, such as [10, 12], into the run folder's
+    ``profile/``; empty: none."""
+    profile_all_ranks: bool = False
+    """Trace every rank, not only the first."""
 
 
 @dataclass
@@ -172,10 +177,30 @@ class CheckpointConfig:
 
 
 @dataclass
+class SamplePromptConfig:
+    """What the model is asked for its samples."""
+
+    text: str = ""
+    image: str | None = None
+    """An image file, before the text."""
+    force: str | None = None
+    """image: answer with one image; text: with text only; null: as the model likes."""
+
+
+@dataclass
 class LoggingConfig:
     run_dir: str = "runs/default"
     every_steps: int = 10
     """Steps between two progress lines; ``metrics.jsonl`` has every step."""
+    tensorboard: bool = False
+    """Write event files into the run folder's ``tensorboard/``."""
+    wandb_project: str | None = None
+    """Weights & Biases' project; offline where no key is set. null: none."""
+    sample_every_steps: int = 0
+    """Let the model answer ``sample_prompts`` every so many steps, into ``samples/``; 0: never."""
+    sample_prompts: list[SamplePromptConfig] = field(default_factory=list)
+    sample_max_tokens: int | None = None
+    """Tokens of a sample; null fills the context."""
 
 
 @dataclass

@@ -75,6 +75,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
+def device_name() -> str | None:
+    """What CUDA calls the GPU that this process computes on; None on a CPU."""
+    return torch.cuda.get_device_name() if has_gpu() else None
+
+
 def backend() -> str:
     """The torch.distributed backend of this platform."""
     return "nccl" if has_gpu() else "gloo"

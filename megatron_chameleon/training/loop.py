@@ -4,7 +4,6 @@ Try it: ``torchrun --nproc-per-node 2 -m megatron_chameleon train examples/digit
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +19,16 @@ from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.model.backend import check_machine, machine_problems
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
-from megatron_chameleon.parallel.topology import create_topology
+from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.training.engine import TrainingEngine, build_engine, check_installed
 from megatron_chameleon.training.failure import check_loaded_weights, name_broken_weights
 from megatron_chameleon.training.interruption import Interruption
-from megatron_chameleon.training.progress import Progress
 from megatron_chameleon.training.reading import open_reader
-from megatron_chameleon.training.run_folder import RunFolder, check_run_folder, checkpoints_folder
+from megatron_chameleon.training.reporting import Reporter
+from megatron_chameleon.training.run_folder import check_run_folder, checkpoints_folder
+from megatron_chameleon.training.samples import Sampler, check_samples
+from megatron_chameleon.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,18 @@ class Job:
     def checkpoint_extra(self, step: int) -> dict[str, object]:
         """What a checkpoint says of the tokenizer, so that it is never used with another one, and
         of the data that was read in ``step`` updates."""
-        samples = self.reader.history.first_sample(step)
         return {
             "vocab_size": self.tokenizer.vocabulary.size,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "consumed_samples": samples,
-            "consumed_tokens": samples * self.config.model.seq_length,
+            **self.consumed(step),
             "data": self.reader.state(),
         }
+
+    def consumed(self, step: int) -> dict[str, int]:
+        """How much the run has read in ``step`` updates."""
+        samples = self.reader.history.first_sample(step)
+        tokens = samples * self.config.model.seq_length
+        return {"step": step, "consumed_samples": samples, "consumed_tokens": tokens}
 
 
 def prepare(config: Config, world_size: int, resume: str) -> Job:
@@ -65,10 +70,12 @@ def prepare(config: Config, world_size: int, resume: str) -> Job:
     """
     check_config(config, world_size)
     check_installed(config)
+    check_trackers(config)
     check_run_folder(Path(config.logging.run_dir))
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
     for problem in check_vocabulary(tokenizer.vocabulary.size, config):
         raise problem
+    check_samples(config)
     checkpoint = store.find_resume(checkpoints_folder(config), resume)
     if checkpoint is not None:
         store.check_fits(checkpoint, config, tokenizer.fingerprint)
@@ -97,54 +104,49 @@ def train(job: Job, launch: Launch) -> bool:
 
 def train_joined(job: Job, interruption: Interruption) -> bool:
     """``train`` in a process that has joined its job and stays in it."""
-    config, reader = job.config, job.reader
+    config = job.config
     topology = create_topology(config.parallel)
     engine = build_engine(config, job.tokenizer.vocabulary.size, topology)
     step = store.load(job.resume_from, engine) if job.resume_from else 0
     if job.resume_from:
         check_loaded_weights(engine.named_parameters(), job.resume_from)
-    run = RunFolder(config, step) if topology.rank == 0 else None
-    if run:
-        print(f"{topology}; {describe(job)}; starts at step {step}", flush=True)
+    reporter = Reporter(config, job.tokenizer.vocabulary.size, topology, step)
+    try:
+        reporter.say(f"{topology}; {describe(job)}; starts at step {step}")
+        return _run_steps(job, engine, topology, reporter, interruption, step)
+    finally:
+        reporter.close()
 
-    with read_ahead(reader, step, topology.data_rank, topology.data_size) as batches:
-        progress = Progress(step, config.training.steps)
+
+def _run_steps(
+    job: Job,
+    engine: TrainingEngine,
+    topology: Topology,
+    reporter: Reporter,
+    interruption: Interruption,
+    step: int,
+) -> bool:
+    """From ``step`` updates done to the config's last step, unless interrupted."""
+    config = job.config
+    sampler = Sampler(config, topology)
+    with read_ahead(job.reader, step, topology.data_rank, topology.data_size) as batches:
         for micro_batches in batches:
+            reporter.begin_step(step + 1)
             metrics = engine.train_step(step, micro_batches)
             step += 1
-            metrics |= _consumed(reader, step, metrics)
+            metrics = reporter.complete({**metrics, **job.consumed(step)})
             _check_finite(step, metrics, engine, saves=_is_save_step(config, step))
-            if run:
-                run.write_metrics(metrics)
-                if step % config.logging.every_steps == 0 or step == config.training.steps:
-                    print(progress.line(step, metrics), flush=True)
+            reporter.end_step(step, metrics)
             stop = interruption.agreed()
             if stop or _is_save_step(config, step):
                 extra = job.checkpoint_extra(step)
-                path = store.save(checkpoints_folder(config), step, engine, extra)
-                if run:
-                    print(f"saved {path}", flush=True)
+                reporter.say(f"saved {store.save(checkpoints_folder(config), step, engine, extra)}")
             if stop and step < config.training.steps:
-                if run:
-                    print(f"{stop}: stopped after step {step}; the same command goes on", flush=True)
-                break
-    if run:
-        run.close()
-    return step == config.training.steps
-
-
-def _consumed(
-    reader: BatchReader, step: int, metrics: Mapping[str, float | None]
-) -> dict[str, float | None]:
-    """Metrics of what the run has read, up to ``step`` updates."""
-    samples, length = reader.history.first_sample(step), reader.config.model.seq_length
-    step_tokens = (samples - reader.history.first_sample(step - 1)) * length
-    return {
-        "step": step,
-        "consumed_samples": samples,
-        "consumed_tokens": samples * length,
-        "tokens_per_second": step_tokens / (metrics["step_seconds"] or math.inf),
-    }
+                reporter.say(f"{stop}: stopped after step {step}; the same command goes on")
+                return False
+            if sampler.is_due(step) and (words := sampler.sample(step, engine.named_parameters())):
+                reporter.say(words)
+    return True
 
 
 def describe(job: Job) -> str:

@@ -1,7 +1,9 @@
-"""The progress line of a run: step, losses, norm, rate and the time that is left."""
+"""The progress of a run: a bar on a terminal, a line now and then in a log."""
 
+import sys
 import time
 from collections.abc import Mapping
+from typing import Any, Protocol, TextIO
 
 
 def format_duration(seconds: float) -> str:
@@ -45,3 +47,78 @@ class Progress:
             f"grad norm {number('grad_norm', '.3f')}  lr {number('learning_rate', '.2e')}  "
             f"{number('tokens_per_second', ',.0f')} tokens/s  ETA {format_duration(left)}"
         )
+
+
+class Console(Protocol):
+    """Where a run's words go."""
+
+    def say(self, text: str) -> None: ...
+
+    def step(self, step: int, line: str, is_shown: bool) -> None:
+        """After a step: its line, and whether it is one of those that a log shows."""
+
+    def close(self) -> None: ...
+
+
+def open_console(first_step: int, steps: int, file: TextIO | None = None) -> Console:
+    """A bar where ``file`` (standard output) is a terminal, else plain lines.
+
+    Args:
+        first_step: Steps done before this process.
+        steps: Steps of the whole run.
+        file: None for standard output.
+    """
+    file = file or sys.stdout
+    return BarConsole(first_step, steps, file) if file.isatty() else LineConsole(file)
+
+
+class LineConsole:
+    """Lines, each written at once.
+
+    Args:
+        file: Where to.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def say(self, text: str) -> None:
+        print(text, file=self._file, flush=True)
+
+    def step(self, step: int, line: str, is_shown: bool) -> None:
+        if is_shown:
+            self.say(line)
+
+    def close(self) -> None:
+        self._file.flush()
+
+
+class BarConsole:
+    """A bar at the bottom that every step moves, and the lines above it.
+
+    Args:
+        first_step: Steps done before this process.
+        steps: Steps of the whole run.
+        file: A terminal.
+    """
+
+    def __init__(self, first_step: int, steps: int, file: TextIO) -> None:
+        from rich import console, progress
+
+        columns = (progress.BarColumn(), progress.TextColumn("{task.description}"))
+        screen = console.Console(file=file, force_terminal=True, highlight=False)
+        # without rich's thread: it is redrawn when a step has ended
+        self._bar: Any = progress.Progress(*columns, console=screen, auto_refresh=False)
+        self._task = self._bar.add_task("", total=steps, completed=first_step)
+        self._bar.start()
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, step: int, line: str, is_shown: bool) -> None:
+        if is_shown:
+            self.say(line)
+        self._bar.update(self._task, completed=step, description=line, refresh=True)
+
+    def close(self) -> None:
+        self._bar.stop()

@@ -1,4 +1,4 @@
-"""The run folder: config, command, environment, ``metrics.jsonl`` and ``checkpoints/``.
+"""The run folder: config, command, environment, metrics, alarms and ``checkpoints/``.
 
 Only rank 0 writes it. A step's metrics are one line, written when the step is done; a run that
 resumes at step k first drops the lines of steps after k, which it will do again, and a last line
@@ -6,19 +6,22 @@ that a crash cut off.
 """
 
 import json
+import math
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_chameleon import __version__
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError, DataError
+
+HistoryEntry = tuple[int, float | None, float | None]
 
 METRICS = (
     "step",
@@ -66,6 +69,9 @@ class RunFolder:
     Args:
         config: The resolved config.
         first_step: Steps done before this process; the metrics of later steps are dropped.
+
+    Attributes:
+        history: Step, output norm and loss of each step before.
     """
 
     def __init__(self, config: Config, first_step: int) -> None:
@@ -77,37 +83,65 @@ class RunFolder:
             file.write(shlex.join(sys.argv) + "\n")
         environment = json.dumps(_environment(), indent=1)
         (self.path / "environment.json").write_text(environment + "\n", encoding="utf-8")
-        self._metrics = _open_metrics(self.path / "metrics.jsonl", first_step)
+        lines, self.history = _kept_metrics(self.path / "metrics.jsonl", first_step)
+        self._metrics = _reopen(self.path / "metrics.jsonl", lines)
+        self._alarms = _reopen(self.path / "alarms.jsonl", [])
 
-    def write_metrics(self, values: Mapping[str, float | int | None]) -> None:
-        """Append one step's line; a missing value is null."""
-        record = {name: values.get(name) for name in METRICS}
-        self._metrics.write(json.dumps(record) + "\n")
+    def write_metrics(self, values: Mapping[str, Any]) -> None:
+        """Append one step's line: ``METRICS``, then what else there is.
+
+        What is missing or not finite is null.
+        """
+        record = {**dict.fromkeys(METRICS), **values}
+        self._metrics.write(json.dumps(_finite(record)) + "\n")
         self._metrics.flush()
+
+    def write_alarms(self, alarms: Sequence[Mapping[str, Any]]) -> None:
+        """Append to ``alarms.jsonl``, which begins anew with each process."""
+        for alarm in alarms:
+            self._alarms.write(json.dumps(_finite(dict(alarm))) + "\n")
+        self._alarms.flush()
 
     def close(self) -> None:
         self._metrics.close()
+        self._alarms.close()
 
 
-def _open_metrics(path: Path, first_step: int) -> TextIO:
-    """Keep the whole lines up to ``first_step`` and open the file for more."""
-    kept = []
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines):
-                    break  # a crash cut it off
-                what = "not a line of metrics"
-                raise DataError(f"{path}:{number}", what, "Mend or remove that line") from error
-            if step <= first_step:
-                kept.append(line + "\n")
+def _kept_metrics(path: Path, first_step: int) -> tuple[list[str], list[HistoryEntry]]:
+    """The whole lines up to ``first_step``, and what the alarm needs of them."""
+    kept: list[str] = []
+    history: list[HistoryEntry] = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break  # a crash cut it off
+            what = "not a line of metrics"
+            raise DataError(f"{path}:{number}", what, "Mend or remove that line") from error
+        if step <= first_step:
+            kept.append(line + "\n")
+            history.append((step, record.get("output_norm"), record.get("loss")))
+    return kept, history
+
+
+def _reopen(path: Path, lines: Sequence[str]) -> TextIO:
+    """Leave these lines in a file, and open it for more."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
     return path.open("a", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):  # a number a layer: six digits keep the file small
+        return [None if entry is None else _finite(float(f"{entry:.6g}")) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _environment() -> dict[str, object]:

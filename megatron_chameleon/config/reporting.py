@@ -1,0 +1,49 @@
+"""What the trace and the samples of a run ask of the rest of its config."""
+
+from collections.abc import Iterator
+
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import ConfigError
+
+FORCES = (None, "image", "text")
+
+
+def check_reporting(config: Config) -> Iterator[ConfigError]:
+    """What of ``logging`` and ``training.profile_steps`` cannot work with the rest."""
+    yield from _check_profile(config)
+    if config.logging.sample_every_steps:
+        yield from _check_samples(config)
+    most = config.logging.sample_max_tokens
+    if most is not None and most < 1:
+        yield ConfigError("logging.sample_max_tokens", f"{most} is below 1", "Give more, or null")
+
+
+def _check_profile(config: Config) -> Iterator[ConfigError]:
+    steps, last = config.training.profile_steps, config.training.steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= last):
+        what = f"{steps} is no first and last step between 1 and training.steps {last}"
+        yield ConfigError("training.profile_steps", what, "Write for example [10, 12], or []")
+
+
+def _check_samples(config: Config) -> Iterator[ConfigError]:
+    logging, pp = config.logging, config.parallel.pipeline_model_parallel_size
+    key = "logging.sample_every_steps"
+    every = logging.sample_every_steps
+    later = "Set it to 0, and use `chameleon generate` on a checkpoint"
+    if not logging.sample_prompts:
+        what = f"{every}, and logging.sample_prompts is empty"
+        yield ConfigError(key, what, "List a prompt, such as {text: a cat, force: image}, or set 0")
+    if pp > 1:
+        what = (
+            f"{every} needs the whole model in one stage, and pipeline_model_parallel_size is {pp}"
+        )
+        yield ConfigError(key, what, later)
+    if config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
+        yield ConfigError(key, f"{every} needs whole weights, which ZeRO 3 takes apart", later)
+    if config.model.qk_norm_groups == 0:
+        what = f"{every} generates with transformers, whose Chameleon has QK-norm always"
+        yield ConfigError(key, what, "Set it to 0: model.qk_norm_groups is 0")
+    for i, prompt in enumerate(logging.sample_prompts):
+        if prompt.force not in FORCES:
+            what = f"{prompt.force!r} is not one of null, image, text"
+            yield ConfigError(f"logging.sample_prompts[{i}].force", what, "Choose one of them")

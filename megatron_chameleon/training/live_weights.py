@@ -1,0 +1,82 @@
+"""The weights of a run as they are now, whole, for whoever reads checkpoints piece by piece."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_chameleon.checkpoint.names import Dimensions, Piece
+from megatron_chameleon.config.parameters import qk_norm_groups, query_groups
+from megatron_chameleon.config.schema import Config, ModelConfig
+from megatron_chameleon.parallel.topology import Topology
+
+
+def gather_weights(
+    parameters: Iterable[tuple[str, Tensor]], topology: Topology
+) -> dict[str, Tensor]:
+    """Whole tensors under their names in the whole model.
+
+    A collective of the tensor-parallel ranks. The tensors may share memory with the model's: read
+    only.
+
+    Args:
+        parameters: This rank's, of a model in one pipeline stage, with megatron-core's marks.
+        topology: The place of this process.
+    """
+    whole = {}
+    for name, parameter in parameters:
+        dim = getattr(parameter, "partition_dim", -1)
+        part = parameter.detach()
+        if topology.tensor_size == 1 or dim < 0:
+            whole[name] = part
+            continue
+        whole[name] = _gather(name, part, dim, topology.tensor_size)
+    return whole
+
+
+def _gather(name: str, part: Tensor, dim: int, size: int) -> Tensor:
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(part) for _ in range(size)]
+    torch.distributed.all_gather(parts, part.contiguous(), group=group)
+    if name.endswith("linear_fc1.weight"):  # a rank's part is its gate rows, then its up rows
+        halves = [half for place in (0, 1) for half in (part.chunk(2)[place] for part in parts)]
+        return torch.cat(halves)
+    return torch.cat(parts, dim=dim)
+
+
+class LiveSource:
+    """The model of a run in place of a checkpoint's ``Source``.
+
+    Args:
+        config: The run's.
+        vocab_size: Tokens of the vocabulary.
+        weights: Of ``gather_weights``.
+        step: Updates done.
+    """
+
+    format = "live"
+    fingerprint: str | None = None
+
+    def __init__(
+        self, config: Config, vocab_size: int, weights: dict[str, Tensor], step: int
+    ) -> None:
+        self.folder = Path(config.logging.run_dir)
+        self.model: ModelConfig = config.model
+        groups = qk_norm_groups(config.model)
+        key_groups = min(groups, query_groups(config.model))
+        self.dimensions = Dimensions.of(config.model, vocab_size, groups, key_groups)
+        self.step = step
+        self._weights = weights
+
+    def dtype(self, piece: Piece) -> torch.dtype:
+        return self.read(piece).dtype
+
+    def read(self, piece: Piece) -> Tensor:
+        layer = "" if piece.layer is None else f"layers.{piece.layer}."
+        return self._weights[piece.megatron_name.replace("layers.", layer)]
+
+    def tokenizer_folder(self, scratch: Path) -> Path:
+        raise NotImplementedError("the run's tokenizer is in its config")

@@ -1,0 +1,137 @@
+"""What a run tells its owner after each step: files, console, trackers, alarm, trace.
+
+Only rank 0 writes; the other ranks have a reporter too, which traces and else does nothing.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.flops import training_flops_per_token
+from megatron_chameleon.parallel.gpus import find_gpu
+from megatron_chameleon.parallel.plan_time import uses_fp8
+from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.training.divergence import Alarm, DivergenceAlarm
+from megatron_chameleon.training.profiler import StepProfiler
+from megatron_chameleon.training.progress import Progress, open_console
+from megatron_chameleon.training.run_folder import RunFolder
+from megatron_chameleon.training.trackers import flat_numbers, open_trackers
+
+
+class Reporter:
+    """Takes each step's metrics to wherever the config wants them.
+
+    Args:
+        config: A checked config.
+        vocab_size: Tokens of the vocabulary.
+        topology: The place of this process.
+        first_step: Steps done before this process.
+    """
+
+    def __init__(
+        self, config: Config, vocab_size: int, topology: Topology, first_step: int
+    ) -> None:
+        self.config = config
+        self._speed = SpeedMeter(config, vocab_size, topology.world_size)
+        self._profiler = StepProfiler(config, topology.rank)
+        self._is_writer = topology.rank == 0
+        if not self._is_writer:
+            return
+        self._run = RunFolder(config, first_step)
+        self._alarm = DivergenceAlarm()
+        past = (self._alarm.observe(*record) for record in self._run.history)
+        self._run.write_alarms([asdict(alarm) for alarm in past if alarm is not None])
+        self._progress = Progress(first_step, config.training.steps)
+        self._console = open_console(first_step, config.training.steps)
+        self._trackers = open_trackers(config, first_step)
+
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0."""
+        if self._is_writer:
+            self._console.say(text)
+
+    def begin_step(self, step: int) -> None:
+        """Before step ``step``, counted from 1."""
+        self._profiler.begin(step)
+
+    def complete(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """A step's metrics with what follows from its duration."""
+        return {**metrics, **self._speed.metrics(metrics["step_seconds"])}
+
+    def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record a completed step whose values are finite."""
+        trace = self._profiler.end(step)
+        if not self._is_writer:
+            return
+        if trace is not None:
+            self._console.say(f"traced {trace}")
+        self._run.write_metrics(metrics)
+        for tracker in self._trackers:
+            tracker.record(step, dict(flat_numbers(metrics)))
+        line = self._progress.line(step, metrics)
+        is_shown = step % self.config.logging.every_steps == 0 or step == self.config.training.steps
+        self._console.step(step, line, is_shown)
+        alarm = self._alarm.observe(step, metrics["output_norm"], metrics["loss"])
+        if alarm is not None:
+            self._run.write_alarms([asdict(alarm)])
+            self._console.say(f"warning: {alarm_text(alarm, self.config)}")
+
+    def close(self) -> None:
+        """Also after an error: nothing that was recorded is lost."""
+        if not self._is_writer:
+            return
+        self._console.close()
+        self._run.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+class SpeedMeter:
+    """Says how fast the tokens of a step went by.
+
+    ``tflops`` and ``mfu`` are of each GPU, by the convention of ``flops.py``; null on CPUs, and
+    ``mfu`` on GPUs whose peak is not in the planner's table.
+
+    Args:
+        config: A checked config.
+        vocab_size: Tokens of the vocabulary.
+        world_size: Processes of the job.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, world_size: int) -> None:
+        self._tokens = config.training.global_batch_size * config.model.seq_length
+        self._device_name = platform.device_name()
+        gpu = find_gpu(self._device_name) if self._device_name else None
+        dtype = config.training.dtype
+        self._peak = gpu.peak_flops(dtype, uses_fp8(config)) if gpu else None
+        flops = training_flops_per_token(config.model, vocab_size)
+        self._flops_per_gpu = flops * self._tokens / world_size
+
+    def metrics(self, seconds: float | None) -> dict[str, float | None]:
+        """What ``metrics.jsonl`` says of a step that took so long."""
+        rate = self._flops_per_gpu / (seconds or math.inf)
+        return {
+            "tokens_per_second": self._tokens / (seconds or math.inf),
+            "mfu": rate / self._peak if self._peak else None,
+            "tflops": rate / 1e12 if self._device_name else None,
+        }
+
+
+def alarm_text(alarm: Alarm, config: Config) -> str:
+    """The alarm in a line, with what of the paper's remedies the config lacks."""
+    model = config.model
+    missing = {
+        "model.qk_norm_groups is 0 (no QK-norm)": model.qk_norm_groups == 0,
+        "model.hidden_dropout is 0": model.hidden_dropout == 0 and model.norm_order == "pre",
+        "training.z_loss is 0": config.training.z_loss == 0,
+    }
+    reasons = [words for words, is_missing in missing.items() if is_missing]
+    because = f"; {' and '.join(reasons)}" if reasons else ""
+    return (
+        f"{alarm}: such growth comes before a divergence{because}. Look at layer_output_norms and "
+        "max_attention_logit in metrics.jsonl, and lower optimizer.lr or go back to a checkpoint "
+        "before it (docs/stability.md)"
+    )

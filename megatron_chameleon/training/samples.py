@@ -1,0 +1,178 @@
+"""What the model says in mid-training: text and images every N steps, and a page that shows them.
+
+``samples/step_00001000/`` has ``samples.jsonl`` and the images, ``samples/index.html`` all steps.
+The live model answers: rank 0 gets its weights whole and decodes as ``chameleon generate`` does.
+Nothing of training changes, nor does a sample that cannot be drawn end it.
+"""
+
+import html
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_chameleon.config.schema import Config, SamplePromptConfig
+from megatron_chameleon.errors import ChameleonError, ConfigError
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
+from megatron_chameleon.training.live_weights import LiveSource, gather_weights
+
+if TYPE_CHECKING:
+    from megatron_chameleon.inference.session import Answer
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+def check_samples(config: Config) -> None:
+    """See before training that prompts and image tokenizer are there.
+
+    Raises:
+        ChameleonError: What is missing.
+    """
+    if not config.logging.sample_every_steps:
+        return
+    load_tokenizer(config.tokenizer.path)
+    for i, prompt in enumerate(config.logging.sample_prompts):
+        if prompt.image is not None and not Path(prompt.image).is_file():
+            what = f"no such image file: {prompt.image}"
+            where = f"logging.sample_prompts[{i}].image"
+            raise ConfigError(where, what, "Give the path of an image, or null")
+
+
+class Sampler:
+    """Draws the samples of a run.
+
+    Args:
+        config: A checked config.
+        topology: The place of this process.
+    """
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        self._config, self._topology = config, topology
+        self._every = config.logging.sample_every_steps
+        self._folder = Path(config.logging.run_dir) / "samples"
+        # ranks that share rank 0's tensors; the others have only the same again
+        self._takes_part = topology.data_rank == 0 and topology.context_rank == 0
+        self._tokenizer: Tokenizer | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether samples are to be drawn after this step."""
+        return self._every > 0 and step % self._every == 0
+
+    def sample(self, step: int, parameters: Iterable[tuple[str, Tensor]]) -> str:
+        """Draw, on rank 0; a collective of its tensor-parallel group.
+
+        Args:
+            step: Updates done.
+            parameters: This rank's, under their names in the whole model.
+
+        Returns:
+            What to tell the owner; empty on the other ranks.
+        """
+        if not self._takes_part:
+            return ""
+        weights = gather_weights(parameters, self._topology)
+        if self._topology.rank != 0:
+            return ""
+        try:
+            answers = self._answer(step, weights)
+            folder = self._folder / f"step_{step:08d}"
+            _write_answers(folder, self._config.logging.sample_prompts, answers)
+            _write_index(self._folder, self._config.logging.sample_prompts)
+        except (ChameleonError, OSError, torch.OutOfMemoryError) as error:
+            return f"no samples at step {step}: {str(error).splitlines()[0]}"
+        return f"sampled {folder}"
+
+    def _answer(self, step: int, weights: dict[str, Tensor]) -> "list[Answer]":
+        from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
+        from megatron_chameleon.inference.decode import GenerationOptions
+        from megatron_chameleon.inference.modality import Force
+        from megatron_chameleon.inference.session import Session
+
+        logging, device = self._config.logging, platform.device()
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._config.tokenizer.path, device=device)
+        tokenizer = self._tokenizer
+        source = LiveSource(self._config, tokenizer.vocabulary.size, weights, step)
+        session = Session(read_transformers(source, tokenizer).to(device), tokenizer, step)
+        answers = []
+        for prompt in logging.sample_prompts:
+            options = GenerationOptions(
+                max_tokens=logging.sample_max_tokens,
+                force=Force(prompt.force) if prompt.force else None,
+                seed=self._config.training.seed,
+            )
+            answers += session.generate([_parts(prompt)], options)
+        return answers
+
+
+def _parts(prompt: SamplePromptConfig) -> list[Any]:
+    from megatron_chameleon.data.documents import ImagePart, TextPart
+
+    parts: list[Any] = [] if prompt.image is None else [ImagePart(prompt.image)]
+    return [*parts, TextPart(prompt.text)] if prompt.text else parts
+
+
+def _write_answers(
+    folder: Path, prompts: Sequence[SamplePromptConfig], answers: "Sequence[Answer]"
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        parts: list[dict[str, str]] = []
+        for index, part in enumerate(answer.content):
+            if isinstance(part, str):
+                parts.append({"type": "text", "text": part})
+                continue
+            name = f"{number:04d}-{index}.png"
+            part.save(folder / name)
+            parts.append({"type": "image", "image": name})
+        line = {"prompt": vars(prompt), "content": parts, "token_ids": answer.token_ids}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    _replace(folder / SAMPLES_FILE, "".join(lines))
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>Samples</title>
+<style>body{{font:15px/1.5 sans-serif;margin:2em}}td,th{{border-top:1px solid #ddd;padding:.5em;
+text-align:left;vertical-align:top}}img{{min-width:96px;image-rendering:pixelated}}</style>
+<h1>Samples</h1><table><tr><th>step{header}</tr>
+{rows}</table>
+"""
+
+
+def _write_index(folder: Path, prompts: Sequence[SamplePromptConfig]) -> None:
+    """The page of all steps in the folder, the newest first."""
+    header = "".join(f"<th>{_show_prompt(prompt)}" for prompt in prompts)
+    rows = []
+    for file in sorted(folder.glob(f"step_*/{SAMPLES_FILE}"), reverse=True):
+        cells = [
+            "".join(_show_part(file.parent.name, part) for part in json.loads(line)["content"])
+            for line in file.read_text(encoding="utf-8").splitlines()
+        ]
+        step = int(file.parent.name.removeprefix("step_"))
+        rows.append(f"<tr><th>{step:,}{''.join(f'<td>{cell}' for cell in cells)}</tr>\n")
+    _replace(folder / "index.html", PAGE.format(header=header, rows="".join(rows)))
+
+
+def _show_prompt(prompt: SamplePromptConfig) -> str:
+    words = [prompt.image and Path(prompt.image).name, prompt.text]
+    words.append(prompt.force and f"({prompt.force})")
+    return html.escape(" ".join(word for word in words if word) or "(no prompt)")
+
+
+def _show_part(folder: str, part: dict[str, str]) -> str:
+    if part["type"] == "text":
+        return f"<p>{html.escape(part['text'])}</p>"
+    return f'<img src="{html.escape(folder)}/{html.escape(part["image"])}">'
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
