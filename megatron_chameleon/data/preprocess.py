@@ -88,7 +88,8 @@ def preprocess(
                     writer.add(result.token_ids, result.images)
                 else:
                     first_drop = first_drop or result
-                    writer.drop(result.id, result.where, result.dropped or "", result.detail or "")
+                    reason, detail = result.dropped or "", result.detail or ""
+                    writer.drop(result.id, "", result.where, reason, detail)
             report.update(writer, chunk.read_bytes)
         if not writer.documents:
             raise _no_documents(inputs, shard, writer, first_drop)

@@ -28,7 +28,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 @pytest.fixture
 def copy(tiny, tmp_path: Path) -> Path:
     """The tiny project's token files, to be damaged."""
-    for suffix in (".bin", ".idx", ".json"):
+    for suffix in (".bin", ".idx", ".documents", ".images", ".json"):
         shutil.copy(f"{tiny.tokens}{suffix}", tmp_path / f"tokens{suffix}")
     config = tiny.config.read_text().replace(str(tiny.tokens), str(tmp_path / "tokens"))
     config = config.replace("every_steps: 5", f"every_steps: 5, run_dir: {tmp_path / 'run'}")

@@ -114,7 +114,7 @@ def test_workers_do_not_change_a_byte(tmp_path, tokenizer_folder, documents):
         assert "47 images" in done.stdout and "documents/s" in done.stdout
         assert "3 dropped (1 corrupt image, 1 empty image, 1 missing image; listed" in done.stdout
     one, two = contents(out, "w1"), contents(out, "w2")
-    assert sorted(one) == [".bin", ".dropped.jsonl", ".idx", ".json"]
+    assert sorted(one) == [".bin", ".documents", ".dropped.jsonl", ".idx", ".images", ".json"]
     assert one == two
 
     dropped = [json.loads(line) for line in one[".dropped.jsonl"].splitlines()]

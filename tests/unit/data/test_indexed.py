@@ -7,9 +7,14 @@ import struct
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_chameleon.data.indexed import TokenFileWriter, open_token_file, token_dtype
+from megatron_chameleon.data.indexed import (
+    Origin,
+    TokenFileWriter,
+    open_token_file,
+    token_dtype,
+)
 from megatron_chameleon.errors import DataError
 
 
@@ -31,6 +36,22 @@ def test_megatron_core_reads_back_the_same_tokens(written):
     assert token_file.lengths.tolist() == [5, 2, 9] and token_file.lengths.dtype == np.int32
 
 
+@pytest.mark.parametrize("vocab_size", [65_536, 65_537])
+def test_files_are_what_megatron_core_s_builder_writes(tmp_path, tokenizer, numbered, vocab_size):
+    size = dataclasses.replace(tokenizer.vocabulary, tokens=("x",) * vocab_size)
+    wide = dataclasses.replace(tokenizer, vocabulary=size)
+    builder = IndexedDatasetBuilder(str(tmp_path / "peer.bin"), dtype=token_dtype(vocab_size))
+    with TokenFileWriter(tmp_path / "tokens", wide) as writer:
+        for document in numbered([5, 2, 900, 3, 77]):
+            writer.add(document, 0)
+            builder.add_document(document, [len(document)])
+        writer.commit()
+    builder.finalize(str(tmp_path / "peer.idx"))
+    for suffix in (".bin", ".idx"):
+        ours, theirs = tmp_path / f"tokens{suffix}", tmp_path / f"peer{suffix}"
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_reading_a_part(written):
     token_file, documents = written
     np.testing.assert_array_equal(token_file.read(2, 3, 4), documents[2][3:7])
@@ -47,7 +68,7 @@ def test_sidecar_counts(tmp_path, tokenizer, token_file):
     assert info.bin_bytes == (tmp_path / "tokens.bin").stat().st_size == 40
     record = json.loads((tmp_path / "tokens.json").read_text())
     assert record["tokenizer_fingerprint"] == tokenizer.fingerprint
-    assert record["format"] == "megatron_chameleon.tokens/1" and record["dropped"] == {}
+    assert record["format"] == "megatron_chameleon.tokens/2" and record["dropped"] == {}
 
 
 def test_dtype_is_uint16_up_to_the_paper_s_vocabulary():
@@ -81,7 +102,7 @@ def test_sidecar_is_gone_before_anything_is_replaced(
     ):
         writer.add(numbered([3])[0], 0)
         writer.commit()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens.bin", "tokens.idx"]
+    assert not (tmp_path / "tokens.json").exists()
     with pytest.raises(DataError, match=r"incomplete, its \.json \(written last\) is missing"):
         open_token_file(tmp_path / "tokens", tokenizer)
 
@@ -95,10 +116,10 @@ def test_unwritable_output(tmp_path, tokenizer):
         pass
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".documents", ".images"])
 def test_missing_file(written, tmp_path, suffix):
     (tmp_path / f"tokens{suffix}").unlink()
-    with pytest.raises(DataError, match=rf"tokens: no token file here, \{suffix} missing\. Write"):
+    with pytest.raises(DataError, match=rf"tokens: .*\{suffix} missing\. Write"):
         open_token_file(tmp_path / "tokens", None)
 
 
@@ -115,7 +136,9 @@ def patch(path, offset, content):
 
 def test_truncated_bin_says_bytes_found_and_expected(written, tmp_path):
     os.truncate(tmp_path / "tokens.bin", 20)
-    with pytest.raises(DataError, match=r"tokens\.bin: 20 bytes, its \.idx names 16 tokens, 32 by"):
+    with pytest.raises(
+        DataError, match=r"tokens\.bin: 20 bytes, its \.json names 16 tokens, 32 by"
+    ):
         open_token_file(tmp_path / "tokens", None)
 
 
@@ -167,7 +190,7 @@ def test_sidecar_that_does_not_fit(written, tokenizer, tmp_path, changes, messag
         open_token_file(tmp_path / "tokens", tokenizer)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"format": "megatron_chameleon.tokens/1"}'])
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"format": "megatron_chameleon.tokens/2"}'])
 def test_sidecar_that_is_none(written, tmp_path, content):
     (tmp_path / "tokens.json").write_text(content)
     with pytest.raises(DataError, match=r"tokens\.json: not the sidecar of a token file"):
@@ -185,3 +208,74 @@ def test_other_tokenizer_of_the_same_size(written, tokenizer, tmp_path):
     other = dataclasses.replace(tokenizer, fingerprint="0" * 64)
     with pytest.raises(DataError, match=r"has 000000000000\. Name the tokenizer"):
         open_token_file(tmp_path / "tokens", other)
+
+
+def image_document(vocabulary, before, images, after):
+    image = [vocabulary.begin_image, *vocabulary.code_token_ids[:4], vocabulary.end_image]
+    return np.array([vocabulary.bos, *[300] * before, *image * images, *[301] * after, 2])
+
+
+@pytest.fixture
+def with_images(tmp_path, tokenizer):
+    """Documents with 2, 0, 1 and 3 images, of two sources, from line 5 on of one of two inputs."""
+    with TokenFileWriter(tmp_path / "tokens", tokenizer, inputs=["a.jsonl"]) as writer:
+        for line, (images, source) in enumerate(((2, "x"), (0, "y"), (1, "x"), (3, "x")), start=5):
+            writer.add(image_document(tokenizer.vocabulary, line, images, 2), images, source, line)
+        writer.commit()
+    return open_token_file(tmp_path / "tokens", tokenizer)
+
+
+def test_side_files_say_where_images_and_documents_come_from(with_images, tokenizer):
+    spans = [with_images.image_spans(document).tolist() for document in range(4)]
+    assert spans == [[(6, 6), (12, 6)], [], [(8, 6)], [(9, 6), (15, 6), (21, 6)]]
+    for document in range(4):
+        for start, length in spans[document]:
+            block = with_images.read(document, start, length)
+            assert (block[0], block[-1]) == (
+                tokenizer.vocabulary.begin_image,
+                tokenizer.vocabulary.end_image,
+            )
+    assert [with_images.origin(d) for d in (0, 1, 3)] == [
+        Origin("x", "a.jsonl", 5),
+        Origin("y", "a.jsonl", 6),
+        Origin("x", "a.jsonl", 8),
+    ]
+    totals = with_images.info.sources
+    assert list(totals) == ["x", "y"]
+    assert dataclasses.asdict(totals["x"]) == {
+        "documents": 3,
+        "tokens": int(with_images.lengths[[0, 2, 3]].sum()),
+        "images": 6,
+        "image_tokens": 36,
+    }
+    with_images.verify()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "offset", "content", "message"),
+    [
+        (".idx", 34, struct.pack("<i", 10**9), r"document 0 has 1000000000 tokens from byte 0"),
+        (".idx", 34, struct.pack("<i", -1), r"document 0 has -1 tokens"),
+        (".idx", 34 + 16, struct.pack("<q", 10**15), r"document 0 has \d+ tokens from byte 1000"),
+        (".documents", 24, struct.pack("<Q", 99), r"document 0 has images 0 to 99 of 6"),
+        (".documents", 20, struct.pack("<I", 9), r"document 0 names source 9 and input 0, the .js"),
+        (".documents", 16, struct.pack("<I", 9), r"document 0 names source 0 and input 9"),
+    ],
+)
+def test_damaged_number_shows_when_its_document_is_read(
+    with_images, tmp_path, suffix, offset, content, message
+):
+    patch(tmp_path / f"tokens{suffix}", offset, content)
+    file = open_token_file(tmp_path / "tokens", None)
+    with pytest.raises(DataError, match=rf"tokens\{suffix}: .*{message}"):
+        file.read(0), file.image_spans(0), file.origin(0)
+    with pytest.raises(DataError, match=rf"tokens\{suffix}: document [01] has "):
+        file.verify()
+
+
+def test_opening_reads_nothing_but_the_ends(with_images, monkeypatch):
+    """A billion documents must open as fast as four: no array is read on the way."""
+    monkeypatch.setattr(np, "fromfile", None)
+    file = open_token_file(with_images.prefix, None)
+    maps = (file.documents, file.images, file.lengths, file.offsets)
+    assert all(not array.flags.owndata and not array.flags.writeable for array in maps)

@@ -1,0 +1,432 @@
+"""Writes a token file, in one go or over several runs that may be killed anywhere.
+
+Everything grows in the folder PREFIX.partial, until ``commit`` puts it in place; an older token
+file under PREFIX stays until then. ``save`` makes what was added so far survive: it writes
+state.json, with whatever the caller needs to go on. A writer that is opened with the same ``job``
+cuts the files back to the state and goes on from there. A writer that never saved leaves nothing.
+
+The .idx is written here and not by megatron-core's builder, because that one holds the lengths of
+all documents as Python numbers; the bytes are the same.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from megatron_chameleon.data.token_format import (
+    DOCUMENT,
+    IDX_DTYPES,
+    IDX_HEADER,
+    IDX_MAGIC,
+    IMAGE,
+    MOST_SOURCES,
+    SUFFIXES,
+    SourceTotals,
+    TokenBlock,
+    TokenFileInfo,
+    file_of,
+    partial_folder,
+    token_dtype,
+)
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.files import write_text
+from megatron_chameleon.tokenizer.folder import Tokenizer
+
+DROPPED = ".dropped.jsonl"
+STATE = "state.json"
+_BUFFER_BYTES = 1 << 20
+_CHUNK_DOCUMENTS = 1 << 20
+
+
+@dataclass
+class WriterState:
+    """state.json: what the files of PREFIX.partial hold, and where the caller goes on."""
+
+    job: str = ""
+    documents: int = 0
+    tokens: int = 0
+    image_tokens: int = 0
+    images: int = 0
+    dropped_bytes: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, SourceTotals] = field(default_factory=dict)
+    finishing: bool = False
+    """All is written, only the files may not be in their places yet."""
+    position: dict[str, Any] = field(default_factory=dict)
+    """The caller's: where in the input to go on."""
+
+
+def read_state(prefix: str | Path) -> WriterState | None:
+    """The state of an unfinished token file; None where there is none.
+
+    Raises:
+        DataError: When there is one that cannot be read.
+    """
+    path = partial_folder(prefix) / STATE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["sources"] = {
+            name: SourceTotals(**totals) for name, totals in record["sources"].items()
+        }
+        return WriterState(**record)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        cause = " ".join(str(error).split())
+        raise DataError(
+            str(path), f"cannot be read ({cause})", "Begin anew with --restart"
+        ) from error
+
+
+class TokenFileWriter:
+    """Writes one token file; a context. Leaving it without ``commit`` keeps what was saved.
+
+    Args:
+        prefix: Path of the files without .bin and .idx.
+        tokenizer: The tokenizer of the token ids that will be added.
+        job: What makes the content, as a digest: an unfinished token file of the same job is gone
+            on with. Empty: begin anew.
+        inputs: Names of the files that the documents come from.
+
+    Raises:
+        DataError: From any method, when the disk does not take the files; from ``__enter__``, when
+            another process is writing here or what is there cannot be gone on with.
+    """
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        tokenizer: Tokenizer,
+        job: str = "",
+        inputs: list[str] | None = None,
+        restart: bool = False,
+    ) -> None:
+        self.restart = restart
+        self.prefix = Path(prefix)
+        self.tokenizer = tokenizer
+        self.inputs = inputs or []
+        self.state = WriterState(job)
+        self.folder = partial_folder(prefix)
+        self._dtype = np.dtype(token_dtype(tokenizer.vocabulary.size))
+        self._files: dict[str, IO[bytes]] = {}
+        self._source_numbers: dict[str, int] = {}
+        self._lock: int | None = None
+        self._keep = False
+
+    @property
+    def documents(self) -> int:
+        return self.state.documents
+
+    @property
+    def tokens(self) -> int:
+        return self.state.tokens
+
+    @property
+    def images(self) -> int:
+        return self.state.images
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return self.state.dropped
+
+    def path(self, suffix: str) -> Path:
+        """A finished file."""
+        return file_of(self.prefix, suffix)
+
+    def _partial(self, suffix: str) -> Path:
+        return self.folder / f"tokens{suffix}"
+
+    # Opening and leaving
+
+    def __enter__(self) -> "TokenFileWriter":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            self._resume()
+            self._source_numbers = {name: i for i, name in enumerate(self.state.sources)}
+            if not self.state.finishing:
+                self._open_files()
+        except BaseException as error:
+            self._release_lock()
+            if isinstance(error, OSError):
+                raise self._cannot_write(error) from error
+            raise
+        return self
+
+    def _resume(self) -> None:
+        if self.restart or not self.state.job:
+            return
+        saved = read_state(self.prefix)
+        if saved is None:
+            return
+        if saved.job != self.state.job:
+            what = f"{saved.documents} documents of other inputs, options or tokenizer lie here"
+            remedy = "Finish them with their own command, or begin anew with --restart"
+            raise DataError(str(self.folder), what, remedy)
+        self.state, self._keep = saved, True
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            what = "another process is writing this token file"
+            raise DataError(
+                str(self.prefix), what, "Wait for it, or choose another --output"
+            ) from error
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _open_files(self) -> None:
+        """Cut each file back to what the state says, and go on at its end."""
+        for suffix, size in self._sizes().items():
+            path = self._partial(suffix)
+            path.touch()
+            if path.stat().st_size < size:
+                what = f"{path.stat().st_size} bytes, its state.json names {size}"
+                raise DataError(str(path), what, "Begin anew with --restart")
+            os.truncate(path, size)
+            self._files[suffix] = path.open("ab", buffering=_BUFFER_BYTES)
+        if self._files[".idx"].tell() == 0:
+            self._files[".idx"].write(bytes(IDX_HEADER.size))  # filled in at the end
+
+    def _sizes(self) -> dict[str, int]:
+        state = self.state
+        header = IDX_HEADER.size if self._keep else 0
+        return {
+            ".bin": state.tokens * self._dtype.itemsize,
+            ".idx": header + 4 * state.documents,
+            ".documents": DOCUMENT.itemsize * state.documents,
+            ".images": IMAGE.itemsize * state.images,
+            DROPPED: state.dropped_bytes,
+        }
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for file in self._files.values():
+            try:
+                file.close()
+            except OSError:  # a full disk fails once more here; the first error counts
+                file.raw.close()  # type: ignore[attr-defined]
+        if not self._keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._release_lock()
+
+    # Adding
+
+    def add(
+        self, token_ids: np.ndarray, images: int, source: str = "unknown", record: int = 0
+    ) -> None:
+        """Append one document.
+
+        Args:
+            token_ids: int [tokens] in [0, vocab_size), from ``<s>`` to ``</s>``.
+            images: How many images are in it.
+            source: Name of the corpus that it comes from.
+            record: Its line, row or sample in the input.
+        """
+        vocabulary = self.tokenizer.vocabulary
+        assert token_ids.min() >= 0 and token_ids.max() < vocabulary.size, (
+            "token ids outside the vocabulary"
+        )
+        starts = np.flatnonzero(token_ids == vocabulary.begin_image)
+        ends = np.flatnonzero(token_ids == vocabulary.end_image)
+        assert len(starts) == len(ends) == images, "image blocks are not whole"
+        spans = np.empty(images, dtype=IMAGE)
+        spans["start"], spans["length"] = starts, ends + 1 - starts
+        self.add_block(
+            TokenBlock(
+                token_ids=token_ids.astype(self._dtype),
+                lengths=np.array([len(token_ids)], dtype=np.int32),
+                images=spans,
+                image_counts=np.array([images]),
+                records=np.array([record]),
+                sources=[source],
+                source_numbers=np.zeros(1, dtype=np.int64),
+            )
+        )
+
+    def add_block(self, block: TokenBlock) -> None:
+        """Append consecutive documents."""
+        assert block.token_ids.dtype == self._dtype and len(block.token_ids) == block.lengths.sum()
+        if not len(block.lengths):
+            return
+        numbers = np.array([self._number_of(name) for name in block.sources])
+        documents = np.empty(len(block.lengths), dtype=DOCUMENT)
+        ends = np.cumsum(block.image_counts)
+        documents["first_image"] = self.state.images + ends - block.image_counts
+        documents["record"], documents["input"] = block.records, block.input
+        documents["source"] = numbers[block.source_numbers]
+        try:
+            self._files[".bin"].write(block.token_ids.data)
+            self._files[".idx"].write(block.lengths.astype("<i4").tobytes())
+            self._files[".documents"].write(documents.tobytes())
+            self._files[".images"].write(block.images.tobytes())
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        self._count(block)
+
+    def _number_of(self, source: str) -> int:
+        if source not in self._source_numbers:
+            if len(self._source_numbers) == MOST_SOURCES:
+                what = f"more than {MOST_SOURCES} different sources, such as {source[:60]!r}"
+                remedy = "A source is the name of a corpus: give all documents one with --source"
+                raise DataError(str(self.prefix), what, remedy)
+            self._source_numbers[source] = len(self._source_numbers)
+            self.state.sources[source] = SourceTotals()
+        return self._source_numbers[source]
+
+    def _count(self, block: TokenBlock) -> None:
+        document_of_image = np.repeat(np.arange(len(block.lengths)), block.image_counts)
+        source_of_image = block.source_numbers[document_of_image]
+        size = len(block.sources)
+
+        def totals(numbers: np.ndarray, values: np.ndarray | None = None) -> list[int]:
+            return [int(n) for n in np.bincount(numbers, values, minlength=size)]
+
+        columns = (
+            totals(block.source_numbers),
+            totals(block.source_numbers, block.lengths),
+            totals(source_of_image),
+            totals(source_of_image, block.images["length"]),
+        )
+        for name, *values in zip(block.sources, *columns, strict=True):
+            source = self.state.sources[name]
+            source.documents += values[0]
+            source.tokens += values[1]
+            source.images += values[2]
+            source.image_tokens += values[3]
+        self.state.documents += len(block.lengths)
+        self.state.tokens += len(block.token_ids)
+        self.state.images += len(block.images)
+        self.state.image_tokens += int(block.images["length"].sum())
+
+    def drop(self, identity: str, source: str, where: str, reason: str, detail: str) -> None:
+        """Count and list one document that is left out."""
+        self.state.dropped[reason] = self.state.dropped.get(reason, 0) + 1
+        record = {"id": identity, "source": source, "where": where, "reason": reason}
+        line = (json.dumps({**record, "detail": detail}) + "\n").encode()
+        try:
+            self._files[DROPPED].write(line)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        self.state.dropped_bytes += len(line)
+
+    # Saving and finishing
+
+    def save(self, position: Mapping[str, Any]) -> None:
+        """Make everything added so far survive a kill, or a crash of the machine.
+
+        Args:
+            position: Where the caller goes on; JSON.
+        """
+        self.state.position = dict(position)
+        try:
+            for file in self._files.values():
+                file.flush()
+                os.fdatasync(file.fileno())
+            self._keep = True
+            write_text(self.folder / STATE, json.dumps(asdict(self.state)))
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def commit(self) -> TokenFileInfo:
+        """Put the new files in the place of old ones. Until here, old ones are untouched.
+
+        Killed in between, it is finished by the next writer of the same job.
+        """
+        info = self._info()
+        try:
+            if not self.state.finishing:
+                self._finish_index()
+                text = json.dumps(asdict(info), indent=2) + "\n"
+                write_text(self._partial(".json"), text)
+                if self.state.job:
+                    self.state.finishing = True
+                    self.save(self.state.position)
+                for file in self._files.values():
+                    file.close()
+            self._put_in_place()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        self._keep = False
+        return info
+
+    def _finish_index(self) -> None:
+        """The header, byte offsets and document boundaries of the .idx."""
+        file, documents = self._files[".idx"], self.state.documents
+        file.flush()
+        # cut off what a kill in this place left behind
+        os.truncate(file.fileno(), IDX_HEADER.size + 4 * documents)
+        code = next(code for code, name in IDX_DTYPES.items() if name == self._dtype.name)
+        header = IDX_HEADER.pack(IDX_MAGIC, 1, code, documents, documents + 1)
+        with self._partial(".idx").open("r+b") as index:
+            index.write(header)
+        offset = 0
+        with self._partial(".idx").open("rb") as index:
+            index.seek(IDX_HEADER.size)
+            for start in range(0, documents, _CHUNK_DOCUMENTS):
+                count = min(_CHUNK_DOCUMENTS, documents - start)
+                lengths = np.fromfile(index, dtype="<i4", count=count).astype("<i8")
+                ends = offset + np.cumsum(lengths) * self._dtype.itemsize
+                file.write((ends - lengths * self._dtype.itemsize).tobytes())
+                offset = int(ends[-1])
+        for start in range(0, documents + 1, _CHUNK_DOCUMENTS):
+            stop = min(start + _CHUNK_DOCUMENTS, documents + 1)
+            file.write(np.arange(start, stop, dtype="<i8").tobytes())
+        file.flush()
+
+    def _put_in_place(self) -> None:
+        # from here to the last line the files are incomplete, and say so
+        if self._partial(".json").exists():
+            self.path(".json").unlink(missing_ok=True)
+        for suffix in SUFFIXES:
+            self._move(suffix)
+        if self.state.dropped:
+            self._move(DROPPED)
+        else:
+            self.path(DROPPED).unlink(missing_ok=True)
+        self._move(".json")
+
+    def _move(self, suffix: str) -> None:
+        if self._partial(suffix).exists() or not self.path(suffix).exists():
+            self._partial(suffix).replace(self.path(suffix))
+
+    def _info(self) -> TokenFileInfo:
+        state = self.state
+        return TokenFileInfo(
+            tokenizer_fingerprint=self.tokenizer.fingerprint,
+            tokenizer=str(self.tokenizer.folder),
+            vocab_size=self.tokenizer.vocabulary.size,
+            dtype=self._dtype.name,
+            documents=state.documents,
+            tokens=state.tokens,
+            image_tokens=state.image_tokens,
+            images=state.images,
+            bin_bytes=state.tokens * self._dtype.itemsize,
+            sources=state.sources,
+            inputs=self.inputs,
+            dropped=state.dropped,
+            job=state.job,
+        )
+
+    def _cannot_write(self, error: OSError) -> DataError:
+        remedy = "Choose an --output on a disk that is writable and has room"
+        return DataError(
+            str(self.prefix), f"cannot write the token file ({error.strerror})", remedy
+        )
