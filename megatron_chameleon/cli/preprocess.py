@@ -1,4 +1,11 @@
-"""``chameleon preprocess INPUTS... --tokenizer DIR --output PREFIX``: documents to a token file."""
+"""``chameleon preprocess INPUTS... --tokenizer DIR --output PREFIX``: documents to a token file.
+
+chameleon preprocess 'web/*.jsonl.zst' --tokenizer tok --output tokens/web --workers 16
+chameleon preprocess ... --shard $SLURM_ARRAY_TASK_ID/64      # one job of an array
+chameleon preprocess --output tokens/web --status             # of all shards
+chameleon preprocess --output tokens/web --merge              # when all are done
+mpiexec -n 64 chameleon preprocess ...                        # shards and merge in one
+"""
 
 import argparse
 import re
@@ -7,16 +14,18 @@ import re
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs",
-        nargs="+",
+        nargs="*",
         metavar="INPUT",
-        help="documents: .jsonl, .jsonl.gz, WebDataset .tar or OBELICS-style .parquet",
+        help="documents: .jsonl (also .gz, .zst), WebDataset .tar, OBELICS-style .parquet; paths, "
+        "globs or URLs",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer folder")
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder")
     parser.add_argument(
         "--output",
         required=True,
         metavar="PREFIX",
-        help="writes PREFIX.bin, .idx and .json (and .dropped.jsonl for unusable images)",
+        help="writes PREFIX.bin, .idx, .documents, .images and .json (and .dropped.jsonl, the list "
+        "of bad documents)",
     )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)"
@@ -24,10 +33,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard",
         type=parse_shard,
-        default=(0, 1),
         metavar="I/N",
-        help="take each N-th document from the I-th on, counted from 0, and write "
+        help="read the I-th of N stretches of the input, counted from 0, and write "
         "PREFIX.shard-I-of-N: one job of an array",
+    )
+    parser.add_argument(
+        "--status", action="store_true", help="show how far PREFIX and its shards are, and end"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="make PREFIX of its finished shards, and end"
+    )
+    parser.add_argument(
+        "--keep-shards", action="store_true", help="leave the shards after they are merged"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew, whatever an earlier run has left"
+    )
+    _add_content_arguments(parser)
+
+
+def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bad",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="stop when more than this share of documents is bad (default: 1, never)",
+    )
+    parser.add_argument(
+        "--source", metavar="NAME", help="source of all documents, in place of what they say"
+    )
+    parser.add_argument(
+        "--image-cache", metavar="DIR", help="keep the codes of images there, by content"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where images are encoded (default: a GPU if there is one)",
+    )
+    parser.add_argument(
+        "--save-every",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="how much a kill may cost (default: 10)",
     )
 
 
@@ -40,6 +90,45 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_chameleon.data.preprocess import preprocess
+    from megatron_chameleon.errors import ConfigError
 
-    preprocess(args.inputs, args.tokenizer, args.output, workers=args.workers, shard=args.shard)
+    if args.status:
+        from megatron_chameleon.data.progress import print_status
+
+        print_status(args.output)
+        return
+    if args.merge:
+        from megatron_chameleon.data.merge import merge_shards
+
+        merge_shards(args.output, keep=args.keep_shards)
+        return
+    if not args.inputs:
+        raise ConfigError("INPUT", "no documents are named", "Give files, globs or URLs of them")
+    if args.tokenizer is None:
+        raise ConfigError("--tokenizer", "is not given", "Name the tokenizer folder")
+    _preprocess(args)
+
+
+def _preprocess(args: argparse.Namespace) -> None:
+    from megatron_chameleon.data.preprocess import PreprocessOptions, preprocess
+    from megatron_chameleon.parallel.launch import find_launch
+
+    options = PreprocessOptions(
+        workers=args.workers,
+        shard=args.shard or (0, 1),
+        max_bad=args.max_bad,
+        restart=args.restart,
+        source=args.source,
+        image_cache=args.image_cache,
+        device=args.device,
+        save_seconds=args.save_every,
+    )
+    launch = find_launch()
+    if launch.world_size > 1 and args.shard is None and launch.launcher != "torchrun":
+        from megatron_chameleon.data.ranks import preprocess_on_ranks
+
+        preprocess_on_ranks(
+            args.inputs, args.tokenizer, args.output, options, launch, keep=args.keep_shards
+        )
+    else:
+        preprocess(args.inputs, args.tokenizer, args.output, options)

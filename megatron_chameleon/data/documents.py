@@ -7,12 +7,13 @@ are optional, further keys are ignored:
     {"text": "..."}
     {"messages": [{"role": "user", "content": "... or parts as above"}]}
 
-A line that breaks the schema is an error that names file and line: it is a fault of the whole file.
-An image that is missing, empty or corrupt is a fault of one document: it shows when
-``ImagePart.open`` is called. ``readers.py`` has the files that documents come from.
+A line that breaks the schema is an error that names file and line. An image that is missing, empty,
+too large or corrupt shows when ``ImagePart.open`` is called. ``readers.py`` has the files that
+documents come from.
 """
 
 import base64
+import errno
 import io
 import json
 import re
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import orjson
 from PIL import Image, UnidentifiedImageError
 
 from megatron_chameleon.errors import DataError
@@ -27,63 +30,107 @@ from megatron_chameleon.errors import DataError
 _DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
+LARGEST_IMAGE_PIXELS = 1 << 26
+"""67 million, above any camera of the web's pictures; Pillow's own limit would take gigabytes."""
+LARGEST_IMAGE_BYTES = 128 << 20
+
+
 class ImageError(DataError):
-    """An unusable image; ``reason`` is "missing image", "empty image" or "corrupt image"."""
+    """An unusable image; ``reason`` says how: missing, empty, too large, corrupt."""
 
     def __init__(self, where: str, what: str, remedy: str, reason: str = "corrupt image") -> None:
         super().__init__(where, what, remedy)
         self.reason = reason
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TextPart:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ImagePart:
     image: str | bytes
-    """Path of the file, or its bytes; a data: URI that cannot be decoded stays as it is, for
+    """Path or URL of the file, or its bytes; a data: URI that cannot be decoded stays as it is, for
     ``open`` to refuse."""
 
     def open(self) -> Image.Image:
         """Read and decode the whole image.
 
         Raises:
-            ImageError: When there is no such file, or it is empty or corrupt.
+            ImageError: When there is no such file, or it is empty, too large or corrupt.
         """
-        data, where = self._read()
+        return self.decode(self.read())
+
+    def read(self) -> bytes:
+        """The bytes of the image file.
+
+        Raises:
+            ImageError: When there is no such file, or it is empty or too large.
+            DataError: When a disk or network fails.
+        """
+        data = self.image if isinstance(self.image, bytes) else self._read_file(self.image)
         if not data:
-            raise ImageError(where, "the image has 0 bytes", "Replace or remove it", "empty image")
+            what, remedy = "the image has 0 bytes", "Replace or remove it"
+            raise ImageError(self.name, what, remedy, "empty image")
+        if len(data) > LARGEST_IMAGE_BYTES:
+            what = f"the image has more than {LARGEST_IMAGE_BYTES >> 20} MiB"
+            raise ImageError(self.name, what, "Replace or remove it", "too large image")
+        return data
+
+    def decode(self, data: bytes) -> Image.Image:
+        """The image of its bytes.
+
+        Raises:
+            ImageError: When it is too large or corrupt.
+        """
         try:
             image = Image.open(io.BytesIO(data))
-            image.load()
-            return image
+            pixels = image.width * image.height
+            if pixels <= LARGEST_IMAGE_PIXELS:
+                image.load()
+                return image
         except Exception as error:  # a broken file makes Pillow's decoders raise anything
+            if isinstance(error, Image.DecompressionBombError):
+                raise self._too_large(one_line(error)) from error
             # Pillow's own message for this one holds an address, different in each run
             unknown = isinstance(error, UnidentifiedImageError)
             cause = "unknown format" if unknown else one_line(error)
             what = f"the image of {len(data)} bytes cannot be decoded ({cause})"
-            raise ImageError(where, what, "Replace or remove it") from error
+            raise ImageError(self.name, what, "Replace or remove it") from error
+        raise self._too_large(f"{pixels} pixels, {LARGEST_IMAGE_PIXELS} are the most")
 
-    def _read(self) -> tuple[bytes, str]:
+    @property
+    def name(self) -> str:
+        """What errors call it."""
         if isinstance(self.image, bytes):
-            return self.image, "embedded image"
-        if self.image.startswith("data:"):
+            return "embedded image"
+        return f"{self.image[:40]}..." if self.image.startswith("data:") else self.image
+
+    def _too_large(self, cause: str) -> ImageError:
+        what = f"the image is too large ({cause})"
+        return ImageError(self.name, what, "Make it smaller or remove it", "too large image")
+
+    def _read_file(self, path: str) -> bytes:
+        if path.startswith("data:"):
             what = "the base64 text of a data: URI cannot be decoded"
-            raise ImageError(f"{self.image[:40]}...", what, "Write it as data:image/png;base64,...")
+            raise ImageError(self.name, what, "Write it as data:image/png;base64,...")
         try:
-            return Path(self.image).read_bytes(), self.image
+            with fsspec.open(path, "rb") if "://" in path else Path(path).open("rb") as file:
+                data: bytes = file.read(LARGEST_IMAGE_BYTES + 1)
+                return data
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
             remedy = "Give the path relative to the file of documents"
-            raise ImageError(self.image, "no such image file", remedy, "missing image") from error
+            raise ImageError(self.name, "no such image file", remedy, "missing image") from error
         except OSError as error:  # a disk that fails would otherwise drop document after document
-            raise DataError(
-                self.image, f"cannot read the image ({error.strerror})", "Check the file system"
-            ) from error
+            if error.errno == errno.ENAMETOOLONG:
+                what, remedy = "no such image file", "Write paths or data: URIs"
+                raise ImageError(self.name[:99], what, remedy, "missing image") from error
+            what = f"cannot read the image ({error.strerror or one_line(error)})"
+            raise DataError(self.name, what, "Check the file system") from error
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Document:
     id: str
     source: str
@@ -92,48 +139,66 @@ class Document:
     """File and line (or key, or row) that it was read from."""
     roles: tuple[str, ...] | None = None
     """The speaker of each part, for chat; None for other documents."""
+    record: int = 0
+    """Line, sample or row of its file, from 1."""
 
 
-def parse_line(line: bytes, path: Path, number: int) -> Document:
+def parse_line(line: bytes, path: str | Path, number: int) -> Document:
     """Turn one line of JSON into a document.
 
     Args:
         line: UTF-8 text of one JSON object.
-        path: The file, for relative image paths and errors.
+        path: The file or URL, for relative image paths and errors.
         number: Its line, from 1.
 
     Raises:
         DataError: When it is no JSON object, or breaks the schema.
     """
     where = f"{path}:{number}"
-    try:
-        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            where, f"not a line of JSON ({one_line(error)})", "Mend or remove the line"
-        ) from error
-    if not isinstance(record, dict):
-        raise DataError(
-            where, f"a {type(record).__name__}, not an object", "Write one JSON object a line"
-        )
+    record = _parse_json(line, where, number)
     found = [key for key in ("content", "text", "messages") if key in record]
     if len(found) != 1:
         what = f"{' and '.join(found) or 'none'} of the keys content, text and messages"
-        what += f" (it has {', '.join(record) or 'no key'})"
+        what += f" (it has {', '.join(record)[:200] or 'no key'})"
         raise DataError(where, what, "Write exactly one of the three")
-    identity = record_name(record, "id", f"{path.name}:{number}", where)
-    source = record_name(record, "source", path.name.split(".")[0], where)
+    name = str(path).rsplit("/", 1)[-1]
+    identity = record_name(record, "id", f"{name}:{number}", where)
+    source = record_name(record, "source", name.split(".")[0], where)
     roles: tuple[str, ...] | None = None
-    if found == ["messages"]:
-        content, roles = _parse_messages(record["messages"], path.parent, where)
+    value = record[found[0]]
+    content: tuple[TextPart | ImagePart, ...]
+    if found == ["text"]:
+        if not isinstance(value, str):
+            what = f"text is a {type(value).__name__}, not a string"
+            raise DataError(where, what, "Write it as a string")
+        content = (TextPart(value),)
+    elif found == ["messages"]:
+        content, roles = _parse_messages(value, folder_of(path), where)
     else:
-        value = record[found[0]]
-        if found == ["text"] and not isinstance(value, str):
-            raise DataError(
-                where, f"text is a {type(value).__name__}, not a string", "Write it as a string"
-            )
-        content = _parse_content(value, path.parent, where)
-    return Document(identity, source, content, where, roles)
+        content = _parse_content(value, folder_of(path), where)
+    return Document(identity, source, content, where, roles, number)
+
+
+def _parse_json(line: bytes, where: str, number: int) -> dict[str, Any]:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:  # stricter: no lone surrogates, no NaN, no byte order mark
+        try:
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except (ValueError, RecursionError) as error:
+            what = f"not a line of JSON ({one_line(error)})"
+            raise DataError(where, what, "Mend or remove the line") from error
+    if not isinstance(record, dict):
+        what = f"a {type(record).__name__}, not an object"
+        raise DataError(where, what, "Write one JSON object a line")
+    return record
+
+
+def folder_of(path: str | Path) -> str:
+    """The folder or URL that relative paths of images in a file belong to."""
+    if "://" in str(path):
+        return str(path).rsplit("/", 1)[0]
+    return str(Path(path).parent)
 
 
 def record_name(record: dict[str, Any], key: str, default: str, where: str) -> str:
@@ -151,7 +216,7 @@ def record_name(record: dict[str, Any], key: str, default: str, where: str) -> s
 
 
 def _parse_messages(
-    value: Any, folder: Path, where: str
+    value: Any, folder: str, where: str
 ) -> tuple[tuple[TextPart | ImagePart, ...], tuple[str, ...]]:
     if not isinstance(value, list) or not value:
         raise DataError(
@@ -175,7 +240,7 @@ def _parse_messages(
     return tuple(parts), tuple(roles)
 
 
-def _parse_content(value: Any, folder: Path, where: str) -> tuple[TextPart | ImagePart, ...]:
+def _parse_content(value: Any, folder: str, where: str) -> tuple[TextPart | ImagePart, ...]:
     if isinstance(value, str):
         return (TextPart(value),)
     if not isinstance(value, list) or not value:
@@ -190,7 +255,7 @@ def _parse_content(value: Any, folder: Path, where: str) -> tuple[TextPart | Ima
     )
 
 
-def _parse_part(part: Any, name: str, folder: Path, where: str) -> TextPart | ImagePart:
+def _parse_part(part: Any, name: str, folder: str, where: str) -> TextPart | ImagePart:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "image"):
         what = (
@@ -208,12 +273,12 @@ def _parse_part(part: Any, name: str, folder: Path, where: str) -> TextPart | Im
     return TextPart(value) if kind == "text" else image_part(value, folder, where)
 
 
-def image_part(value: str | bytes, folder: Path, where: str) -> ImagePart:
+def image_part(value: str | bytes, folder: str, where: str) -> ImagePart:
     """An image from a path, a data: URI or bytes.
 
     Args:
         value: A path is relative to ``folder``.
-        folder: Where the file of documents lies.
+        folder: Where the file of documents lies, a path or URL.
         where: File and line, for errors.
 
     Raises:
@@ -233,7 +298,9 @@ def image_part(value: str | bytes, folder: Path, where: str) -> ImagePart:
             f"the image is a link ({value[:60]})",
             "Download images first, for example with img2dataset",
         )
-    return ImagePart(value if value.startswith("data:") else str(folder / value))
+    if value.startswith("data:") or "://" in value:
+        return ImagePart(value)
+    return ImagePart(f"{folder}/{value}" if "://" in folder else str(Path(folder) / value))
 
 
 def one_line(error: BaseException) -> str:

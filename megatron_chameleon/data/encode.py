@@ -1,23 +1,24 @@
 """Documents to token ids: what each worker of ``chameleon preprocess`` does.
 
 A document becomes ``<s>``, its parts in order, ``</s>``; an image becomes begin-image, its codes
-row by row, end-image. Texts and images are encoded in batches over the documents of a chunk.
+row by row, end-image. Texts and images are encoded in batches over the documents of a block.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from megatron_chameleon.data.blocks import Block, Fault, Position
 from megatron_chameleon.data.documents import Document, ImageError, ImagePart, TextPart
+from megatron_chameleon.data.image_codes import ImageCache, ImageEncoder
+from megatron_chameleon.data.readers import parse_block
+from megatron_chameleon.data.token_format import IMAGE, TokenBlock, token_dtype
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
-from megatron_chameleon.tokenizer.image import IMAGE_CONFIG_FILE
-
-IMAGE_BATCH = 16
-"""Decoded images that are held at a time; the image tokenizer makes its own batches of them."""
+from megatron_chameleon.tokenizer.fast_text import EXACT, make_encoder
+from megatron_chameleon.tokenizer.files import IMAGE_CONFIG_FILE
+from megatron_chameleon.tokenizer.folder import Tokenizer, load_image_tokenizer, load_tokenizer
 
 
 def load_for_encoding(folder: str | Path) -> Tokenizer:
@@ -26,103 +27,227 @@ def load_for_encoding(folder: str | Path) -> Tokenizer:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One document as token ids, or the reason why it was dropped."""
+class EncodeOptions:
+    """What, beside documents and tokenizer, encoding depends on."""
+
+    text_encoder: str = EXACT
+    """gigatoken or sentencepiece; the ids are the same."""
+    device: str = "cpu"
+    """Where images are encoded."""
+    image_cache: str | None = None
+    source: str | None = None
+    """The source of all documents, in place of what they say."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A document that is left out, and why."""
 
     id: str
+    source: str
     where: str
-    token_ids: np.ndarray | None
-    """int64 [tokens]; None when it was dropped."""
-    images: int = 0
-    dropped: str | None = None
-    """"missing image", "empty image" or "corrupt image"."""
-    detail: str | None = None
+    reason: str
+    """A few words, the same for all of a kind."""
+    detail: str
     """What exactly was wrong, for people."""
 
 
-def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Encoded]:
-    """Encode a chunk of documents.
+@dataclass(frozen=True)
+class EncodedBlock:
+    """What a block of records became."""
+
+    tokens: TokenBlock
+    dropped: list[Dropped] = field(default_factory=list)
+    after: Position = field(default_factory=Position)
+
+
+class Encoder:
+    """Encodes documents; keeps tokenizers and threads between blocks.
 
     Args:
-        documents: The chunk; its texts and its images are each encoded in batches.
-        tokenizer: The tokenizer folder, with its image tokenizer if any document has an image.
-
-    Returns:
-        One result for each document, in order.
-
-    Raises:
-        DataError: When a document has an image and the tokenizer has no image tokenizer.
+        tokenizer: Vocabulary and text half, with or without the image half: that one is loaded
+            when the first image comes.
+        options: See there.
     """
-    faults: dict[int, ImageError] = {}
-    codes = _encode_images(documents, tokenizer, faults)
-    texts = [
-        part.text
-        for position, document in enumerate(documents)
-        if position not in faults
-        for part in document.content
-        if isinstance(part, TextPart)
-    ]
-    text_ids = iter(tokenizer.text.encode_batch(texts))
-    results = []
-    for position, document in enumerate(documents):
-        fault = faults.get(position)
-        if fault is not None:
-            detail = f"{fault.where}: {fault.what}"
-            results.append(Encoded(document.id, document.where, None, 0, fault.reason, detail))
-            continue
-        image_codes = codes.get(position, [])
-        token_ids = _assemble(document, text_ids, image_codes, tokenizer)
-        results.append(Encoded(document.id, document.where, token_ids, len(image_codes)))
-    return results
 
+    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.options = options or EncodeOptions()
+        self._text = make_encoder(tokenizer.text, self.options.text_encoder)
+        self._images: ImageEncoder | None = None
+        self._dtype = token_dtype(tokenizer.vocabulary.size)
 
-def _assemble(
-    document: Document,
-    text_ids: Iterator[list[int]],
-    image_codes: list[np.ndarray],
-    tokenizer: Tokenizer,
-) -> np.ndarray:
-    """The tokens of one document, int64 [tokens]; takes the encoded texts off ``text_ids``."""
-    vocabulary = tokenizer.vocabulary
-    images = iter(image_codes)
-    pieces: list[Sequence[int] | np.ndarray] = [[vocabulary.bos]]
-    for part in document.content:
-        if isinstance(part, TextPart):
-            pieces.append(next(text_ids))
-        else:
-            codes = vocabulary.codes_to_token_ids(next(images))
-            pieces += [[vocabulary.begin_image], codes, [vocabulary.end_image]]
-    pieces.append([vocabulary.eos])
-    return np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])
+    def encode_block(self, block: Block) -> EncodedBlock:
+        """Parse and encode a block of records.
 
+        Raises:
+            DataError: When documents have images and there is no image tokenizer, or a disk or
+                network fails.
+        """
+        tokens, dropped = self.encode(parse_block(block), block.input)
+        return EncodedBlock(tokens, dropped, block.after)
 
-def _encode_images(
-    documents: Sequence[Document], tokenizer: Tokenizer, faults: dict[int, ImageError]
-) -> dict[int, list[np.ndarray]]:
-    """Codes of the images of each document, by position; unusable ones go to ``faults``."""
-    codes: dict[int, list[np.ndarray]] = {}
-    waiting: list[tuple[int, Image.Image]] = []
+    def encode(
+        self, items: Iterable[Document | Fault], input_number: int = 0
+    ) -> tuple[TokenBlock, list[Dropped]]:
+        """Encode documents, in order; those with a fault are left out and listed.
 
-    def flush() -> None:
-        if not waiting or tokenizer.image is None:
-            return
-        encoded = tokenizer.image.encode([image for _, image in waiting])
-        for (position, _), image_codes in zip(waiting, encoded, strict=True):
-            codes.setdefault(position, []).append(image_codes)
-        waiting.clear()
+        Args:
+            items: Documents of one input, and faults in the place of others.
+            input_number: Number of the input.
+        """
+        dropped: dict[int, Dropped] = {}
+        documents: dict[int, Document] = {}
+        for place, item in enumerate(items):
+            if isinstance(item, Fault):
+                dropped[place] = self._dropped_record(item)
+            else:
+                documents[place] = item
+        codes: list[list[np.ndarray]] = []
+        if any(type(part) is ImagePart for item in documents.values() for part in item.content):
+            codes = self._encode_images(documents, dropped)
+        kept = list(documents.values())
+        tokens = self._mixed(kept, codes) if codes else self._text_only(kept)
+        # in the order of the input, wherever it was cut into blocks
+        return self._block(kept, input_number, *tokens), [dropped[i] for i in sorted(dropped)]
 
-    for position, document in enumerate(documents):
-        parts = [part for part in document.content if isinstance(part, ImagePart)]
-        if parts and tokenizer.image is None:
-            remedy = "Train one with: chameleon tokenizer image IMAGES --output FOLDER"
-            what = f"the document has {len(parts)} images, {tokenizer.folder} no image tokenizer"
-            raise DataError(document.where, what, remedy)
-        try:
-            for part in parts:
-                waiting.append((position, part.open()))
-                if len(waiting) == IMAGE_BATCH:
-                    flush()
-        except ImageError as fault:
-            faults[position] = fault
-    flush()
-    return codes
+    def _source(self, source: str) -> str:
+        return source if self.options.source is None else self.options.source
+
+    def _dropped_record(self, fault: Fault) -> Dropped:
+        error, source = fault.error, self._source(fault.source)
+        return Dropped(fault.id, source, error.where, fault.reason, error.what)
+
+    # Images
+
+    def _encode_images(
+        self, documents: dict[int, Document], dropped: dict[int, Dropped]
+    ) -> list[list[np.ndarray]]:
+        """The codes of each document's images; moves those with a fault to ``dropped``."""
+        parts = {
+            place: [part for part in document.content if isinstance(part, ImagePart)]
+            for place, document in documents.items()
+        }
+        first = next(place for place, images in parts.items() if images)
+        encoder = self._image_encoder(documents[first], len(parts[first]))
+        results = iter(encoder.encode([part for images in parts.values() for part in images]))
+        codes = []
+        for place, images in parts.items():
+            found = [next(results) for _ in images]
+            fault = next((result for result in found if isinstance(result, ImageError)), None)
+            if fault is None:
+                codes.append([result for result in found if isinstance(result, np.ndarray)])
+                continue
+            document = documents.pop(place)
+            names = document.id, self._source(document.source), document.where
+            dropped[place] = Dropped(*names, fault.reason, f"{fault.where}: {fault.what}")
+        return codes
+
+    def _image_encoder(self, document: Document, images: int) -> ImageEncoder:
+        if self._images is not None:
+            return self._images
+        tokenizer, options = self.tokenizer, self.options
+        image = tokenizer.image
+        if image is None:
+            if not (tokenizer.folder / IMAGE_CONFIG_FILE).exists():
+                remedy = "Train one with: chameleon tokenizer image IMAGES --output FOLDER"
+                what = f"the document has {images} images, {tokenizer.folder} no image tokenizer"
+                raise DataError(document.where, what, remedy)
+            image = load_image_tokenizer(tokenizer.folder, tokenizer.vocabulary, options.device)
+        cache = None
+        if options.image_cache is not None:
+            shape = (image.codes_per_image, image.codebook_size)
+            name = tokenizer.fingerprint + ("" if options.device == "cpu" else "-gpu")
+            cache = ImageCache(options.image_cache, name, shape)
+        self._images = ImageEncoder(image, cache)
+        return self._images
+
+    # Tokens
+
+    def _text_only(
+        self, documents: Sequence[Document]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, lengths, images and image counts of documents with one text each, or several."""
+        if any(len(document.content) != 1 for document in documents):
+            return self._mixed(documents, [[] for _ in documents])
+        texts = [part.text for document in documents for part in document.content]  # type: ignore[union-attr]
+        token_ids, offsets = self._text.encode(texts)
+        lengths = np.diff(offsets) + 2
+        ends = np.cumsum(lengths)
+        tokens = np.empty(int(ends[-1]) if len(ends) else 0, dtype=self._dtype)
+        is_text = np.ones(len(tokens), dtype=bool)
+        is_text[ends - lengths] = is_text[ends - 1] = False
+        tokens[is_text] = token_ids
+        tokens[ends - lengths] = self.tokenizer.vocabulary.bos
+        tokens[ends - 1] = self.tokenizer.vocabulary.eos
+        none = np.zeros(len(documents), dtype=np.int64)
+        return tokens, lengths.astype(np.int32), np.empty(0, dtype=IMAGE), none
+
+    def _mixed(
+        self, documents: Sequence[Document], codes: Sequence[Sequence[np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, lengths, images and image counts of any documents."""
+        vocabulary = self.tokenizer.vocabulary
+        parts = [part for document in documents for part in document.content]
+        texts = [part.text for part in parts if isinstance(part, TextPart)]
+        text_ids, offsets = self._text.encode(texts)
+        bos, eos, begin, end = (
+            np.array([token_id])
+            for token_id in (
+                vocabulary.bos,
+                vocabulary.eos,
+                vocabulary.begin_image,
+                vocabulary.end_image,
+            )
+        )
+        pieces: list[np.ndarray] = []
+        lengths, spans, text = [], [], 0
+        for document, image_codes in zip(documents, codes, strict=True):
+            images = iter(image_codes)
+            pieces.append(bos)
+            length = 1
+            for part in document.content:
+                if isinstance(part, TextPart):
+                    pieces.append(text_ids[offsets[text] : offsets[text + 1]])
+                    length, text = length + len(pieces[-1]), text + 1
+                    continue
+                ids = vocabulary.codes_to_token_ids(next(images))
+                pieces += [begin, ids, end]
+                spans.append((length, len(ids) + 2))
+                length += len(ids) + 2
+            pieces.append(eos)
+            lengths.append(length + 1)
+        tokens = np.concatenate(pieces) if pieces else np.empty(0)
+        counts = np.array([len(images) for images in codes], dtype=np.int64)
+        return (
+            tokens.astype(self._dtype),
+            np.array(lengths, dtype=np.int32),
+            np.array(spans, dtype=IMAGE),
+            counts,
+        )
+
+    def _block(
+        self,
+        documents: Sequence[Document],
+        input_number: int,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        images: np.ndarray,
+        image_counts: np.ndarray,
+    ) -> TokenBlock:
+        numbers: dict[str, int] = {}
+        of_documents = [
+            numbers.setdefault(self._source(document.source), len(numbers))
+            for document in documents
+        ]
+        records = np.array([document.record for document in documents], dtype=np.int64)
+        return TokenBlock(
+            token_ids=tokens,
+            lengths=lengths,
+            images=images,
+            image_counts=image_counts,
+            records=records,
+            sources=list(numbers),
+            source_numbers=np.array(of_documents, dtype=np.int64),
+            input=input_number,
+        )

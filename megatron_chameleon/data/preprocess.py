@@ -1,295 +1,290 @@
-"""Files of documents to a token file, in the order of the input whatever the number of workers.
+"""Files of documents to a token file, in the order of the input whatever the number of processes.
 
-The parent reads documents and writes tokens; workers encode chunks of ``CHUNK_DOCUMENTS``. At most
-two chunks a worker are under way, so memory does not grow with the input. Each worker uses one
-thread: the parallelism is over chunks.
+One process reads blocks and writes tokens, workers encode. What is written so far is saved every
+few seconds; killed anywhere, the same command goes on from there, and the result is byte for byte
+that of an unbroken run. A shard is a stretch of the input in a row, so that the shards one after
+the other are the whole (``merge.py``).
 
 Try: ``chameleon preprocess documents.jsonl --tokenizer DIR --output PREFIX --workers 4``
 """
 
+import hashlib
 import itertools
-import multiprocessing
-import signal
+import json
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megatron_chameleon.data.documents import Document
-from megatron_chameleon.data.encode import Encoded, encode_documents, load_for_encoding
-from megatron_chameleon.data.readers import ReadProgress, read_documents
+from megatron_chameleon.data.blocks import Block, Fault, Position, read_blocks
+from megatron_chameleon.data.documents import TextPart
+from megatron_chameleon.data.encode import EncodedBlock, EncodeOptions
+from megatron_chameleon.data.inputs import Input, Span, find_inputs, plan_spans, signature_of
+from megatron_chameleon.data.progress import Report, count_reasons, describe, shard_prefix
+from megatron_chameleon.data.readers import parse_block
+from megatron_chameleon.data.token_format import (
+    FORMAT,
+    SUFFIXES,
+    TokenFileInfo,
+    file_of,
+    partial_folder,
+    read_info,
+)
+from megatron_chameleon.data.token_writer import DROPPED, TokenFileWriter
+from megatron_chameleon.data.workers import encode_blocks
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.tokenizer.fast_text import EXACT, choose_encoder
+from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 
-if TYPE_CHECKING:  # indexed.py imports megatron-core, seconds that the workers need not spend
-    from megatron_chameleon.data.indexed import TokenFileInfo, TokenFileWriter
-
-CHUNK_DOCUMENTS = 64
+SAVE_SECONDS = 10.0
+LEAST_JUDGED_RECORDS = 100
+"""A share of bad documents says something from here on, or at the end."""
+_TEXTS_COMPARED = 1000
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Consecutive documents, and how far into the input the last of them reaches."""
+class PreprocessOptions:
+    """What ``chameleon preprocess`` can be told beside inputs, tokenizer and output."""
 
-    documents: list[Document]
-    read_bytes: int
-
-
-def output_prefix(prefix: str | Path, shard: tuple[int, int]) -> str:
-    """PREFIX itself, or PREFIX.shard-I-of-N for one of several shards."""
-    return str(prefix) if shard[1] == 1 else f"{prefix}.shard-{shard[0]}-of-{shard[1]}"
+    workers: int = 1
+    """Processes that encode; 1 encodes in this process."""
+    shard: tuple[int, int] = (0, 1)
+    """(I, N), 0 <= I < N: read the I-th of N stretches, and write PREFIX.shard-I-of-N."""
+    max_bad: float = 1.0
+    """Stop when more than this share of documents is bad."""
+    restart: bool = False
+    """Begin anew, whatever an earlier run left."""
+    source: str | None = None
+    """The source of all documents, in place of what they say."""
+    image_cache: str | None = None
+    """Folder that keeps the codes of images."""
+    device: str = "auto"
+    """Where images are encoded: cpu, cuda, or cuda where there is one."""
+    save_seconds: float = SAVE_SECONDS
+    """How often what is written so far is made to survive a kill."""
 
 
 def preprocess(
     inputs: Sequence[str | Path],
     tokenizer_folder: str | Path,
     prefix: str | Path,
-    workers: int = 1,
-    shard: tuple[int, int] = (0, 1),
-) -> "TokenFileInfo":
-    """Encode documents and write PREFIX.bin, .idx and .json.
+    options: PreprocessOptions | None = None,
+) -> TokenFileInfo:
+    """Encode documents and write the token file PREFIX; see ``token_format.py``.
 
     If documents were dropped, PREFIX.dropped.jsonl lists them.
 
     Args:
-        inputs: Files of documents, see ``readers.py``.
+        inputs: Files, globs and URLs, see ``inputs.py``.
         tokenizer_folder: Folder written by ``chameleon tokenizer``.
         prefix: Path of the output without suffix; an older output stays until the new one is whole.
-        workers: Processes that encode; 1 encodes in this process.
-        shard: (I, N), 0 <= I < N: take documents I, I + N, I + 2N, ... and write
-            PREFIX.shard-I-of-N.
+        options: See there.
 
     Returns:
-        What was written.
+        What was written, by this run or by an earlier one of the same command.
 
     Raises:
         ConfigError: When an option cannot work.
-        DataError: When an input or the tokenizer is broken, or no document is left; nothing is
-            written then.
+        DataError: When an input or the tokenizer cannot be read, too many documents are bad, or
+            none is left.
     """
-    from megatron_chameleon.data.indexed import TokenFileWriter
-
-    _check_options(inputs, prefix, workers, shard)
-    tokenizer = load_for_encoding(tokenizer_folder)
-    read = ReadProgress()
-    report = _Report(read)
-    with TokenFileWriter(output_prefix(prefix, shard), tokenizer) as writer:
-        chunks = _chunks(inputs, read, shard)
-        first_drop: Encoded | None = None
-        for chunk, results in _encode_chunks(chunks, tokenizer, workers):
-            for result in results:
-                if result.token_ids is not None:
-                    writer.add(result.token_ids, result.images)
-                else:
-                    first_drop = first_drop or result
-                    reason, detail = result.dropped or "", result.detail or ""
-                    writer.drop(result.id, "", result.where, reason, detail)
-            report.update(writer, chunk.read_bytes)
-        if not writer.documents:
-            raise _no_documents(inputs, shard, writer, first_drop)
+    options = options or PreprocessOptions()
+    _check_options(prefix, options)
+    files = find_inputs(inputs)
+    output = shard_prefix(prefix, options.shard)
+    _check_output(files, output)
+    tokenizer = load_tokenizer(tokenizer_folder, images=False)
+    encode_options = EncodeOptions(
+        EXACT, _device(options.device), options.image_cache, options.source
+    )
+    job = _digest(files, tokenizer, options, encode_options)
+    for done in {output, str(prefix)} if not options.restart else ():
+        finished = _finished(done, job)
+        if finished is not None:
+            print(f"{describe(finished, Path(done))}; an earlier run has written it")
+            return finished
+    names = [item.path for item in files]
+    with TokenFileWriter(output, tokenizer, job, names, options.restart) as writer:
+        run = _Run(files, plan_spans(files, options.shard), writer, options)
+        if not writer.state.finishing:
+            run.write(tokenizer, encode_options)
         info = writer.commit()
-    report.finish(info, writer.path(""))
+    run.report.finish(info, writer.state, writer.path(""))
     return info
 
 
-def _check_options(
-    inputs: Sequence[str | Path], prefix: str | Path, workers: int, shard: tuple[int, int]
-) -> None:
-    if workers < 1:
-        raise ConfigError(
-            "--workers", f"{workers} is less than 1", "Give the number of processes, such as 4"
-        )
-    index, count = shard
+def _check_options(prefix: str | Path, options: PreprocessOptions) -> None:
+    if options.workers < 1:
+        what = f"{options.workers} is less than 1"
+        raise ConfigError("--workers", what, "Give the number of processes, such as 4")
+    index, count = options.shard
     if not 0 <= index < count:
-        raise ConfigError(
-            "--shard",
-            f"{index}/{count} is not within 0/{count} to {count - 1}/{count}",
-            "Count from 0",
-        )
+        what = f"{index}/{count} is not within 0/{count} to {count - 1}/{count}"
+        raise ConfigError("--shard", what, "Count from 0")
+    if not 0 <= options.max_bad <= 1:
+        what = f"{options.max_bad} is not between 0 and 1"
+        raise ConfigError("--max-bad", what, "Give a share, such as 0.01 for one document in 100")
+    if options.source == "":
+        raise ConfigError("--source", "the name is empty", "Give a name, such as web")
     if not Path(prefix).name:
-        raise ConfigError(
-            "--output", f"{str(prefix)!r} names no file", "Give a path such as data/train"
-        )
-    written = {
-        Path(output_prefix(prefix, shard) + suffix).resolve()
-        for suffix in (".bin", ".idx", ".json")
-    }
-    written.add(Path(output_prefix(prefix, shard) + ".dropped.jsonl").resolve())
-    for path in inputs:
-        if Path(path).resolve() in written:
-            raise ConfigError(
-                "--output", f"{prefix} would overwrite the input {path}", "Choose another --output"
-            )
+        what = f"{str(prefix)!r} names no file"
+        raise ConfigError("--output", what, "Give a path such as data/train")
 
 
-def _no_documents(
-    inputs: Sequence[str | Path],
-    shard: tuple[int, int],
-    writer: "TokenFileWriter",
-    first_drop: Encoded | None,
-) -> DataError:
-    where = str(inputs[0]) if len(inputs) == 1 else f"{len(inputs)} inputs"
-    if first_drop is None:
-        part = f"no documents for shard {shard[0]}/{shard[1]}" if shard[1] > 1 else "no documents"
-        return DataError(
-            where,
-            part,
-            "Give files that hold some, or fewer shards" if shard[1] > 1 else "Check them",
-        )
-    dropped = sum(writer.dropped.values())
-    what = f"all {dropped} documents were dropped ({_dropped(writer.dropped)}), the first for "
-    what += f"{first_drop.detail}"
-    return DataError(where, what, "Check the images; paths are relative to the file of documents")
+def _check_output(files: Sequence[Input], output: str) -> None:
+    written = {file_of(output, suffix).resolve() for suffix in (*SUFFIXES, ".json", DROPPED)}
+    folder = partial_folder(output).resolve()
+    for item in files:
+        path = Path(item.path).resolve()
+        if not item.is_remote and (path in written or folder in path.parents):
+            what = f"{output} would overwrite the input {item.path}"
+            raise ConfigError("--output", what, "Choose another --output")
 
 
-def _dropped(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-
-
-def _chunks(
-    inputs: Sequence[str | Path], read: ReadProgress, shard: tuple[int, int]
-) -> Iterator[Chunk]:
-    documents = itertools.islice(read_documents(inputs, read), shard[0], None, shard[1])
-    while chunk := list(itertools.islice(documents, CHUNK_DOCUMENTS)):
-        yield Chunk(chunk, read.read_bytes)
-
-
-# Encoding, here or in other processes
-
-
-def _encode_chunks(
-    chunks: Iterator[Chunk], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[Chunk, list[Encoded]]]:
-    """Each chunk with its encoded documents, in the order of the chunks."""
-    if workers == 1:
-        with _one_thread():
-            for chunk in chunks:
-                yield chunk, encode_documents(chunk.documents, tokenizer)
-        return
-    executor = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_Worker.start,
-        initargs=(str(tokenizer.folder),),
-    )
-    pending: deque[tuple[Chunk, Future[list[Encoded]]]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append((chunk, executor.submit(_Worker.encode, chunk.documents)))
-            if len(pending) >= 2 * workers:
-                yield _result(*pending.popleft())
-        while pending:
-            yield _result(*pending.popleft())
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _result(chunk: Chunk, future: "Future[list[Encoded]]") -> tuple[Chunk, list[Encoded]]:
-    try:
-        return chunk, future.result()
-    except BrokenProcessPool as error:
-        remedy = "Look for an out-of-memory kill, then use fewer --workers"
-        raise DataError(
-            chunk.documents[0].where, "a worker process died at or near this document", remedy
-        ) from error
-
-
-class _Worker:
-    """What one worker process keeps between chunks; the parent never sets it."""
-
-    folder: str = ""
-    tokenizer: Tokenizer | None = None
-
-    @classmethod
-    def start(cls, folder: str) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
-        import torch
-
-        torch.set_num_threads(1)
-        cls.folder = folder
-
-    @classmethod
-    def encode(cls, documents: list[Document]) -> list[Encoded]:
-        # loaded here, because an error in start() would only break the pool
-        if cls.tokenizer is None:
-            cls.tokenizer = load_for_encoding(cls.folder)
-        return encode_documents(documents, cls.tokenizer)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch on one thread, as in the workers: the output must not depend on the number of cores."""
+def _device(name: str) -> str:
+    # to import torch takes seconds that text need not spend
+    if name == "cpu" or (name == "auto" and not any(Path("/dev").glob("nvidia[0-9]*"))):
+        return "cpu"
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ConfigError("--device", "cuda, but torch finds no GPU", "Use --device cpu")
+    return "cuda" if has_gpu else "cpu"
+
+
+def _digest(
+    files: Sequence[Input],
+    tokenizer: Tokenizer,
+    options: PreprocessOptions,
+    encode_options: EncodeOptions,
+) -> str:
+    """What makes the bytes of the output: whoever has the same may go on with it."""
+    parts = (FORMAT, signature_of(files), tokenizer.fingerprint, options.source)
+    return hashlib.sha256(json.dumps([*parts, encode_options.device]).encode()).hexdigest()
+
+
+def _finished(output: str, job: str) -> TokenFileInfo | None:
+    """The token file that a run of the same command has finished."""
+    if partial_folder(output).is_dir() or not file_of(output, ".json").is_file():
+        return None
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        info = read_info(output)
+    except DataError:
+        return None
+    return info if info.job == job else None
 
 
-# Progress
+class _Run:
+    """One run of the command, from where the last one was killed to the end of the input."""
 
+    def __init__(
+        self,
+        files: Sequence[Input],
+        spans: Sequence[Span],
+        writer: TokenFileWriter,
+        options: PreprocessOptions,
+    ) -> None:
+        self.files = files
+        self.spans = spans
+        self.writer = writer
+        self.options = options
+        self.total_bytes = sum(span.size_bytes for span in spans)
+        known = writer.state.position.get("position")
+        self.position = Position(**known) if known else Position()
+        self.report = Report(self.total_bytes, writer.state, self.position.read_bytes)
+        self.first_bad: list[str] = []
+        self._started = self._saved = time.monotonic()
+        if known:
+            print(
+                f"preprocess: going on after {writer.documents:,} documents of an earlier run",
+                file=sys.stderr,
+            )
 
-class _Report:
-    """Progress on stderr, each second on a terminal and each ten in a log; a summary on stdout."""
+    def write(self, tokenizer: Tokenizer, encode_options: EncodeOptions) -> None:
+        """Encode everything that is left, and save it."""
+        blocks = read_blocks(self.files, self.spans, self.position)
+        texts, blocks = _first_texts(blocks)
+        choice = choose_encoder(tokenizer.text, texts)
+        if choice.why:
+            print(f"preprocess: text by sentencepiece, as {choice.why}", file=sys.stderr)
+        encode_options = replace(encode_options, text_encoder=choice.name)
+        for encoded in encode_blocks(blocks, tokenizer, encode_options, self.options.workers):
+            self._add(encoded)
+        self._save()
+        self._judge_bad()
+        if not self.writer.documents and self.options.shard[1] == 1:
+            self.writer.discard()
+            raise self._no_documents()
 
-    def __init__(self, read: ReadProgress) -> None:
-        self.read = read
-        self.terminal = sys.stderr.isatty()
-        self.interval_seconds = 1.0 if self.terminal else 10.0
-        self.started = self.printed = time.monotonic()
+    def _add(self, encoded: EncodedBlock) -> None:
+        self.writer.add_block(encoded.tokens)
+        for bad in encoded.dropped:
+            self.writer.drop(bad.id, bad.source, bad.where, bad.reason, bad.detail)
+            if bad.reason == "broken file":
+                print(f"preprocess: {bad.where}: {bad.detail}", file=sys.stderr)
+            if len(self.first_bad) < 3:
+                at = "" if bad.detail.startswith(bad.where) else f"{bad.where}: "
+                self.first_bad.append(f"{at}{bad.detail}")
+        self.position = encoded.after
+        self.report.update(self.writer.state, self.position.read_bytes)
+        if time.monotonic() - self._saved >= self.options.save_seconds:
+            self._save()
+            if self.writer.documents + self._bad() >= LEAST_JUDGED_RECORDS:
+                self._judge_bad()
 
-    def update(self, writer: "TokenFileWriter", read_bytes: int) -> None:
+    def _save(self) -> None:
         now = time.monotonic()
-        if now - self.printed < self.interval_seconds:
+        here = self.position.read_bytes - self.report.start_bytes
+        self.writer.save(
+            {
+                "position": asdict(self.position),
+                "read_bytes": self.position.read_bytes,
+                "total_bytes": self.total_bytes,
+                "bytes_per_second": here / max(now - self._started, 1e-9),
+                "saved_at": time.time(),
+            }
+        )
+        self._saved = now
+
+    def _bad(self) -> int:
+        return sum(self.writer.dropped.values())
+
+    def _judge_bad(self) -> None:
+        bad, seen = self._bad(), self.writer.documents + self._bad()
+        if bad <= self.options.max_bad * seen:
             return
-        self.printed = now
-        elapsed = now - self.started
-        left = elapsed * (self.read.total_bytes - read_bytes) / max(read_bytes, 1)
-        done = 100 * read_bytes / max(self.read.total_bytes, 1)
-        rates = _rates(writer.documents, writer.tokens, read_bytes, elapsed)
-        line = f"preprocess: {writer.documents:,} documents, {done:.0f}% of input, {rates}"
-        line += f", ETA {_duration(left)}"
-        print(
-            f"\r{line}\033[K" if self.terminal else line,
-            end="" if self.terminal else "\n",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
+        listed = self.writer.folder / f"tokens{DROPPED}"
+        what = f"{bad} of {seen} documents ({100 * bad / seen:.1f}%) are bad, more than --max-bad "
+        what += f"{self.options.max_bad:g}: {count_reasons(self.writer.dropped)}"
+        what += f"; {listed} lists them" + (", such as " if self.first_bad else "")
+        what += "; ".join(self.first_bad)
+        remedy = "Mend the inputs and use --restart, or go on with a larger --max-bad"
+        raise DataError(str(self.writer.prefix), what, remedy)
 
-    def finish(self, info: "TokenFileInfo", path: Path) -> None:
-        if self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        elapsed = time.monotonic() - self.started
-        share = 100 * info.image_tokens / info.tokens
-        size = f"{info.bin_bytes / 1e6:.2f} MB of {info.dtype}"
-        dropped = f"{sum(info.dropped.values())} dropped"
-        if info.dropped:
-            dropped += f" ({_dropped(info.dropped)}; listed in {path}.dropped.jsonl)"
-        rates = _rates(info.documents, info.tokens, self.read.total_bytes, elapsed)
-        print(
-            f"{path}: {info.documents:,} documents, {info.tokens:,} tokens ({share:.1f}% image), "
-            f"{info.images:,} images, {size}, {dropped}, {_duration(elapsed)} at {rates}"
-        )
+    def _no_documents(self) -> DataError:
+        where = self.files[0].path if len(self.files) == 1 else f"{len(self.files)} inputs"
+        if not self.writer.dropped:
+            return DataError(where, "no documents", "Check them")
+        what = f"all {self._bad()} documents were dropped ({count_reasons(self.writer.dropped)}), "
+        what += f"the first for {self.first_bad[0] if self.first_bad else 'an unknown reason'}"
+        remedy = "Check the documents; paths of images are relative to the file of documents"
+        return DataError(where, what, remedy)
 
 
-def _rates(documents: int, tokens: int, read_bytes: int, seconds: float) -> str:
-    seconds = max(seconds, 1e-9)
-    return (
-        f"{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s, "
-        f"{read_bytes / seconds / 1e6:.2f} MB/s"
-    )
-
-
-def _duration(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+def _first_texts(blocks: Iterator[Block]) -> tuple[list[str], Iterator[Block]]:
+    """Texts of the first block that has any, and all blocks."""
+    seen: list[Block] = []
+    for block in blocks:
+        seen.append(block)
+        texts = [
+            part.text
+            for document in itertools.islice(parse_block(block), _TEXTS_COMPARED)
+            if not isinstance(document, Fault)
+            for part in document.content
+            if isinstance(part, TextPart)
+        ]
+        if texts or len(seen) == 4:
+            return texts, itertools.chain(seen, blocks)
+    return [], iter(seen)

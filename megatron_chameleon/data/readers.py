@@ -1,134 +1,122 @@
-"""Files of documents, told apart by their suffix.
+"""Blocks of an input to documents, and whole inputs to documents.
 
-- ``.jsonl``, ``.json``, ``.jsonl.gz``, ``.json.gz``: a document a line, see ``documents.py``
-- ``.tar``, WebDataset: the files of one key are one document, an image and its ``.txt`` or
-  ``.json`` caption
-- ``.parquet``, OBELICS-style: parallel lists ``images`` and ``texts``, where one of the two is null
+    from megatron_chameleon.data.readers import read_documents
+    for document in read_documents(["data/*.jsonl.zst", "s3://bucket/pairs-*.tar"]): ...
 
-Try: ``chameleon preprocess documents.jsonl --tokenizer DIR --output PREFIX``
+``inputs.py`` has the kinds of file, ``blocks.py`` cuts them, ``documents.py`` has the schema.
+
+- WebDataset: an image and its ``.txt`` or ``.json`` caption, the image first
+- OBELICS-style parquet: parallel lists ``images`` and ``texts``, where one of the two is null
+- parquet with a column ``text``
 """
 
-import binascii
-import gzip
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from megatron_chameleon.data.blocks import (
+    BROKEN_DOCUMENT,
+    Block,
+    Fault,
+    FileSlice,
+    Rows,
+    Samples,
+    read_blocks,
+)
 from megatron_chameleon.data.documents import (
     Document,
     ImagePart,
     TextPart,
+    folder_of,
     image_part,
     one_line,
     parse_line,
     record_name,
 )
+from megatron_chameleon.data.inputs import find_inputs, plan_spans
 from megatron_chameleon.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-JSON_LINES_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
-@dataclass
-class ReadProgress:
-    """How far ``read_documents`` has come, in bytes of the files as they lie on the disk."""
-
-    read_bytes: int = 0
-    total_bytes: int = 0
-
-
-def read_documents(
-    paths: Sequence[str | Path], progress: ReadProgress | None = None
-) -> Iterator[Document]:
-    """Read the documents of all files, in order.
+def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
+    """Read the documents of all inputs, in order.
 
     Args:
-        paths: Files of any of the kinds above, told apart by their suffix.
-        progress: Updated while reading, if given.
+        paths: Files, globs or URLs, see ``inputs.py``.
 
     Raises:
         DataError: When a file is missing, of no known kind, or broken; it names the file and the
             line.
     """
-    progress = progress if progress is not None else ReadProgress()
-    readers = [(Path(path), _reader_for(Path(path))) for path in paths]
-    progress.total_bytes = sum(path.stat().st_size for path, _ in readers)
-    finished_bytes = 0
-    for path, reader in readers:
-        for document, position_bytes in reader(path):
-            progress.read_bytes = finished_bytes + position_bytes
-            yield document
-        finished_bytes += path.stat().st_size
-    progress.read_bytes = finished_bytes
+    inputs = find_inputs(paths)
+    for block in read_blocks(inputs, plan_spans(inputs)):
+        for item in parse_block(block):
+            if isinstance(item, Fault):
+                raise item.error
+            yield item
 
 
-Reader = Callable[[Path], Iterator[tuple[Document, int]]]
+def parse_block(block: Block) -> Iterator[Document | Fault]:
+    """The documents of a block, and a ``Fault`` in the place of each that is none.
+
+    Raises:
+        DataError: When the file has become shorter meanwhile.
+    """
+    payload = block.payload
+    if isinstance(payload, Fault):
+        yield payload
+    elif isinstance(payload, Samples):
+        yield from _parse_samples(block, payload)
+    elif isinstance(payload, Rows):
+        yield from _parse_rows(block, payload)
+    else:
+        yield from _parse_lines(block, payload)
 
 
-def _reader_for(path: Path) -> Reader:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise DataError(
-            str(path), what, "Give files of documents: .jsonl, .jsonl.gz, .tar or .parquet"
-        )
-    name = path.name.lower()
-    if name.endswith(JSON_LINES_SUFFIXES):
-        return _read_json_lines
-    if name.endswith(".tar"):
-        return _read_tar
-    if name.endswith(".parquet"):
-        return _read_parquet
-    raise DataError(
-        str(path),
-        "the suffix is of no known kind",
-        "Use .jsonl, .json, .jsonl.gz, .json.gz, .tar or .parquet",
-    )
+def _parse_lines(block: Block, payload: bytes | FileSlice) -> Iterator[Document | Fault]:
+    content = _read_slice(block.path, payload) if isinstance(payload, FileSlice) else payload
+    for number, line in enumerate(content.split(b"\n"), start=block.record + 1):
+        if not line or line.isspace():
+            continue
+        try:
+            yield parse_line(line, block.path, number)
+        except DataError as error:
+            yield Fault(error, BROKEN_DOCUMENT, f"{_name(block.path)}:{number}", _stem(block.path))
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[Document, int]]:
-    with path.open("rb") as file:
-        lines: IO[bytes] | gzip.GzipFile = (
-            gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
-        )
-        number = 0
-        while True:
-            number += 1
-            try:
-                line = lines.readline()  # tell() works after readline(), not in a for loop
-            except (OSError, EOFError, binascii.Error) as error:
-                remedy = "Copy or compress the file again"
-                raise DataError(
-                    f"{path}:{number}", f"cannot read on ({one_line(error)})", remedy
-                ) from error
-            if not line:
-                return
-            if line.strip():
-                yield parse_line(line, path, number), file.tell()
+def _read_slice(path: str, part: FileSlice) -> bytes:
+    with Path(path).open("rb") as file:
+        file.seek(part.offset)
+        content = file.read(part.size)
+    if len(content) < part.size:
+        what = f"ends before byte {part.offset + part.size}, it has become shorter"
+        raise DataError(path, what, "Leave inputs alone while they are read")
+    return content
 
 
-def _read_tar(path: Path) -> Iterator[tuple[Document, int]]:
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    with path.open("rb") as file:
-        samples = group_by_keys(tar_file_expander([{"url": str(path), "stream": file}]))
-        last_key = "the first sample"
-        while True:
-            try:
-                sample = next(samples, None)
-            except Exception as error:  # tarfile and webdataset raise several types
-                cause = str(error.args[0] if error.args else error)
-                cause = cause.split(" @ <")[0]  # webdataset appends the file object
-                what = f"the tar is broken after {last_key} ({' '.join(cause.split())})"
-                raise DataError(str(path), what, "Copy or write the tar again") from error
-            if sample is None:
-                return
-            last_key = sample["__key__"]
-            yield _tar_document(sample, path), file.tell()
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
 
 
-def _tar_document(sample: dict[str, Any], path: Path) -> Document:
+def _stem(path: str) -> str:
+    """The default source of a document: the file's name up to its first dot."""
+    return _name(path).split(".")[0]
+
+
+# WebDataset
+
+
+def _parse_samples(block: Block, payload: Samples) -> Iterator[Document | Fault]:
+    for record, sample in enumerate(payload.samples, start=block.record + 1):
+        try:
+            yield _tar_document(sample, block.path, record)
+        except DataError as error:
+            yield Fault(error, BROKEN_DOCUMENT, sample["__key__"], _stem(block.path))
+
+
+def _tar_document(sample: dict[str, Any], path: str, record: int) -> Document:
     key = sample["__key__"]
     where = f"{path}:{key}"
     metadata: dict[str, Any] = {}
@@ -136,9 +124,8 @@ def _tar_document(sample: dict[str, Any], path: Path) -> Document:
         try:
             metadata = json.loads(sample["json"])
         except (ValueError, RecursionError) as error:
-            raise DataError(
-                where, f"its .json is broken ({one_line(error)})", "Mend or remove the sample"
-            ) from error
+            what = f"its .json is broken ({one_line(error)})"
+            raise DataError(where, what, "Mend or remove the sample") from error
     caption = metadata.get("caption", metadata.get("text")) if isinstance(metadata, dict) else None
     if "txt" in sample:
         try:
@@ -146,60 +133,56 @@ def _tar_document(sample: dict[str, Any], path: Path) -> Document:
         except UnicodeDecodeError as error:
             raise DataError(where, "its .txt is not UTF-8", "Write captions as UTF-8") from error
     if not isinstance(caption, str):
-        remedy = 'Add KEY.txt, or KEY.json with a "caption"'
-        raise DataError(
-            where, f"no caption among its files ({', '.join(_suffixes(sample))})", remedy
-        )
+        what = f"no caption among its files ({', '.join(_suffixes(sample))})"
+        raise DataError(where, what, 'Add KEY.txt, or KEY.json with a "caption"')
     images = [sample[suffix] for suffix in _suffixes(sample) if suffix in IMAGE_SUFFIXES]
     # img2dataset leaves captions whose image could not be had: such a document is dropped as one
     # with a missing image.
     image = ImagePart(images[0]) if images else ImagePart(f"{path}/{key}.<image>")
-    return Document(key, path.name.split(".")[0], (image, TextPart(caption)), where)
+    return Document(key, _stem(path), (image, TextPart(caption)), where, record=record)
 
 
 def _suffixes(sample: dict[str, Any]) -> list[str]:
     return [name for name in sample if not name.startswith("__")]
 
 
-# OBELICS-style parquet
+# Parquet
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[Document, int]]:
+def _parse_rows(block: Block, payload: Rows) -> Iterator[Document | Fault]:
     import pyarrow
-    import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            str(path), f"not a parquet file ({one_line(error)})", "Copy or write the file again"
-        ) from error
-    with file:
-        missing = {"images", "texts"} - set(file.schema_arrow.names)
-        if missing:
-            found = ", ".join(file.schema_arrow.names)
-            what = f"no column {' and '.join(sorted(missing))} (it has {found})"
-            raise DataError(str(path), what, "Write the parallel list columns images and texts")
-        columns = [
-            name for name in ("id", "source", "images", "texts") if name in file.schema_arrow.names
-        ]
-        rows, size_bytes, row = file.metadata.num_rows, path.stat().st_size, 0
-        batches = file.iter_batches(batch_size=256, columns=columns)
-        while True:
-            try:
-                batch = next(batches, None)
-            except (pyarrow.ArrowException, OSError) as error:
-                what = f"broken after row {row} of {rows} ({one_line(error)})"
-                raise DataError(str(path), what, "Copy or write the file again") from error
-            if batch is None:
-                return
-            for record in batch.to_pylist():
-                row += 1
-                yield _parquet_document(record, path, row), size_bytes * row // rows
+    with pyarrow.ipc.open_stream(payload.stream) as stream:
+        records = stream.read_all()
+    for position in range(records.num_rows):
+        row = block.record + position + 1
+        try:
+            # a text that is no UTF-8 shows here
+            (record,) = records.slice(position, 1).to_pylist()
+            yield _parquet_document(record, block.path, row)
+        except (DataError, ValueError, pyarrow.ArrowException) as error:
+            if not isinstance(error, DataError):
+                where, what = f"{block.path}:{row}", f"cannot be decoded ({one_line(error)})"
+                error = DataError(where, what, "Write the row again")
+            yield Fault(error, BROKEN_DOCUMENT, f"{_name(block.path)}:{row}", _stem(block.path))
 
 
-def _parquet_document(record: dict[str, Any], path: Path, row: int) -> Document:
+def _parquet_document(record: dict[str, Any], path: str, row: int) -> Document:
     where = f"{path}:{row}"
+    identity = record_name(record, "id", f"{_name(path)}:{row}", where)
+    source = record_name(record, "source", _stem(path), where)
+    parts: tuple[TextPart | ImagePart, ...]
+    if "text" in record:
+        if not isinstance(record["text"], str):
+            what = f"text is a {type(record['text']).__name__}, not a string"
+            raise DataError(where, what, "Write strings")
+        parts = (TextPart(record["text"]),)
+    else:
+        parts = _interleaved(record, path, where)
+    return Document(identity, source, parts, where, record=row)
+
+
+def _interleaved(record: dict[str, Any], path: str, where: str) -> tuple[TextPart | ImagePart, ...]:
     images, texts = record["images"] or [], record["texts"] or []
     if not isinstance(images, list) or not isinstance(texts, list):
         what = "images and texts are no lists"
@@ -208,14 +191,11 @@ def _parquet_document(record: dict[str, Any], path: Path, row: int) -> Document:
         what = f"{len(images)} images beside {len(texts)} texts"
         raise DataError(where, what, "Write two lists of the same length, at least 1")
     pairs = enumerate(zip(images, texts, strict=True))
-    parts = tuple(_parquet_part(i, image, text, path, where) for i, (image, text) in pairs)
-    identity = record_name(record, "id", f"{path.name}:{row}", where)
-    source = record_name(record, "source", path.name.split(".")[0], where)
-    return Document(identity, source, parts, where)
+    return tuple(_parquet_part(i, image, text, path, where) for i, (image, text) in pairs)
 
 
 def _parquet_part(
-    position: int, image: Any, text: Any, path: Path, where: str
+    position: int, image: Any, text: Any, path: str, where: str
 ) -> TextPart | ImagePart:
     if (image is None) == (text is None):
         both = "both null" if image is None else "both there"
@@ -231,4 +211,4 @@ def _parquet_part(
     if not isinstance(image, str | bytes):
         what = f"images[{position}] is a {type(image).__name__}"
         raise DataError(where, what, "Write paths or bytes")
-    return image_part(image, path.parent, where)
+    return image_part(image, folder_of(path), where)

@@ -9,6 +9,7 @@ The .idx is written here and not by megatron-core's builder, because that one ho
 all documents as Python numbers; the bytes are the same.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -42,6 +43,8 @@ from megatron_chameleon.tokenizer.folder import Tokenizer
 
 DROPPED = ".dropped.jsonl"
 STATE = "state.json"
+MERGE = " merge"
+"""At the end of a job that puts finished shards together."""
 _BUFFER_BYTES = 1 << 20
 _CHUNK_DOCUMENTS = 1 << 20
 
@@ -197,7 +200,8 @@ class TokenFileWriter:
                 what = f"{path.stat().st_size} bytes, its state.json names {size}"
                 raise DataError(str(path), what, "Begin anew with --restart")
             os.truncate(path, size)
-            self._files[suffix] = path.open("ab", buffering=_BUFFER_BYTES)
+            self._files[suffix] = path.open("r+b", buffering=_BUFFER_BYTES)
+            self._files[suffix].seek(size)
         if self._files[".idx"].tell() == 0:
             self._files[".idx"].write(bytes(IDX_HEADER.size))  # filled in at the end
 
@@ -316,6 +320,66 @@ class TokenFileWriter:
         self.state.images += len(block.images)
         self.state.image_tokens += int(block.images["length"].sum())
 
+    def add_file(self, prefix: str | Path, info: TokenFileInfo) -> None:
+        """Append a whole token file. Its tokens are copied by the kernel, not read.
+
+        Args:
+            prefix: A finished token file of the same tokenizer.
+            info: Its sidecar.
+        """
+        sources = np.array([self._number_of(name) for name in info.sources], dtype="<u4")
+        try:
+            self._append(".bin", file_of(prefix, ".bin"), 0, info.bin_bytes)
+            self._append(".idx", file_of(prefix, ".idx"), IDX_HEADER.size, 4 * info.documents)
+            self._append(".images", file_of(prefix, ".images"), 0, IMAGE.itemsize * info.images)
+            if info.dropped:
+                listed = file_of(prefix, DROPPED)
+                size = listed.stat().st_size
+                self._append(DROPPED, listed, 0, size)
+                self.state.dropped_bytes += size
+            with file_of(prefix, ".documents").open("rb") as file:
+                while len(records := np.fromfile(file, DOCUMENT, _CHUNK_DOCUMENTS)):
+                    records["first_image"] += self.state.images
+                    records["source"] = sources[records["source"]]
+                    self._files[".documents"].write(records.tobytes())
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        self._count_file(info)
+
+    def _append(self, suffix: str, path: Path, start: int, size: int) -> None:
+        file = self._files[suffix]
+        file.flush()
+        with path.open("rb") as source:
+            source.seek(start)
+            while size:
+                try:
+                    copied = os.copy_file_range(source.fileno(), file.fileno(), size)
+                except OSError as error:
+                    if error.errno not in (
+                        errno.EXDEV,
+                        errno.EINVAL,
+                        errno.ENOSYS,
+                        errno.EOPNOTSUPP,
+                    ):
+                        raise
+                    copied = os.sendfile(file.fileno(), source.fileno(), None, size)
+                if not copied:
+                    raise OSError(errno.EIO, f"{path} has become shorter")
+                size -= copied
+        file.seek(0, os.SEEK_END)
+
+    def _count_file(self, info: TokenFileInfo) -> None:
+        state = self.state
+        for name, totals in info.sources.items():
+            for key, value in asdict(totals).items():
+                setattr(state.sources[name], key, getattr(state.sources[name], key) + value)
+        for reason, count in info.dropped.items():
+            state.dropped[reason] = state.dropped.get(reason, 0) + count
+        state.documents += info.documents
+        state.tokens += info.tokens
+        state.images += info.images
+        state.image_tokens += info.image_tokens
+
     def drop(self, identity: str, source: str, where: str, reason: str, detail: str) -> None:
         """Count and list one document that is left out."""
         self.state.dropped[reason] = self.state.dropped.get(reason, 0) + 1
@@ -344,6 +408,10 @@ class TokenFileWriter:
             write_text(self.folder / STATE, json.dumps(asdict(self.state)))
         except OSError as error:
             raise self._cannot_write(error) from error
+
+    def discard(self) -> None:
+        """Leave nothing behind but an older token file."""
+        self._keep = False
 
     def commit(self) -> TokenFileInfo:
         """Put the new files in the place of old ones. Until here, old ones are untouched.
@@ -422,7 +490,7 @@ class TokenFileWriter:
             sources=state.sources,
             inputs=self.inputs,
             dropped=state.dropped,
-            job=state.job,
+            job=state.job.removesuffix(MERGE),
         )
 
     def _cannot_write(self, error: OSError) -> DataError:

@@ -7,6 +7,9 @@ from typing import Any
 
 from megatron_chameleon.errors import ConfigError, DataError
 
+IMAGE_CONFIG_FILE = "image.json"
+IMAGE_WEIGHTS_FILE = "image.safetensors"
+
 
 def make_folder(path: str | Path) -> Path:
     """The folder, made where it is missing: before the work starts, not after hours of it.

@@ -6,13 +6,17 @@ It holds text.model, vocabulary.json, image.safetensors and image.json.
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.image import IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE, ImageTokenizer
+from megatron_chameleon.tokenizer.files import IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE
 from megatron_chameleon.tokenizer.text import TEXT_MODEL_FILE, TextTokenizer
 from megatron_chameleon.tokenizer.vocabulary import VOCABULARY_FILE, Vocabulary
+
+if TYPE_CHECKING:  # text alone does without torch
+    import torch
+
+    from megatron_chameleon.tokenizer.image import ImageTokenizer
 
 FINGERPRINTED_FILES = (TEXT_MODEL_FILE, VOCABULARY_FILE, IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE)
 
@@ -24,14 +28,14 @@ class Tokenizer:
     folder: Path
     vocabulary: Vocabulary
     text: TextTokenizer
-    image: ImageTokenizer | None
+    image: "ImageTokenizer | None"
     """None where the folder was loaded without images."""
     fingerprint: str
     """Changes with any byte that could change an id: see ``fingerprint``."""
 
 
 def load_tokenizer(
-    folder: str | Path, *, images: bool = True, device: str | torch.device = "cpu"
+    folder: str | Path, *, images: bool = True, device: "str | torch.device" = "cpu"
 ) -> Tokenizer:
     """Load a tokenizer folder and check that its parts belong together.
 
@@ -60,8 +64,27 @@ def load_tokenizer(
             f"({vocabulary.size} tokens) name different tokens",
             "Run `chameleon tokenizer text` again, or put both files of one run beside each other",
         )
-    image = ImageTokenizer.load(folder, device) if images else None
-    if image is not None and image.codebook_size != vocabulary.image_codes:
+    image = load_image_tokenizer(folder, vocabulary, device) if images else None
+    return Tokenizer(folder, vocabulary, text, image, fingerprint(folder))
+
+
+def load_image_tokenizer(
+    folder: str | Path, vocabulary: Vocabulary, device: "str | torch.device" = "cpu"
+) -> "ImageTokenizer":
+    """The image half of a tokenizer folder.
+
+    Args:
+        folder: The tokenizer folder.
+        vocabulary: The folder's.
+        device: Where it runs.
+
+    Raises:
+        DataError: If a file is missing or broken, or its codebook is not the vocabulary's.
+    """
+    from megatron_chameleon.tokenizer.image import ImageTokenizer
+
+    image = ImageTokenizer.load(folder, device)
+    if image.codebook_size != vocabulary.image_codes:
         raise DataError(
             str(folder),
             f"the image tokenizer has {image.codebook_size} codes, "
@@ -69,7 +92,7 @@ def load_tokenizer(
             f"Run `chameleon tokenizer text` again with --image-codes {image.codebook_size}, "
             f"or `chameleon tokenizer image` with model.codebook_size={vocabulary.image_codes}",
         )
-    return Tokenizer(folder, vocabulary, text, image, fingerprint(folder))
+    return image
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -22,17 +22,23 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.files import read_json, write_bytes, write_text
+from megatron_chameleon.tokenizer.files import (
+    IMAGE_CONFIG_FILE,
+    IMAGE_WEIGHTS_FILE,
+    read_json,
+    write_bytes,
+    write_text,
+)
 from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
 
-IMAGE_CONFIG_FILE = "image.json"
-IMAGE_WEIGHTS_FILE = "image.safetensors"
 FORMAT = "megatron_chameleon.image_tokenizer/1"
 MADE_BY = "chameleon tokenizer image"
 
 PIXELS_OF_A_PASS = 2**16
 LARGEST_BATCH = 8
 """Measured on CPU: beyond either, a pass with more images is no faster an image."""
+
+GPU_BATCH = 32
 
 LARGEST_RATIO = 16
 """Longer images lose their ends before they are resized: a thin one would need gigabytes."""
@@ -116,7 +122,8 @@ class ImageTokenizer:
         self.config = model.config
         self.device = torch.device(device)
         fill = PIXELS_OF_A_PASS // model.config.resolution**2
-        self.batch_size = min(max(fill, 1), LARGEST_BATCH)
+        on_cpu = self.device.type == "cpu"
+        self.batch_size = min(max(fill, 1), LARGEST_BATCH) if on_cpu else GPU_BATCH
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "ImageTokenizer":
@@ -167,7 +174,6 @@ class ImageTokenizer:
     def codebook_size(self) -> int:
         return self.config.codebook_size
 
-    @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Image codes; those of one image do not depend on the others.
 
@@ -184,10 +190,23 @@ class ImageTokenizer:
         for start in range(0, len(images), self.batch_size):
             indices = range(start, min(start + self.batch_size, len(images)))
             batch = np.stack([self._prepare(index, images[index]) for index in indices])
-            full = np.resize(batch, (self.batch_size, *batch.shape[1:]))  # repeats to fill up
-            pass_codes = self.model.encode(to_pixels(full).to(self.device))
-            codes[start : start + len(batch)] = pass_codes[: len(batch)].cpu().numpy()
+            codes[start : start + len(batch)] = self.encode_prepared(batch)
         return codes
+
+    @torch.inference_mode()
+    def encode_prepared(self, images_NHWC: np.ndarray) -> np.ndarray:
+        """Image codes of at most ``batch_size`` images that ``prepare_image`` has prepared.
+
+        Args:
+            images_NHWC: uint8 [N, resolution, resolution, 3].
+
+        Returns:
+            int64 [N, codes_per_image], in [0, codebook_size), row-major.
+        """
+        shape = (self.batch_size, *images_NHWC.shape[1:])
+        full = np.resize(images_NHWC, shape)  # repeats to fill up
+        codes = self.model.encode(to_pixels(full).to(self.device))
+        return codes[: len(images_NHWC)].cpu().numpy()
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> list[Image.Image]:

@@ -86,6 +86,56 @@ def build_model(
     return proto + _message(3, _normalizer(add_prefix))
 
 
+def rename_control_pieces(model: bytes, prefix: str) -> bytes:
+    """The same model with another name for each control piece: no text spells it by chance.
+
+    Args:
+        model: The bytes of a sentencepiece model.
+        prefix: Put before each name.
+    """
+    out = []
+    for field, raw, content in _fields(model):
+        if field == 1 and content is not None:
+            entries = list(_fields(content))
+            kind = next((entry[1][1] for entry in entries if entry[0] == 3), _NORMAL)
+            if kind == _CONTROL:
+                named = (
+                    _message(1, prefix.encode() + (value or b"")) if number == 1 else entry
+                    for number, entry, value in entries
+                )
+                raw = _message(1, b"".join(named))
+        out.append(raw)
+    return b"".join(out)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes | None]]:
+    """Number, bytes as they are, and content (of strings and messages) of each field."""
+    position = 0
+    while position < len(message):
+        start = position
+        key, position = _read_varint(message, position)
+        content = None
+        if key & 7 == 2:
+            size, position = _read_varint(message, position)
+            content = message[position : position + size]
+            position += size
+        elif key & 7 == 0:
+            _, position = _read_varint(message, position)
+        else:
+            position += 4 if key & 7 == 5 else 8
+        yield key >> 3, message[start:position], content
+
+
+def _read_varint(message: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
+
+
 def _pieces(
     names: Sequence[str],
     ranks: Mapping[str, int],

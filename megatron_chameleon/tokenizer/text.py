@@ -34,6 +34,7 @@ class TextTokenizer:
     """
 
     def __init__(self, model: bytes, where: str = "text tokenizer") -> None:
+        self.model = model
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.load_from_serialized_proto(model)
@@ -93,11 +94,11 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without begin or end of document; never a control or image token."""
-        return self._processor.encode(_without_surrogates(text))
+        return self._processor.encode(without_surrogates(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` for many texts, on one thread: preprocessing is parallel over processes."""
-        return self._processor.encode([_without_surrogates(text) for text in texts], num_threads=1)
+        return self._processor.encode([without_surrogates(text) for text in texts], num_threads=1)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of token ids; control and image tokens are skipped, broken UTF-8 becomes U+FFFD.
@@ -119,7 +120,7 @@ class TextTokenizer:
         return self._processor.decode([token_id for token_id in ids if self._is_text[token_id]])
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """JSON can spell half a surrogate pair, UTF-8 cannot, and sentencepiece would refuse it."""
     try:
         text.encode("utf-8")

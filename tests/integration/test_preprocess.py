@@ -5,21 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from mixed_corpus import write_corpus, write_tokenizer
 from PIL import Image
-from safetensors.torch import save_file
 
 from megatron_chameleon.cli.main import main
+from megatron_chameleon.data.indexed import open_token_file, read_info
 from megatron_chameleon.tokenizer.folder import load_tokenizer
-from megatron_chameleon.tokenizer.image import FORMAT, IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE
-from megatron_chameleon.tokenizer.text_training import train_text_tokenizer
-from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -58,21 +54,7 @@ def refused(capsys):
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_text_tokenizer(["a handwritten seven", "two and three is five"] * 20, folder, 340, 32)
-    config = VqganConfig(
-        resolution=16,
-        base_channels=32,
-        ch_mult=[1, 1, 1],
-        num_res_blocks=1,
-        z_channels=8,
-        embed_dim=8,
-        codebook_size=32,
-    )
-    torch.manual_seed(0)
-    save_file(Vqgan(config).state_dict(), folder / IMAGE_WEIGHTS_FILE)
-    (folder / IMAGE_CONFIG_FILE).write_text(json.dumps({"format": FORMAT, "model": asdict(config)}))
-    return folder
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -109,7 +91,7 @@ def test_workers_do_not_change_a_byte(tmp_path, tokenizer_folder, documents):
             *("--workers", workers),
         )
         assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
+        assert "error" not in done.stderr and "Traceback" not in done.stderr
         assert f"{out}/w{workers}: 147 documents, " in done.stdout
         assert "47 images" in done.stdout and "documents/s" in done.stdout
         assert "3 dropped (1 corrupt image, 1 empty image, 1 missing image; listed" in done.stdout
@@ -134,34 +116,103 @@ def test_workers_do_not_change_a_byte(tmp_path, tokenizer_folder, documents):
         assert codes == (16 if i % 3 == 0 else 0)
 
 
-def test_shards_are_the_whole_dealt_out(tmp_path, tokenizer_folder, documents, chameleon):
-    arguments = (documents, "--tokenizer", tokenizer_folder, "--output", tmp_path / "s")
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """All kinds of input, 40 to 160 documents each."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"), 40)
+
+
+def test_shards_one_after_the_other_are_the_whole(tmp_path, tokenizer_folder, corpus, chameleon):
+    out = tmp_path / "out"
+    inputs = (*corpus, "--tokenizer", tokenizer_folder, "--output")
+    chameleon("preprocess", *inputs, out / "whole")
     script = REPOSITORY / "tools" / "preprocess_data.py"  # the Megatron-style entry point
-    done = run(script, *arguments, "--shard", "0/2")
+    done = run(script, *inputs, out / "s", "--shard", "0/7")
     assert done.returncode == 0, done.stderr
-    chameleon("preprocess", *arguments, "--shard", "1/2")
-    tokenizer = load_tokenizer(tokenizer_folder)
-    for i in range(2):
-        shard = IndexedDataset(str(tmp_path / f"s.shard-{i}-of-2"))
-        numbers = [int(tokenizer.text.decode(doc).split()[1]) for doc in shard[0 : len(shard)]]
-        assert numbers == [n for n in range(i, 150, 2) if n not in (30, 60, 90)]
+    for i in (1, 2, 3, 4, 6):
+        chameleon("preprocess", *inputs, out / "s", "--shard", f"{i}/7")
+    status = chameleon("preprocess", "--status", "--output", out / "s").splitlines()
+    assert [line.split()[2:4] for line in status[5:8]] == [
+        ["done", "100%"],
+        ["not", "begun"],
+        ["done", "100%"],
+    ]
+    assert status[-1].split()[2:4] == ["6/7", "done"]
+    chameleon("preprocess", *inputs, out / "s", "--shard", "5/7")
+    counts = [read_info(out / f"s.shard-{i}-of-7").documents for i in range(7)]
+    assert sum(counts) == read_info(out / "whole").documents
+    printed = chameleon("preprocess", "--merge", "--output", out / "s")
+    assert printed.strip().endswith("of 7 shards")
+    assert contents(out, "s") == contents(out, "whole")
+    open_token_file(out / "s", load_tokenizer(tokenizer_folder)).verify()
+    again = chameleon("preprocess", *inputs, out / "s", "--shard", "5/7")
+    assert "an earlier run has written it" in again  # a requeued job of the array
 
 
-def test_error_leaves_the_old_output_and_no_other_file(
+def test_merge_names_what_is_missing(tmp_path, tokenizer_folder, documents, chameleon, refused):
+    inputs = (documents, "--tokenizer", tokenizer_folder, "--output", tmp_path / "s")
+    assert refused("preprocess", "--merge", *inputs[3:]) == (
+        f"error: {tmp_path}/s: no shards lie here. "
+        "Make them with: chameleon preprocess ... --shard I/N."
+    )
+    chameleon("preprocess", *inputs, "--shard", "0/2")
+    assert f"{tmp_path}/s.shard-1-of-2: no token file here" in refused(
+        "preprocess", "--merge", *inputs[3:]
+    )
+    chameleon("preprocess", *inputs, "--shard", "1/2", "--source", "other")
+    assert "s.shard-1-of-2: other inputs or options than those of" in refused(
+        "preprocess", "--merge", *inputs[3:]
+    )
+    chameleon("preprocess", *inputs, "--shard", "0/3")
+    line = refused("preprocess", "--status", *inputs[3:])
+    assert line == (
+        f"error: {tmp_path}/s: shards of 2 and of 3 lie here. Remove those that you do not want."
+    )
+
+
+def test_bad_documents_stop_the_run_only_where_they_are_too_many(
     tmp_path, tokenizer_folder, documents, chameleon, refused
 ):
-    output = tmp_path / "out" / "tokens"
-    arguments = ("preprocess", documents, "--tokenizer", tokenizer_folder, "--output", output)
-    chameleon(*arguments)
-    before = contents(tmp_path / "out", "tokens")
     with documents.open("a") as file:
         file.write('{"text": "cut of')
-    for workers in (1, 2):
-        line = refused(*arguments, "--workers", workers)
-        assert line.startswith(f"error: {documents}:151: not a line of JSON (Unterminated string")
-        assert line.endswith("Mend or remove the line.")
-        assert contents(tmp_path / "out", "tokens") == before
-        assert len(list((tmp_path / "out").iterdir())) == len(before)
+    output = tmp_path / "out" / "t"
+    arguments = ("preprocess", documents, "--tokenizer", tokenizer_folder, "--output", output)
+    line = refused(*arguments, "--max-bad", 0.02)
+    assert line.startswith(
+        f"error: {output}: 4 of 151 documents (2.6%) are bad, more than --max-bad 0.02: 1 broken "
+        "document, 1 corrupt image, 1 empty image, 1 missing image; "
+        f"{output}.partial/tokens.dropped.jsonl lists them, such as {documents}:31: "
+    )
+    assert not output.with_suffix(".json").exists()
+    assert "unfinished" in chameleon("preprocess", "--status", "--output", output)
+    line = refused("inspect", output)
+    assert line.startswith(f"error: {output}: unfinished, {output}.partial is there. Finish it")
+    printed = chameleon(*arguments, "--max-bad", 0.03)  # goes on at the end
+    assert "147 documents" in printed and "4 dropped (1 broken document, 1 corrupt" in printed
+    last = json.loads(contents(tmp_path / "out", "t")[".dropped.jsonl"].splitlines()[-1])
+    assert last["where"] == f"{documents}:151" and last["source"] == "documents"
+    assert last["detail"].startswith("not a line of JSON (Unterminated string")
+
+
+def test_unfinished_work_of_another_command_is_not_thrown_away(
+    tmp_path, tokenizer_folder, documents, chameleon, refused
+):
+    arguments = (
+        "preprocess",
+        documents,
+        "--tokenizer",
+        tokenizer_folder,
+        "--output",
+        tmp_path / "t",
+    )
+    refused(*arguments, "--max-bad", 0)
+    documents.touch()
+    assert refused(*arguments) == (
+        f"error: {tmp_path}/t.partial: 147 documents of other inputs, options or tokenizer "
+        "lie here. Finish them with their own command, or begin anew with --restart."
+    )
+    assert "147 documents" in chameleon(*arguments, "--restart")
+    assert not (tmp_path / "t.partial").exists()
 
 
 def test_every_document_dropped(tmp_path, tokenizer_folder, refused):
@@ -169,9 +220,9 @@ def test_every_document_dropped(tmp_path, tokenizer_folder, refused):
     path.write_text('{"content": [{"type": "image", "image": "none.png"}]}\n' * 2)
     line = refused("preprocess", path, "--tokenizer", tokenizer_folder, "--output", output)
     assert line == (
-        f"error: {path}: all 2 documents were dropped (2 missing image), the first for "
-        f"{tmp_path}/none.png: no such image file. Check the images; paths are relative to the "
-        "file of documents."
+        f"error: {path}: all 2 documents were dropped (2 missing image), the first for {path}:1: "
+        f"{tmp_path}/none.png: no such image file. Check the documents; paths of images are "
+        "relative to the file of documents."
     )
     assert list((tmp_path / "out").iterdir()) == []
 

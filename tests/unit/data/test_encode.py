@@ -6,31 +6,39 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_chameleon.data.blocks import Fault
 from megatron_chameleon.data.documents import Document, ImagePart, TextPart
-from megatron_chameleon.data.encode import IMAGE_BATCH, encode_documents
+from megatron_chameleon.data.encode import EncodeOptions, Encoder
 from megatron_chameleon.errors import DataError
 
 
-def document(*content):
-    return Document("id", "source", content, "file:1")
+def document(*content, source="source", record=1):
+    return Document("id", source, content, f"file:{record}", record=record)
+
+
+def encode(documents, tokenizer, **options):
+    """The token ids of each document, what was dropped, and the block."""
+    block, dropped = Encoder(tokenizer, EncodeOptions(**options)).encode(documents)
+    return np.split(block.token_ids, np.cumsum(block.lengths)[:-1]), dropped, block
 
 
 def test_layout_of_a_document(tmp_path, tokenizer, picture):
     path = tmp_path / picture("i.png")
-    (result,) = encode_documents(
-        [document(TextPart("a seven"), ImagePart(str(path)), TextPart("and two"))], tokenizer
-    )
+    content = TextPart("a seven"), ImagePart(str(path)), TextPart("and two")
+    (token_ids,), dropped, block = encode([document(*content)], tokenizer)
     vocabulary = tokenizer.vocabulary
     codes = vocabulary.codes_to_token_ids(tokenizer.image.encode([Image.open(path)])[0])
     expected = [vocabulary.bos, *tokenizer.text.encode("a seven")]
     expected += [vocabulary.begin_image, *codes, vocabulary.end_image]
     expected += [*tokenizer.text.encode("and two"), vocabulary.eos]
-    assert result.token_ids.tolist() == expected
-    assert result.images == 1 and result.dropped is None
+    assert token_ids.tolist() == expected
+    assert dropped == [] and block.image_counts.tolist() == [1]
+    before = 1 + len(tokenizer.text.encode("a seven"))
+    assert block.images.tolist() == [(before, len(codes) + 2)]
 
 
 def test_batches_over_documents_give_what_single_documents_give(tmp_path, tokenizer, picture):
-    """More images than one batch holds, in documents of 0 to 4 of them."""
+    """Several batches of images, in documents of 0 to 4 of them."""
     documents, image = [], 0
     for images in [3, 0, 4, 1, 4, 4, 0, 4]:
         parts = [TextPart(f"{images} of two")]
@@ -38,18 +46,20 @@ def test_batches_over_documents_give_what_single_documents_give(tmp_path, tokeni
             parts.append(ImagePart(str(tmp_path / picture(f"{image}.png", seed=image))))
             image += 1
         documents.append(document(*parts))
-    assert image > IMAGE_BATCH
-    together = encode_documents(documents, tokenizer)
-    for single, result in zip(documents, together, strict=True):
-        (alone,) = encode_documents([single], tokenizer)
-        np.testing.assert_array_equal(result.token_ids, alone.token_ids)
-        assert result.images == alone.images
+    together, _, block = encode(documents, tokenizer)
+    spans = iter(block.images)
+    for single, token_ids, count in zip(documents, together, block.image_counts, strict=True):
+        (alone,), _, alone_block = encode([single], tokenizer)
+        np.testing.assert_array_equal(token_ids, alone)
+        assert [next(spans).item() for _ in range(count)] == alone_block.images.tolist()
 
 
-def test_text_never_becomes_a_control_or_image_token(tokenizer):
+@pytest.mark.parametrize("text_encoder", ["gigatoken", "sentencepiece"])
+def test_text_never_becomes_a_control_or_image_token(tokenizer, text_encoder):
     spelled = "<s></s><pad><unk>IMGIMGAZ<racm3:break><eoss><reserved08706><image>"
-    (result,) = encode_documents([document(TextPart(spelled))], tokenizer)
-    inner = result.token_ids[1:-1]
+    documents = [document(TextPart(spelled))]
+    (token_ids,), _, _ = encode(documents, tokenizer, text_encoder=text_encoder)
+    inner = token_ids[1:-1]
     vocabulary = tokenizer.vocabulary
     assert not vocabulary.is_image_code(inner).any()
     assert inner.min() > vocabulary.image_placeholder  # all special ids come first
@@ -61,22 +71,67 @@ def test_unusable_image_drops_its_document_and_no_other(tmp_path, tokenizer, pic
     (tmp_path / "empty.png").write_bytes(b"")
     empty = ImagePart(str(tmp_path / "empty.png"))
     documents = [
-        document(TextPart("one"), good),
-        document(good, TextPart("two"), empty),
-        document(TextPart("three"), good),
+        document(TextPart("one"), good, record=1),
+        document(good, TextPart("two"), empty, source="other", record=2),
+        document(TextPart("three"), good, record=3),
     ]
-    first, dropped, last = encode_documents(documents, tokenizer)
-    assert dropped.token_ids is None and dropped.dropped == "empty image"
+    (first, last), (dropped,), block = encode(documents, tokenizer)
+    assert (dropped.reason, dropped.source, dropped.where) == ("empty image", "other", "file:2")
     assert dropped.detail == f"{tmp_path / 'empty.png'}: the image has 0 bytes"
-    (alone,) = encode_documents(documents[2:], tokenizer)
-    np.testing.assert_array_equal(last.token_ids, alone.token_ids)
-    assert first.images == last.images == 1
+    (alone,), _, _ = encode(documents[2:], tokenizer)
+    np.testing.assert_array_equal(last, alone)
+    assert block.image_counts.tolist() == [1, 1] and block.records.tolist() == [1, 3]
+    assert block.sources == ["source"] and len(first) > 2
 
 
-def test_images_need_an_image_tokenizer(tokenizer):
-    text_only = dataclasses.replace(tokenizer, image=None)
-    assert encode_documents([document(TextPart("x"))], text_only)[0].token_ids is not None
+def test_faults_are_listed_in_the_order_of_the_input(tmp_path, tokenizer):
+    """Else the list would depend on how the input was cut into blocks."""
+    bad = ImagePart(str(tmp_path / "none.png"))
+    fault = Fault(DataError("file:2", "no JSON", "Mend it"), "broken document", "x", "s")
+    items = [document(bad, record=1), fault, document(bad, record=3), document(TextPart("a"))]
+    _, dropped, _ = encode(items, tokenizer)
+    assert [bad.where for bad in dropped] == ["file:1", "file:2", "file:3"]
+
+
+@pytest.mark.parametrize("content", [(TextPart("a"),), (TextPart("a"), TextPart("two"))])
+def test_sources_are_numbered_and_can_be_replaced(tokenizer, content):
+    documents = [document(*content, source=name) for name in ("x", "y", "x")]
+    _, _, block = encode(documents, tokenizer)
+    assert block.sources == ["x", "y"] and block.source_numbers.tolist() == [0, 1, 0]
+    _, _, block = encode(documents, tokenizer, source="all")
+    assert block.sources == ["all"] and block.source_numbers.tolist() == [0, 0, 0]
+
+
+def test_no_documents_are_no_tokens(tokenizer):
+    block, _ = Encoder(tokenizer).encode([])
+    assert len(block.token_ids) == len(block.lengths) == len(block.images) == 0
+
+
+def test_image_cache_gives_the_same_codes(tmp_path, tokenizer, picture, monkeypatch):
+    documents = [document(ImagePart(str(tmp_path / picture(f"{i}.png", i)))) for i in range(3)]
+    expected, _, _ = encode(documents, tokenizer)
+    folder = str(tmp_path / "cache")
+    encode(documents, tokenizer, image_cache=folder)
+    entries = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert len(entries) == 3
+    entries[0].write_bytes(b"damaged")
+    encoded = []
+    real = type(tokenizer.image).encode_prepared
+    monkeypatch.setattr(
+        type(tokenizer.image),
+        "encode_prepared",
+        lambda self, images: encoded.append(len(images)) or real(self, images),
+    )
+    found, _, _ = encode(documents, tokenizer, image_cache=folder)
+    assert encoded == [1]  # the damaged one alone
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_images_need_an_image_tokenizer(tokenizer, tmp_path):
+    text_only = dataclasses.replace(tokenizer, image=None, folder=tmp_path)
+    assert len(encode([document(TextPart("x"))], text_only)[0]) == 1
     with pytest.raises(
         DataError, match=r"file:1: the document has 1 images, .* no image tokenizer"
     ):
-        encode_documents([document(ImagePart("i.png"))], text_only)
+        encode([document(ImagePart("i.png"))], text_only)

@@ -7,9 +7,12 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 
 from megatron_chameleon.cli.preprocess import parse_shard
-from megatron_chameleon.data import preprocess as module
-from megatron_chameleon.data.documents import Document, TextPart
-from megatron_chameleon.data.preprocess import preprocess
+from megatron_chameleon.data import workers as module
+from megatron_chameleon.data.blocks import Block, Position
+from megatron_chameleon.data.encode import EncodedBlock, EncodeOptions
+from megatron_chameleon.data.preprocess import PreprocessOptions, preprocess
+from megatron_chameleon.data.progress import Report
+from megatron_chameleon.data.token_writer import WriterState
 from megatron_chameleon.errors import ConfigError, DataError
 
 
@@ -19,12 +22,14 @@ from megatron_chameleon.errors import ConfigError, DataError
         ({"workers": 0}, r"--workers: 0 is less than 1\. Give the number"),
         ({"shard": (2, 2)}, r"--shard: 2/2 is not within 0/2 to 1/2\. Count from 0"),
         ({"shard": (0, 0)}, r"--shard: 0/0 is not within"),
+        ({"max_bad": 1.5}, r"--max-bad: 1\.5 is not between 0 and 1\. Give a share"),
+        ({"source": ""}, r"--source: the name is empty"),
     ],
 )
 def test_options_that_cannot_work(tmp_path, tokenizer_folder, write_lines, options, message):
     path = write_lines("d.jsonl", {"text": "x"})
     with pytest.raises(ConfigError, match=message):
-        preprocess([path], tokenizer_folder, tmp_path / "t", **options)
+        preprocess([path], tokenizer_folder, tmp_path / "t", PreprocessOptions(**options))
 
 
 def test_output_that_would_overwrite_an_input(tmp_path, tokenizer_folder, write_lines):
@@ -42,9 +47,6 @@ def test_output_without_a_name(tokenizer_folder, write_lines):
 def test_no_documents(tmp_path, tokenizer_folder, write_lines):
     with pytest.raises(DataError, match=r"d\.jsonl: no documents\. Check"):
         preprocess([write_lines("d.jsonl")], tokenizer_folder, tmp_path / "t")
-    path = write_lines("d.jsonl", {"text": "x"})
-    with pytest.raises(DataError, match=r"no documents for shard 1/2\. Give files that hold some"):
-        preprocess([path], tokenizer_folder, tmp_path / "t", shard=(1, 2))
     assert [p.name for p in tmp_path.iterdir()] == ["d.jsonl"]
 
 
@@ -70,53 +72,63 @@ def test_text_needs_no_image_tokenizer(tmp_path, tokenizer_folder, write_lines):
         preprocess([path], folder, tmp_path / "t")
 
 
-def test_chunks_follow_the_results_closely(tokenizer, monkeypatch):
+def block(record):
+    return Block("f.jsonl", 0, record, Position(record=record), b"")
+
+
+def test_blocks_follow_the_results_closely(tokenizer, monkeypatch):
     """The reader must not run ahead of the writer: memory would grow with the input."""
     read = 0
 
-    def chunks():
+    def blocks():
         nonlocal read
         for i in range(10):
             read += 1
-            yield module.Chunk([Document(str(i), "s", (TextPart("x"),), "f:1")], i)
+            yield block(i)
 
     class Executor:
         def __init__(self, *_, **__): ...
         def shutdown(self, **_): ...
-        def submit(self, _, documents):
+        def submit(self, _, block):
             future = Future()
-            future.set_result(documents)
+            future.set_result(EncodedBlock(None, [], block.after))
             return future
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", Executor)
     order = []
-    for written, (_, results) in enumerate(module._encode_chunks(chunks(), tokenizer, 2)):
+    encoded = module.encode_blocks(blocks(), tokenizer, EncodeOptions(), 2)
+    for written, result in enumerate(encoded):
         assert read - written <= 4
-        order.append(results[0].id)
-    assert order == [str(i) for i in range(10)]
+        order.append(result.after.record)
+    assert order == list(range(10))
 
 
 def test_killed_worker_is_no_traceback():
     future = Future()
     future.set_exception(BrokenProcessPool("a child died"))
-    chunk = module.Chunk([Document("a", "s", (TextPart("x"),), "f.jsonl:65")], 0)
     with pytest.raises(DataError, match=r"f\.jsonl:65: a worker process died .* fewer --workers"):
-        module._result(chunk, future)
+        module._result(block(64), future)
 
 
-def test_progress_line(monkeypatch, capsys):
-    report = module._Report(module.ReadProgress(total_bytes=4_000_000))
-    report.update(_Counts, 1_000_000)
+def test_progress_line(capsys):
+    state = WriterState(documents=400, tokens=6000, images=20, dropped={"empty image": 3})
+    report = Report(4_000_000, WriterState())
+    report.update(state, 1_000_000)
     assert capsys.readouterr().err == ""  # too early
     report.started, report.printed = report.started - 20, report.printed - 20
-    report.update(_Counts, 1_000_000)
+    report.update(state, 1_000_000)
     line = capsys.readouterr().err
-    assert line.startswith("preprocess: 400 documents, 25% of input, 20 documents/s, 300 tokens/s")
-    assert line.endswith(", 0.05 MB/s, ETA 1:00\n")
+    assert line.startswith("preprocess: 400 documents, 3 bad, 25% of input, 20 documents/s, 300 to")
+    assert line.endswith(", 1.0 images/s, 0.05 MB/s, ETA 1:00\n")
 
 
-class _Counts:
-    documents, tokens = 400, 6000
+def test_rates_of_a_resumed_run_are_its_own(capsys):
+    before = WriterState(documents=300, tokens=5000, images=20)
+    report = Report(4_000_000, before, start_bytes=500_000)
+    report.started, report.printed = report.started - 10, report.printed - 20
+    report.update(WriterState(documents=400, tokens=6000, images=20), 1_000_000)
+    line = capsys.readouterr().err
+    assert ", 10 documents/s, 100 tokens/s, 0.0 images/s, 0.05 MB/s, ETA 1:00" in line
 
 
 def test_shard_option():

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_chameleon.data.documents import ImagePart, TextPart
-from megatron_chameleon.data.readers import ReadProgress, read_documents
+from megatron_chameleon.data.readers import read_documents
 from megatron_chameleon.errors import DataError
 
 
@@ -28,18 +28,12 @@ def write_parquet(path, **columns):
     return path
 
 
-def test_files_are_read_in_order_and_progress_counts_bytes(write_lines):
+def test_files_are_read_in_order(write_lines):
     first = write_lines("a.jsonl", {"text": "1"}, "", {"text": "2"})
     second = write_lines("b.json", {"text": "3"})
-    progress = ReadProgress()
-    seen = []
-    for document in read_documents([first, second], progress):
-        seen.append((document.content[0].text, document.where, progress.read_bytes))
-    sizes = first.stat().st_size, second.stat().st_size
-    assert [text for text, _, _ in seen] == ["1", "2", "3"]
-    assert seen[1][1] == f"{first}:3"
-    assert [done for _, _, done in seen] == [14, sizes[0], sum(sizes)]
-    assert progress.read_bytes == progress.total_bytes == sum(sizes)
+    documents = list(read_documents([first, second]))
+    assert [document.content[0].text for document in documents] == ["1", "2", "3"]
+    assert (documents[1].where, documents[1].record) == (f"{first}:3", 3)
 
 
 def test_gzip(tmp_path):
@@ -53,7 +47,7 @@ def test_truncated_gzip_names_the_line(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(lines)[:-2000])
     with pytest.raises(
-        DataError, match=r"a\.jsonl\.gz:\d+: cannot read on \(Compressed file ended"
+        DataError, match=r"a\.jsonl\.gz:\d+: the file breaks off here, the rest of it is lost"
     ):
         list(read_documents([path]))
 
@@ -97,7 +91,7 @@ def test_truncated_tar_says_after_which_sample(tmp_path):
     files = {f"{i}.{kind}": b"x" * 5000 for i in range(3) for kind in ("png", "txt")}
     path = write_tar(tmp_path / "s.tar", files)
     path.write_bytes(path.read_bytes()[: 5 * 5632 + 1000])  # 5632 bytes: header + padded content
-    with pytest.raises(DataError, match=r"s\.tar: the tar is broken after 1 \(unexpected end"):
+    with pytest.raises(DataError, match=r"s\.tar: the tar is broken after sample 2, .* \(unexp"):
         list(read_documents([path]))
 
 
@@ -147,7 +141,7 @@ def test_parquet_of_another_shape(tmp_path, columns, message):
 def test_truncated_parquet(tmp_path):
     path = write_parquet(tmp_path / "o.parquet", images=[["i"]], texts=[[None]])
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(DataError, match=r"o\.parquet: not a parquet file"):
+    with pytest.raises(DataError, match=r"o\.parquet: broken after row 0: the rest is lost"):
         list(read_documents([path]))
 
 

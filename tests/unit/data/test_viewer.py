@@ -8,13 +8,13 @@ import numpy as np
 from PIL import Image
 
 from megatron_chameleon.data.documents import Document, ImagePart, TextPart
-from megatron_chameleon.data.encode import encode_documents
+from megatron_chameleon.data.encode import Encoder
 from megatron_chameleon.data.viewer import segments, summary, write_html
 
 
 def encoded(tokenizer, *content):
-    (result,) = encode_documents([Document("id", "s", content, "f:1")], tokenizer)
-    return result.token_ids
+    tokens, _ = Encoder(tokenizer).encode([Document("id", "s", content, "f:1")])
+    return tokens.token_ids
 
 
 def test_segments(tokenizer):

@@ -1,0 +1,162 @@
+"""Image parts to image codes: reading and decoding on threads while the network encodes.
+
+With a cache folder the codes of an image are kept under the SHA-256 of its file's bytes, beside
+those of other tokenizers; a damaged entry is made again.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_chameleon.data.documents import ImageError, ImagePart, one_line
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.files import write_bytes
+
+if TYPE_CHECKING:
+    from megatron_chameleon.tokenizer.image import ImageTokenizer
+
+THREADS = 2
+BATCHES_AHEAD = 2
+"""Prepared images that wait for the network, in batches: they bound the memory."""
+
+
+class ImageCache:
+    """Codes of images that were encoded before.
+
+    Args:
+        folder: Any folder; several processes may share it.
+        tokenizer: Digest of what makes the codes.
+        shape: Codes an image, and size of the codebook.
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: str, shape: tuple[int, int]) -> None:
+        self.folder = Path(folder) / tokenizer[:16]
+        self.codes_per_image, self.codebook_size = shape
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / key
+
+    def get(self, key: str) -> np.ndarray | None:
+        """Codes, int64 [codes_per_image]; None where there are none, or damaged ones."""
+        try:
+            content = self._path(key).read_bytes()
+        except OSError:
+            return None
+        if len(content) != 4 * self.codes_per_image:
+            return None
+        codes = np.frombuffer(content, dtype="<u4").astype(np.int64)
+        return codes if codes.max(initial=0) < self.codebook_size else None
+
+    def put(self, key: str, codes: np.ndarray) -> None:
+        """Keep codes.
+
+        Raises:
+            DataError: When the disk does not take them.
+        """
+        try:
+            write_bytes(self._path(key), codes.astype("<u4").tobytes())
+        except OSError as error:
+            what = f"cannot write the image cache ({error.strerror})"
+            raise DataError(str(self.folder), what, "Choose another --image-cache") from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch on one thread: codes must not depend on the number of cores, and workers add up."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class ImageEncoder:
+    """Encodes images in batches, in the order of the parts.
+
+    Args:
+        tokenizer: The image tokenizer, on its device.
+        cache: Where codes are kept, if anywhere.
+    """
+
+    def __init__(self, tokenizer: "ImageTokenizer", cache: ImageCache | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.cached_images = 0
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="images")
+
+    def encode(self, parts: Sequence[ImagePart]) -> list[np.ndarray | ImageError]:
+        """The codes of each image, int64 [codes_per_image], or what is wrong with it.
+
+        Raises:
+            DataError: When a disk or network fails.
+        """
+        results: list[np.ndarray | ImageError] = []
+        waiting: list[tuple[int, str, np.ndarray]] = []
+        for key, found in self._prepared(parts):
+            if isinstance(found, np.ndarray) and found.ndim == 3:
+                waiting.append((len(results), key, found))
+            elif isinstance(found, np.ndarray):
+                self.cached_images += 1
+            results.append(found)
+            if len(waiting) == self.tokenizer.batch_size:
+                self._flush(waiting, results)
+        self._flush(waiting, results)
+        return results
+
+    def _flush(
+        self, waiting: list[tuple[int, str, np.ndarray]], results: list[np.ndarray | ImageError]
+    ) -> None:
+        if not waiting:
+            return
+        with _one_thread():
+            batch = self.tokenizer.encode_prepared(np.stack([pixels for _, _, pixels in waiting]))
+        for (position, key, _), codes in zip(waiting, batch, strict=True):
+            results[position] = codes
+            if self.cache is not None:
+                self.cache.put(key, codes)
+        waiting.clear()
+
+    def _prepared(
+        self, parts: Sequence[ImagePart]
+    ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
+        """Key and pixels, or codes, or fault of each image, a few batches ahead."""
+        ahead = BATCHES_AHEAD * self.tokenizer.batch_size
+        futures: deque[Future[tuple[str, np.ndarray | ImageError]]] = deque()
+        rest = iter(parts)
+        try:
+            while True:
+                while len(futures) < ahead and (part := next(rest, None)) is not None:
+                    futures.append(self._pool.submit(self._prepare, part))
+                if not futures:
+                    return
+                yield futures.popleft().result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _prepare(self, part: ImagePart) -> tuple[str, np.ndarray | ImageError]:
+        from megatron_chameleon.tokenizer.image import prepare_image
+
+        try:
+            data = part.read()
+            key = hashlib.sha256(data).hexdigest() if self.cache is not None else ""
+            codes = self.cache.get(key) if self.cache is not None else None
+            if codes is not None:
+                return key, codes
+            image = part.decode(data)
+        except ImageError as fault:
+            return "", fault
+        try:
+            return key, prepare_image(image, self.tokenizer.resolution)
+        except Exception as error:  # Pillow raises whatever its parsers meet
+            what = f"the image cannot be prepared ({one_line(error)})"
+            return "", ImageError(part.name, what, "Replace or remove it")

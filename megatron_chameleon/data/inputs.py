@@ -1,0 +1,206 @@
+"""Which files are read, in which order, and which part of them is a shard's.
+
+An input is a local path, a glob, or a URL of any file system that fsspec knows (``s3://``,
+``gs://``, ``hf://``, ...; some need a package of their own). A glob's files come in the order of
+their names. The suffix tells the kind:
+
+- ``.jsonl``, ``.json``, ``.ndjson``: a document a line
+- ``.tar``: WebDataset
+- ``.parquet``: OBELICS-style, or a column ``text``
+
+JSON Lines and tars may be compressed: ``.gz``, ``.zst``.
+"""
+
+import glob
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from megatron_chameleon.errors import DataError
+
+KINDS = {"jsonl": "lines", "json": "lines", "ndjson": "lines", "tar": "tar", "parquet": "parquet"}
+COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd"}
+SUFFIXES = ".jsonl, .json, .ndjson or .tar (each also with .gz or .zst), or .parquet"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file of documents."""
+
+    path: str
+    """As it was given, or as its glob names it."""
+    kind: str
+    """lines, tar or parquet."""
+    compression: str | None
+    """gzip, zstd or None."""
+    size_bytes: int
+    """As it lies on the disk."""
+    signature: str
+    """Changes with the file, as far as the file system tells: size and time, or an etag."""
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.path
+
+    @property
+    def name(self) -> str:
+        """The file's name without folders."""
+        return self.path.rsplit("/", 1)[-1]
+
+    def open(self) -> IO[bytes]:
+        """The bytes of the file as they lie there; seekable.
+
+        Raises:
+            DataError: When it cannot be opened.
+        """
+        try:
+            if not self.is_remote:
+                return Path(self.path).open("rb")
+            file: IO[bytes] = fsspec.open(self.path, "rb").open()
+            return file
+        except Exception as error:  # each file system has its own
+            raise _cannot_open(self.path, error) from error
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of one input that is read: the records that start in [start, stop)."""
+
+    input: int
+    """Its number in the list of inputs."""
+    start: int = 0
+    """Bytes of the file for uncompressed lines; rows for parquet; 0 for others."""
+    stop: int | None = None
+    """None: to the end."""
+    size_bytes: int = 0
+    """Its share of the file, for the progress line."""
+
+
+def find_inputs(words: Sequence[str | Path]) -> list[Input]:
+    """All files, in order.
+
+    Raises:
+        DataError: When one is missing, a folder, or of no known kind, or a glob matches nothing.
+    """
+    found: list[Input] = []
+    for word in map(str, words):
+        if "://" in word:
+            found += _remote(word)
+        elif Path(word).exists() or not glob.has_magic(word):
+            found.append(_local(word))
+        else:
+            found_paths = glob.glob(word, recursive=True)  # noqa: PTH207  # paths may be absolute
+            paths = [path for path in sorted(found_paths) if not Path(path).is_dir()]
+            if not paths:
+                raise DataError(word, "matches no file", "Check the pattern")
+            found += map(_local, paths)
+    return found
+
+
+def _local(path: str) -> Input:
+    kind, compression = _kind(path)
+    if not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "no such file"
+        raise DataError(path, what, f"Give files of documents: {SUFFIXES}")
+    status = Path(path).stat()
+    return Input(path, kind, compression, status.st_size, f"{status.st_size} {status.st_mtime_ns}")
+
+
+def _remote(url: str) -> list[Input]:
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        if glob.has_magic(path):
+            paths = sorted(system.glob(path))
+        else:
+            paths = [path] if system.isfile(path) else []
+        details = [system.info(found) for found in paths]
+    except Exception as error:  # each file system has its own
+        raise _cannot_open(url, error) from error
+    details = [detail for detail in details if detail.get("type") != "directory"]
+    if not details:
+        raise DataError(url, "no such file", f"Give files of documents: {SUFFIXES}")
+    return [_remote_input(system, url, detail) for detail in details]
+
+
+def _remote_input(system: Any, url: str, detail: dict[str, Any]) -> Input:
+    path = system.unstrip_protocol(detail["name"]) if glob.has_magic(url) else url
+    kind, compression = _kind(path)
+    size = int(detail.get("size") or 0)
+    known = [detail.get(key) for key in ("etag", "ETag", "mtime", "LastModified", "created")]
+    mark = next((str(value) for value in known if value), "")
+    return Input(path, kind, compression, size, f"{size} {mark}")
+
+
+def _kind(path: str) -> tuple[str, str | None]:
+    words = path.rsplit("/", 1)[-1].lower().split(".")
+    compression = COMPRESSIONS.get(words[-1])
+    if words[-1] == "tgz":
+        words, compression = [*words[:-1], "tar"], "gzip"
+    elif compression:
+        words = words[:-1]
+    kind = KINDS.get(words[-1]) if len(words) > 1 else None
+    if kind is None or (kind == "parquet" and compression):
+        raise DataError(path, "the suffix is of no known kind", f"Use {SUFFIXES}")
+    return kind, compression
+
+
+def _cannot_open(path: str, error: Exception) -> DataError:
+    cause = " ".join(str(error).split()) or type(error).__name__
+    remedy = "Check the path and the rights"
+    if isinstance(error, ImportError | ValueError) and "://" in path:
+        remedy = "Install the package that fsspec needs for this kind of URL"
+    return DataError(path, f"cannot be opened ({cause})", remedy)
+
+
+# Shards
+
+
+def plan_spans(inputs: Sequence[Input], shard: tuple[int, int] = (0, 1)) -> list[Span]:
+    """What one of several shards reads: a stretch of all bytes in a row, about 1/N of them.
+
+    The shards' documents, one shard after the other, are the documents of all inputs in order.
+    Uncompressed lines and parquet are cut within a file, other files belong to one shard whole.
+
+    Args:
+        inputs: All of them.
+        shard: (I, N), 0 <= I < N.
+    """
+    total = sum(item.size_bytes for item in inputs)
+    low, high = (total * (shard[0] + i) // shard[1] for i in (0, 1))
+    is_last = shard[0] == shard[1] - 1
+    spans, begin = [], 0
+    for number, item in enumerate(inputs):
+        start, stop = max(low - begin, 0), high - begin
+        end, size = begin + item.size_bytes, item.size_bytes
+        if (low <= begin and end <= high) and (begin < high or is_last):
+            spans.append(Span(number, 0, None, size))
+        elif begin < high and low < end and size:
+            span = _cut(item, number, start, min(stop, size))
+            spans += [span] if span is not None else []
+        begin = end
+    return spans
+
+
+def _cut(item: Input, number: int, start: int, stop: int) -> Span | None:
+    """The part of a file that starts in the bytes [start, stop); None for nothing of it."""
+    last = None if stop == item.size_bytes else stop
+    if item.kind == "lines" and item.compression is None:
+        return Span(number, start, last, stop - start)
+    if item.kind == "parquet":
+        from megatron_chameleon.data.parquet_blocks import row_borders
+
+        rows = row_borders(item, start, last)
+        return None if rows is None else Span(number, *rows, stop - start)
+    return Span(number, 0, None, item.size_bytes) if start == 0 else None
+
+
+def signature_of(inputs: Sequence[Input]) -> str:
+    """A digest of the names and signatures of all inputs."""
+    digest = hashlib.sha256()
+    for item in inputs:
+        digest.update(f"{item.path}\0{item.signature}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,106 @@
+"""Finished shards to one token file, without looking at a token.
+
+The shards of an input, one after the other, are the whole: the result is byte for byte what one
+process would have written. Tokens and lengths are copied by the kernel (``copy_file_range``: a
+server copies on its own, where it can); only PREFIX.documents is rewritten, 24 bytes a document.
+Killed anywhere, the same command goes on after the last shard that was copied whole.
+"""
+
+from pathlib import Path
+
+from megatron_chameleon.data.progress import describe, find_shards, shard_prefix
+from megatron_chameleon.data.token_format import (
+    SUFFIXES,
+    TokenFileInfo,
+    file_of,
+    partial_folder,
+    read_info,
+)
+from megatron_chameleon.data.token_writer import DROPPED, MERGE, TokenFileWriter
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.folder import load_tokenizer
+
+
+def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
+    """Make PREFIX of PREFIX.shard-0-of-N to PREFIX.shard-N-1-of-N.
+
+    Args:
+        prefix: The token file; an older one stays until the new one is whole.
+        keep: Leave the shards where they are.
+
+    Raises:
+        DataError: When a shard is missing or unfinished, or they do not belong together.
+    """
+    count = find_shards(prefix)
+    if count < 2:
+        remedy = "Make them with: chameleon preprocess ... --shard I/N"
+        raise DataError(str(prefix), "no shards lie here", remedy)
+    shards = [shard_prefix(prefix, (index, count)) for index in range(count)]
+    merged = _merged(prefix, shards)
+    if merged is not None:
+        if not keep:
+            _remove(shards)
+        return merged
+    infos = [_read_shard(shard) for shard in shards]
+    _check_same(shards, infos)
+    if not sum(info.documents for info in infos):
+        raise DataError(str(prefix), f"all {count} shards are empty", "Check the documents")
+    tokenizer = load_tokenizer(infos[0].tokenizer, images=False)
+    job = infos[0].job + MERGE
+    with TokenFileWriter(prefix, tokenizer, job, infos[0].inputs) as writer:
+        done = writer.state.position.get("shards", 0)
+        if not writer.state.finishing:
+            for index in range(done, count):
+                writer.add_file(shards[index], infos[index])
+                writer.save({"shards": index + 1})
+        info = writer.commit()
+    if not keep:
+        _remove(shards)
+    print(f"{describe(info, Path(prefix))}, of {count} shards")
+    return info
+
+
+def _merged(prefix: str | Path, shards: list[str]) -> TokenFileInfo | None:
+    """What these shards were merged to already, by a run that was killed while it removed them."""
+    if partial_folder(prefix).is_dir() or not file_of(prefix, ".json").is_file():
+        return None
+    info = read_info(prefix)
+    jobs = {read_info(shard).job for shard in shards if file_of(shard, ".json").is_file()}
+    unfinished = any(partial_folder(shard).is_dir() for shard in shards)
+    return info if jobs <= {info.job} and not unfinished else None
+
+
+def _read_shard(shard: str) -> TokenFileInfo:
+    try:
+        info = read_info(shard)
+    except DataError as error:
+        remedy = "Run that shard; `chameleon preprocess --status` shows all"
+        raise DataError(error.where, error.what, remedy) from error
+    for suffix, size in (
+        (".bin", info.bin_bytes),
+        (".documents", 24 * info.documents),
+        (".images", 8 * info.images),
+    ):
+        found = file_of(shard, suffix).stat().st_size
+        if found != size:
+            what = f"{found} bytes, its .json names {size}"
+            raise DataError(str(file_of(shard, suffix)), what, "Run the shard with --restart")
+    return info
+
+
+def _check_same(shards: list[str], infos: list[TokenFileInfo]) -> None:
+    for shard, info in zip(shards, infos, strict=True):
+        if info.tokenizer_fingerprint != infos[0].tokenizer_fingerprint:
+            what = f"another tokenizer than that of {shards[0]}"
+        elif info.job != infos[0].job:
+            what = f"other inputs or options than those of {shards[0]}"
+        else:
+            continue
+        raise DataError(shard, what, "Run all shards with the same command, but for --shard")
+
+
+def _remove(shards: list[str]) -> None:
+    """Remove token files, the sidecar first: what is left of one never looks whole."""
+    for shard in shards:
+        for suffix in (".json", *SUFFIXES, DROPPED):
+            file_of(shard, suffix).unlink(missing_ok=True)

@@ -1,0 +1,111 @@
+"""Parquet: OBELICS-style parallel lists ``images`` and ``texts``, or a column ``text``."""
+
+from collections.abc import Iterator
+from typing import IO, Any
+
+from megatron_chameleon.data.blocks import BROKEN_FILE, Fault, Piece, Rows
+from megatron_chameleon.data.inputs import Input, Span
+from megatron_chameleon.errors import DataError
+
+INTERLEAVED_ROWS = 16
+TEXT_ROWS = 256
+
+
+def parquet_pieces(item: Input, span: Span, file: IO[bytes], done: int) -> Iterator[Piece]:
+    """Record batches of the span's rows from the ``done``-th row of the file on."""
+    import pyarrow
+
+    row = max(done, span.start)
+    try:
+        with _open(file) as parquet:
+            columns = _columns(item, parquet.schema_arrow.names)
+            rows = parquet.metadata.num_rows
+            stop = rows if span.stop is None else min(span.stop, rows)
+            for batch in _batches(parquet, columns, row, stop):
+                end = row + batch.num_rows
+                yield Piece(_rows(batch), row, end, end, item.size_bytes * end // max(rows, 1))
+                row = end
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk, not the content
+            raise
+        yield _fault(item, f"broken after row {row}: the rest is lost ({_cause(error)})", row)
+    except DataError as error:
+        yield _fault(item, error.what, row, error.remedy)
+
+
+def _open(file: IO[bytes]) -> Any:
+    import pyarrow.parquet
+
+    # pages are checked and decoded as they come, no column as a whole
+    return pyarrow.parquet.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
+
+
+def _fault(item: Input, what: str, row: int, remedy: str = "Copy or write the file again") -> Piece:
+    fault = Fault(DataError(item.path, what, remedy), BROKEN_FILE)
+    return Piece(fault, row, row, row, item.size_bytes)
+
+
+def _rows(batch: Any) -> Rows:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    return Rows(sink.getvalue().to_pybytes())
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _columns(item: Input, names: list[str]) -> list[str]:
+    wanted = ("images", "texts") if {"images", "texts"} & set(names) else ("text",)
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        what = f"no column {' and '.join(missing)} (it has {', '.join(names)[:200]})"
+        remedy = "Write the parallel list columns images and texts, or a column text"
+        raise DataError(item.path, what, remedy)
+    return [name for name in ("id", "source", *wanted) if name in names]
+
+
+def _batches(parquet: Any, columns: list[str], start: int, stop: int) -> Iterator[Any]:
+    """The rows [start, stop), group by group, so that groups before them are not read."""
+    size = TEXT_ROWS if "text" in columns else INTERLEAVED_ROWS
+    first = 0
+    for group in range(parquet.metadata.num_row_groups):
+        count = parquet.metadata.row_group(group).num_rows
+        low, high = max(start - first, 0), min(stop - first, count)
+        if low < high:
+            at = 0
+            for batch in parquet.iter_batches(size, row_groups=[group], columns=columns):
+                begin, end = max(low - at, 0), min(high - at, batch.num_rows)
+                if begin < end:
+                    yield batch.slice(begin, end - begin)
+                at += batch.num_rows
+        first += count
+
+
+def row_borders(item: Input, start: int, stop: int | None) -> tuple[int, int | None] | None:
+    """The rows of the row groups that begin in the bytes [start, stop) of a file.
+
+    Row groups are taken as equally large. A file that cannot be opened belongs to whoever has its
+    first byte.
+    """
+    import pyarrow
+
+    try:
+        with item.open() as file, _open(file) as parquet:
+            metadata = parquet.metadata
+            groups = metadata.num_row_groups
+            rows = [metadata.row_group(group).num_rows for group in range(groups)]
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError):
+        return (0, None) if start == 0 else None
+    if not groups:
+        return (0, None) if start == 0 else None
+    begins = [item.size_bytes * group // groups for group in range(groups)]
+    end = item.size_bytes if stop is None else stop
+    mine = [group for group in range(groups) if start <= begins[group] < end]
+    if not mine:
+        return None
+    last = None if mine[-1] == groups - 1 else sum(rows[: mine[-1] + 1])
+    return sum(rows[: mine[0]]), last

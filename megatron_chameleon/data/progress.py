@@ -1,0 +1,232 @@
+"""What a preprocessing run says of itself: the progress line, the summary, the status of shards.
+
+Try: ``chameleon preprocess --status --output PREFIX``
+"""
+
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_chameleon.data.token_format import TokenFileInfo, file_of, partial_folder, read_info
+from megatron_chameleon.data.token_writer import WriterState, read_state
+from megatron_chameleon.errors import DataError
+
+_SHARD = re.compile(r"\.shard-(\d+)-of-(\d+)\.(?:json|partial)")
+
+
+def shard_prefix(prefix: str | Path, shard: tuple[int, int]) -> str:
+    """PREFIX itself, or PREFIX.shard-I-of-N for one of several shards."""
+    return str(prefix) if shard[1] == 1 else f"{prefix}.shard-{shard[0]}-of-{shard[1]}"
+
+
+def find_shards(prefix: str | Path) -> int:
+    """Of how many shards there are files; 0 for none.
+
+    Raises:
+        DataError: When there are some of different numbers of shards.
+    """
+    folder = Path(prefix).parent
+    name = Path(prefix).name
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    matches = (_SHARD.fullmatch(found.removeprefix(name)) for found in names)
+    counts = sorted({int(match[2]) for match in matches if match})
+    if len(counts) > 1:
+        what = f"shards of {' and of '.join(map(str, counts))} lie here"
+        raise DataError(str(prefix), what, "Remove those that you do not want")
+    return counts[0] if counts else 0
+
+
+class Report:
+    """Progress on stderr, each second on a terminal and each ten in a log; a summary on stdout.
+
+    Args:
+        total_bytes: Bytes of the input, as they lie on the disk.
+        start: What was done by earlier runs.
+        start_bytes: Bytes of the input that were read by them.
+    """
+
+    def __init__(self, total_bytes: int, start: WriterState, start_bytes: int = 0) -> None:
+        self.total_bytes = total_bytes
+        self.start_bytes = start_bytes
+        self.before = (start.documents, start.tokens, start.images)
+        self.terminal = sys.stderr.isatty()
+        self.interval_seconds = 1.0 if self.terminal else 10.0
+        self.started = self.printed = time.monotonic()
+
+    def update(self, state: WriterState, read_bytes: int) -> None:
+        """Print a line, if it is time."""
+        now = time.monotonic()
+        if now - self.printed < self.interval_seconds:
+            return
+        self.printed = now
+        elapsed = now - self.started
+        here = read_bytes - self.start_bytes
+        left = elapsed * (self.total_bytes - read_bytes) / max(here, 1)
+        done = 100 * read_bytes / max(self.total_bytes, 1)
+        bad = sum(state.dropped.values())
+        line = f"preprocess: {state.documents:,} documents, {bad:,} bad, {done:.0f}% of input, "
+        line += f"{self._rates(state, here, elapsed)}, ETA {duration(left)}"
+        print(
+            f"\r{line}\033[K" if self.terminal else line,
+            end="" if self.terminal else "\n",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+
+    def finish(self, info: TokenFileInfo, state: WriterState, path: Path) -> None:
+        """Print the summary."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        elapsed = time.monotonic() - self.started
+        rates = self._rates(state, self.total_bytes - self.start_bytes, elapsed)
+        print(f"{describe(info, path)}, {duration(elapsed)} at {rates}")
+
+    def _rates(self, state: WriterState, read_bytes: int, seconds: float) -> str:
+        seconds = max(seconds, 1e-9)
+        done = (state.documents, state.tokens, state.images)
+        documents, tokens, images = (
+            (now - before) / seconds for now, before in zip(done, self.before, strict=True)
+        )
+        text = f"{documents:,.0f} documents/s, {tokens:,.0f} tokens/s, "
+        text += f"{images:,.1f} images/s, " if state.images else ""
+        return f"{text}{read_bytes / seconds / 1e6:.2f} MB/s"
+
+
+def describe(info: TokenFileInfo, path: Path) -> str:
+    """A line about a token file, without what made it."""
+    share = 100 * info.image_tokens / max(info.tokens, 1)
+    dropped = f"{sum(info.dropped.values())} dropped"
+    if info.dropped:
+        dropped += f" ({count_reasons(info.dropped)}; listed in {path}.dropped.jsonl)"
+    return (
+        f"{path}: {info.documents:,} documents, {info.tokens:,} tokens ({share:.1f}% image), "
+        f"{info.images:,} images, {info.bin_bytes / 1e6:.2f} MB of {info.dtype}, {dropped}"
+    )
+
+
+def count_reasons(counts: Mapping[str, int]) -> str:
+    """``2 corrupt image, 1 missing image``."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+# Status
+
+
+@dataclass(frozen=True)
+class ShardStatus:
+    """How far one shard is."""
+
+    name: str
+    state: str
+    """done, unfinished or not begun."""
+    share: float
+    """Of its input, 0 to 1."""
+    documents: int = 0
+    images: int = 0
+    tokens: int = 0
+    bad: int = 0
+    megabytes_per_second: float = 0.0
+    eta_seconds: float | None = None
+    saved_seconds_ago: float | None = None
+
+
+def status_of(prefix: str | Path, name: str) -> ShardStatus:
+    """How far one token file is.
+
+    Raises:
+        DataError: When its sidecar or state cannot be read.
+    """
+    if partial_folder(prefix).is_dir():
+        state = read_state(prefix)
+        if state is None:
+            return ShardStatus(name, "unfinished", 0.0)
+        at = state.position
+        share = at.get("read_bytes", 0) / max(at.get("total_bytes", 0), 1)
+        rate = at.get("bytes_per_second", 0.0)
+        left = at.get("total_bytes", 0) - at.get("read_bytes", 0)
+        age = max(time.time() - at.get("saved_at", 0.0), 0.0)
+        return ShardStatus(
+            name,
+            "unfinished",
+            share,
+            state.documents,
+            state.images,
+            state.tokens,
+            sum(state.dropped.values()),
+            rate / 1e6,
+            left / rate if rate else None,
+            age,
+        )
+    if file_of(prefix, ".json").is_file():
+        info = read_info(prefix)
+        bad = sum(info.dropped.values())
+        return ShardStatus(name, "done", 1.0, info.documents, info.images, info.tokens, bad)
+    return ShardStatus(name, "not begun", 0.0)
+
+
+def print_status(prefix: str | Path) -> None:
+    """The status of PREFIX and of all its shards, a line each, and their sum.
+
+    Raises:
+        DataError: When there is nothing, or something cannot be read.
+    """
+    count = find_shards(prefix)
+    rows = [
+        status_of(shard_prefix(prefix, (index, count)), f"shard {index}/{count}")
+        for index in range(count)
+        if count > 1
+    ]
+    whole = status_of(prefix, "whole")
+    if whole.state != "not begun":
+        rows.insert(0, whole)
+    if not rows:
+        what = "no token file and no shards, finished or not"
+        raise DataError(str(prefix), what, "Check --output")
+    titles = ("", "state", "input", "documents", "images", "tokens", "bad", "MB/s", "ETA", "saved")
+    table = [titles, *map(_row, rows)]
+    shards = [row for row in rows if row.name != "whole"]
+    if len(shards) > 1:
+        table.append(_row(_sum(shards)))
+    widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
+    for row in table:
+        cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _row(status: ShardStatus) -> tuple[str, ...]:
+    eta, age = status.eta_seconds, status.saved_seconds_ago
+    return (
+        status.name,
+        status.state,
+        f"{100 * status.share:.0f}%",
+        *(f"{n:,}" for n in (status.documents, status.images, status.tokens, status.bad)),
+        f"{status.megabytes_per_second:.1f}" if status.megabytes_per_second else "",
+        "" if eta is None else duration(eta),
+        "" if age is None else f"{duration(age)} ago",
+    )
+
+
+def _sum(shards: list[ShardStatus]) -> ShardStatus:
+    done = sum(shard.state == "done" for shard in shards)
+    etas = [shard.eta_seconds for shard in shards if shard.eta_seconds is not None]
+    return ShardStatus(
+        "all shards",
+        f"{done}/{len(shards)} done",
+        sum(shard.share for shard in shards) / len(shards),
+        sum(shard.documents for shard in shards),
+        sum(shard.images for shard in shards),
+        sum(shard.tokens for shard in shards),
+        sum(shard.bad for shard in shards),
+        sum(shard.megabytes_per_second for shard in shards),
+        max(etas, default=None),
+    )

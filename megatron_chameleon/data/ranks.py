@@ -1,0 +1,69 @@
+"""``mpiexec -n N chameleon preprocess ...``: each rank writes a shard, the first merges them.
+
+MPI carries no data: the ranks share the file system, and tell each other how they ended.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_chameleon.data.merge import merge_shards
+from megatron_chameleon.data.preprocess import PreprocessOptions, preprocess
+from megatron_chameleon.data.progress import find_shards
+from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
+from megatron_chameleon.parallel.launch import Launch
+
+
+def preprocess_on_ranks(
+    inputs: Sequence[str],
+    tokenizer: str,
+    prefix: str,
+    options: PreprocessOptions,
+    launch: Launch,
+    keep: bool = False,
+) -> None:
+    """Preprocess on all ranks of an MPI job.
+
+    A rank that fails lets the others finish their shards: the same command goes on from there.
+
+    Args:
+        inputs: As for ``preprocess``.
+        tokenizer: The tokenizer folder.
+        prefix: The token file.
+        options: Those of one rank; the shard is its rank's.
+        launch: What the launcher's variables say.
+        keep: Leave the shards where they are.
+
+    Raises:
+        ConfigError: When mpi4py is missing or sees another world than the launcher.
+        DataError: When this rank or another one failed.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        what = f"{launch.world_size} processes, but mpi4py cannot be imported ({error})"
+        remedy = "Install megatron-chameleon[mpi], or give each process its --shard I/N"
+        raise ConfigError(launch.launcher, what, remedy) from error
+    world = MPI.COMM_WORLD
+    if world.size != launch.world_size:  # srun without --mpi=pmi2: each would write everything
+        what = f"{launch.world_size} processes, but mpi4py sees {world.size}"
+        raise ConfigError(launch.launcher, what, "Use mpiexec, or srun --mpi=pmi2")
+    failure: ChameleonError | None = None
+    try:
+        shard = (world.rank, world.size)
+        preprocess(inputs, tokenizer, prefix, replace(options, shard=shard))
+    except ChameleonError as error:
+        failure = error
+    except BaseException:
+        world.Abort(1)
+        raise
+    failed = [rank for rank, bad in enumerate(world.allgather(failure is not None)) if bad]
+    if not failed and world.rank == 0 and find_shards(prefix):  # else an earlier run merged them
+        try:
+            merge_shards(prefix, keep)
+        except ChameleonError as error:
+            failure = error
+    if failure is not None:
+        raise failure
+    if failed and world.rank == 0:
+        what = f"{len(failed)} of {world.size} ranks failed, the first is rank {failed[0]}"
+        raise DataError(prefix, what, "See its error above, then run the same command again")

@@ -1,0 +1,108 @@
+"""Blocks encoded by processes, in the order of the blocks.
+
+At most two blocks a worker are under way, so memory does not grow with the input. Each worker uses
+one thread for arithmetic: the parallelism is over blocks. Workers read local lines themselves; the
+parent only writes, and a worker whose parent was killed ends at once.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from megatron_chameleon.data.blocks import Block
+from megatron_chameleon.data.encode import EncodedBlock, EncodeOptions, Encoder
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
+
+
+def encode_blocks(
+    blocks: Iterator[Block], tokenizer: Tokenizer, options: EncodeOptions, workers: int
+) -> Iterator[EncodedBlock]:
+    """Each block encoded, in order.
+
+    Args:
+        blocks: Read no more than two a worker ahead.
+        tokenizer: Vocabulary and text half.
+        options: How to encode.
+        workers: Processes; 1 encodes in this one.
+
+    Raises:
+        DataError: What a worker meets that is no fault of one document; or a worker died.
+    """
+    if workers == 1:
+        with warnings.catch_warnings():
+            _ignore_image_warnings()
+            encoder = Encoder(tokenizer, options)
+            for block in blocks:
+                yield encoder.encode_block(block)
+        return
+    executor = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_Worker.start,
+        initargs=(str(tokenizer.folder), options),
+    )
+    pending: deque[tuple[Block, Future[EncodedBlock]]] = deque()
+    try:
+        for block in blocks:
+            pending.append((block, executor.submit(_Worker.encode, block)))
+            if len(pending) >= 2 * workers:
+                yield _result(*pending.popleft())
+        while pending:
+            yield _result(*pending.popleft())
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _result(block: Block, future: "Future[EncodedBlock]") -> EncodedBlock:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        where = f"{block.path}:{block.record + 1}"
+        what = "a worker process died at or near this document"
+        remedy = "Look for an out-of-memory kill, then use fewer --workers"
+        raise DataError(where, what, remedy) from error
+
+
+class _Worker:
+    """What one worker process keeps between blocks; the parent never sets it."""
+
+    folder: str = ""
+    options: EncodeOptions = EncodeOptions()
+    encoder: Encoder | None = None
+
+    @classmethod
+    def start(cls, folder: str, options: EncodeOptions) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        _ignore_image_warnings()
+        cls.folder, cls.options = folder, options
+
+    @classmethod
+    def encode(cls, block: Block) -> EncodedBlock:
+        # loaded here, because an error in start() would only break the pool
+        if cls.encoder is None:
+            cls.encoder = Encoder(load_tokenizer(Path(cls.folder), images=False), cls.options)
+        return cls.encoder.encode_block(block)
+
+
+def _end_with_parent() -> None:
+    """A worker holds both ends of its queue and would wait for ever for a parent that is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _ignore_image_warnings() -> None:
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
