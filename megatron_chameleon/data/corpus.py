@@ -81,21 +81,17 @@ class TokenFileCorpus:
     def have_images(self, first: int, stop: int) -> np.ndarray:
         if self.images == 0 or first == stop:
             return np.zeros(stop - first, dtype=bool)
-        starts = self.starts(first, stop)
-        tokens = self.token_file.read_range(int(starts[0]), int(starts[-1]))
-        begins = image_begins(tokens, self._vocabulary) + starts[0]
-        return np.diff(np.searchsorted(begins, starts)) > 0
+        counts = self.token_file.image_counts(first, stop)
+        if (counts < 0).any():
+            raise DataError(
+                f"{self.name}.documents",
+                f"the images of documents {first} to {stop - 1} are not in order",
+                "Copy the file again or run chameleon preprocess again",
+            )
+        return counts > 0
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         return self.token_file.read(document, start, stop - start)
-
-
-def image_begins(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Positions of the begin-image tokens, int64 [images].
-
-    This and ``image_spans`` are the only places that look for images in the tokens.
-    """
-    return np.flatnonzero(token_ids == vocabulary.begin_image)
 
 
 def image_spans(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -103,7 +99,7 @@ def image_spans(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
     An image without an end reaches to the next image or to the end of the tokens.
     """
-    begins = image_begins(token_ids, vocabulary)
+    begins = np.flatnonzero(token_ids == vocabulary.begin_image)
     ends = np.flatnonzero(token_ids == vocabulary.end_image) + 1
     limits = np.append(begins[1:], len(token_ids)) if len(begins) else begins
     found = np.append(ends, len(token_ids))[np.searchsorted(ends, begins, side="right")]

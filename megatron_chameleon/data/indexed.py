@@ -98,11 +98,6 @@ class TokenFile:
         """First byte of each document in the .bin, int64 [documents], memory-mapped."""
         return self._dataset.index.sequence_pointers
 
-    def read_range(self, start: int, stop: int) -> np.ndarray:
-        """Token ids ``start`` to ``stop`` - 1, counted through all documents, read-only."""
-        dtype = np.dtype(self.info.dtype)
-        return self._dataset.bin_reader.read(dtype, stop - start, start * dtype.itemsize)
-
     def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Token ids of one document or of a part of it, [length] in the dtype of the file,
         read-only.
@@ -141,6 +136,14 @@ class TokenFile:
             what = f"document {document} has images {first} to {last} of {self.info.images}"
             raise DataError(f"{self.prefix}.documents", what, _REMEDY)
         return self.images[first:last]
+
+    def image_counts(self, first: int, stop: int) -> np.ndarray:
+        """How many images each of these documents has, int64 [stop - first]; negative where
+        PREFIX.documents is damaged."""
+        borders = self.documents["first_image"][first : stop + 1].astype(np.int64)
+        if stop == len(self):
+            borders = np.append(borders, self.info.images)
+        return np.diff(borders)
 
     def origin(self, document: int) -> Origin:
         """The source of a document, and the file and line that it came from.

@@ -9,7 +9,7 @@ from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.audit import audit_step, count_kinds, format_audit, kinds_of
 from megatron_chameleon.data.batches import BatchReader
 from megatron_chameleon.data.documents import Document, ImagePart, TextPart
-from megatron_chameleon.data.encode import encode_documents
+from megatron_chameleon.data.encode import Encoder
 from megatron_chameleon.data.sequence_viewer import mixture_summary, write_sequence_page
 from megatron_chameleon.errors import ConfigError
 
@@ -19,8 +19,9 @@ def config(tmp_path, token_file, numbered, tokenizer, picture):
     """Text, and documents of a picture and a caption."""
     image = ImagePart(str(tmp_path / picture("i.png")))
     content = [[TextPart(f"a handwritten seven {i}"), image] for i in range(12)]
-    documents = [Document(str(i), "s", parts, "f:1") for i, parts in enumerate(content)]
-    token_file([encoded.token_ids for encoded in encode_documents(documents, tokenizer)], "pairs")
+    documents = [Document(str(i), "s", tuple(parts), "f:1") for i, parts in enumerate(content)]
+    block, _ = Encoder(tokenizer).encode(documents)
+    token_file(np.split(block.token_ids, np.cumsum(block.lengths)[:-1]), "pairs")
     token_file(numbered([30, 9, 14, 70]), "text")
     config = Config()
     config.model.seq_length = 80

@@ -9,6 +9,7 @@ import torch
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches import BatchReader, read_ahead
+from megatron_chameleon.data.token_format import SUFFIXES
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
 
@@ -118,7 +119,7 @@ def test_order_does_not_depend_on_where_the_files_lie(config, tokenizer, tmp_pat
     forwards = [BatchReader(config, tokenizer).batch([i]) for i in range(70)]
     (tmp_path / "moved").mkdir()
     for source in (*config.data.stage1, *config.data.stage2):
-        for suffix in (".bin", ".idx", ".json"):
+        for suffix in (*SUFFIXES, ".json"):
             shutil.move(source.prefix + suffix, tmp_path / "moved")
         source.prefix = source.prefix.replace(str(tmp_path), str(tmp_path / "moved"))
     reader = BatchReader(config, tokenizer)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_chameleon.data.corpus import OrderedDocuments, TokenFileCorpus, order_pair
-from megatron_chameleon.data.indexed import open_token_file
+from megatron_chameleon.data.indexed import DOCUMENT, open_token_file
 from megatron_chameleon.data.permutation import Permutation, shuffled, uniform
 from megatron_chameleon.errors import DataError
 
@@ -117,8 +117,10 @@ def test_a_token_file_of_a_billion_documents_opens_at_once(token_file, numbered,
         file.write(struct.pack("<q", documents))
     with path.with_suffix(".bin").open("wb") as file:
         file.truncate(2 * tokens)
+    with path.with_suffix(".documents").open("wb") as file:
+        file.truncate(documents * DOCUMENT.itemsize)
     sidecar = json.loads(path.with_suffix(".json").read_text())
-    sidecar |= {"documents": documents, "tokens": tokens}
+    sidecar |= {"documents": documents, "tokens": tokens, "bin_bytes": 2 * tokens}
     path.with_suffix(".json").write_text(json.dumps(sidecar))
     tracemalloc.start()
     corpus = TokenFileCorpus(open_token_file(path, tokenizer), tokenizer.vocabulary)

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.data.token_format import SUFFIXES
 from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError
 
 SEQ_LENGTH = 32
@@ -187,7 +188,7 @@ def refused(reader, config, tokenizer, step=10):
 
 
 def move(prefix, new_prefix):
-    for suffix in (".bin", ".idx", ".json"):
+    for suffix in (*SUFFIXES, ".json"):
         shutil.move(f"{prefix}{suffix}", f"{new_prefix}{suffix}")
 
 
