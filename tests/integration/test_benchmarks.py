@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
         ("loss.py", ["256 tokens x 64 fp32"]),
         ("monitor.py", ["attention logits", "together"]),
         ("plan.py", ["Llama-2 70B FP8", "held out: "]),
+        ("loader.py", ["ours, the recipe's mixture", "GPTDataset, text alone"]),
         ("train_step.py", ["fp32: losses of 3 steps agree", "bf16-weights"]),
     ],
 )

@@ -138,11 +138,18 @@ def test_values_changed_on_resume_take_effect(tiny) -> None:
     changed = ["training.steps=8", "optimizer.lr=5e-3", "optimizer.weight_decay=0.3"]
     tiny.train("fresh", *changed)
     tiny.train("changed", "training.steps=4")
-    tiny.train("changed", *changed)
+    data = ["training.global_batch_size=4", "data.stage2=[]"]
+    tiny.train("changed", *changed, *data)
     rates = {run: [r["learning_rate"] for r in tiny.metrics(run)] for run in ("fresh", "changed")}
     assert rates["changed"][:4] != rates["fresh"][:4]
     assert rates["changed"][4:] == rates["fresh"][4:]
     assert rates["changed"][4] > 0
+    # the batch and the mixture too, each from its first sample on
+    consumed = [record["consumed_samples"] for record in tiny.metrics("changed")]
+    assert consumed == [8, 16, 24, 32, 36, 40, 44, 48]
+    state = tiny.folder / "changed" / "checkpoints" / "step_00000008" / "state.json"
+    history = json.loads(state.read_text())["data"]
+    assert [entry["first_sample"] for entry in history["entries"]] == [0, 32]
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tiny) -> None:

@@ -191,10 +191,17 @@ def test_images_that_do_not_fit_are_named():
         ListCorpus(documents), VOCABULARY, 1, 0, 50, chunk_tokens=60_000, window_chunks=1
     )
     mixture = Mixture(Weights((Share("a", 1.0),)), {"a": Cursor(stream)}, 1, 50, 0, 64)
+    phase = mixture.locate(0).phase
     message = r"data: samples \d+ to \d+ are to hold \d+ tokens of a, and they do not fit: images"
     with pytest.raises(DataError, match=message):
         for block in range(300):
-            mixture.block(mixture.locate(0).phase, block)
+            mixture.block(phase, block)
+    # with more reserve the run goes on from there
+    weights = Weights((Share("a", 1.0),), reserve=0.3)
+    more = Mixture(weights, mixture.cursors_at(block * 64), 1, 50, block * 64, 64)
+    phase = more.locate(block * 64).phase
+    for further in range(50):
+        more.block(phase, further)
 
 
 def test_an_image_longer_than_a_sequence():
