@@ -33,6 +33,10 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
     """
     count = find_shards(prefix)
     if count < 2:
+        if file_of(prefix, ".json").is_file() and not partial_folder(prefix).is_dir():
+            info = read_info(prefix)
+            print(f"{describe(info, Path(prefix))}; no shards are left to merge")
+            return info
         remedy = "Make them with: chameleon preprocess ... --shard I/N"
         raise DataError(str(prefix), "no shards lie here", remedy)
     shards = [shard_prefix(prefix, (index, count)) for index in range(count)]
@@ -40,6 +44,7 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
     if merged is not None:
         if not keep:
             _remove(shards)
+        print(f"{describe(merged, Path(prefix))}; an earlier run has merged them")
         return merged
     infos = [_read_shard(shard) for shard in shards]
     _check_same(shards, infos)

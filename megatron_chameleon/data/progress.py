@@ -14,7 +14,7 @@ from megatron_chameleon.data.token_format import TokenFileInfo, file_of, partial
 from megatron_chameleon.data.token_writer import WriterState, read_state
 from megatron_chameleon.errors import DataError
 
-_SHARD = re.compile(r"\.shard-(\d+)-of-(\d+)\.(?:json|partial)")
+_SHARD = re.compile(r"\.shard-(\d+)-of-(\d+)\.[a-z]+(?:\.jsonl)?")
 
 
 def shard_prefix(prefix: str | Path, shard: tuple[int, int]) -> str:
