@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequences", type=int, default=8, metavar="N", help="sequences on the page (default: 8)"
     )
+    parser.add_argument(
+        "--verify", action="store_true", help="look at every length, offset and image of the index"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -101,6 +104,9 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
     if not 0 <= args.start < len(token_file):
         what = f"{args.start}, but {args.prefix} has {len(token_file)} documents"
         raise ConfigError("--start", what, f"Give a number from 0 to {len(token_file) - 1}")
+    if args.verify:
+        token_file.verify()
+        print(f"{args.prefix}: {len(token_file):,} documents fit their index")
     print(summary(args.prefix, token_file.info, token_file.lengths))
     if args.html and tokenizer is not None:
         try:

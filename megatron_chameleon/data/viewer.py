@@ -24,6 +24,9 @@ from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"
 """What sentencepiece writes for a space."""
+MOST_LENGTHS = 10_000_000
+"""Of more documents, the histogram counts every second, third, ... one."""
+MOST_SOURCES_SHOWN = 20
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -35,7 +38,9 @@ header, figcaption {{ font-size: .8rem; color: #666 }}
 figure {{ display: inline-block; margin: .3rem; vertical-align: middle; text-align: center }}
 img {{ min-width: 96px; max-width: 100%; image-rendering: pixelated; display: block }}
 span:nth-of-type(even) {{ background: #eef4fb }} span:hover {{ background: #ffe08a }}
-.control {{ color: #a04; font-size: .75rem }} pre {{ font-size: .8rem }}
+.control {{ color: #a04; font-size: .75rem }} .byte {{ background: #e3f5e1 !important }}
+.share {{ display: inline-block; width: 8rem; height: .6rem; background: #eef4fb }}
+.share i {{ display: block; height: 100%; background: #c9a227 }} pre {{ font-size: .8rem }}
 </style></head><body><h1>{title}</h1><pre>{summary}</pre>
 {articles}
 </body></html>
@@ -87,12 +92,29 @@ def summary(prefix: str, info: TokenFileInfo, lengths: np.ndarray) -> str:
         f"vocabulary: {info.vocab_size:,} ids, stored as {info.dtype}, tokenizer {info.tokenizer}",
         f"dropped documents: {dropped or 'none'}",
         f"tokens a document: {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}",
+        *_histogram(lengths),
+        *_sources(info),
     ]
+    return "\n".join(lines)
+
+
+def _histogram(lengths: np.ndarray) -> Iterator[str]:
+    lengths = lengths[:: len(lengths) // MOST_LENGTHS + 1]
     counts, edges = np.histogram(lengths, bins=min(10, int(np.ptp(lengths)) + 1))
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         bar = "█" * round(40 * count / counts.max())
-        lines.append(f"{low:>9.0f} - {high:<9.0f} {count:>9,} {bar}")
-    return "\n".join(lines)
+        yield f"{low:>9.0f} - {high:<9.0f} {count:>9,} {bar}"
+
+
+def _sources(info: TokenFileInfo) -> Iterator[str]:
+    """The sources with the most tokens."""
+    ranked = sorted(info.sources.items(), key=lambda item: -item[1].tokens)
+    for name, totals in ranked[:MOST_SOURCES_SHOWN]:
+        line = f"source {name}: {totals.documents:,} documents, {totals.tokens:,} tokens "
+        line += f"({100 * totals.tokens / info.tokens:.1f}%), {totals.images:,} images "
+        yield line + f"({100 * totals.image_tokens / max(totals.tokens, 1):.1f}% of its tokens)"
+    if len(ranked) > MOST_SOURCES_SHOWN:
+        yield f"and {len(ranked) - MOST_SOURCES_SHOWN} more sources"
 
 
 def write_html(
@@ -111,7 +133,7 @@ def write_html(
         How many were written.
     """
     chosen = range(start, min(start + documents, len(token_file)))
-    articles = [_article(position, token_file.read(position), tokenizer) for position in chosen]
+    articles = [_article(position, token_file, tokenizer) for position in chosen]
     title = html.escape(f"{Path(token_file.prefix).name}: documents {start} to {chosen.stop - 1}")
     text = summary(token_file.prefix, token_file.info, token_file.lengths)
     page = PAGE.format(title=title, summary=html.escape(text), articles="\n".join(articles))
@@ -119,9 +141,16 @@ def write_html(
     return len(chosen)
 
 
-def _article(position: int, token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
-    head = f"<header>document {position} · {len(token_ids)} tokens</header>"
-    return f"<article>{head}{render_tokens(token_ids, tokenizer)}</article>"
+def _article(position: int, token_file: TokenFile, tokenizer: Tokenizer) -> str:
+    token_ids = token_file.read(position)
+    origin = token_file.origin(position)
+    place = f" · {origin.input}:{origin.record}" if origin.input else ""
+    share = 100 * token_file.image_spans(position)["length"].sum() / len(token_ids)
+    head = f"document {position} · {origin.source}{place} · {len(token_ids)} tokens, "
+    head += f"{share:.0f}% of images"
+    bar = f'<span class="share"><i style="width: {share:.0f}%"></i></span>'
+    body = render_tokens(token_ids, tokenizer)
+    return f"<article><header>{html.escape(head)} {bar}</header>{body}</article>"
 
 
 def render_tokens(token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
@@ -153,7 +182,8 @@ def _text_spans(token_ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
             continue
         if waiting:
             names = " ".join(tokenizer.vocabulary.tokens[byte] for byte in waiting)
-            yield _span(np.array(waiting), names, tokenizer.text.decode(waiting))
+            text = tokenizer.text.decode(waiting)
+            yield _span(np.array(waiting), names, text, ' class="byte"')
             waiting = []
         if token_id is not None:
             yield _span(np.array([token_id]), name, name.replace(_SPACE, " "))

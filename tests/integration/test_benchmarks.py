@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
         ("monitor.py", ["attention logits", "together"]),
         ("plan.py", ["Llama-2 70B FP8", "held out: "]),
         ("loader.py", ["ours, the recipe's mixture", "GPTDataset, text alone"]),
+        ("preprocess.py", ["MB a CPU second", "gigatoken alone", "memory: "]),
         ("train_step.py", ["fp32: losses of 3 steps agree", "bf16-weights"]),
     ],
 )

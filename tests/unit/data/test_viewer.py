@@ -9,6 +9,7 @@ from PIL import Image
 
 from megatron_chameleon.data.documents import Document, ImagePart, TextPart
 from megatron_chameleon.data.encode import Encoder
+from megatron_chameleon.data.indexed import TokenFileWriter, open_token_file
 from megatron_chameleon.data.viewer import segments, summary, write_html
 
 
@@ -35,7 +36,8 @@ def test_page_shows_texts_and_decoded_images(tmp_path, tokenizer, token_file, pi
     assert write_html(page_path, file, tokenizer, start=0, documents=1) == 1
     page = page_path.read_text()
     assert "http" not in page
-    spans = re.findall(r"<span title=\"[^\"]*\">(.*?)</span>", page, re.DOTALL)
+    pattern = r"<span(?: class=\"byte\")? title=\"[^\"]*\">(.*?)</span>"
+    spans = re.findall(pattern, page, re.DOTALL)
     assert not any("<" in span or '"' in span for span in spans)
     shown = "".join(spans).replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"')
     assert shown.replace("&amp;", "&") == text
@@ -58,4 +60,20 @@ def test_summary(tokenizer, token_file, numbered):
     text = summary("data/x", file.info, file.lengths)
     assert text.startswith("data/x: 4 documents, 21 tokens, 0 images\nimage tokens: 0 (0.0%)")
     assert "tokens a document: 4 to 9, median 4" in text
-    assert [line.split()[3] for line in text.splitlines()[5:]] == ["3", "0", "0", "0", "0", "1"]
+    assert [line.split()[3] for line in text.splitlines()[5:-1]] == ["3", "0", "0", "0", "0", "1"]
+    assert text.splitlines()[-1] == (
+        "source unknown: 4 documents, 21 tokens (100.0%), 0 images (0.0% of its tokens)"
+    )
+
+
+def test_head_of_a_document_says_where_it_comes_from(tmp_path, tokenizer):
+    v = tokenizer.vocabulary
+    image = [v.begin_image, *v.code_token_ids[:16], v.end_image]
+    with TokenFileWriter(tmp_path / "t", tokenizer, inputs=["a<b>.jsonl"]) as writer:
+        writer.add(np.array([v.bos, *image, v.eos]), 1, "web & more", 7)
+        writer.commit()
+    file = open_token_file(tmp_path / "t", tokenizer)
+    write_html(tmp_path / "page.html", file, tokenizer, start=0, documents=1)
+    (head,) = re.findall("<header>(.*?) <span", (tmp_path / "page.html").read_text())
+    head = head.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    assert head == "document 0 · web & more · a<b>.jsonl:7 · 20 tokens, 90% of images"
