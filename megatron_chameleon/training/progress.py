@@ -33,20 +33,30 @@ class Progress:
 
     def line(self, step: int, metrics: Mapping[str, float | None]) -> str:
         """The line for ``step`` updates done, with the metrics of the last one."""
-
-        def number(key: str, form: str) -> str:
-            value = metrics[key]
-            return "-" if value is None else format(value, form)
-
-        elapsed = time.perf_counter() - self._start
-        left = elapsed / (step - self._first_step) * (self._steps - step)
         width = len(str(self._steps))
         return (
-            f"step {step:>{width}}/{self._steps}  loss {number('loss', '.4f')} "
-            f"(text {number('loss_text', '.4f')}, image {number('loss_image', '.4f')})  "
-            f"grad norm {number('grad_norm', '.3f')}  lr {number('learning_rate', '.2e')}  "
-            f"{number('tokens_per_second', ',.0f')} tokens/s  ETA {format_duration(left)}"
+            f"step {step:>{width}}/{self._steps}  loss {_number(metrics, 'loss', '.4f')} "
+            f"(text {_number(metrics, 'loss_text', '.4f')}, "
+            f"image {_number(metrics, 'loss_image', '.4f')})  "
+            f"grad norm {_number(metrics, 'grad_norm', '.3f')}  "
+            f"lr {_number(metrics, 'learning_rate', '.2e')}  "
+            f"{_number(metrics, 'tokens_per_second', ',.0f')} tokens/s  ETA {self._left(step)}"
         )
+
+    def short(self, step: int, metrics: Mapping[str, float | None]) -> str:
+        """What fits beside a bar."""
+        return (
+            f"{step}/{self._steps} loss {_number(metrics, 'loss', '.4f')} {self._left(step)} left"
+        )
+
+    def _left(self, step: int) -> str:
+        elapsed = time.perf_counter() - self._start
+        return format_duration(elapsed / (step - self._first_step) * (self._steps - step))
+
+
+def _number(metrics: Mapping[str, float | None], key: str, form: str) -> str:
+    value = metrics[key]
+    return "-" if value is None else format(value, form)
 
 
 class Console(Protocol):
@@ -54,8 +64,8 @@ class Console(Protocol):
 
     def say(self, text: str) -> None: ...
 
-    def step(self, step: int, line: str, is_shown: bool) -> None:
-        """After a step: its line, and whether it is one of those that a log shows."""
+    def step(self, step: int, short: str, line: str | None) -> None:
+        """After a step: what fits beside a bar, and the line if it is one that a log shows."""
 
     def close(self) -> None: ...
 
@@ -85,8 +95,8 @@ class LineConsole:
     def say(self, text: str) -> None:
         print(text, file=self._file, flush=True)
 
-    def step(self, step: int, line: str, is_shown: bool) -> None:
-        if is_shown:
+    def step(self, step: int, short: str, line: str | None) -> None:
+        if line is not None:
             self.say(line)
 
     def close(self) -> None:
@@ -115,10 +125,10 @@ class BarConsole:
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, soft_wrap=True)
 
-    def step(self, step: int, line: str, is_shown: bool) -> None:
-        if is_shown:
+    def step(self, step: int, short: str, line: str | None) -> None:
+        if line is not None:
             self.say(line)
-        self._bar.update(self._task, completed=step, description=line, refresh=True)
+        self._bar.update(self._task, completed=step, description=short, refresh=True)
 
     def close(self) -> None:
         self._bar.stop()

@@ -71,9 +71,9 @@ class Reporter:
         self._run.write_metrics(metrics)
         for tracker in self._trackers:
             tracker.record(step, dict(flat_numbers(metrics)))
-        line = self._progress.line(step, metrics)
         is_shown = step % self.config.logging.every_steps == 0 or step == self.config.training.steps
-        self._console.step(step, line, is_shown)
+        line = self._progress.line(step, metrics) if is_shown else None
+        self._console.step(step, self._progress.short(step, metrics), line)
         alarm = self._alarm.observe(step, metrics["output_norm"], metrics["loss"])
         if alarm is not None:
             self._run.write_alarms([asdict(alarm)])

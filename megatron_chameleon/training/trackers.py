@@ -108,16 +108,22 @@ class WeightsAndBiases:
         if not id_file.is_file():
             id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-        self._run: Any = wandb.init(
-            project=config.logging.wandb_project,
-            name=folder.resolve().name,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow" if mode == "online" else None,
-            dir=str(folder),
-            mode=mode,
-            config=asdict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self._run: Any = wandb.init(
+                project=config.logging.wandb_project,
+                name=folder.resolve().name,
+                id=id_file.read_text(encoding="utf-8").strip(),
+                resume="allow" if mode == "online" else None,
+                dir=str(folder),
+                mode=mode,
+                config=asdict(config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except (wandb.Error, ValueError) as error:  # pydantic's are ValueErrors
+            reason = str(error).strip().splitlines()[-1]
+            what = f"wandb cannot start ({reason})"
+            remedy = "Set WANDB_MODE=offline, or logging.wandb_project to null"
+            raise ConfigError("logging.wandb_project", what, remedy) from error
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

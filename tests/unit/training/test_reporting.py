@@ -170,13 +170,14 @@ def test_a_bar_on_a_terminal_and_lines_in_a_log() -> None:
     for file in (terminal, log):
         console = open_console(4, 10, file)
         console.say("starts [at] 4")
-        console.step(5, "step 5", False)
-        console.step(6, "step 6", True)
+        console.step(5, "5/10", None)
+        console.step(6, "6/10", "step 6")
         console.close()
     assert log.getvalue() == "starts [at] 4\nstep 6\n"
     assert isinstance(open_console(0, 10, Terminal()), BarConsole)
     shown = terminal.getvalue()
-    assert "starts [at] 4\n" in shown and "step 5" in shown and "━" in shown
+    assert "starts [at] 4\n" in shown and "step 6\n" in shown
+    assert "5/10" in shown and "━" in shown
     assert "\x1b[?25h" in shown  # the cursor is back
 
 
@@ -257,3 +258,10 @@ def test_prompts_are_read_and_their_images_looked_for(tmp_path: Path, tiny_token
     assert str(caught.value).startswith(
         "logging.sample_prompts[0].image: no such image file: nowhere.png. Give"
     )
+
+
+def test_wandb_that_cannot_start(config: Config, monkeypatch: Any) -> None:
+    monkeypatch.setenv("WANDB_MODE", "sideways")
+    config.logging.wandb_project = "digits"
+    with pytest.raises(ConfigError, match=r"logging\.wandb_project: wandb cannot start \("):
+        Reporter(config, 512, MAIN_RANK, 0)
