@@ -119,8 +119,12 @@ def write_checkpoint(
     step: int = 7,
     sharded_state: dict[str, Any] | None = None,
     prefix: str = "",
+    main_weights: dict[str, Tensor] | None = None,
 ) -> Path:
-    """A whole checkpoint folder; ``sharded_state`` is saved in place of the tensors."""
+    """A whole checkpoint folder; ``sharded_state`` is saved in place of the tensors.
+
+    Moments are the weights times 0.5 and their squares. Tensors in bf16 want main weights.
+    """
     from megatron.core import dist_checkpointing
 
     from megatron_chameleon.parallel import platform
@@ -129,7 +133,17 @@ def write_checkpoint(
     platform.prepare()
     folder.mkdir(parents=True)
     named = {prefix + name: tensor for name, tensor in tensors.items()}
-    optimizer = {f"optimizer.state.exp_avg.{name}": tensor for name, tensor in tensors.items()}
+    moments = {
+        "exp_avg": lambda tensor: 0.5 * tensor.float(),
+        "exp_avg_sq": lambda tensor: tensor.float() ** 2,
+    }
+    optimizer = {
+        f"optimizer.state.{part}.{name}": moment(tensor)
+        for part, moment in moments.items()
+        for name, tensor in tensors.items()
+    }
+    for name, tensor in (main_weights or {}).items():
+        optimizer[f"optimizer.state.fp32_param.{name}"] = tensor
     state = sharded_state or {
         f"{name}/{number}": chunk
         for name, tensor in {**named, **optimizer}.items()

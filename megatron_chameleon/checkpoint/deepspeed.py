@@ -28,13 +28,14 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megatron_chameleon.checkpoint.reader import (
+from megatron_chameleon.checkpoint.names import (
     MAIN_WEIGHT,
     MOMENTS,
     OPTIMIZER_PREFIX,
-    CheckpointReader,
+    optimizer_parts,
     weight_key,
 )
+from megatron_chameleon.checkpoint.reader import CheckpointReader
 from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
 
 BATCH_ELEMENTS = 256 * 2**20  # parameters loaded at once: 3 GiB with their moments
@@ -87,7 +88,7 @@ class ShardedState:
 
             weight = _get(optimizer, parameter, MAIN_WEIGHT)
             state["model"][name] = dataclasses.replace(entry, data=keep(weight.to(parameter.dtype)))
-            for part in _parts(parameter):
+            for part in optimizer_parts(parameter.dtype):
                 value = weight if part == MAIN_WEIGHT else _get(optimizer, parameter, part)
                 state["optimizer"][f"{part}.{name}"] = make_sharded_optimizer_tensor(
                     entry, keep(value), f"{OPTIMIZER_PREFIX}state.{part}"
@@ -174,11 +175,6 @@ class DeepSpeedSnapshot:
             OSError: On every rank, if one of them could not write.
         """
         ShardedSnapshot(self._state.collect(self._optimizer)).write(folder)
-
-
-def _parts(parameter: nn.Parameter) -> tuple[str, ...]:
-    """What is stored of a parameter beside the weight; fp32 weights are their own main weights."""
-    return MOMENTS if parameter.dtype == torch.float32 else (MAIN_WEIGHT, *MOMENTS)
 
 
 def _flat_parameters(optimizer: Any) -> list[Tensor]:

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_chameleon.checkpoint.reader import (
+from megatron_chameleon.checkpoint.names import (
     MAIN_WEIGHT,
     OPTIMIZER_PREFIX,
     optimizer_key,

@@ -17,7 +17,7 @@ feed-forward, A attention heads, G query groups, D head_dim, N groups of heads t
 Source of Meta's side: transformer.py of the reference code (facebookresearch/chameleon).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +27,37 @@ from megatron_chameleon.errors import CheckpointError
 
 Q_NORM = "decoder.layers.self_attention.q_layernorm.weight"
 K_NORM = "decoder.layers.self_attention.k_layernorm.weight"
+OPTIMIZER_PREFIX = "optimizer."
+MAIN_WEIGHT = "fp32_param"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def optimizer_key(part: str, name: str) -> str:
+    """Where a checkpoint keeps a weight's optimizer state.
+
+    Args:
+        part: ``MAIN_WEIGHT`` or one of ``MOMENTS``.
+        name: Of the weight.
+    """
+    return f"{OPTIMIZER_PREFIX}state.{part}.{name}"
+
+
+def weight_key(name: str, dtype: torch.dtype, stored: Collection[str]) -> str:
+    """Where a checkpoint keeps a weight best: an fp32 one may have a main weight, which is more
+    precise.
+
+    Args:
+        name: Of the weight.
+        dtype: That it is wanted in.
+        stored: All names in the checkpoint.
+    """
+    main = optimizer_key(MAIN_WEIGHT, name)
+    return main if dtype == torch.float32 and main in stored else name
+
+
+def optimizer_parts(dtype: torch.dtype) -> tuple[str, ...]:
+    """What an optimizer keeps of a weight of this dtype; an fp32 one is its own main weight."""
+    return MOMENTS if dtype == torch.float32 else (MAIN_WEIGHT, *MOMENTS)
 
 
 @dataclass(frozen=True)
@@ -363,6 +394,8 @@ class Piece:
         layer: 0-based; None for a tensor outside the layers.
         hf_names: In the layout's order.
         meta: Meta's side of each HF tensor, its name with the layer's number.
+        part: None: the weight; else what the optimizer keeps of it (``MAIN_WEIGHT``, ``MOMENTS``),
+            in the weight's shape and layout.
     """
 
     megatron_name: str
@@ -371,12 +404,18 @@ class Piece:
     meta: tuple[MetaPart, ...]
     layout: Layout
     dimensions: Dimensions
+    part: str | None = None
 
     @property
     def key(self) -> str:
         """How messages and checksums call it: ``decoder.layers.mlp.linear_fc1.weight[3]``."""
-        name = self.megatron_name
+        name = self.stored_name
         return name if self.layer is None else f"{name}[{self.layer}]"
+
+    @property
+    def stored_name(self) -> str:
+        """In a training checkpoint."""
+        return optimizer_key(self.part, self.megatron_name) if self.part else self.megatron_name
 
     @property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:

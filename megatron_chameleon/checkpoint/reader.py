@@ -18,10 +18,9 @@ Try: ``CheckpointReader(find_checkpoint("runs/digits")).read("output_layer.weigh
 """
 
 import pickle
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -30,16 +29,17 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_chameleon.checkpoint.folders import load_checkpoint_config, load_state
+from megatron_chameleon.checkpoint.formats.pth_files import StoredTensor
+from megatron_chameleon.checkpoint.formats.raw import empty, read_into
+from megatron_chameleon.checkpoint.names import OPTIMIZER_PREFIX
 from megatron_chameleon.errors import CheckpointError
 
 MODEL_PREFIX = "model."
-OPTIMIZER_PREFIX = "optimizer."
-MAIN_WEIGHT = "fp32_param"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _METADATA_NAMES = frozenset(
     {
@@ -67,29 +67,6 @@ _METADATA_NAMES = frozenset(
 )
 
 
-def optimizer_key(part: str, name: str) -> str:
-    """Where a checkpoint keeps a weight's optimizer state.
-
-    Args:
-        part: ``MAIN_WEIGHT`` or one of ``MOMENTS``.
-        name: Of the weight.
-    """
-    return f"{OPTIMIZER_PREFIX}state.{part}.{name}"
-
-
-def weight_key(name: str, dtype: torch.dtype, stored: Collection[str]) -> str:
-    """Where a checkpoint keeps a weight best: an fp32 one may have a main weight, which is more
-    precise.
-
-    Args:
-        name: Of the weight.
-        dtype: That it is wanted in.
-        stored: All names in the checkpoint.
-    """
-    main = optimizer_key(MAIN_WEIGHT, name)
-    return main if dtype == torch.float32 and main in stored else name
-
-
 @dataclass(frozen=True)
 class TensorInfo:
     """Global shape and dtype of a stored tensor, whatever layout it was saved from."""
@@ -99,7 +76,7 @@ class TensorInfo:
 
 
 class CheckpointReader:
-    """The model tensors of one checkpoint folder, read one by one.
+    """The tensors of one checkpoint folder, read one by one.
 
     Args:
         folder: A whole ``step_...`` folder (see ``find_checkpoint``).
@@ -110,6 +87,7 @@ class CheckpointReader:
         tensors: Shape and dtype of every tensor outside the optimizer, by megatron-core's name; a
             prefix ``model.`` is cut. Layers are stacked: the first dim of a ``decoder.layers.``
             tensor is the layer.
+        optimizer_tensors: The same for the optimizer's, by the names above.
         names: Everything that is stored, by its full name.
 
     Raises:
@@ -127,26 +105,28 @@ class CheckpointReader:
         self._stored = {
             name.removeprefix(MODEL_PREFIX): (name, item)
             for name, item in self._metadata.state_dict_metadata.items()
-            if not name.startswith(OPTIMIZER_PREFIX) and isinstance(item, TensorStorageMetadata)
+            if isinstance(item, TensorStorageMetadata)
         }
-        self.tensors = {
+        found = {
             name: TensorInfo(tuple(item.size), item.properties.dtype)
             for name, (_, item) in self._stored.items()
         }
+        self.optimizer_tensors = {n: t for n, t in found.items() if n.startswith(OPTIMIZER_PREFIX)}
+        self.tensors = {n: t for n, t in found.items() if n not in self.optimizer_tensors}
 
     def read(self, name: str, layer: int | None = None) -> torch.Tensor:
         """One tensor, or one layer's part of a stacked tensor, on the CPU.
 
         Args:
-            name: A key of ``tensors``.
+            name: A key of ``tensors`` or ``optimizer_tensors``.
             layer: Index into the first dim, 0-based; None reads the whole tensor.
 
         Raises:
             CheckpointError: There is no such tensor, or its file is missing or damaged.
         """
-        if name not in self.tensors:
+        info = self.tensors.get(name) or self.optimizer_tensors.get(name)
+        if info is None:
             raise CheckpointError(str(self.folder), f"no tensor {name}", "Use another checkpoint")
-        info = self.tensors[name]
         key, stored = self._stored[name]
         first = 0 if layer is None else layer
         shape = info.shape if layer is None else (1, *info.shape[1:])
@@ -154,53 +134,53 @@ class CheckpointReader:
             offsets=torch.Size([first, *[0] * (len(shape) - 1)][: len(shape)]),
             sizes=torch.Size(shape),
         )
-        target = torch.empty(shape, dtype=info.dtype)
-        plan = LoadPlan(create_read_items_for_chunk_list(key, stored, [chunk]))
-        read_elements = sum(item.lengths.numel() for item in plan.items)
+        target = empty(shape, info.dtype)
+        items = create_read_items_for_chunk_list(key, stored, [chunk])
+        read_elements = sum(item.lengths.numel() for item in items)
         if read_elements != target.numel():
             raise CheckpointError(
                 str(self.folder),
                 f"{name} has {read_elements} of {target.numel()} elements in its files",
                 "Use another step",
             )
-        try:
-            self._storage.read_data(plan, _IntoTensor(target))
-        except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(
-                str(self.folder), f"cannot read {name} ({reason})", "Use another step"
-            ) from error
+        for item in items:
+            self._read_item(name, item, target)
         return target if layer is None else target[0]
 
+    def _read_item(self, name: str, item: ReadItem, target: torch.Tensor) -> None:
+        """Copy a chunk's part that is wanted into its place, straight from the file if it can."""
+        ranges = zip(item.dest_offsets, item.lengths, strict=True)
+        place = target[tuple(slice(start, start + length) for start, length in ranges)]
+        info = self._metadata.storage_data[item.storage_index]
+        path = self.folder / info.relative_path
+        found = self._find(name, path, info)
+        is_whole = (tuple(place.shape), place.dtype) == (found.shape, found.dtype)
+        tensor = place
+        if not is_whole or not place.is_contiguous():
+            tensor = empty(found.shape, found.dtype)
+        read_into(tensor, path, found.offset_bytes, name)
+        if tensor is not place:
+            for dim, (start, length) in enumerate(
+                zip(item.storage_offsets, item.lengths, strict=True)
+            ):
+                tensor = tensor.narrow(dim, start, length)
+            place.copy_(tensor)
 
-class _IntoTensor(LoadPlanner):
-    """Lets the storage reader copy chunks into one given tensor."""
-
-    def __init__(self, target: torch.Tensor) -> None:
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        assert read_item.type == LoadItemType.TENSOR
-        places = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        return self._target[tuple(slice(start, start + length) for start, length in places)]
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing to do: ``resolve_tensor`` gave a view of the target."""
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise NotImplementedError
+    def _find(self, name: str, path: Path, info: Any) -> StoredTensor:
+        """Where in a file a chunk's numbers begin: behind the header of an archive of its own."""
+        remedy = "Use another step"
+        if info.transform_descriptors:
+            raise CheckpointError(str(path), "is compressed, which is not read", remedy)
+        try:
+            with path.open("rb") as stream:
+                archive = cast(IO[bytes], _create_file_view(stream, info.offset, info.length))
+                chunk = torch.load(archive, map_location="meta", weights_only=True)
+            found = StoredTensor.find(path, name, chunk)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            what = f"cannot read {name} ({reason})"
+            raise CheckpointError(str(self.folder), what, remedy) from error
+        return replace(found, offset_bytes=info.offset + found.offset_bytes)
 
 
 class _SafeReader(FileSystemReader):

@@ -41,7 +41,8 @@ _FIXED = (
     "model.qk_norm_groups",
     "training.seed",
 )
-# What a run that starts from weights alone must share with them
+# What a run that starts from weights alone must share with them, or one that takes over what others
+# have trained
 _FIXED_WEIGHTS = (
     "model.num_layers",
     "model.hidden_size",
@@ -113,9 +114,10 @@ def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> 
     """
     state, old = load_state(checkpoint), load_checkpoint_config(checkpoint)
     weights_only = state.get("optimizer") is False
+    same_run = not weights_only and state.get("training_config") is not False
     differences = [
         f"{key} is {get_value(config, key)} and was {get_value(old, key)}"
-        for key in (_FIXED_WEIGHTS if weights_only else _FIXED)
+        for key in (_FIXED if same_run else _FIXED_WEIGHTS)
         if _resolved(config, key) != _resolved(old, key)
     ]
     if _scales_are_unreadable(config.fp8, old.fp8):

@@ -3,28 +3,30 @@
     chameleon verify runs/digits exported/digits
 
 Both are mapped to Hugging Face's tensors, where each head has its own QK-norm: so a checkpoint that
-keeps one QK-norm for a group of heads equals one that repeats it.
+keeps one QK-norm for a group of heads equals one that repeats it. Optimizer state is compared where
+both have it.
 """
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
-from megatron_chameleon.checkpoint.formats.base import Source
+from megatron_chameleon.checkpoint.formats.base import Source, best_piece
 from megatron_chameleon.checkpoint.formats.hf_model import (
     load_transformers,
     logits,
     read_transformers,
 )
 from megatron_chameleon.checkpoint.formats.opening import open_source, open_tokenizer
-from megatron_chameleon.checkpoint.formats.safetensors_files import as_bytes
-from megatron_chameleon.checkpoint.names import pieces
+from megatron_chameleon.checkpoint.formats.raw import as_bytes
+from megatron_chameleon.checkpoint.names import MOMENTS, Piece, optimizer_parts, pieces
 from megatron_chameleon.errors import ChameleonError, ConfigError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary
@@ -66,7 +68,10 @@ class Comparison:
     first: Source
     second: Source
     tensors: int
+    """Compared, those of the optimizer included."""
     parameters: int
+    optimizer: bool
+    """Whether optimizer state was compared too."""
     largest: float
     """The largest |a - b| of an element as a share of its tensor's largest |a|."""
     largest_name: str
@@ -101,7 +106,8 @@ def verify(
     if not tolerance >= 0:
         raise ConfigError(f"--tolerance {tolerance}", "is below 0", "Give 0 or more")
     a, b = open_source(first), open_source(second)
-    result = Comparison(a, b, 0, 0, 0.0, "", _compare_settings(a, b), "not compared")
+    optimizer, differences = a.has_optimizer and b.has_optimizer, _compare_settings(a, b)
+    result = Comparison(a, b, 0, 0, optimizer, 0.0, "", differences, "not compared")
     if result.differences:
         return result
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,26 +115,54 @@ def verify(
     if result.tokenizers == "different":
         result.differences.append(Difference("tokenizer", "its files differ"))
     layer = None
-    both = zip(pieces(a.dimensions), pieces(b.dimensions), strict=True)
-    for piece_a, piece_b in both:
+    for piece_a, piece_b in _pairs(a, b):
         if layer is not None and piece_a.layer != layer:
             progress(f"layer {layer + 1}/{a.dimensions.num_layers}")
         layer = piece_a.layer
         parts_b = piece_b.to_hf(b.read(piece_b))
         for name, part in piece_a.to_hf(a.read(piece_a)).items():
-            result.tensors += 1
-            result.parameters += part.numel()
-            share = largest_difference(part, parts_b[name])
-            if not share <= result.largest:
-                result.largest, result.largest_name = share, name
-            if not share <= tolerance:
-                result.differences.append(Difference(name, f"differs by {share:.3g}"))
+            _compare(result, piece_a.part, name, part, parts_b[name], tolerance)
     fits = 2 * 4 * result.parameters < MEMORY_SHARE * psutil.virtual_memory().available
-    if tokenizer and fits and a.dimensions.q_norm_groups:
+    if tokenizer and fits and a.dimensions.q_norm_groups and not _has_other_weights(a, b):
         result.logits = _compare_logits(a, b, tokenizer)
         if tolerance == 0 and not result.differences and not result.logits <= LOGITS_TOLERANCE:
             result.differences.append(Difference("logits", f"differ by {result.logits:.3g}"))
     return result
+
+
+def _weights(a: Source, b: Source) -> Iterator[tuple[Piece, Piece]]:
+    return zip(pieces(a.dimensions), pieces(b.dimensions), strict=True)
+
+
+def _pairs(a: Source, b: Source) -> Iterator[tuple[Piece, Piece]]:
+    """What is compared: each weight in the wider of its dtypes, then its optimizer state."""
+    for piece_a, piece_b in _weights(a, b):
+        dtypes = a.dtype(piece_a), b.dtype(piece_b)
+        wide = torch.promote_types(*dtypes)
+        yield best_piece(a, piece_a, wide), best_piece(b, piece_b, wide)
+        if a.has_optimizer and b.has_optimizer:
+            for part in MOMENTS if torch.float32 in dtypes else optimizer_parts(wide):
+                yield replace(piece_a, part=part), replace(piece_b, part=part)
+
+
+def _has_other_weights(a: Source, b: Source) -> bool:
+    """Whether main weights were compared, which are not what the models compute with."""
+    both = ((a.dtype(x), b.dtype(y)) for x, y in _weights(a, b))
+    return (a.has_optimizer or b.has_optimizer) and any(first != second for first, second in both)
+
+
+def _compare(
+    result: Comparison, part: str | None, name: str, a: Tensor, b: Tensor, tolerance: float
+) -> None:
+    result.tensors += 1
+    if part not in MOMENTS:
+        result.parameters += a.numel()
+    name = f"{part} of {name}" if part in MOMENTS else name
+    share = largest_difference(a, b)
+    if not share <= result.largest:
+        result.largest, result.largest_name = share, name
+    if not share <= tolerance:
+        result.differences.append(Difference(name, f"differs by {share:.3g}"))
 
 
 def _compare_logits(a: Source, b: Source, tokenizer: Tokenizer) -> float:

@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_chameleon.checkpoint.megatron_optimizer import load_optimizer, sharded_optimizer
-from megatron_chameleon.checkpoint.reader import CheckpointReader, weight_key
+from megatron_chameleon.checkpoint.names import weight_key
+from megatron_chameleon.checkpoint.reader import CheckpointReader
 from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch

@@ -3,8 +3,12 @@
 import importlib
 from types import ModuleType
 
-FORMATS = ("megatron", "hf", "meta")
-"""Names for ``--to``; each is a module of this folder with ``recognise``, ``Source``, ``Sink``."""
+FORMATS = ("megatron", "deepspeed", "hf", "meta")
+"""Names for ``--to``; each is a module of this folder with ``recognise``, ``Source``, ``Sink``.
+
+A folder may look like several, as transformers saves its own files beside DeepSpeed's: the first
+counts, which has the optimizer's state too.
+"""
 
 
 def load_format(name: str) -> ModuleType:

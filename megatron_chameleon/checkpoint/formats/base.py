@@ -8,14 +8,21 @@ go pieces in megatron-core's layout (``names.py``), one at a time.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from megatron_chameleon.checkpoint.names import Dimensions, Piece, common_norm_groups, pieces
-from megatron_chameleon.config.schema import ModelConfig
+from megatron_chameleon.checkpoint.names import (
+    MAIN_WEIGHT,
+    Dimensions,
+    Piece,
+    common_norm_groups,
+    optimizer_parts,
+    pieces,
+)
+from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
@@ -36,6 +43,9 @@ class Source(Protocol):
         dimensions: The same as the sizes of the tensors, with the QK-norm groups.
         step: Updates that the model has seen; 0 where the files don't say.
         fingerprint: Of the tokenizer that belongs to it; None where the files don't say.
+        has_optimizer: Whether AdamW's moments and, of weights that are not fp32, main weights can
+            be read too.
+        config: What it was trained with; None where the files don't say.
 
     Raises (on opening):
         CheckpointError: A tensor is missing, left over or of the wrong shape, a file is damaged, or
@@ -48,13 +58,19 @@ class Source(Protocol):
     dimensions: Dimensions
     step: int
     fingerprint: str | None
+    has_optimizer: bool
+    config: Config | None
 
     def dtype(self, piece: Piece) -> torch.dtype:
-        """Of the stored tensors."""
+        """Of a stored weight."""
         ...
 
     def read(self, piece: Piece) -> torch.Tensor:
-        """One piece in megatron-core's layout, without padding rows of the vocabulary."""
+        """One piece in megatron-core's layout, without padding rows of the vocabulary.
+
+        Args:
+            piece: A weight, or a part of the optimizer's state where ``has_optimizer``.
+        """
         ...
 
     def tokenizer_folder(self, scratch: Path) -> Path:
@@ -71,11 +87,13 @@ class Target:
     """What a sink writes.
 
     Attributes:
-        dtypes: Of each piece, by its key.
+        dtypes: Of each weight, by its piece's key.
         tokenizer: With its image tokenizer.
         origin: The checkpoint that it comes from, for people to read.
         shards: How many files, for a format where it matters to the reader; None: its default.
         shard_bytes: Largest size of a file, for the others.
+        has_optimizer: Whether main weights and moments come with the weights.
+        config: What it was trained with; None where the source doesn't say.
     """
 
     model: ModelConfig
@@ -86,16 +104,33 @@ class Target:
     origin: str
     shards: int | None = None
     shard_bytes: int = SHARD_BYTES
+    has_optimizer: bool = False
+    config: Config | None = None
+
+    @property
+    def weights(self) -> list[Piece]:
+        return list(pieces(self.dimensions))
 
     @property
     def pieces(self) -> list[Piece]:
-        return list(pieces(self.dimensions))
+        """The weights, each followed by the parts of its optimizer state, if there is one."""
+        found = []
+        for piece in self.weights:
+            found.append(piece)
+            if self.has_optimizer:
+                parts = optimizer_parts(self.dtypes[piece.key])
+                found += [replace(piece, part=part) for part in parts]
+        return found
+
+    def dtype(self, piece: Piece) -> torch.dtype:
+        """Of a weight, or of the optimizer's state, which is in fp32."""
+        return torch.float32 if piece.part else self.dtypes[piece.key]
 
     @property
     def main_dtype(self) -> torch.dtype:
         """The one with the most bytes: what configs call the model's."""
         sizes: dict[torch.dtype, int] = {}
-        for piece in self.pieces:
+        for piece in self.weights:
             dtype = self.dtypes[piece.key]
             sizes[dtype] = sizes.get(dtype, 0) + count(piece.shape) * dtype.itemsize
         return max(sizes, key=lambda dtype: sizes[dtype])
@@ -107,9 +142,15 @@ class Sink(Protocol):
     Args:
         target: What to write.
 
+    Attributes:
+        holds_optimizer: Whether the format has a place for optimizer state; if not, no target has
+            any.
+
     Raises:
         CheckpointError: The format cannot hold it.
     """
+
+    holds_optimizer: bool
 
     def __init__(self, target: Target) -> None: ...
 
@@ -125,6 +166,19 @@ class Sink(Protocol):
             stream: The target's pieces in their order, each with its tensor in its dtype.
         """
         ...
+
+
+def best_piece(source: Source, piece: Piece, dtype: torch.dtype) -> Piece:
+    """What to read from a source for a piece in a dtype.
+
+    An fp32 weight may be its own main weight, or have one that is more precise than itself.
+    """
+    is_fp32 = source.dtype(replace(piece, part=None)) == torch.float32
+    if piece.part == MAIN_WEIGHT and is_fp32:
+        return replace(piece, part=None)
+    if piece.part is None and dtype == torch.float32 and source.has_optimizer and not is_fp32:
+        return replace(piece, part=MAIN_WEIGHT)
+    return piece
 
 
 def count(shape: Sequence[int]) -> int:
@@ -177,7 +231,7 @@ def check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any
 
 def write_origin(folder: Path, target: Target) -> None:
     """``chameleon.json``: where it comes from, and what the format itself has no place for."""
-    parameters = sum(count(piece.shape) for piece in target.pieces)
+    parameters = sum(count(piece.shape) for piece in target.weights)
     content = {
         "format": ORIGIN_FORMAT,
         "source": target.origin,

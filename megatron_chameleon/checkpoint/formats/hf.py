@@ -61,6 +61,8 @@ class Source:
     """A Hugging Face folder of a Chameleon, ours or another's. See ``formats.base.Source``."""
 
     format = "hf"
+    has_optimizer = False
+    config = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -112,21 +114,7 @@ class Source:
         Raises:
             CheckpointError: They are not in the folder, which then has no VQ decoder either.
         """
-        folders = {
-            name: self.folder / IMAGE_TOKENIZER_FOLDER if "image" in name else self.folder
-            for name in FINGERPRINTED_FILES
-        }
-        missing = [name for name, folder in folders.items() if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                str(self.folder),
-                f"has no {missing[0]}: transformers' files alone lack the VQ decoder, without "
-                "which codes do not become images",
-                "Give a tokenizer folder, ours or Meta's, with --tokenizer",
-            )
-        scratch.mkdir(parents=True, exist_ok=True)
-        for name, folder in folders.items():
-            shutil.copyfile(folder / name, scratch / name)
+        gather_tokenizer(self.folder, scratch)
         self._compare_encoder(scratch / IMAGE_WEIGHTS_FILE)
         return scratch
 
@@ -147,19 +135,15 @@ class Source:
 class Sink:
     """Writes a Hugging Face folder. See ``formats.base.Sink``."""
 
+    holds_optimizer = False
+
     def __init__(self, target: Target) -> None:
-        if not target.dimensions.q_norm_groups:
-            raise CheckpointError(
-                target.origin,
-                "the model has no QK-norm (model.qk_norm_groups is 0), and Hugging Face's "
-                "Chameleon cannot leave it out",
-                "Convert a model that was trained with QK-norm",
-            )
+        check_has_norms(target)
         self._target = target
         self._encoder = encoder_tensors(target.tokenizer)
         plans = [
             TensorPlan(name, shape, target.dtypes[piece.key])
-            for piece in target.pieces
+            for piece in target.weights
             for name, shape in piece.hf_shapes.items()
         ]
         plans += [TensorPlan(n, tuple(t.shape), t.dtype) for n, t in self._encoder.items()]
@@ -171,10 +155,6 @@ class Sink:
 
     def write(self, folder: Path, stream: Stream) -> None:
         """Write everything."""
-        from transformers import GenerationConfig
-
-        target, vocabulary = self._target, self._target.tokenizer.vocabulary
-        assert target.tokenizer.image is not None
         self._writer.start(folder)
         for piece, tensor in stream:
             for name, part in piece.to_hf(tensor).items():
@@ -182,16 +162,62 @@ class Sink:
         for name, tensor in self._encoder.items():
             self._writer.write(name, tensor)
         self._writer.finish()
-        vqgan = target.tokenizer.image.config
-        config = build_config(target.model, vocabulary, vqgan, target.main_dtype)
-        config.save_pretrained(folder)
-        GenerationConfig(
-            bos_token_id=vocabulary.bos,
-            eos_token_id=vocabulary.eos,
-            pad_token_id=vocabulary.pad,
-        ).save_pretrained(folder)
-        write_tokenizer(folder, target.tokenizer)
-        write_origin(folder, target)
+        write_settings(folder, self._target)
+
+
+def check_has_norms(target: Target) -> None:
+    """Refuse a model that transformers has no place for.
+
+    Raises:
+        CheckpointError: It has no QK-norm.
+    """
+    if not target.dimensions.q_norm_groups:
+        raise CheckpointError(
+            target.origin,
+            "the model has no QK-norm (model.qk_norm_groups is 0), and Hugging Face's "
+            "Chameleon cannot leave it out",
+            "Convert a model that was trained with QK-norm",
+        )
+
+
+def write_settings(folder: Path, target: Target) -> None:
+    """Everything but the transformer's tensors."""
+    from transformers import GenerationConfig
+
+    vocabulary, image = target.tokenizer.vocabulary, target.tokenizer.image
+    assert image is not None
+    config = build_config(target.model, vocabulary, image.config, target.main_dtype)
+    config.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=vocabulary.bos,
+        eos_token_id=vocabulary.eos,
+        pad_token_id=vocabulary.pad,
+    ).save_pretrained(folder)
+    write_tokenizer(folder, target.tokenizer)
+    write_origin(folder, target)
+
+
+def gather_tokenizer(source: Path, scratch: Path) -> None:
+    """Put our tokenizer's files of an exported folder together as one tokenizer folder.
+
+    Raises:
+        CheckpointError: They are not there, and with them no VQ decoder.
+    """
+    folders = {
+        name: source / IMAGE_TOKENIZER_FOLDER if "image" in name else source
+        for name in FINGERPRINTED_FILES
+    }
+    missing = [name for name, folder in folders.items() if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            str(source),
+            f"has no {missing[0]}: transformers' files alone lack the VQ decoder, without "
+            "which codes do not become images",
+            "Give a tokenizer folder, ours or Meta's, with --tokenizer",
+        )
+    scratch.mkdir(parents=True, exist_ok=True)
+    for name, folder in folders.items():
+        shutil.copyfile(folder / name, scratch / name)
 
 
 def _encoder_shapes(config: VqganConfig) -> dict[str, tuple[int, ...]]:

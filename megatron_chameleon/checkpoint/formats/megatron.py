@@ -5,13 +5,16 @@ beside it.
     config.yaml, state.json                             as ``checkpoint/store.py`` writes them
     tokenizer/                                          the tokenizer, in a converted checkpoint
 
-A converted checkpoint has weights only: its ``state.json`` says ``"optimizer": false``.
+A converted checkpoint may have weights only: its ``state.json`` then says ``"optimizer": false``.
+Where the source knew nothing of training, it says ``"training_config": false``, as ``config.yaml``
+has defaults.
 """
 
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.utils.serialization import config as serialization_config
 
 from megatron_chameleon.checkpoint.folders import (
     STATE_FILE,
@@ -41,10 +45,17 @@ from megatron_chameleon.checkpoint.folders import (
     find_checkpoint,
 )
 from megatron_chameleon.checkpoint.formats.base import Stream, Target, check_names, count
-from megatron_chameleon.checkpoint.names import K_NORM, Q_NORM, Dimensions, Piece, pieces
+from megatron_chameleon.checkpoint.names import (
+    K_NORM,
+    Q_NORM,
+    Dimensions,
+    Piece,
+    optimizer_parts,
+    pieces,
+)
 from megatron_chameleon.checkpoint.reader import CheckpointReader, TensorInfo
 from megatron_chameleon.config.load import save_config
-from megatron_chameleon.config.schema import Config, TokenizerConfig, TrainingConfig
+from megatron_chameleon.config.schema import Config, TokenizerConfig
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES
 
@@ -63,7 +74,7 @@ def recognise(folder: Path) -> bool:
 
 
 class Source:
-    """The weights of a training checkpoint. See ``formats.base.Source``.
+    """A training checkpoint. See ``formats.base.Source``.
 
     Args:
         folder: A checkpoint, ``checkpoints`` or run folder; of the latter two the newest whole
@@ -90,15 +101,26 @@ class Source:
         )
         vocab_size = self._reader.state["vocab_size"]
         self.dimensions = Dimensions.of(self.model, vocab_size, q_groups, k_groups)
-        _check_tensors(str(self.folder), found, self.dimensions)
+        where = str(self.folder)
+        _check_tensors(where, found, list(pieces(self.dimensions)))
+        self.has_optimizer = self._reader.state.get("optimizer") is not False
+        has_config = self._reader.state.get("training_config") is not False
+        self.config: Config | None = self._reader.config if has_config else None
+        if self.has_optimizer:
+            parts = [
+                replace(piece, part=part)
+                for piece in pieces(self.dimensions)
+                for part in optimizer_parts(self.dtype(piece))
+            ]
+            _check_tensors(where, self._reader.optimizer_tensors, parts)
 
     def dtype(self, piece: Piece) -> torch.dtype:
-        """Of the stored tensor."""
+        """Of the stored weight."""
         return self._reader.tensors[piece.megatron_name].dtype
 
     def read(self, piece: Piece) -> torch.Tensor:
         """One piece, without the padding rows of the vocabulary."""
-        return self._reader.read(piece.megatron_name, piece.layer)[: piece.shape[0]]
+        return self._reader.read(piece.stored_name, piece.layer)[: piece.shape[0]]
 
     def tokenizer_folder(self, scratch: Path) -> Path:
         """The folder inside, or the path in the config.
@@ -117,11 +139,11 @@ class Source:
         return path
 
 
-def _check_tensors(where: str, found: dict[str, TensorInfo], dims: Dimensions) -> None:
+def _check_tensors(where: str, found: dict[str, TensorInfo], wanted: Sequence[Piece]) -> None:
     """Compare names and shapes with the config; a vocabulary may have padding rows."""
     expected, shapes = {}, {name: info.shape for name, info in found.items()}
-    for piece in pieces(dims):
-        name = piece.megatron_name
+    for piece in wanted:
+        name, dims = piece.stored_name, piece.dimensions
         expected[name] = piece.shape if piece.layer is None else (dims.num_layers, *piece.shape)
         rows, columns = shapes.get(name, ())[:1], shapes.get(name, ())[1:]
         is_vocabulary = piece.layer is None and piece.shape[0] == dims.vocab_size
@@ -131,7 +153,9 @@ def _check_tensors(where: str, found: dict[str, TensorInfo], dims: Dimensions) -
 
 
 class Sink:
-    """Writes a checkpoint of weights without a process group. See ``formats.base.Sink``."""
+    """Writes a checkpoint without a process group. See ``formats.base.Sink``."""
+
+    holds_optimizer = True
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -146,9 +170,7 @@ class Sink:
     def files(self) -> dict[str, int]:
         """Files with tensors and their sizes, to some bytes."""
         return {
-            file: sum(
-                count(piece.shape) * self._target.dtypes[piece.key].itemsize for piece in group
-            )
+            file: sum(count(piece.shape) * self._target.dtype(piece).itemsize for piece in group)
             for file, group in self._files.items()
         }
 
@@ -173,7 +195,9 @@ class Sink:
             plan = writer.prepare_local_plan(SavePlan([*items.values(), *empty]))
             (plan,) = writer.prepare_global_plan([plan])
             plan.storage_data.prefix = file.removesuffix("0.distcp")
-            results.append(writer.write_data(plan, _StreamPlanner(stream)).wait())
+            # torch never looks at these checksums, and they take as long as the writing
+            with serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+                results.append(writer.write_data(plan, _StreamPlanner(stream)).wait())
         writer.finish(Metadata(tensors), results)
         torch.save({}, folder / "common.pt")
         save_backend(CheckpointingConfig(sharded_backend="torch_dist"), str(folder))
@@ -181,7 +205,7 @@ class Sink:
 
     def _items(self, piece: Piece) -> Iterator[WriteItem]:
         """A piece as chunks of rows of the stacked tensor."""
-        dtype = self._target.dtypes[piece.key]
+        dtype = self._target.dtype(piece)
         stacked = piece.layer is not None
         layers = (self._target.dimensions.num_layers,) if stacked else ()
         first = (piece.layer,) if stacked else ()
@@ -191,7 +215,7 @@ class Sink:
             offsets = torch.Size((*first, start, *(0 for _ in piece.shape[1:])))
             sizes = torch.Size((*(1 for _ in layers), rows, *piece.shape[1:]))
             yield WriteItem(
-                index=MetadataIndex(piece.megatron_name, offsets),
+                index=MetadataIndex(piece.stored_name, offsets),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     ChunkStorageMetadata(offsets, sizes),
@@ -206,7 +230,8 @@ class Sink:
         It is Transformer Engine's FP8 state; without FP8 it is empty.
         """
         name = piece.megatron_name.removesuffix(".weight")
-        if piece.layer is not None and name.rpartition(".")[2].startswith("linear_"):
+        is_linear = name.rpartition(".")[2].startswith("linear_")
+        if piece.layer is not None and piece.part is None and is_linear:
             shard = f"shard_{piece.layer}_{self._target.dimensions.num_layers}"
             index = MetadataIndex(f"{name}._extra_state/{shard}")
             yield WriteItem(index=index, type=WriteItemType.BYTE_IO)
@@ -217,17 +242,16 @@ class Sink:
         tokenizer.mkdir()
         for name in FINGERPRINTED_FILES:
             shutil.copyfile(target.tokenizer.folder / name, tokenizer / name)
-        half = target.main_dtype is torch.bfloat16
-        config = Config(
-            model=target.model,
-            tokenizer=TokenizerConfig(path=TOKENIZER_FOLDER),
-            training=TrainingConfig(dtype="bf16" if half else "fp32"),
-        )
+        config = deepcopy(target.config or Config())
+        config.model = target.model
+        config.tokenizer = TokenizerConfig(path=TOKENIZER_FOLDER)
+        config.training.dtype = "bf16" if target.main_dtype is torch.bfloat16 else "fp32"
         save_config(config, folder / "config.yaml")
         state = {
             "format": STATE_FORMAT,
             "step": target.step,
-            "optimizer": False,
+            "optimizer": target.has_optimizer,
+            "training_config": target.config is not None,
             "source": target.origin,
             "vocab_size": target.dimensions.vocab_size,
             "tokenizer_fingerprint": target.tokenizer.fingerprint,
@@ -259,7 +283,7 @@ class _StreamPlanner(SavePlanner):
         assert data is not None
         if not len(self._rows_left):
             piece, self._rows_left = next(self._stream)
-            assert piece.megatron_name == write_item.index.fqn
+            assert piece.stored_name == write_item.index.fqn
         stacked = len(data.chunk.sizes) > self._rows_left.dim()
         rows = data.chunk.sizes[1 if stacked else 0]
         chunk, self._rows_left = self._rows_left[:rows], self._rows_left[rows:]

@@ -76,6 +76,8 @@ class Source:
     """Meta's shards. See ``formats.base.Source``."""
 
     format = "meta"
+    has_optimizer = False
+    config = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -186,6 +188,8 @@ class Source:
 
 class Sink:
     """Writes Meta's shards. See ``formats.base.Sink``."""
+
+    holds_optimizer = False
 
     def __init__(self, target: Target) -> None:
         dims = target.dimensions

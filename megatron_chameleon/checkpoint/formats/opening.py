@@ -17,7 +17,7 @@ def open_source(path: str | Path) -> Source:
 
     Args:
         path: A training checkpoint, a ``checkpoints`` or run folder, a Hugging Face folder, or one
-            of Meta's.
+            of Meta's or of DeepSpeed's.
 
     Raises:
         CheckpointError: It is none of them, or damaged.
@@ -32,8 +32,8 @@ def open_source(path: str | Path) -> Source:
             return module.Source(folder)
     raise CheckpointError(
         str(path),
-        "holds no state.json or step_... folder (megatron), no config.json (hf) and no params.json "
-        "(meta)",
+        "holds no state.json or step_... folder (megatron), no config.json (hf), no params.json "
+        "(meta) and no latest or ..._states.pt (deepspeed)",
         "Give a checkpoint of one of these formats",
     )
 

@@ -11,15 +11,15 @@ The zip archive's checksums of the tensors stay those of empty records: torch do
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_chameleon.checkpoint.formats.safetensors_files import as_bytes
+from megatron_chameleon.checkpoint.formats.raw import as_bytes, empty, read_into
 from megatron_chameleon.errors import CheckpointError
 
 
@@ -27,9 +27,71 @@ from megatron_chameleon.errors import CheckpointError
 class StoredTensor:
     """Where a tensor's numbers lie in a file."""
 
+    path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset_bytes: int
+
+    @classmethod
+    def find(cls, path: Path, name: str, tensor: torch.Tensor) -> "StoredTensor":
+        """The place of a tensor that ``load_places`` gave.
+
+        Raises:
+            CheckpointError: It is not contiguous.
+        """
+        if not tensor.is_contiguous():
+            raise CheckpointError(str(path), f"{name} is not contiguous", "Save contiguous tensors")
+        start = tensor.untyped_storage()._checkpoint_offset
+        assert start is not None
+        offset = start + int(tensor.storage_offset()) * tensor.itemsize
+        return cls(path, tuple(tensor.shape), tensor.dtype, offset)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor; ``name`` is for messages.
+
+        Raises:
+            CheckpointError: The file ends before it does.
+        """
+        return self.read_flat(name, 0, torch.Size(self.shape).numel()).view(self.shape)
+
+    def read_flat(self, name: str, start: int, count: int) -> torch.Tensor:
+        """[count] numbers in row-major order, from number ``start`` on.
+
+        Raises:
+            CheckpointError: The file ends before.
+        """
+        offset = self.offset_bytes + start * self.dtype.itemsize
+        return read_into(empty((count,), self.dtype), self.path, offset, name)
+
+
+def load_places(path: Path, allowed: Sequence[Any] = ()) -> Any:
+    """What a file holds, with tensors that have no numbers but know their place.
+
+    Args:
+        path: Written by ``torch.save``.
+        allowed: Classes that may be in it beside what torch itself allows; as for
+            ``torch.serialization.safe_globals``.
+
+    Raises:
+        CheckpointError: It is missing, cut, an archive of another kind, or wants to run code.
+    """
+    remedy = "Give a file of plain tensors, saved by torch"
+    try:
+        if not zipfile.is_zipfile(path):
+            what = (
+                "no such file"
+                if not path.exists()
+                else "is no whole zip archive, which torch saves"
+            )
+            raise CheckpointError(str(path), what, "Copy it again, or save it with torch >= 1.6")
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = f"would run code when it is loaded ({_asked_for(error)})"
+        raise CheckpointError(str(path), what, remedy) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(str(path), f"cannot be read ({reason})", remedy) from error
 
 
 class PthFile:
@@ -49,20 +111,7 @@ class PthFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         remedy = "Give a file of plain tensors, saved by torch"
-        try:
-            if not zipfile.is_zipfile(path):
-                what = "is no whole zip archive, which torch saves"
-                raise CheckpointError(
-                    str(path), what, "Copy it again, or save it with torch >= 1.6"
-                )
-            content = torch.load(path, map_location="meta", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                str(path), f"would run code when it is loaded ({_asked_for(error)})", remedy
-            ) from error
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(str(path), f"cannot be read ({reason})", remedy) from error
+        content = load_places(path)
         if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
             content = content["state_dict"]
         if not isinstance(content, Mapping):
@@ -73,17 +122,7 @@ class PthFile:
             if not isinstance(tensor, torch.Tensor):
                 what = f"{name} is a {type(tensor).__name__}, no tensor"
                 raise CheckpointError(str(path), what, remedy)
-            self.tensors[str(name)] = self._place(str(name), tensor)
-
-    def _place(self, name: str, tensor: torch.Tensor) -> StoredTensor:
-        if not tensor.is_contiguous():
-            raise CheckpointError(
-                str(self.path), f"{name} is not contiguous", "Save contiguous tensors"
-            )
-        start = tensor.untyped_storage()._checkpoint_offset
-        assert start is not None
-        offset = start + int(tensor.storage_offset()) * tensor.itemsize
-        return StoredTensor(tuple(tensor.shape), tensor.dtype, offset)
+            self.tensors[str(name)] = StoredTensor.find(path, str(name), tensor)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor.
@@ -91,13 +130,7 @@ class PthFile:
         Raises:
             CheckpointError: The file ends before it does.
         """
-        stored = self.tensors[name]
-        size_bytes = torch.Size(stored.shape).numel() * stored.dtype.itemsize
-        numbers = np.fromfile(self.path, np.uint8, size_bytes, offset=stored.offset_bytes)
-        if numbers.size < size_bytes:
-            what = f"ends after {numbers.size:,} of {size_bytes:,} bytes of {name}"
-            raise CheckpointError(str(self.path), what, "Copy it again")
-        return torch.from_numpy(numbers).view(stored.dtype).view(stored.shape)
+        return self.tensors[name].read(name)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor into its place."""

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_chameleon.checkpoint.formats.base import count
+from megatron_chameleon.checkpoint.formats.raw import as_bytes
 from megatron_chameleon.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -115,11 +116,6 @@ class SafetensorsWriter:
     def finish(self) -> None:
         """See that everything has been written."""
         assert not self._missing, sorted(self._missing)
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes in row-major order, without a copy where it lies so already."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class SafetensorsFiles:

@@ -11,6 +11,7 @@ from meta_files import MetaModel, load_shards, random_shards, write_meta
 from safetensors.torch import load_file, save_file
 
 from megatron_chameleon.checkpoint import convert as convert_module
+from megatron_chameleon.checkpoint import partial_folder as partial_module
 from megatron_chameleon.checkpoint.convert import convert, plan_conversion
 from megatron_chameleon.errors import ChameleonError, CheckpointError, ConfigError
 
@@ -234,7 +235,7 @@ def test_damaged_meta_folders(meta_folder: Path, tmp_path: Path, name: str) -> N
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "something").mkdir()
-    with pytest.raises(CheckpointError, match=r"no config\.json \(hf\) and no params\.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json \(hf\), no params\.json"):
         convert(tmp_path / "something", tmp_path / "out", "hf")
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is a file, and checkpoints are folders"):
@@ -271,7 +272,7 @@ def test_a_failing_disk_leaves_nothing(
     def full(path: str, *args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert_module.os, "fsync", full)
+    monkeypatch.setattr(partial_module.os, "fsync", full)
     with pytest.raises(ChameleonError, match=r"cannot be written .*No space left"):
         convert(hf_folder, tmp_path / "out", to)
     assert list(tmp_path.iterdir()) == []
@@ -290,7 +291,7 @@ def test_what_an_interrupted_conversion_left_is_cleared(hf_folder: Path, tmp_pat
 
 def test_two_conversions_do_not_meet(hf_folder: Path, tmp_path: Path) -> None:
     with (
-        convert_module._partial_folder(tmp_path / "out", lambda line: None),
+        partial_module.partial_folder(tmp_path / "out", lambda line: None),
         pytest.raises(CheckpointError, match="another conversion is writing it"),
     ):
         convert(hf_folder, tmp_path / "out", "meta")

@@ -53,7 +53,7 @@ def test_a_cast_is_reported(
     assert "largest relative change by the cast to bf16: 0.003" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["deepspeed", "nonsense"])
+@pytest.mark.parametrize("name", ["onnx", "nonsense"])
 def test_other_formats_are_one_clear_line(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,8 +61,8 @@ def test_other_formats_are_one_clear_line(
         main(["convert", "anything", str(tmp_path / "out"), "--to", name])
     assert end.value.code == 2
     assert capsys.readouterr().err == (
-        f"error: --to {name}: this format is not available in this version, which writes "
-        "megatron, hf, meta. Use one of megatron, hf, meta.\n"
+        f"error: --to {name}: there is no such format, there are megatron, deepspeed, hf, meta. "
+        "Use one of megatron, deepspeed, hf, meta.\n"
     )
 
 

@@ -1,0 +1,289 @@
+"""Plain DeepSpeed's checkpoints: ZeRO's own files are read, universal ones are read and written.
+
+The parameters have the names of the model that was trained: transformers' Chameleon, or ours with
+its layers numbered. Settings come from beside the files: ``config.json`` (transformers) or
+``config.yaml`` (ours), in the step's folder or the one above it. What is written:
+
+    latest_universal                                         the name of the step's folder
+    global_step8/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt  under transformers' names
+    global_step8/zero/optimizer_state.pt
+    global_step8/*_model_states.pt                           what DeepSpeed wants beside them
+    config.json, tokenizer and processor files               as in the hf format, for transformers
+    chameleon.json, config.yaml                              ours: where it comes from
+
+ZeRO's own files would load at one stage and one number of ranks only, and a universal checkpoint at
+any. It loads with ``"checkpoint": {"load_universal": true}`` in DeepSpeed's config and
+``engine.load_checkpoint(DST, load_lr_scheduler_states=False)``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chameleon.checkpoint.formats.base import (
+    ORIGIN_FILE,
+    Stream,
+    Target,
+    check_names,
+    count,
+    norm_settings,
+    one_dtype,
+    read_origin,
+    with_recorded,
+)
+from megatron_chameleon.checkpoint.formats.deepspeed_files import (
+    LATEST_UNIVERSAL,
+    OPTIMIZER_FILE,
+    UNIVERSAL_FILES,
+    ZERO_FOLDER,
+    DeepSpeedFiles,
+    find_step,
+    open_files,
+)
+from megatron_chameleon.checkpoint.formats.hf import (
+    VQ_PREFIX,
+    check_has_norms,
+    encoder_tensors,
+    gather_tokenizer,
+    write_settings,
+)
+from megatron_chameleon.checkpoint.formats.hf_config import (
+    CONFIG_FILE,
+    KNOWN,
+    model_of_config,
+    read_config,
+)
+from megatron_chameleon.checkpoint.names import (
+    MAIN_WEIGHT,
+    MOMENTS,
+    Dimensions,
+    Piece,
+    norm_groups,
+    pieces,
+)
+from megatron_chameleon.config.load import load_config, save_config
+from megatron_chameleon.config.schema import Config, ModelConfig
+from megatron_chameleon.errors import CheckpointError
+
+OWN_CONFIG_FILE = "config.yaml"
+VERSION = "0.19.8"
+"""DeepSpeed's whose layout is written; it looks for one that it knows."""
+PARAMETER_GROUPS = 1024
+"""So many groups without values: DeepSpeed skips the parameters of a group for which there is none,
+and takes learning rates and the like from those that have values."""
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a folder is meant to be one of this format."""
+    return find_step(folder) is not None
+
+
+class Source:
+    """A ZeRO or universal checkpoint. See ``formats.base.Source``."""
+
+    format = "deepspeed"
+
+    def __init__(self, folder: Path) -> None:
+        step_folder = find_step(folder)
+        assert step_folder is not None
+        self.folder = folder
+        self._files = open_files(step_folder)
+        self._places = (step_folder, step_folder.parent)
+        self.step, self.has_optimizer = self._files.step, self._files.has_optimizer
+        beside = self._beside(ORIGIN_FILE)
+        self.origin = read_origin(beside) if beside else {}
+        self.fingerprint: str | None = self.origin.get("tokenizer_fingerprint")
+        own = self._beside(OWN_CONFIG_FILE)
+        self.config: Config | None = load_config(own / OWN_CONFIG_FILE) if own else None
+        self._prefix, self._is_hf = _naming(self._files)
+        self.model, self.dimensions = self._hf_geometry() if self._is_hf else self._own_geometry()
+        expected = {n: s for p in pieces(self.dimensions) for n, s in self._shapes(p).items()}
+        found = {n: s for n, s in self._files.shapes.items() if VQ_PREFIX not in n}
+        check_names(str(folder), found, expected)
+        if self._is_hf:
+            self._find_norm_groups()
+
+    def dtype(self, piece: Piece) -> torch.dtype:
+        """That the model computed with."""
+        dtypes = [self._files.dtypes[name] for name in self._names(piece)]
+        return one_dtype(str(self.folder), piece.key, dtypes)
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """One piece in megatron-core's layout; a weight in its dtype is its main weight's cast."""
+        part = piece.part or MAIN_WEIGHT
+        tensors = [self._files.read(name, part) for name in self._names(piece)]
+        named = dict(zip(piece.hf_names, tensors, strict=True)) if self._is_hf else {}
+        tensor = piece.to_megatron(named) if self._is_hf else tensors[0]
+        return tensor if piece.part else tensor.to(self.dtype(piece))
+
+    def tokenizer_folder(self, scratch: Path) -> Path:
+        """Our tokenizer's files beside the checkpoint, or the folder that ``config.yaml`` names.
+
+        Raises:
+            CheckpointError: There are none.
+        """
+        beside = self._beside(ORIGIN_FILE)
+        if beside is None and self.config and Path(self.config.tokenizer.path).is_dir():
+            return Path(self.config.tokenizer.path)
+        gather_tokenizer(beside or self._places[1], scratch)
+        return scratch
+
+    def _beside(self, name: str) -> Path | None:
+        """The folder that has a file: the step's, or the one above it."""
+        return next((place for place in self._places if (place / name).is_file()), None)
+
+    def _names(self, piece: Piece) -> list[str]:
+        """The parameters that a piece is of."""
+        if self._is_hf:
+            return [self._prefix + name for name in piece.hf_names]
+        layer = f"decoder.layers.{piece.layer}."
+        return [self._prefix + piece.megatron_name.replace("decoder.layers.", layer)]
+
+    def _shapes(self, piece: Piece) -> dict[str, tuple[int, ...]]:
+        shapes = piece.hf_shapes.values() if self._is_hf else [piece.shape]
+        return dict(zip(self._names(piece), shapes, strict=True))
+
+    def _hf_geometry(self) -> tuple[ModelConfig, Dimensions]:
+        """What ``config.json`` says; one QK-norm a head, as transformers has it."""
+        place = self._beside(CONFIG_FILE)
+        if place is None:
+            self._misses(CONFIG_FILE, "config.save_pretrained(FOLDER) of transformers writes it")
+        assert place is not None
+        model, vocab_size = model_of_config(read_config(place), str(place / CONFIG_FILE))
+        heads, key_heads = model.num_attention_heads, model.num_query_groups or 0
+        model = with_recorded(model, self.origin, KNOWN)
+        return model, Dimensions.of(model, vocab_size, heads, key_heads)
+
+    def _own_geometry(self) -> tuple[ModelConfig, Dimensions]:
+        """What our ``config.yaml`` says, and the tensors' shapes."""
+        if self.config is None:
+            self._misses(OWN_CONFIG_FILE, "it lies in the run folder")
+        assert self.config is not None
+        model, shapes = self.config.model, self._files.shapes
+        attention = f"{self._prefix}decoder.layers.0.self_attention."
+        q_groups, k_groups = (
+            shapes.get(f"{attention}{which}_layernorm.weight", (0,))[0] for which in "qk"
+        )
+        key_heads = model.num_query_groups or model.num_attention_heads
+        model = replace(model, num_query_groups=key_heads, qk_norm_groups=q_groups)
+        vocab_size = shapes[f"{self._prefix}output_layer.weight"][0]
+        return model, Dimensions.of(model, vocab_size, q_groups, k_groups)
+
+    def _misses(self, name: str, hint: str) -> None:
+        what = f"no {name} there or in {self._places[0]}: the model's settings are unknown"
+        raise CheckpointError(str(self._places[1]), what, f"Put it there ({hint})")
+
+    def _find_norm_groups(self) -> None:
+        """The fewest groups of heads whose QK-norms, and their moments, are the same."""
+        dims, parts = self.dimensions, (MAIN_WEIGHT, *(MOMENTS if self.has_optimizer else ()))
+
+        def groups(which: str) -> int:
+            return norm_groups(
+                self._files.read(f"{self._prefix}model.layers.{i}.self_attn.{which}_norm.{p}", part)
+                for i in range(dims.num_layers)
+                for p in ("weight", "bias")
+                for part in parts
+            )
+
+        self.model.qk_norm_groups, q_groups, k_groups = norm_settings(
+            self.origin.get("model", {}).get("qk_norm_groups"),
+            q_groups=groups("q"),
+            k_groups=groups("k"),
+            heads=dims.num_attention_heads,
+            key_heads=dims.num_query_groups,
+        )
+        self.dimensions = replace(dims, q_norm_groups=q_groups, k_norm_groups=k_groups)
+
+
+def _naming(files: DeepSpeedFiles) -> tuple[str, bool]:
+    """What stands before the parameters' names (as of a wrapper), and whether they are HF's.
+
+    Raises:
+        CheckpointError: They are of another model.
+    """
+    for name, is_hf in (("lm_head.weight", True), ("output_layer.weight", False)):
+        for found in files.shapes:
+            if found == name or found.endswith("." + name):
+                return found.removesuffix(name), is_hf
+    first = next(iter(files.shapes), "none at all")
+    what = f"has no parameter lm_head.weight (transformers') or output_layer.weight (ours): {first}"
+    raise CheckpointError(str(files.folder), what, "Use a checkpoint of a whole Chameleon model")
+
+
+class Sink:
+    """Writes a universal checkpoint. See ``formats.base.Sink``."""
+
+    holds_optimizer = True
+
+    def __init__(self, target: Target) -> None:
+        check_has_norms(target)
+        self._target = target
+        self._folder = f"global_step{target.step}"
+        self._encoder = encoder_tensors(target.tokenizer)
+        self._parts = (MAIN_WEIGHT, *(MOMENTS if target.has_optimizer else ()))
+
+    def files(self) -> dict[str, int]:
+        """Files with tensors and their sizes in all, to some kilobytes a tensor."""
+        sizes = [count(piece.shape) for piece in self._target.weights]
+        size_bytes = 4 * (sum(sizes) + sum(t.numel() for t in self._encoder.values()))
+        names = (UNIVERSAL_FILES[part] for part in self._parts)
+        return {f"{self._folder}/{ZERO_FOLDER}/*/{name}": size_bytes for name in names}
+
+    def write(self, folder: Path, stream: Stream) -> None:
+        """Write everything."""
+        target, step_folder = self._target, folder / self._folder
+        zero = step_folder / ZERO_FOLDER
+        zero.mkdir(parents=True)
+        dtypes: dict[str, torch.dtype] = {}
+        for piece, tensor in stream:
+            if piece.part is None:
+                dtypes |= dict.fromkeys(piece.hf_names, tensor.dtype)
+                if target.has_optimizer and tensor.dtype != torch.float32:
+                    continue  # its main weight follows
+            for name, part in piece.to_hf(tensor).items():
+                self._write_part(zero / name, piece.part or MAIN_WEIGHT, part)
+        for name, tensor in self._encoder.items():
+            dtypes[name] = target.main_dtype
+            self._write_part(zero / name, MAIN_WEIGHT, tensor)
+            for part in self._parts[1:]:
+                self._write_part(zero / name, part, torch.zeros_like(tensor))
+        self._write_global(step_folder, dtypes)
+        (folder / LATEST_UNIVERSAL).write_text(self._folder, encoding="utf-8")
+        write_settings(folder, target)
+        if target.config is not None:
+            save_config(replace(target.config, model=target.model), folder / OWN_CONFIG_FILE)
+
+    def _write_part(self, folder: Path, part: str, tensor: torch.Tensor) -> None:
+        folder.mkdir(exist_ok=True)
+        # a copy: of a view, torch.save would write all that it is a view of
+        whole = tensor.float().contiguous()
+        whole = whole.clone() if whole.numel() < whole.untyped_storage().nbytes() // 4 else whole
+        torch.save({"param": whole}, folder / UNIVERSAL_FILES[part])
+        if part in MOMENTS:
+            torch.save(torch.tensor(float(self._target.step)), folder / "step.pt")
+
+    def _write_global(self, step_folder: Path, dtypes: Mapping[str, torch.dtype]) -> None:
+        """What belongs to no parameter, in the forms that the ZeRO stages ask for."""
+        groups: list[dict[str, Any]] = [{} for _ in range(PARAMETER_GROUPS)]
+        step = torch.tensor(float(self._target.step))
+        state = {
+            "ds_version": VERSION,
+            "param_groups": groups,
+            "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups},
+        }
+        torch.save(state, step_folder / ZERO_FOLDER / OPTIMIZER_FILE)
+        model = {
+            "module": {name: torch.empty(0, dtype=dtype) for name, dtype in dtypes.items()},
+            "buffer_names": [],
+            "global_steps": self._target.step,
+            "skipped_steps": 0,
+            "dp_world_size": 1,
+            "mp_world_size": 1,
+            "lr_scheduler": None,
+            "ds_version": VERSION,
+        }
+        for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+            torch.save(model, step_folder / name)

@@ -1,0 +1,341 @@
+"""The files that DeepSpeed itself writes, read parameter by parameter, without DeepSpeed.
+
+A ZeRO checkpoint, as ``engine.save_checkpoint`` writes it:
+
+    latest                                                  the name of the newest step's folder
+    global_step8/mp_rank_00_model_states.pt                 the model (ZeRO 0 to 2)
+    global_step8/zero_pp_rank_R_mp_rank_00_model_states.pt  its shapes, a file a rank (ZeRO 3)
+    global_step8/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt
+        flat fp32 weights and moments; ZeRO 1 and 2: every rank has the fragments that it names,
+        ZeRO 3: of every parameter, an equal part
+
+A universal checkpoint, as ``ds_to_universal.py`` writes it:
+
+    latest_universal
+    global_step8_universal/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt
+    global_step8_universal/zero/optimizer_state.pt
+    global_step8_universal/*_model_states.pt                as above
+
+The files are pickles: they are read with torch's ``weights_only``, and of DeepSpeed's classes five
+are allowed, for which empty ones stand in. Source: deepspeed 0.19.8, checkpoint/ds_to_universal.py
+and utils/zero_to_fp32.py.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chameleon.checkpoint.formats.pth_files import StoredTensor, load_places
+from megatron_chameleon.checkpoint.names import MAIN_WEIGHT, MOMENTS
+from megatron_chameleon.errors import CheckpointError
+
+LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
+ZERO_FOLDER = "zero"
+OPTIMIZER_FILE = "optimizer_state.pt"
+UNIVERSAL_FILES = {MAIN_WEIGHT: "fp32.pt", **{part: f"{part}.pt" for part in MOMENTS}}
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_REMEDY = "Save it again with DeepSpeed 0.19"
+
+
+class _Empty:
+    """Stands in for an object of DeepSpeed's; its attributes come from the file."""
+
+    numel: int
+    start: int
+
+
+class _Stage(int):
+    """Stands in for the number of a ZeRO stage."""
+
+
+_ALLOWED = [
+    (_Empty, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Empty, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_Empty, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Empty, "deepspeed.checkpoint.universal_checkpoint.SubparamShape"),
+]
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """So many numbers of a stored tensor, from one on."""
+
+    stored: StoredTensor
+    start: int
+    count: int
+
+
+@dataclass
+class DeepSpeedFiles:
+    """Where everything of one checkpoint lies.
+
+    Attributes:
+        folder: The step's.
+        shapes: Of every parameter, by its name in the model that was trained.
+        dtypes: That the model computed with.
+        fragments: By name and part (``MAIN_WEIGHT``, ``MOMENTS``), in order.
+        step: Updates of the optimizer.
+    """
+
+    folder: Path
+    step: int = 0
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    fragments: defaultdict[tuple[str, str], list[Fragment]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether any parameter has moments; those without were not trained."""
+        return any(part in MOMENTS for _, part in self.fragments)
+
+    def read(self, name: str, part: str) -> torch.Tensor:
+        """A whole parameter, or its moment, in fp32; the moments of one not trained are zero."""
+        fragments = self.fragments.get((name, part), [])
+        shape = self.shapes[name]
+        if not fragments and part in MOMENTS:
+            return torch.zeros(shape)
+        parts = [f.stored.read_flat(name, f.start, f.count).float() for f in fragments]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+
+    def add(self, name: str, part: str, stored: StoredTensor, start: int, count: int) -> None:
+        """Note the next fragment of a parameter.
+
+        Raises:
+            CheckpointError: The stored tensor is shorter.
+        """
+        size = torch.Size(stored.shape).numel()
+        if not 0 <= start <= start + count <= size:
+            what = f"{name} is at {start:,} to {start + count:,} of a tensor of {size:,} numbers"
+            raise CheckpointError(str(stored.path), what, "Copy it again")
+        if count:
+            self.fragments[name, part].append(Fragment(stored, start, count))
+
+    def check(self) -> None:
+        """See that the fragments make up whole parameters.
+
+        Raises:
+            CheckpointError: It names the first that is not whole.
+        """
+        trained = {name for name, part in self.fragments if part in MOMENTS}
+        for name, shape in self.shapes.items():
+            for part in (MAIN_WEIGHT, *(MOMENTS if name in trained else ())):
+                found = sum(f.count for f in self.fragments.get((name, part), []))
+                size = torch.Size(shape).numel()
+                if found != size:
+                    what = f"{part} of {name} has {found:,} of {size:,} elements in its files"
+                    raise CheckpointError(str(self.folder), what, "Copy the whole folder again")
+
+
+def find_step(folder: Path) -> Path | None:
+    """The folder of the step that is meant by a path; None: it is no DeepSpeed checkpoint.
+
+    Raises:
+        CheckpointError: ``latest`` names a folder that is not there.
+    """
+    if _is_step(folder):
+        return folder
+    for name in (LATEST, LATEST_UNIVERSAL):
+        if (folder / name).is_file():
+            tag = (folder / name).read_text(encoding="utf-8", errors="replace").strip()
+            if Path(tag).name != tag or not _is_step(folder / tag):
+                what = f"names {tag!r}, which is no folder of a step beside it"
+                raise CheckpointError(str(folder / name), what, "Copy the whole folder again")
+            return folder / tag
+    return None
+
+
+def _is_step(folder: Path) -> bool:
+    return folder.is_dir() and (
+        (folder / ZERO_FOLDER).is_dir() or any(folder.glob("*mp_rank_*_states.pt"))
+    )
+
+
+def open_files(folder: Path) -> DeepSpeedFiles:
+    """Find everything in a step's folder.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, malicious or of a kind that is not read.
+    """
+    for path in folder.glob("layer_*_states.pt"):
+        what = f"holds {path.name}: of pipelines and experts"
+        raise CheckpointError(str(folder), what, "Save a model without them")
+    files = DeepSpeedFiles(folder)
+    try:
+        if (folder / ZERO_FOLDER).is_dir():
+            _read_universal(files)
+        else:
+            _read_zero(files)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        what = f"is not as DeepSpeed 0.19 writes it ({error!r})"
+        raise CheckpointError(str(folder), what, _REMEDY) from error
+    files.check()
+    return files
+
+
+def _ranks(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    """The files of every data-parallel rank.
+
+    Raises:
+        CheckpointError: They are of several tensor-parallel ranks.
+    """
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if match := pattern.fullmatch(path.name):
+            if int(match[2]):
+                what = f"{path.name} is of a tensor-parallel rank, and conversions read one"
+                remedy = "Turn it into a universal checkpoint with DeepSpeed's ds_to_universal.py"
+                raise CheckpointError(str(folder), what, remedy)
+            found[int(match[1] or 0)] = path
+    return found
+
+
+def _read_zero(files: DeepSpeedFiles) -> None:
+    model_files, ranks = _ranks(files.folder, _MODEL), _ranks(files.folder, _OPTIMIZER)
+    if 0 not in model_files:
+        raise CheckpointError(str(files.folder), "no model states of rank 0", "Copy it again")
+    model = load_places(model_files[0], _ALLOWED)
+    files.step = int(model["global_steps"])
+    _read_module(files, model)
+    states = [load_places(ranks[rank], _ALLOWED)["optimizer_state_dict"] for rank in sorted(ranks)]
+    if states:
+        stage = int(states[0]["zero_stage"])
+        counts = states[0]["partition_count"]
+        _check_ranks(files.folder, ranks, counts if isinstance(counts, int) else max(counts))
+        for rank, state in enumerate(states):
+            read_rank = _read_rank_of_zero_3 if stage == 3 else _read_rank_of_zero_2
+            read_rank(files, ranks[rank], state, model["param_shapes"], rank, len(states))
+    _read_untrained(files, model_files)
+
+
+def _check_ranks(folder: Path, found: Mapping[int, Path], expected: int) -> None:
+    missing = [rank for rank in range(expected) if rank not in found]
+    if missing or len(found) != expected:
+        what = f"has optimizer states of {len(found)} ranks, {expected} wrote some"
+        what += f"; that of rank {missing[0]} is missing" if missing else ""
+        raise CheckpointError(str(folder), what, "Copy the whole folder again")
+
+
+def _read_module(files: DeepSpeedFiles, model: Mapping[str, Any]) -> None:
+    """Shapes and dtypes of the parameters; under ZeRO 3 their tensors are empty."""
+    shapes = [*(model.get("param_shapes") or []), model.get("frozen_param_shapes") or {}]
+    known = {name: tuple(shape) for group in shapes for name, shape in group.items()}
+    for name, tensor in model["module"].items():
+        if isinstance(tensor, torch.Tensor) and not name.endswith("_extra_state"):
+            files.dtypes[str(name)] = tensor.dtype
+            if name in known or tensor.numel():
+                files.shapes[str(name)] = known.get(name, tuple(tensor.shape))
+
+
+def _read_untrained(files: DeepSpeedFiles, model_files: Mapping[int, Path]) -> None:
+    """Weights that no optimizer holds, from the model's own tensors or ZeRO 3's parts of them."""
+    untrained = [name for name in files.shapes if (name, MAIN_WEIGHT) not in files.fragments]
+    if not untrained:
+        return
+    for rank in sorted(model_files):
+        model = load_places(model_files[rank], _ALLOWED)
+        parts = {**model["module"], **(model.get("frozen_param_fragments") or {})}
+        for name in untrained:
+            size = torch.Size(files.shapes[name]).numel()
+            found = sum(f.count for f in files.fragments[name, MAIN_WEIGHT])
+            count = min(parts[name].numel(), size - found)
+            stored = StoredTensor.find(model_files[rank], name, parts[name])
+            files.add(name, MAIN_WEIGHT, stored, 0, count)
+
+
+def _read_rank_of_zero_2(
+    files: DeepSpeedFiles, path: Path, state: Mapping[str, Any], shapes: Any, rank: int, ranks: int
+) -> None:
+    base = state["base_optimizer_state"]
+    if not isinstance(base, Mapping):
+        remedy = "Train without elastic_checkpoint, or turn it into a universal one"
+        raise CheckpointError(str(path), "is of an elastic checkpoint", remedy)
+    weights = state["single_partition_of_fp32_groups"]
+    for group, fragments in enumerate(state["param_slice_mappings"]):
+        flat = _flat_states(path, weights[group], base, group)
+        files.step = _step_of(path, base, group, files.step)
+        for name, place in fragments.items():
+            for part, stored in flat.items():
+                files.add(name, part, stored, int(place.start), int(place.numel))
+
+
+def _read_rank_of_zero_3(
+    files: DeepSpeedFiles, path: Path, state: Mapping[str, Any], shapes: Any, rank: int, ranks: int
+) -> None:
+    base = state["optimizer_state_dict"]
+    for group, parameters in enumerate(shapes):
+        flat = _flat_states(path, state["fp32_flat_groups"][group], base, group)
+        files.step = _step_of(path, base, group, files.step)
+        start = 0
+        for name, shape in parameters.items():
+            size = torch.Size(shape).numel()
+            padded = math.ceil(size / ranks)
+            count = max(0, min(padded, size - rank * padded))
+            for part, stored in flat.items():
+                files.add(name, part, stored, start, count)
+            start += padded
+
+
+def _flat_states(
+    path: Path, weights: torch.Tensor, base: Mapping[str, Any], group: int
+) -> dict[str, StoredTensor]:
+    """A rank's flat tensors of one group of parameters; without moments before the first step."""
+    moments = base["state"].get(group, {})
+    flat = {MAIN_WEIGHT: weights, **{part: moments[part] for part in MOMENTS if part in moments}}
+    return {part: StoredTensor.find(path, part, tensor) for part, tensor in flat.items()}
+
+
+def _step_of(path: Path, base: Mapping[str, Any], group: int, otherwise: int) -> int:
+    """AdamW's count of updates: beside the moments, or, as some AdamWs have it, in the group."""
+    for place in (base["state"].get(group, {}), *base["param_groups"]):
+        if "step" in place:
+            return _number(path, place["step"])
+    return otherwise
+
+
+def _number(path: Path, value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        value = StoredTensor.find(path, "step", value).read("step").item()
+    return int(value)
+
+
+def _read_universal(files: DeepSpeedFiles) -> None:
+    model_files = _ranks(files.folder, _MODEL)
+    if 0 in model_files:
+        model = load_places(model_files[0], _ALLOWED)
+        files.step = int(model["global_steps"])
+        _read_module(files, model)
+    for name, folder in _parameter_folders(files.folder / ZERO_FOLDER):
+        for part, file in UNIVERSAL_FILES.items():
+            if not (folder / file).is_file():
+                continue
+            content = load_places(folder / file, _ALLOWED)
+            tensor = content["param"] if isinstance(content, Mapping) else content
+            stored = StoredTensor.find(folder / file, name, tensor)
+            if part == MAIN_WEIGHT:
+                known = files.shapes.get(name, ())
+                is_flat = torch.Size(known).numel() == tensor.numel()  # from ZeRO 3
+                files.shapes[name] = known if is_flat else stored.shape
+                files.dtypes.setdefault(name, torch.float32)
+            files.add(name, part, stored, 0, tensor.numel())
+        if (folder / "step.pt").is_file():
+            step = load_places(folder / "step.pt", _ALLOWED)
+            files.step = _number(folder / "step.pt", step)
+    _read_untrained(files, model_files)
+
+
+def _parameter_folders(zero: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(zero.iterdir()):
+        if path.is_dir():
+            if not (path / UNIVERSAL_FILES[MAIN_WEIGHT]).is_file():
+                raise CheckpointError(str(path), "has no fp32.pt", "Copy the whole folder again")
+            yield path.name, path

@@ -1,0 +1,49 @@
+"""Tensors' bytes between memory and files, without copies on the way.
+
+Fresh memory costs more than the copy into it where the kernel hands it out in pages of 4 KiB. numpy
+asks for large pages, so buffers come from there.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_chameleon.errors import CheckpointError
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the CPU, not filled."""
+    size_bytes = torch.Size(shape).numel() * dtype.itemsize
+    return torch.from_numpy(np.empty(size_bytes, np.uint8)).view(dtype).view(torch.Size(shape))
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes in row-major order, without a copy where it lies so already."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def read_into(tensor: torch.Tensor, path: Path, offset_bytes: int, name: str) -> torch.Tensor:
+    """Fill a contiguous tensor from a place in a file.
+
+    Args:
+        tensor: On the CPU.
+        path: The file.
+        offset_bytes: Where the tensor begins in it.
+        name: For messages.
+
+    Raises:
+        CheckpointError: The file ends before.
+    """
+    buffer = as_bytes(tensor)
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(offset_bytes)
+        found = 0
+        while found < len(buffer):
+            count = stream.readinto(buffer[found:])
+            if not count:
+                what = f"ends after {found:,} of {len(buffer):,} bytes of {name}"
+                raise CheckpointError(str(path), what, "Copy it again")
+            found += count
+    return tensor
