@@ -142,6 +142,7 @@ def report(work: Path, layers: int) -> None:
             "megatron",
             "--no-verify",
         ),
+        "cp again": copying,
         "megatron -> hf": (
             *chameleon,
             "convert",
@@ -151,12 +152,13 @@ def report(work: Path, layers: int) -> None:
             "hf",
             "--no-verify",
         ),
-        "cp again": copying,
         "verify": (*chameleon, "verify", str(first), str(last)),
     }
     for name, words in steps.items():
         seconds, cpu_seconds, peak_gib = measure(*words)
         shutil.rmtree(copy, ignore_errors=True)
+        if name == "megatron -> hf":
+            shutil.rmtree(middle)
         results[name] = {
             "seconds": round(seconds, 1),
             "cpu_seconds": round(cpu_seconds, 1),

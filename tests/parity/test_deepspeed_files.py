@@ -144,7 +144,7 @@ def continued(trained: Trained) -> Trained:
         [
             job("universal-zero1", folder / "hf", 1, **load),
             job("universal-zero3", folder / "hf", 3, **load),
-            job("theirs-zero3", folder / "hf", 3, load=str(folder / "zero1-universal")),
+            job("universal-zero3-steps", folder / "hf", 3, **load, own_steps=True),
             job("universal-bf16", folder / "hf", 2, **bf16),
             job("weights-zero1", folder / "hf", 1, **weights),
         ]
@@ -157,13 +157,12 @@ def test_deepspeed_goes_on_from_what_we_write(continued: Trained) -> None:
     assert continued.losses("universal-zero1") == pytest.approx(expected, rel=1e-5)
 
 
-def test_deepspeed_goes_on_at_stage_3_as_from_its_own(continued: Trained) -> None:
-    """It gives one step tensor to all groups, which torch's AdamW then counts up once a group: the
-    update is 2e-5 off, from a universal checkpoint of DeepSpeed's own too."""
+def test_deepspeed_goes_on_at_stage_3(continued: Trained) -> None:
+    """It gives one step tensor to all groups, which torch's AdamW counts up once a group: the
+    update is 2e-5 off, whoever wrote the checkpoint, and right once each group has its own."""
     expected = continued.losses("zero1")[SAVED_STEP:]
-    found, theirs = continued.losses("universal-zero3"), continued.losses("theirs-zero3")
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert found == pytest.approx(theirs, rel=1e-6)
+    assert continued.losses("universal-zero3") == pytest.approx(expected, rel=1e-4)
+    assert continued.losses("universal-zero3-steps") == pytest.approx(expected, rel=1e-5)
 
 
 def test_deepspeed_starts_from_weights_alone(continued: Trained) -> None:

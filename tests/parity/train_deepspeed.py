@@ -3,9 +3,10 @@
 A script: ``python train_deepspeed.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes",
 "stage", "dtype", "steps", "model": a Hugging Face folder, or null for our model under its own
 names, "load": a folder with a universal checkpoint, or null, "optimizer": whether its moments are
-loaded too}. After its second step it saves a checkpoint into OUTPUT_DIR/NAME, and what DeepSpeed
-itself says of every parameter into NAME.pt. NAME.json has the losses. DeepSpeed's own tool then
-makes a universal checkpoint of each of transformers', NAME-universal.
+loaded too, "own_steps": whether each group then gets a step tensor of its own}. After its second
+step it saves a checkpoint into OUTPUT_DIR/NAME, and what DeepSpeed itself says of every parameter
+into NAME.pt. NAME.json has the losses. DeepSpeed's own tool then makes a universal checkpoint of
+each of transformers', NAME-universal.
 """
 
 import json
@@ -115,6 +116,9 @@ def run_job(job: dict[str, Any], output: Path) -> None:
         )
         assert path is not None
         first = engine.global_steps
+        if job.get("own_steps"):
+            for state in engine.optimizer.optimizer.state.values():
+                state["step"] = state["step"].clone()
     losses = []
     for step in range(first, job["steps"]):
         loss = loss_of(engine, batch(step, rank))

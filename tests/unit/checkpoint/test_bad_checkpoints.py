@@ -249,7 +249,7 @@ def test_shards_are_for_meta_only(hf_folder: Path, tmp_path: Path) -> None:
         convert(hf_folder, tmp_path / "out", "meta", shards=0)
 
 
-@pytest.mark.parametrize("to", ["megatron", "hf", "meta"])
+@pytest.mark.parametrize("to", ["megatron", "deepspeed", "hf", "meta"])
 def test_a_full_disk_and_an_existing_destination(
     hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
@@ -265,7 +265,7 @@ def test_a_full_disk_and_an_existing_destination(
         convert(hf_folder, tmp_path / "out", to)
 
 
-@pytest.mark.parametrize("to", ["megatron", "hf", "meta"])
+@pytest.mark.parametrize("to", ["megatron", "deepspeed", "hf", "meta"])
 def test_a_failing_disk_leaves_nothing(
     hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
