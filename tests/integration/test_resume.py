@@ -89,7 +89,7 @@ def test_distributed_optimizer_resumes_exactly_and_at_another_layout(tiny) -> No
     assert alone == pytest.approx(unbroken, rel=1e-5)  # other sums, as in tests/parity
     tiny.train("plain", *shared, "training.dtype=bf16", "--resume", checkpoint)
     rounded = [record["loss"] for record in tiny.metrics("plain")]
-    # bf16 keeps 8 bits of a number; a run without the moments is 0.1 off after one step
+    # bf16 keeps 8 bits of a number
     assert rounded == pytest.approx(unbroken, rel=2e-2)
     assert rounded != alone
 

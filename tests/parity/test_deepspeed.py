@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from run_command import environment
 
+from megatron_chameleon.checkpoint.convert import convert
+
 # fp32 sums in another order differ by about 1e-7 relative, and 20 steps of AdamW amplify that: the
 # same bounds as between the layouts of one engine (test_layouts.py). AdamW hides gradients of a
 # wrong size, their norm does not.
@@ -172,7 +174,7 @@ def test_one_run_through_every_layout_and_engine(tiny) -> None:
         assert_same(tiny.metrics(name), unbroken[2 * number :])
 
 
-def test_three_ranks_whose_parts_are_padded(tiny) -> None:
+def test_three_ranks_whose_parts_are_padded(tiny, runs) -> None:
     batch = ["training.micro_batch_size=1", "training.global_batch_size=6", "training.steps=4"]
     words = [*batch, "checkpoint.every_steps=2", "checkpoint.keep_last=2"]
     source = ["--resume", str(tiny.folder / "three" / "checkpoints" / "step_00000002")]
@@ -181,9 +183,18 @@ def test_three_ranks_whose_parts_are_padded(tiny) -> None:
         "three-resumed": [*zero(3, *words), *source],
         "three-zero1": [*zero(1, *words), *source],
     }
+    # and a run of each engine that starts from weights alone
+    weights = tiny.folder / "weights"
+    convert(tiny.folder / "megatron-short", weights, "megatron", optimizer=False, verify=False)
+    start = [*words, "--resume", str(weights)]
+    planned |= {"start-megatron": start, "start-zero1": zero(1, *start)}
+    planned |= {"start-zero3": zero(3, *start)}
     train_many(tiny, planned, processes=3)
     unbroken, resumed = (tiny.metrics(name) for name in ("three", "three-resumed"))
     assert [[r[k] for k in EXACT] for r in resumed] == [[r[k] for k in EXACT] for r in unbroken[2:]]
     expected = [record["grad_norm"] for record in unbroken[2:]]
     found = [record["grad_norm"] for record in tiny.metrics("three-zero1")]
     assert found == pytest.approx(expected, rel=TOLERANCES["grad_norm"])
+    for name in ("start-zero1", "start-zero3"):
+        assert_same(tiny.metrics(name), tiny.metrics("start-megatron"))
+    assert tiny.metrics("start-megatron")[0]["loss"] < runs["megatron"][3]["loss"]
