@@ -101,7 +101,7 @@ class DeepSpeedEngine:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank has of the parameters; see ``TrainingEngine``."""
         for name, parameter in named_global_parameters(self.model):
-            yield name, getattr(parameter, "ds_tensor", parameter)  # ZeRO 3: its part
+            yield name, _own_part(parameter)
 
     def _count_tokens(self, micro_batches: Sequence[Batch]) -> float:
         """Unmasked tokens of the whole global batch, at least 1."""
@@ -134,6 +134,15 @@ class DeepSpeedEngine:
     def restore_weights(self, checkpoint: Path) -> None:
         """Take over weights only; see ``TrainingEngine``."""
         self._state.restore_weights(checkpoint, self.engine.optimizer)
+
+
+def _own_part(parameter: Any) -> Tensor:
+    """What this rank has of a parameter; under ZeRO 3 without the padding, which no one fills."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    size = parameter.ds_tensor.numel()
+    left = parameter.ds_numel - parallel_state.get_data_parallel_rank() * size
+    return parameter.ds_tensor.narrow(0, 0, min(max(left, 0), size))
 
 
 def deepspeed_config(config: Config, model: nn.Module) -> dict[str, Any]:
