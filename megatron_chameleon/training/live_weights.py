@@ -59,10 +59,12 @@ class LiveSource:
 
     format = "live"
     fingerprint: str | None = None
+    has_optimizer = False
 
     def __init__(
         self, config: Config, vocab_size: int, weights: dict[str, Tensor], step: int
     ) -> None:
+        self.config: Config | None = config
         self.folder = Path(config.logging.run_dir)
         self.model: ModelConfig = config.model
         groups = qk_norm_groups(config.model)
