@@ -181,6 +181,16 @@ def test_what_does_not_change_the_order_makes_no_new_mixture(config, tokenizer):
     assert reader.mixture(290).locate(290).phase.stage == 2
 
 
+def test_a_border_in_the_past_is_one_at_the_resume(config, tokenizer):
+    reader = BatchReader(config, tokenizer)
+    reference = [row(reader.sample(i)) for i in range(240)]
+    config.data.stage1_tokens = 100 * SEQ_LENGTH
+    reader = resumed(reader, config, tokenizer, 10)
+    assert [row(reader.sample(i)) for i in range(240)] == reference
+    assert reader.mixture(240).locate(239).phase.stage == 1
+    assert reader.mixture(240).locate(240).phase.stage == 2
+
+
 def refused(reader, config, tokenizer, step=10):
     with pytest.raises(ConfigErrors) as caught:
         resumed(reader, config, tokenizer, step)
