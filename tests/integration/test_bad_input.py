@@ -136,21 +136,19 @@ def test_what_the_paper_warns_of_is_said_before_training(
     assert line.startswith("warning: model.hidden_dropout is 0.1 with model.norm_order swin")
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{broken", "documents.jsonl:61"),
-        ('{"id": "x", "content": [{"type": "sound"}]}', "documents.jsonl:61"),
-    ],
-)
-def test_broken_documents_leave_nothing(
-    tiny, documents: Path, tmp_path: Path, refused, line: str, message: str
+@pytest.mark.parametrize("line", ["{broken", '{"id": "x", "content": [{"type": "sound"}]}'])
+def test_broken_documents_are_listed_and_stop_the_run_on_demand(
+    tiny, documents: Path, tmp_path: Path, refused, line: str
 ) -> None:
     documents.write_text(documents.read_text() + line + "\n")
     output = tmp_path / "tokens"
     words = ("preprocess", documents, "--tokenizer", tiny.tokenizer, "--output", output)
-    assert message in refused(*words)
-    assert list(tmp_path.glob("tokens*")) == []
+    assert f"1 broken document; {output}.partial/" in refused(*words, "--max-bad", 0.01)
+    assert not (tmp_path / "tokens.json").exists()
+    main([str(word) for word in words])
+    (listed,) = (tmp_path / "tokens.dropped.jsonl").read_text().splitlines()
+    assert json.loads(listed)["where"] == f"{documents}:61"
+    assert json.loads((tmp_path / "tokens.json").read_text())["documents"] == 60
 
 
 def test_corrupt_and_empty_images_drop_their_documents(
