@@ -225,6 +225,7 @@ def _prepare(
         shard_bytes=options.shard_bytes,
         has_optimizer=options.optimizer and source.has_optimizer and sink_class.holds_optimizer,
         config=source.config,
+        data=source.data,
     )
     sink = sink_class(target)
     existing = destination.absolute().parent

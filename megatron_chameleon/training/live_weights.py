@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ class LiveSource:
     format = "live"
     fingerprint: str | None = None
     has_optimizer = False
+    data: dict[str, Any] | None = None
 
     def __init__(
         self, config: Config, vocab_size: int, weights: dict[str, Tensor], step: int

@@ -24,7 +24,9 @@ def open_reader(config: Config, tokenizer: Tokenizer, checkpoint: Path | None) -
     state = load_state(checkpoint) if checkpoint is not None else {}
     if not state or state.get("optimizer") is False:  # weights alone: the run begins
         return BatchReader(config, tokenizer)
-    if "data" not in state:
+    if state.get("data") is None and state.get("training_config") is False:
+        return BatchReader(config, tokenizer)  # others' run: this config, as if from its first step
+    if state.get("data") is None:
         what = "it does not say what the run has read: an earlier version wrote it"
         remedy = "Resume with that version, or train into another logging.run_dir"
         raise CheckpointError(str(checkpoint), what, remedy)

@@ -46,6 +46,7 @@ class Source(Protocol):
         has_optimizer: Whether AdamW's moments and, of weights that are not fp32, main weights can
             be read too.
         config: What it was trained with; None where the files don't say.
+        data: What the run has read, as ``state.json`` keeps it; None where the files don't say.
 
     Raises (on opening):
         CheckpointError: A tensor is missing, left over or of the wrong shape, a file is damaged, or
@@ -60,6 +61,7 @@ class Source(Protocol):
     fingerprint: str | None
     has_optimizer: bool
     config: Config | None
+    data: dict[str, Any] | None
 
     def dtype(self, piece: Piece) -> torch.dtype:
         """Of a stored weight."""
@@ -94,6 +96,7 @@ class Target:
         shard_bytes: Largest size of a file, for the others.
         has_optimizer: Whether main weights and moments come with the weights.
         config: What it was trained with; None where the source doesn't say.
+        data: What the run has read; None where the source doesn't say.
     """
 
     model: ModelConfig
@@ -106,6 +109,7 @@ class Target:
     shard_bytes: int = SHARD_BYTES
     has_optimizer: bool = False
     config: Config | None = None
+    data: dict[str, Any] | None = None
 
     @property
     def weights(self) -> list[Piece]:
@@ -241,6 +245,8 @@ def write_origin(folder: Path, target: Target) -> None:
         "parameters": parameters,
         "model": asdict(target.model),
     }
+    if target.has_optimizer:
+        content["data"] = target.data
     (folder / ORIGIN_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

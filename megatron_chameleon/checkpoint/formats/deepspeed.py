@@ -96,6 +96,7 @@ class Source:
         beside = self._beside(ORIGIN_FILE)
         self.origin = read_origin(beside) if beside else {}
         self.fingerprint: str | None = self.origin.get("tokenizer_fingerprint")
+        self.data: dict[str, Any] | None = self.origin.get("data")
         own = self._beside(OWN_CONFIG_FILE)
         self.config: Config | None = load_config(own / OWN_CONFIG_FILE) if own else None
         self._prefix, self._is_hf = _naming(self._files)

@@ -63,6 +63,7 @@ class Source:
     format = "hf"
     has_optimizer = False
     config = None
+    data = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

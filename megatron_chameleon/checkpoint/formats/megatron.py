@@ -106,6 +106,7 @@ class Source:
         self.has_optimizer = self._reader.state.get("optimizer") is not False
         has_config = self._reader.state.get("training_config") is not False
         self.config: Config | None = self._reader.config if has_config else None
+        self.data: dict[str, Any] | None = self._reader.state.get("data")
         if self.has_optimizer:
             parts = [
                 replace(piece, part=part)
@@ -252,6 +253,7 @@ class Sink:
             "step": target.step,
             "optimizer": target.has_optimizer,
             "training_config": target.config is not None,
+            "data": target.data,
             "source": target.origin,
             "vocab_size": target.dimensions.vocab_size,
             "tokenizer_fingerprint": target.tokenizer.fingerprint,

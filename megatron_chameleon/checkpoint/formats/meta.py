@@ -78,6 +78,7 @@ class Source:
     format = "meta"
     has_optimizer = False
     config = None
+    data = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
