@@ -121,7 +121,7 @@ def write_checkpoint(
     prefix: str = "",
     main_weights: dict[str, Tensor] | None = None,
 ) -> Path:
-    """A whole checkpoint folder; ``sharded_state`` is saved in place of the tensors.
+    """A whole checkpoint folder; ``sharded_state`` is saved in place of the tensors: weights alone.
 
     Moments are the weights times 0.5 and their squares. Tensors in bf16 want main weights.
     """
@@ -167,6 +167,7 @@ def write_checkpoint(
         "consumed_tokens": step * model.seq_length,
         "vocab_size": VOCAB_SIZE,
         "tokenizer_fingerprint": fingerprint(tokenizer_folder),
+        "optimizer": sharded_state is None,
     }
     (folder / "state.json").write_text(json.dumps(values))
     return folder

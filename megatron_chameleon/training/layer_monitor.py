@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from megatron_chameleon.parallel import platform
 
+QUERIES = 4
+"""Of each head and sequence, whose attention logits are looked at."""
+
 
 class LayerMonitor:
     """Collects, for every layer of the whole model, what this rank sees of it.
@@ -70,10 +73,11 @@ class LayerMonitor:
 
 
 def largest_logit(query_SBND: Tensor, key_SBGD: Tensor, mask_B1SS: Tensor | None) -> Tensor:
-    """The largest attention logit of the longest query of each head and sequence.
+    """The largest attention logit of ``QUERIES`` evenly spaced queries of each head and sequence.
 
-    All logits would cost as much as attention itself; those of one query of S cost 1/S of it, and
-    where logits grow it is among them. It is a lower bound of the largest of all.
+    All logits would cost as much as attention itself; these cost 4/S of it, and are a lower bound.
+    Fixed places rather than the longest query: behind a QK-norm all are about as long, so that
+    rounding would choose.
 
     Args:
         query_SBND: As core attention takes it.
@@ -83,21 +87,20 @@ def largest_logit(query_SBND: Tensor, key_SBGD: Tensor, mask_B1SS: Tensor | None
     Returns:
         A scalar.
     """
-    lengths_SBN = torch.linalg.vector_norm(query_SBND, dim=-1)
-    place_BN = lengths_SBN.argmax(dim=0)
-    batch, heads = place_BN.shape
-    rows_B1 = torch.arange(batch, device=place_BN.device).unsqueeze(1)
-    longest_BND = query_SBND[place_BN, rows_B1, torch.arange(heads, device=place_BN.device)]
-    groups, size = key_SBGD.shape[2:]
-    longest_BGnD = longest_BND.unflatten(1, (groups, heads // groups))
-    logits_BGnS = torch.einsum("bgnd,sbgd->bgns", longest_BGnD, key_SBGD)
-    logits_BNS = logits_BGnS.flatten(1, 2)
+    length, _, heads, size = query_SBND.shape
+    groups = key_SBGD.shape[2]
+    count = min(QUERIES, length)
+    places = [length * (i + 1) // count - 1 for i in range(count)]
+    query_QBGnD = query_SBND[places].unflatten(2, (groups, heads // groups))
+    logits_BGnQS = torch.einsum("qbgnd,sbgd->bgnqs", query_QBGnD, key_SBGD)
+    logits_BNQS = logits_BGnQS.flatten(1, 2)
     if mask_B1SS is None:
-        columns_S = torch.arange(key_SBGD.shape[0], device=place_BN.device)
-        hidden_BNS = columns_S > place_BN.unsqueeze(-1)
+        positions_S = torch.arange(length, device=query_SBND.device)
+        hidden_QS = positions_S > positions_S[places].unsqueeze(-1)
+        logits_BNQS = logits_BNQS.masked_fill(hidden_QS, -torch.inf)
     else:
-        hidden_BNS = mask_B1SS[rows_B1, 0, place_BN]
-    return logits_BNS.masked_fill(hidden_BNS, -torch.inf).max() / math.sqrt(size)
+        logits_BNQS = logits_BNQS.masked_fill(mask_B1SS[:, :, places], -torch.inf)
+    return logits_BNQS.max() / math.sqrt(size)
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
