@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_chameleon.data.blocks import Block, Fault, Position
 from megatron_chameleon.data.documents import Document, ImageError, ImagePart, TextPart
 from megatron_chameleon.data.image_codes import ImageCache, ImageEncoder
 from megatron_chameleon.data.readers import parse_block
+from megatron_chameleon.data.records import Block, Fault, Position
 from megatron_chameleon.data.token_format import IMAGE, TokenBlock, token_dtype
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.fast_text import EXACT, make_encoder

@@ -17,12 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_chameleon.data.blocks import Block, Fault, Position, read_blocks
+from megatron_chameleon.data.blocks import read_blocks
 from megatron_chameleon.data.documents import TextPart
 from megatron_chameleon.data.encode import EncodedBlock, EncodeOptions
-from megatron_chameleon.data.inputs import Input, Span, find_inputs, plan_spans, signature_of
+from megatron_chameleon.data.inputs import Input, Span, find_inputs, signature_of
 from megatron_chameleon.data.progress import Report, count_reasons, describe, shard_prefix
 from megatron_chameleon.data.readers import parse_block
+from megatron_chameleon.data.records import Block, Fault, Position
+from megatron_chameleon.data.spans import plan_spans
 from megatron_chameleon.data.token_format import (
     FORMAT,
     SUFFIXES,

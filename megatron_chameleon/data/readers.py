@@ -15,15 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.data.blocks import (
-    BROKEN_DOCUMENT,
-    Block,
-    Fault,
-    FileSlice,
-    Rows,
-    Samples,
-    read_blocks,
-)
+from megatron_chameleon.data.blocks import read_blocks
 from megatron_chameleon.data.documents import (
     Document,
     ImagePart,
@@ -34,7 +26,9 @@ from megatron_chameleon.data.documents import (
     parse_line,
     record_name,
 )
-from megatron_chameleon.data.inputs import find_inputs, plan_spans
+from megatron_chameleon.data.inputs import find_inputs
+from megatron_chameleon.data.records import BROKEN_DOCUMENT, Block, Fault, FileSlice, Rows, Samples
+from megatron_chameleon.data.spans import plan_spans
 from megatron_chameleon.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")

@@ -8,7 +8,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from megatron_chameleon.data.blocks import (
+from megatron_chameleon.data.inputs import Input
+from megatron_chameleon.data.records import (
     BLOCK_IMAGES,
     BROKEN_FILE,
     BrokenFile,
@@ -18,7 +19,6 @@ from megatron_chameleon.data.blocks import (
     decompressed,
     tell,
 )
-from megatron_chameleon.data.inputs import Input
 from megatron_chameleon.errors import DataError
 
 BLOCK_SAMPLES = BLOCK_IMAGES

@@ -10,10 +10,12 @@ import pyarrow.parquet
 import pytest
 from mixed_corpus import write_corpus
 
-from megatron_chameleon.data import blocks as module
-from megatron_chameleon.data.blocks import BLOCK_IMAGES, Fault, Position, read_blocks
-from megatron_chameleon.data.inputs import find_inputs, plan_spans
+from megatron_chameleon.data import line_blocks, records
+from megatron_chameleon.data.blocks import read_blocks
+from megatron_chameleon.data.inputs import find_inputs
 from megatron_chameleon.data.readers import parse_block
+from megatron_chameleon.data.records import BLOCK_IMAGES, Fault, Position
+from megatron_chameleon.data.spans import plan_spans
 
 LINES = b"".join(b'{"text": "%d"}\n' % i for i in range(20_000))
 
@@ -36,8 +38,8 @@ def described(blocks):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(module, "_READ_BYTES", 512)
+    monkeypatch.setattr(line_blocks, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(records, "READ_BYTES", 512)
 
 
 def test_going_on_behind_any_block_gives_the_rest(tmp_path, small_blocks):
@@ -100,8 +102,8 @@ def test_not_compressed_at_all(tmp_path):
 
 
 def test_line_that_is_too_long_is_one_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(module, "LONGEST_LINE_BYTES", 5000)
+    monkeypatch.setattr(line_blocks, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(line_blocks, "LONGEST_LINE_BYTES", 5000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "1"}\n{"text": "' + "x" * 20_000 + '"}\n{"text": "3"}\n')
     items = [item for block in blocks_of(path) for item in parse_block(block)]
@@ -111,7 +113,7 @@ def test_line_that_is_too_long_is_one_fault(tmp_path, monkeypatch):
 
 def test_zip_bomb_needs_no_memory(tmp_path, monkeypatch):
     """2 GiB of one line in 2 MB: nothing of it may be kept."""
-    monkeypatch.setattr(module, "LONGEST_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(line_blocks, "LONGEST_LINE_BYTES", 1 << 20)
     part = gzip.compress(b"x" * (1 << 24))
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(part * 16 + gzip.compress(b'\n{"text": "2"}\n'))

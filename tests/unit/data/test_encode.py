@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_chameleon.data.blocks import Fault
 from megatron_chameleon.data.documents import Document, ImagePart, TextPart
 from megatron_chameleon.data.encode import EncodeOptions, Encoder
+from megatron_chameleon.data.records import Fault
 from megatron_chameleon.errors import DataError
 
 
