@@ -234,7 +234,7 @@ class BatchReader:
                 what = f"the run read {key}, which the config does not name: {error.what}"
                 remedy = "Put its files back until the run has been saved with its new mixture"
                 raise ConfigError("data", what, remedy) from error
-            self._corpora[key] = TokenFileCorpus(file, self.vocabulary)
+            self._corpora[key] = TokenFileCorpus(file)
         return self._corpora[key]
 
     def _check_length(self, step: int) -> None:
@@ -319,7 +319,7 @@ def _open_sources(config: Config, tokenizer: Tokenizer) -> list[Source]:
                 problems.append(problem)
                 continue
             key = _key(source, [other.key for other in found])
-            found.append(Source(key, where, source, TokenFileCorpus(file, tokenizer.vocabulary)))
+            found.append(Source(key, where, source, TokenFileCorpus(file)))
     if problems:
         raise ConfigErrors(problems)
     return found

@@ -48,16 +48,14 @@ class TokenFileCorpus:
 
     Args:
         token_file: Opened and checked.
-        vocabulary: Its tokens.
     """
 
-    def __init__(self, token_file: TokenFile, vocabulary: Vocabulary) -> None:
+    def __init__(self, token_file: TokenFile) -> None:
         self.token_file = token_file
         self.name = token_file.prefix
         self.tokens = token_file.info.tokens
         self.documents = token_file.info.documents
         self.images = token_file.info.images
-        self._vocabulary = vocabulary
         self._itemsize = np.dtype(token_file.info.dtype).itemsize
 
     def at(self, token: int) -> int:

@@ -61,7 +61,7 @@ def images_first(documents, epoch, count, begin):
 def test_share_of_pairs_with_the_image_first(token_file, make_pair, tokenizer):
     v = tokenizer.vocabulary
     pairs = [make_pair([270 + i % 60, 271], "image") for i in range(400)]
-    corpus = TokenFileCorpus(token_file(pairs), v)
+    corpus = TokenFileCorpus(token_file(pairs))
     for share, low, high in ((0.0, 0, 0), (0.25, 0.18, 0.32), (1.0, 1, 1), (None, 0, 0)):
         documents = OrderedDocuments(corpus, v, share, (5, 0))
         # 0.07 is 3 standard deviations of a share of 0.25 among 400; the key fixes the draw
@@ -71,7 +71,7 @@ def test_share_of_pairs_with_the_image_first(token_file, make_pair, tokenizer):
 def test_a_pair_s_order_changes_from_epoch_to_epoch(token_file, make_pair, tokenizer):
     v = tokenizer.vocabulary
     pairs = [make_pair([270 + i, 271], "image") for i in range(40)]
-    documents = OrderedDocuments(TokenFileCorpus(token_file(pairs), v), v, 0.5, (5, 0))
+    documents = OrderedDocuments(TokenFileCorpus(token_file(pairs)), v, 0.5, (5, 0))
     first = [images_first(documents, epoch, 40, v.begin_image) for epoch in (0, 1)]
     assert 5 <= (first[0] != first[1]).sum() <= 35  # half of 40 on average
     part = documents.read(0, 3, 2, 5, len(pairs[3]))
@@ -80,7 +80,7 @@ def test_a_pair_s_order_changes_from_epoch_to_epoch(token_file, make_pair, token
 
 def test_a_token_file_is_a_corpus(token_file, make_pair, numbered, tokenizer):
     documents = [*numbered([5, 9]), make_pair("image", [300]), *numbered([4])]
-    corpus = TokenFileCorpus(token_file(documents), tokenizer.vocabulary)
+    corpus = TokenFileCorpus(token_file(documents))
     starts = np.cumsum([0, *map(len, documents)])
     np.testing.assert_array_equal(corpus.starts(0, 4), starts)
     np.testing.assert_array_equal(corpus.starts(2, 3), starts[2:4])
@@ -96,7 +96,7 @@ def test_positions_that_do_not_follow_from_the_lengths(token_file, numbered, tok
     with Path(f"{file.prefix}.idx").open("r+b") as index:
         index.seek(34 + 3 * 4 + 8)  # the second document's byte
         index.write((12).to_bytes(8, "little"))
-    corpus = TokenFileCorpus(type(file)(file.prefix, file.info), tokenizer.vocabulary)
+    corpus = TokenFileCorpus(type(file)(file.prefix, file.info))
     with pytest.raises(DataError, match=r"tokens\.idx: the positions of documents 0 to 2 do not"):
         corpus.starts(0, 3)
 
@@ -123,7 +123,7 @@ def test_a_token_file_of_a_billion_documents_opens_at_once(token_file, numbered,
     sidecar |= {"documents": documents, "tokens": tokens, "bin_bytes": 2 * tokens}
     path.with_suffix(".json").write_text(json.dumps(sidecar))
     tracemalloc.start()
-    corpus = TokenFileCorpus(open_token_file(path, tokenizer), tokenizer.vocabulary)
+    corpus = TokenFileCorpus(open_token_file(path, tokenizer))
     assert corpus.at(tokens - 1) == documents - 1
     assert corpus.at(tokens - 101) == documents - 2
     assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
