@@ -36,7 +36,11 @@ from megatron_chameleon.checkpoint.names import (
     weight_key,
 )
 from megatron_chameleon.checkpoint.reader import CheckpointReader
-from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
+from megatron_chameleon.checkpoint.torch_dist import (
+    ShardedSnapshot,
+    StagedFiles,
+    load_sharded,
+)
 
 BATCH_ELEMENTS = 256 * 2**20  # parameters loaded at once: 3 GiB with their moments
 
@@ -168,13 +172,10 @@ class DeepSpeedSnapshot:
             for count, dtype in self._state.own_elements()
         )
 
-    def write(self, folder: Path) -> None:
-        """Write into a folder that is there. A collective.
-
-        Raises:
-            OSError: On every rank, if one of them could not write.
-        """
-        ShardedSnapshot(self._state.collect(self._optimizer)).write(folder)
+    def stage(self, folder: Path, *, keep: bool) -> StagedFiles:
+        """Copy the tensors and plan the files; see ``ShardedSnapshot``. A collective."""
+        snapshot = ShardedSnapshot(self._state.collect(self._optimizer), is_copy=True)
+        return snapshot.stage(folder, keep=keep)
 
 
 def _flat_parameters(optimizer: Any) -> list[Tensor]:

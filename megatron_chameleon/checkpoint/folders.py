@@ -19,11 +19,15 @@ STEP_FOLDER = re.compile(r"step_\d{8,}")
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a ``checkpoints/`` folder, oldest first."""
+    return [path for path in list_step_folders(folder) if (path / STATE_FILE).is_file()]
+
+
+def list_step_folders(folder: Path) -> list[Path]:
+    """The checkpoints of a ``checkpoints/`` folder, whole or not, oldest first."""
     if not folder.is_dir():
         return []
-    steps = (path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
-    found = [path for path in steps if (path / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    steps = [p for p in folder.iterdir() if STEP_FOLDER.fullmatch(p.name) and p.is_dir()]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -1,74 +1,62 @@
-"""Save, find, load and prune the checkpoints of a run: whole or not there.
+"""Save and prune the checkpoints of a run: whole or not there.
 
 A checkpoint is written under a hidden name and renamed when everything in it, ``state.json`` last,
 has reached the disk. It is renamed back before it is deleted. So whatever is called
-``step_00001000`` is whole, whenever the job is killed. What lies in it is the engine's own.
+``step_00001000`` is whole, whenever the job is killed. What lies in it is the engine's own, and
+``SHA256SUMS`` tells later whether it still does.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from megatron_chameleon.checkpoint.folders import (
-    STATE_FILE,
-    STATE_FORMAT,
-    list_checkpoints,
-    load_checkpoint_config,
-    load_state,
-)
-from megatron_chameleon.config.check import get_value
+from megatron_chameleon.checkpoint.folders import STATE_FILE, STATE_FORMAT, list_checkpoints
+from megatron_chameleon.checkpoint.integrity import write_sums
 from megatron_chameleon.config.load import save_config
-from megatron_chameleon.config.schema import Config, Fp8Config
-from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.config.schema import CheckpointConfig, Config
+from megatron_chameleon.errors import CheckpointError, TrainingError
 from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.agreement import first_of_ranks, gather_on_first
 
 SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
 
-# What a resumed run must share with its checkpoint: the model's shape and the seed. Layout, engine,
-# optimizer and dtype may all change. The data's history knows what its order depends on.
-_FIXED = (
-    "model.num_layers",
-    "model.hidden_size",
-    "model.ffn_hidden_size",
-    "model.num_attention_heads",
-    "model.num_query_groups",
-    "model.seq_length",
-    "model.norm_order",
-    "model.qk_norm_groups",
-    "training.seed",
-)
-# What a run that starts from weights alone must share with them, or one that takes over what others
-# have trained
-_FIXED_WEIGHTS = (
-    "model.num_layers",
-    "model.hidden_size",
-    "model.ffn_hidden_size",
-    "model.num_attention_heads",
-    "model.num_query_groups",
-    "model.norm_order",
-    "model.qk_norm_groups",
-    "model.rotary_base",
-    "model.layernorm_epsilon",
-)
+
+class StagedFiles(Protocol):
+    """This rank's files of a checkpoint, ready to be written."""
+
+    digests: dict[str, str]
+
+    def write(self) -> None:
+        """Write them, in any thread; a failure is kept for ``finish``."""
+
+    def finish(self) -> None:
+        """Join all ranks' files; ``OSError`` on every rank if one of them failed."""
 
 
 class Snapshot(Protocol):
-    """A training state that is about to be written."""
+    """A training state that is about to be saved."""
 
     @property
     def local_bytes(self) -> int:
         """What this rank will write."""
 
-    def write(self, folder: Path) -> None:
-        """Write into a folder that is there; ``OSError`` on one rank or more if it failed."""
+    def stage(self, folder: Path, *, keep: bool) -> StagedFiles:
+        """Plan the files of a folder that is there.
+
+        With ``keep``, what is staged does not change when training goes on.
+        """
 
 
 class Engine(Protocol):
-    """What the store needs of a training engine."""
+    """What saving and loading need of a training engine."""
 
     config: Config
 
@@ -79,119 +67,119 @@ class Engine(Protocol):
     def restore_weights(self, checkpoint: Path) -> None: ...
 
 
-def find_resume(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to resume from.
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    step: int
+    temporary: Path
+    final: Path
+    extra: dict[str, Any]
+    files: StagedFiles
+    thread: threading.Thread
+
+
+class Saver:
+    """Saves the checkpoints of a run, one after the other.
+
+    With ``checkpoint.async_save`` the training waits only until its state is copied to the host's
+    memory; a thread of each rank writes it, and the checkpoint is whole when all have.
+
+    Every method is a collective: all ranks call it. So is its end as a context manager, which
+    waits for the last checkpoint, also after an error that all ranks meet (``TrainingError``).
 
     Args:
         folder: The run's ``checkpoints/`` folder.
-        resume: ``auto`` for the newest whole one, ``never``, or a path.
-
-    Raises:
-        CheckpointError: The path is no whole checkpoint, or ``never`` would overwrite a run.
-    """
-    found = list_checkpoints(folder)
-    if resume == "never":
-        if found:
-            what = f"the run folder already holds a run up to {found[-1].name}"
-            raise CheckpointError(
-                str(folder), what, "Use --resume auto, or another logging.run_dir, or remove it"
-            )
-        return None
-    if resume == "auto":
-        return found[-1] if found else None
-    path = Path(resume)
-    if not (path / STATE_FILE).is_file():
-        what = f"no whole checkpoint (it has no {STATE_FILE})"
-        raise CheckpointError(resume, what, "Give a folder such as runs/NAME/checkpoints/step_...")
-    return path
-
-
-def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> None:
-    """Refuse to resume a run from a checkpoint of another model, seed, batch or tokenizer.
-
-    Raises:
-        CheckpointError: It names every value that differs.
-    """
-    state, old = load_state(checkpoint), load_checkpoint_config(checkpoint)
-    weights_only = state.get("optimizer") is False
-    same_run = not weights_only and state.get("training_config") is not False
-    differences = [
-        f"{key} is {get_value(config, key)} and was {get_value(old, key)}"
-        for key in (_FIXED if same_run else _FIXED_WEIGHTS)
-        if _resolved(config, key) != _resolved(old, key)
-    ]
-    if _scales_are_unreadable(config.fp8, old.fp8):
-        differences.append(f"fp8.emulate is {config.fp8.emulate} and was {old.fp8.emulate}")
-    if state["tokenizer_fingerprint"] != tokenizer_fingerprint:
-        differences.append("the tokenizer is another one")
-    if differences:
-        remedy = "Put the old values back, or train into another logging.run_dir"
-        raise CheckpointError(str(checkpoint), "; ".join(differences), remedy)
-    if state["step"] > config.training.steps and not weights_only:
-        what = f"it is at step {state['step']}, behind training.steps {config.training.steps}"
-        raise CheckpointError(str(checkpoint), what, "Raise training.steps")
-
-
-def _scales_are_unreadable(new: Fp8Config, old: Fp8Config) -> bool:
-    """Emulation and Transformer Engine keep delayed scaling's state in forms of their own."""
-    has_state = old.format is not None and old.recipe == "delayed"
-    reads_state = new.format is not None or platform.has_transformer_engine()
-    return has_state and reads_state and new.emulate != old.emulate
-
-
-def _resolved(config: Config, key: str) -> object:
-    """The value of ``section.key``, with null where it stands for the number of heads."""
-    value = get_value(config, key)
-    if value is None and key in ("model.num_query_groups", "model.qk_norm_groups"):
-        return config.model.num_attention_heads
-    return value
-
-
-def save(folder: Path, step: int, engine: Engine, extra: dict[str, Any]) -> Path:
-    """Save a checkpoint and delete the oldest ones. A collective: every rank calls it.
-
-    Args:
-        folder: The run's ``checkpoints/`` folder.
-        step: Updates done.
         engine: Its state is saved, and its config beside it.
-        extra: Further entries of ``state.json``, those of the tokenizer and of the data.
-
-    Raises:
-        CheckpointError: On every rank, if any could not write; the folder then holds what it held
-            before.
+        say: Takes a line for each checkpoint that is whole.
     """
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".{final.name}.saving"
-    snapshot = engine.snapshot()
-    _together(final, lambda: _make_room(folder, temporary, snapshot.local_bytes))
-    try:
-        _together(final, lambda: snapshot.write(temporary))
-    except CheckpointError:
+
+    def __init__(self, folder: Path, engine: Engine, say: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._engine = engine
+        self._say = say
+        self._pending: _Pending | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, TrainingError):
+            self.wait()
+
+    def save(self, step: int, extra: dict[str, Any]) -> None:
+        """Begin a checkpoint, after the one before is whole; without ``async_save``, end it too.
+
+        Args:
+            step: Updates done.
+            extra: Further entries of ``state.json``, those of the tokenizer and of the data.
+
+        Raises:
+            CheckpointError: On every rank, if any could not write; the folder then holds what it
+                held before.
+        """
+        self.wait()
+        is_async = self._engine.config.checkpoint.async_save
+        final = self._folder / f"step_{step:08d}"
+        temporary = self._folder / f".{final.name}.saving"
+        snapshot = self._engine.snapshot()
+        _together(final, lambda: _make_room(self._folder, temporary, snapshot.local_bytes))
+        files = self._or_remove(final, temporary, lambda: snapshot.stage(temporary, keep=is_async))
+        # a daemon: a process that fails does not write on
+        thread = threading.Thread(target=files.write, name="checkpoint", daemon=True)
+        self._pending = _Pending(step, temporary, final, extra, files, thread)
+        thread.start()
+        if not is_async:
+            self.wait()
+
+    def poll(self) -> None:
+        """End the checkpoint that is being written if all ranks have written their files."""
+        if self._pending is None:
+            return
+        is_alive = int(self._pending.thread.is_alive())
+        working = torch.tensor([is_alive], device=platform.device())
+        torch.distributed.all_reduce(working)
+        if not working.item():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, if any.
+
+        Raises:
+            CheckpointError: On every rank, if any could not write.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        pending.thread.join()
+        self._or_remove(pending.final, pending.temporary, pending.files.finish)
+        digests = gather_on_first(pending.files.digests)
+        _together(pending.final, lambda: _finish(pending, self._engine.config, digests))
         if torch.distributed.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _together(final, lambda: _finish(temporary, final, step, engine.config, extra))
-    if torch.distributed.get_rank() == 0:
-        for old in list_checkpoints(folder)[: -engine.config.checkpoint.keep_last]:
-            delete(old)
-    return final
+            for old in disposable(list_checkpoints(self._folder), self._engine.config.checkpoint):
+                delete(old)
+        self._say(f"saved {pending.final}")
+
+    def _or_remove(self, final: Path, temporary: Path, action: Callable[[], Any]) -> Any:
+        try:
+            return _together(final, action)
+        except CheckpointError:
+            if torch.distributed.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
-def load(checkpoint: Path, engine: Engine) -> int:
-    """Fill the engine from a checkpoint; returns the number of updates done.
+def disposable(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:
+    """Those that neither ``keep_last`` nor ``keep_every`` keeps.
 
-    A checkpoint without optimizer state, as a conversion writes it, gives its weights to a run that
-    begins.
-
-    Raises:
-        CheckpointError: A file is missing, damaged or of another shape.
+    Args:
+        checkpoints: Whole ones, oldest first.
+        config: Says which stay.
     """
-    state = load_state(checkpoint)
-    if state.get("optimizer") is False:
-        engine.restore_weights(checkpoint)
-        return 0
-    engine.restore(checkpoint, state["step"])
-    return int(state["step"])
+    every = config.keep_every
+    steps = {path: int(path.name.removeprefix("step_")) for path in checkpoints}
+    older = checkpoints[: -config.keep_last]
+    return [path for path in older if not every or steps[path] % every]
 
 
 def delete(checkpoint: Path) -> None:
@@ -203,9 +191,8 @@ def delete(checkpoint: Path) -> None:
 
 def _make_room(folder: Path, temporary: Path, local_bytes: int) -> None:
     """Clear what interrupted saves and deletions left, and see that the new checkpoint has room."""
-    sizes: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(sizes, local_bytes)
-    if torch.distributed.get_rank() != 0:
+    sizes = gather_on_first(local_bytes)
+    if sizes is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step_*"):
@@ -216,14 +203,18 @@ def _make_room(folder: Path, temporary: Path, local_bytes: int) -> None:
     temporary.mkdir()
 
 
-def _finish(temporary: Path, final: Path, step: int, config: Config, extra: dict[str, Any]) -> None:
-    """Rank 0: write the config and ``state.json``, and give the checkpoint its name."""
-    if torch.distributed.get_rank() != 0:
+def _finish(pending: _Pending, config: Config, digests: list[dict[str, str]] | None) -> None:
+    """Rank 0: write the small files, and give the checkpoint its name."""
+    if digests is None:
         return
+    temporary, final = pending.temporary, pending.final
     try:
         save_config(config, temporary / "config.yaml")
-        values = {"format": STATE_FORMAT, "step": step, **extra}
-        (temporary / STATE_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        values = {"format": STATE_FORMAT, "step": pending.step, "has_checksums": True}
+        state = (json.dumps({**values, **pending.extra}, indent=1) + "\n").encode()
+        known = {name: digest for of_rank in digests for name, digest in of_rank.items()}
+        write_sums(temporary, {**known, STATE_FILE: hashlib.sha256(state).hexdigest()})
+        (temporary / STATE_FILE).write_bytes(state)
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
@@ -244,22 +235,17 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _together(final: Path, action: Any) -> None:
+def _together(final: Path, action: Callable[[], Any]) -> Any:
     """Run ``action`` on every rank; if it failed on any, all of them raise the first failure."""
-    failure = None
+    failure, result = None, None
     try:
-        action()
+        result = action()
     except OSError as error:
-        failure = _first_line(error)
-    failures: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(failures, failure)
-    first = next((f for f in failures if f), None)
+        failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = first_of_ranks(failure)
     if first:
         remedy = (
             "Free disk space and start again with --resume auto; older checkpoints are untouched"
         )
         raise CheckpointError(str(final), f"could not be saved: {first}", remedy)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return result

@@ -1,6 +1,12 @@
-"""megatron-core's distributed checkpoint (``torch_dist``), which any layout can load."""
+"""megatron-core's distributed checkpoint (``torch_dist``), which any layout can load.
+
+megatron-core plans what each rank writes and joins the results. Its writer would start processes
+for the writing; here a thread does it, which dies with its process, hears no signal of a job step
+and leaves the training its speed: almost all of it is outside Python's lock.
+"""
 
 import queue
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +18,29 @@ from megatron.core.dist_checkpointing.mapping import (
     is_main_replica,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+    FileSystemWriterAsync,
+    WriteBucket,
+)
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils.serialization import config as serialization_config
 
+from megatron_chameleon.checkpoint.integrity import sha256
 from megatron_chameleon.errors import CheckpointError
 
 
 class ShardedSnapshot:
-    """Sharded tensors with global positions, ready to be written.
+    """Sharded tensors with global positions, to be written.
 
     Args:
         state: Nested dicts with megatron-core's ``ShardedTensor`` in them.
+        is_copy: Whether nobody else changes these tensors.
     """
 
-    def __init__(self, state: dict[str, Any]) -> None:
+    def __init__(self, state: dict[str, Any], *, is_copy: bool = False) -> None:
         self._state = state
+        self._is_copy = is_copy
 
     @property
     def local_bytes(self) -> int:
@@ -38,20 +53,102 @@ class ShardedSnapshot:
             if is_main_replica(value.replica_id)
         )
 
-    def write(self, folder: Path) -> None:
-        """Write into a folder that is there. A collective.
+    def stage(self, folder: Path, *, keep: bool) -> "StagedFiles":
+        """Plan the files of a folder, and bring the tensors to the host. A collective.
+
+        Args:
+            folder: It is there and empty.
+            keep: Copy what training would change before it is written.
+
+        Raises:
+            OSError: On every rank, if one of them could not.
+        """
+        # megatron-core would start a process for this queue, for a writer that is not used here
+        filesystem_async._results_queue = queue.Queue()
+        try:
+            request = dist_checkpointing.save(self._state, str(folder), async_sharded_save=True)
+        except (Exception, CheckpointException) as error:
+            raise OSError(_root_cause(error)) from error
+        assert request is not None
+        return StagedFiles(request, folder, keep=keep and not self._is_copy)
+
+
+class StagedFiles:
+    """This rank's files of a checkpoint, whose tensors lie in the host's memory.
+
+    Attributes:
+        digests: SHA-256 of each file by its name, once it is written.
+    """
+
+    def __init__(self, request: AsyncRequest, folder: Path, *, keep: bool) -> None:
+        self._folder = folder
+        self._finalize_fns = request.finalize_fns
+        self._buckets: list[Any] = []
+        self.digests: dict[str, str] = {}
+        if request.async_fn is None:  # nothing to write on this rank
+            return
+        self._transforms = request.async_fn.args[0]
+        _, planned, self._results = request.async_fn_args
+        self._buckets = request.preload_fn()
+        if keep:
+            self._buckets = [
+                _kept(*buckets) for buckets in zip(planned, self._buckets, strict=True)
+            ]
+
+    def write(self) -> None:
+        """Write the files and bring them to the disk. No collective; for a thread of its own.
+
+        A failure is kept for ``finish``.
+        """
+        results: dict[int, Any] = {}
+        # nothing reads zip's own checksums, and they take three times as long as the writing
+        crc32 = serialization_config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
+        with crc32, ThreadPoolExecutor(max(1, len(self._buckets))) as threads:
+            for number, result, digests in threads.map(self._write, range(len(self._buckets))):
+                results[number] = result
+                self.digests.update(digests)
+        failure = next((r for r in results.values() if isinstance(r, BaseException)), None)
+        if self._buckets:
+            self._results.put(failure or results)
+        self._buckets = []  # their memory
+
+    def _write(self, number: int) -> tuple[int, Any, dict[str, str]]:
+        written: queue.Queue = queue.Queue()
+        waiting: queue.Queue = queue.Queue()
+        waiting.put(number)
+        bucket = self._buckets[number]
+        FileSystemWriterAsync.write_preloaded_data(
+            self._transforms, number, bucket, written, waiting, use_fsync=True
+        )
+        _, result = written.get()
+        name = bucket[1]
+        try:
+            return number, result, {name: sha256(self._folder / name)}
+        except OSError as error:
+            return number, error, {}
+
+    def finish(self) -> None:
+        """Write what leads to all ranks' files. A collective, after ``write``.
 
         Raises:
             OSError: On every rank, if one of them could not write.
         """
-        # megatron-core would start a process for this queue, for a writer that is not used here: it
-        # takes seconds and 270 MB, outlives a run that is killed, and where a signal to a whole
-        # job kills it first, the save waits for ever.
-        filesystem_async._results_queue = queue.Queue()
         try:
-            dist_checkpointing.save(self._state, str(folder))
+            for finalize in self._finalize_fns:
+                finalize()
         except (Exception, CheckpointException) as error:
             raise OSError(_root_cause(error)) from error
+
+
+def _kept(planned: WriteBucket, staged: WriteBucket) -> WriteBucket:
+    """A file's tensors; what came from a GPU is a copy already."""
+    path, name, (objects, tensors) = staged
+    of_model = [tensor for _, tensor in planned[2][1]]
+    copies = [
+        (item, tensor.clone() if own.device == tensor.device else tensor)
+        for own, (item, tensor) in zip(of_model, tensors, strict=True)
+    ]
+    return path, name, (objects, copies)
 
 
 def load_sharded(

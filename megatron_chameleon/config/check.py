@@ -56,6 +56,7 @@ NOT_NEGATIVE = (
     "fp8.num_layers_at_start_in_bf16",
     "fp8.num_layers_at_end_in_bf16",
     "checkpoint.every_steps",
+    "checkpoint.keep_every",
     "logging.sample_every_steps",
 )
 SHARES = ("model.hidden_dropout", "data.stage1_fraction", "data.stage2_share")

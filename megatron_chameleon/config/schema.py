@@ -174,6 +174,11 @@ class CheckpointConfig:
     """Save every so many steps; 0 saves at the end only."""
     keep_last: int = 2
     """How many checkpoints stay; older ones are deleted after a newer one is whole."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for good; 0: none."""
+    async_save: bool = False
+    """Train on while a checkpoint is written; the host's memory then holds a second copy of what
+    each rank saves."""
 
 
 @dataclass

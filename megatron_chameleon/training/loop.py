@@ -7,7 +7,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_chameleon.checkpoint import store
+import torch
+
+from megatron_chameleon.checkpoint import resume as resuming
+from megatron_chameleon.checkpoint.store import Saver
 from megatron_chameleon.config.check import check_config
 from megatron_chameleon.config.layouts import check_vocabulary
 from megatron_chameleon.config.load import format_config
@@ -76,9 +79,9 @@ def prepare(config: Config, world_size: int, resume: str) -> Job:
     for problem in check_vocabulary(tokenizer.vocabulary.size, config):
         raise problem
     check_samples(config)
-    checkpoint = store.find_resume(checkpoints_folder(config), resume)
+    checkpoint = resuming.find_resume(checkpoints_folder(config), resume)
     if checkpoint is not None:
-        store.check_fits(checkpoint, config, tokenizer.fingerprint)
+        resuming.check_fits(checkpoint, config, tokenizer.fingerprint)
     reader = open_reader(config, tokenizer, checkpoint)
     return Job(config, tokenizer, reader, checkpoint)
 
@@ -104,18 +107,32 @@ def train(job: Job, launch: Launch) -> bool:
 
 def train_joined(job: Job, interruption: Interruption) -> bool:
     """``train`` in a process that has joined its job and stays in it."""
+    job = _from_sound_checkpoint(job)
     config = job.config
     topology = create_topology(config.parallel)
     engine = build_engine(config, job.tokenizer.vocabulary.size, topology)
-    step = store.load(job.resume_from, engine) if job.resume_from else 0
+    step = resuming.load(job.resume_from, engine) if job.resume_from else 0
     if job.resume_from:
         check_loaded_weights(engine.named_parameters(), job.resume_from)
     reporter = Reporter(config, job.tokenizer.vocabulary.size, topology, step)
     try:
         reporter.say(f"{topology}; {describe(job)}; starts at step {step}")
+        if job.resume_from and (changes := resuming.describe_changes(job.resume_from, config)):
+            reporter.say(f"changed since {job.resume_from.name}: {changes}")
         return _run_steps(job, engine, topology, reporter, interruption, step)
     finally:
         reporter.close()
+
+
+def _from_sound_checkpoint(job: Job) -> Job:
+    """The job, from an older checkpoint where the files of the newest one are damaged."""
+    if job.resume_from is None:
+        return job
+    folder = checkpoints_folder(job.config)
+    sound = resuming.find_sound(folder, job.resume_from)
+    if sound == job.resume_from:
+        return job
+    return prepare(job.config, torch.distributed.get_world_size(), str(sound))
 
 
 def _run_steps(
@@ -129,7 +146,10 @@ def _run_steps(
     """From ``step`` updates done to the config's last step, unless interrupted."""
     config = job.config
     sampler = Sampler(config, topology)
-    with read_ahead(job.reader, step, topology.data_rank, topology.data_size) as batches:
+    with (
+        read_ahead(job.reader, step, topology.data_rank, topology.data_size) as batches,
+        Saver(checkpoints_folder(config), engine, reporter.say) as saver,
+    ):
         for micro_batches in batches:
             reporter.begin_step(step + 1)
             metrics = engine.train_step(step, micro_batches)
@@ -137,11 +157,12 @@ def _run_steps(
             metrics = reporter.complete({**metrics, **job.consumed(step)})
             _check_finite(step, metrics, engine, saves=_is_save_step(config, step))
             reporter.end_step(step, metrics)
+            saver.poll()
             stop = interruption.agreed()
             if stop or _is_save_step(config, step):
-                extra = job.checkpoint_extra(step)
-                reporter.say(f"saved {store.save(checkpoints_folder(config), step, engine, extra)}")
+                saver.save(step, job.checkpoint_extra(step))
             if stop and step < config.training.steps:
+                saver.wait()
                 reporter.say(f"{stop}: stopped after step {step}; the same command goes on")
                 return False
             if sampler.is_due(step) and (words := sampler.sample(step, engine.named_parameters())):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_chameleon.checkpoint import store
+from megatron_chameleon.checkpoint import resume
 from megatron_chameleon.checkpoint.folders import load_state
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.data.batches import BatchReader
@@ -73,7 +73,7 @@ def megatron_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
     engine = MegatronEngine(
         config, load_state(checkpoint)["vocab_size"], create_topology(config.parallel)
     )
-    assert store.load(checkpoint, engine) == 20
+    assert resume.load(checkpoint, engine) == 20
     engine.parts[0].eval()
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     with torch.no_grad():

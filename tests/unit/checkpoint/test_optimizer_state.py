@@ -16,7 +16,7 @@ from tiny_model import (
     write_checkpoint,
 )
 
-from megatron_chameleon.checkpoint import store
+from megatron_chameleon.checkpoint import resume
 from megatron_chameleon.checkpoint.convert import convert
 from megatron_chameleon.checkpoint.formats.base import best_piece
 from megatron_chameleon.checkpoint.formats.deepspeed_files import find_step, open_files
@@ -75,7 +75,7 @@ def test_megatron_deepspeed_megatron(
     assert new.config.model == old.config.model
     expected = {"step": 7, "optimizer": True, "training_config": True}
     assert {key: new.state[key] for key in expected} == expected
-    store.check_fits(tmp_path / "again", old.config, new.state["tokenizer_fingerprint"])
+    resume.check_fits(tmp_path / "again", old.config, new.state["tokenizer_fingerprint"])
 
 
 def test_a_universal_checkpoint_has_what_deepspeed_looks_for(universal: Path) -> None:
@@ -163,10 +163,10 @@ def test_others_training_goes_on_with_any_batch_size(
     config = CheckpointReader(tiny_checkpoint).config
     config.training.global_batch_size, config.training.seed = 12, 34
     fingerprint = reader.state["tokenizer_fingerprint"]
-    store.check_fits(tmp_path / "megatron", config, fingerprint)
+    resume.check_fits(tmp_path / "megatron", config, fingerprint)
     config.model.hidden_size = 96
     with pytest.raises(CheckpointError, match="hidden_size is 96 and was 48"):
-        store.check_fits(tmp_path / "megatron", config, fingerprint)
+        resume.check_fits(tmp_path / "megatron", config, fingerprint)
 
 
 class _Runs:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chameleon.checkpoint import folders, store
+from megatron_chameleon.checkpoint import folders, resume, store
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError
@@ -31,19 +31,19 @@ def test_only_whole_checkpoints_oldest_first(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_has_none(tmp_path: Path) -> None:
     assert folders.list_checkpoints(tmp_path / "none") == []
-    assert store.find_resume(tmp_path / "none", "auto") is None
-    assert store.find_resume(tmp_path / "none", "never") is None
+    assert resume.find_resume(tmp_path / "none", "auto") is None
+    assert resume.find_resume(tmp_path / "none", "never") is None
 
 
 def test_auto_takes_the_newest(tmp_path: Path) -> None:
     make(tmp_path, 5)
     newest = make(tmp_path, 10)
-    assert store.find_resume(tmp_path, "auto") == newest
+    assert resume.find_resume(tmp_path, "auto") == newest
 
 
 def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no whole checkpoint \(it has no state\.json\)"):
-        store.find_resume(tmp_path, str(tmp_path))
+        resume.find_resume(tmp_path, str(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "other/1"}'])
@@ -56,11 +56,11 @@ def test_a_damaged_state_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_what_must_not_change_between_save_and_resume(tmp_path: Path) -> None:
     path, config = make(tmp_path, 5), Config()
-    store.check_fits(path, config, "abc")
+    resume.check_fits(path, config, "abc")
     config.model.num_layers, config.training.seed = 9, 3
     config.optimizer.lr = 0.5  # may change
     with pytest.raises(CheckpointError) as caught:
-        store.check_fits(path, config, "other")
+        resume.check_fits(path, config, "other")
     assert "num_layers is 9 and was 4; training.seed is 3 and was 1; the tokenizer" in str(
         caught.value
     )
@@ -69,7 +69,7 @@ def test_what_must_not_change_between_save_and_resume(tmp_path: Path) -> None:
 def test_a_checkpoint_behind_the_last_step(tmp_path: Path) -> None:
     path, config = make(tmp_path, 500), Config()
     with pytest.raises(CheckpointError, match=r"step 500, behind training\.steps 100"):
-        store.check_fits(path, config, "abc")
+        resume.check_fits(path, config, "abc")
 
 
 def test_delete_leaves_nothing(tmp_path: Path) -> None:

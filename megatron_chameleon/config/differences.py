@@ -1,0 +1,33 @@
+"""In which values two configs differ."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_chameleon.config.schema import Config
+
+ABSENT = "(absent)"
+
+
+def find_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The values that differ, by ``section.key`` in the order of the schema.
+
+    What one of the two lists lacks is ``(absent)`` there, such as ``data.stage1[2].prefix``.
+    """
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    return {
+        key: (before.get(key, ABSENT), after.get(key, ABSENT))
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key, ABSENT) != after.get(key, ABSENT)
+    }
+
+
+def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _flatten(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _flatten(item, f"{key}[{index}]")
+    else:
+        yield key, value
