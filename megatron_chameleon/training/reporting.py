@@ -17,7 +17,7 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.divergence import Alarm, DivergenceAlarm
 from megatron_chameleon.training.profiler import StepProfiler
 from megatron_chameleon.training.progress import Progress, open_console
-from megatron_chameleon.training.run_folder import RunFolder
+from megatron_chameleon.training.run_folder import RunFolder, finite_or_none
 from megatron_chameleon.training.trackers import flat_numbers, open_trackers
 
 
@@ -62,12 +62,13 @@ class Reporter:
         return {**metrics, **self._speed.metrics(metrics["step_seconds"])}
 
     def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record a completed step whose values are finite."""
+        """Record a step; what is not finite is unknown."""
         trace = self._profiler.end(step)
         if not self._is_writer:
             return
         if trace is not None:
             self._console.say(f"traced {trace}")
+        metrics = finite_or_none(dict(metrics))
         self._run.write_metrics(metrics)
         for tracker in self._trackers:
             tracker.record(step, dict(flat_numbers(metrics)))
