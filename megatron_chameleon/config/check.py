@@ -54,6 +54,7 @@ NOT_NEGATIVE = (
     "training.seed",
     "training.z_loss",
     "training.nonfinite_limit",
+    "training.hang_seconds",
     "fp8.margin",
     "fp8.num_layers_at_start_in_bf16",
     "fp8.num_layers_at_end_in_bf16",

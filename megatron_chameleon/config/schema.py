@@ -142,6 +142,10 @@ class TrainingConfig:
     """How many steps of the whole run may be left out for that; the run then stops."""
     skip_steps: list[int] = field(default_factory=list)
     """Steps, counted from 1, whose update is left out in any case."""
+    hang_seconds: float = 480.0
+    """A step, or waiting for its data, that takes longer ends the job with the stacks of all ranks;
+    loading, saving and sampling, and a step after one of them, may take four times as long. 0: no
+    limit. The default comes before NCCL's own limit of ten minutes."""
     profile_steps: list[int] = field(default_factory=list)
     """First and last step to trace with torch's profiler, such as [10, 12], into the run folder's
     ``profile/``; empty: none."""

@@ -31,6 +31,7 @@ from megatron_chameleon.training.monitor import Monitor
 from megatron_chameleon.training.objective import own_part, summed_loss
 from megatron_chameleon.training.optimizer import build_scheduler, build_torch_adamw
 from megatron_chameleon.training.skips import count_updates
+from megatron_chameleon.training.stragglers import StepClock
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default; it allocates whole buckets
 
@@ -49,6 +50,7 @@ class DeepSpeedEngine:
         self.topology = topology
         (self.model,) = build_model(config, vocab_size, topology)
         self.monitor = Monitor([self.model])
+        self.clock = StepClock()
         # ZeRO 3 takes the weights apart, so their shapes are noted before
         self._state = ShardedState(self.model)
         _sum_shared_gradients(self.model, config)
@@ -101,10 +103,12 @@ class DeepSpeedEngine:
         for number, whole_batch in zip(numbers, micro_batches, strict=True):
             seed_random(training.seed, step, number, self.topology)
             batch = own_part(whole_batch)
+            self.clock.start()
             output = self.engine(
                 batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels
             )
             loss = summed_loss(batch, output, training.z_loss, self.monitor)
+            self.clock.stop("backward, gradient reduction and update")  # ZeRO reduces in between
             scale_or_nan = scale + 0 * loss.detach()  # nan where the loss is inf or nan
             self.engine.backward(scale_or_nan * loss, scale_wrt_gas=False)
             if self.engine.is_gradient_accumulation_boundary():

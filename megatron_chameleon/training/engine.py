@@ -13,6 +13,7 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import find_launch
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.monitor import Monitor
+from megatron_chameleon.training.stragglers import StepClock
 
 
 class TrainingEngine(Protocol):
@@ -23,6 +24,7 @@ class TrainingEngine(Protocol):
 
     config: Config
     monitor: Monitor
+    clock: StepClock
 
     @property
     def parts(self) -> Sequence[nn.Module]:

@@ -21,6 +21,7 @@ from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.training.engine import TrainingEngine, build_engine, check_installed
 from megatron_chameleon.training.failure import check_loaded_weights
+from megatron_chameleon.training.hang import HangWatch
 from megatron_chameleon.training.interruption import Interruption
 from megatron_chameleon.training.nonfinite import NonFiniteGuard, Rollback
 from megatron_chameleon.training.reading import open_reader
@@ -108,19 +109,22 @@ def train_joined(job: Job, interruption: Interruption) -> bool:
     """``train`` in a process that has joined its job and stays in it."""
     config = job.config
     topology = create_topology(config.parallel)
-    engine = build_engine(config, job.tokenizer.vocabulary.size, topology)
-    step = _load(job.resume_from, engine) if job.resume_from else 0
-    while True:
-        reporter = Reporter(config, job.tokenizer.vocabulary.size, topology, step)
-        try:
-            reporter.say(f"{topology}; {describe(job)}; starts at step {step}")
-            return _run_steps(job, engine, topology, reporter, interruption, step)
-        except Rollback as rollback:
-            reporter.say(str(rollback))
-            step = _load(rollback.checkpoint, engine)
-            job.skips.rewind(step)
-        finally:
-            reporter.close()
+    with HangWatch(config, topology.rank, topology.world_size) as watch:
+        watch.begin("building the model", 0, is_long=True)
+        engine = build_engine(config, job.tokenizer.vocabulary.size, topology)
+        watch.clock = engine.clock
+        step = _load(job.resume_from, engine, watch) if job.resume_from else 0
+        while True:
+            reporter = Reporter(config, job.tokenizer.vocabulary.size, topology, step)
+            try:
+                reporter.say(f"{topology}; {describe(job)}; starts at step {step}")
+                return _run_steps(job, engine, topology, reporter, interruption, watch, step)
+            except Rollback as rollback:
+                reporter.say(str(rollback))
+                step = _load(rollback.checkpoint, engine, watch)
+                job.skips.rewind(step)
+            finally:
+                reporter.close()
 
 
 def _run_steps(
@@ -129,6 +133,7 @@ def _run_steps(
     topology: Topology,
     reporter: Reporter,
     interruption: Interruption,
+    watch: HangWatch,
     step: int,
 ) -> bool:
     """From ``step`` steps done to the config's last step, unless interrupted."""
@@ -136,30 +141,34 @@ def _run_steps(
     sampler = Sampler(config, topology)
     guard = NonFiniteGuard(config, job.tokenizer, job.reader, topology, job.skips, job.resume_from)
     with read_ahead(job.reader, step, topology.data_rank, topology.data_size) as batches:
-        for micro_batches in batches:
+        for micro_batches in watch.steps(batches, step):
             reporter.begin_step(step + 1)
             update = not job.skips.is_due(step + 1)
             metrics = engine.train_step(step, micro_batches, update=update)
             step += 1
-            metrics = reporter.complete({**metrics, **job.consumed(step)})
+            metrics = reporter.complete({**metrics, **job.consumed(step)}, engine.clock)
             saves = _is_save_step(config, step)
             if words := guard.check(step, metrics, engine, micro_batches, saves=saves):
                 reporter.say(words)
             reporter.end_step(step, metrics)
             stop = interruption.agreed()
             if (stop or saves) and job.skips.count_updates(step):  # else there are no moments yet
+                watch.begin("saving", step, is_long=True)
                 extra = job.checkpoint_extra(step)
                 reporter.say(f"saved {store.save(checkpoints_folder(config), step, engine, extra)}")
             if stop and step < config.training.steps:
                 reporter.say(f"{stop}: stopped after step {step}; the same command goes on")
                 return False
-            if sampler.is_due(step) and (words := sampler.sample(step, engine.named_parameters())):
-                reporter.say(words)
+            if sampler.is_due(step):
+                watch.begin("sampling", step, is_long=True)
+                if words := sampler.sample(step, engine.named_parameters()):
+                    reporter.say(words)
     return True
 
 
-def _load(checkpoint: Path, engine: TrainingEngine) -> int:
+def _load(checkpoint: Path, engine: TrainingEngine, watch: HangWatch) -> int:
     """Fill the engine; the steps that the checkpoint has behind it."""
+    watch.begin("loading", 0, is_long=True)
     step = store.load(checkpoint, engine)
     check_loaded_weights(engine.named_parameters(), checkpoint)
     return step

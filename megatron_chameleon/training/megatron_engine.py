@@ -37,6 +37,7 @@ from megatron_chameleon.training.monitor import Monitor
 from megatron_chameleon.training.objective import own_part, summed_loss
 from megatron_chameleon.training.optimizer import build_optimizer, build_scheduler
 from megatron_chameleon.training.skips import count_updates
+from megatron_chameleon.training.stragglers import StepClock
 
 
 class MegatronEngine:
@@ -53,12 +54,13 @@ class MegatronEngine:
         self.topology = topology
         self.parts = build_model(config, vocab_size, topology)
         self.monitor = Monitor(self.parts)
+        self.clock = StepClock()
         transformer = self.parts[0].config
         self.chunks = [_wrap(config, transformer, part) for part in self.parts]
         self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer)
         self.gradients = GradientGroups(self.parts, self.optimizer)
-        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.finalize_model_grads_func = self._finalize_gradients
         transformer.grad_scale_func = self.optimizer.scale_loss
         if config.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
@@ -120,6 +122,7 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.clock.start()
         self._forward_backward(
             forward_step_func=partial(self._forward_step, step),
             data_iterator=[zip(numbers, micro_batches, strict=True) for _ in self.chunks],
@@ -129,6 +132,11 @@ class MegatronEngine:
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=False,
         )
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """What megatron-core does behind the last backward pass: here ranks wait for each other."""
+        self.clock.stop()
+        finalize_model_grads(*args, **kwargs)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under their names in the whole model."""

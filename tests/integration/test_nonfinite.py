@@ -18,7 +18,12 @@ from megatron_chameleon.checkpoint.convert import convert
 
 HERE = Path(__file__).parent
 FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
-BASE = {"training.steps": 4, "checkpoint.every_steps": 2, "model.num_layers": 2}
+BASE = {
+    "training.steps": 4,
+    "training.hang_seconds": 15,  # no save, resume, rollback or repeated pass may set it off
+    "checkpoint.every_steps": 2,
+    "model.num_layers": 2,
+}
 SKIP, ROLLBACK = {"training.nonfinite": "skip"}, {"training.nonfinite": "rollback"}
 TOLD = {"training.skip_steps": [3]}
 LAYOUTS: dict[str, dict[str, Any]] = {
