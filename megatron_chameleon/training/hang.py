@@ -1,6 +1,6 @@
 """A job that hangs writes down where each rank stands, and ends so that it is started again.
 
-A thread looks every second or so what this process has been doing, and for how long. Past the limit
+A thread looks every two seconds what this process has been doing, and for how long. Past the limit
 it writes the stacks of all threads into ``logs/hang-rank00003.txt``. One rank then reads the files
 of all, says in a line who is not waiting for the others, and every rank ends with ``EXIT_CODE``.
 
@@ -108,7 +108,7 @@ class HangWatch:
             yield batch
 
     def _watch(self) -> None:
-        poll = min(1.0, self._limit / 4)
+        poll = min(2.0, self._limit / 4)
         while not self._done.wait(poll):
             doing, step, since, limit = self._state
             elapsed = time.monotonic() - since
