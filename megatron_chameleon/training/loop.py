@@ -3,7 +3,7 @@
 Try it: ``torchrun --nproc-per-node 2 -m megatron_chameleon train examples/digits/train.yaml``
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_chameleon.checkpoint import store
@@ -52,6 +52,12 @@ class Job:
             "data": self.reader.state(),
             "skipped_steps": self.skips.to_save(),
         }
+
+    def back_at(self, step: int) -> "Job":
+        """The job after ``step`` steps; the old reader may still be reading ahead."""
+        self.skips.rewind(step)
+        reader = BatchReader(self.config, self.tokenizer, self.reader.state(), step)
+        return replace(self, reader=reader)
 
     def consumed(self, step: int) -> dict[str, int]:
         """How much the run has read in ``step`` updates."""
@@ -122,7 +128,7 @@ def train_joined(job: Job, interruption: Interruption) -> bool:
             except Rollback as rollback:
                 reporter.say(str(rollback))
                 step = _load(rollback.checkpoint, engine, watch)
-                job.skips.rewind(step)
+                job = job.back_at(step)
             finally:
                 reporter.close()
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_chameleon.checkpoint.folders import list_checkpoints, load_state
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch, BatchReader
-from megatron_chameleon.errors import TrainingError
+from megatron_chameleon.errors import ChameleonError, TrainingError
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.tokenizer.folder import Tokenizer
@@ -150,20 +150,16 @@ class NonFiniteGuard:
             action = "limit"
         elif action == "skip" and broken:
             action = "broken weights"
-        elif action == "rollback" and (target := self._newest_checkpoint()) is None:
+        elif action == "rollback" and (target := self._newest_checkpoint(step)) is None:
             action = "no checkpoint"
-        path = Path(self._config.logging.run_dir) / NONFINITE_FILE
-        record = {"step": step, "problem": problem, "action": action, "time": time.time()}
-        layer = _first_bad_layer(metrics["layer_output_norms"])
+        words = problem
         if self._topology.rank == 0:
-            samples = self._samples(step, findings)
-            ranks = [asdict(f) for f in findings if f.micro_batches or f.weights]
-            content = {**record, "first_bad_layer": layer, "ranks": ranks, "samples": samples}
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(content) + "\n")
-            words = _describe(problem, layer, findings, samples, path)
-        else:
-            words = problem
+            layer = _first_bad_layer(metrics["layer_output_norms"])
+            record = {"step": step, "problem": problem, "action": action, "first_bad_layer": layer}
+            words = self._write(record, findings)
+        said = [words]  # nobody ends before rank 0 has written: a launcher would end it too
+        torch.distributed.broadcast_object_list(said)
+        words = said[0]
         if action not in ("skip", "rollback"):
             raise stop_error(step, words, action, found, training.nonfinite_limit)
         self.skips.found.add(step)
@@ -173,15 +169,34 @@ class NonFiniteGuard:
         text = f"warning: step {step}: {words}; back to {target}, and without this step ({place})"
         raise Rollback(target, text)
 
-    def _newest_checkpoint(self) -> Path | None:
-        """The checkpoint to go back to, the same on every rank."""
+    def _write(self, record: Mapping[str, Any], findings: Sequence[RankFinding]) -> str:
+        """Rank 0: the line of ``nonfinite.jsonl``, and the same in words."""
+        path = Path(self._config.logging.run_dir) / NONFINITE_FILE
+        samples = []
+        try:  # the other ranks go on, whatever goes wrong here
+            samples = self._samples(record["step"], findings)
+            ranks = [asdict(f) for f in findings if f.micro_batches or f.weights]
+            content = {**record, "time": time.time(), "ranks": ranks, "samples": samples}
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(content) + "\n")
+            place = f"documents in {path}"
+        except (ChameleonError, OSError) as error:
+            place = f"{path} could not be written: {error}"
+        return _describe(record["problem"], record["first_bad_layer"], findings, samples, place)
+
+    def _newest_checkpoint(self, step: int) -> Path | None:
+        """The checkpoint to go back to from this step, the same on every rank."""
         newest: list[Path | None] = [None]
         if self._topology.rank == 0:
+            begun = self._resume_from
+            state = load_state(begun) if begun is not None else {}
+            if state.get("optimizer") is False:  # weights alone have no moments to go back to
+                begun, state = None, {}
+            # the folder may hold later ones too, if this run began from an older one
+            steps = range(state.get("step", 0) + 1, step)
             saved = list_checkpoints(checkpoints_folder(self._config))
-            newest = [saved[-1] if saved else self._resume_from]
-            # weights alone have no moments to go back to
-            if newest[0] is not None and load_state(newest[0]).get("optimizer") is False:
-                newest = [None]
+            found = [path for path in saved if int(path.name.removeprefix("step_")) in steps]
+            newest = [found[-1] if found else begun]
         torch.distributed.broadcast_object_list(newest)
         return newest[0]
 
@@ -305,7 +320,7 @@ def _describe(
     layer: str | None,
     findings: Sequence[RankFinding],
     samples: Sequence[Mapping[str, Any]],
-    path: Path,
+    place: str,
 ) -> str:
     """Everything in a line of bounded length; the file has the rest."""
     words = [f"{problem} (first in the output of {layer})" if layer else problem]
@@ -319,8 +334,9 @@ def _describe(
         words.append(f"gradients not finite: {names}")
     elif not bad:
         words.append("not found again when the pass was repeated: suspect a machine")
-    words.append(_numbers("sample", [sample["sample"] for sample in samples]))
-    return f"{', '.join(words)} (documents in {path})"
+    if samples:
+        words.append(_numbers("sample", [sample["sample"] for sample in samples]))
+    return f"{', '.join(words)} ({place})"
 
 
 def _numbers(noun: str, numbers: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_chameleon.checkpoint.folders import STATE_FORMAT
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.parallel.topology import Topology
@@ -130,11 +131,46 @@ def test_the_file_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert record["samples"][0] == {"sample": 18, "documents": documents}
 
 
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nonfinite.jsonl").mkdir()
+    words = check(tmp_path, monkeypatch, values=BAD, policy="skip")
+    assert "nonfinite.jsonl could not be written: [Errno 21]" in words
+    assert words.endswith("; its update was left out (1 of at most 3)")
+
+
 def test_a_fault_that_does_not_come_again() -> None:
     findings = [RankFinding(rank, 0, "node1", [], [], {}) for rank in range(2)]
     samples = [{"sample": index} for index in range(8)]
-    words = nonfinite._describe("grad_norm is nan", None, findings, samples, Path("file"))
+    words = nonfinite._describe("grad_norm is nan", None, findings, samples, "documents in file")
     assert words == (
         "grad_norm is nan, not found again when the pass was repeated: suspect a machine, "
         "samples 0, 1, 2, 3 and 4 more (documents in file)"
     )
+
+
+def test_the_checkpoint_to_go_back_to(tmp_path: Path) -> None:
+    config = Config()
+    config.logging.run_dir = str(tmp_path)
+    for step in (10, 20, 30, 40):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        state = {"format": STATE_FORMAT, "step": step, "vocab_size": 1}
+        (folder / "state.json").write_text(json.dumps(state))
+    converted = tmp_path / "weights"
+    converted.mkdir()
+    (converted / "state.json").write_text(json.dumps({**state, "optimizer": False}))
+    topology = Topology(1, 0, 0, 1, 0, 1, 0, 1)
+
+    def find(step: int, begun: Path | None) -> str | None:
+        skips = SkippedSteps()
+        guard = NonFiniteGuard(config, None, StubReader(), topology, skips, begun)  # type: ignore
+        found = guard._newest_checkpoint(step)
+        return found and found.name
+
+    older = tmp_path / "checkpoints" / "step_00000020"
+    assert find(35, None) == "step_00000030"
+    assert find(30, None) == "step_00000020", "the one of this step holds it already"
+    assert find(25, older) == "step_00000020", "later ones are of another past"
+    assert find(35, older) == "step_00000030"
+    assert find(5, converted) is None
+    assert find(5, None) is None
