@@ -226,6 +226,7 @@ def _prepare(
         has_optimizer=options.optimizer and source.has_optimizer and sink_class.holds_optimizer,
         config=source.config,
         data=source.data,
+        skipped_steps=source.skipped_steps,
     )
     sink = sink_class(target)
     existing = destination.absolute().parent

@@ -190,9 +190,9 @@ def _resolved(config: Config, key: str) -> object:
     return value
 
 
-def describe_changes(checkpoint: Path, config: Config) -> str:
+def describe_changes(checkpoint: Path | None, config: Config) -> str:
     """What a config changes against that of a checkpoint, in a line; empty: nothing that counts."""
-    if load_state(checkpoint).get("training_config") is False:
+    if checkpoint is None or load_state(checkpoint).get("training_config") is False:
         return ""
     differences = find_differences(load_checkpoint_config(checkpoint), config)
     return ", ".join(

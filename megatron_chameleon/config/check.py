@@ -17,6 +17,7 @@ CHOICES = {
     "model.norm_order": ("pre", "swin"),
     "optimizer.lr_decay_style": ("exponential", "cosine", "constant"),
     "training.dtype": ("fp32", "bf16"),
+    "training.nonfinite": ("stop", "skip", "rollback"),
     "parallel.recompute_granularity": (None, "selective", "full"),
     "fp8.format": (None, "hybrid", "e4m3"),
     "fp8.recipe": ("delayed", "tensorwise"),
@@ -52,6 +53,8 @@ NOT_NEGATIVE = (
     "optimizer.clip_grad",
     "training.seed",
     "training.z_loss",
+    "training.nonfinite_limit",
+    "training.hang_seconds",
     "fp8.margin",
     "fp8.num_layers_at_start_in_bf16",
     "fp8.num_layers_at_end_in_bf16",
@@ -161,6 +164,10 @@ def _check_schedule(config: Config) -> Iterator[ConfigError]:
     if config.optimizer.min_lr > config.optimizer.lr:
         what = f"{config.optimizer.min_lr} is above lr {config.optimizer.lr}"
         yield ConfigError("optimizer.min_lr", what, "Use a smaller one")
+    for step in config.training.skip_steps:
+        if not 1 <= step <= steps:
+            what = f"{step} is no step of the {steps}"
+            yield ConfigError("training.skip_steps", what, f"Give steps from 1 to {steps}")
 
 
 def _check_data(config: Config) -> Iterator[ConfigError]:

@@ -134,6 +134,18 @@ class TrainingConfig:
     """fp32 or bf16 (with fp32 main weights)."""
     z_loss: float = 1e-5
     """Weight of ``log(Z)^2``, Z the normaliser of the output softmax."""
+    nonfinite: str = "stop"
+    """What follows a loss or gradient that is not finite, which is found before the update: stop;
+    skip: leave the update out and go on; rollback: load the newest checkpoint, replay, and leave
+    the update out when that step comes again."""
+    nonfinite_limit: int = 3
+    """How many steps of the whole run may be left out for that; the run then stops."""
+    skip_steps: list[int] = field(default_factory=list)
+    """Steps, counted from 1, whose update is left out in any case."""
+    hang_seconds: float = 480.0
+    """A step, or waiting for its data, that takes longer ends the job with the stacks of all ranks;
+    loading, saving and sampling, and a step after one of them, may take four times as long. 0: no
+    limit. The default comes before NCCL's own limit of ten minutes."""
     profile_steps: list[int] = field(default_factory=list)
     """First and last step to trace with torch's profiler, such as [10, 12], into the run folder's
     ``profile/``; empty: none."""

@@ -30,6 +30,8 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.monitor import Monitor
 from megatron_chameleon.training.objective import own_part, summed_loss
 from megatron_chameleon.training.optimizer import build_scheduler, build_torch_adamw
+from megatron_chameleon.training.skips import count_updates
+from megatron_chameleon.training.stragglers import StepClock
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default; it allocates whole buckets
 
@@ -48,6 +50,7 @@ class DeepSpeedEngine:
         self.topology = topology
         (self.model,) = build_model(config, vocab_size, topology)
         self.monitor = Monitor([self.model])
+        self.clock = StepClock()
         # ZeRO 3 takes the weights apart, so their shapes are noted before
         self._state = ShardedState(self.model)
         _sum_shared_gradients(self.model, config)
@@ -59,44 +62,81 @@ class DeepSpeedEngine:
         )
         self.scheduler = build_scheduler(config, self.engine.optimizer)
 
-    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Any]:
-        """One optimizer update; see ``TrainingEngine``."""
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The model, in one part."""
+        return [self.model]
+
+    def train_step(
+        self, step: int, micro_batches: Sequence[Batch], *, update: bool = True
+    ) -> dict[str, Any]:
+        """One step; see ``TrainingEngine``."""
         start = time.perf_counter()
-        training, optimizer = self.config.training, self.engine.optimizer
-        self.engine.train()
-        # DeepSpeed averages over the data-parallel ranks; the mean is over all unmasked tokens.
-        scale = self.topology.data_size / self._count_tokens(micro_batches)
-        metrics: dict[str, Any] = {}
-        numbers = self.topology.micro_batch_numbers(len(micro_batches))
-        for number, whole_batch in zip(numbers, micro_batches, strict=True):
-            seed_random(training.seed, step, number, self.topology)
-            batch = own_part(whole_batch)
-            output = self.engine(
-                batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels
-            )
-            loss = summed_loss(batch, output, training.z_loss, self.monitor)
-            self.engine.backward(scale * loss, scale_wrt_gas=False)
-            if self.engine.is_gradient_accumulation_boundary():
-                metrics = asdict(self.monitor.finish_step(training.z_loss))
-                if not math.isfinite(metrics["loss"] or 0.0):
-                    break  # no update, which would break all weights
-            metrics["grad_norm"] = self._step()
-        metrics = {"grad_norm": math.nan, **metrics}
-        metrics["learning_rate"] = float(optimizer.param_groups[0]["lr"])
+        grad_norm, updated, metrics = self._pass(step, micro_batches, update=update)
+        metrics["grad_norm"] = grad_norm
+        if not updated:
+            metrics["skipped"] = True
+        metrics["learning_rate"] = float(self.engine.optimizer.param_groups[0]["lr"])
         self.scheduler.step(1)
         metrics["step_seconds"] = time.perf_counter() - start
         return metrics
 
-    def _step(self) -> float:
-        """Let DeepSpeed count the micro-batch, and update after the last; the gradients' norm."""
-        norm = 0.0
-        boundary = self.engine.is_gradient_accumulation_boundary()
-        if boundary and self.config.engine.zero_stage == 0:
-            norm = self._clip_gradients()
+    def repeat_pass(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Forward and backward once more; see ``TrainingEngine``."""
+        self._pass(step, micro_batches, update=False)
+
+    def _pass(
+        self, step: int, micro_batches: Sequence[Batch], *, update: bool
+    ) -> tuple[float, bool, dict[str, Any]]:
+        """Gradients and update; the gradients' norm, whether it updated, and what was measured.
+
+        Every ZeRO stage drops gradients whose norm is not finite before it changes anything. So a
+        loss that is not finite is made to give such gradients; a step without update gets one.
+        """
+        training = self.config.training
+        self.engine.train()
+        # DeepSpeed averages over the data-parallel ranks; the mean is over all unmasked tokens.
+        scale = self.topology.data_size / self._count_tokens(micro_batches)
+        spoiled = next(self.model.parameters()).register_hook(_spoil) if not update else None
+        norm, updated, metrics = 0.0, False, {}
+        numbers = self.topology.micro_batch_numbers(len(micro_batches))
+        for number, whole_batch in zip(numbers, micro_batches, strict=True):
+            seed_random(training.seed, step, number, self.topology)
+            batch = own_part(whole_batch)
+            self.clock.start()
+            output = self.engine(
+                batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels
+            )
+            loss = summed_loss(batch, output, training.z_loss, self.monitor)
+            self.clock.stop("backward, gradient reduction and update")  # ZeRO reduces in between
+            scale_or_nan = scale + 0 * loss.detach()  # nan where the loss is inf or nan
+            self.engine.backward(scale_or_nan * loss, scale_wrt_gas=False)
+            if self.engine.is_gradient_accumulation_boundary():
+                metrics = asdict(self.monitor.finish_step(training.z_loss))
+            norm, updated = self._step()
+        if spoiled is not None:
+            spoiled.remove()
+        return norm, updated, metrics
+
+    def _step(self) -> tuple[float, bool]:
+        """Let DeepSpeed count the micro-batch, and update after the last.
+
+        Returns:
+            The gradients' norm, and whether the weights were updated.
+        """
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+            return 0.0, False
+        if self.config.engine.zero_stage:
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
+        norm = self._clip_gradients()
+        is_finite = math.isfinite(norm)
+        if not is_finite:  # AdamW leaves alone what has no gradient
+            for parameter in self.model.parameters():
+                parameter.grad = None
         self.engine.step()
-        if boundary and self.config.engine.zero_stage:
-            norm = float(self.engine.get_global_grad_norm())
-        return norm
+        return norm, is_finite
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank has of the parameters; see ``TrainingEngine``."""
@@ -128,7 +168,9 @@ class DeepSpeedEngine:
 
     def restore(self, checkpoint: Path, step: int) -> None:
         """Take over a checkpoint's state; see ``TrainingEngine``."""
-        self._state.restore(checkpoint, self.engine.optimizer, step)
+        updates = count_updates(checkpoint, step)
+        self._state.restore(checkpoint, self.engine.optimizer, updates)
+        self.scheduler.num_steps = 0
         self.scheduler.step(step)
 
     def restore_weights(self, checkpoint: Path) -> None:
@@ -215,6 +257,10 @@ def _sum_shared_gradients(model: nn.Module, config: Config) -> None:
         is_qk_norm = "q_layernorm" in name or "k_layernorm" in name
         if is_qk_norm or getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(partial(_sum_over, group))
+
+
+def _spoil(gradient: Tensor) -> Tensor:
+    return gradient * math.nan
 
 
 def _sum_over(group: torch.distributed.ProcessGroup, gradient: Tensor) -> Tensor:

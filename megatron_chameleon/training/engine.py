@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_chameleon.checkpoint.store import Snapshot
 from megatron_chameleon.config.schema import Config
@@ -12,6 +12,8 @@ from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import find_launch
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.training.monitor import Monitor
+from megatron_chameleon.training.stragglers import StepClock
 
 
 class TrainingEngine(Protocol):
@@ -21,17 +23,34 @@ class TrainingEngine(Protocol):
     """
 
     config: Config
+    monitor: Monitor
+    clock: StepClock
 
-    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Any]:
-        """One optimizer update.
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """This rank's parts of the model."""
+
+    def train_step(
+        self, step: int, micro_batches: Sequence[Batch], *, update: bool = True
+    ) -> dict[str, Any]:
+        """One step: gradients, update, schedule.
+
+        The update is left out, and weights and moments stay as they are to the last bit, where the
+        loss or a gradient is not finite.
 
         Args:
-            step: Updates done before this one.
+            step: Steps done before this one.
             micro_batches: This data-parallel rank's share of the global batch.
+            update: False leaves the update out in any case.
 
         Returns:
-            The metrics of the whole job, the same on every rank.
+            The metrics of the whole job, the same on every rank; with ``"skipped": True`` where the
+            update was left out.
         """
+
+    def repeat_pass(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """The forward and backward passes of a step once more, for whoever has put hooks on
+        ``parts``; nothing else comes of it."""
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of the parameters under their names in the whole model."""

@@ -33,10 +33,10 @@ def name_broken_weights(weights: Weights) -> str:
     found = [name for name, weight in weights if not torch.isfinite(weight).all().item()]
     everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(everywhere, found)
-    return _describe(everywhere)
+    return describe_names(everywhere)
 
 
-def _describe(everywhere: Sequence[Sequence[str]]) -> str:
+def describe_names(everywhere: Sequence[Sequence[str]]) -> str:
     """The first of each rank, four at most, and how many there are."""
     firsts = [f"{names[0]} on rank {rank}" for rank, names in enumerate(everywhere) if names]
     count = sum(len(names) for names in everywhere)

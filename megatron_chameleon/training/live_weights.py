@@ -1,6 +1,6 @@
 """The weights of a run as they are now, whole, for whoever reads checkpoints piece by piece."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class LiveSource:
     fingerprint: str | None = None
     has_optimizer = False
     data: dict[str, Any] | None = None
+    skipped_steps: Sequence[int] = ()
 
     def __init__(
         self, config: Config, vocab_size: int, weights: dict[str, Tensor], step: int

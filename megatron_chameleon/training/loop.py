@@ -3,13 +3,18 @@
 Try it: ``torchrun --nproc-per-node 2 -m megatron_chameleon train examples/digits/train.yaml``
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from megatron_chameleon.checkpoint import resume as resuming
+from megatron_chameleon.checkpoint.resume import (
+    check_fits,
+    describe_changes,
+    find_resume,
+    find_sound,
+    load,
+)
 from megatron_chameleon.checkpoint.store import Saver
 from megatron_chameleon.config.check import check_config
 from megatron_chameleon.config.layouts import check_vocabulary
@@ -18,19 +23,21 @@ from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import BatchReader, read_ahead
 from megatron_chameleon.data.history import stage1_steps
-from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.model.backend import check_machine, machine_problems
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.training.engine import TrainingEngine, build_engine, check_installed
-from megatron_chameleon.training.failure import check_loaded_weights, name_broken_weights
+from megatron_chameleon.training.failure import check_loaded_weights
+from megatron_chameleon.training.hang import HangWatch
 from megatron_chameleon.training.interruption import Interruption
+from megatron_chameleon.training.nonfinite import NonFiniteGuard, Rollback
 from megatron_chameleon.training.reading import open_reader
 from megatron_chameleon.training.reporting import Reporter
 from megatron_chameleon.training.run_folder import check_run_folder, checkpoints_folder
 from megatron_chameleon.training.samples import Sampler, check_samples
+from megatron_chameleon.training.skips import SkippedSteps, open_skips
 from megatron_chameleon.training.trackers import check_trackers
 
 
@@ -42,6 +49,7 @@ class Job:
     tokenizer: Tokenizer
     reader: BatchReader
     resume_from: Path | None
+    skips: SkippedSteps
 
     def checkpoint_extra(self, step: int) -> dict[str, object]:
         """What a checkpoint says of the tokenizer, so that it is never used with another one, and
@@ -51,7 +59,14 @@ class Job:
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             **self.consumed(step),
             "data": self.reader.state(),
+            "skipped_steps": self.skips.to_save(),
         }
+
+    def back_at(self, step: int) -> "Job":
+        """The job after ``step`` steps; the old reader may still be reading ahead."""
+        self.skips.rewind(step)
+        reader = BatchReader(self.config, self.tokenizer, self.reader.state(), step)
+        return replace(self, reader=reader)
 
     def consumed(self, step: int) -> dict[str, int]:
         """How much the run has read in ``step`` updates."""
@@ -79,11 +94,11 @@ def prepare(config: Config, world_size: int, resume: str) -> Job:
     for problem in check_vocabulary(tokenizer.vocabulary.size, config):
         raise problem
     check_samples(config)
-    checkpoint = resuming.find_resume(checkpoints_folder(config), resume)
+    checkpoint = find_resume(checkpoints_folder(config), resume)
     if checkpoint is not None:
-        resuming.check_fits(checkpoint, config, tokenizer.fingerprint)
+        check_fits(checkpoint, config, tokenizer.fingerprint)
     reader = open_reader(config, tokenizer, checkpoint)
-    return Job(config, tokenizer, reader, checkpoint)
+    return Job(config, tokenizer, reader, checkpoint, open_skips(config, checkpoint))
 
 
 def train(job: Job, launch: Launch) -> bool:
@@ -110,18 +125,24 @@ def train_joined(job: Job, interruption: Interruption) -> bool:
     job = _from_sound_checkpoint(job)
     config = job.config
     topology = create_topology(config.parallel)
-    engine = build_engine(config, job.tokenizer.vocabulary.size, topology)
-    step = resuming.load(job.resume_from, engine) if job.resume_from else 0
-    if job.resume_from:
-        check_loaded_weights(engine.named_parameters(), job.resume_from)
-    reporter = Reporter(config, job.tokenizer.vocabulary.size, topology, step)
-    try:
-        reporter.say(f"{topology}; {describe(job)}; starts at step {step}")
-        if job.resume_from and (changes := resuming.describe_changes(job.resume_from, config)):
-            reporter.say(f"changed since {job.resume_from.name}: {changes}")
-        return _run_steps(job, engine, topology, reporter, interruption, step)
-    finally:
-        reporter.close()
+    with HangWatch(config, topology.rank, topology.world_size) as watch:
+        watch.begin("building the model", 0, is_long=True)
+        engine = build_engine(config, job.tokenizer.vocabulary.size, topology)
+        watch.clock = engine.clock
+        step = _load(job.resume_from, engine, watch) if job.resume_from else 0
+        while True:
+            reporter = Reporter(config, job.tokenizer.vocabulary.size, topology, step)
+            try:
+                reporter.say(f"{topology}; {describe(job)}; starts at step {step}")
+                if changes := describe_changes(job.resume_from, config):
+                    reporter.say(f"changed since {job.resume_from}: {changes}")
+                return _run_steps(job, engine, topology, reporter, interruption, watch, step)
+            except Rollback as rollback:
+                reporter.say(str(rollback))
+                step = _load(rollback.checkpoint, engine, watch)
+                job = job.back_at(step)
+            finally:
+                reporter.close()
 
 
 def _from_sound_checkpoint(job: Job) -> Job:
@@ -129,7 +150,7 @@ def _from_sound_checkpoint(job: Job) -> Job:
     if job.resume_from is None:
         return job
     folder = checkpoints_folder(job.config)
-    sound = resuming.find_sound(folder, job.resume_from)
+    sound = find_sound(folder, job.resume_from)
     if sound == job.resume_from:
         return job
     return prepare(job.config, torch.distributed.get_world_size(), str(sound))
@@ -141,33 +162,51 @@ def _run_steps(
     topology: Topology,
     reporter: Reporter,
     interruption: Interruption,
+    watch: HangWatch,
     step: int,
 ) -> bool:
-    """From ``step`` updates done to the config's last step, unless interrupted."""
+    """From ``step`` steps done to the config's last step, unless interrupted."""
     config = job.config
     sampler = Sampler(config, topology)
     with (
         read_ahead(job.reader, step, topology.data_rank, topology.data_size) as batches,
         Saver(checkpoints_folder(config), engine, reporter.say) as saver,
     ):
-        for micro_batches in batches:
+        guard = NonFiniteGuard(
+            config, job.tokenizer, job.reader, topology, job.skips, job.resume_from, saver.wait
+        )
+        for micro_batches in watch.steps(batches, step):
             reporter.begin_step(step + 1)
-            metrics = engine.train_step(step, micro_batches)
+            update = not job.skips.is_due(step + 1)
+            metrics = engine.train_step(step, micro_batches, update=update)
             step += 1
-            metrics = reporter.complete({**metrics, **job.consumed(step)})
-            _check_finite(step, metrics, engine, saves=_is_save_step(config, step))
+            metrics = reporter.complete({**metrics, **job.consumed(step)}, engine.clock)
+            saves = _is_save_step(config, step)
+            if words := guard.check(step, metrics, engine, micro_batches, saves=saves):
+                reporter.say(words)
             reporter.end_step(step, metrics)
             saver.poll()
             stop = interruption.agreed()
-            if stop or _is_save_step(config, step):
+            if (stop or saves) and job.skips.count_updates(step):  # else there are no moments yet
+                watch.begin("saving", step, is_long=True)
                 saver.save(step, job.checkpoint_extra(step))
             if stop and step < config.training.steps:
                 saver.wait()
                 reporter.say(f"{stop}: stopped after step {step}; the same command goes on")
                 return False
-            if sampler.is_due(step) and (words := sampler.sample(step, engine.named_parameters())):
-                reporter.say(words)
+            if sampler.is_due(step):
+                watch.begin("sampling", step, is_long=True)
+                if words := sampler.sample(step, engine.named_parameters()):
+                    reporter.say(words)
     return True
+
+
+def _load(checkpoint: Path, engine: TrainingEngine, watch: HangWatch) -> int:
+    """Fill the engine; the steps that the checkpoint has behind it."""
+    watch.begin("loading", 0, is_long=True)
+    step = load(checkpoint, engine)
+    check_loaded_weights(engine.named_parameters(), checkpoint)
+    return step
 
 
 def describe(job: Job) -> str:
@@ -195,21 +234,3 @@ def dry_run_text(job: Job, launch: Launch) -> str:
 def _is_save_step(config: Config, step: int) -> bool:
     every = config.checkpoint.every_steps
     return step == config.training.steps or (every > 0 and step % every == 0)
-
-
-def _check_finite(step: int, metrics: dict, engine: TrainingEngine, *, saves: bool) -> None:
-    """All ranks find the same, so all of them stop here together, before the step is saved."""
-    values = {name: metrics[name] for name in ("loss", "grad_norm")}
-    bad = [name for name, value in values.items() if value is None or not math.isfinite(value)]
-    problems = [f"{name} is {values[name]}" for name in bad[:1]]
-    # after an update with a bad gradient every weight is broken, and there is nothing to find
-    if "loss" in bad or (saves and not bad):
-        broken = name_broken_weights(engine.named_parameters())
-        problems += [f"not finite: {broken}"] if broken else []
-    if problems:
-        raise TrainingError(
-            f"step {step}",
-            ", ".join(problems),
-            "Resume from the last checkpoint with a lower optimizer.lr, and look at "
-            "output_norm and max_logit in metrics.jsonl before this step",
-        )

@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -34,6 +36,8 @@ from megatron_chameleon.training.gradient_groups import GradientGroups
 from megatron_chameleon.training.monitor import Monitor
 from megatron_chameleon.training.objective import own_part, summed_loss
 from megatron_chameleon.training.optimizer import build_optimizer, build_scheduler
+from megatron_chameleon.training.skips import count_updates
+from megatron_chameleon.training.stragglers import StepClock
 
 
 class MegatronEngine:
@@ -50,41 +54,64 @@ class MegatronEngine:
         self.topology = topology
         self.parts = build_model(config, vocab_size, topology)
         self.monitor = Monitor(self.parts)
+        self.clock = StepClock()
         transformer = self.parts[0].config
         self.chunks = [_wrap(config, transformer, part) for part in self.parts]
         self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer)
         self.gradients = GradientGroups(self.parts, self.optimizer)
-        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.finalize_model_grads_func = self._finalize_gradients
         transformer.grad_scale_func = self.optimizer.scale_loss
         if config.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._forward_backward = get_forward_backward_func()
 
-    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Any]:
-        """One optimizer update.
-
-        Args:
-            step: Updates done before this one.
-            micro_batches: This data-parallel rank's share of the global batch.
-
-        Returns:
-            The metrics of the whole job, the same on every rank.
-        """
+    def train_step(
+        self, step: int, micro_batches: Sequence[Batch], *, update: bool = True
+    ) -> dict[str, Any]:
+        """One step; see ``TrainingEngine``."""
         start = time.perf_counter()
-        training = self.config.training
         self.compute_gradients(step, micro_batches)
-        metrics = asdict(self.monitor.finish_step(training.z_loss))
+        metrics = asdict(self.monitor.finish_step(self.config.training.z_loss))
         metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        metrics["grad_norm"] = math.nan
-        if math.isfinite(metrics["loss"] or 0.0):  # else no update, which would break all weights
-            _, grad_norm, _ = self.optimizer.step()
-            self.scheduler.step(1)
-            metrics["grad_norm"] = float(grad_norm)
-            metrics |= self.gradients.norms(float(grad_norm))
+        update = update and math.isfinite(metrics["loss"] or 0.0)
+        metrics["grad_norm"], updated = self._update(update)
+        if updated:
+            metrics |= self.gradients.norms(metrics["grad_norm"])
+        else:
+            metrics["skipped"] = True
+        self.scheduler.step(1)
         metrics["step_seconds"] = time.perf_counter() - start
         return metrics
+
+    @torch.no_grad()
+    def _update(self, update: bool) -> tuple[float, bool]:
+        """megatron-core's ``optimizer.step()`` in its parts, to stop before what it cannot undo.
+
+        Its own steps update with whatever norm they found, unless the loss is scaled (fp16).
+
+        Args:
+            update: False only measures the norm.
+
+        Returns:
+            The norm of the gradients, and whether the weights were updated.
+        """
+        overflows = self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if overflows or not update or not math.isfinite(norm):
+            return norm, False
+        limit = self.optimizer.config.clip_grad  # 0 or infinity for none
+        for member in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            if 0 < limit < math.inf and (parameters := member.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, limit, norm)
+        self.optimizer.step_with_ready_grads()
+        return norm, True
+
+    def repeat_pass(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Forward and backward once more; see ``TrainingEngine``."""
+        self.compute_gradients(step, micro_batches)
+        self.monitor.finish_step(self.config.training.z_loss)
 
     def compute_gradients(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Forward and backward passes; the gradients are then those of the whole job's loss."""
@@ -95,6 +122,7 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.clock.start()
         self._forward_backward(
             forward_step_func=partial(self._forward_step, step),
             data_iterator=[zip(numbers, micro_batches, strict=True) for _ in self.chunks],
@@ -104,6 +132,11 @@ class MegatronEngine:
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=False,
         )
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """What megatron-core does behind the last backward pass: here ranks wait for each other."""
+        self.clock.stop()
+        finalize_model_grads(*args, **kwargs)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under their names in the whole model."""
@@ -136,8 +169,10 @@ class MegatronEngine:
         """Take over a checkpoint's state, saved by any engine and layout after ``step`` updates."""
         stored = CheckpointReader(checkpoint).names
         model, metadata = self._sharded_model(), self._checkpoint_metadata()
-        load_optimizer(self.optimizer, model, metadata, checkpoint, stored, step)
+        updates = count_updates(checkpoint, step)
+        load_optimizer(self.optimizer, model, metadata, checkpoint, stored, updates)
         self._load_weights(checkpoint, stored, fp8_state=True)
+        self.scheduler.num_steps = 0
         self.scheduler.step(step)
 
     def restore_weights(self, checkpoint: Path) -> None:

@@ -53,6 +53,10 @@ class Monitor:
             (1,), -torch.inf, dtype=torch.float64, device=platform.device()
         )
         self._layers = LayerMonitor(parts)
+        self._losses: list[Tensor] = []
+        self.last_losses: list[Tensor] = []
+        """Summed cross-entropy of each of this rank's micro-batches of the last step, scalars on
+        its device; empty where the loss is not computed."""
 
     def observe_loss(
         self, batch: Batch, cross_entropy: Tensor, log_z: Tensor, max_logit: Tensor
@@ -65,6 +69,7 @@ class Monitor:
             sums = torch.einsum("vbs,mbs->vm", values.double(), masks)
             everything, image = sums[:, 0], sums[:, 1]
             text = everything - image
+            self._losses.append(everything[0])
             self._sums += torch.cat(
                 [everything[:2], text[:2], image[:2], everything[3:], text[2:3], image[2:3]]
             )
@@ -82,6 +87,7 @@ class Monitor:
         self._sums.zero_()
         self._max_logit.fill_(-torch.inf)
         layers.reset()
+        self.last_losses, self._losses = self._losses, []
         named = dict(zip(self.SUMS, values, strict=True))
 
         def mean(total: str, tokens: str) -> float | None:

@@ -17,7 +17,8 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.divergence import Alarm, DivergenceAlarm
 from megatron_chameleon.training.profiler import StepProfiler
 from megatron_chameleon.training.progress import Progress, open_console
-from megatron_chameleon.training.run_folder import RunFolder
+from megatron_chameleon.training.run_folder import RunFolder, finite_or_none
+from megatron_chameleon.training.stragglers import StepClock, StragglerMonitor
 from megatron_chameleon.training.trackers import flat_numbers, open_trackers
 
 
@@ -37,6 +38,8 @@ class Reporter:
         self.config = config
         self._speed = SpeedMeter(config, vocab_size, topology.world_size)
         self._profiler = StepProfiler(config, topology.rank)
+        steps, window = config.training.steps, config.logging.every_steps
+        self._stragglers = StragglerMonitor(topology, window, steps)
         self._is_writer = topology.rank == 0
         if not self._is_writer:
             return
@@ -57,17 +60,24 @@ class Reporter:
         """Before step ``step``, counted from 1."""
         self._profiler.begin(step)
 
-    def complete(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """A step's metrics with what follows from its duration."""
-        return {**metrics, **self._speed.metrics(metrics["step_seconds"])}
+    def complete(self, metrics: Mapping[str, Any], clock: StepClock) -> dict[str, Any]:
+        """A step's metrics with what follows from its duration, the job's and each rank's.
+
+        A collective at the end of each window of ``logging.every_steps`` steps.
+        """
+        ranks, warning = self._stragglers.observe(metrics["step"], clock)
+        if warning:
+            self.say(warning)
+        return {**metrics, **self._speed.metrics(metrics["step_seconds"]), **ranks}
 
     def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record a completed step whose values are finite."""
+        """Record a step; what is not finite is unknown."""
         trace = self._profiler.end(step)
         if not self._is_writer:
             return
         if trace is not None:
             self._console.say(f"traced {trace}")
+        metrics = finite_or_none(dict(metrics))
         self._run.write_metrics(metrics)
         for tracker in self._trackers:
             tracker.record(step, dict(flat_numbers(metrics)))

@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
         ("loader.py", ["ours, the recipe's mixture", "GPTDataset, text alone"]),
         ("preprocess.py", ["MB a CPU second", "gigatoken alone", "memory: "]),
         ("train_step.py", ["fp32: losses of 3 steps agree", "bf16-weights"]),
+        ("watchdogs.py", ["hang watch", "together", "checked before over unchecked"]),
     ],
 )
 def test_a_benchmark_runs(script: str, words: list[str]) -> None:

@@ -16,12 +16,12 @@ def plant_nan() -> None:
     train_step = MegatronEngine.train_step
 
     def train_step_with_nan(
-        self: MegatronEngine, step: int, micro_batches: Sequence[Batch]
+        self: MegatronEngine, step: int, micro_batches: Sequence[Batch], **options: bool
     ) -> dict[str, float | None]:
         if step == 2 and self.topology.rank == 1:
             with torch.no_grad():
                 self.parts[0].get_parameter(WEIGHT)[3, 5] = torch.nan
-        return train_step(self, step, micro_batches)
+        return train_step(self, step, micro_batches, **options)
 
     MegatronEngine.train_step = train_step_with_nan  # type: ignore[method-assign]
 

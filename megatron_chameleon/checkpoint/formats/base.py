@@ -47,6 +47,7 @@ class Source(Protocol):
             be read too.
         config: What it was trained with; None where the files don't say.
         data: What the run has read, as ``state.json`` keeps it; None where the files don't say.
+        skipped_steps: Steps of the run that have no update, likewise; none where they don't say.
 
     Raises (on opening):
         CheckpointError: A tensor is missing, left over or of the wrong shape, a file is damaged, or
@@ -62,6 +63,7 @@ class Source(Protocol):
     has_optimizer: bool
     config: Config | None
     data: dict[str, Any] | None
+    skipped_steps: Sequence[int]
 
     def dtype(self, piece: Piece) -> torch.dtype:
         """Of a stored weight."""
@@ -97,6 +99,7 @@ class Target:
         has_optimizer: Whether main weights and moments come with the weights.
         config: What it was trained with; None where the source doesn't say.
         data: What the run has read; None where the source doesn't say.
+        skipped_steps: Its steps without an update.
     """
 
     model: ModelConfig
@@ -110,6 +113,7 @@ class Target:
     has_optimizer: bool = False
     config: Config | None = None
     data: dict[str, Any] | None = None
+    skipped_steps: Sequence[int] = ()
 
     @property
     def weights(self) -> list[Piece]:
@@ -247,6 +251,7 @@ def write_origin(folder: Path, target: Target) -> None:
     }
     if target.has_optimizer:
         content["data"] = target.data
+        content["skipped_steps"] = list(target.skipped_steps)
     (folder / ORIGIN_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ any. It loads with ``"checkpoint": {"load_universal": true}`` in DeepSpeed's con
 ``engine.load_checkpoint(DST, load_lr_scheduler_states=False)``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ class Source:
         self.origin = read_origin(beside) if beside else {}
         self.fingerprint: str | None = self.origin.get("tokenizer_fingerprint")
         self.data: dict[str, Any] | None = self.origin.get("data")
+        self.skipped_steps: Sequence[int] = self.origin.get("skipped_steps", ())
         own = self._beside(OWN_CONFIG_FILE)
         self.config: Config | None = load_config(own / OWN_CONFIG_FILE) if own else None
         self._prefix, self._is_hf = _naming(self._files)

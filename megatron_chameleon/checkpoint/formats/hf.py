@@ -11,6 +11,7 @@ from ``tokenizer.json``, and the decoder must be given.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ class Source:
     has_optimizer = False
     config = None
     data = None
+    skipped_steps: Sequence[int] = ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

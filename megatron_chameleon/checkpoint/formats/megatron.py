@@ -107,6 +107,7 @@ class Source:
         has_config = self._reader.state.get("training_config") is not False
         self.config: Config | None = self._reader.config if has_config else None
         self.data: dict[str, Any] | None = self._reader.state.get("data")
+        self.skipped_steps: Sequence[int] = self._reader.state.get("skipped_steps", ())
         if self.has_optimizer:
             parts = [
                 replace(piece, part=part)
@@ -254,6 +255,7 @@ class Sink:
             "optimizer": target.has_optimizer,
             "training_config": target.config is not None,
             "data": target.data,
+            "skipped_steps": list(target.skipped_steps),
             "source": target.origin,
             "vocab_size": target.dimensions.vocab_size,
             "tokenizer_fingerprint": target.tokenizer.fingerprint,

@@ -12,6 +12,7 @@ n shards, or a multiple. Source: loader.py, transformer.py of facebookresearch/c
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Source:
     has_optimizer = False
     config = None
     data = None
+    skipped_steps: Sequence[int] = ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

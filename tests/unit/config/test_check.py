@@ -69,6 +69,26 @@ def test_a_config_that_works_is_let_through() -> None:
         (change("optimizer", "lr", 0.0), 1, "optimizer.lr: 0.0 is not above 0"),
         (change("optimizer", "lr", float("nan")), 1, "optimizer.lr: nan is not above 0"),
         (change("optimizer", "lr_warmup_steps", 100), 1, "100 is not below training.steps 100"),
+        (
+            change("training", "nonfinite", "ignore"),
+            1,
+            "'ignore' is not one of stop, skip, rollback",
+        ),
+        (
+            change("training", "nonfinite_limit", -1),
+            1,
+            "training.nonfinite_limit: -1 is not 0 or more",
+        ),
+        (
+            change("training", "hang_seconds", -1.0),
+            1,
+            "training.hang_seconds: -1.0 is not 0 or more",
+        ),
+        (
+            change("training", "skip_steps", [101]),
+            1,
+            "skip_steps: 101 is no step of the 100. Give ste",
+        ),
         (change("optimizer", "min_lr", 1.0), 1, "1.0 is above lr 0.0001"),
         (change("training", "z_loss", -1.0), 1, "training.z_loss: -1.0 is not 0 or more"),
         (change("tokenizer", "path", ""), 1, "tokenizer.path: not set"),

@@ -24,6 +24,7 @@ from megatron_chameleon.training.profiler import StepProfiler
 from megatron_chameleon.training.progress import BarConsole, LineConsole, open_console
 from megatron_chameleon.training.reporting import Reporter, SpeedMeter
 from megatron_chameleon.training.samples import check_samples
+from megatron_chameleon.training.stragglers import StepClock
 from megatron_chameleon.training.trackers import flat_numbers
 
 MAIN_RANK: Any = SimpleNamespace(rank=0, world_size=1)
@@ -46,7 +47,7 @@ def report(config: Config, first: int, last: int, growth: float = 1.0) -> None:
     reporter = Reporter(config, 512, MAIN_RANK, first)
     for step in range(first + 1, last + 1):
         reporter.begin_step(step)
-        metrics = reporter.complete(metrics_of(step, norm=growth**step))
+        metrics = reporter.complete(metrics_of(step, norm=growth**step), StepClock())
         reporter.end_step(step, metrics)
     reporter.close()
 
@@ -83,7 +84,7 @@ def test_mfu_and_tflops(
 def test_the_documented_keys_come_first_and_others_follow(config: Config) -> None:
     reporter = Reporter(config, 512, MAIN_RANK, 0)
     more = {"layer_output_norms": [1.23456789, float("inf"), None], "grad_norm_mlp": float("nan")}
-    reporter.end_step(1, reporter.complete({**metrics_of(1), **more}))
+    reporter.end_step(1, reporter.complete({**metrics_of(1), **more}, StepClock()))
     reporter.close()
     (record,) = read(config, "metrics.jsonl")
     assert list(record)[:2] == ["step", "loss"] and record["mfu"] is None

@@ -1,0 +1,248 @@
+"""A job that hangs writes down where each rank stands, and ends so that it is started again.
+
+A thread looks every two seconds what this process has been doing, and for how long. Past the limit
+it writes the stacks of all threads into ``logs/hang-rank00003.txt``. One rank then reads the files
+of all, says in a line who is not waiting for the others, and every rank ends with ``EXIT_CODE``.
+
+That thread needs the interpreter. Where it is blocked (a page of a mapped file on a dead server,
+say), faulthandler's timer, which the thread winds up again each time it looks, prints the stacks on
+standard error and ends the process with exit code 1.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import TrainingError
+from megatron_chameleon.training.stragglers import StepClock
+
+EXIT_CODE = 124
+"""As ``timeout`` has it; to ``slurm/common.sh`` a process that died, so the job is requeued."""
+PATIENCE = 4
+"""Times the limit that loading, saving, sampling, and a step after one of them may take."""
+PREFIX = "hang-rank"
+SUMMARY = "hang.txt"
+# Innermost lines in which a rank waits for others, or for its GPU, which then waits for others
+_WAITS = (".wait(", ".item()", ".tolist()", "synchronize(")
+
+
+class HangWatch:
+    """Watches this process while it is entered.
+
+    Args:
+        config: ``training.hang_seconds`` and the run folder are read.
+        rank: Of this process.
+        world_size: Of the job.
+    """
+
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self._limit = config.training.hang_seconds
+        self._grace = min(60.0, self._limit)  # of faulthandler's timer behind this watch
+        self._folder = Path(config.logging.run_dir) / "logs"
+        self._rank, self._world_size = rank, world_size
+        self._state = ("starting", 0, time.monotonic(), self._limit * PATIENCE)
+        self._after_long = True
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._main = threading.get_ident()
+        self.clock: StepClock | None = None
+        """Tells what part of a step the engine is in."""
+
+    def __enter__(self) -> "HangWatch":
+        if self._limit:
+            if self._rank == 0:
+                _put_away(self._folder)
+            self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def begin(self, doing: str, step: int, *, is_long: bool = False) -> None:
+        """From now on the process does something else.
+
+        Args:
+            doing: What, for people.
+            step: Counted from 1; 0 before the first.
+            is_long: Whether it may take ``PATIENCE`` times as long, and so may the step behind it,
+                in which the other ranks wait for those that did it.
+        """
+        limit = self._limit * (PATIENCE if is_long or self._after_long else 1)
+        if is_long or doing == "step":
+            self._after_long = is_long
+        self._state = (doing, step, time.monotonic(), limit)
+
+    def steps(self, batches: Iterator[Any], step: int) -> Iterator[Any]:
+        """The batches, with a look at the clock before and after each is waited for.
+
+        Args:
+            batches: Of the steps behind ``step``.
+            step: Done so far.
+        """
+        while True:
+            step += 1
+            self.begin("waiting for data", step)
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            if self.clock is not None:
+                self.clock.data_seconds += time.perf_counter() - start
+            self.begin("step", step)
+            yield batch
+
+    def _watch(self) -> None:
+        poll = min(2.0, self._limit / 4)
+        while not self._done.wait(poll):
+            doing, step, since, limit = self._state
+            elapsed = time.monotonic() - since
+            if elapsed > limit:
+                self._report(doing, step, elapsed)
+            faulthandler.dump_traceback_later(limit + self._grace, exit=True)
+
+    def _report(self, doing: str, step: int, elapsed: float) -> None:
+        """Write this rank's file, let one rank speak for all, and end the process."""
+        # the file system may hang too
+        faulthandler.dump_traceback_later(self._grace + 15, exit=True)
+        own = self._describe(doing, step, elapsed)
+        path = self._folder / f"{PREFIX}{self._rank:05d}.txt"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(own) + "\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        # The ranks began to wait at about the same time. Whoever ends first takes the others along
+        # (torchrun, srun), so those who do not speak wait longer.
+        time.sleep(2 + min(5.0, self._limit / 10))
+        if self._rank != 0:
+            time.sleep(3)
+        if _claim(self._folder / SUMMARY):
+            text = f"error: {summarize(read_reports(self._folder), self._world_size, self._folder)}"
+            (self._folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
+            print(text, file=sys.stderr, flush=True)
+        elif self._rank == 0:
+            time.sleep(3)
+        os._exit(EXIT_CODE)
+
+    def _describe(self, doing: str, step: int, elapsed: float) -> dict[str, Any]:
+        if doing == "step" and self.clock is not None:
+            doing = self.clock.phase
+        frame = sys._current_frames().get(self._main)
+        where, waits = locate(frame)
+        return {
+            "rank": self._rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "step": step,
+            "doing": doing,
+            "seconds": round(elapsed, 1),
+            "since": time.strftime("%FT%T", time.localtime(time.time() - elapsed)),
+            "waits_for_others": waits,
+            "where": where,
+        }
+
+
+def locate(frame: FrameType | None) -> tuple[str, bool]:
+    """Where a thread is, as ``file:line in function``, and whether it waits for other ranks.
+
+    Args:
+        frame: Its innermost.
+    """
+    if frame is None:
+        return "nowhere", False
+    stack = traceback.extract_stack(frame)
+    waits = any("torch/distributed/" in entry.filename for entry in stack[-4:])
+    if not _is_library(stack[-1].filename):
+        waits = waits or any(word in (stack[-1].line or "") for word in _WAITS)
+    shown = next((e for e in reversed(stack) if not _is_library(e.filename)), stack[-1])
+    return f"{'/'.join(Path(shown.filename).parts[-2:])}:{shown.lineno} in {shown.name}", waits
+
+
+def _is_library(filename: str) -> bool:
+    """Of Python or torch, where nearly everything waits in the end."""
+    is_python = filename.startswith(sysconfig.get_path("stdlib")) and "-packages/" not in filename
+    return is_python or "/torch/" in filename
+
+
+def read_reports(folder: Path) -> list[dict[str, Any]]:
+    """The first lines of all ranks' files, by rank."""
+    reports = []
+    for path in sorted(folder.glob(f"{PREFIX}*.txt")):
+        try:
+            reports.append(json.loads(path.read_text(encoding="utf-8").partition("\n")[0]))
+        except (OSError, ValueError):
+            continue  # being written
+    return reports
+
+
+def summarize(reports: Sequence[dict[str, Any]], world_size: int, folder: Path) -> TrainingError:
+    """Who keeps the others waiting, and what to do.
+
+    Args:
+        reports: Of the ranks that could write one.
+        world_size: Of the job.
+        folder: Where the files are.
+    """
+    free = [report for report in reports if not report["waits_for_others"]]
+    known = {report["rank"] for report in reports}
+    silent = [rank for rank in range(world_size) if rank not in known]
+    words = [
+        f"rank {report['rank']} on {report['host']} does not wait for others, but is at "
+        f"{report['where']} ({report['doing']}, step {report['step']})"
+        for report in free[:4]
+    ]
+    if len(free) > 4:
+        words.append(f"so are {len(free) - 4} more")
+    if silent:
+        shown = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
+        words.append(f"no stacks of rank {shown}, which may be frozen or gone")
+    waiting = [report for report in reports if report["waits_for_others"]]
+    if waiting:
+        first = waiting[0]
+        words.append(
+            f"{len(waiting)} of {world_size} wait in a collective, as rank {first['rank']} at "
+            f"{first['where']} ({first['doing']})"
+        )
+    step = max(report["step"] for report in reports)
+    seconds = max(report["seconds"] for report in reports)
+    what = f"nothing moved for {seconds:.0f} s: {'; '.join(words)}"
+    remedy = (
+        f"Look at the stacks in {folder}/{PREFIX}*.txt; the same command goes on from the last "
+        "checkpoint, and training.hang_seconds is the limit"
+    )
+    return TrainingError(f"step {step}", what, remedy)
+
+
+def _claim(path: Path) -> bool:
+    """Whether this process is the first to ask."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _put_away(folder: Path) -> None:
+    """Move the files of an earlier hang into a folder of their own."""
+    found = [*folder.glob(f"{PREFIX}*.txt"), *folder.glob(SUMMARY)]
+    if found:
+        place = folder / f"hang-before-{time.strftime('%Y%m%dT%H%M%S')}"
+        place.mkdir(exist_ok=True)
+        for path in found:
+            path.rename(place / path.name)

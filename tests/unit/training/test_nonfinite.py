@@ -1,0 +1,176 @@
+"""What the guard makes of a step's values, on one process and without a model's passes."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_chameleon.checkpoint.folders import STATE_FORMAT
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import TrainingError
+from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.training import nonfinite
+from megatron_chameleon.training.nonfinite import NonFiniteGuard, RankFinding
+from megatron_chameleon.training.skips import SkippedSteps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class StubReader:
+    """In place of the data: sample i is document i."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def indices_for(self, step: int, rank: int, size: int) -> list[list[int]]:
+        return [[8 * step, 8 * step + 1], [8 * step + 2, 8 * step + 3]]
+
+    def sample(self, index: int) -> Any:
+        tensor = torch.tensor
+        pieces = SimpleNamespace(document=tensor([index]), start=tensor([0]), stop=tensor([9]))
+        return SimpleNamespace(
+            packed=SimpleNamespace(pieces=pieces, source=tensor([0])), names=["web"]
+        )
+
+
+def check(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, weight: float = 0.0, **options: Any
+) -> str:
+    """``NonFiniteGuard.check`` at step 3; options: values, saves, policy, found and told."""
+    monkeypatch.setattr(nonfinite, "BatchReader", StubReader)
+    config = Config()
+    config.logging.run_dir = str(folder)
+    config.training.nonfinite = options.get("policy", "stop")
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, weight)
+    monkeypatch.setattr(nonfinite, "named_global_parameters", nn.Module.named_parameters)
+    engine = SimpleNamespace(
+        parts=[model],
+        named_parameters=model.named_parameters,
+        monitor=SimpleNamespace(last_losses=[torch.tensor(1.0), torch.tensor(torch.nan)]),
+        repeat_pass=lambda step, batches: model(torch.ones(1, 1)).sum().backward(),
+    )
+    values = {"loss": 1.0, "grad_norm": 1.0, "layer_output_norms": [1.0, math.nan]}
+    skips = SkippedSteps(frozenset(options.get("told", ())), set(options.get("found", ())))
+    topology = Topology(1, 0, 0, 1, 0, 1, 0, 1)
+    guard = NonFiniteGuard(config, None, StubReader(), topology, skips, None)  # type: ignore
+    metrics = {**values, **options.get("values", {})}
+    words = guard.check(3, metrics, engine, [], saves=options.get("saves", False))  # type: ignore
+    assert skips.done == ({3} if metrics.get("skipped") else set())
+    return words
+
+
+BAD = {"loss": math.nan, "skipped": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ""),
+        ({"weight": math.nan}, ""),  # the weights are looked at before a save
+        ({"values": BAD, "told": [3]}, "step 3: its update was left out, as training.skip_steps"),
+        ({"values": BAD, "found": [3]}, "step 3: its update was left out, as it was before"),
+        (
+            {"values": BAD, "policy": "skip", "found": [1]},
+            "warning: step 3: loss is nan (first in the output of decoder.layers.1), loss not "
+            "finite on rank 0, samples 18, 19 (documents in FOLDER/nonfinite.jsonl); its update "
+            "was left out (2 of at most 3)",
+        ),
+    ],
+)
+def test_a_run_goes_on(
+    options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = check(tmp_path, monkeypatch, **options).replace(str(tmp_path), "FOLDER")
+    assert found.startswith(words)
+    assert bool(found) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"saves": True, "weight": math.nan}, "step 3: weights not finite: weight on rank 0. Res"),
+        ({"values": {"loss": None}}, "step 3: loss is None. Resume"),
+        ({"values": BAD}, "step 3: loss is nan (first in the output of decoder.layers.1)"),
+        ({"values": {**BAD, "loss": math.inf}}, "step 3: loss is inf (first"),
+        ({"values": {**BAD, "loss": 1.0, "grad_norm": math.nan}}, "step 3: grad_norm is nan "),
+        ({"values": BAD, "policy": "skip", "weight": math.nan}, "cannot mend the weights. Resume"),
+        ({"values": BAD, "policy": "rollback"}, "no checkpoint to go back to. Start again with"),
+        ({"values": BAD, "policy": "skip", "found": [1, 2, 9]}, "3 steps were left out before (1"),
+    ],
+)
+def test_a_run_stops(
+    options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TrainingError) as caught:
+        check(tmp_path, monkeypatch, **options)
+    assert words in str(caught.value)
+
+
+def test_the_file_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(tmp_path, monkeypatch, values=BAD, policy="skip")
+    record = json.loads((tmp_path / "nonfinite.jsonl").read_text())
+    assert (record["step"], record["problem"], record["action"]) == (3, "loss is nan", "skip")
+    assert record["first_bad_layer"] == "decoder.layers.1"
+    assert [rank["losses"] for rank in record["ranks"]] == [[1]]
+    documents = [{"source": "web", "document": 18, "tokens": [0, 9]}]
+    assert record["samples"][0] == {"sample": 18, "documents": documents}
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nonfinite.jsonl").mkdir()
+    words = check(tmp_path, monkeypatch, values=BAD, policy="skip")
+    assert "nonfinite.jsonl could not be written: [Errno 21]" in words
+    assert words.endswith("; its update was left out (1 of at most 3)")
+
+
+def test_a_fault_that_does_not_come_again() -> None:
+    findings = [RankFinding(rank, 0, "node1", [], [], {}) for rank in range(2)]
+    samples = [{"sample": index} for index in range(8)]
+    words = nonfinite._describe("grad_norm is nan", None, findings, samples, "documents in file")
+    assert words == (
+        "grad_norm is nan, not found again when the pass was repeated: suspect a machine, "
+        "samples 0, 1, 2, 3 and 4 more (documents in file)"
+    )
+
+
+def test_the_checkpoint_to_go_back_to(tmp_path: Path) -> None:
+    config = Config()
+    config.logging.run_dir = str(tmp_path)
+    for step in (10, 20, 30, 40):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        state = {"format": STATE_FORMAT, "step": step, "vocab_size": 1}
+        (folder / "state.json").write_text(json.dumps(state))
+    converted = tmp_path / "weights"
+    converted.mkdir()
+    (converted / "state.json").write_text(json.dumps({**state, "optimizer": False}))
+    topology = Topology(1, 0, 0, 1, 0, 1, 0, 1)
+
+    def find(step: int, begun: Path | None) -> str | None:
+        skips = SkippedSteps()
+        guard = NonFiniteGuard(config, None, StubReader(), topology, skips, begun)  # type: ignore
+        found = guard._newest_checkpoint(step)
+        return found and found.name
+
+    older = tmp_path / "checkpoints" / "step_00000020"
+    assert find(35, None) == "step_00000030"
+    assert find(30, None) == "step_00000020", "the one of this step holds it already"
+    assert find(25, older) == "step_00000020", "later ones are of another past"
+    assert find(35, older) == "step_00000030"
+    assert find(5, converted) is None
+    assert find(5, None) is None
