@@ -20,6 +20,9 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 TORCH_NCCL_DUMP_ON_TIMEOUT=1
 #   0 done; 2 a mistake, which a restart would repeat; 75 saved on a signal; anything else: a process or a node died.
 run_in_job() {
     local restarts=${SLURM_RESTART_COUNT:-0} logs=${LOGS:-logs} code=0
+    # of an array its one task: the number of one of its jobs is the number of the whole array
+    local self=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    self=${self:-$SLURM_JOB_ID}
     mkdir -p "$logs"
     printf '%s  job %s, restart %s, on %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$restarts" "$SLURM_JOB_NODELIST"
     printf 'command: srun %s\n' "$(printf '%q ' "$@")"
@@ -27,11 +30,11 @@ run_in_job() {
     printf '%s  ended with exit code %s\n' "$(date +%FT%T)" "$code"
     case $code in
         0 | 2) ;;
-        75) scontrol requeue "$SLURM_JOB_ID"; sleep 60 ;; # SLURM ends this script meanwhile
+        75) scontrol requeue "$self"; sleep 60 ;; # SLURM ends this script meanwhile
         *)
             tail -n 3 "$logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-rank"*.log || true
             if [ "$restarts" -lt "${MAX_RESTARTS:-20}" ]; then
-                scontrol requeue "$SLURM_JOB_ID"
+                scontrol requeue "$self"
                 sleep 60
             fi
             ;;

@@ -124,9 +124,15 @@ class Cluster:
 
     def kill_task(self, job: str, rank: int) -> None:
         """SIGKILL the process of one rank of a job."""
-        marks = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
-        (pid,) = [p for p in _processes() if marks <= _environment_of(p)]
+        (pid,) = _with_variables(f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}")
         self._kill(pid, signal.SIGKILL)
+
+    def kill_array_task(self, job: str, task: int) -> None:
+        """SIGKILL what one task of an array has started, its workers too; its script lives on."""
+        pids = _with_variables(f"SLURM_ARRAY_JOB_ID={job}", f"SLURM_ARRAY_TASK_ID={task}")
+        assert pids, f"task {task} of job {job} has no processes"
+        for pid in pids:
+            self._kill(pid, signal.SIGKILL)
 
     def run(self, *words: object) -> str:
         """A command of SLURM's and its output; a failure is output too."""
@@ -197,6 +203,12 @@ def _free_ports(count: int) -> int:
 
 def _processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def _with_variables(*marks: str) -> list[int]:
+    """The processes of a job's first step in whose environment these are."""
+    wanted = {*marks, "SLURM_STEP_ID=0"}
+    return [pid for pid in _processes() if wanted <= _environment_of(pid)]
 
 
 def _environment_of(pid: int) -> set[str]:
