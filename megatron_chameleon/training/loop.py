@@ -27,6 +27,7 @@ from megatron_chameleon.training.interruption import Interruption
 from megatron_chameleon.training.reading import open_reader
 from megatron_chameleon.training.reporting import Reporter
 from megatron_chameleon.training.run_folder import check_run_folder, checkpoints_folder
+from megatron_chameleon.training.run_lock import lock_run
 from megatron_chameleon.training.samples import Sampler, check_samples
 from megatron_chameleon.training.trackers import check_trackers
 
@@ -39,6 +40,7 @@ class Job:
     tokenizer: Tokenizer
     reader: BatchReader
     resume_from: Path | None
+    resume: str = "auto"
 
     def checkpoint_extra(self, step: int) -> dict[str, object]:
         """What a checkpoint says of the tokenizer, so that it is never used with another one, and
@@ -80,7 +82,7 @@ def prepare(config: Config, world_size: int, resume: str) -> Job:
     if checkpoint is not None:
         store.check_fits(checkpoint, config, tokenizer.fingerprint)
     reader = open_reader(config, tokenizer, checkpoint)
-    return Job(config, tokenizer, reader, checkpoint)
+    return Job(config, tokenizer, reader, checkpoint, resume)
 
 
 def train(job: Job, launch: Launch) -> bool:
@@ -91,15 +93,24 @@ def train(job: Job, launch: Launch) -> bool:
 
     Raises:
         ConfigErrors: The machine lacks what the config needs.
+        ConfigError: Another run is writing the run folder.
     """
     check_machine(job.config)
     with Interruption() as interruption:
         platform.prepare()
         join(launch)
         try:
-            return train_joined(job, interruption)
+            with lock_run(Path(job.config.logging.run_dir)):
+                return train_joined(_as_it_is_now(job, launch), interruption)
         finally:
             leave()
+
+
+def _as_it_is_now(job: Job, launch: Launch) -> Job:
+    """The job, prepared again if a run that was just ending has saved since."""
+    if store.find_resume(checkpoints_folder(job.config), job.resume) == job.resume_from:
+        return job
+    return prepare(job.config, launch.world_size, job.resume)
 
 
 def train_joined(job: Job, interruption: Interruption) -> bool:
