@@ -26,14 +26,19 @@ run_in_job() {
     mkdir -p "$logs"
     printf '%s  job %s, restart %s, on %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$restarts" "$SLURM_JOB_NODELIST"
     printf 'command: srun %s\n' "$(printf '%q ' "$@")"
-    srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/%x-%j-rank%t.log" "$@" || code=$?
+    local log="$logs/$SLURM_JOB_NAME-$SLURM_JOB_ID"
+    srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/%x-%j-rank%t.log" "$@" 2>&1 | tee "$log-srun.log" || code=$?
+    # the code is the highest of all: ranks that were ended because another one ended with 2 have 143
+    ! grep -q 'Exited with exit code 2$' "$log-srun.log" || code=2
     printf '%s  ended with exit code %s\n' "$(date +%FT%T)" "$code"
     case $code in
-        0 | 2) ;;
+        0) ;;
+        2) grep -h '^error: ' "$log-rank"*.log | tail -n 1 || true ;;
         75) scontrol requeue "$self"; sleep 60 ;; # SLURM ends this script meanwhile
         *)
-            tail -n 3 "$logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-rank"*.log || true
-            if [ "$restarts" -lt "${MAX_RESTARTS:-20}" ]; then
+            tail -n 3 "$log-rank"*.log || true
+            date +%FT%T >>"$log-deaths.log"
+            if [ "$(wc -l <"$log-deaths.log")" -le "${MAX_RESTARTS:-20}" ]; then
                 scontrol requeue "$self"
                 sleep 60
             fi

@@ -82,9 +82,22 @@ def test_a_job_comes_back_on_the_other_node(slurm, submit, tiny, unbroken) -> No
 
 
 def test_a_mistake_is_not_repeated(slurm, submit, tiny) -> None:
+    endless = "training.steps=100000"
+    first = submit("first", ("--nodes=1", "--ntasks-per-node=1"), endless)
     job = submit("mistake", ("--nodes=1", "--ntasks-per-node=2"), "optimizer.lr=0")
-    slurm.wait_until_ended(job, SECONDS)
-    assert slurm.state(job) == "FAILED"
+    wait_for_step(slurm, tiny, "first", 1)
+    taken = f"logging.run_dir={tiny.folder / 'first'}"
+    second = submit("second", ("--nodes=1", "--ntasks-per-node=2"), taken, endless)
+    slurm.wait_until_ended(second, SECONDS)
+    assert slurm.state(second) == "FAILED" and slurm.state(first) == "RUNNING"
+    slurm.run("scancel", first)
+    slurm.wait_until_ended(first, SECONDS)
+    rank0 = (tiny.folder / "second-logs" / f"chameleon-7b-{second}-rank0.log").read_text()
+    said = [line for line in rank0.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and f", SLURM job {first}, since" in said[0]
+    assert (tiny.folder / "second.log").read_text().count("ended with exit code 2\n") == 1
+
+    assert slurm.wait_until_ended(job, SECONDS) == "FAILED"
     text = (tiny.folder / "mistake.log").read_text()
     assert text.count("ended with exit code 2") == 1
     rank0 = (tiny.folder / "mistake-logs" / f"chameleon-7b-{job}-rank0.log").read_text()
