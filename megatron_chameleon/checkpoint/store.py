@@ -84,7 +84,9 @@ def find_resume(folder: Path, resume: str) -> Path | None:
 
     Args:
         folder: The run's ``checkpoints/`` folder.
-        resume: ``auto`` for the newest whole one, ``never``, or a path.
+        resume: ``auto`` for the newest whole one, ``never``, or a path. A path outside the folder
+            is where the run begins: once it has a checkpoint of its own, that is taken, so that
+            the same command goes on.
 
     Raises:
         CheckpointError: The path is no whole checkpoint, or ``never`` would overwrite a run.
@@ -103,6 +105,8 @@ def find_resume(folder: Path, resume: str) -> Path | None:
     if not (path / STATE_FILE).is_file():
         what = f"no whole checkpoint (it has no {STATE_FILE})"
         raise CheckpointError(resume, what, "Give a folder such as runs/NAME/checkpoints/step_...")
+    if found and path.resolve().parent != folder.resolve():
+        return found[-1]
     return path
 
 

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="go on from the run's newest checkpoint (auto, the default) or from a given one",
+        help="go on from the run's newest checkpoint (auto, the default); start from a given one "
+        "if the run has none yet; or go back to one of its own",
     )
 
 

@@ -144,6 +144,11 @@ class Cluster:
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 
+    def test(self, folder: Path, *words: object) -> str:
+        """What ``sbatch --test-only`` says of a job, which is not submitted."""
+        result = self._run("sbatch", "--test-only", *words, cwd=folder)
+        return result.stdout + result.stderr
+
     def state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED ..., of an array all of them; empty: SLURM forgot it."""
         lines = self.run("squeue", "-h", "-r", "-t", "all", "-o", "%T", "-j", job).split()
