@@ -53,7 +53,10 @@ PropagateResourceLimits=NONE
 GresTypes=gpu
 NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port={first}-{last} CPUs={cores} \
  RealMemory=16000 Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -95,7 +98,9 @@ class Cluster:
         self._check("slurmctld", "-c", "-i", "-f", self.config)
         for name in NODES:
             self.start_node(name)
-        self.wait_for(lambda: self.run("sinfo", "-h", "-N", "-t", "idle").count("\n") == 2, 30)
+        self.wait_for(
+            lambda: self.run("sinfo", "-h", "-N", "-p", "debug", "-t", "idle").count("\n") == 2, 30
+        )
 
     def start_node(self, name: str) -> None:
         """Start one node's slurmd, with its own host name and /etc/hosts."""

@@ -45,7 +45,9 @@ def wait_for_step(slurm: Cluster, tiny, run: str, step: int) -> None:
     slurm.wait_for(lambda: path.exists() and path.read_text().count("\n") >= step, SECONDS)
 
 
-def test_signals_save_and_requeue_over_two_nodes(slurm, submit, tiny, unbroken) -> None:
+def test_signals_and_a_preemption_save_and_requeue_over_two_nodes(
+    slurm, submit, tiny, unbroken
+) -> None:
     job = submit("signals", ("--nodes=2", "--ntasks-per-node=1"))
     wait_for_step(slurm, tiny, "signals", 4)
     slurm.run("scancel", "--signal=USR1", job)  # as --signal=USR1@300 does before the time limit
@@ -53,11 +55,18 @@ def test_signals_save_and_requeue_over_two_nodes(slurm, submit, tiny, unbroken) 
     slurm.wait_for(lambda: "restart 1, on node[1-2]" in log.read_text(), SECONDS)
     first = len(tiny.metrics("signals"))
     wait_for_step(slurm, tiny, "signals", first + 4)
-    slurm.run("scancel", "--signal=TERM", job)
+    urgent = (
+        "--partition=urgent",
+        "--nodes=2",
+        "--exclusive",
+        f"--output={tiny.folder}/urgent.log",
+    )
+    slurm.submit(ROOT, *urgent, "--wrap=hostname")  # SIGTERM, and 60 seconds of grace
     assert slurm.wait_until_ended(job, SECONDS) == "COMPLETED", log.read_text()
     assert exact(tiny.metrics("signals")) == exact(unbroken)
     text = log.read_text()
-    assert text.count("ended with exit code 75") == 2
+    assert text.count("ended with exit code 75") == 2 and "restart 3" not in text
+    assert (tiny.folder / "urgent.log").read_text() == "node1\n"
     assert text.count("ended with exit code 0") == 1
     assert "command: srun chameleon train" in text
     rank0 = (tiny.folder / "signals-logs" / f"chameleon-7b-{job}-rank0.log").read_text()
