@@ -60,7 +60,7 @@ def write_corpus(folder: Path, documents: int) -> list[Path]:
     for i in range(10):
         (folder / f"{i}.png").write_bytes(picture(i))
     return [
-        _write_lines(folder / "a_pairs.jsonl", documents),
+        write_pairs(folder / "a_pairs.jsonl", documents),
         _write_texts(folder / "b_text.jsonl.gz", documents, "gzip"),
         _write_tar(folder / "c_web.tar", documents),
         _write_parquet(folder / "d_obelics.parquet", documents),
@@ -72,7 +72,8 @@ def text_of(number: int) -> str:
     return f"number {number} " + SENTENCES[number % 3] * (number % 7)
 
 
-def _write_lines(path: Path, documents: int) -> Path:
+def write_pairs(path: Path, documents: int) -> Path:
+    """A picture and a text a line, in the folder of ``write_corpus``."""
     lines = []
     for i in range(documents):
         image = ["empty.png", "broken.png", "none.png", f"{i % 10}.png"][min(i % 61, 3)]

@@ -55,7 +55,9 @@ def find_resume(folder: Path, resume: str) -> Path | None:
 
     Args:
         folder: The run's ``checkpoints/`` folder.
-        resume: ``auto`` for the newest sound one, ``never``, or a path.
+        resume: ``auto`` for the newest sound one, ``never``, or a path. A path outside the folder
+            is where the run begins: once it has a checkpoint of its own, that is taken, so that
+            the same command goes on.
 
     Raises:
         CheckpointError: The path is no sound checkpoint, the run has some and none is sound, or
@@ -70,7 +72,9 @@ def find_resume(folder: Path, resume: str) -> Path | None:
             )
         return None
     if resume != "auto":
-        return _check_given(Path(resume))
+        given = _check_given(Path(resume))
+        if _is_in(folder, given) or not list_checkpoints(folder):
+            return given
     damages = []
     for checkpoint in reversed(list_step_folders(folder)):
         damage = find_damage_of_small_files(checkpoint)
@@ -80,6 +84,10 @@ def find_resume(folder: Path, resume: str) -> Path | None:
     if damages:
         raise _none_is_sound(folder, damages)
     return None
+
+
+def _is_in(folder: Path, checkpoint: Path) -> bool:
+    return checkpoint.resolve().parent == folder.resolve()
 
 
 def _check_given(checkpoint: Path) -> Path:
@@ -93,7 +101,7 @@ def _check_given(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def find_sound(folder: Path, chosen: Path) -> Path:
+def find_sound(folder: Path, chosen: Path, resume: str) -> Path:
     """The checkpoint that ``find_resume`` chose, or the newest older one if its files are damaged.
 
     A collective: the ranks read all of its files together. In the run's own folder, a damaged
@@ -102,12 +110,13 @@ def find_sound(folder: Path, chosen: Path) -> Path:
 
     Args:
         folder: The run's ``checkpoints/`` folder.
-        chosen: A checkpoint in it, or anywhere.
+        chosen: By ``find_resume``.
+        resume: As it was asked for; a checkpoint that was named is not replaced by another one.
 
     Raises:
-        CheckpointError: On every rank; none is sound, or one from elsewhere is not.
+        CheckpointError: On every rank: none is sound, or the named one is not.
     """
-    if chosen.parent.resolve() != folder.resolve():
+    if resume != "auto" and Path(resume).resolve() == chosen.resolve():
         damage = _find_damage(chosen)
         if damage:
             raise CheckpointError(str(chosen), damage, "Use another checkpoint")

@@ -58,6 +58,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run one verb and exit: 0 done, 2 the user's mistake, 1 a crash."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].startswith(("--local_rank=", "--local-rank=")):
+        argv = argv[1:]  # the deepspeed launcher puts it first; LOCAL_RANK says it too
     verb = argv[0] if argv and argv[0] in VERBS else None
     parser = build_parser(verb)
     args, rest = parser.parse_known_args(argv)

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="go on from the run's newest checkpoint (auto, the default) or from a given one",
+        help="go on from the run's newest checkpoint (auto, the default); start from a given one "
+        "if the run has none yet; or go back to one of its own",
     )
 
 
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.check import smallest_world_size
     from megatron_chameleon.config.load import load_config
     from megatron_chameleon.errors import ChameleonError
-    from megatron_chameleon.parallel.launch import find_launch
+    from megatron_chameleon.parallel.launch import find_launch, is_said_by_rank_0
 
     launch = find_launch()
     try:
@@ -46,8 +47,7 @@ def run(args: argparse.Namespace) -> None:
             return
         finished = loop.train(job, launch)
     except ChameleonError:
-        # All ranks find the same mistake; one of them says it.
-        if launch.rank != 0 and not args.debug:
+        if not args.debug and is_said_by_rank_0(launch):
             sys.exit(2)
         raise
     if not finished:

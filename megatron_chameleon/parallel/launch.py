@@ -9,8 +9,10 @@ himself is listened to.
 """
 
 import os
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,6 +67,26 @@ def leave() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def is_said_by_rank_0(launch: Launch, seconds: float = 10.0) -> bool:
+    """Whether this rank may end without a word about a mistake that it has met.
+
+    Mostly all ranks meet the same one, and rank 0 says it; but maybe later than this rank, and
+    where one rank has ended, launchers end the others. So this rank first waits to be ended itself.
+    If it is not, the mistake is its own, such as a file that its node lacks. mpiexec waits for all.
+    """
+    if launch.rank == 0 or launch.launcher in ("openmpi", "mpich"):
+        return launch.rank != 0
+    received: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+    for number in signals:
+        signal.signal(number, lambda caught, _: received.append(caught))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    deadline = time.monotonic() + seconds
+    while not received and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(received)
 
 
 def join(launch: Launch) -> None:

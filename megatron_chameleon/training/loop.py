@@ -6,8 +6,6 @@ Try it: ``torchrun --nproc-per-node 2 -m megatron_chameleon train examples/digit
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from megatron_chameleon.checkpoint.resume import (
     check_fits,
     describe_changes,
@@ -36,6 +34,7 @@ from megatron_chameleon.training.nonfinite import NonFiniteGuard, Rollback
 from megatron_chameleon.training.reading import open_reader
 from megatron_chameleon.training.reporting import Reporter
 from megatron_chameleon.training.run_folder import check_run_folder, checkpoints_folder
+from megatron_chameleon.training.run_lock import lock_run
 from megatron_chameleon.training.samples import Sampler, check_samples
 from megatron_chameleon.training.skips import SkippedSteps, open_skips
 from megatron_chameleon.training.trackers import check_trackers
@@ -50,6 +49,8 @@ class Job:
     reader: BatchReader
     resume_from: Path | None
     skips: SkippedSteps
+    resume: str
+    """auto, never or a path, as it was asked for."""
 
     def checkpoint_extra(self, step: int) -> dict[str, object]:
         """What a checkpoint says of the tokenizer, so that it is never used with another one, and
@@ -98,7 +99,7 @@ def prepare(config: Config, world_size: int, resume: str) -> Job:
     if checkpoint is not None:
         check_fits(checkpoint, config, tokenizer.fingerprint)
     reader = open_reader(config, tokenizer, checkpoint)
-    return Job(config, tokenizer, reader, checkpoint, open_skips(config, checkpoint))
+    return Job(config, tokenizer, reader, checkpoint, open_skips(config, checkpoint), resume)
 
 
 def train(job: Job, launch: Launch) -> bool:
@@ -109,20 +110,33 @@ def train(job: Job, launch: Launch) -> bool:
 
     Raises:
         ConfigErrors: The machine lacks what the config needs.
+        ConfigError: Another run is writing the run folder.
     """
     check_machine(job.config)
     with Interruption() as interruption:
         platform.prepare()
         join(launch)
         try:
-            return train_joined(job, interruption)
+            with lock_run(Path(job.config.logging.run_dir)):
+                return train_joined(_as_it_is_now(job, launch), interruption)
         finally:
             leave()
 
 
+def _as_it_is_now(job: Job, launch: Launch) -> Job:
+    """The job, prepared again if a run that was just ending has saved since, or if the files of the
+    newest checkpoint are damaged."""
+    folder = checkpoints_folder(job.config)
+    checkpoint = find_resume(folder, job.resume)
+    if checkpoint is not None:
+        checkpoint = find_sound(folder, checkpoint, job.resume)
+    if checkpoint == job.resume_from:
+        return job
+    return prepare(job.config, launch.world_size, str(checkpoint or job.resume))
+
+
 def train_joined(job: Job, interruption: Interruption) -> bool:
     """``train`` in a process that has joined its job and stays in it."""
-    job = _from_sound_checkpoint(job)
     config = job.config
     topology = create_topology(config.parallel)
     with HangWatch(config, topology.rank, topology.world_size) as watch:
@@ -143,17 +157,6 @@ def train_joined(job: Job, interruption: Interruption) -> bool:
                 job = job.back_at(step)
             finally:
                 reporter.close()
-
-
-def _from_sound_checkpoint(job: Job) -> Job:
-    """The job, from an older checkpoint where the files of the newest one are damaged."""
-    if job.resume_from is None:
-        return job
-    folder = checkpoints_folder(job.config)
-    sound = find_sound(folder, job.resume_from)
-    if sound == job.resume_from:
-        return job
-    return prepare(job.config, torch.distributed.get_world_size(), str(sound))
 
 
 def _run_steps(

@@ -2,7 +2,7 @@
 
 Only rank 0 writes it. A step's metrics are one line, written when the step is done; a run that
 resumes at step k first drops the lines of steps after k, which it will do again, and a last line
-that a crash cut off.
+that a crash cut off. No second run writes at the same time: see ``run_lock.py``.
 """
 
 import json

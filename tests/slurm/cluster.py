@@ -53,7 +53,10 @@ PropagateResourceLimits=NONE
 GresTypes=gpu
 NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port={first}-{last} CPUs={cores} \
  RealMemory=16000 Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -95,7 +98,9 @@ class Cluster:
         self._check("slurmctld", "-c", "-i", "-f", self.config)
         for name in NODES:
             self.start_node(name)
-        self.wait_for(lambda: self.run("sinfo", "-h", "-N", "-t", "idle").count("\n") == 2, 30)
+        self.wait_for(
+            lambda: self.run("sinfo", "-h", "-N", "-p", "debug", "-t", "idle").count("\n") == 2, 30
+        )
 
     def start_node(self, name: str) -> None:
         """Start one node's slurmd, with its own host name and /etc/hosts."""
@@ -124,9 +129,15 @@ class Cluster:
 
     def kill_task(self, job: str, rank: int) -> None:
         """SIGKILL the process of one rank of a job."""
-        marks = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
-        (pid,) = [p for p in _processes() if marks <= _environment_of(p)]
+        (pid,) = _with_variables(f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}")
         self._kill(pid, signal.SIGKILL)
+
+    def kill_array_task(self, job: str, task: int) -> None:
+        """SIGKILL what one task of an array has started, its workers too; its script lives on."""
+        pids = _with_variables(f"SLURM_ARRAY_JOB_ID={job}", f"SLURM_ARRAY_TASK_ID={task}")
+        assert pids, f"task {task} of job {job} has no processes"
+        for pid in pids:
+            self._kill(pid, signal.SIGKILL)
 
     def run(self, *words: object) -> str:
         """A command of SLURM's and its output; a failure is output too."""
@@ -137,6 +148,11 @@ class Cluster:
         result = self._run("sbatch", "--parsable", *words, cwd=folder, **variables)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
+
+    def test(self, folder: Path, *words: object) -> str:
+        """What ``sbatch --test-only`` says of a job, which is not submitted."""
+        result = self._run("sbatch", "--test-only", *words, cwd=folder)
+        return result.stdout + result.stderr
 
     def state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED ..., of an array all of them; empty: SLURM forgot it."""
@@ -197,6 +213,12 @@ def _free_ports(count: int) -> int:
 
 def _processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def _with_variables(*marks: str) -> list[int]:
+    """The processes of a job's first step in whose environment these are."""
+    wanted = {*marks, "SLURM_STEP_ID=0"}
+    return [pid for pid in _processes() if wanted <= _environment_of(pid)]
 
 
 def _environment_of(pid: int) -> set[str]:

@@ -45,7 +45,9 @@ def wait_for_step(slurm: Cluster, tiny, run: str, step: int) -> None:
     slurm.wait_for(lambda: path.exists() and path.read_text().count("\n") >= step, SECONDS)
 
 
-def test_signals_save_and_requeue_over_two_nodes(slurm, submit, tiny, unbroken) -> None:
+def test_signals_and_a_preemption_save_and_requeue_over_two_nodes(
+    slurm, submit, tiny, unbroken
+) -> None:
     job = submit("signals", ("--nodes=2", "--ntasks-per-node=1"))
     wait_for_step(slurm, tiny, "signals", 4)
     slurm.run("scancel", "--signal=USR1", job)  # as --signal=USR1@300 does before the time limit
@@ -53,11 +55,18 @@ def test_signals_save_and_requeue_over_two_nodes(slurm, submit, tiny, unbroken) 
     slurm.wait_for(lambda: "restart 1, on node[1-2]" in log.read_text(), SECONDS)
     first = len(tiny.metrics("signals"))
     wait_for_step(slurm, tiny, "signals", first + 4)
-    slurm.run("scancel", "--signal=TERM", job)
+    urgent = (
+        "--partition=urgent",
+        "--nodes=2",
+        "--exclusive",
+        f"--output={tiny.folder}/urgent.log",
+    )
+    slurm.submit(ROOT, *urgent, "--wrap=hostname")  # SIGTERM, and 60 seconds of grace
     assert slurm.wait_until_ended(job, SECONDS) == "COMPLETED", log.read_text()
     assert exact(tiny.metrics("signals")) == exact(unbroken)
     text = log.read_text()
-    assert text.count("ended with exit code 75") == 2
+    assert text.count("ended with exit code 75") == 2 and "restart 3" not in text
+    assert (tiny.folder / "urgent.log").read_text() == "node1\n"
     assert text.count("ended with exit code 0") == 1
     assert "command: srun chameleon train" in text
     rank0 = (tiny.folder / "signals-logs" / f"chameleon-7b-{job}-rank0.log").read_text()
@@ -82,9 +91,22 @@ def test_a_job_comes_back_on_the_other_node(slurm, submit, tiny, unbroken) -> No
 
 
 def test_a_mistake_is_not_repeated(slurm, submit, tiny) -> None:
+    endless = "training.steps=100000"
+    first = submit("first", ("--nodes=1", "--ntasks-per-node=1"), endless)
     job = submit("mistake", ("--nodes=1", "--ntasks-per-node=2"), "optimizer.lr=0")
-    slurm.wait_until_ended(job, SECONDS)
-    assert slurm.state(job) == "FAILED"
+    wait_for_step(slurm, tiny, "first", 1)
+    taken = f"logging.run_dir={tiny.folder / 'first'}"
+    second = submit("second", ("--nodes=1", "--ntasks-per-node=2"), taken, endless)
+    slurm.wait_until_ended(second, SECONDS)
+    assert slurm.state(second) == "FAILED" and slurm.state(first) == "RUNNING"
+    slurm.run("scancel", first)
+    slurm.wait_until_ended(first, SECONDS)
+    rank0 = (tiny.folder / "second-logs" / f"chameleon-7b-{second}-rank0.log").read_text()
+    said = [line for line in rank0.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and f", SLURM job {first}, since" in said[0]
+    assert (tiny.folder / "second.log").read_text().count("ended with exit code 2\n") == 1
+
+    assert slurm.wait_until_ended(job, SECONDS) == "FAILED"
     text = (tiny.folder / "mistake.log").read_text()
     assert text.count("ended with exit code 2") == 1
     rank0 = (tiny.folder / "mistake-logs" / f"chameleon-7b-{job}-rank0.log").read_text()

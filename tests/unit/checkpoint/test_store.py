@@ -41,6 +41,15 @@ def test_auto_takes_the_newest(tmp_path: Path) -> None:
     assert resume.find_resume(tmp_path, "auto") == newest
 
 
+def test_a_path_is_where_the_run_begins(tmp_path: Path) -> None:
+    """A job that is put back into the queue repeats its words."""
+    weights, run = make(tmp_path / "converted", 0), tmp_path / "run"
+    assert resume.find_resume(run, str(weights)) == weights
+    early, newest = make(run, 5), make(run, 10)
+    assert resume.find_resume(run, str(weights)) == newest
+    assert resume.find_resume(run, str(early)) == early, "going back within the run"
+
+
 def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no whole checkpoint \(it has no state\.json\)"):
         resume.find_resume(tmp_path, str(tmp_path))

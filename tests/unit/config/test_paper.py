@@ -138,3 +138,12 @@ def test_the_examples_fit_64_processes(size: str) -> None:
     assert {row.mark for row in paper.compare(config, size)} <= {"=", "~", "-"}
     assert sum(source.image_first == 0.5 for source in config.data.stage1) == 1
     assert config.data.stage2
+
+
+def test_the_fine_tuning_example_has_the_papers_values() -> None:
+    """Section 3.2; one node of 8 processes."""
+    config = load_config(EXAMPLES / "sft" / "train.yaml")
+    check_config(config, 8)
+    assert paper.warnings(config) == []
+    assert {row.mark for row in paper.compare(config, "7b", "sft")} <= {"=", "~", "-"}
+    assert (config.optimizer.lr, config.model.hidden_dropout) == (1e-5, 0.05)

@@ -1,11 +1,21 @@
 """Which launcher started this process, read from its variables."""
 
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.parallel.launch import Launch, find_launch, join, slurm_meeting_point
+from megatron_chameleon.parallel.launch import (
+    Launch,
+    find_launch,
+    is_said_by_rank_0,
+    join,
+    slurm_meeting_point,
+)
 
 
 @pytest.mark.parametrize(
@@ -72,3 +82,25 @@ def test_srun_without_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
     match = r"show hostnames node7` names no node.*Export MASTER_ADDR"
     with pytest.raises(ConfigError, match=match):
         slurm_meeting_point({"SLURM_STEP_NODELIST": "node7"})
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """This process's signals, as they were afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_rank_waits_for_the_launcher_to_end_it() -> None:
+    launch = Launch("srun", 1, 2, 1)
+    assert not is_said_by_rank_0(launch, 0.01), "then the mistake is this rank's alone"
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert is_said_by_rank_0(launch, 30)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as in a run that was interrupted
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert is_said_by_rank_0(launch, 30)
+    assert not is_said_by_rank_0(Launch("srun", 0, 2, 0), 30)
+    assert is_said_by_rank_0(Launch("mpich", 1, 2, 1), 30), "mpiexec ends when all have ended"

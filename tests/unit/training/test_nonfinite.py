@@ -67,7 +67,7 @@ def check(
     values = {"loss": 1.0, "grad_norm": 1.0, "layer_output_norms": [1.0, math.nan]}
     skips = SkippedSteps(frozenset(options.get("told", ())), set(options.get("found", ())))
     topology = Topology(1, 0, 0, 1, 0, 1, 0, 1)
-    guard = NonFiniteGuard(config, None, StubReader(), topology, skips, None)  # type: ignore
+    guard = NonFiniteGuard(config, None, StubReader(), topology, skips, None, lambda: None)  # type: ignore
     metrics = {**values, **options.get("values", {})}
     words = guard.check(3, metrics, engine, [], saves=options.get("saves", False))  # type: ignore
     assert skips.done == ({3} if metrics.get("skipped") else set())
@@ -163,7 +163,7 @@ def test_the_checkpoint_to_go_back_to(tmp_path: Path) -> None:
 
     def find(step: int, begun: Path | None) -> str | None:
         skips = SkippedSteps()
-        guard = NonFiniteGuard(config, None, StubReader(), topology, skips, begun)  # type: ignore
+        guard = NonFiniteGuard(config, None, StubReader(), topology, skips, begun, lambda: None)  # type: ignore
         found = guard._newest_checkpoint(step)
         return found and found.name
 

@@ -1,0 +1,157 @@
+"""One run at a time writes a run folder: rank 0 holds a lock on its file ``run.lock``.
+
+The kernel releases the lock when the process ends, however it ends, so a run that was killed leaves
+none. On a network file system it is the server that releases it, and one that has not noticed that
+a node died still holds it: a job that SLURM has put back into the queue does not wait for that.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chameleon.errors import ConfigError
+
+LOCK_FILE = "run.lock"
+WAIT_SECONDS = 5.0
+"""For a run that is ending: a job may start again while its last process still exits."""
+
+
+@contextmanager
+def lock_run(run_dir: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+    """Hold the run folder's lock. A collective: every rank of the job enters it.
+
+    Args:
+        run_dir: It is made if it is not there.
+        wait_seconds: How long to wait for a run that holds it.
+
+    Raises:
+        ConfigError: On every rank: another run holds it, or the file cannot be written.
+    """
+    lock, failure = None, None
+    if torch.distributed.get_rank() == 0:
+        try:
+            lock = take_lock(run_dir, wait_seconds)
+        except ConfigError as error:
+            failure = (error.where, error.what, error.remedy)
+    try:
+        failures: list[Any] = [failure]
+        torch.distributed.broadcast_object_list(failures)
+        if failures[0]:
+            raise ConfigError(*failures[0])
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def take_lock(run_dir: Path, wait_seconds: float) -> int:
+    """Lock the folder for this process; returns the descriptor that holds the lock while open.
+
+    Raises:
+        ConfigError: Another run holds it, or the file cannot be written.
+    """
+    path = run_dir / LOCK_FILE
+    own = _this_run(os.environ)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = _open_locked(path, wait_seconds)
+        if lock is None:
+            holder = _read_holder(path)
+            if not _is_earlier_start(holder, own):
+                what = f"another run{_describe(holder)} is writing here"
+                remedy = "Wait for it, end it, or choose another logging.run_dir"
+                raise ConfigError(str(run_dir), what, remedy)
+            _warn(f"{path}: still locked for this job's earlier start, which SLURM has ended")
+            lock = _replace_locked(path)
+        os.truncate(lock, 0)
+        os.pwrite(lock, (json.dumps(own) + "\n").encode(), 0)
+    except OSError as error:
+        what = f"the run folder cannot be written ({error.strerror or error})"
+        raise ConfigError(str(run_dir), what, "Choose another logging.run_dir") from error
+    return lock
+
+
+def _open_locked(path: Path, wait_seconds: float) -> int | None:
+    """Open the file and lock it; None: another process holds it all the time."""
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        if _try_lock(lock, path) and _is_still_there(lock, path):
+            return lock
+        os.close(lock)
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(min(0.2, wait_seconds))
+
+
+def _try_lock(lock: int, path: Path) -> bool:
+    """Whether it could be locked, or the file system knows no locks."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        _warn(f"{path}: no locks on this file system ({error.strerror}): start no second run here")
+    return True
+
+
+def _is_still_there(lock: int, path: Path) -> bool:
+    """Not if it was removed or replaced between opening and locking."""
+    try:
+        return os.path.samestat(os.fstat(lock), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _replace_locked(path: Path) -> int:
+    """A new file, locked, in the place of one that a node which is gone has locked."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    lock = os.open(temporary, os.O_CREAT | os.O_RDWR, 0o644)
+    _try_lock(lock, temporary)
+    temporary.replace(path)
+    return lock
+
+
+def _this_run(environment: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "slurm_job": environment.get("SLURM_JOB_ID"),
+        "slurm_restart": int(environment.get("SLURM_RESTART_COUNT", "0")),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _read_holder(path: Path) -> dict[str, Any]:
+    """Who wrote the file last; empty where that cannot be told."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_earlier_start(holder: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """SLURM starts a job again only when its earlier start has ended or its node is gone."""
+    same = own["slurm_job"] is not None and holder.get("slurm_job") == own["slurm_job"]
+    return same and holder.get("slurm_restart", 0) < own["slurm_restart"]
+
+
+def _describe(holder: Mapping[str, Any]) -> str:
+    """`` (host node1, pid 7, SLURM job 12, since 2026-11-24 10:00:00)``."""
+    names = {"host": "host", "pid": "pid", "slurm_job": "SLURM job", "since": "since"}
+    parts = [f"{word} {holder[key]}" for key, word in names.items() if holder.get(key)]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

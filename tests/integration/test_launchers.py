@@ -1,0 +1,48 @@
+"""mpiexec and the deepspeed launcher start the same run as torchrun: the same numbers."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from run_command import TIMEOUT_SECONDS, command, environment
+
+BIN = Path(sys.executable).parent
+SETTINGS = ("training.steps=6", "parallel.use_distributed_optimizer=true")
+EXACT = ("step", "loss", "loss_text", "loss_image", "z_loss", "grad_norm", "learning_rate")
+
+
+def launchers() -> dict[str, list[object]]:
+    """What stands before ``train``, by launcher: two processes each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    module = ("-m", "megatron_chameleon")
+    deepspeed = ("--num_gpus", 2, "--master_port", port, "--module", "megatron_chameleon")
+    return {
+        "torchrun": [*command(processes=2)],
+        "mpiexec": [BIN / "mpiexec", "-n", 2, sys.executable, *module],
+        "deepspeed": [sys.executable, BIN / "deepspeed", *deepspeed],
+    }
+
+
+def test_the_launcher_changes_nothing(tiny) -> None:
+    processes = {}
+    for name, start in launchers().items():  # all at once: starting Python is most of their time
+        words = (*start, "train", tiny.config, f"logging.run_dir={tiny.folder / name}", *SETTINGS)
+        processes[name] = subprocess.Popen(
+            list(map(str, words)),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    outputs = {name: p.communicate(timeout=TIMEOUT_SECONDS)[0] for name, p in processes.items()}
+    for name, process in processes.items():
+        assert process.returncode == 0, outputs[name]
+        assert "2 processes: tensor 1 x pipeline 1 x data 2" in outputs[name]
+    torchrun, *others = (
+        [[record[key] for key in EXACT] for record in tiny.metrics(name)] for name in processes
+    )
+    assert len(torchrun) == 6
+    assert all(other == torchrun for other in others)

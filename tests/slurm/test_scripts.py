@@ -1,0 +1,45 @@
+"""What holds for each script of slurm/: it is bash, short, and SLURM takes its options."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "common.sh"])
+def test_it_is_bash_of_a_screen(name: str) -> None:
+    path = ROOT / "slurm" / name
+    result = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = path.read_text().splitlines()
+    assert 20 <= len(lines) <= (80 if name == "common.sh" else 60)
+    assert max(map(len, lines)) <= 140
+    if name != "common.sh":
+        assert lines[0] == "#!/bin/bash"
+        assert {"set -euo pipefail", "source slurm/common.sh"} <= set(lines)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_slurm_takes_every_option(slurm: Cluster, name: str) -> None:
+    """Sizes of a cluster of two small nodes stand before the script's own."""
+    nodes = 1 if "#SBATCH --nodes=8" not in (ROOT / "slurm" / name).read_text() else 2
+    words = (f"--nodes={nodes}", "--cpus-per-task=1", "--mem=2000", f"slurm/{name}")
+    said = slurm.test(ROOT, *words)
+    assert re.search(r"to start at .* using \d+ processors on nodes node", said), said
+
+
+def test_a_script_without_its_words_says_so(slurm: Cluster, venv: str, tmp_path: Path) -> None:
+    small = ("--cpus-per-task=1", "--mem=2000")
+    jobs = {
+        name: slurm.submit(ROOT, *small, f"--output={tmp_path}/{name}", *array, f"slurm/{name}")
+        for name, array in {"convert.sbatch": (), "preprocess_array.sbatch": ("--array=0",)}.items()
+    }
+    for name, job in jobs.items():
+        assert slurm.wait_until_ended(job, 60) == "FAILED"
+        text = (tmp_path / name).read_text()
+        assert "error: " in text and " Give the words of chameleon " in text

@@ -1,0 +1,122 @@
+"""Every ``chameleon`` command of README, docs, examples' and scripts' comments is one that parses.
+
+Options exist, config keys are known, and files of the project that are named are there. ``...`` and
+CONFIG stand for what the reader has.
+"""
+
+import os
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from megatron_chameleon.cli.main import OVERRIDE, VERBS, build_parser
+from megatron_chameleon.config.load import find_config, load_config
+
+ROOT = Path(__file__).parents[3]
+PAGES = [
+    *(ROOT / "docs").glob("*.md"),
+    ROOT / "README.md",
+    *(ROOT / "slurm").glob("*.sbatch"),
+    *(ROOT / "examples").glob("*/*.yaml"),
+    *(ROOT / "examples").glob("*/*.sh"),
+]
+# what stands in front of the words that the verb gets from a script of slurm/
+SCRIPTS = {
+    "pretrain_7b": ["train", "CONFIG"],
+    "pretrain_34b": ["train", "CONFIG"],
+    "sft": ["train", "CONFIG"],
+    "convert": ["convert"],
+    "preprocess_array": ["preprocess"],
+}
+NUMBERS = {"N": "1", "X": "1"}  # of a synopsis; of hf|meta, the first
+VARIABLES = {
+    "SLURM_ARRAY_TASK_ID": "0",
+    "RUN": "runs/digits",
+    "SEED": "1",
+    "HERE": "examples/digits",
+}
+
+
+def lines_of(page: Path) -> list[str]:
+    """Lines of code blocks; in scripts and YAML all lines, comments too; continued ones joined."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".md":
+        fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        indented = re.findall(r"^    (.*)$", text, re.MULTILINE)
+        lines = "\n".join([*(block for kind, block in fenced if kind in ("", "bash")), *indented])
+    else:
+        lines = re.sub(r"^#(?!SBATCH|!) ?", "", text, flags=re.MULTILINE)
+    return lines.replace("\\\n", " ").splitlines()
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words behind ``chameleon`` of each command, shell variables filled in."""
+    found, variables = [], dict(VARIABLES)
+    for line in lines_of(page):
+        if assigned := re.fullmatch(r'(\w+)=(?:"([^"]*)"|(\S*))', line.strip()):
+            variables[assigned[1]] = assigned[2] or assigned[3] or ""
+        line = re.sub(r"\$\{?(\w+)\}?", lambda match: variables.get(match[1], ""), line)
+        line = re.sub(r'\s*(["\s])\S*\[@\]\S*', r"\1", line)
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:
+            continue  # prose with an apostrophe
+        if words := _behind_chameleon(words):
+            end = next((i for i, word in enumerate(words) if word in ("|", ">", "&&")), len(words))
+            dots = [word == "..." and before[:2] != "--" for before, word in pairwise(["", *words])]
+            words = [
+                word.strip("[]") for word, dot in zip(words[:end], dots, strict=False) if not dot
+            ]
+            found.append([NUMBERS.get(word, word.split("|")[0]) for word in words])
+    return found
+
+
+def _behind_chameleon(words: list[str]) -> list[str]:
+    for index, word in enumerate(words):
+        script = re.fullmatch(r"slurm/(\w+)\.sbatch", word)
+        if script and "sbatch" in words[:index]:
+            return [*SCRIPTS[script[1]], *words[index + 1 :]]
+        starts = index == 0 or words[0] in ("torchrun", "srun", "mpiexec", "deepspeed", "python")
+        starts |= all("=" in before for before in words[:index])
+        if word in ("chameleon", "megatron_chameleon") and starts:
+            rest = words[index + 1 :]
+            return rest if rest and rest[0] in VERBS else []
+    return []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in commands(page):
+        parser = build_parser(words[0])
+        try:
+            args, rest = parser.parse_known_args(words)
+        except SystemExit:
+            raise AssertionError(f"{shlex.join(words)}\n{capsys.readouterr().err}") from None
+        overrides = [word for word in rest if OVERRIDE.fullmatch(word)]
+        assert rest == overrides, f"{shlex.join(words)}: unknown {rest}"
+        overrides += getattr(args, "overrides", [])
+        if words[0] in ("train", "plan", "config"):  # the other verbs' keys are not the run's
+            load_config(_config_of(args.config), overrides)
+
+
+def _config_of(name: str) -> Path:
+    """The file or preset that is named, or one that stands for the reader's."""
+    if name.startswith("examples/"):
+        return ROOT / name
+    return find_config(name if name.startswith("chameleon_") else "chameleon_7b")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_the_project_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    names = re.findall(r"\b(?:examples|slurm|benchmarks|tests|tools|docs)/[\w/]+\.\w+", text)
+    assert [name for name in names if not os.path.lexists(ROOT / name)] == []
+
+
+def test_there_are_commands_to_look_at() -> None:
+    verbs = [words[0] for page in PAGES for words in commands(page)]
+    assert len(verbs) > 60 and verbs.count("train") > 15
+    assert {"preprocess", "convert", "plan", "plot", "generate", "tokenizer"} <= set(verbs)
