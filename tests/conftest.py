@@ -66,10 +66,14 @@ training: {{steps: 10, batch_size: 8, lr: 1.0e-3}}
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
+    return make_tiny_project(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny_project(folder: Path) -> TinyProject:
     """60 captioned digits, a tokenizer trained for a moment, and their token files."""
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("tiny")
+    folder.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
     lines = []
     for i in range(60):

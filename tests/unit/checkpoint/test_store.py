@@ -7,7 +7,7 @@ import pytest
 
 from megatron_chameleon.checkpoint import folders, resume, store
 from megatron_chameleon.config.load import save_config
-from megatron_chameleon.config.schema import Config
+from megatron_chameleon.config.schema import CheckpointConfig, Config
 from megatron_chameleon.errors import CheckpointError
 
 
@@ -84,3 +84,32 @@ def test_a_checkpoint_behind_the_last_step(tmp_path: Path) -> None:
 def test_delete_leaves_nothing(tmp_path: Path) -> None:
     store.delete(make(tmp_path, 5))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "deleted"),
+    [
+        (2, 0, [5, 10, 15]),
+        (1, 0, [5, 10, 15, 20]),
+        (2, 10, [5, 15]),
+        (1, 100, [5, 10, 15, 20]),
+        (9, 0, []),
+    ],
+)
+def test_what_is_deleted(
+    tmp_path: Path, keep_last: int, keep_every: int, deleted: list[int]
+) -> None:
+    paths = [tmp_path / f"step_{step:08d}" for step in (5, 10, 15, 20, 25)]
+    config = CheckpointConfig(keep_last=keep_last, keep_every=keep_every)
+    found = store.disposable(paths, config)
+    assert [int(path.name[5:]) for path in found] == deleted
+
+
+def test_auto_goes_past_small_files_that_are_damaged(tmp_path: Path) -> None:
+    sound, newest = make(tmp_path, 5), make(tmp_path, 10)
+    make(tmp_path, 15).joinpath(folders.STATE_FILE).unlink()
+    (newest / folders.STATE_FILE).write_text("{")
+    assert resume.find_resume(tmp_path, "auto") == sound
+    (sound / folders.STATE_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"none of 3 checkpoints is sound: .*is missing"):
+        resume.find_resume(tmp_path, "auto")

@@ -1,0 +1,72 @@
+"""Run the real command in processes that are forked from one which has imported the libraries.
+
+Starting Python costs 6 to 16 seconds a time, this a moment.
+"""
+
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+import megatron_chameleon.training.megatron_engine  # noqa: F401
+from megatron_chameleon.cli.main import main
+
+
+def start(words: list[str], log: Path, processes: int = 1) -> list[int]:
+    """``chameleon WORDS`` on so many processes, as torchrun would start them.
+
+    Args:
+        words: Behind ``chameleon``.
+        log: What the processes print is appended to it.
+        processes: Each has a rank.
+
+    Returns:
+        The numbers of the processes, for ``os.waitpid``.
+    """
+    port = _free_port()
+    return [_fork(words, log, rank, processes, port) for rank in range(processes)]
+
+
+def run(words: list[str], log: Path, processes: int = 1) -> None:
+    """``start`` them and wait for their end.
+
+    Raises:
+        AssertionError: One of them failed; with the end of what they said.
+    """
+    codes = [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in start(words, log, processes)]
+    assert not any(codes), f"{codes}: {log.read_text()[-3000:]}"
+
+
+def _fork(words: list[str], log: Path, rank: int, processes: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with log.open("ab", buffering=0) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        if processes > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in (place | meeting).items()})
+        torch.set_num_threads(1)
+        main(words)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # not the parent's clean-up
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

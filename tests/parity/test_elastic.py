@@ -1,0 +1,36 @@
+"""One run that changes its layout and engine every ten steps, against one that does not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_command import environment
+
+# fp32 sums in another order, as between two layouts that never change; promised for the losses
+TOLERANCE = 1e-5
+TESTS = Path(__file__).parents[1]
+CHAIN = Path(__file__).with_name("run_elastic.py")
+
+
+def test_losses_are_those_of_a_run_that_never_changes(tiny) -> None:
+    command = [sys.executable, CHAIN, tiny.config, tiny.folder / "elastic"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=environment(PYTHONPATH=str(TESTS))
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    unbroken, changing = (
+        [json.loads(line) for line in (tiny.folder / "elastic" / run / "metrics.jsonl").open()]
+        for run in ("unbroken", "changing")
+    )
+    assert [record["step"] for record in changing] == list(range(1, 51))
+    assert changing[-1]["loss"] < 0.8 * changing[0]["loss"], "it learns"
+    for key in ("loss", "loss_text", "loss_image"):
+        expected = [record[key] for record in unbroken]
+        assert [record[key] for record in changing] == pytest.approx(expected, rel=TOLERANCE), key
+    keys = ("consumed_samples", "learning_rate")
+    assert [[r[k] for k in keys] for r in changing] == [[r[k] for k in keys] for r in unbroken]
+    said = (tiny.folder / "elastic" / "changing.log").read_text()
+    assert "parallel.pipeline_model_parallel_size 1 -> 2" in said, "what a resume changes"
+    assert "engine.name megatron -> deepspeed" in said

@@ -1,0 +1,96 @@
+"""Whatever happens to a file of a checkpoint is found, and the file is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_chameleon.checkpoint.folders import STATE_FILE, STATE_FORMAT
+from megatron_chameleon.checkpoint.integrity import (
+    SUMS_FILE,
+    find_damage,
+    find_damage_of_small_files,
+    sha256,
+    write_sums,
+)
+
+FILES = {
+    ".metadata": b"where everything is",
+    "__0_0.distcp": bytes(range(256)) * 16,
+    "__1_0.distcp": b"weights of the other rank",
+    "config.yaml": b"model: {}\n",
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    state = {"format": STATE_FORMAT, "step": 5, "vocab_size": 9, "has_checksums": True}
+    (tmp_path / STATE_FILE).write_text(json.dumps(state))
+    write_sums(tmp_path, {"__0_0.distcp": sha256(tmp_path / "__0_0.distcp")})
+    return tmp_path
+
+
+def test_a_sound_checkpoint(checkpoint: Path) -> None:
+    assert find_damage(checkpoint) is None
+    assert find_damage_of_small_files(checkpoint) is None
+    lines = (checkpoint / SUMS_FILE).read_text().splitlines()
+    assert [line[66:] for line in lines] == sorted([*FILES, STATE_FILE])
+
+
+@pytest.mark.parametrize("name", [*FILES, STATE_FILE, SUMS_FILE])
+@pytest.mark.parametrize("place", [0, 0.5, -2])
+def test_a_flipped_bit(checkpoint: Path, name: str, place: float) -> None:
+    content = bytearray((checkpoint / name).read_bytes())
+    content[int(place * len(content)) if place > 0 else int(place)] ^= 1
+    (checkpoint / name).write_bytes(content)
+    damage = find_damage(checkpoint)
+    assert damage is not None
+    if name != SUMS_FILE:
+        assert damage == f"{checkpoint / name} is not what was written (its SHA-256 differs)"
+
+
+@pytest.mark.parametrize("name", [*FILES, STATE_FILE, SUMS_FILE])
+def test_a_missing_file(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).unlink()
+    assert find_damage(checkpoint) == f"{checkpoint / name} is missing"
+
+
+@pytest.mark.parametrize("name", [*FILES, STATE_FILE, SUMS_FILE])
+def test_a_file_that_was_cut_off(checkpoint: Path, name: str) -> None:
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: len(content) // 2])
+    damage = find_damage(checkpoint)
+    assert damage is not None
+    assert str(checkpoint / name) in damage
+
+
+def test_small_files_alone(checkpoint: Path) -> None:
+    (checkpoint / "__0_0.distcp").unlink()
+    assert find_damage_of_small_files(checkpoint) is None
+    (checkpoint / "config.yaml").write_text("model: {num_layers: 9}\n")
+    damage = find_damage_of_small_files(checkpoint)
+    assert damage == f"{checkpoint / 'config.yaml'} is not what was written (its SHA-256 differs)"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_each_file_is_read_by_one_rank(checkpoint: Path, world_size: int) -> None:
+    for name in FILES:
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(b"other")
+        found = [find_damage(checkpoint, rank, world_size) for rank in range(world_size)]
+        assert [str(checkpoint / name) in damage for damage in found if damage] == [True]
+        (checkpoint / name).write_bytes(content)
+
+
+def test_a_checkpoint_without_sums(checkpoint: Path) -> None:
+    """As a conversion writes it."""
+    (checkpoint / SUMS_FILE).unlink()
+    state = {"format": STATE_FORMAT, "step": 5, "vocab_size": 9}
+    (checkpoint / STATE_FILE).write_text(json.dumps(state))
+    assert find_damage(checkpoint) is None
+    (checkpoint / STATE_FILE).write_text("{")
+    damage = find_damage(checkpoint)
+    assert damage is not None
+    assert damage.startswith(f"{checkpoint / STATE_FILE}: no valid JSON")

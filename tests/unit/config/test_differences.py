@@ -1,0 +1,22 @@
+"""What a resumed run's config changes."""
+
+from copy import deepcopy
+
+from megatron_chameleon.config.differences import ABSENT, find_differences
+from megatron_chameleon.config.schema import Config, SourceConfig
+
+
+def test_values_and_entries_of_lists() -> None:
+    old = Config()
+    old.data.stage1 = [SourceConfig(prefix="a", weight=1.0)]
+    new = deepcopy(old)
+    assert find_differences(old, new) == {}
+    new.optimizer.lr = 5e-5
+    new.data.stage1[0].weight = 2.0
+    new.data.stage1.append(SourceConfig(prefix="b", weight=3.0))
+    found = find_differences(old, new)
+    assert found["optimizer.lr"] == (1e-4, 5e-5)
+    assert found["data.stage1[0].weight"] == (1.0, 2.0)
+    assert found["data.stage1[1].prefix"] == (ABSENT, "b")
+    assert next(iter(found)).startswith("data."), "in the order of the schema"
+    assert find_differences(new, old)["data.stage1[1].prefix"] == ("b", ABSENT)
