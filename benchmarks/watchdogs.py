@@ -55,7 +55,7 @@ def watchdog_seconds(
         clock.take()
 
     skips = SkippedSteps()
-    guard = NonFiniteGuard(config, None, None, topology, skips, None)  # type: ignore[arg-type]
+    guard = NonFiniteGuard(config, None, None, topology, skips, None, lambda: None)  # type: ignore[arg-type]
     metrics = {"loss": 1.0, "grad_norm": 1.0}
     with HangWatch(config, 0, 1) as watch:
         timer = cpu_seconds(lambda: faulthandler.dump_traceback_later(1000, exit=True), calls)

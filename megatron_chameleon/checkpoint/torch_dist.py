@@ -70,7 +70,10 @@ class ShardedSnapshot:
         except (Exception, CheckpointException) as error:
             raise OSError(_root_cause(error)) from error
         assert request is not None
-        return StagedFiles(request, folder, keep=keep and not self._is_copy)
+        # one thread beside the training, several where it waits
+        return StagedFiles(
+            request, folder, copy=keep and not self._is_copy, threads=1 if keep else None
+        )
 
 
 class StagedFiles:
@@ -80,17 +83,20 @@ class StagedFiles:
         digests: SHA-256 of each file by its name, once it is written.
     """
 
-    def __init__(self, request: AsyncRequest, folder: Path, *, keep: bool) -> None:
+    def __init__(
+        self, request: AsyncRequest, folder: Path, *, copy: bool, threads: int | None
+    ) -> None:
         self._folder = folder
         self._finalize_fns = request.finalize_fns
         self._buckets: list[Any] = []
+        self._threads = threads
         self.digests: dict[str, str] = {}
         if request.async_fn is None:  # nothing to write on this rank
             return
         self._transforms = request.async_fn.args[0]
         _, planned, self._results = request.async_fn_args
         self._buckets = request.preload_fn()
-        if keep:
+        if copy:
             self._buckets = [
                 _kept(*buckets) for buckets in zip(planned, self._buckets, strict=True)
             ]
@@ -103,7 +109,7 @@ class StagedFiles:
         results: dict[int, Any] = {}
         # nothing reads zip's own checksums, and they take three times as long as the writing
         crc32 = serialization_config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
-        with crc32, ThreadPoolExecutor(max(1, len(self._buckets))) as threads:
+        with crc32, ThreadPoolExecutor(self._threads or max(1, len(self._buckets))) as threads:
             for number, result, digests in threads.map(self._write, range(len(self._buckets))):
                 results[number] = result
                 self.digests.update(digests)

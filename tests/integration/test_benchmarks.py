@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
         ("plan.py", ["Llama-2 70B FP8", "held out: "]),
         ("loader.py", ["ours, the recipe's mixture", "GPTDataset, text alone"]),
         ("preprocess.py", ["MB a CPU second", "gigatoken alone", "memory: "]),
+        ("save.py", ["a step while a checkpoint is written", "for a synchronous save"]),
         ("train_step.py", ["fp32: losses of 3 steps agree", "bf16-weights"]),
         ("watchdogs.py", ["hang watch", "together", "checked before over unchecked"]),
     ],
