@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,13 +100,17 @@ class Saver:
         self._engine = engine
         self._say = say
         self._pending: _Pending | None = None
+        self._deletions = ThreadPoolExecutor(1, thread_name_prefix="deletion")
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, TrainingError):
-            self.wait()
+        try:
+            if kind is None or issubclass(kind, TrainingError):
+                self.wait()
+        finally:
+            self._deletions.shutdown()
 
     def save(self, step: int, extra: dict[str, Any]) -> None:
         """Begin a checkpoint, after the one before is whole; without ``async_save``, end it too.
@@ -157,7 +162,8 @@ class Saver:
         _together(pending.final, lambda: _finish(pending, self._engine.config, digests))
         if torch.distributed.get_rank() == 0:
             for old in disposable(list_checkpoints(self._folder), self._engine.config.checkpoint):
-                delete(old)
+                doomed = _doom(old)  # at once, while its data may take a while
+                self._deletions.submit(shutil.rmtree, doomed, ignore_errors=True)
         self._say(f"saved {pending.final}")
 
     def _or_remove(self, final: Path, temporary: Path, action: Callable[[], Any]) -> Any:
@@ -184,9 +190,13 @@ def disposable(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:
 
 def delete(checkpoint: Path) -> None:
     """Delete a checkpoint; an interrupted deletion leaves nothing that looks whole."""
+    shutil.rmtree(_doom(checkpoint), ignore_errors=True)
+
+
+def _doom(checkpoint: Path) -> Path:
     doomed = checkpoint.with_name(f".{checkpoint.name}.deleting")
     checkpoint.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
 
 
 def _make_room(folder: Path, temporary: Path, local_bytes: int) -> None:
@@ -216,7 +226,8 @@ def _finish(pending: _Pending, config: Config, digests: list[dict[str, str]] | N
         write_sums(temporary, {**known, STATE_FILE: hashlib.sha256(state).hexdigest()})
         (temporary / STATE_FILE).write_bytes(state)
         for path in temporary.iterdir():
-            _sync(path)
+            if path.name not in known:  # those the ranks have brought to the disk themselves
+                _sync(path)
         _sync(temporary)
         if final.exists():
             delete(final)
