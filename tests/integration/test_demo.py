@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["bash", str(ROOT / "examples" / "digits" / "run.sh"), str(folder)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=environment(QUICK="1", SEED="2", PATH=path),
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
