@@ -14,7 +14,7 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.training.gradient_groups import GROUPS, group_of
-from megatron_chameleon.training.layer_monitor import largest_logit
+from megatron_chameleon.training.layer_monitor import Places, largest_logit
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 
 VOCAB_SIZE = 96
@@ -128,7 +128,8 @@ def test_the_largest_attention_logit(masked: bool, length: int) -> None:
     scores = torch.einsum("sbnd,tbnd->bnst", query, key.repeat_interleave(2, dim=2)) / 8**0.5
     seen = scores.masked_fill(hidden, -torch.inf)
     places = [2, 5, 8, 11] if length == 12 else [0, 1, 2]
-    found = largest_logit(query, key, hidden if masked else None).item()
+    looked_at = Places.of(length, query.device)
+    found = largest_logit(query, key, hidden if masked else None, looked_at).item()
     assert found == pytest.approx(seen[:, :, places].max().item(), rel=1e-6)
 
 
