@@ -28,11 +28,11 @@ def topology() -> Iterator[Topology]:
     leave()
 
 
-def make_engine(topology: Topology, **parallel: Any) -> MegatronEngine:
+def make_engine(topology: Topology, dtype: str = "fp32", **parallel: Any) -> MegatronEngine:
     config = Config(model=ModelConfig(3, 32, 48, 4, num_query_groups=2, seq_length=16))
     config.parallel = dataclasses.replace(config.parallel, **parallel)
     config.training.micro_batch_size, config.training.global_batch_size = 2, 4
-    config.optimizer.clip_grad = 0.1
+    config.optimizer.clip_grad, config.training.dtype = 0.1, dtype
     return MegatronEngine(config, VOCAB_SIZE, topology)
 
 
@@ -88,9 +88,13 @@ def test_nothing_of_a_step_stays_for_the_next(topology: Topology) -> None:
         assert first[key] == pytest.approx(second[key], rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("distributed", [False, True])
-def test_gradient_norms_of_groups_make_up_the_whole(topology: Topology, distributed: bool) -> None:
-    engine, batches = make_engine(topology, use_distributed_optimizer=distributed), make_batches()
+def test_gradient_norms_of_groups_make_up_the_whole(
+    topology: Topology, distributed: bool, dtype: str
+) -> None:
+    engine = make_engine(topology, dtype, use_distributed_optimizer=distributed)
+    batches = make_batches()
     engine.compute_gradients(0, batches)
     parameters = list(engine.named_parameters())
     expected = {}
@@ -134,6 +138,14 @@ def test_the_largest_attention_logit(masked: bool, length: int) -> None:
     looked_at = Places.of(length, query.device)
     found = largest_logit(query, key, hidden if masked else None, looked_at).item()
     assert found == pytest.approx(seen[:, :, places].max().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("place", [2, 5, 8])
+def test_a_query_sees_its_own_key_and_not_the_next(place: int) -> None:
+    query, key = torch.zeros(12, 2, 4, 8), torch.zeros(12, 2, 2, 8)
+    query[place], key[place], key[place + 1] = 1.0, 1.0, 9.0
+    found = largest_logit(query, key, None, Places.of(12, query.device)).item()
+    assert found == pytest.approx(8**0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize(
