@@ -3,8 +3,9 @@
     python -W ignore benchmarks/monitor.py
 
 The time inside each of the monitor's functions is added up over the steps, which finds a hundredth
-of a step on a machine whose steps vary by more. Blocks with and without its hooks take turns as a
-check. One thread, random tokens.
+of a step on a machine whose steps vary by more. Steps without the monitor's hooks take turns with
+these, as a check, and because they measure the norm of all gradients by megatron-core's function:
+what the norms by group take beyond that is the monitor's cost. One thread, random tokens.
 """
 
 import argparse
@@ -33,10 +34,11 @@ SIZES = {
     "33.7M": Size(ModelConfig(8, 512, 1376, 8, seq_length=256), 8192, 4),
 }
 QUICK = {"quick": Size(ModelConfig(2, 32, 64, 2, seq_length=32), 128, 2)}
+GROUPS, WHOLE = "gradients by group", "gradients as a whole"
 FUNCTIONS: dict[tuple[type, str], str] = {
     (LayerMonitor, "_observe_output"): "layers' output norms",
     (LayerMonitor, "_observe_attention"): "attention logits",
-    (GradientGroups, "norms"): "gradients by group",
+    (GradientGroups, "norms"): GROUPS,
     (Monitor, "observe_loss"): "losses, log(Z)",
     (Monitor, "finish_step"): "reduction",
 }
@@ -46,11 +48,11 @@ class Clock:
     """Adds up the CPU time of the monitor's functions, from when it is made."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(FUNCTIONS.values(), 0.0)
+        self.seconds = dict.fromkeys([*FUNCTIONS.values(), WHOLE], 0.0)
         for (cls, name), words in FUNCTIONS.items():
-            setattr(cls, name, self._timed(getattr(cls, name), words))
+            setattr(cls, name, self.timed(getattr(cls, name), words))
 
-    def _timed(self, function: Callable[..., Any], words: str) -> Callable[..., Any]:
+    def timed(self, function: Callable[..., Any], words: str) -> Callable[..., Any]:
         @wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.process_time()
@@ -62,14 +64,15 @@ class Clock:
         return timed
 
 
-def without_hooks(engine: MegatronEngine) -> MegatronEngine:
-    """The engine with nothing but the losses measured."""
+def without_hooks(engine: MegatronEngine, clock: Clock) -> MegatronEngine:
+    """The engine with nothing but the losses and the norm of all gradients measured."""
     for part in engine.parts:
         for module in part.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
                     del hooks[key]
-    engine.gradients.norms = lambda total_norm: {}  # type: ignore[method-assign]
+    whole = clock.timed(engine.optimizer.get_grad_norm, WHOLE)
+    engine.gradients.norms = lambda: (float(whole()), {})  # type: ignore[method-assign]
     return engine
 
 
@@ -89,21 +92,24 @@ def run(engine: MegatronEngine, batches: Sequence[Batch], first: int, steps: int
 def measure(name: str, size: Size, topology: Topology, clock: Clock, blocks: int) -> None:
     batches, config = draw_batches(size, 8), make_config(size, "fp32")
     watched = MegatronEngine(config, size.vocab_size, topology)
-    plain = without_hooks(MegatronEngine(config, size.vocab_size, topology))
+    plain = without_hooks(MegatronEngine(config, size.vocab_size, topology), clock)
     steps = 3
     for engine in (watched, plain):
         run(engine, batches, 0, steps)
     found: dict[str, list[float]] = {"with": [], "without": []}
     inside = dict.fromkeys(clock.seconds, 0.0)
     for block in range(1, blocks + 1):
-        before = dict(clock.seconds)
-        found["with"].append(run(watched, batches, block * steps, steps))
-        for words, seconds in clock.seconds.items():
-            inside[words] += seconds - before[words]
-        found["without"].append(run(plain, batches, block * steps, steps))
+        for kind, engine in (("with", watched), ("without", plain)):
+            before = dict(clock.seconds)
+            found[kind].append(run(engine, batches, block * steps, steps))
+            for words in [WHOLE] if kind == "without" else FUNCTIONS.values():
+                inside[words] += clock.seconds[words] - before[words]
     total = sum(found["with"])
     count = count_parameters(size.model, size.vocab_size)
     print(f"{name}: {count:,} parameters, {total / blocks / steps:.3f} CPU seconds a step")
+    whole = inside.pop(WHOLE)
+    print(f"  {GROUPS} and as a whole {inside[GROUPS] / total:.3%}, as a whole {whole / total:.3%}")
+    inside[GROUPS] -= whole
     for words, seconds in inside.items():
         print(f"  {words:24} {seconds / total:7.3%}")
     print(f"  {'together':24} {sum(inside.values()) / total:7.3%}")

@@ -1,7 +1,7 @@
 """Gradient norms by groups of parameters: which part of the model makes the norm grow.
 
-megatron-core tells the norm of all gradients only. After its optimizer has stepped, the gradients
-that it used are still there, on each rank those of its share.
+megatron-core tells the norm of all gradients only. Here one pass over the gradients gives both: a
+second one would cost as much as all else that the monitor does.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ GROUPS = tuple(dict.fromkeys(group for _, group in _GROUPS))
 
 
 class GradientGroups:
-    """Norms of the gradients that megatron-core's optimizer last used.
+    """Norms of the gradients that megatron-core's optimizer is about to use.
 
     Args:
         parts: This rank's parts of the model.
@@ -43,30 +43,37 @@ class GradientGroups:
                 if param_is_not_tensor_parallel_duplicate(parameter):
                     self._parameters[group_of(name)].append(parameter)
 
-    def norms(self, total_norm: float) -> dict[str, float]:
-        """``grad_norm_GROUP`` of every group, before clipping. A collective.
+    def norms(self) -> tuple[float, dict[str, float]]:
+        """The norm of all gradients, in place of the optimizer's ``get_grad_norm``, and of groups.
 
-        Args:
-            total_norm: Of all gradients, as the optimizer found it before it clipped them.
+        Between the optimizer's ``prepare_grads`` and clipping. A collective.
+
+        Returns:
+            The norm of all, and ``grad_norm_GROUP`` of every group.
         """
-        squares = torch.stack([self._square(group) for group in GROUPS])
+        squares = self._squares()
         group = self._optimizer.get_grad_stats_parallel_group()
         torch.distributed.all_reduce(squares, group=group)
-        limit = self._optimizer.config.clip_grad  # 0 for none
-        scale = min(1.0, limit / (total_norm + 1e-6)) if limit else 1.0
-        norms = squares.sqrt().div_(scale).tolist()
-        return {f"grad_norm_{name}": norm for name, norm in zip(GROUPS, norms, strict=True)}
+        found = squares.tolist()
+        norms = {f"grad_norm_{name}": x**0.5 for name, x in zip(GROUPS, found, strict=True)}
+        return sum(found) ** 0.5, norms
 
-    def _square(self, group: str) -> Tensor:
-        """Sum of this rank's squares, fp64."""
-        gradients = [self._gradient(parameter) for parameter in self._parameters[group]]
-        found = [gradient for gradient in gradients if gradient is not None]
+    def _squares(self) -> Tensor:
+        """Each group's sum of this rank's squares, fp64."""
+        found: list[Tensor] = []
+        counts = []
+        for parameters in self._parameters.values():
+            gradients = [self._gradient(parameter) for parameter in parameters]
+            known = [gradient for gradient in gradients if gradient is not None]
+            found += known
+            counts.append(len(known))
         if not found:
-            return torch.zeros((), dtype=torch.float64, device=platform.device())
-        return torch.stack(torch._foreach_norm(found)).double().square().sum()
+            return torch.zeros(len(GROUPS), dtype=torch.float64, device=platform.device())
+        squares = torch.stack(torch._foreach_norm(found)).double().square()
+        return torch.stack([part.sum() for part in squares.split(counts)])
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """What the optimizer used for a parameter; None if another rank has it."""
+        """What the optimizer is to use for a parameter; None if another rank has it."""
         for member in self._members:
             places = getattr(member, "model_param_group_index_map", None)
             if places is None:  # not distributed: fp32 copies of bf16 weights, or the weights

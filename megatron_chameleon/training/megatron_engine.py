@@ -76,17 +76,14 @@ class MegatronEngine:
         metrics = asdict(self.monitor.finish_step(self.config.training.z_loss))
         metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         update = update and math.isfinite(metrics["loss"] or 0.0)
-        metrics["grad_norm"], updated = self._update(update)
-        if updated:
-            metrics |= self.gradients.norms(metrics["grad_norm"])
-        else:
-            metrics["skipped"] = True
+        metrics["grad_norm"], of_groups = self._update(update)
+        metrics |= {"skipped": True} if of_groups is None else of_groups
         self.scheduler.step(1)
         metrics["step_seconds"] = time.perf_counter() - start
         return metrics
 
     @torch.no_grad()
-    def _update(self, update: bool) -> tuple[float, bool]:
+    def _update(self, update: bool) -> tuple[float, dict[str, float] | None]:
         """megatron-core's ``optimizer.step()`` in its parts, to stop before what it cannot undo.
 
         Its own steps update with whatever norm they found, unless the loss is scaled (fp16).
@@ -95,18 +92,18 @@ class MegatronEngine:
             update: False only measures the norm.
 
         Returns:
-            The norm of the gradients, and whether the weights were updated.
+            The norm of the gradients, and those of its groups; None if nothing was updated.
         """
         overflows = self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
+        norm, of_groups = self.gradients.norms()
         if overflows or not update or not math.isfinite(norm):
-            return norm, False
+            return norm, None
         limit = self.optimizer.config.clip_grad  # 0 or infinity for none
         for member in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             if 0 < limit < math.inf and (parameters := member.get_parameters()):
                 clip_grad_by_total_norm_fp32(parameters, limit, norm)
         self.optimizer.step_with_ready_grads()
-        return norm, True
+        return norm, of_groups
 
     def repeat_pass(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Forward and backward once more; see ``TrainingEngine``."""

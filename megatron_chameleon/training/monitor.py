@@ -77,8 +77,9 @@ class Monitor:
 
     def finish_step(self, z_loss_weight: float) -> StepMetrics:
         """Reduce over the job, reset, and return the means. A collective: every rank calls it."""
-        layers, count = self._layers, len(self._layers.norm_sums)
-        sums = torch.cat([self._sums, layers.norm_sums, layers.rows])
+        layers, norm_sums = self._layers, self._layers.norm_sums
+        count = len(norm_sums)
+        sums = torch.cat([self._sums, norm_sums, layers.rows])
         largest = torch.cat([self._max_logit, layers.max_attention])
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)

@@ -14,7 +14,7 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.training.gradient_groups import GROUPS, group_of
-from megatron_chameleon.training.layer_monitor import largest_logit
+from megatron_chameleon.training.layer_monitor import Places, largest_logit
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 
 VOCAB_SIZE = 96
@@ -28,11 +28,11 @@ def topology() -> Iterator[Topology]:
     leave()
 
 
-def make_engine(topology: Topology, **parallel: Any) -> MegatronEngine:
+def make_engine(topology: Topology, dtype: str = "fp32", **parallel: Any) -> MegatronEngine:
     config = Config(model=ModelConfig(3, 32, 48, 4, num_query_groups=2, seq_length=16))
     config.parallel = dataclasses.replace(config.parallel, **parallel)
     config.training.micro_batch_size, config.training.global_batch_size = 2, 4
-    config.optimizer.clip_grad = 0.1
+    config.optimizer.clip_grad, config.training.dtype = 0.1, dtype
     return MegatronEngine(config, VOCAB_SIZE, topology)
 
 
@@ -88,9 +88,13 @@ def test_nothing_of_a_step_stays_for_the_next(topology: Topology) -> None:
         assert first[key] == pytest.approx(second[key], rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("distributed", [False, True])
-def test_gradient_norms_of_groups_make_up_the_whole(topology: Topology, distributed: bool) -> None:
-    engine, batches = make_engine(topology, use_distributed_optimizer=distributed), make_batches()
+def test_gradient_norms_of_groups_make_up_the_whole(
+    topology: Topology, distributed: bool, dtype: str
+) -> None:
+    engine = make_engine(topology, dtype, use_distributed_optimizer=distributed)
+    batches = make_batches()
     engine.compute_gradients(0, batches)
     parameters = list(engine.named_parameters())
     expected = {}
@@ -98,10 +102,13 @@ def test_gradient_norms_of_groups_make_up_the_whole(topology: Topology, distribu
         gradients = [p.main_grad.flatten() for name, p in parameters if group_of(name) == group]
         expected[f"grad_norm_{group}"] = torch.cat(gradients).norm().item()
     engine.monitor.finish_step(0.0)
+    engine.optimizer.prepare_grads()
+    whole = engine.optimizer.get_grad_norm()
     found = engine.train_step(0, batches)
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(whole, rel=1e-6)
     total = sum(found[key] ** 2 for key in expected) ** 0.5
-    assert total == pytest.approx(found["grad_norm"], rel=1e-6)
+    assert total == pytest.approx(whole, rel=1e-6)
     assert found["grad_norm"] > 0.2  # it was clipped
 
 
@@ -128,8 +135,17 @@ def test_the_largest_attention_logit(masked: bool, length: int) -> None:
     scores = torch.einsum("sbnd,tbnd->bnst", query, key.repeat_interleave(2, dim=2)) / 8**0.5
     seen = scores.masked_fill(hidden, -torch.inf)
     places = [2, 5, 8, 11] if length == 12 else [0, 1, 2]
-    found = largest_logit(query, key, hidden if masked else None).item()
+    looked_at = Places.of(length, query.device)
+    found = largest_logit(query, key, hidden if masked else None, looked_at).item()
     assert found == pytest.approx(seen[:, :, places].max().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("place", [2, 5, 8])
+def test_a_query_sees_its_own_key_and_not_the_next(place: int) -> None:
+    query, key = torch.zeros(12, 2, 4, 8), torch.zeros(12, 2, 2, 8)
+    query[place], key[place], key[place + 1] = 1.0, 1.0, 9.0
+    found = largest_logit(query, key, None, Places.of(12, query.device)).item()
+    assert found == pytest.approx(8**0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize(
