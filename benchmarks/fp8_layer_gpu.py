@@ -10,6 +10,7 @@ than LIMIT. Needs a GPU of compute capability 8.9 or higher and Transformer Engi
 
 import argparse
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,8 +61,24 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def compare(fp8: Fp8Config, size: int, tokens: int, steps: int) -> bool:
-    """Print the differences of one recipe; whether they are small."""
+def recipes() -> Iterator[Fp8Config]:
+    """What is compared."""
+    for format_ in ("hybrid", "e4m3"):
+        for algo, length, margin in (("max", 4, 0), ("max", 1024, 1), ("most_recent", 16, 0)):
+            yield Fp8Config(
+                format=format_,
+                margin=margin,
+                amax_history_len=length,
+                amax_compute_algo=algo,
+                emulate=True,
+            )
+        yield Fp8Config(format=format_, recipe="tensorwise", emulate=True)
+
+
+def differences(
+    fp8: Fp8Config, size: int, tokens: int, steps: int
+) -> tuple[dict[str, float], bool]:
+    """The largest differences of one recipe, and whether scales and histories are equal."""
     import transformer_engine.pytorch as te
 
     real, recipe, emulated = build_pair(fp8, size)
@@ -91,9 +108,15 @@ def compare(fp8: Fp8Config, size: int, tokens: int, steps: int) -> bool:
         with torch.no_grad():
             for layer in (real, emulated):
                 layer.weight.mul_(0.95)
+    return worst, states_are_equal(real, emulated) if forward is not None else True
+
+
+def compare(fp8: Fp8Config, size: int, tokens: int, steps: int) -> bool:
+    """Print the differences of one recipe; whether they are small."""
+    worst, equal = differences(fp8, size, tokens, steps)
     text = ", ".join(f"{name} {value:.2e}" for name, value in worst.items())
-    equal = states_are_equal(real, emulated) if forward is not None else True
-    state = f"; scales and histories {'equal' if equal else 'DIFFER'}" if forward else ""
+    delayed = fp8.recipe == "delayed"
+    state = f"; scales and histories {'equal' if equal else 'DIFFER'}" if delayed else ""
     print(f"{fp8.recipe} {fp8.format} {fp8.amax_compute_algo} margin {fp8.margin}: {text}{state}")
     return equal and max(worst.values()) < LIMIT
 
@@ -130,18 +153,8 @@ def main() -> None:
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
     fine = True
-    for format_ in ("hybrid", "e4m3"):
-        for algo, length, margin in (("max", 4, 0), ("max", 1024, 1), ("most_recent", 16, 0)):
-            delayed = Fp8Config(
-                format=format_,
-                margin=margin,
-                amax_history_len=length,
-                amax_compute_algo=algo,
-                emulate=True,
-            )
-            fine &= compare(delayed, args.size, args.tokens, args.steps)
-        current = Fp8Config(format=format_, recipe="tensorwise", emulate=True)
-        fine &= compare(current, args.size, args.tokens, args.steps)
+    for fp8 in recipes():
+        fine &= compare(fp8, args.size, args.tokens, args.steps)
     torch.distributed.destroy_process_group()
     sys.exit(0 if fine else 1)
 
