@@ -1,0 +1,50 @@
+"""What is staged for an asynchronous save does not change when training goes on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from megatron_chameleon.checkpoint.integrity import sha256
+from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.launch import Launch, join, leave
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    platform.prepare()
+    join(Launch("alone", 0, 1, 0))
+    yield
+    leave()
+
+
+def sharded(tensor: torch.Tensor) -> dict[str, ShardedTensor]:
+    return {"weight": ShardedTensor.from_rank_offsets("weight", tensor)}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_copy_is_of_the_moment_of_staging(tmp_path: Path, keep: bool) -> None:
+    weight = torch.arange(6.0)
+    files = ShardedSnapshot(sharded(weight)).stage(tmp_path, keep=keep)
+    weight += 100  # the next update
+    files.write()
+    files.finish()
+    loaded = load_sharded(tmp_path, sharded(torch.zeros(6)))["weight"]
+    # without a copy the training waits, so that no update comes between
+    assert loaded.tolist() == (weight - 100 if keep else weight).tolist()
+    assert files.digests == {name: sha256(tmp_path / name) for name in ("__0_0.distcp",)}
+
+
+def test_a_write_that_fails_is_told_by_finish(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    files = ShardedSnapshot(sharded(torch.ones(3))).stage(folder, keep=True)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    files.write()
+    with pytest.raises(OSError, match="No such file or directory"):
+        files.finish()
