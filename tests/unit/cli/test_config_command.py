@@ -1,5 +1,6 @@
 """``chameleon config check``: what it prints and its exit codes; the examples of both sizes."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_a_bare_preset_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("chameleon_7b beside the paper's 7B, pretraining: arXiv 2405.09818")
     assert "7,013,158,912 parameters: input embeddings 268,435,456 + output layer" in out
     assert "to be set before training: tokenizer.path, data.stage1" in out
-    assert "0 of 73 values deviate" in out
+    assert re.search(r"\n0 of \d+ values deviate", out)
     assert line_of(out, "lr") == ["=", "lr", "0.0001", "0.0001", "paper,", "table", "1"]
     assert line_of(out, "hidden_dropout")[:4] == ["=", "hidden_dropout", "0.1", "0.1"]
 
@@ -54,7 +55,7 @@ def test_a_bare_preset_by_name(capsys: pytest.CaptureFixture[str]) -> None:
 def test_deviations_are_marked_and_fine(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = check(capsys, "chameleon_34b", "optimizer.lr=3e-4", "training.z_loss=1e-4")
     assert line_of(out, "lr")[:4] == ["!", "lr", "0.0003", "0.0001"]
-    assert "2 of 73 values deviate" in out
+    assert re.search(r"\n2 of \d+ values deviate", out)
 
 
 def test_which_size_it_compares_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
