@@ -62,15 +62,13 @@ def _find(checkpoint: Path, only: tuple[str, ...] | None, rank: int, world_size:
     if not state.is_file():
         return f"{state} is missing"
     try:
-        # first, since it tells what a checkpoint without checksums has lost
         sums = _read_sums(checkpoint)
     except (OSError, ValueError) as error:
         return f"{checkpoint / SUMS_FILE} cannot be read ({error})"
     if sums is None:
         return _find_unreadable_state(checkpoint)
     names = [name for name in sums if only is None or name in only]
-    largest_first = sorted(names, key=lambda name: (-_size(checkpoint / name), name))
-    for name in largest_first[rank::world_size]:
+    for name in names[rank::world_size]:
         damage = _find_in_file(checkpoint / name, sums[name])
         if damage:
             return damage
@@ -112,7 +110,3 @@ def _read_sums(checkpoint: Path) -> dict[str, str] | None:
     if missing:
         raise ValueError(f"it has no line for {missing[0]}")
     return sums
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0

@@ -17,7 +17,7 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.divergence import Alarm, DivergenceAlarm
 from megatron_chameleon.training.profiler import StepProfiler
 from megatron_chameleon.training.progress import Progress, open_console
-from megatron_chameleon.training.run_folder import RunFolder, finite_or_none
+from megatron_chameleon.training.run_folder import RunFolder
 from megatron_chameleon.training.stragglers import StepClock, StragglerMonitor
 from megatron_chameleon.training.trackers import flat_numbers, open_trackers
 
@@ -77,8 +77,7 @@ class Reporter:
             return
         if trace is not None:
             self._console.say(f"traced {trace}")
-        metrics = finite_or_none(dict(metrics))
-        self._run.write_metrics(metrics)
+        metrics = self._run.write_metrics(metrics)
         for tracker in self._trackers:
             tracker.record(step, dict(flat_numbers(metrics)))
         is_shown = step % self.config.logging.every_steps == 0 or step == self.config.training.steps

@@ -87,19 +87,20 @@ class RunFolder:
         self._metrics = _reopen(self.path / "metrics.jsonl", lines)
         self._alarms = _reopen(self.path / "alarms.jsonl", [])
 
-    def write_metrics(self, values: Mapping[str, Any]) -> None:
-        """Append one step's line: ``METRICS``, then what else there is.
+    def write_metrics(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Append one step's line: ``METRICS``, then what else there is; and return it.
 
         What is missing or not finite is null.
         """
-        record = {**dict.fromkeys(METRICS), **values}
-        self._metrics.write(json.dumps(finite_or_none(record)) + "\n")
+        record = _finite({**dict.fromkeys(METRICS), **values})
+        self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
+        return record
 
     def write_alarms(self, alarms: Sequence[Mapping[str, Any]]) -> None:
         """Append to ``alarms.jsonl``, which begins anew with each process."""
         for alarm in alarms:
-            self._alarms.write(json.dumps(finite_or_none(dict(alarm))) + "\n")
+            self._alarms.write(json.dumps(_finite(dict(alarm))) + "\n")
         self._alarms.flush()
 
     def close(self) -> None:
@@ -135,12 +136,12 @@ def _reopen(path: Path, lines: Sequence[str]) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def finite_or_none(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     """The value with null for what JSON has no number for."""
     if isinstance(value, dict):
-        return {key: finite_or_none(entry) for key, entry in value.items()}
+        return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):  # a number a layer: six digits keep the file small
-        return [None if entry is None else finite_or_none(float(f"{entry:.6g}")) for entry in value]
+        return [None if entry is None else _finite(float(f"{entry:.6g}")) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
