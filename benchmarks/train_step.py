@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,30 +104,35 @@ def make_ours(
     return step, engine.parts[0]
 
 
+def transformers_config(model: ModelConfig, vocab_size: int) -> Any:
+    """transformers' config of a model of ours, with a tiny image tokenizer, which is not called."""
+    from transformers import ChameleonConfig
+
+    vqgan = {"resolution": 16, "base_channels": 32, "num_embeddings": 8, "embed_dim": 8}
+    return ChameleonConfig(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=query_groups(model),
+        max_position_embeddings=model.seq_length,
+        rms_norm_eps=model.layernorm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": float(model.rotary_base)},
+        swin_norm=model.norm_order == "swin",
+        pad_token_id=None,  # else its embedding would get no gradient
+        vocabulary_map={"<image>": 0},
+        vq_config={**vqgan, "latent_channels": 8, "channel_multiplier": [1, 1]},
+        attn_implementation="sdpa",
+    )
+
+
 def make_transformers(size: Size, source: nn.Module) -> nn.Module:
     """transformers' model in fp32 with the weights of ours."""
-    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+    from transformers import ChameleonForConditionalGeneration
 
     model = size.model
-    vqgan = {"resolution": 16, "base_channels": 32, "num_embeddings": 8, "embed_dim": 8}
-    result = ChameleonForConditionalGeneration(
-        ChameleonConfig(
-            vocab_size=size.vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_hidden_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=query_groups(model),
-            max_position_embeddings=model.seq_length,
-            rms_norm_eps=model.layernorm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": float(model.rotary_base)},
-            swin_norm=model.norm_order == "swin",
-            pad_token_id=None,  # else its embedding would get no gradient
-            vocabulary_map={"<image>": 0},
-            vq_config={**vqgan, "latent_channels": 8, "channel_multiplier": [1, 1]},
-            attn_implementation="sdpa",
-        )
-    )
+    result = ChameleonForConditionalGeneration(transformers_config(model, size.vocab_size))
     own = {
         name: tensor.float() for name, tensor in source.state_dict().items() if tensor is not None
     }

@@ -62,3 +62,8 @@ class ConfigErrors(ConfigError):
 
     def lines(self) -> list[str]:
         return [str(problem) for problem in self.problems]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in a line that is not empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,10 +7,11 @@ bandwidth. Caches are not counted.
 from typing import Any
 
 import torch
+from train_step import transformers_config
 
 from gpu_parts.common import Context, Figures, LeftOutError, time_calls
 from gpu_parts.engines import preset_config, vocab_size
-from megatron_chameleon.config.parameters import count_parameters, query_groups
+from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.inference.decode import GenerationOptions, decode
 from megatron_chameleon.inference.modality import Force, TokenClasses
 from megatron_chameleon.parallel import platform
@@ -117,22 +118,9 @@ class Generator:
 def build_transformers(model: Any, vocab: int) -> Any:
     """transformers' Chameleon in bf16 with random weights on this device; a tiny image tokenizer,
     which is not called."""
-    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+    from transformers import ChameleonForConditionalGeneration
 
-    vqgan = {"resolution": 16, "base_channels": 32, "num_embeddings": 8, "embed_dim": 8}
-    config = ChameleonConfig(
-        vocab_size=vocab,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=query_groups(model),
-        max_position_embeddings=model.seq_length,
-        pad_token_id=None,
-        vocabulary_map={"<image>": 0},
-        vq_config={**vqgan, "latent_channels": 8, "channel_multiplier": [1, 1]},
-        attn_implementation="sdpa",
-    )
+    config = transformers_config(model, vocab)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -17,6 +17,16 @@ STATE_FORMAT = "megatron_chameleon.checkpoint/1"
 STEP_FOLDER = re.compile(r"step_\d{8,}")
 
 
+def step_folder(step: int) -> str:
+    """The name of what belongs to a step, such as ``step_00001000``."""
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step whose name a folder bears."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a ``checkpoints/`` folder, oldest first."""
     return [path for path in list_step_folders(folder) if (path / STATE_FILE).is_file()]
@@ -27,7 +37,7 @@ def list_step_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     steps = [p for p in folder.iterdir() if STEP_FOLDER.fullmatch(p.name) and p.is_dir()]
-    return sorted(steps, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(steps, key=step_of)
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -19,11 +19,17 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_chameleon.checkpoint.folders import STATE_FILE, STATE_FORMAT, list_checkpoints
+from megatron_chameleon.checkpoint.folders import (
+    STATE_FILE,
+    STATE_FORMAT,
+    list_checkpoints,
+    step_folder,
+    step_of,
+)
 from megatron_chameleon.checkpoint.integrity import write_sums
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import CheckpointConfig, Config
-from megatron_chameleon.errors import CheckpointError, TrainingError
+from megatron_chameleon.errors import CheckpointError, TrainingError, first_line
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.agreement import first_of_ranks, gather_on_first
 
@@ -125,7 +131,7 @@ class Saver:
         """
         self.wait()
         is_async = self._engine.config.checkpoint.async_save
-        final = self._folder / f"step_{step:08d}"
+        final = self._folder / step_folder(step)
         temporary = self._folder / f".{final.name}.saving"
         snapshot = self._engine.snapshot()
         _together(final, lambda: _make_room(self._folder, temporary, snapshot.local_bytes))
@@ -183,9 +189,8 @@ def disposable(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:
         config: Says which stay.
     """
     every = config.keep_every
-    steps = {path: int(path.name.removeprefix("step_")) for path in checkpoints}
     older = checkpoints[: -config.keep_last]
-    return [path for path in older if not every or steps[path] % every]
+    return [path for path in older if not every or step_of(path) % every]
 
 
 def delete(checkpoint: Path) -> None:
@@ -252,7 +257,7 @@ def _together(final: Path, action: Callable[[], Any]) -> Any:
     try:
         result = action()
     except OSError as error:
-        failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+        failure = first_line(error)
     first = first_of_ranks(failure)
     if first:
         remedy = (

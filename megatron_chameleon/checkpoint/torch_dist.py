@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.serialization import config as serialization_config
 
 from megatron_chameleon.checkpoint.integrity import sha256
-from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.errors import CheckpointError, first_line
 
 
 class ShardedSnapshot:
@@ -185,4 +185,4 @@ def _root_cause(error: BaseException) -> str:
         return _root_cause(next(iter(failures.values()))[0])
     if error.__cause__ is not None:
         return _root_cause(error.__cause__)
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.errors import ConfigError, ConfigErrors
+from megatron_chameleon.errors import ConfigError, ConfigErrors, first_line
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def _resolve(cls: type[T], layers: Sequence[DictConfig], where: str, overrides: 
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(where, _first_line(error), "Correct that value") from error
+        raise ConfigError(where, first_line(error), "Correct that value") from error
     assert isinstance(merged, dict)
     for key in ("preset", "variables"):
         merged.pop(key, None)
@@ -133,7 +133,7 @@ def read_yaml(path: Path) -> DictConfig:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        what = f"not valid YAML ({getattr(error, 'problem', None) or _first_line(error)})"
+        what = f"not valid YAML ({getattr(error, 'problem', None) or first_line(error)})"
         raise ConfigError(where, what, "Correct that line") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(str(path), "the top level is not a mapping", "Write sections with keys")
@@ -151,7 +151,7 @@ def _read_overrides(words: Sequence[str]) -> DictConfig:
         return OmegaConf.from_dotlist(list(words))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(
-            " ".join(words), f"not valid overrides ({_first_line(error)})", "Quote the value"
+            " ".join(words), f"not valid overrides ({first_line(error)})", "Quote the value"
         ) from error
 
 
@@ -214,7 +214,3 @@ def _convert(hint: Any, value: Any, key: str, where: str, problems: list[ConfigE
     names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
     problems.append(ConfigError(f"{where}: {key}", f"{value!r} is not {names}", f"Give {names}"))
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,22 +1,43 @@
-"""What the ranks of a job find out together."""
+"""What the ranks of a job tell each other. Each of these functions is a collective."""
+
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value in the order of the ranks, on every rank."""
+    everywhere = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, value)
+    return everywhere
+
+
+def gather_on_first(value: T) -> list[T] | None:
+    """Every rank's value in the order of the ranks, on rank 0; None elsewhere."""
+    is_first = torch.distributed.get_rank() == 0
+    everywhere = [value] * torch.distributed.get_world_size() if is_first else None
+    torch.distributed.gather_object(value, everywhere, dst=0)
+    return everywhere
+
 
 def first_of_ranks(words: str | None) -> str | None:
-    """The words of the first rank that has any; None where no rank has. A collective.
+    """The words of the first rank that has any; None where no rank has.
 
     Args:
         words: This rank's, such as what went wrong.
     """
-    everywhere: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, words)
-    return next((found for found in everywhere if found), None)
+    return next((found for found in gather(words) if found), None)
 
 
-def gather_on_first(value: object) -> list | None:
-    """Every rank's value in the order of the ranks, on rank 0; None elsewhere. A collective."""
-    is_first = torch.distributed.get_rank() == 0
-    everywhere: list | None = [None] * torch.distributed.get_world_size() if is_first else None
-    torch.distributed.gather_object(value, everywhere, dst=0)
-    return everywhere
+def tell(value: T, source: int = 0) -> T:
+    """The value of one rank, on every rank.
+
+    Args:
+        value: That of rank ``source`` counts.
+        source: Who tells it.
+    """
+    told = [value]
+    torch.distributed.broadcast_object_list(told, src=source)
+    return told[0]

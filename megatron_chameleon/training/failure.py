@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.parallel.agreement import gather
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -31,9 +32,7 @@ def name_broken_weights(weights: Weights) -> str:
         weights: This rank's, with their names in the whole model.
     """
     found = [name for name, weight in weights if not torch.isfinite(weight).all().item()]
-    everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everywhere, found)
-    return describe_names(everywhere)
+    return describe_names(gather(found))
 
 
 def describe_names(everywhere: Sequence[Sequence[str]]) -> str:

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_chameleon.checkpoint.folders import list_checkpoints, load_state
+from megatron_chameleon.checkpoint.folders import list_checkpoints, load_state, step_of
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch, BatchReader
 from megatron_chameleon.errors import ChameleonError, TrainingError
 from megatron_chameleon.model.initialization import named_global_parameters
+from megatron_chameleon.parallel.agreement import gather, tell
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.training.engine import TrainingEngine
@@ -162,9 +163,8 @@ class NonFiniteGuard:
             layer = _first_bad_layer(metrics["layer_output_norms"])
             record = {"step": step, "problem": problem, "action": action, "first_bad_layer": layer}
             words = self._write(record, findings)
-        said = [words]  # nobody ends before rank 0 has written: a launcher would end it too
-        torch.distributed.broadcast_object_list(said)
-        words = said[0]
+        # nobody ends before rank 0 has written: a launcher would end it too
+        words = tell(words)
         if action not in ("skip", "rollback"):
             raise stop_error(step, words, action, found, training.nonfinite_limit)
         self.skips.found.add(step)
@@ -191,7 +191,7 @@ class NonFiniteGuard:
 
     def _newest_checkpoint(self, step: int) -> Path | None:
         """The checkpoint to go back to from this step, the same on every rank."""
-        newest: list[Path | None] = [None]
+        newest: Path | None = None
         if self._topology.rank == 0:
             begun = self._resume_from
             state = load_state(begun) if begun is not None else {}
@@ -200,10 +200,9 @@ class NonFiniteGuard:
             # the folder may hold later ones too, if this run began from an older one
             steps = range(state.get("step", 0) + 1, step)
             saved = list_checkpoints(checkpoints_folder(self._config))
-            found = [path for path in saved if int(path.name.removeprefix("step_")) in steps]
-            newest = [found[-1] if found else begun]
-        torch.distributed.broadcast_object_list(newest)
-        return newest[0]
+            found = [path for path in saved if step_of(path) in steps]
+            newest = found[-1] if found else begun
+        return tell(newest)
 
     def _samples(self, step: int, findings: Sequence[RankFinding]) -> list[dict[str, Any]]:
         """The samples of the micro-batches to blame, or of the whole step if none is known."""
@@ -266,9 +265,7 @@ def _find(
     own = RankFinding(
         topology.rank, topology.data_rank, socket.gethostname(), losses, weights, gradients
     )
-    findings: list[Any] = [None] * topology.world_size
-    torch.distributed.all_gather_object(findings, own)
-    return findings
+    return gather(own)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.parallel.agreement import tell
 
 LOCK_FILE = "run.lock"
 WAIT_SECONDS = 5.0
@@ -43,10 +44,8 @@ def lock_run(run_dir: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None
         except ConfigError as error:
             failure = (error.where, error.what, error.remedy)
     try:
-        failures: list[Any] = [failure]
-        torch.distributed.broadcast_object_list(failures)
-        if failures[0]:
-            raise ConfigError(*failures[0])
+        if failure := tell(failure):
+            raise ConfigError(*failure)
         yield
     finally:
         if lock is not None:

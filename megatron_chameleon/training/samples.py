@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_chameleon.checkpoint.folders import step_folder, step_of
 from megatron_chameleon.config.schema import Config, SamplePromptConfig
 from megatron_chameleon.errors import ChameleonError, ConfigError
 from megatron_chameleon.parallel import platform
@@ -81,7 +82,7 @@ class Sampler:
             return ""
         try:
             answers = self._answer(step, weights)
-            folder = self._folder / f"step_{step:08d}"
+            folder = self._folder / step_folder(step)
             _write_answers(folder, self._config.logging.sample_prompts, answers)
             _write_index(self._folder, self._config.logging.sample_prompts)
         except (ChameleonError, OSError, torch.OutOfMemoryError) as error:
@@ -154,7 +155,7 @@ def _write_index(folder: Path, prompts: Sequence[SamplePromptConfig]) -> None:
             "".join(_show_part(file.parent.name, part) for part in json.loads(line)["content"])
             for line in file.read_text(encoding="utf-8").splitlines()
         ]
-        step = int(file.parent.name.removeprefix("step_"))
+        step = step_of(file.parent)
         rows.append(f"<tr><th>{step:,}{''.join(f'<td>{cell}' for cell in cells)}</tr>\n")
     _replace(folder / "index.html", PAGE.format(header=header, rows="".join(rows)))
 

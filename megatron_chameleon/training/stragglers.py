@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.agreement import tell
 from megatron_chameleon.parallel.topology import Topology
 
 SLOW = 1.3
@@ -137,9 +138,8 @@ class StragglerMonitor:
     def _describe(self, slow: int, window: Window, count: int) -> str:
         """A collective: the slow rank tells the others where it runs."""
         topology = self._topology
-        place = [(socket.gethostname(), platform.device_name(), topology.data_rank)]
-        torch.distributed.broadcast_object_list(place, src=slow)
-        host, device, data_rank = place[0]
+        own = (socket.gethostname(), platform.device_name(), topology.data_rank)
+        host, device, data_rank = tell(own, source=slow)
         where = f"{host}, {device}" if device else str(host)
         if topology.data_size < topology.world_size:
             where += f", or another rank of data-parallel rank {data_rank}"
