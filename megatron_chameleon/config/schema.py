@@ -154,6 +154,29 @@ class TrainingConfig:
 
 
 @dataclass
+class FusionConfig:
+    """Fused kernels, which change speed and memory, and nothing else beyond rounding.
+
+    null: where this machine can run it and a gain is known (``model/fusions.py``); true: or refuse
+    to start; false: never. The first four are megatron-core's own and keep its names.
+    """
+
+    apply_rope_fusion: bool | None = None
+    """Rotary embedding by Transformer Engine's kernel."""
+    bias_dropout_fusion: bool | None = None
+    """Dropout and the residual's addition compiled into one kernel."""
+    bias_activation_fusion: bool | None = None
+    """SwiGLU compiled into one kernel."""
+    gradient_accumulation_fusion: bool | None = None
+    """Weight gradients of Transformer Engine's layers are added to the fp32 gradients by the matrix
+    product itself."""
+    loss_fusion: bool | None = None
+    """Cross-entropy and log(Z) by Triton kernels that overwrite the logits with their gradient."""
+    qk_norm_rope_fusion: bool | None = None
+    """QK-norm and rotary embedding in one Triton kernel."""
+
+
+@dataclass
 class Fp8Config:
     """FP8 matrix products. megatron-core's fields without their prefix ``fp8_``.
 
@@ -243,6 +266,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

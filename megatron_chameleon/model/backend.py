@@ -22,6 +22,7 @@ from megatron_chameleon.model.fp8_linear import (
     EmulatedColumnParallelLinear,
     EmulatedRowParallelLinear,
 )
+from megatron_chameleon.model.fusions import fusion_problems
 from megatron_chameleon.parallel import platform
 
 
@@ -164,4 +165,4 @@ def machine_problems(config: Config) -> list[ConfigError]:
         what = f"{cp} needs a GPU with Transformer Engine, and this machine has none"
         remedy = "Set it to 1; tensor parallelism with sequence_parallel splits sequences anywhere"
         problems.append(ConfigError("parallel.context_parallel_size", what, remedy))
-    return problems
+    return [*problems, *fusion_problems(config)]
