@@ -5,7 +5,7 @@
 Any source joins any sink (``formats/``): the tensors stream from one into the other piece by piece,
 so that memory is needed for a few tensors and not for the model. Afterwards the new files are
 opened as a source, mapped back to megatron-core's layout and compared with what was meant to be
-written.
+written. Checksums of the source's files are checked, and those of the new files written.
 """
 
 import shutil
@@ -19,6 +19,7 @@ import torch
 from megatron_chameleon.checkpoint.formats import FORMATS, load_format
 from megatron_chameleon.checkpoint.formats.base import SHARD_BYTES, Sink, Source, Target, count
 from megatron_chameleon.checkpoint.formats.opening import open_source, open_tokenizer
+from megatron_chameleon.checkpoint.integrity import check_files, write_sums
 from megatron_chameleon.checkpoint.names import pieces
 from megatron_chameleon.checkpoint.partial_folder import flushing, partial_folder, sync
 from megatron_chameleon.checkpoint.streaming import (
@@ -137,7 +138,8 @@ def convert(
         destination: A folder that does not exist; it appears when everything is written and
             verified.
         to: One of ``FORMATS``.
-        verify: Read everything back and compare.
+        verify: Check the source's files where they have checksums, read everything back and
+            compare, and write ``SHA256SUMS``.
         progress: Gets a line after each layer.
         options: Those of ``Options``.
 
@@ -151,6 +153,8 @@ def convert(
     destination, chosen = Path(destination), Options(**options)
     _check_options(to, chosen, destination)
     opened = open_source(source)
+    if verify and (files := check_files(opened.folder)):
+        progress(f"{files} files of {opened.folder} are what was written (SHA256SUMS)")
     with partial_folder(destination, progress) as partial:
         target, sink, plan = _prepare(opened, destination, partial, to, chosen)
         if plan.free_bytes < plan.total_bytes:
@@ -164,6 +168,7 @@ def convert(
         seconds = time.monotonic() - started
         if verify:
             _verify_written(load_format(to).Source(new), target, stream.checksums, partial)
+            write_sums(new, {})
         sync(new)
         new.replace(destination)
     return Conversion(

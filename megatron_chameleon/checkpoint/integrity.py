@@ -1,13 +1,15 @@
 """Checksums of a checkpoint's files: what the disk gives back is what was written.
 
-``SHA256SUMS`` lies in each checkpoint of a run and is of the form that ``sha256sum`` has:
+``SHA256SUMS`` lies in each checkpoint of a run and in each folder of a conversion. It is of the
+form that ``sha256sum`` has:
 
     cd runs/NAME/checkpoints/step_00001000 && sha256sum --check --quiet SHA256SUMS
 """
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 
 from megatron_chameleon.checkpoint.folders import STATE_FILE, load_state
 from megatron_chameleon.errors import CheckpointError
@@ -15,6 +17,8 @@ from megatron_chameleon.errors import CheckpointError
 SUMS_FILE = "SHA256SUMS"
 SMALL_FILES = ("config.yaml", STATE_FILE)
 """Those that say what lies in a checkpoint."""
+READERS = 4
+"""Threads that read files of a folder: Python's lock is free meanwhile."""
 
 
 def sha256(file: Path) -> str:
@@ -24,22 +28,57 @@ def sha256(file: Path) -> str:
 
 
 def write_sums(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write ``SHA256SUMS`` of all files that lie in a folder.
+    """Write ``SHA256SUMS`` of all files in a folder and in the folders within it.
 
     Args:
-        folder: A checkpoint but for its ``state.json``.
-        digests: What is known already, by file name; the other files are read.
+        folder: A checkpoint.
+        digests: What is known already, by path within the folder, of files that need not be there
+            yet; the other files are read.
     """
-    names = {path.name for path in folder.iterdir() if path.is_file()} | set(digests)
-    lines = [f"{digests.get(name) or sha256(folder / name)}  {name}\n" for name in sorted(names)]
+    files = (path for path in folder.rglob("*") if path.is_file())
+    names = sorted({path.relative_to(folder).as_posix() for path in files} | set(digests))
+    with ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(lambda name: digests.get(name) or sha256(folder / name), names)
+        lines = [f"{digest}  {name}\n" for digest, name in zip(found, names, strict=True)]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def check_files(folder: Path) -> int | None:
+    """Compare all files that a folder's ``SHA256SUMS`` lists with it.
+
+    Args:
+        folder: A checkpoint of any format.
+
+    Returns:
+        Number of files; None where the folder has no such list.
+
+    Raises:
+        CheckpointError: A file is damaged or missing, or the list itself is.
+    """
+    remedy = (
+        f"Copy it again from where it is whole; if it was changed on purpose, remove {SUMS_FILE}"
+    )
+    try:
+        sums = _read_sums(folder)
+    except (OSError, ValueError) as error:
+        where = str(folder / SUMS_FILE)
+        raise CheckpointError(where, f"cannot be read ({error})", remedy) from error
+    if sums is None:
+        return None
+    with ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(lambda name: _find_in_file(folder / name, sums[name]), sums)
+        damages = [damage for damage in found if damage]
+    if damages:
+        first = damages[0].removeprefix(f"{folder}/")
+        what = f"{len(damages)} of {len(sums)} files are damaged, the first: {first}"
+        raise CheckpointError(str(folder), what, remedy)
+    return len(sums)
 
 
 def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
     """What is wrong with the files of a checkpoint, which each of several ranks reads a share of.
 
-    A checkpoint without checksums, as conversions and earlier versions write it, counts as sound
-    if it is whole.
+    A checkpoint without checksums, as earlier versions write it, counts as sound if it is whole.
 
     Args:
         checkpoint: A folder ``step_...``.
@@ -67,6 +106,8 @@ def _find(checkpoint: Path, only: tuple[str, ...] | None, rank: int, world_size:
         return f"{checkpoint / SUMS_FILE} cannot be read ({error})"
     if sums is None:
         return _find_unreadable_state(checkpoint)
+    if missing := [name for name in SMALL_FILES if name not in sums]:
+        return f"{checkpoint / SUMS_FILE} cannot be read (it has no line for {missing[0]})"
     names = [name for name in sums if only is None or name in only]
     for name in names[rank::world_size]:
         damage = _find_in_file(checkpoint / name, sums[name])
@@ -95,18 +136,17 @@ def _find_in_file(file: Path, digest: str) -> str | None:
     return None if found == digest else f"{file} is not what was written (its SHA-256 differs)"
 
 
-def _read_sums(checkpoint: Path) -> dict[str, str] | None:
-    """Digest by file name; None where there is no such file."""
-    file = checkpoint / SUMS_FILE
+def _read_sums(folder: Path) -> dict[str, str] | None:
+    """Digest by path within the folder; None where there is no such file."""
+    file = folder / SUMS_FILE
     if not file.exists():
         return None
     sums = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         digest, separator, name = line.partition("  ")
-        if not separator or len(digest) != 64 or not name or "/" in name:
-            raise ValueError(f"line {number} is no checksum")
+        path = PurePosixPath(name)
+        is_outside = path.is_absolute() or ".." in path.parts
+        if not separator or len(digest) != 64 or not name or is_outside:
+            raise ValueError(f"line {number} is no checksum of a file in this folder")
         sums[name] = digest
-    missing = [name for name in SMALL_FILES if name not in sums]
-    if missing:
-        raise ValueError(f"it has no line for {missing[0]}")
     return sums

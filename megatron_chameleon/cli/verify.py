@@ -1,14 +1,22 @@
-"""``chameleon verify A B``: compare two checkpoints of any formats, tensor by tensor."""
+"""``chameleon verify A B``: compare two checkpoints of any formats, tensor by tensor.
+
+``chameleon verify A``: compare the files of one with its checksums.
+"""
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("first", help="a checkpoint of any format")
-    parser.add_argument("second", help="another one")
+    parser.add_argument(
+        "second",
+        nargs="?",
+        help="another one; without it, the files of the first are compared with its SHA256SUMS",
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -20,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compare, and end with 0 if nothing differs, with 2 otherwise."""
+    if args.second is None:
+        _check_files(args.first)
+        return
     # torch reads it when it is imported: memory in large pages, which costs half as much to get
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from megatron_chameleon.checkpoint.verify import SHOWN_DIFFERENCES, verify
@@ -52,3 +63,19 @@ def run(args: argparse.Namespace) -> None:
         + ("not computed" if result.logits is None else f"within {result.logits:.3g}")
         + f"; tokenizers {result.tokenizers}"
     )
+
+
+def _check_files(checkpoint: str) -> None:
+    from megatron_chameleon.checkpoint.formats.opening import open_source
+    from megatron_chameleon.checkpoint.integrity import SUMS_FILE, check_files
+    from megatron_chameleon.errors import CheckpointError
+
+    folder = Path(checkpoint)
+    if not (folder / SUMS_FILE).is_file():  # a run folder, say; damaged files may not open
+        folder = open_source(folder).folder
+    files = check_files(folder)
+    if files is None:
+        what = f"has no {SUMS_FILE} to compare its files with"
+        remedy = "Give a second checkpoint to compare the tensors of both"
+        raise CheckpointError(str(folder), what, remedy)
+    print(f"whole: {folder}: {files} files are what was written (SHA-256)")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from megatron_chameleon.checkpoint.formats.safetensors_files import (
     SafetensorsFiles,
     SafetensorsWriter,
 )
+from megatron_chameleon.checkpoint.integrity import SUMS_FILE
 from megatron_chameleon.checkpoint.names import Dimensions, pieces
 from megatron_chameleon.errors import CheckpointError, ConfigError
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary, control_names
@@ -48,6 +50,34 @@ def test_the_folder_has_everything(tiny_checkpoint: Path, tmp_path: Path) -> Non
     assert result.parameters == sum(tensor.numel() for tensor in expected.values())
     assert result.total_bytes == (tmp_path / "hf/model.safetensors").stat().st_size
     assert list(tmp_path.iterdir()) == [tmp_path / "hf"]  # nothing temporary is left
+
+
+@pytest.mark.parametrize("to", ["hf", "meta", "megatron", "deepspeed"])
+def test_every_file_has_a_checksum(to: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / to
+    convert(tiny_checkpoint, folder, to)
+    folder = next(folder.rglob(SUMS_FILE)).parent
+    command = ["sha256sum", "--check", "--quiet", "--strict", SUMS_FILE]
+    subprocess.run(command, cwd=folder, check=True)
+    listed = {line[66:] for line in (folder / SUMS_FILE).read_text().splitlines()}
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert listed == files - {SUMS_FILE}
+
+
+def test_a_damaged_source_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A bit of a weight, which no size and no name shows."""
+    convert(tiny_checkpoint, tmp_path / "hf", "hf")
+    file = tmp_path / "hf/model.safetensors"
+    content = bytearray(file.read_bytes())
+    header_bytes = int.from_bytes(content[:8], "little")
+    place = json.loads(content[8 : 8 + header_bytes])["lm_head.weight"]["data_offsets"][0]
+    content[8 + header_bytes + place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written"):
+        convert(tmp_path / "hf", tmp_path / "meta", "meta")
+    assert not (tmp_path / "meta").exists()
+    convert(tmp_path / "hf", tmp_path / "meta", "meta", verify=False)
+    assert not (tmp_path / "meta" / SUMS_FILE).exists()
 
 
 def test_config_says_what_the_model_is(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import pytest
 from megatron_chameleon.checkpoint.folders import STATE_FILE, STATE_FORMAT
 from megatron_chameleon.checkpoint.integrity import (
     SUMS_FILE,
+    check_files,
     find_damage,
     find_damage_of_small_files,
     sha256,
     write_sums,
 )
+from megatron_chameleon.errors import CheckpointError
 
 FILES = {
     ".metadata": b"where everything is",
@@ -85,7 +87,7 @@ def test_each_file_is_read_by_one_rank(checkpoint: Path, world_size: int) -> Non
 
 
 def test_a_checkpoint_without_sums(checkpoint: Path) -> None:
-    """As a conversion writes it."""
+    """As earlier versions wrote it."""
     (checkpoint / SUMS_FILE).unlink()
     state = {"format": STATE_FORMAT, "step": 5, "vocab_size": 9}
     (checkpoint / STATE_FILE).write_text(json.dumps(state))
@@ -94,3 +96,33 @@ def test_a_checkpoint_without_sums(checkpoint: Path) -> None:
     damage = find_damage(checkpoint)
     assert damage is not None
     assert damage.startswith(f"{checkpoint / STATE_FILE}: no valid JSON")
+
+
+def test_files_in_folders_count_too(checkpoint: Path) -> None:
+    inner = checkpoint / "tokenizer/text.model"
+    inner.parent.mkdir()
+    inner.write_bytes(b"pieces")
+    (checkpoint / SUMS_FILE).unlink()
+    write_sums(checkpoint, {})
+    assert check_files(checkpoint) == len(FILES) + 2
+    assert find_damage(checkpoint) is None
+    inner.write_bytes(b"Pieces")
+    (checkpoint / "config.yaml").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        check_files(checkpoint)
+    assert str(caught.value) == (
+        f"{checkpoint}: 2 of 6 files are damaged, the first: config.yaml is missing. Copy it again "
+        "from where it is whole; if it was changed on purpose, remove SHA256SUMS."
+    )
+
+
+def test_a_folder_without_a_list(tmp_path: Path) -> None:
+    assert check_files(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../b", ""])
+def test_a_list_names_files_of_its_folder_only(tmp_path: Path, name: str) -> None:
+    (tmp_path / SUMS_FILE).write_text(f"{'0' * 64}  {name}\n")
+    with pytest.raises(CheckpointError) as caught:
+        check_files(tmp_path)
+    assert "line 1 is no checksum of a file in this folder" in str(caught.value)

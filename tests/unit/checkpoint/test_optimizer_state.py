@@ -21,6 +21,7 @@ from megatron_chameleon.checkpoint.convert import convert
 from megatron_chameleon.checkpoint.formats.base import best_piece
 from megatron_chameleon.checkpoint.formats.deepspeed_files import find_step, open_files
 from megatron_chameleon.checkpoint.formats.opening import open_source
+from megatron_chameleon.checkpoint.integrity import SUMS_FILE
 from megatron_chameleon.checkpoint.names import MOMENTS, optimizer_parts, pieces
 from megatron_chameleon.checkpoint.reader import CheckpointReader
 from megatron_chameleon.checkpoint.verify import verify
@@ -156,7 +157,8 @@ def test_others_training_goes_on_with_any_batch_size(
     universal: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(universal, tmp_path / "copy"))
-    (copy / "config.yaml").unlink()  # as someone else's
+    for name in ("config.yaml", SUMS_FILE):  # as someone else's
+        (copy / name).unlink()
     convert(copy, tmp_path / "megatron", "megatron")
     reader = CheckpointReader(tmp_path / "megatron")
     assert (reader.state["optimizer"], reader.state["training_config"]) == (True, False)

@@ -53,6 +53,30 @@ def test_a_cast_is_reported(
     assert "largest relative change by the cast to bf16: 0.003" in capsys.readouterr().out
 
 
+def test_verify_alone_looks_at_the_files(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hf"
+    main(["convert", str(tiny_checkpoint), str(folder), "--to", "hf"])
+    capsys.readouterr()
+    main(["verify", str(folder)])
+    assert f"whole: {folder}: " in capsys.readouterr().out
+    origin = (folder / "chameleon.json").read_text()
+    (folder / "chameleon.json").write_text("{}")
+    with pytest.raises(SystemExit) as end:
+        main(["verify", str(folder)])
+    assert end.value.code == 2
+    assert "the first: chameleon.json is not what was written" in capsys.readouterr().err
+    (folder / "SHA256SUMS").unlink()
+    (folder / "chameleon.json").write_text(origin)
+    with pytest.raises(SystemExit):
+        main(["verify", str(folder)])
+    assert capsys.readouterr().err == (
+        f"error: {folder}: has no SHA256SUMS to compare its files with. Give a second checkpoint "
+        "to compare the tensors of both.\n"
+    )
+
+
 @pytest.mark.parametrize("name", ["onnx", "nonsense"])
 def test_other_formats_are_one_clear_line(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
