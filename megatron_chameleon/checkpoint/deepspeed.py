@@ -174,7 +174,9 @@ class DeepSpeedSnapshot:
 
     def stage(self, folder: Path, *, keep: bool) -> StagedFiles:
         """Copy the tensors and plan the files; see ``ShardedSnapshot``. A collective."""
-        snapshot = ShardedSnapshot(self._state.collect(self._optimizer), is_copy=True)
+        snapshot = ShardedSnapshot(
+            self._state.collect(self._optimizer), is_replicated=False, is_copy=True
+        )
         return snapshot.stage(folder, keep=keep)
 
 

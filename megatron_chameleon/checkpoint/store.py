@@ -53,7 +53,7 @@ class Snapshot(Protocol):
 
     @property
     def local_bytes(self) -> int:
-        """What this rank will write."""
+        """What this rank would write if each tensor were written by its first owner."""
 
     def stage(self, folder: Path, *, keep: bool) -> StagedFiles:
         """Plan the files of a folder that is there.

@@ -10,18 +10,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
     is_main_replica,
 )
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
     WriteBucket,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
 )
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.serialization import config as serialization_config
@@ -35,16 +39,21 @@ class ShardedSnapshot:
 
     Args:
         state: Nested dicts with megatron-core's ``ShardedTensor`` in them.
+        is_replicated: Whether each data-parallel rank holds all that it describes; else only the
+            first owner of a tensor does.
         is_copy: Whether nobody else changes these tensors.
     """
 
-    def __init__(self, state: dict[str, Any], *, is_copy: bool = False) -> None:
+    def __init__(
+        self, state: dict[str, Any], *, is_replicated: bool = True, is_copy: bool = False
+    ) -> None:
         self._state = state
+        self._is_replicated = is_replicated
         self._is_copy = is_copy
 
     @property
     def local_bytes(self) -> int:
-        """What this rank will write."""
+        """What this rank would write if each tensor were written by its first owner."""
         kinds = (ShardedTensor, ShardedTensorFactory)
         return sum(
             value.data.numel() * value.data.element_size()
@@ -65,8 +74,14 @@ class ShardedSnapshot:
         """
         # megatron-core would start a process for this queue, for a writer that is not used here
         filesystem_async._results_queue = queue.Queue()
+        strategy = get_default_save_sharded_strategy()
+        if self._is_replicated:  # each rank then writes a share
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            strategy = FullyParallelSaveStrategyWrapper(strategy, group)
         try:
-            request = dist_checkpointing.save(self._state, str(folder), async_sharded_save=True)
+            request = dist_checkpointing.save(
+                self._state, str(folder), strategy, async_sharded_save=True
+            )
         except (Exception, CheckpointException) as error:
             raise OSError(_root_cause(error)) from error
         assert request is not None

@@ -9,14 +9,17 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_chameleon.checkpoint.integrity import sha256
 from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
+from megatron_chameleon.config.schema import ParallelConfig
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.topology import create_topology
 
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
     platform.prepare()
     join(Launch("alone", 0, 1, 0))
+    create_topology(ParallelConfig())
     yield
     leave()
 
