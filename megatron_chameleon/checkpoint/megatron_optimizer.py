@@ -18,17 +18,17 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from megatron_chameleon.checkpoint.distributed_optimizer import load_ranges, sharded_ranges
 from megatron_chameleon.checkpoint.names import (
     MAIN_WEIGHT,
-    OPTIMIZER_PREFIX,
     optimizer_key,
     weight_key,
 )
 from megatron_chameleon.checkpoint.torch_dist import load_sharded
 
-_DISTRIBUTED_WEIGHT = f"{OPTIMIZER_PREFIX}state.param."
 _MAIN_WEIGHT = optimizer_key(MAIN_WEIGHT, "")
 
 
@@ -40,14 +40,15 @@ def sharded_optimizer(
     Args:
         optimizer: After a step.
         model: The model's sharded state, with the parameters themselves in it.
-        metadata: megatron-core's, which says how the distributed optimizer is saved.
+        metadata: megatron-core's.
     """
+    if distributed := _distributed(optimizer):
+        return sharded_ranges(distributed, list(sharded_values(model)))
     state = optimizer.sharded_state_dict(model, False, metadata=metadata)
     tensors, _ = extract_sharded_tensors_and_factories({"state": state})
     dtypes = {sharded.key: sharded.data.dtype for sharded in sharded_values(model)}
     kept = {}
     for index, sharded in enumerate(sharded_values(tensors)):
-        sharded.key = _canonical(sharded.key)
         name = sharded.key.removeprefix(_MAIN_WEIGHT)
         if dtypes.get(name) != torch.float32:  # an fp32 weight is its own main weight
             kept[str(index)] = sharded
@@ -77,9 +78,11 @@ def load_optimizer(
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.
     """
+    if distributed := _distributed(optimizer):
+        load_ranges(distributed, list(sharded_values(model)), checkpoint, stored, step)
+        return
     state = optimizer.sharded_state_dict(model, True, metadata=metadata)
     for sharded in sharded_values(state):
-        sharded.key = _canonical(sharded.key)
         if sharded.key.startswith(_MAIN_WEIGHT):
             name = sharded.key.removeprefix(_MAIN_WEIGHT)
             sharded.key = weight_key(name, torch.float32, stored)
@@ -89,17 +92,17 @@ def load_optimizer(
     optimizer.load_state_dict(loaded)
 
 
+def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The distributed optimizers of this rank; none if its optimizer is another one."""
+    optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [inner for inner in optimizers if isinstance(inner, DistributedOptimizer)]
+
+
 def sharded_values(state: dict[str, Any]) -> Iterator[Any]:
     """The sharded tensors in nested dicts and lists."""
     for value in nested_values(state):
         if isinstance(value, ShardedTensor | ShardedTensorFactory):
             yield value
-
-
-def _canonical(key: str) -> str:
-    if key.startswith(_DISTRIBUTED_WEIGHT):
-        return _MAIN_WEIGHT + key.removeprefix(_DISTRIBUTED_WEIGHT)
-    return key
 
 
 def _keep_own(value: Any) -> Any:
@@ -111,8 +114,8 @@ def _keep_own(value: Any) -> Any:
 def _set_step(state: dict[str, Any], step: int, optimizer: Any) -> None:
     """Put AdamW's step where each of megatron-core's optimizers looks for it."""
     inner = state.get("optimizer", state)  # fp32: torch's own state dict
-    if isinstance(optimizer.optimizer, torch.optim.AdamW) and "param_state" not in state:
+    if isinstance(optimizer.optimizer, torch.optim.AdamW):
         inner["state"]["common_step"] = torch.tensor(float(step))
-    else:  # the distributed optimizer, and Transformer Engine's AdamW
+    else:  # Transformer Engine's AdamW
         for group in inner["param_groups"]:
             group["step"] = step

@@ -9,9 +9,6 @@ gloo:
    Those literals are replaced in the functions' constants. Nothing else of the functions changes,
    calls cost nothing, and a function of the list without such a literal raises: a megatron-core
    that moved its code is noticed at once.
-
-Beside that, ``fix_torch_adam_in_distributed_optimizer()`` mends what megatron-core 0.16 does wrong
-on any machine that has neither Transformer Engine nor apex.
 """
 
 import contextlib
@@ -129,7 +126,6 @@ def prepare() -> None:
             f"version {version} is installed and {SUPPORTED_MEGATRON_CORE}x is supported",
             f"Run pip install 'megatron-core=={SUPPORTED_MEGATRON_CORE}*'",
         )
-    fix_torch_adam_in_distributed_optimizer()
     if has_gpu() or torch.cuda.current_device is _cpu_device:
         return
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
@@ -260,49 +256,3 @@ def _install_cpu_random_tracker() -> None:
     # twice.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-
-
-def fix_torch_adam_in_distributed_optimizer() -> None:
-    """Let megatron-core's ``DistributedOptimizer`` resume over torch's AdamW.
-
-    megatron-core 0.16.1 falls back to torch's AdamW where Transformer Engine and apex are missing,
-    and then (a) asserts on loading that a step was already taken (distrib_optimizer.py:642), (b)
-    looks for a "step" that its checkpoints do not hold (:940), and (c) gives one step tensor to all
-    parameters (:822), which then advances once a parameter and corrupts resumed training without a
-    word.
-    """
-    from megatron.core.optimizer import distrib_optimizer
-
-    cls = distrib_optimizer.DistributedOptimizer
-    if distrib_optimizer.HAVE_APEX_OR_TE or getattr(cls, "_resumes_torch_adam", False):
-        return
-    sharded_state_dict = cls.sharded_state_dict
-    set_states = cls._set_main_param_and_optimizer_states
-    load_state_dict = cls.load_state_dict
-
-    def sharded_state_dict_with_state(
-        self: Any,
-        model_sharded_state_dict: Any,
-        is_loading: bool = False,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if is_loading and not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()
-        return sharded_state_dict(self, model_sharded_state_dict, is_loading, *args, **kwargs)
-
-    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        step = {"step": state["step"]} if "step" in state else {}
-        set_states(self, model_param, {**step, **tensors})
-
-    def load_state_dict_with_own_steps(self: Any, state_dict: Any) -> None:
-        load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    cls.sharded_state_dict = sharded_state_dict_with_state
-    cls._set_main_param_and_optimizer_states = set_states_with_step
-    cls.load_state_dict = load_state_dict_with_own_steps
-    cls._resumes_torch_adam = True

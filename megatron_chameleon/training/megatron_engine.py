@@ -29,7 +29,6 @@ from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
 from megatron_chameleon.model.fp8_linear import start_step
 from megatron_chameleon.model.initialization import named_global_parameters
-from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.gradient_groups import GradientGroups
@@ -202,12 +201,8 @@ class MegatronEngine:
     def _checkpoint_metadata(self) -> dict[str, Any]:
         from megatron.core import parallel_state
 
-        return {
-            # optimizer state that loads at any tensor, pipeline and data-parallel size
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "distrib_optim_fully_reshardable_mem_efficient": not platform.has_gpu(),
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        }
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return {"dp_cp_group": group}
 
 
 def _wrap(

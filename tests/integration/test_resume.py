@@ -81,10 +81,10 @@ def test_distributed_optimizer_resumes_exactly_and_at_another_layout(tiny) -> No
     distributed = [*shared, "parallel.use_distributed_optimizer=true"]
     tiny.train("distributed", *distributed, processes=2)
     checkpoint = str(tiny.folder / "distributed" / "checkpoints" / "step_00000010")
-    # the first rank gathers the moments (8 bytes a parameter), so the other has the weights (4)
+    # each rank writes its own part of the moments, and half of the weights
     files = {path: path.stat().st_size for path in Path(checkpoint).glob("__*.distcp")}
     of_second = sum(size for path, size in files.items() if path.name.startswith("__1_"))
-    assert 0.25 < of_second / sum(files.values()) < 0.4
+    assert 0.45 < of_second / sum(files.values()) < 0.55
     tiny.train("same", *distributed, "--resume", checkpoint, processes=2)
     tiny.train("alone-resumed", *distributed, "--resume", checkpoint)
     unbroken = [record["loss"] for record in tiny.metrics("distributed")[10:]]

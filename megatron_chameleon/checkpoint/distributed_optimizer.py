@@ -1,0 +1,202 @@
+"""megatron-core's distributed optimizer, saved and loaded without gathering anything.
+
+Each data-parallel rank owns a run of elements of each parameter's flat form. megatron-core's way to
+store that under any layout gathers all of it on one rank or on every rank (84 GB of the 7B), and
+has every rank read all of it again. Here a run is cut into rectangles of the whole tensor, up to
+three of a matrix, which each rank writes and reads for itself.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
+
+from megatron_chameleon.checkpoint.names import (
+    MAIN_WEIGHT,
+    MOMENTS,
+    optimizer_key,
+    optimizer_parts,
+    weight_key,
+)
+from megatron_chameleon.checkpoint.torch_dist import load_sharded
+
+_NAMES = {MAIN_WEIGHT: "param", **{moment: moment for moment in MOMENTS}}
+"""megatron-core's names for the parts of the state."""
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Elements of a tensor that lie in it as a rectangle and, flattened, one after the other."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+    """Of its elements in the flat tensor."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + prod(self.shape)
+
+
+def rectangles(start: int, stop: int, shape: Sequence[int]) -> Iterator[Rectangle]:
+    """Cut a run of a tensor's elements into as few rectangles as possible.
+
+    Args:
+        start: First element in the flat tensor.
+        stop: Behind the last one.
+        shape: Of the tensor.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield Rectangle((), (), 0)
+        return
+    row_elements = prod(shape[1:])
+    first, last = -(-start // row_elements), stop // row_elements  # whole rows
+    if first > last:  # within one row
+        yield from _within_row(last, start, stop, shape)
+        return
+    yield from _within_row(first - 1, start, first * row_elements, shape)
+    if first < last:
+        offset, sizes = (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+        yield Rectangle(offset, sizes, first * row_elements)
+    yield from _within_row(last, last * row_elements, stop, shape)
+
+
+def _within_row(row: int, start: int, stop: int, shape: Sequence[int]) -> Iterator[Rectangle]:
+    begin = row * prod(shape[1:])
+    for inner in rectangles(start - begin, stop - begin, shape[1:]):
+        yield Rectangle((row, *inner.offset), (1, *inner.shape), begin + inner.start)
+
+
+def sharded_ranges(
+    optimizers: Sequence[DistributedOptimizer], model: Sequence[ShardedBase]
+) -> dict[str, ShardedTensor]:
+    """The state of this rank's ranges as sharded tensors, to be saved.
+
+    Args:
+        optimizers: After a step.
+        model: The model's sharded tensors, with the parameters themselves in them.
+    """
+    found: dict[str, ShardedTensor] = {}
+    for optimizer, parameter, sharded, start, stop in _owned(optimizers, model):
+        state = optimizer._get_main_param_and_optimizer_states(parameter)
+        for part in optimizer_parts(parameter.dtype):
+            values = state[_NAMES[part]].detach()
+            for piece in _pieces(sharded, optimizer_key(part, sharded.key), values, start, stop):
+                found[str(len(found))] = piece
+    return found
+
+
+@torch.no_grad()
+def load_ranges(
+    optimizers: Sequence[DistributedOptimizer],
+    model: Sequence[ShardedBase],
+    checkpoint: Path,
+    stored: Collection[str],
+    step: int,
+) -> None:
+    """Fill the state of this rank's ranges. A collective.
+
+    Args:
+        optimizers: Before their first step.
+        model: As for ``sharded_ranges``.
+        checkpoint: A whole one, of any engine and layout.
+        stored: All names in it.
+        step: Updates that it has behind it.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or of another shape.
+    """
+    for optimizer in optimizers:
+        if not optimizer.optimizer.state:
+            optimizer._init_optimizer_states_with_dummy_values()
+    wanted: dict[str, ShardedTensor] = {}
+    filled: list[tuple[DistributedOptimizer, nn.Parameter, dict[str, Tensor]]] = []
+    for optimizer, parameter, sharded, start, stop in _owned(optimizers, model):
+        state = {name: torch.empty(stop - start) for name in _NAMES.values()}
+        for part, name in _NAMES.items():
+            key = optimizer_key(part, sharded.key)
+            if part == MAIN_WEIGHT:
+                key = weight_key(sharded.key, torch.float32, stored)
+            for piece in _pieces(sharded, key, state[name], start, stop):
+                wanted[str(len(wanted))] = piece
+        filled.append((optimizer, parameter, state))
+    loaded = load_sharded(checkpoint, dict(wanted), is_whole=False)
+    for key, piece in wanted.items():
+        if loaded[key].data_ptr() != piece.data.data_ptr():
+            piece.data.copy_(loaded[key])
+    for optimizer, parameter, state in filled:
+        _set(optimizer, parameter, state, step)
+
+
+def _set(
+    optimizer: DistributedOptimizer, parameter: nn.Parameter, state: dict[str, Tensor], step: int
+) -> None:
+    """Take over a parameter's state, and the step where the inner optimizer keeps it."""
+    group_index, order = optimizer.model_param_group_index_map[parameter]
+    group = optimizer.optimizer.param_groups[group_index]
+    own = optimizer.optimizer.state[group["params"][order]]
+    if "step" in own:  # torch's AdamW, of each parameter
+        own["step"] = torch.tensor(float(step))
+        state = {**state, "step": own["step"]}
+    else:  # Transformer Engine's, of each group
+        group["step"] = step
+    optimizer._set_main_param_and_optimizer_states(parameter, state)
+
+
+def _owned(
+    optimizers: Sequence[DistributedOptimizer], model: Sequence[ShardedBase]
+) -> Iterator[tuple[DistributedOptimizer, nn.Parameter, ShardedBase, int, int]]:
+    """Parameters of which this rank owns something, and which run of their elements."""
+    entries = {id(sharded.data): sharded for sharded in model}
+    for optimizer in optimizers:
+        for buffer in optimizer.gbuf_ranges:
+            for buckets in buffer.values():
+                for bucket in buckets:
+                    for parameter, ranges in bucket["param_map"].items():
+                        own = ranges["param"]
+                        yield optimizer, parameter, entries[id(parameter)], own.start, own.end
+
+
+def _pieces(
+    sharded: ShardedBase, key: str, values: Tensor, start: int, stop: int
+) -> Iterator[ShardedTensor]:
+    """A run of a local parameter's elements as rectangles of the whole tensor.
+
+    Args:
+        sharded: Of the parameter. megatron-core stores a SwiGLU's two halves as two tensors.
+        key: To store it under.
+        values: [stop - start].
+        start: First element of the run in the flat local parameter.
+        stop: Behind the last one.
+    """
+    parts = sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]
+    begin = 0
+    for part in parts:
+        end = begin + prod(part.local_shape)
+        for cut in rectangles(max(start, begin) - begin, min(stop, end) - begin, part.local_shape):
+            ahead = part.prepend_axis_num
+            offset = (*(0 for _ in range(ahead)), *cut.offset)
+            shape = (*(1 for _ in range(ahead)), *cut.shape)
+            yield ShardedTensor(
+                key=key,
+                data=values[begin + cut.start - start : begin + cut.stop - start].view(shape),
+                dtype=values.dtype,
+                local_shape=shape,
+                global_shape=part.global_shape,
+                global_offset=tuple(a + b for a, b in zip(part.global_offset, offset, strict=True)),
+                axis_fragmentations=None,  # rectangles of any size
+                # no other data-parallel rank has it; tensor-parallel ones may
+                replica_id=(*part.replica_id[:-1], 0),
+            )
+        begin = end
