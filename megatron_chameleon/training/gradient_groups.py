@@ -69,7 +69,9 @@ class GradientGroups:
             counts.append(len(known))
         if not found:
             return torch.zeros(len(GROUPS), dtype=torch.float64, device=platform.device())
-        squares = torch.stack(torch._foreach_norm(found)).double().square()
+        # bf16 gradients would get norms of 8 bits
+        dtype = torch.float32 if found[0].dtype == torch.bfloat16 else None
+        squares = torch.stack(torch._foreach_norm(found, dtype=dtype)).double().square()
         return torch.stack([part.sum() for part in squares.split(counts)])
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
@@ -80,7 +82,10 @@ class GradientGroups:
                 return getattr(parameter, "main_param", parameter).grad
             if parameter in places:
                 group, place = places[parameter]
-                return member.param_groups[group]["params"][place].grad
+                owned = member.param_groups[group]["params"][place]
+                # megatron-core's precision-aware optimizer keeps gradients of another dtype apart
+                decoupled = getattr(owned, "decoupled_grad", None)
+                return owned.grad if decoupled is None else decoupled
         return None
 
 
