@@ -28,6 +28,7 @@ from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
 from megatron_chameleon.model.fp8_linear import start_step
+from megatron_chameleon.model.fusions import add_weight_gradients_in_products, select_fusions
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
@@ -214,6 +215,8 @@ def _wrap(
     config: Config, transformer: TransformerConfig, part: ChameleonModel
 ) -> DistributedDataParallel:
     """One part of the model with its gradient buffers."""
+    if select_fusions(config).gradient_accumulation_fusion:
+        add_weight_gradients_in_products(part)
     wrapped = Float16Module(transformer, part) if transformer.bf16 else part
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
