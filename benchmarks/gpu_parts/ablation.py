@@ -17,7 +17,7 @@ from gpu_parts.common import (
 )
 from gpu_parts.engines import build_engine, preset_config, vocab_size, with_recipe
 from gpu_parts.train import step_figures
-from megatron_chameleon.model.fusions import KNOWN_TO_PAY, NAMES, obstacle, select_fusions
+from megatron_chameleon.model.fusions import KNOWN_TO_PAY, NAMES, fusion_names, obstacle
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.flops import training_flops_per_token
 from megatron_chameleon.parallel.topology import Topology
@@ -74,7 +74,6 @@ def figures_of(
     config = with_recipe(preset_config("chameleon_7b", context.tiny, layers), RECIPE)
     for name, on in switches.items():
         setattr(config.fusion, name, on)
-    chosen = [name for name in NAMES if getattr(select_fusions(config), name)]
     free_memory()
     vocab = vocab_size(context.tiny)
     engine = build_engine(config, vocab, topology)
@@ -82,5 +81,5 @@ def figures_of(
     figures = step_figures(context, engine, MICRO_BATCH, flops, RECIPE)
     rate = float(figures["tokens/s"])
     ratio = rate / baseline.setdefault("tokens/s", rate)
-    words = ", ".join(name.removesuffix("_fusion") for name in chosen) or "none"
-    return {"of the baseline": ratio, **figures, "fused": words}
+    fused = ", ".join(fusion_names(config)) or "none"
+    return {"of the baseline": ratio, **figures, "fused": fused}

@@ -37,7 +37,7 @@ def fusion_conflicts(config: Config) -> dict[str, tuple[str, str]]:
         )
     elif config.fusion.qk_norm_rope_fusion:
         found["apply_rope_fusion"] = (
-            "and qk_norm_rope_fusion true would apply the rotary embedding twice",
+            "has no work: qk_norm_rope_fusion true applies the rotary embedding in its own kernel",
             "Set one of the two to null or false",
         )
     return found

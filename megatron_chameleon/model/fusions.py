@@ -60,6 +60,12 @@ def select_fusions(config: Config) -> Fusions:
     return Fusions(**chosen)
 
 
+def fusion_names(config: Config) -> list[str]:
+    """The chosen ones, for people."""
+    chosen = dataclasses.asdict(select_fusions(config))
+    return [name.removesuffix("_fusion") for name, on in chosen.items() if on]
+
+
 def fusion_problems(config: Config) -> Iterator[ConfigError]:
     """Fusions that the config demands and this machine cannot run."""
     for name in NAMES:

@@ -51,8 +51,8 @@ def test_the_rotary_embedding_is_applied_once() -> None:
     check_config(config, 1)
     config.fusion.apply_rope_fusion = True
     assert problems(config) == [
-        "fusion.apply_rope_fusion: true and qk_norm_rope_fusion true would apply the rotary "
-        "embedding twice. Set one of the two to null or false."
+        "fusion.apply_rope_fusion: true has no work: qk_norm_rope_fusion true applies the rotary "
+        "embedding in its own kernel. Set one of the two to null or false."
     ]
 
 

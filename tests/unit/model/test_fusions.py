@@ -83,6 +83,13 @@ def test_a_gpu_fuses_what_is_known_to_pay(edit: Edit, without: set[str], also: s
     assert chosen(edit) == set(KNOWN_TO_PAY) - without | also
 
 
+def test_people_are_told_short_names() -> None:
+    config = Config()
+    assert fusions.fusion_names(config) == []
+    config.fusion.loss_fusion = config.fusion.bias_dropout_fusion = True
+    assert fusions.fusion_names(config) == ["bias_dropout", "loss"]
+
+
 def test_a_demand_that_the_machine_cannot_meet_is_refused() -> None:
     config = Config()
     for name in NAMES:
