@@ -118,10 +118,20 @@ def _no_triton() -> str | None:
         return "needs the package triton, which is not installed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "needs a C compiler for triton, and there is neither gcc nor clang nor CC"
-    headers = Path(sysconfig.get_paths()["include"])
-    if not (headers / "Python.h").is_file():
-        return f"needs Python's headers for triton, and {headers} has no Python.h"
+    folders = _header_folders()
+    if not any((folder / "Python.h").is_file() for folder in folders):
+        return f"needs Python's headers for triton, and {folders[0]} has no Python.h"
     return None
+
+
+def _header_folders() -> list[Path]:
+    """Where the compiler looks for Python.h. Source: triton/runtime/build.py, and gcc's manual."""
+    scheme = sysconfig.get_default_scheme()
+    # Debian's scheme names a folder for what is installed on top, without the headers
+    paths = sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)
+    named = (os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH"))
+    folders = [folder for value in named for folder in value.split(os.pathsep) if folder]
+    return [Path(folder) for folder in (paths["include"], *folders)]
 
 
 _OBSTACLES: dict[str, Callable[[], str | None]] = {

@@ -32,7 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(fusions.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("CC", "cc")
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
 
 
 def chosen(edit: Edit = lambda config: None) -> set[str]:
@@ -124,12 +124,22 @@ def test_what_a_gpu_machine_can_lack(
         monkeypatch.delenv("CC")
         monkeypatch.setattr(shutil, "which", lambda name: None)
     else:
-        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+        monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": "/nowhere"})
+        monkeypatch.setenv("CPATH", "/neither")
     assert name not in chosen()
     config = Config()
     setattr(config.fusion, name, True)
     (problem,) = machine_problems(config)
     assert str(problem).startswith(f"fusion.{name}: true {message}")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_headers_that_the_environment_names_are_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": "/nowhere"})
+    monkeypatch.setenv("C_INCLUDE_PATH", f"/neither:{tmp_path}")
+    assert "bias_dropout_fusion" in chosen()
 
 
 def test_megatron_core_gets_the_choice() -> None:
