@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_chameleon.config.schema import Config, Fp8Config
 from megatron_chameleon.model.chameleon import transformer_config
@@ -47,7 +47,7 @@ def build_pair(fp8: Fp8Config, size: int) -> tuple[Any, Any, Any]:
         size,
         3 * size,
         config=transformer_config(config),
-        init_method=lambda weight: weight.normal_(0, 0.02),
+        init_method=lambda weight: nn.init.normal_(weight, 0, 0.02),
         bias=False,
         fp8=fp8,
     )

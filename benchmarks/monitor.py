@@ -38,7 +38,7 @@ GROUPS, WHOLE = "gradients by group", "gradients as a whole"
 FUNCTIONS: dict[tuple[type, str], str] = {
     (LayerMonitor, "_observe_output"): "layers' output norms",
     (LayerMonitor, "_observe_attention"): "attention logits",
-    (GradientGroups, "norms"): GROUPS,
+    (GradientGroups, "squares"): GROUPS,
     (Monitor, "observe_loss"): "losses, log(Z)",
     (Monitor, "finish_step"): "reduction",
 }
@@ -72,7 +72,8 @@ def without_hooks(engine: MegatronEngine, clock: Clock) -> MegatronEngine:
                 for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
                     del hooks[key]
     whole = clock.timed(engine.optimizer.get_grad_norm, WHOLE)
-    engine.gradients.norms = lambda: (float(whole()), {})  # type: ignore[method-assign]
+    engine.gradients.squares = lambda: torch.tensor(whole())  # type: ignore[method-assign]
+    engine.gradients.norms = lambda norm: (float(norm), {})  # type: ignore[method-assign]
     return engine
 
 

@@ -17,6 +17,7 @@ PARTS: dict[str, tuple[str, str, int]] = {
     "parity": ("parity", "run", 180),
     "loss": ("losses", "run", 120),
     "train": ("train", "run_slices", 420),
+    "fusions": ("ablation", "run", 240),
     "whole7b": ("train", "run_whole", 300),
     "shard34b": ("train", "run_shard", 300),
     "generation": ("generation", "run", 240),

@@ -20,7 +20,7 @@ from megatron_chameleon.training.megatron_engine import MegatronEngine
 VOCAB_SIZE = 65_536
 TINY_VOCAB_SIZE = 128
 TINY_MODEL = ModelConfig(2, 64, 176, 4, seq_length=64, qk_norm_groups=1)
-TINY_34B = ModelConfig(2, 64, 256, 16, 8, seq_length=64, qk_norm_groups=4)
+TINY_34B = ModelConfig(2, 128, 256, 16, 8, seq_length=64, qk_norm_groups=4)
 
 RECIPES = {
     "bf16": None,

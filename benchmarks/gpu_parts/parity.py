@@ -112,7 +112,7 @@ def layer_tensors(config: Config, topology: Topology, dtype: str) -> dict[str, T
     for _ in range(PASSES if config.fp8.format else 1):
         model.zero_grad()
         model.set_is_first_microbatch()  # else the FP8 weights of the first pass's scales stay
-        inputs = x.to(target).requires_grad_()
+        inputs = x.to(target, copy=True).requires_grad_()
         rope = model.rotary_pos_emb(config.model.seq_length)
         output = model.decoder(inputs, None, rotary_pos_emb=rope)
         output.backward(grad.to(output))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from megatron_chameleon.config.engines import check_engine
 from megatron_chameleon.config.fp8 import check_fp8
+from megatron_chameleon.config.fusion import check_fusions
 from megatron_chameleon.config.layouts import check_layout
 from megatron_chameleon.config.reporting import check_reporting
 from megatron_chameleon.config.schema import Config, ParallelConfig
@@ -74,6 +75,7 @@ def check_config(config: Config, world_size: int) -> None:
     problems = list(_check_values(config))
     if not problems:  # the rest divides by these values
         problems = [*_check_model(config), *_check_parallel(config), *check_engine(config)]
+        problems += check_fusions(config)
         problems = problems or [*check_layout(config, world_size), *check_fp8(config)]
         problems += [*_check_schedule(config), *_check_data(config), *check_reporting(config)]
     if problems:

@@ -164,7 +164,8 @@ class FusionConfig:
     apply_rope_fusion: bool | None = None
     """Rotary embedding by Transformer Engine's kernel."""
     bias_dropout_fusion: bool | None = None
-    """Dropout and the residual's addition compiled into one kernel."""
+    """Dropout and the residual's addition compiled into one kernel. Its dropout masks are others
+    than the unfused ones, as random, and as much a function of the seed."""
     bias_activation_fusion: bool | None = None
     """SwiGLU compiled into one kernel."""
     gradient_accumulation_fusion: bool | None = None

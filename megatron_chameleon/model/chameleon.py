@@ -16,6 +16,7 @@ from megatron_chameleon.config.parameters import qk_norm_groups
 from megatron_chameleon.config.schema import Config, Fp8Config
 from megatron_chameleon.model.backend import select_backend
 from megatron_chameleon.model.fp8_linear import connect_decoder
+from megatron_chameleon.model.fusions import select_fusions
 from megatron_chameleon.model.initialization import initialize_weights
 from megatron_chameleon.model.layers import block_spec
 from megatron_chameleon.model.loss import vocab_parallel_cross_entropy
@@ -116,6 +117,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     dtype = DTYPES[config.training.dtype]
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     full_recompute = parallel.recompute_granularity == "full"
+    fusions = select_fusions(config)
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -145,9 +147,10 @@ def transformer_config(config: Config) -> TransformerConfig:
         # initialization.py draws the weights; megatron-core only marks how each of them is split
         init_method=_leave,
         output_layer_init_method=_leave,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        apply_rope_fusion=fusions.apply_rope_fusion,
+        bias_activation_fusion=fusions.bias_activation_fusion,
+        bias_dropout_fusion=fusions.bias_dropout_fusion,
+        gradient_accumulation_fusion=False,  # see add_weight_gradients_in_products
         masked_softmax_fusion=False,
         # Interleaved pipelines are exact only so: batched messages between two stages gave wrong
         # gradients, and so did outputs that are freed while gloo still sends them.

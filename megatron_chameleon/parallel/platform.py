@@ -5,7 +5,9 @@ gloo:
 
 1. the two ``torch.cuda`` functions by which megatron-core asks for its device answer for the CPU;
 2. its random-number tracker forks torch's CPU generator;
-3. a fixed list of its functions names the device in a literal ("cuda", "torch.cuda.FloatTensor").
+3. its optimizers are torch's, also where Transformer Engine or apex is installed: their kernels
+   need a GPU;
+4. a fixed list of its functions names the device in a literal ("cuda", "torch.cuda.FloatTensor").
    Those literals are replaced in the functions' constants. Nothing else of the functions changes,
    calls cost nothing, and a function of the list without such a literal raises: a megatron-core
    that moved its code is noticed at once.
@@ -126,6 +128,8 @@ def prepare() -> None:
             f"version {version} is installed and {SUPPORTED_MEGATRON_CORE}x is supported",
             f"Run pip install 'megatron-core=={SUPPORTED_MEGATRON_CORE}*'",
         )
+    if not has_gpu():
+        _use_torch_optimizers()
     if has_gpu() or torch.cuda.current_device is _cpu_device:
         return
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
@@ -256,3 +260,23 @@ def _install_cpu_random_tracker() -> None:
     # twice.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _use_torch_optimizers() -> None:
+    """What megatron-core falls back to where neither Transformer Engine nor apex can be imported.
+
+    It asks for the packages only, so that on a login node, or where CUDA_VISIBLE_DEVICES is empty,
+    it would take their kernels.
+    """
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as base
+
+    optimizer.Adam, optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (base, clip_grads):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm

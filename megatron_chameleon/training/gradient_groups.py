@@ -43,22 +43,25 @@ class GradientGroups:
                 if param_is_not_tensor_parallel_duplicate(parameter):
                     self._parameters[group_of(name)].append(parameter)
 
-    def norms(self) -> tuple[float, dict[str, float]]:
-        """The norm of all gradients, in place of the optimizer's ``get_grad_norm``, and of groups.
+    def squares(self) -> Tensor:
+        """Each group's sum of squares over the job, fp64, on the device: nothing waits for it here.
 
-        Between the optimizer's ``prepare_grads`` and clipping. A collective.
-
-        Returns:
-            The norm of all, and ``grad_norm_GROUP`` of every group.
+        Between the optimizer's ``prepare_grads`` and clipping, in place of ``get_grad_norm``. A
+        collective.
         """
-        squares = self._squares()
+        squares = self._own_squares()
         group = self._optimizer.get_grad_stats_parallel_group()
         torch.distributed.all_reduce(squares, group=group)
+        return squares
+
+    @staticmethod
+    def norms(squares: Tensor) -> tuple[float, dict[str, float]]:
+        """The norm of all gradients, and ``grad_norm_GROUP`` of every group, from ``squares``."""
         found = squares.tolist()
         norms = {f"grad_norm_{name}": x**0.5 for name, x in zip(GROUPS, found, strict=True)}
         return sum(found) ** 0.5, norms
 
-    def _squares(self) -> Tensor:
+    def _own_squares(self) -> Tensor:
         """Each group's sum of this rank's squares, fp64."""
         found: list[Tensor] = []
         counts = []
@@ -69,7 +72,9 @@ class GradientGroups:
             counts.append(len(known))
         if not found:
             return torch.zeros(len(GROUPS), dtype=torch.float64, device=platform.device())
-        squares = torch.stack(torch._foreach_norm(found)).double().square()
+        # bf16 gradients would get norms of 8 bits
+        dtype = torch.float32 if found[0].dtype == torch.bfloat16 else None
+        squares = torch.stack(torch._foreach_norm(found, dtype=dtype)).double().square()
         return torch.stack([part.sum() for part in squares.split(counts)])
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
@@ -80,7 +85,10 @@ class GradientGroups:
                 return getattr(parameter, "main_param", parameter).grad
             if parameter in places:
                 group, place = places[parameter]
-                return member.param_groups[group]["params"][place].grad
+                owned = member.param_groups[group]["params"][place]
+                # megatron-core's precision-aware optimizer keeps gradients of another dtype apart
+                decoupled = getattr(owned, "decoupled_grad", None)
+                return owned.grad if decoupled is None else decoupled
         return None
 
 

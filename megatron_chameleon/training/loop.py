@@ -22,6 +22,7 @@ from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import BatchReader, read_ahead
 from megatron_chameleon.data.history import stage1_steps
 from megatron_chameleon.model.backend import check_machine, machine_problems
+from megatron_chameleon.model.fusions import fusion_names
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology
@@ -148,6 +149,8 @@ def train_joined(job: Job, interruption: Interruption) -> bool:
             reporter = Reporter(config, job.tokenizer.vocabulary.size, topology, step)
             try:
                 reporter.say(f"{topology}; {describe(job)}; starts at step {step}")
+                if fused := fusion_names(config):
+                    reporter.say(f"fused kernels: {', '.join(fused)}")
                 if changes := describe_changes(job.resume_from, config):
                     reporter.say(f"changed since {job.resume_from}: {changes}")
                 return _run_steps(job, engine, topology, reporter, interruption, watch, step)

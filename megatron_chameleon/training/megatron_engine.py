@@ -28,6 +28,7 @@ from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
 from megatron_chameleon.model.fp8_linear import start_step
+from megatron_chameleon.model.fusions import add_weight_gradients_in_products, select_fusions
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
@@ -72,37 +73,39 @@ class MegatronEngine:
         """One step; see ``TrainingEngine``."""
         start = time.perf_counter()
         self.compute_gradients(step, micro_batches)
-        metrics = asdict(self.monitor.finish_step(self.config.training.z_loss))
+        overflows, squares = self._measure_gradients()
+        metrics = asdict(self.monitor.finish_step(self.config.training.z_loss))  # the first wait
         metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        update = update and math.isfinite(metrics["loss"] or 0.0)
-        metrics["grad_norm"], of_groups = self._update(update)
-        metrics |= {"skipped": True} if of_groups is None else of_groups
+        metrics["grad_norm"], of_groups = self.gradients.norms(squares)
+        values = (metrics["loss"] or 0.0, metrics["grad_norm"])
+        update = update and not overflows and all(map(math.isfinite, values))
+        if update:
+            self._update(metrics["grad_norm"])
+        metrics |= of_groups if update else {"skipped": True}
         self.scheduler.step(1)
         metrics["step_seconds"] = time.perf_counter() - start
         return metrics
 
     @torch.no_grad()
-    def _update(self, update: bool) -> tuple[float, dict[str, float] | None]:
-        """megatron-core's ``optimizer.step()`` in its parts, to stop before what it cannot undo.
+    def _measure_gradients(self) -> tuple[bool, Tensor]:
+        """Whether a scaled loss overflowed (fp16), and the gradients' squares, not waited for."""
+        return self.optimizer.prepare_grads(), self.gradients.squares()
 
-        Its own steps update with whatever norm they found, unless the loss is scaled (fp16).
+    @torch.no_grad()
+    def _update(self, norm: float) -> None:
+        """The rest of megatron-core's ``optimizer.step()``.
+
+        Its own steps update with whatever norm they found, unless the loss is scaled (fp16); done
+        in its parts, the step stops before what it cannot undo.
 
         Args:
-            update: False only measures the norm.
-
-        Returns:
-            The norm of the gradients, and those of its groups; None if nothing was updated.
+            norm: Of all gradients.
         """
-        overflows = self.optimizer.prepare_grads()
-        norm, of_groups = self.gradients.norms()
-        if overflows or not update or not math.isfinite(norm):
-            return norm, None
         limit = self.optimizer.config.clip_grad  # 0 or infinity for none
         for member in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             if 0 < limit < math.inf and (parameters := member.get_parameters()):
                 clip_grad_by_total_norm_fp32(parameters, limit, norm)
         self.optimizer.step_with_ready_grads()
-        return norm, of_groups
 
     def repeat_pass(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Forward and backward once more; see ``TrainingEngine``."""
@@ -209,6 +212,8 @@ def _wrap(
     config: Config, transformer: TransformerConfig, part: ChameleonModel
 ) -> DistributedDataParallel:
     """One part of the model with its gradient buffers."""
+    if select_fusions(config).gradient_accumulation_fusion:
+        add_weight_gradients_in_products(part)
     wrapped = Float16Module(transformer, part) if transformer.bf16 else part
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(

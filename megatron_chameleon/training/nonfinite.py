@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_chameleon.checkpoint.folders import list_checkpoints, load_state, step_of
 from megatron_chameleon.config.schema import Config
@@ -273,19 +273,25 @@ def _watch_gradients(engine: TrainingEngine) -> Iterator[dict[str, list[int]]]:
     """Gives the names of gradients that are not finite, with the numbers of their micro-batches.
 
     A parameter has a gradient a micro-batch, in their order; the hooks see it before it is added to
-    those of others.
+    those of others. Where the matrix product has added it to the buffer (fused accumulation), what
+    they see is an empty dummy: then the buffer is looked at, and only the first micro-batch that
+    broke it is known.
     """
     found: dict[str, list[int]] = {}
     seen: dict[str, int] = {}
 
-    def look(name: str, gradient: Tensor) -> None:
+    def look(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
         number = seen.get(name, 0)
         seen[name] = number + 1
-        if not torch.isfinite(gradient).all().item():
+        in_buffer = getattr(parameter, "grad_added_to_main_grad", False)
+        if in_buffer and name in found:
+            return
+        values = parameter.main_grad if in_buffer else gradient  # type: ignore[attr-defined]
+        if not torch.isfinite(values).all().item():
             found.setdefault(name, []).append(number)
 
     handles = [
-        parameter.register_hook(partial(look, name))
+        parameter.register_hook(partial(look, name, parameter))
         for part in engine.parts
         for name, parameter in named_global_parameters(part)
     ]

@@ -33,8 +33,15 @@ def summed_loss(
 def own_part(batch: Batch) -> Batch:
     """The batch on this rank's device, and of each sequence what context parallelism gives it."""
     tensors: dict[str, Tensor] = {
-        name: tensor.to(platform.device(), non_blocking=True)
+        name: _pinned(tensor).to(platform.device(), non_blocking=True)
         for name, tensor in vars(batch).items()
         if tensor is not None
     }
     return Batch(**get_batch_on_this_cp_rank(tensors))
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """What a GPU can fetch without a wait: copied from pageable memory, a micro-batch would wait
+    for the one before it."""
+    # an expanded tensor cannot be pinned as it is
+    return tensor.contiguous().pin_memory() if platform.has_gpu() else tensor

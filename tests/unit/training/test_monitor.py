@@ -112,6 +112,23 @@ def test_gradient_norms_of_groups_make_up_the_whole(
     assert found["grad_norm"] > 0.2  # it was clipped
 
 
+def test_gradients_that_the_optimizer_keeps_apart_are_counted(topology: Topology) -> None:
+    """As megatron-core's precision-aware optimizer has them: bf16, not in ``.grad``."""
+    engine = make_engine(topology, "bf16", use_distributed_optimizer=True)
+    engine.compute_gradients(0, make_batches())
+    engine.optimizer.prepare_grads()
+    members = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+    owned = [p for m in members for group in m.param_groups for p in group["params"]]
+    assert len(owned) > 20
+    for parameter in owned:
+        parameter.decoupled_grad = parameter.grad.bfloat16()
+        parameter.grad = None
+    total = torch.cat([p.decoupled_grad.double().flatten() for p in owned]).norm().item()
+    norm, of_groups = engine.gradients.norms(engine.gradients.squares())
+    assert norm == pytest.approx(total, rel=1e-5)  # bf16 norms would be off by up to 4e-3
+    assert min(of_groups.values()) > 0
+
+
 def test_recomputation_changes_nothing(topology: Topology) -> None:
     batches = make_batches()
     plain, again = (
