@@ -61,6 +61,7 @@ setup(
             "types-PyYAML",
             "mpi4py",
             "mpich",  # mpiexec, as a wheel
+            "triton; platform_system == 'Linux'",  # its interpreter runs our kernels without a GPU
             "webdataset",  # what the tar reader is compared with
         ],
     },

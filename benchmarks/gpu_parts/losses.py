@@ -20,7 +20,11 @@ from gpu_parts.common import (
     reset_peak,
     time_calls,
 )
-from megatron_chameleon.model.loss import vocab_parallel_cross_entropy
+from megatron_chameleon.model.loss import (
+    LossParts,
+    fused_vocab_parallel_cross_entropy,
+    vocab_parallel_cross_entropy,
+)
 from megatron_chameleon.parallel import platform
 
 Z_LOSS = 1e-5
@@ -34,6 +38,7 @@ def run(context: Context) -> None:
     tokens, vocab = (256, 512) if context.tiny else (8192, 65_536)
     losses: dict[str, Loss] = {
         "ours, with z-loss": ours,
+        "ours, Triton, with z-loss": ours_fused,
         "torch": torch_loss,
         "megatron-core": megatron,
         "megatron-core fused": megatron_fused,
@@ -47,11 +52,16 @@ def run(context: Context) -> None:
             )
 
 
-def ours(logits: Tensor, labels: Tensor) -> Tensor:
+def ours(logits: Tensor, labels: Tensor, parts: LossParts = vocab_parallel_cross_entropy) -> Tensor:
     """As the engine computes it."""
     group = parallel_state.get_tensor_model_parallel_group()
-    cross_entropy, log_z, _ = vocab_parallel_cross_entropy(logits, labels, group)
+    cross_entropy, log_z, _ = parts(logits, labels, group)
     return (cross_entropy + Z_LOSS * log_z.square()).sum()
+
+
+def ours_fused(logits: Tensor, labels: Tensor) -> Tensor:
+    need_gpu("our kernels are compiled by Triton")
+    return ours(logits, labels, fused_vocab_parallel_cross_entropy)
 
 
 def torch_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -125,8 +135,10 @@ def added_gib(call: Callable[[Tensor], None], logits: Tensor) -> float:
     return (peak_gib() or 0.0) - before
 
 
-def parity_figures(tokens: int, vocab: int, dtype: torch.dtype, tolerance: float) -> Figures:
-    """Our loss and its gradient against float64 on the CPU."""
+def parity_figures(
+    loss: Loss, tokens: int, vocab: int, dtype: torch.dtype, tolerance: float
+) -> Figures:
+    """A loss of ours and its gradient against float64 on the CPU."""
     logits, labels = draw(tokens, vocab, dtype)
     exact = logits.cpu().double().flatten(0, 1).requires_grad_()
     log_z = exact.logsumexp(-1)
@@ -134,7 +146,7 @@ def parity_figures(tokens: int, vocab: int, dtype: torch.dtype, tolerance: float
     expected = (log_z - picked + Z_LOSS * log_z.square()).sum()
     (expected_grad,) = torch.autograd.grad(expected, exact)
     logits.requires_grad_()
-    value = ours(logits, labels)
+    value = loss(logits, labels)
     (grad,) = torch.autograd.grad(value, logits)
     difference = grad.cpu().double().flatten(0, 1) - expected_grad
     figures: Figures = {

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from gpu_parts.common import (
     process_group,
 )
 from gpu_parts.engines import RECIPES, TINY_MODEL, counting_batches, preset_config, with_recipe
-from gpu_parts.losses import parity_figures
+from gpu_parts.losses import ours, ours_fused, parity_figures
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.model.chameleon import build_model
 from megatron_chameleon.parallel.random_streams import seed_random
@@ -61,15 +62,15 @@ def run(context: Context) -> None:
             )
         tokens, vocab = (64, 512) if context.tiny else (512, 65_536)
         # fp32: sums of 65,536 exponentials, each rounded to 2^-24; bf16: the gradient's own 2^-9
-        for name, dtype, tolerance in (
-            ("fp32", torch.float32, 1e-5),
-            ("bf16", torch.bfloat16, 4e-3),
+        for name, loss, dtype, tolerance in (
+            ("loss, fp32", ours, torch.float32, 1e-5),
+            ("loss, bf16", ours, torch.bfloat16, 4e-3),
+            ("loss by Triton, fp32", ours_fused, torch.float32, 1e-5),
+            ("loss by Triton, bf16", ours_fused, torch.bfloat16, 4e-3),
         ):
             context.row(
-                f"loss, {name} logits, {tokens} x {vocab:,}",
-                lambda dtype=dtype, tolerance=tolerance: parity_figures(
-                    tokens, vocab, dtype, tolerance
-                ),
+                f"{name} logits, {tokens} x {vocab:,}",
+                partial(parity_figures, loss, tokens, vocab, dtype, tolerance),
                 "against float64 on the CPU, relative",
             )
         for name in CURVE_TOLERANCES:

@@ -19,7 +19,7 @@ from megatron_chameleon.model.fp8_linear import connect_decoder
 from megatron_chameleon.model.fusions import select_fusions
 from megatron_chameleon.model.initialization import initialize_weights
 from megatron_chameleon.model.layers import block_spec
-from megatron_chameleon.model.loss import vocab_parallel_cross_entropy
+from megatron_chameleon.model.loss import select_loss_parts
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
@@ -31,8 +31,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 class ChameleonModel(GPTModel):
     """``GPTModel`` that returns, given labels, the parts of Chameleon's loss for each token."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss_fusion: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._loss_parts = select_loss_parts(loss_fusion)
         connect_decoder(self.decoder)  # of emulated FP8
 
     def compute_language_model_loss(
@@ -47,7 +48,7 @@ class ChameleonModel(GPTModel):
         Returns:
             Three tensors [B, S].
         """
-        parts = vocab_parallel_cross_entropy(logits, labels.t(), self.pg_collection.tp)
+        parts = self._loss_parts(logits, labels.t(), self.pg_collection.tp)
         cross_entropy, log_z, max_logit = (part.t() for part in parts)
         return cross_entropy, log_z, max_logit
 
@@ -97,6 +98,7 @@ def _build_part(
         position_embedding_type="rope",
         rotary_base=model_config.rotary_base,
         vp_stage=vp_stage,
+        loss_fusion=select_fusions(config).loss_fusion,
     )
     if model.pre_process:
         model.embedding.embedding_dropout.p = 0.0  # the paper has none there, megatron-core has

@@ -1,0 +1,139 @@
+"""Compile the Triton kernels for an H100 or H200, on any machine, and say what they take.
+
+    python benchmarks/kernels.py
+
+Registers a thread, bytes spilled, shared memory, the widest loads and stores, and how many threads
+a multiprocessor holds by its registers. Needs triton, no GPU. Exit code 1 where a kernel spills.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's functions cannot be compiled
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_chameleon.model.kernels import cross_entropy
+
+SM_90 = GPUTarget("cuda", 90, 32)
+REGISTERS_OF_A_MULTIPROCESSOR, MOST_THREADS = 65_536, 2048
+LOGITS = {"bf16": ("*bf16", 2), "fp32": ("*fp32", 4)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as it is launched."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    """Of the arguments that are not constants."""
+    constants: dict[str, Any]
+    unaligned: frozenset[str]
+    """Arguments that are not multiples of 16."""
+    num_warps: int
+
+
+def loss_variants() -> Iterator[Variant]:
+    """65,536 columns on one, two and eight ranks are whole blocks; another vocabulary is not."""
+    for dtype, (pointer, size) in LOGITS.items():
+        for masked, what in ((False, "whole blocks"), (True, "odd vocabulary")):
+            unaligned = frozenset({"columns", "row_stride", "blocks"} if masked else {"blocks"})
+            common = {"logits_ptr": pointer, "labels_ptr": "*i64"}
+            numbers = {"row_stride": "i32", "columns": "i32", "first": "i32"}
+            yield Variant(
+                f"loss forward, {dtype}, {what}",
+                cross_entropy.statistics_kernel,
+                {**common, "statistics_ptr": "*fp32", **numbers, "tokens": "i32"},
+                {
+                    "LANES": cross_entropy.STATISTICS_LANES,
+                    "VECTOR": cross_entropy.VECTOR_BYTES // size,
+                    "MASKED": masked,
+                },
+                unaligned,
+                cross_entropy.STATISTICS_WARPS,
+            )
+            rows = dict.fromkeys(("max_logit_ptr", "factor_ptr", "at_label_ptr"), "*fp32")
+            yield Variant(
+                f"loss backward, {dtype}, {what}",
+                cross_entropy.gradient_kernel,
+                {**common, **rows, **numbers, "blocks": "i32"},
+                {"BLOCK": cross_entropy.GRADIENT_BYTES // size, "MASKED": masked},
+                unaligned,
+                cross_entropy.GRADIENT_WARPS,
+            )
+
+
+def compile_variant(variant: Variant) -> Any:
+    """Triton's compiled kernel for compute capability 9.0."""
+    names = variant.kernel.arg_names
+    types = {**variant.types, **dict.fromkeys(variant.constants, "constexpr")}
+    aligned = [
+        n for n in variant.types if n not in variant.unaligned and variant.types[n] != "fp32"
+    ]
+    source = ASTSource(
+        fn=variant.kernel,
+        signature={name: types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=SM_90, options={"num_warps": variant.num_warps})
+
+
+def figures(compiled: Any, variant: Variant) -> dict[str, Any]:
+    """What the assembler says of the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+    registers, local = (int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "LOCAL"))
+    stack = int(re.findall(r"STACK:(\d+)", usage)[-1])
+    threads = 32 * variant.num_warps
+    programs = REGISTERS_OF_A_MULTIPROCESSOR // (-(-registers // 8) * 8 * threads)
+    return {
+        "registers": registers,
+        "spilled bytes": local + stack,
+        "shared bytes": compiled.metadata.shared,
+        "loads": _widest(code, "LDG"),
+        "stores": _widest(code, "STG"),
+        "threads": min(programs * threads, MOST_THREADS // threads * threads),
+    }
+
+
+def _tool(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def _widest(code: str, instruction: str) -> str:
+    """How often the widest of a kind of instruction stands in the code, and its bits."""
+    modifiers = re.findall(rf"\b{instruction}\.([A-Z0-9.]+)", code)
+    widths = [[int(part) for part in m.split(".") if part in ("64", "128")] for m in modifiers]
+    bits = [max(width, default=32) for width in widths]
+    return f"{bits.count(max(bits))} x {max(bits)}" if bits else "none"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="no less: it takes seconds")
+    parser.parse_args()
+    print(f"triton {triton.__version__}, compute capability 9.0; a thread has up to 255 registers")
+    spilled = False
+    for variant in loss_variants():
+        found = figures(compile_variant(variant), variant)
+        spilled |= found["spilled bytes"] > 0
+        print(f"{variant.name}: " + ", ".join(f"{name} {value}" for name, value in found.items()))
+    return int(spilled)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

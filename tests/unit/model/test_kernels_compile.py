@@ -1,0 +1,39 @@
+"""Every kernel compiles for an H100 at the sizes of the 7B, without a GPU."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_command import environment
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "kernels.py"
+KERNELS = ("loss forward", "loss backward")
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, str]:
+    """Figures by variant; a process of its own, because this one has Triton's interpreter."""
+    words = [sys.executable, "-W", "ignore", SCRIPT]
+    result = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr  # 1: a kernel spills
+    return dict(line.split(": ", 1) for line in result.stdout.splitlines()[1:])
+
+
+def test_every_kernel_keeps_to_its_registers(table: dict[str, str]) -> None:
+    assert {name.split(",")[0] for name in table} == set(KERNELS)
+    for name, figures in table.items():
+        registers = re.search(r"registers (\d+), spilled bytes 0,", figures)
+        assert registers is not None, name
+        assert int(registers[1]) <= 128, name
+
+
+def test_at_the_real_sizes_loads_are_16_bytes_wide(table: dict[str, str]) -> None:
+    """And the multiprocessor holds half of its threads or more, to hide the wait for memory."""
+    for name, figures in table.items():
+        if "odd" in name:
+            continue
+        assert "x 128" in figures.split("loads")[1].split(",")[0], name
+        assert int(figures.rsplit(" ", 1)[1]) >= 1024, name
