@@ -27,7 +27,7 @@ import torch
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data import history as order
-from megatron_chameleon.data.answers import check_loss_on, data_warnings
+from megatron_chameleon.data.answers import check_loss_on, data_warnings, describe_answers
 from megatron_chameleon.data.corpus import Corpus, TokenFileCorpus
 from megatron_chameleon.data.history import Entry, History, Source, SourceRecord
 from megatron_chameleon.data.indexed import TokenFile, open_token_file
@@ -118,6 +118,15 @@ class BatchReader:
     def warnings(self) -> list[str]:
         """What the owner should know of the loss and of conversations, a line each."""
         return data_warnings(self.config, self._sources)
+
+    def describe_answers(self) -> list[str]:
+        """A line about the answers of each source that holds conversations."""
+        return [
+            f"{source.key}: {line}"
+            for source in self._sources
+            if isinstance(source.corpus, TokenFileCorpus)
+            for line in describe_answers(source.corpus.token_file.info)
+        ]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the order of the data."""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from PIL import Image
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.answers import describe_answers, rare_modality
+from megatron_chameleon.data.audit import audit_step, count_trained, format_audit
 from megatron_chameleon.data.batches import BatchReader
 from megatron_chameleon.data.documents import ImagePart, TextPart, parse_line
 from megatron_chameleon.data.encode import EncodeOptions, Encoder
 from megatron_chameleon.data.indexed import TokenFileWriter, open_token_file, read_info
+from megatron_chameleon.data.sequence_viewer import mixture_summary, write_sequence_page
+from megatron_chameleon.data.viewer import summary, write_html
 from megatron_chameleon.errors import ConfigErrors, DataError
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
@@ -328,6 +332,43 @@ def test_the_loss_is_on_answers_and_conversations_are_not_cut(
         mask = reader.batch([index]).loss_mask[0].tolist()
         assert mask == [*wanted, *[0] * (160 - len(rows))]
     assert len(seen) == len(records)
+
+
+def test_conversations_of_text_alone_are_not_cut_either(tmp_path, tokenizer, write, config):
+    """Although text flows from one sequence to the next."""
+    chats = [
+        {"prompt": "zero one " * (n % 7 + 1), "answer": "five " * (n % 9 + 1)} for n in range(40)
+    ]
+    write(chats)
+    config.model.seq_length = 64
+    reader = BatchReader(config, tokenizer)
+    for index in range(32):
+        pieces = reader.sample(index).packed.pieces
+        assert len(pieces) > 0 and (pieces.tokens == pieces.length).all()
+
+
+def test_pages_and_tables_show_what_is_trained(tmp_path, tokenizer, records, write, config):
+    file = write(records)
+    text = summary("chat", file.info, file.lengths)
+    assert next(describe_answers(file.info)) in text.splitlines()
+    write_html(tmp_path / "page.html", file, tokenizer, start=0, documents=9)
+    page = (tmp_path / "page.html").read_text()
+    grey = re.findall(r'<div class="untrained">.*?</div>', page, re.DOTALL)
+    assert len(grey) == file.info.answers  # a prompt before each
+    assert all(run.endswith("&lt;reserved08706&gt;</span></div>") for run in grey)
+    config.model.seq_length = 400
+    reader = BatchReader(config, tokenizer)
+    assert reader.describe_answers() == [f"{file.prefix}: {next(describe_answers(file.info))}"]
+    assert reader.describe_answers()[0] in mixture_summary(reader)
+    audit = audit_step(reader, 1)
+    samples = [sample for _, sample in audit.samples]
+    trained = int(reader.batch([index for index, _ in audit.samples]).loss_mask.sum())
+    assert count_trained(samples) == {file.prefix: trained}
+    assert f" {trained:,} " in format_audit(audit, tokenizer.vocabulary, documents=3)
+    write_sequence_page(tmp_path / "page.html", audit, reader, tokenizer, len(samples))
+    answers = np.array([1, 0, 2, 1, 0, 1])  # of each document, and as many prompts
+    prompts = sum(answers[sample.packed.pieces.document].sum() for sample in samples)
+    assert (tmp_path / "page.html").read_text().count('<div class="untrained">') == prompts
 
 
 def test_the_loss_is_on_what_the_config_says(tmp_path, tokenizer, records, write, config):
