@@ -107,7 +107,7 @@ def _article(index: int, sample: Sample, tokenizer: Tokenizer) -> str:
         )
         here = sample.piece == i
         trained = np.append(False, sample.counts[:-1])[here]  # a label is the token behind
-        trained[:1] = trained[1:2]  # the first token is nobody's label
+        trained[0] = len(trained) == 1 or trained[1]  # the first token is nobody's label
         content = render_tokens(sample.tokens[here], tokenizer, trained)
         sections.append(f"<section><header>{html.escape(where)}</header>{content}</section>")
     head = f"<header>sample {index} · {len(sections)} pieces of documents · {shares}</header>"
