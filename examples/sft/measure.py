@@ -50,7 +50,8 @@ def measure_drawings(session: Session, each: int, seed: int) -> dict[str, float]
     labels = [digit for digit in range(CLASSES) for _ in range(each)]
     texts = [request(DRAW[i % len(DRAW)], label) for i, label in enumerate(labels)]
     documents = [Document("", "", (TextPart(text),), "request") for text in texts]
-    found = ask(session, documents, GenerationOptions(seed=seed, repetition_penalty=1.0))
+    options = GenerationOptions(seed=seed, repetition_penalty=1.0, max_tokens=40)
+    found = ask(session, documents, options)
     contents = [answer.content for answer in found]
     drawn = [(c[0], n) for c, n in zip(contents, labels, strict=True) if len(c) == 1]
     images = [(image, label) for image, label in drawn if isinstance(image, Image.Image)]

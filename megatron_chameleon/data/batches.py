@@ -27,7 +27,8 @@ import torch
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data import history as order
-from megatron_chameleon.data.answers import check_loss_on, data_warnings, describe_answers
+from megatron_chameleon.data.answers import check_loss_on, data_warnings
+from megatron_chameleon.data.balance import describe_answers
 from megatron_chameleon.data.corpus import Corpus, TokenFileCorpus
 from megatron_chameleon.data.history import Entry, History, Source, SourceRecord
 from megatron_chameleon.data.indexed import TokenFile, open_token_file

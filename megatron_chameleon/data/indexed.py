@@ -165,11 +165,11 @@ class TokenFile:
         tokens = int(self.lengths[document])
         found = self._answers_between(begin, begin + tokens)
         starts, lengths = (found[name].astype(np.int64) for name in ("start", "length"))
-        spans = np.stack([starts - begin, lengths], axis=1)
-        if (spans.sum(axis=1) > tokens).any() or (lengths < 1).any():
+        starts -= begin
+        if ((starts < 0) | (lengths < 1) | (lengths > tokens - starts)).any():
             what = f"document {document} has {tokens} tokens, and ends before its answer"
             raise DataError(f"{self.prefix}{ANSWERS}", what, _REMEDY)
-        return spans
+        return np.stack([starts, lengths], axis=1)
 
     def are_conversations(self, first: int, stop: int) -> np.ndarray:
         """Which of these documents have answers: bool [stop - first]."""
@@ -252,7 +252,7 @@ class TokenFile:
         answers = self._answers_between(begin, int(ends[-1]))
         starts, sizes = (answers[name].astype(np.int64) for name in ("start", "length"))
         document = np.searchsorted(ends, starts, side="right")
-        wrong = (starts + sizes > ends[np.minimum(document, len(ends) - 1)]) | (sizes < 1)
+        wrong = (sizes > ends[np.minimum(document, len(ends) - 1)] - starts) | (sizes < 1)
         wrong[1:] |= np.diff(starts) < sizes[:-1]
         _refuse(f"{self.prefix}{ANSWERS}", wrong, start, "has answers that do not fit", document)
 

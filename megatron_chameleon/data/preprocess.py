@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_chameleon.data.answers import describe_answers, rare_modality
+from megatron_chameleon.data.balance import describe_answers, rare_modality
 from megatron_chameleon.data.blocks import read_blocks
 from megatron_chameleon.data.conversations import IMAGE_FITS
 from megatron_chameleon.data.documents import TextPart

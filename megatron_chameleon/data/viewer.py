@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_chameleon.data.answers import describe_answers
+from megatron_chameleon.data.balance import describe_answers
 from megatron_chameleon.data.indexed import TokenFile, TokenFileInfo
 from megatron_chameleon.tokenizer.files import write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from megatron_chameleon.config.schema import Config, SourceConfig
-from megatron_chameleon.data.answers import describe_answers, rare_modality
 from megatron_chameleon.data.audit import audit_step, count_trained, format_audit
+from megatron_chameleon.data.balance import describe_answers, rare_modality
 from megatron_chameleon.data.batches import BatchReader
 from megatron_chameleon.data.documents import ImagePart, TextPart, parse_line
 from megatron_chameleon.data.encode import EncodeOptions, Encoder
