@@ -47,8 +47,8 @@ OMP_NUM_THREADS=2 python $HERE/measure.py "$RUN/exported" --data "$RUN/data" --o
 
 if [ -z "${QUICK:-}" ]; then
     say "6. Ask it yourself"
-    picture=$(ls "$BASE"/data/heldout_images/*.png | head -1)
-    chameleon generate "$RUN/exported" --chat --image "$picture" --prompt "What digit is this? Answer in a word."
+    pictures=("$BASE"/data/heldout_images/*.png)
+    chameleon generate "$RUN/exported" --chat --image "${pictures[0]}" --prompt "What digit is this? Answer in a word."
     chameleon generate "$RUN/exported" --chat --prompt "Draw a seven." --output "$RUN/drawn"
 fi
 say "Done: before.json, after.json and dialogues.html in $RUN"
