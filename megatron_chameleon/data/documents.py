@@ -182,12 +182,12 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Document:
             raise DataError(where, what, "Write it as a string")
         content = (TextPart(value),)
     elif found == ["messages"]:
-        content, roles = _parse_messages(value, folder_of(path), where)
+        content, roles = parse_messages(value, folder_of(path), where)
     elif found == ["prompt"]:
         messages = [{"role": USER, "content": value}]
         if "answer" in record:
             messages.append({"role": ASSISTANT, "content": record["answer"]})
-        content, roles = _parse_messages(messages, folder_of(path), where, ("prompt", "answer"))
+        content, roles = parse_messages(messages, folder_of(path), where, ("prompt", "answer"))
     else:
         content = _parse_content(value, folder_of(path), where)
     return Document(identity, source, content, where, roles, number)
@@ -229,7 +229,7 @@ def record_name(record: dict[str, Any], key: str, default: str, where: str) -> s
     return str(value)
 
 
-def _parse_messages(
+def parse_messages(
     value: Any, folder: str, where: str, names: tuple[str, ...] = ()
 ) -> tuple[tuple[TextPart | ImagePart, ...], tuple[str, ...]]:
     """The parts of all messages, and who speaks in each.
@@ -239,6 +239,9 @@ def _parse_messages(
         folder: Where the file of documents lies.
         where: File and line, for errors.
         names: What errors call each message; empty for their places in the list.
+
+    Raises:
+        DataError: They are no messages, or not in order.
     """
     if not isinstance(value, list) or not value:
         raise DataError(
