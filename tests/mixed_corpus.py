@@ -73,12 +73,15 @@ def text_of(number: int) -> str:
 
 
 def write_pairs(path: Path, documents: int) -> Path:
-    """A picture and a text a line, in the folder of ``write_corpus``."""
+    """A picture and a text a line, in the folder of ``write_corpus``; some with an answer."""
     lines = []
     for i in range(documents):
         image = ["empty.png", "broken.png", "none.png", f"{i % 10}.png"][min(i % 61, 3)]
         content = [{"type": "image", "image": image}, {"type": "text", "text": text_of(i)}]
-        line = json.dumps({"id": f"doc-{i}", "source": f"s{i % 3}", "content": content})
+        kind = {"content": content}
+        if i % 4 == 1:
+            kind = {"prompt": content, "answer": f"{text_of(i + 1)}!"}
+        line = json.dumps({"id": f"doc-{i}", "source": f"s{i % 3}", **kind})
         lines.append("" if i % 50 == 7 else line[: 30 if i % 50 == 9 else None])
     path.write_text("\n".join(lines))  # no newline at the end
     return path

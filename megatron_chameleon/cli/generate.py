@@ -2,6 +2,7 @@
 
 chameleon generate runs/digits --image three.png
 chameleon generate exported/digits --prompt "a handwritten three" --force image --output drawn
+chameleon generate tuned --chat --image three.png --prompt "Which digit is this?"
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_chameleon.data.documents import ImagePart, TextPart
+    from megatron_chameleon.data.documents import Document, ImagePart, TextPart
     from megatron_chameleon.inference.decode import GenerationOptions
     from megatron_chameleon.inference.session import Answer
 
@@ -29,7 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="text of the prompt, after the images")
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help="repeatable")
     parser.add_argument(
-        "--document", metavar="FILE", help="documents to answer, one a line (.jsonl)"
+        "--document",
+        metavar="FILE",
+        help="documents to answer, one a line (.jsonl); of messages, the last is answered",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are questions to a fine-tuned model, as conversations were in its training",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="for images (default: generated) and answers"
@@ -48,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Answer every prompt ``--count`` times; print the texts, save the images."""
     from megatron_chameleon.errors import ConfigError
+    from megatron_chameleon.inference.chat import chat_prompt
     from megatron_chameleon.inference.session import Session
 
     if args.count < 1:
@@ -56,12 +65,18 @@ def run(args: argparse.Namespace) -> None:
     options.check()
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.count)]
     session = Session.load(args.checkpoint, args.device, args.tokenizer)
+    asked = [
+        chat_prompt(prompt, session.tokenizer)
+        if args.chat or prompt.roles
+        else list(prompt.content)
+        for prompt in prompts
+    ]
     started = time.monotonic()
-    answers = session.generate(prompts, options, lambda done, total: _report(done, total, started))
+    answers = session.generate(asked, options, lambda done, total: _report(done, total, started))
     folder = Path(args.output or "generated")
     has_images = any(not isinstance(part, str) for answer in answers for part in answer.content)
     lines = [
-        _show(number, prompt, answer, folder)
+        _show(number, prompt.content, answer, folder)
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
     if args.output or has_images:
@@ -85,9 +100,9 @@ def _options(args: argparse.Namespace) -> "GenerationOptions":
     return GenerationOptions(seed=args.seed, force=force, **given)
 
 
-def _prompts(args: argparse.Namespace) -> list[list["TextPart | ImagePart"]]:
+def _prompts(args: argparse.Namespace) -> list["Document"]:
     """The documents of ``--document``, or the one prompt of ``--image`` and ``--prompt``."""
-    from megatron_chameleon.data.documents import ImagePart, TextPart
+    from megatron_chameleon.data.documents import Document, ImagePart, TextPart
     from megatron_chameleon.data.readers import read_documents
     from megatron_chameleon.errors import ConfigError
 
@@ -98,11 +113,11 @@ def _prompts(args: argparse.Namespace) -> list[list["TextPart | ImagePart"]]:
                 "--prompt or --image is given beside it",
                 "Put everything into the document, or leave it out",
             )
-        return [list(document.content) for document in read_documents([args.document])]
+        return list(read_documents([args.document]))
     prompt: list[TextPart | ImagePart] = [ImagePart(image) for image in args.image]
     if args.prompt is not None:
         prompt.append(TextPart(args.prompt))
-    return [prompt]
+    return [Document("", "", tuple(prompt), "--prompt")]
 
 
 def _report(done: int, total: int, started: float) -> None:

@@ -5,6 +5,7 @@ step.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -72,6 +73,8 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
     tokenizer = load_for_encoding(args.tokenizer or config.tokenizer.path)
     reader = open_newest(config, tokenizer)
     print(mixture_summary(reader))
+    for line in reader.warnings():
+        print(f"warning: {line}", file=sys.stderr)
     if args.html:
         audit = audit_step(reader, args.step)
         try:

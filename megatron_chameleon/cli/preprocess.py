@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="PREFIX",
-        help="writes PREFIX.bin, .idx, .documents, .images and .json (and .dropped.jsonl, the list "
-        "of bad documents)",
+        help="writes PREFIX.bin, .idx, .documents, .images and .json (and .answers, of "
+        "conversations, and .dropped.jsonl, the list of bad documents)",
     )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)"
@@ -65,6 +65,13 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--image-cache", metavar="DIR", help="keep the codes of images there, by content"
+    )
+    parser.add_argument(
+        "--image-fit",
+        choices=("role", "crop", "pad"),
+        default="role",
+        help="how images become square: with a border in prompts of conversations and cropped "
+        "elsewhere (role, the default), all cropped, or all with a border",
     )
     parser.add_argument(
         "--device",
@@ -121,6 +128,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         source=args.source,
         image_cache=args.image_cache,
         device=args.device,
+        image_fit=args.image_fit,
         save_seconds=args.save_every,
     )
     launch = find_launch()

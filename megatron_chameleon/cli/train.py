@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
             world_size = smallest_world_size(config.parallel)
         job = loop.prepare(config, world_size, args.resume)
         if launch.rank == 0:
-            for line in paper.warnings(config):
+            for line in (*paper.warnings(config), *job.reader.warnings()):
                 print(f"warning: {line}", file=sys.stderr)
         if args.dry_run:
             if launch.rank == 0:

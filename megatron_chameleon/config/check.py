@@ -18,6 +18,7 @@ CHOICES = {
     "model.norm_order": ("pre", "swin"),
     "optimizer.lr_decay_style": ("exponential", "cosine", "constant"),
     "training.dtype": ("fp32", "bf16"),
+    "data.loss_on": ("auto", "answers", "all"),
     "training.nonfinite": ("stop", "skip", "rollback"),
     "parallel.recompute_granularity": (None, "selective", "full"),
     "fp8.format": (None, "hybrid", "e4m3"),

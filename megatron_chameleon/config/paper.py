@@ -111,6 +111,7 @@ PRETRAINING = {
 FINE_TUNING = {
     **_SHAPE,
     "model.hidden_dropout": _both(0.05, _TUNING),
+    "data.loss_on": _both("answers", _TUNING),
     "optimizer.lr": _both(1e-5, _TUNING),
     "optimizer.lr_decay_style": _both("cosine", _TUNING),
     "optimizer.weight_decay": _both(0.1, _TUNING),

@@ -67,6 +67,9 @@ class DataConfig:
     reset_attention: bool = False
     """Whether documents are isolated: those packed into one sequence attend to themselves only, and
     a text is not cut unless it is longer than a sequence."""
+    loss_on: str = "auto"
+    """auto: on the answers of conversations, and on all of other documents; answers: the same, and
+    a source that holds anything but conversations is refused; all: on everything, prompts too."""
     packing_reserve: float = 0.002
     """Share of the tokens of 2,048 sequences that is left free, so that unevenly spread images
     fit."""

@@ -89,6 +89,17 @@ def count_kinds(samples: Sequence[Sample], vocabulary: Vocabulary) -> dict[str, 
     return counts
 
 
+def count_trained(samples: Sequence[Sample]) -> dict[str, int]:
+    """Labels that count in the loss, by source."""
+    counts: dict[str, int] = {}
+    for sample in samples:
+        pieces = np.bincount(sample.piece[sample.counts], minlength=len(sample.packed.source))
+        for number, found in zip(sample.packed.source.tolist(), pieces.tolist(), strict=False):
+            name = sample.names[number]
+            counts[name] = counts.get(name, 0) + found
+    return counts
+
+
 def format_audit(audit: StepAudit, vocabulary: Vocabulary, documents: int) -> str:
     """The step for people.
 
@@ -109,18 +120,22 @@ def format_shares(audit: StepAudit, vocabulary: Vocabulary) -> str:
     head = (
         f"step {audit.step}: samples {first:,} to {last:,}, {tokens:,} tokens, stage {audit.stage}"
     )
-    return "\n".join([head, "", *_share_lines(count_kinds(samples, vocabulary), audit, tokens)])
+    counts, trained = count_kinds(samples, vocabulary), count_trained(samples)
+    return "\n".join([head, "", *_share_lines(counts, trained, audit, tokens)])
 
 
-def _share_lines(counts: dict[str, np.ndarray], audit: StepAudit, tokens: int) -> list[str]:
+def _share_lines(
+    counts: dict[str, np.ndarray], trained: dict[str, int], audit: StepAudit, tokens: int
+) -> list[str]:
     width = max(map(len, (*counts, "source")))
     heads = "".join(f"{kind:>12}" for kind in KINDS)
-    lines = [f"{'source':{width}} {'share':>7}{heads} {'epochs':>8}  file"]
+    lines = [f"{'source':{width}} {'share':>7}{heads}{'in the loss':>12} {'epochs':>8}  file"]
     padding = counts.pop("padding", None)
     for name, row in sorted(counts.items()):
         numbers = "".join(f"{count:>12,}" for count in row.tolist())
         share = f"{100 * row.sum() / tokens:6.2f}%"
         file = audit.files.get(name, "")
+        numbers += f"{trained.get(name, 0):>12,}"
         lines.append(f"{name:{width}} {share}{numbers} {audit.epoch_of.get(name, 0):8.3f}  {file}")
     if padding is not None:
         numbers = "".join(f"{count:>12,}" for count in padding.tolist())

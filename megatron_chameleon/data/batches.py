@@ -5,7 +5,8 @@ document that is cut at the end of a sequence has the first token of its next pa
 label, and the last token of a document has no label, which is written as ``<pad>``.
 
 The loss is on every label but ``<pad>`` and ``<s>``: ``<s>`` is certain, and whoever generates
-writes it himself, so it would only flatter the mean.
+writes it himself, so it would only flatter the mean. Of a conversation it is on the answers only
+(``data.loss_on``).
 
 Attention is causal over the whole sequence, across the documents packed in it (megatron's default;
 the paper names no other), or with ``data.reset_attention`` within each of them; then positions
@@ -26,6 +27,8 @@ import torch
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data import history as order
+from megatron_chameleon.data.answers import check_loss_on, data_warnings
+from megatron_chameleon.data.balance import describe_answers
 from megatron_chameleon.data.corpus import Corpus, TokenFileCorpus
 from megatron_chameleon.data.history import Entry, History, Source, SourceRecord
 from megatron_chameleon.data.indexed import TokenFile, open_token_file
@@ -62,6 +65,8 @@ class Sample:
     """int64, ``<pad>`` behind the last piece."""
     labels: np.ndarray
     """int64."""
+    counts: np.ndarray
+    """Whether each label counts in the loss; bool."""
     piece: np.ndarray
     """Number of the piece that each token belongs to, from 0; the padding counts as one; int64."""
     packed: Packed
@@ -98,6 +103,8 @@ class BatchReader:
         self.vocabulary = tokenizer.vocabulary
         self._tokenizer = tokenizer
         sources = _open_sources(config, tokenizer)
+        check_loss_on(config, sources)
+        self._sources = sources
         self._corpora = {source.key: source.corpus for source in sources}
         self._mixtures: dict[int, Mixture] = {}
         if state is None:
@@ -108,6 +115,19 @@ class BatchReader:
             self._mixtures.clear()
             self.history = resumed
         self._check_length(step)
+
+    def warnings(self) -> list[str]:
+        """What the owner should know of the loss and of conversations, a line each."""
+        return data_warnings(self.config, self._sources)
+
+    def describe_answers(self) -> list[str]:
+        """A line about the answers of each source that holds conversations."""
+        return [
+            f"{source.key}: {line}"
+            for source in self._sources
+            if isinstance(source.corpus, TokenFileCorpus)
+            for line in describe_answers(source.corpus.token_file.info)
+        ]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the order of the data."""
@@ -129,6 +149,7 @@ class BatchReader:
         length = self.config.model.seq_length
         tokens = np.full(length, self.vocabulary.pad, dtype=np.int64)
         labels = tokens.copy()
+        counts = np.zeros(length, dtype=bool)
         sizes = packed.pieces.tokens
         piece = np.repeat(np.arange(len(sizes) + 1), np.append(sizes, length - sizes.sum()))
         streams = [cursor.stream for cursor in mixture.cursors.values()]
@@ -138,18 +159,24 @@ class BatchReader:
             *(column.tolist() for column in columns), strict=True
         ):
             last = min(stop + 1, whole)
-            ids = streams[source].documents.read(epoch, document, start, last, whole)
+            documents = streams[source].documents
+            ids = documents.read(epoch, document, start, last, whole)
             tokens[place : place + stop - start] = ids[: stop - start]
             labels[place : place + last - start - 1] = ids[1:]
+            trained = True
+            if self.config.data.loss_on != "all":
+                trained = documents.trained(document, start + 1, last)
+            counts[place : place + last - start - 1] = trained
             place += stop - start
-        return Sample(tokens, labels, piece, packed, mixture.names)
+        counts &= (labels != self.vocabulary.pad) & (labels != self.vocabulary.bos)
+        return Sample(tokens, labels, counts, piece, packed, mixture.names)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The samples with these indices as one batch, in order."""
         samples = [self.sample(index) for index in indices]
         labels = np.stack([sample.labels for sample in samples])
         piece_BS = np.stack([sample.piece for sample in samples])
-        counts = (labels != self.vocabulary.pad) & (labels != self.vocabulary.bos)
+        counts = np.stack([sample.counts for sample in samples])
         positions = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)
         isolated = self.config.data.reset_attention
         if isolated:

@@ -25,6 +25,8 @@ class Corpus(Protocol):
     documents: int
     images: int
     """Images of all documents; 0 promises that no document has any."""
+    longest_conversation: int
+    """In tokens; 0 promises that no document is a conversation."""
 
     def at(self, token: int) -> int:
         """The document that holds this token, in [0, documents)."""
@@ -36,11 +38,19 @@ class Corpus(Protocol):
             int64 [stop - first + 1], tokens from the start of the corpus.
         """
 
-    def have_images(self, first: int, stop: int) -> np.ndarray:
-        """Which of these documents hold images: bool [stop - first]."""
+    def stay_whole(self, first: int, stop: int) -> np.ndarray:
+        """Which of these documents must not be cut: those with images, and conversations; bool
+        [stop - first]."""
+
+    def are_conversations(self, first: int, stop: int) -> np.ndarray:
+        """Which of these documents are conversations: bool [stop - first]."""
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Token ids ``start`` to ``stop`` - 1 of a document, as they were written."""
+
+    def answers(self, document: int) -> np.ndarray:
+        """Where the answers of a document are: int64 [answers, 2], first token and number of
+        tokens; none where it is no conversation."""
 
 
 class TokenFileCorpus:
@@ -56,6 +66,7 @@ class TokenFileCorpus:
         self.tokens = token_file.info.tokens
         self.documents = token_file.info.documents
         self.images = token_file.info.images
+        self.longest_conversation = token_file.info.longest_conversation
         self._itemsize = np.dtype(token_file.info.dtype).itemsize
 
     def at(self, token: int) -> int:
@@ -77,6 +88,7 @@ class TokenFileCorpus:
         return starts
 
     def have_images(self, first: int, stop: int) -> np.ndarray:
+        """Which of these documents hold images: bool [stop - first]."""
         if self.images == 0 or first == stop:
             return np.zeros(stop - first, dtype=bool)
         counts = self.token_file.image_counts(first, stop)
@@ -88,8 +100,17 @@ class TokenFileCorpus:
             )
         return counts > 0
 
+    def stay_whole(self, first: int, stop: int) -> np.ndarray:
+        return self.have_images(first, stop) | self.are_conversations(first, stop)
+
+    def are_conversations(self, first: int, stop: int) -> np.ndarray:
+        return self.token_file.are_conversations(first, stop)
+
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         return self.token_file.read(document, start, stop - start)
+
+    def answers(self, document: int) -> np.ndarray:
+        return self.token_file.answer_spans(document)
 
 
 def image_spans(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -136,14 +157,28 @@ class OrderedDocuments:
         image_first = uniform(*self._key, epoch, document) < self.image_first
         return order_pair(whole, self._vocabulary, image_first)[start:stop]
 
+    def trained(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens ``start`` to ``stop`` - 1 of a document are to be learned: bool
+        [stop - start]. Of a conversation its answers, else all."""
+        spans = self.corpus.answers(document) if self.corpus.longest_conversation else ()
+        if not len(spans):
+            return np.ones(stop - start, dtype=bool)
+        flags = np.zeros(stop - start, dtype=bool)
+        for first, tokens in spans:
+            flags[max(0, first - start) : max(0, first + tokens - start)] = True
+        return flags
+
     def spans(self, epoch: int, document: int) -> np.ndarray:
         """Where the images of a document lie in this epoch: see ``image_spans``."""
         length = int(np.diff(self.corpus.starts(document, document + 1))[0])
         return image_spans(self.read(epoch, document, 0, length, length), self._vocabulary)
 
     def _may_be_pair(self, document: int, length: int) -> bool:
-        """Whether an image stands at either end; saves reading long documents that are no pair."""
+        """Whether an image stands at either end; saves reading long documents that are no pair.
+        A conversation is none: what comes first in it is the question."""
         if length < 5:  # <s>, begin, end, one token of text, </s>
+            return False
+        if self.corpus.are_conversations(document, document + 1)[0]:
             return False
         vocabulary, read = self._vocabulary, self.corpus.read
         if read(document, 1, 2)[0] == vocabulary.begin_image:

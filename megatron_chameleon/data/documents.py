@@ -1,13 +1,15 @@
 """Documents: text and images in reading order, the input of everything.
 
-A document is one line of JSON in one of three forms, told apart by its key; ``id`` and ``source``
+A document is one line of JSON in one of four forms, told apart by its key; ``id`` and ``source``
 are optional, further keys are ignored:
 
     {"content": [{"type": "text", "text": "..."}, {"type": "image", "image": "PATH or data: URI"}]}
     {"text": "..."}
-    {"messages": [{"role": "user", "content": "... or parts as above"}]}
+    {"messages": [{"role": "user", "content": "... or parts as above"}, {"role": "assistant", ...}]}
+    {"prompt": "... or parts as above", "answer": "... or parts as above"}
 
-A line that breaks the schema is an error that names file and line. An image that is missing, empty,
+The last two are conversations, see ``conversations.py``. A line that breaks the schema is an error
+that names file and line. An image that is missing, empty,
 too large or corrupt shows when ``ImagePart.open`` is called. ``readers.py`` has the files that
 documents come from.
 """
@@ -29,6 +31,10 @@ from megatron_chameleon.errors import DataError
 
 _DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+"""Who speaks in a conversation."""
+BEHIND_SYSTEM = "\n\n"
+"""Text between a system message and the prompt that it belongs to."""
 
 LARGEST_IMAGE_PIXELS = 1 << 26
 """67 million, above any camera of the web's pictures; Pillow's own limit would take gigabytes."""
@@ -138,7 +144,7 @@ class Document:
     where: str
     """File and line (or key, or row) that it was read from."""
     roles: tuple[str, ...] | None = None
-    """The speaker of each part, for chat; None for other documents."""
+    """The speaker of each part of a conversation; None for other documents."""
     record: int = 0
     """Line, sample or row of its file, from 1."""
 
@@ -156,11 +162,14 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Document:
     """
     where = f"{path}:{number}"
     record = _parse_json(line, where, number)
-    found = [key for key in ("content", "text", "messages") if key in record]
+    kinds: tuple[str, ...] = ("content", "text", "messages")
+    found = [key for key in kinds if key in record]
+    if not found and "prompt" in record:
+        found = ["prompt"]
     if len(found) != 1:
         what = f"{' and '.join(found) or 'none'} of the keys content, text and messages"
         what += f" (it has {', '.join(record)[:200] or 'no key'})"
-        raise DataError(where, what, "Write exactly one of the three")
+        raise DataError(where, what, "Write exactly one of the three, or prompt and answer")
     name = str(path).rsplit("/", 1)[-1]
     identity = record_name(record, "id", f"{name}:{number}", where)
     source = record_name(record, "source", name.split(".")[0], where)
@@ -173,7 +182,12 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Document:
             raise DataError(where, what, "Write it as a string")
         content = (TextPart(value),)
     elif found == ["messages"]:
-        content, roles = _parse_messages(value, folder_of(path), where)
+        content, roles = parse_messages(value, folder_of(path), where)
+    elif found == ["prompt"]:
+        messages = [{"role": USER, "content": value}]
+        if "answer" in record:
+            messages.append({"role": ASSISTANT, "content": record["answer"]})
+        content, roles = parse_messages(messages, folder_of(path), where, ("prompt", "answer"))
     else:
         content = _parse_content(value, folder_of(path), where)
     return Document(identity, source, content, where, roles, number)
@@ -215,9 +229,20 @@ def record_name(record: dict[str, Any], key: str, default: str, where: str) -> s
     return str(value)
 
 
-def _parse_messages(
-    value: Any, folder: str, where: str
+def parse_messages(
+    value: Any, folder: str, where: str, names: tuple[str, ...] = ()
 ) -> tuple[tuple[TextPart | ImagePart, ...], tuple[str, ...]]:
+    """The parts of all messages, and who speaks in each.
+
+    Args:
+        value: Of the key ``messages``.
+        folder: Where the file of documents lies.
+        where: File and line, for errors.
+        names: What errors call each message; empty for their places in the list.
+
+    Raises:
+        DataError: They are no messages, or not in order.
+    """
     if not isinstance(value, list) or not value:
         raise DataError(
             where,
@@ -227,30 +252,56 @@ def _parse_messages(
     parts: list[TextPart | ImagePart] = []
     roles: list[str] = []
     for position, message in enumerate(value):
+        name = names[position] if names else f"messages[{position}]"
         if (
             not isinstance(message, dict)
             or not isinstance(message.get("role"), str)
             or "content" not in message
         ):
-            what = f"messages[{position}] is no object with a role and content"
+            what = f"{name} is no object with a role and content"
             raise DataError(where, what, 'Write {"role": "user", "content": ...}')
-        content = _parse_content(message["content"], folder, where)
+        role = message["role"]
+        _check_order(role, roles[-1] if roles else None, name, where)
+        content = _parse_content(message["content"], folder, where, name if names else "content")
+        if not any(isinstance(part, ImagePart) or part.text.strip() for part in content):
+            remedy = "Write text or an image, or leave the document out"
+            raise DataError(where, f"{name} ({role}) is empty", remedy)
+        if role == SYSTEM:
+            content = (*content, TextPart(BEHIND_SYSTEM))
         parts.extend(content)
-        roles.extend([message["role"]] * len(content))
+        roles.extend([role] * len(content))
     return tuple(parts), tuple(roles)
 
 
-def _parse_content(value: Any, folder: str, where: str) -> tuple[TextPart | ImagePart, ...]:
+def _check_order(role: str, before: str | None, name: str, where: str) -> None:
+    """Refuse a message of an unknown role, or one that cannot follow the one before it."""
+    if role not in (SYSTEM, USER, ASSISTANT):
+        what = f"{name} has the role {role[:40]!r}"
+        raise DataError(where, what, "Write user, assistant or system")
+    if role == SYSTEM and before is not None:
+        what = f"{name} is of the system, behind other messages"
+        raise DataError(where, what, "Put the one system message first")
+    if role == before:
+        what = f"{name} is of the {role}, as the one before it"
+        raise DataError(where, what, "Join the two: user and assistant take turns")
+    if role == ASSISTANT and before != USER:
+        what = f"{name} is of the assistant, and no user has asked"
+        raise DataError(where, what, "Put the user's message before it")
+
+
+def _parse_content(
+    value: Any, folder: str, where: str, name: str = "content"
+) -> tuple[TextPart | ImagePart, ...]:
     if isinstance(value, str):
         return (TextPart(value),)
     if not isinstance(value, list) or not value:
         raise DataError(
             where,
-            "content is no list with at least one part",
+            f"{name} is no list with at least one part",
             "Write a list of text and image parts",
         )
     return tuple(
-        _parse_part(part, f"content[{position}]", folder, where)
+        _parse_part(part, f"{name}[{position}]", folder, where)
         for position, part in enumerate(value)
     )
 

@@ -1,20 +1,23 @@
 """Documents to token ids: what each worker of ``chameleon preprocess`` does.
 
 A document becomes ``<s>``, its parts in order, ``</s>``; an image becomes begin-image, its codes
-row by row, end-image. Texts and images are encoded in batches over the documents of a block.
+row by row, end-image. Conversations have turns, and the answers among them are marked
+(``conversations.py``). Texts and images are encoded in batches over the documents of a block.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from megatron_chameleon.data.conversations import are_padded, fault_of, turns_of
 from megatron_chameleon.data.documents import Document, ImageError, ImagePart, TextPart
 from megatron_chameleon.data.image_codes import ImageCache, ImageEncoder
 from megatron_chameleon.data.readers import parse_block
-from megatron_chameleon.data.records import Block, Fault, Position
-from megatron_chameleon.data.token_format import IMAGE, TokenBlock, token_dtype
+from megatron_chameleon.data.records import BROKEN_DOCUMENT, Block, Fault, Position
+from megatron_chameleon.data.token_format import SPAN, TokenBlock, token_dtype
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.fast_text import EXACT, make_encoder
 from megatron_chameleon.tokenizer.files import IMAGE_CONFIG_FILE
@@ -37,6 +40,8 @@ class EncodeOptions:
     image_cache: str | None = None
     source: str | None = None
     """The source of all documents, in place of what they say."""
+    image_fit: str = "role"
+    """One of ``conversations.IMAGE_FITS``."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,9 @@ class Encoder:
         for place, item in enumerate(items):
             if isinstance(item, Fault):
                 dropped[place] = self._dropped_record(item)
+            elif fault := fault_of(item):
+                names = item.id, self._source(item.source), item.where
+                dropped[place] = Dropped(*names, BROKEN_DOCUMENT, fault)
             else:
                 documents[place] = item
         codes: list[list[np.ndarray]] = []
@@ -109,7 +117,7 @@ class Encoder:
         kept = list(documents.values())
         tokens = self._mixed(kept, codes) if codes else self._text_only(kept)
         # in the order of the input, wherever it was cut into blocks
-        return self._block(kept, input_number, *tokens), [dropped[i] for i in sorted(dropped)]
+        return self._block(kept, input_number, tokens), [dropped[i] for i in sorted(dropped)]
 
     def _source(self, source: str) -> str:
         return source if self.options.source is None else self.options.source
@@ -130,7 +138,16 @@ class Encoder:
         }
         first = next(place for place, images in parts.items() if images)
         encoder = self._image_encoder(documents[first], len(parts[first]))
-        results = iter(encoder.encode([part for images in parts.values() for part in images]))
+        results = iter(
+            encoder.encode(
+                [part for images in parts.values() for part in images],
+                [
+                    pad
+                    for document in documents.values()
+                    for pad in are_padded(document, self.options.image_fit)
+                ],
+            )
+        )
         codes = []
         for place, images in parts.items():
             found = [next(results) for _ in images]
@@ -164,10 +181,8 @@ class Encoder:
 
     # Tokens
 
-    def _text_only(
-        self, documents: Sequence[Document]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, lengths, images and image counts of documents with one text each, or several."""
+    def _text_only(self, documents: Sequence[Document]) -> "_Tokens":
+        """Documents with one text each, or several."""
         if any(len(document.content) != 1 for document in documents):
             return self._mixed(documents, [[] for _ in documents])
         texts = [part.text for document in documents for part in document.content]  # type: ignore[union-attr]
@@ -180,74 +195,91 @@ class Encoder:
         tokens[is_text] = token_ids
         tokens[ends - lengths] = self.tokenizer.vocabulary.bos
         tokens[ends - 1] = self.tokenizer.vocabulary.eos
-        none = np.zeros(len(documents), dtype=np.int64)
-        return tokens, lengths.astype(np.int32), np.empty(0, dtype=IMAGE), none
+        return _Tokens(tokens, lengths, [[] for _ in documents], [[] for _ in documents])
 
     def _mixed(
         self, documents: Sequence[Document], codes: Sequence[Sequence[np.ndarray]]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, lengths, images and image counts of any documents."""
+    ) -> "_Tokens":
+        """Any documents, with the codes of each one's images."""
         vocabulary = self.tokenizer.vocabulary
         parts = [part for document in documents for part in document.content]
         texts = [part.text for part in parts if isinstance(part, TextPart)]
         text_ids, offsets = self._text.encode(texts)
-        bos, eos, begin, end = (
+        encoded = iter(text_ids[first:stop] for first, stop in itertools.pairwise(offsets))
+        bos, begin, end = (
             np.array([token_id])
-            for token_id in (
-                vocabulary.bos,
-                vocabulary.eos,
-                vocabulary.begin_image,
-                vocabulary.end_image,
-            )
+            for token_id in (vocabulary.bos, vocabulary.begin_image, vocabulary.end_image)
         )
+        ends = {True: np.array([vocabulary.separator]), False: np.array([vocabulary.eos])}
         pieces: list[np.ndarray] = []
-        lengths, spans, text = [], [], 0
+        lengths, all_images, all_answers = [], [], []
         for document, image_codes in zip(documents, codes, strict=True):
-            images = iter(image_codes)
+            codes_left = iter(image_codes)
+            images: list[tuple[int, int]] = []
+            answers: list[tuple[int, int]] = []
             pieces.append(bos)
             length = 1
-            for part in document.content:
-                if isinstance(part, TextPart):
-                    pieces.append(text_ids[offsets[text] : offsets[text + 1]])
-                    length, text = length + len(pieces[-1]), text + 1
-                    continue
-                ids = vocabulary.codes_to_token_ids(next(images))
-                pieces += [begin, ids, end]
-                spans.append((length, len(ids) + 2))
-                length += len(ids) + 2
-            pieces.append(eos)
-            lengths.append(length + 1)
+            for turn in turns_of(document):
+                first = length
+                for part in turn.parts:
+                    if isinstance(part, TextPart):
+                        pieces.append(next(encoded))
+                        length += len(pieces[-1])
+                        continue
+                    ids = vocabulary.codes_to_token_ids(next(codes_left))
+                    pieces += [begin, ids, end]
+                    images.append((length, len(ids) + 2))
+                    length += len(ids) + 2
+                pieces.append(ends[turn.is_prompt])
+                length += 1
+                if turn.is_answer:
+                    answers.append((first, length - first))
+            lengths.append(length)
+            all_images.append(images)
+            all_answers.append(answers)
         tokens = np.concatenate(pieces) if pieces else np.empty(0)
-        counts = np.array([len(images) for images in codes], dtype=np.int64)
-        return (
-            tokens.astype(self._dtype),
-            np.array(lengths, dtype=np.int32),
-            np.array(spans, dtype=IMAGE),
-            counts,
-        )
+        return _Tokens(tokens.astype(self._dtype), lengths, all_images, all_answers)
 
     def _block(
-        self,
-        documents: Sequence[Document],
-        input_number: int,
-        tokens: np.ndarray,
-        lengths: np.ndarray,
-        images: np.ndarray,
-        image_counts: np.ndarray,
+        self, documents: Sequence[Document], input_number: int, tokens: "_Tokens"
     ) -> TokenBlock:
         numbers: dict[str, int] = {}
         of_documents = [
             numbers.setdefault(self._source(document.source), len(numbers))
             for document in documents
         ]
-        records = np.array([document.record for document in documents], dtype=np.int64)
         return TokenBlock(
-            token_ids=tokens,
-            lengths=lengths,
-            images=images,
-            image_counts=image_counts,
-            records=records,
+            token_ids=tokens.token_ids,
+            lengths=np.array(tokens.lengths, dtype=np.int32),
+            images=_spans(tokens.images),
+            image_counts=_counts(tokens.images),
+            records=np.array([document.record for document in documents], dtype=np.int64),
             sources=list(numbers),
             source_numbers=np.array(of_documents, dtype=np.int64),
             input=input_number,
+            answers=_spans(tokens.answers),
+            answer_counts=_counts(tokens.answers),
         )
+
+
+Spans = list[list[tuple[int, int]]]
+"""First token and number of tokens of what is in each document."""
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Encoded documents."""
+
+    token_ids: np.ndarray
+    """Of all, one after the other."""
+    lengths: Sequence[int] | np.ndarray
+    images: Spans
+    answers: Spans
+
+
+def _spans(spans: Spans) -> np.ndarray:
+    return np.array([span for document in spans for span in document], dtype=SPAN)
+
+
+def _counts(spans: Spans) -> np.ndarray:
+    return np.array([len(document) for document in spans], dtype=np.int64)

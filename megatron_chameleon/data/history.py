@@ -306,7 +306,7 @@ def _pieces(corpus: Corpus, backlog: Sequence[tuple[int, int, int, int]]) -> Pie
         return Pieces.join([])
     epoch, document, start, stop = np.array(backlog, dtype=np.int64).T
     lengths = [int(np.diff(corpus.starts(d, d + 1))[0]) for d in document.tolist()]
-    flags = [bool(corpus.have_images(d, d + 1)[0]) for d in document.tolist()]
+    flags = [bool(corpus.stay_whole(d, d + 1)[0]) for d in document.tolist()]
     return Pieces(epoch, document, start, stop, np.array(lengths), np.array(flags))
 
 

@@ -1,7 +1,7 @@
 """Image parts to image codes: reading and decoding on threads while the network encodes.
 
 With a cache folder the codes of an image are kept under the SHA-256 of its file's bytes, beside
-those of other tokenizers; a damaged entry is made again.
+those of other tokenizers, and apart for an image that is padded; a damaged entry is made again.
 """
 
 import hashlib
@@ -93,15 +93,21 @@ class ImageEncoder:
         self.cached_images = 0
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="images")
 
-    def encode(self, parts: Sequence[ImagePart]) -> list[np.ndarray | ImageError]:
+    def encode(
+        self, parts: Sequence[ImagePart], padded: Sequence[bool] | None = None
+    ) -> list[np.ndarray | ImageError]:
         """The codes of each image, int64 [codes_per_image], or what is wrong with it.
+
+        Args:
+            parts: The images.
+            padded: Of each, whether it is padded to a square; None crops all.
 
         Raises:
             DataError: When a disk or network fails.
         """
         results: list[np.ndarray | ImageError] = []
         waiting: list[tuple[int, str, np.ndarray]] = []
-        for key, found in self._prepared(parts):
+        for key, found in self._prepared(parts, padded or [False] * len(parts)):
             if isinstance(found, np.ndarray) and found.ndim == 3:
                 waiting.append((len(results), key, found))
             elif isinstance(found, np.ndarray):
@@ -126,16 +132,16 @@ class ImageEncoder:
         waiting.clear()
 
     def _prepared(
-        self, parts: Sequence[ImagePart]
+        self, parts: Sequence[ImagePart], padded: Sequence[bool]
     ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
         """Key and pixels, or codes, or fault of each image, a few batches ahead."""
         ahead = BATCHES_AHEAD * self.tokenizer.batch_size
         futures: deque[Future[tuple[str, np.ndarray | ImageError]]] = deque()
-        rest = iter(parts)
+        rest = zip(parts, padded, strict=True)
         try:
             while True:
-                while len(futures) < ahead and (part := next(rest, None)) is not None:
-                    futures.append(self._pool.submit(self._prepare, part))
+                while len(futures) < ahead and (item := next(rest, None)) is not None:
+                    futures.append(self._pool.submit(self._prepare, *item))
                 if not futures:
                     return
                 yield futures.popleft().result()
@@ -143,12 +149,13 @@ class ImageEncoder:
             for future in futures:
                 future.cancel()
 
-    def _prepare(self, part: ImagePart) -> tuple[str, np.ndarray | ImageError]:
+    def _prepare(self, part: ImagePart, pad: bool) -> tuple[str, np.ndarray | ImageError]:
         from megatron_chameleon.tokenizer.image import prepare_image
 
         try:
             data = part.read()
             key = hashlib.sha256(data).hexdigest() if self.cache is not None else ""
+            key += "-padded" if pad else ""
             codes = self.cache.get(key) if self.cache is not None else None
             if codes is not None:
                 return key, codes
@@ -156,7 +163,7 @@ class ImageEncoder:
         except ImageError as fault:
             return "", fault
         try:
-            return key, prepare_image(image, self.tokenizer.resolution)
+            return key, prepare_image(image, self.tokenizer.resolution, pad=pad)
         except Exception as error:  # Pillow raises whatever its parsers meet
             what = f"the image cannot be prepared ({one_line(error)})"
             return "", ImageError(part.name, what, "Replace or remove it")

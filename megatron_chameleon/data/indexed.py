@@ -4,6 +4,7 @@
     file.read(document, start, length)          # token ids
     file.lengths                                # tokens of each document, memory-mapped
     file.image_spans(document)                  # where its images are: IMAGE [images]
+    file.answer_spans(document)                 # where its answers are, if it is a conversation
     file.origin(document)                       # its source, and the file and line it came from
 
 ``token_format.py`` has the layouts. Opening takes the same time and memory for ten documents and
@@ -14,6 +15,7 @@ megatron-core reads the two files; the checks in front of it are ours, because i
 files, or reads beyond their end.
 """
 
+import bisect
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chameleon.data.token_format import (
+    ANSWER,
+    ANSWERS,
     DOCUMENT,
     IDX_DTYPES,
     IDX_HEADER,
@@ -84,6 +88,10 @@ class TokenFile:
         """``IMAGE`` [images], memory-mapped."""
         if info.images:  # an empty file cannot be mapped
             self.images = np.memmap(f"{prefix}.images", dtype=IMAGE, mode="r")
+        self.answers: np.ndarray = np.empty(0, dtype=ANSWER)
+        """``ANSWER`` [answers], memory-mapped."""
+        if info.answers:
+            self.answers = np.memmap(f"{prefix}{ANSWERS}", dtype=ANSWER, mode="r")
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -145,6 +153,40 @@ class TokenFile:
             borders = np.append(borders, self.info.images)
         return np.diff(borders)
 
+    def answer_spans(self, document: int) -> np.ndarray:
+        """Where the answers of a conversation are: int64 [answers, 2], position in the document and
+        number of tokens; of any other document there are none.
+
+        Raises:
+            DataError: When PREFIX.answers names tokens that are not there.
+        """
+        assert 0 <= document < len(self), f"document {document} of {len(self)}"
+        begin = int(self.offsets[document]) // self._itemsize
+        tokens = int(self.lengths[document])
+        found = self._answers_between(begin, begin + tokens)
+        starts, lengths = (found[name].astype(np.int64) for name in ("start", "length"))
+        starts -= begin
+        if ((starts < 0) | (lengths < 1) | (lengths > tokens - starts)).any():
+            what = f"document {document} has {tokens} tokens, and ends before its answer"
+            raise DataError(f"{self.prefix}{ANSWERS}", what, _REMEDY)
+        return np.stack([starts, lengths], axis=1)
+
+    def are_conversations(self, first: int, stop: int) -> np.ndarray:
+        """Which of these documents have answers: bool [stop - first]."""
+        flags = np.zeros(stop - first, dtype=bool)
+        if self.info.answers and first < stop:
+            begins = self.offsets[first:stop] // self._itemsize
+            end = int(begins[-1]) + int(self.lengths[stop - 1])
+            starts = self._answers_between(int(begins[0]), end)["start"].astype(np.int64)
+            flags[np.searchsorted(begins, starts, side="right") - 1] = True
+        return flags
+
+    def _answers_between(self, begin: int, end: int) -> np.ndarray:
+        """The answers that start in the tokens [begin, end) of the file."""
+        starts = self.answers["start"]
+        first = bisect.bisect_left(starts, begin)
+        return self.answers[first : bisect.bisect_left(starts, end, lo=first)]
+
     def origin(self, document: int) -> Origin:
         """The source of a document, and the file and line that it came from.
 
@@ -177,6 +219,10 @@ class TokenFile:
             _refuse(f"{self.prefix}.idx", wrong, start, "has a length or offset that does not fit")
             offset = int(ends[-1])
             self._verify_images(start, lengths)
+            self._verify_answers(start, lengths, int(expected[0]) // self._itemsize)
+        if self.info.answers and self.answers["start"][-1] >= self.info.tokens:
+            what = f"its last answer begins behind the {self.info.tokens} tokens of all documents"
+            raise DataError(f"{self.prefix}{ANSWERS}", what, _REMEDY)
         if offset != self.info.bin_bytes:
             what = f"names {offset} bytes of tokens, the .bin has {self.info.bin_bytes}"
             raise DataError(f"{self.prefix}.idx", what, _REMEDY)
@@ -200,6 +246,15 @@ class TokenFile:
         wrong = images["start"].astype(np.int64) + images["length"] > room
         document = np.repeat(np.arange(count), counts)
         _refuse(f"{self.prefix}.images", wrong, start, "ends before its image", document)
+
+    def _verify_answers(self, start: int, lengths: np.ndarray, begin: int) -> None:
+        ends = begin + np.cumsum(lengths)
+        answers = self._answers_between(begin, int(ends[-1]))
+        starts, sizes = (answers[name].astype(np.int64) for name in ("start", "length"))
+        document = np.searchsorted(ends, starts, side="right")
+        wrong = (sizes > ends[np.minimum(document, len(ends) - 1)] - starts) | (sizes < 1)
+        wrong[1:] |= np.diff(starts) < sizes[:-1]
+        _refuse(f"{self.prefix}{ANSWERS}", wrong, start, "has answers that do not fit", document)
 
 
 def _refuse(
@@ -230,10 +285,13 @@ def open_token_file(prefix: str | Path, tokenizer: Tokenizer | None) -> TokenFil
         ".documents": info.documents * DOCUMENT.itemsize,
         ".images": info.images * IMAGE.itemsize,
     }
+    if info.answers:
+        expected[ANSWERS] = info.answers * ANSWER.itemsize
     for suffix, size in expected.items():
         found = Path(f"{prefix}{suffix}").stat().st_size
         if found != size:
             content = {".bin": f"{info.tokens} tokens", ".images": f"{info.images} images"}
+            content[ANSWERS] = f"{info.answers} answers"
             named = content.get(suffix, f"{info.documents} documents")
             what = f"{found} bytes, its .json names {named}, {size} bytes"
             raise DataError(f"{prefix}{suffix}", what, _REMEDY)

@@ -6,7 +6,7 @@ their names. The suffix tells the kind:
 
 - ``.jsonl``, ``.json``, ``.ndjson``: a document a line
 - ``.tar``: WebDataset
-- ``.parquet``: OBELICS-style, or a column ``text``
+- ``.parquet``: OBELICS-style, or a column ``text`` or ``messages``
 
 JSON Lines and tars may be compressed: ``.gz``, ``.zst``.
 """

@@ -2,7 +2,8 @@
 
 The shards of an input, one after the other, are the whole: the result is byte for byte what one
 process would have written. Tokens and lengths are copied by the kernel (``copy_file_range``: a
-server copies on its own, where it can); only PREFIX.documents is rewritten, 24 bytes a document.
+server copies on its own, where it can); only PREFIX.documents, 24 bytes a document, and
+PREFIX.answers, 16 bytes an answer, are rewritten.
 Killed anywhere, the same command goes on after the last shard that was copied whole.
 """
 
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from megatron_chameleon.data.progress import describe, find_shards, shard_prefix
 from megatron_chameleon.data.token_format import (
+    ANSWER,
+    ANSWERS,
     SUFFIXES,
     TokenFileInfo,
     file_of,
@@ -52,7 +55,8 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
         raise DataError(str(prefix), f"all {count} shards are empty", "Check the documents")
     tokenizer = load_tokenizer(infos[0].tokenizer, images=False)
     job = infos[0].job + MERGE
-    with TokenFileWriter(prefix, tokenizer, job, infos[0].inputs) as writer:
+    fit = infos[0].image_fit
+    with TokenFileWriter(prefix, tokenizer, job, infos[0].inputs, image_fit=fit) as writer:
         done = writer.state.position.get("shards", 0)
         if not writer.state.finishing:
             for index in range(done, count):
@@ -85,8 +89,9 @@ def _read_shard(shard: str) -> TokenFileInfo:
         (".bin", info.bin_bytes),
         (".documents", 24 * info.documents),
         (".images", 8 * info.images),
+        (ANSWERS, ANSWER.itemsize * info.answers),
     ):
-        found = file_of(shard, suffix).stat().st_size
+        found = file_of(shard, suffix).stat().st_size if size or suffix != ANSWERS else 0
         if found != size:
             what = f"{found} bytes, its .json names {size}"
             raise DataError(str(file_of(shard, suffix)), what, "Run the shard with --restart")
@@ -107,5 +112,5 @@ def _check_same(shards: list[str], infos: list[TokenFileInfo]) -> None:
 def _remove(shards: list[str]) -> None:
     """Remove token files, the sidecar first: what is left of one never looks whole."""
     for shard in shards:
-        for suffix in (".json", *SUFFIXES, DROPPED):
+        for suffix in (".json", *SUFFIXES, ANSWERS, DROPPED):
             file_of(shard, suffix).unlink(missing_ok=True)

@@ -287,7 +287,7 @@ class Mixture:
                 continue
             first, last = (phase.position(key, b) for b in (block, block + 1))
             pieces = cursor.pieces(first, last)
-            flows = ~pieces.has_image & (not cursor.stream.isolated)
+            flows = ~pieces.stays_whole & (not cursor.stream.isolated)
             pieces, flows = self._cut_long(pieces, flows, cursor)
             tokens = pieces.tokens
             parts.append(pieces)

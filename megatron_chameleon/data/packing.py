@@ -118,7 +118,7 @@ def pack(
         start[by_sequence],
         stop[by_sequence],
         whole.length,
-        whole.has_image,
+        whole.stays_whole,
     )
     return Packed(pieces, items.source[index], sequence[by_sequence], sequences)
 

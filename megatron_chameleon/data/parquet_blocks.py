@@ -1,4 +1,4 @@
-"""Parquet: OBELICS-style parallel lists ``images`` and ``texts``, or a column ``text``."""
+"""Parquet: parallel lists ``images`` and ``texts`` (OBELICS), a column ``text`` or ``messages``."""
 
 from collections.abc import Iterator
 from typing import IO, Any
@@ -59,18 +59,20 @@ def _cause(error: Exception) -> str:
 
 
 def _columns(item: Input, names: list[str]) -> list[str]:
-    wanted = ("images", "texts") if {"images", "texts"} & set(names) else ("text",)
+    wanted: tuple[str, ...] = ("images", "texts") if {"images", "texts"} & set(names) else ("text",)
+    if "messages" in names and not set(wanted) & set(names):
+        wanted = ("messages",)
     missing = [name for name in wanted if name not in names]
     if missing:
         what = f"no column {' and '.join(missing)} (it has {', '.join(names)[:200]})"
-        remedy = "Write the parallel list columns images and texts, or a column text"
+        remedy = "Write the parallel list columns images and texts, or a column text or messages"
         raise DataError(item.path, what, remedy)
     return [name for name in ("id", "source", *wanted) if name in names]
 
 
 def _batches(parquet: Any, columns: list[str], start: int, stop: int) -> Iterator[Any]:
     """The rows [start, stop), group by group, so that groups before them are not read."""
-    size = TEXT_ROWS if "text" in columns else INTERLEAVED_ROWS
+    size = INTERLEAVED_ROWS if "images" in columns else TEXT_ROWS
     first = 0
     for group in range(parquet.metadata.num_row_groups):
         count = parquet.metadata.row_group(group).num_rows

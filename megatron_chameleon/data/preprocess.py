@@ -17,7 +17,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from megatron_chameleon.data.balance import describe_answers, rare_modality
 from megatron_chameleon.data.blocks import read_blocks
+from megatron_chameleon.data.conversations import IMAGE_FITS
 from megatron_chameleon.data.documents import TextPart
 from megatron_chameleon.data.encode import EncodedBlock, EncodeOptions
 from megatron_chameleon.data.inputs import Input, Span, find_inputs, signature_of
@@ -26,7 +28,8 @@ from megatron_chameleon.data.readers import parse_block
 from megatron_chameleon.data.records import Block, Fault, Position
 from megatron_chameleon.data.spans import plan_spans
 from megatron_chameleon.data.token_format import (
-    FORMAT,
+    ANSWERS,
+    ANSWERS_FORMAT,
     SUFFIXES,
     TokenFileInfo,
     file_of,
@@ -63,6 +66,9 @@ class PreprocessOptions:
     """Folder that keeps the codes of images."""
     device: str = "auto"
     """Where images are encoded: cpu, cuda, or cuda where there is one."""
+    image_fit: str = "role"
+    """How images become square: padded in prompts of conversations and cropped elsewhere (role), or
+    all cropped (crop) or padded (pad)."""
     save_seconds: float = SAVE_SECONDS
     """How often what is written so far is made to survive a kill."""
 
@@ -98,7 +104,7 @@ def preprocess(
     _check_output(files, output)
     tokenizer = load_tokenizer(tokenizer_folder, images=False)
     encode_options = EncodeOptions(
-        EXACT, _device(options.device), options.image_cache, options.source
+        EXACT, _device(options.device), options.image_cache, options.source, options.image_fit
     )
     job = _digest(files, tokenizer, options, encode_options)
     for done in {output, str(prefix)} if not options.restart else ():
@@ -107,12 +113,17 @@ def preprocess(
             print(f"{describe(finished, Path(done))}; an earlier run has written it")
             return finished
     names = [item.path for item in files]
-    with TokenFileWriter(output, tokenizer, job, names, options.restart) as writer:
+    fit = options.image_fit
+    with TokenFileWriter(output, tokenizer, job, names, options.restart, fit) as writer:
         run = _Run(files, plan_spans(files, options.shard), writer, options)
         if not writer.state.finishing:
             run.write(tokenizer, encode_options)
         info = writer.commit()
     run.report.finish(info, writer.state, writer.path(""))
+    for line in describe_answers(info):
+        print(line)
+    if warning := rare_modality(info.total("answer_tokens"), info.total("answer_image_tokens")):
+        print(f"warning: {output}: {warning}", file=sys.stderr)
     return info
 
 
@@ -127,6 +138,9 @@ def _check_options(prefix: str | Path, options: PreprocessOptions) -> None:
     if not 0 <= options.max_bad <= 1:
         what = f"{options.max_bad} is not between 0 and 1"
         raise ConfigError("--max-bad", what, "Give a share, such as 0.01 for one document in 100")
+    if options.image_fit not in IMAGE_FITS:
+        what = f"{options.image_fit!r} is none of {', '.join(IMAGE_FITS)}"
+        raise ConfigError("--image-fit", what, "Choose one of them")
     if options.source == "":
         raise ConfigError("--source", "the name is empty", "Give a name, such as web")
     if not Path(prefix).name:
@@ -135,7 +149,9 @@ def _check_options(prefix: str | Path, options: PreprocessOptions) -> None:
 
 
 def _check_output(files: Sequence[Input], output: str) -> None:
-    written = {file_of(output, suffix).resolve() for suffix in (*SUFFIXES, ".json", DROPPED)}
+    written = {
+        file_of(output, suffix).resolve() for suffix in (*SUFFIXES, ANSWERS, ".json", DROPPED)
+    }
     folder = partial_folder(output).resolve()
     for item in files:
         path = Path(item.path).resolve()
@@ -163,8 +179,9 @@ def _digest(
     encode_options: EncodeOptions,
 ) -> str:
     """What makes the bytes of the output: whoever has the same may go on with it."""
-    parts = (FORMAT, signature_of(files), tokenizer.fingerprint, options.source)
-    return hashlib.sha256(json.dumps([*parts, encode_options.device]).encode()).hexdigest()
+    parts = (ANSWERS_FORMAT, signature_of(files), tokenizer.fingerprint, options.source)
+    ways = (encode_options.device, options.image_fit)
+    return hashlib.sha256(json.dumps([*parts, *ways]).encode()).hexdigest()
 
 
 def _finished(output: str, job: str) -> TokenFileInfo | None:

@@ -7,7 +7,7 @@
 
 - WebDataset: an image and its ``.txt`` or ``.json`` caption, the image first
 - OBELICS-style parquet: parallel lists ``images`` and ``texts``, where one of the two is null
-- parquet with a column ``text``
+- parquet with a column ``text``, or ``messages`` as in lines of JSON
 """
 
 import json
@@ -24,6 +24,7 @@ from megatron_chameleon.data.documents import (
     image_part,
     one_line,
     parse_line,
+    parse_messages,
     record_name,
 )
 from megatron_chameleon.data.inputs import find_inputs
@@ -166,14 +167,17 @@ def _parquet_document(record: dict[str, Any], path: str, row: int) -> Document:
     identity = record_name(record, "id", f"{_name(path)}:{row}", where)
     source = record_name(record, "source", _stem(path), where)
     parts: tuple[TextPart | ImagePart, ...]
-    if "text" in record:
+    roles = None
+    if "messages" in record:
+        parts, roles = parse_messages(record["messages"], folder_of(path), where)
+    elif "text" in record:
         if not isinstance(record["text"], str):
             what = f"text is a {type(record['text']).__name__}, not a string"
             raise DataError(where, what, "Write strings")
         parts = (TextPart(record["text"]),)
     else:
         parts = _interleaved(record, path, where)
-    return Document(identity, source, parts, where, record=row)
+    return Document(identity, source, parts, where, roles, row)
 
 
 def _interleaved(record: dict[str, Any], path: str, where: str) -> tuple[TextPart | ImagePart, ...]:

@@ -48,6 +48,8 @@ def mixture_summary(reader: BatchReader) -> str:
             f"{key:{width}} {corpus.documents:>14,} {corpus.tokens:>18,} {corpus.images:>13,} "
             f"{corpus.tokens / corpus.documents:>12,.1f}"
         )
+    if answers := reader.describe_answers():
+        lines += ["", *answers]
     for phase in mixture.phases(samples):
         end = samples if phase.end_sample is None else min(samples, phase.end_sample)
         total = sum(phase.amounts.values())
@@ -103,7 +105,10 @@ def _article(index: int, sample: Sample, tokenizer: Tokenizer) -> str:
             f"{sample.names[number]}: document {pieces.document[i]}, epoch {pieces.epoch[i]}, "
             f"tokens {pieces.start[i]} to {pieces.stop[i] - 1} of {pieces.length[i]}"
         )
-        content = render_tokens(sample.tokens[sample.piece == i], tokenizer)
+        here = sample.piece == i
+        trained = np.append(False, sample.counts[:-1])[here]  # a label is the token behind
+        trained[0] = len(trained) == 1 or trained[1]  # the first token is nobody's label
+        content = render_tokens(sample.tokens[here], tokenizer, trained)
         sections.append(f"<section><header>{html.escape(where)}</header>{content}</section>")
     head = f"<header>sample {index} · {len(sections)} pieces of documents · {shares}</header>"
     return f"<article>{head}{_bar(sample.piece, kinds)}{''.join(sections)}</article>"

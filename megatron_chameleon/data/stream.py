@@ -21,6 +21,9 @@ of one window is exact.
 A position in the middle of a document is moved to where the document may be cut: a document of text
 alone that may flow from one sequence to the next, anywhere; one that is longer than a sequence, at
 text, never inside an image; every other one to its nearer end.
+
+A conversation is never cut, as an answer without its question teaches nothing: those that are
+longer than a sequence are left out.
 """
 
 from collections import OrderedDict
@@ -54,8 +57,8 @@ class Pieces:
     """One behind the last, int64."""
     length: np.ndarray
     """Tokens of the whole document, int64."""
-    has_image: np.ndarray
-    """Whether the document, not only this part, has images; bool."""
+    stays_whole: np.ndarray
+    """Whether the document must not be cut, as it has images or is a conversation; bool."""
 
     def __len__(self) -> int:
         return len(self.document)
@@ -78,7 +81,7 @@ class Pieces:
             stop[-1] = start[-1] + last_inside
         if len(part):
             start[0] += inside
-        part = Pieces(part.epoch, part.document, start, stop, part.length, part.has_image)
+        part = Pieces(part.epoch, part.document, start, stop, part.length, part.stays_whole)
         return part.take(start < stop)
 
     @classmethod
@@ -158,7 +161,8 @@ class SourceStream:
     @property
     def is_exact(self) -> bool:
         """Whether the stream can be cut at any position."""
-        return not self.isolated and self.corpus.images == 0
+        corpus = self.corpus
+        return not self.isolated and corpus.images == 0 and corpus.longest_conversation == 0
 
     def cut(self, position: int) -> Cut:
         """The place of a position, after moving it to where documents may be cut.
@@ -173,7 +177,8 @@ class SourceStream:
             window += 1
         begin, end = self._window_start(window), self._window_start(window + 1)
         content = self._window(epoch, window)
-        stretched = (place - begin) * int(content.ends[-1]) // (end - begin)
+        tokens = int(content.ends[-1]) if len(content.ends) else 0
+        stretched = (place - begin) * tokens // (end - begin)
         index, inside = self.legalise(content.pieces, content.ends, stretched)
         return Cut(epoch, window, index, inside)
 
@@ -197,7 +202,7 @@ class SourceStream:
             return index, 0
         length = int(pieces.stop[index] - pieces.start[index])
         inside = token - (int(ends[index]) - length)
-        if inside == 0 or (not self.isolated and not pieces.has_image[index]):
+        if inside == 0 or (not self.isolated and not pieces.stays_whole[index]):
             return index, inside
         if length <= self.seq_length:
             return (index, 0) if 2 * inside < length else (index + 1, 0)
@@ -214,7 +219,7 @@ class SourceStream:
         Returns:
             Tokens from the piece's start; 0 where there is no such place.
         """
-        if not piece.has_image[0]:
+        if not piece.stays_whole[0]:
             return inside
         spans = self.documents.spans(int(piece.epoch[0]), int(piece.document[0]))
         start = int(piece.start[0])
@@ -258,9 +263,13 @@ class SourceStream:
             stops[-1] = last_inside
         if inside and stop > first:
             starts[0] = inside
-        flags = self.corpus.have_images(first, stop)
+        flags = self.corpus.stay_whole(first, stop)
         pieces = Pieces(np.full_like(documents, epoch), documents, starts, stops, lengths, flags)
-        return pieces.take(starts < stops)  # empty documents are nothing
+        kept = starts < stops  # empty documents are nothing
+        if self.corpus.longest_conversation > self.seq_length:
+            too_long = lengths > self.seq_length
+            kept &= ~(too_long & self.corpus.are_conversations(first, stop))
+        return pieces.take(kept)
 
     def _chunk_border(self, epoch: int, chunk: int) -> tuple[int, int]:
         """The document with which a chunk begins, and the token inside it."""
@@ -273,14 +282,14 @@ class SourceStream:
         inside, length = token - start, stop - start
         if inside == 0:
             return document, 0
-        has_image = corpus.have_images(document, document + 1)
-        if not has_image[0] and not self.isolated:
+        stays_whole = corpus.stay_whole(document, document + 1)
+        if not stays_whole[0] and not self.isolated:
             return document, inside
         if length <= self.seq_length:
             return document + 1, 0
         one = np.array([document])
         zero = np.zeros_like(one)
-        piece = Pieces(zero + epoch, one, zero, zero + length, zero + length, has_image)
+        piece = Pieces(zero + epoch, one, zero, zero + length, zero + length, stays_whole)
         return document, self.last_cut(piece, inside)
 
 

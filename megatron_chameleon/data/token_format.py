@@ -6,11 +6,14 @@
     PREFIX.idx        Megatron's index: header, length and byte offset of each document
     PREFIX.documents  a ``DOCUMENT`` record of 24 bytes for each document
     PREFIX.images     an ``IMAGE`` record of 8 bytes for each image
+    PREFIX.answers    an ``ANSWER`` record of 16 bytes for each answer of a conversation
     PREFIX.json       the sidecar ``TokenFileInfo``: totals, names of sources and inputs, tokenizer
 
 Everything is little endian and memory-mapped: opening a token file reads the sidecar and no more,
 whatever the number of documents. The images of document ``d`` are the records
-``first_image[d]`` to ``first_image[d + 1]``. PREFIX.dropped.jsonl is for people: what was left out.
+``first_image[d]`` to ``first_image[d + 1]``. PREFIX.answers is there if a document is a
+conversation: of such a one only the tokens of its answers are trained, of any other all.
+PREFIX.dropped.jsonl is for people: what was left out.
 
 Layout of the .idx: 9 bytes ``MMIDIDX\\0\\0``, uint64 version 1, uint8 dtype code, uint64 sequences,
 uint64 document boundaries, then int32 length and int64 byte offset of each sequence, and int64
@@ -30,9 +33,13 @@ import numpy as np
 from megatron_chameleon.errors import DataError
 
 FORMAT = "megatron_chameleon.tokens/2"
+ANSWERS_FORMAT = "megatron_chameleon.tokens/3"
+"""With PREFIX.answers: who does not know it would train prompts too."""
 REMEDY = "Write the files with: chameleon preprocess INPUTS --tokenizer DIR --output PREFIX"
 SUFFIXES = (".bin", ".idx", ".documents", ".images")
 """The files that a token file always has, beside the sidecar."""
+ANSWERS = ".answers"
+"""The file that it has if it holds conversations."""
 
 IDX_HEADER = struct.Struct("<9sQBQQ")
 IDX_MAGIC = b"MMIDIDX\x00\x00"
@@ -46,9 +53,15 @@ DOCUMENT = np.dtype(
 """``first_image``: images of all documents before it. ``record``: line, row or sample of the input,
 from 1. ``input`` and ``source``: positions in the lists of the sidecar."""
 
-IMAGE = np.dtype([("start", "<u4"), ("length", "<u4")])
-"""The begin-image token's position in its document, and the tokens up to the end-image token, both
-included."""
+SPAN = np.dtype([("start", "<u4"), ("length", "<u4")])
+"""Tokens in a row: position in their document, and how many."""
+
+IMAGE = SPAN
+"""From the begin-image token to the end-image token, both included."""
+
+ANSWER = np.dtype([("start", "<u8"), ("length", "<u8")])
+"""Tokens of an answer, the ``</s>`` behind it included. ``start`` is counted from the first token
+of the file, so that the answers of a document are found by one binary search."""
 
 MOST_SOURCES = 1 << 16
 
@@ -61,6 +74,14 @@ class SourceTotals:
     tokens: int = 0
     images: int = 0
     image_tokens: int = 0
+    conversations: int = 0
+    """Documents with answers."""
+    conversation_tokens: int = 0
+    conversation_image_tokens: int = 0
+    answers: int = 0
+    answer_tokens: int = 0
+    answer_images: int = 0
+    answer_image_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +108,17 @@ class TokenFileInfo:
     """Number of dropped documents by reason; PREFIX.dropped.jsonl lists them."""
     job: str = ""
     """Digest of inputs, tokenizer and options: the same command need not run again."""
+    answers: int = 0
+    """Records of PREFIX.answers; 0 where there is no such file."""
+    longest_conversation: int = 0
+    """In tokens; 0 where there is none."""
+    image_fit: str = "crop"
+    """How images became square, see ``conversations.IMAGE_FITS``."""
     format: str = FORMAT
+
+    def total(self, name: str) -> int:
+        """The sum of a field of ``SourceTotals`` over all sources."""
+        return sum(getattr(totals, name) for totals in self.sources.values())
 
 
 @dataclass(frozen=True)
@@ -110,6 +141,10 @@ class TokenBlock:
     """Position in ``sources`` of each document, int64 [documents]."""
     input: int = 0
     """Number of the input that they come from."""
+    answers: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=SPAN))
+    """``SPAN`` [answers], in the order of the documents."""
+    answer_counts: np.ndarray | None = None
+    """Answers of each document, int64 [documents]; None for none."""
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
@@ -149,8 +184,9 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
     try:
         record: Any = json.loads(file_of(prefix, ".json").read_text(encoding="utf-8"))
         known = {entry.name for entry in fields(TokenFileInfo)}
-        if record["format"] != FORMAT:
-            what = f"the format is {record['format']!r}, this version reads {FORMAT!r}"
+        if record["format"] not in (FORMAT, ANSWERS_FORMAT):
+            known_formats = f"{FORMAT!r} and {ANSWERS_FORMAT!r}"
+            what = f"the format is {record['format']!r}, this version reads {known_formats}"
             raise DataError(f"{prefix}.json", what, REMEDY)
         values = {key: value for key, value in record.items() if key in known}
         values["sources"] = {
@@ -163,19 +199,27 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
         raise DataError(
             f"{prefix}.json", f"not the sidecar of a token file ({cause})", REMEDY
         ) from error
-    missing = [suffix for suffix in SUFFIXES if not file_of(prefix, suffix).is_file()]
+    missing = [suffix for suffix in files_of(info) if not file_of(prefix, suffix).is_file()]
     if missing:
         raise DataError(str(prefix), f"{' and '.join(missing)} missing", REMEDY)
     return info
 
 
+def files_of(info: TokenFileInfo) -> tuple[str, ...]:
+    """Suffixes of the files that belong to a token file, beside the sidecar."""
+    return (*SUFFIXES, ANSWERS) if info.answers else SUFFIXES
+
+
 def _check_info(info: TokenFileInfo) -> None:
     """What the reader relies on; the numbers are checked against the files by ``indexed.py``."""
-    for name in ("vocab_size", "documents", "tokens", "image_tokens", "images", "bin_bytes"):
+    numbers = ("vocab_size", "documents", "tokens", "image_tokens", "images", "bin_bytes")
+    for name in (*numbers, "answers", "longest_conversation"):
         value = getattr(info, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{name} is {value!r}")
-    for name in ("tokenizer_fingerprint", "tokenizer", "dtype", "job"):
+    if (info.answers > 0) != (info.format == ANSWERS_FORMAT):
+        raise ValueError(f"{info.answers} answers in the format {info.format}")
+    for name in ("tokenizer_fingerprint", "tokenizer", "dtype", "job", "image_fit"):
         if not isinstance(getattr(info, name), str):
             raise ValueError(f"{name} is {getattr(info, name)!r}")
     if info.dtype not in ("uint16", "int32"):

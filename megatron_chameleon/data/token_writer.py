@@ -14,8 +14,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -23,12 +23,17 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_chameleon.data.token_format import (
+    ANSWER,
+    ANSWERS,
+    ANSWERS_FORMAT,
     DOCUMENT,
+    FORMAT,
     IDX_DTYPES,
     IDX_HEADER,
     IDX_MAGIC,
     IMAGE,
     MOST_SOURCES,
+    SPAN,
     SUFFIXES,
     SourceTotals,
     TokenBlock,
@@ -58,6 +63,8 @@ class WriterState:
     tokens: int = 0
     image_tokens: int = 0
     images: int = 0
+    answers: int = 0
+    longest_conversation: int = 0
     dropped_bytes: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     sources: dict[str, SourceTotals] = field(default_factory=dict)
@@ -98,6 +105,8 @@ class TokenFileWriter:
         job: What makes the content, as a digest: an unfinished token file of the same job is gone
             on with. Empty: begin anew.
         inputs: Names of the files that the documents come from.
+        restart: Begin anew, whatever is there.
+        image_fit: How the images became square; for the sidecar.
 
     Raises:
         DataError: From any method, when the disk does not take the files; from ``__enter__``, when
@@ -111,8 +120,10 @@ class TokenFileWriter:
         job: str = "",
         inputs: list[str] | None = None,
         restart: bool = False,
+        image_fit: str = "crop",
     ) -> None:
         self.restart = restart
+        self.image_fit = image_fit
         self.prefix = Path(prefix)
         self.tokenizer = tokenizer
         self.inputs = inputs or []
@@ -213,6 +224,7 @@ class TokenFileWriter:
             ".idx": header + 4 * state.documents,
             ".documents": DOCUMENT.itemsize * state.documents,
             ".images": IMAGE.itemsize * state.images,
+            ANSWERS: ANSWER.itemsize * state.answers,
             DROPPED: state.dropped_bytes,
         }
 
@@ -234,7 +246,12 @@ class TokenFileWriter:
     # Adding
 
     def add(
-        self, token_ids: np.ndarray, images: int, source: str = "unknown", record: int = 0
+        self,
+        token_ids: np.ndarray,
+        images: int,
+        source: str = "unknown",
+        record: int = 0,
+        answers: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Append one document.
 
@@ -243,6 +260,7 @@ class TokenFileWriter:
             images: How many images are in it.
             source: Name of the corpus that it comes from.
             record: Its line, row or sample in the input.
+            answers: First token and number of tokens of each answer, if it is a conversation.
         """
         vocabulary = self.tokenizer.vocabulary
         assert token_ids.min() >= 0 and token_ids.max() < vocabulary.size, (
@@ -262,6 +280,8 @@ class TokenFileWriter:
                 records=np.array([record]),
                 sources=[source],
                 source_numbers=np.zeros(1, dtype=np.int64),
+                answers=np.array(list(answers), dtype=SPAN),
+                answer_counts=np.array([len(answers)]),
             )
         )
 
@@ -281,9 +301,19 @@ class TokenFileWriter:
             self._files[".idx"].write(block.lengths.astype("<i4").tobytes())
             self._files[".documents"].write(documents.tobytes())
             self._files[".images"].write(block.images.tobytes())
+            self._files[ANSWERS].write(self._located(block).tobytes())
         except OSError as error:
             raise self._cannot_write(error) from error
         self._count(block)
+
+    def _located(self, block: TokenBlock) -> np.ndarray:
+        """The answers of a block with their places in the file: ``ANSWER`` [answers]."""
+        located = np.empty(len(block.answers), dtype=ANSWER)
+        begins = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
+        counts = 0 if block.answer_counts is None else block.answer_counts
+        located["start"] = self.state.tokens + np.repeat(begins, counts) + block.answers["start"]
+        located["length"] = block.answers["length"]
+        return located
 
     def _number_of(self, source: str) -> int:
         if source not in self._source_numbers:
@@ -296,8 +326,13 @@ class TokenFileWriter:
         return self._source_numbers[source]
 
     def _count(self, block: TokenBlock) -> None:
-        document_of_image = np.repeat(np.arange(len(block.lengths)), block.image_counts)
-        source_of_image = block.source_numbers[document_of_image]
+        source_of_image = np.repeat(block.source_numbers, block.image_counts)
+        counts = np.zeros_like(block.lengths, dtype=np.int64)
+        counts += 0 if block.answer_counts is None else block.answer_counts
+        source_of_answer = np.repeat(block.source_numbers, counts)
+        is_chat = counts > 0
+        of_chat = np.repeat(is_chat, block.image_counts)
+        is_answer = self._images_of_answers(block, counts)
         size = len(block.sources)
 
         def totals(numbers: np.ndarray, values: np.ndarray | None = None) -> list[int]:
@@ -308,17 +343,34 @@ class TokenFileWriter:
             totals(block.source_numbers, block.lengths),
             totals(source_of_image),
             totals(source_of_image, block.images["length"]),
+            totals(block.source_numbers[is_chat]),
+            totals(block.source_numbers[is_chat], block.lengths[is_chat]),
+            totals(source_of_image[of_chat], block.images["length"][of_chat]),
+            totals(source_of_answer),
+            totals(source_of_answer, block.answers["length"]),
+            totals(source_of_image[is_answer]),
+            totals(source_of_image[is_answer], block.images["length"][is_answer]),
         )
         for name, *values in zip(block.sources, *columns, strict=True):
             source = self.state.sources[name]
-            source.documents += values[0]
-            source.tokens += values[1]
-            source.images += values[2]
-            source.image_tokens += values[3]
+            for column, value in zip(fields(SourceTotals), values, strict=True):
+                setattr(source, column.name, getattr(source, column.name) + value)
+        longest = int(block.lengths[is_chat].max(initial=0))
+        self.state.longest_conversation = max(self.state.longest_conversation, longest)
+        self.state.answers += len(block.answers)
         self.state.documents += len(block.lengths)
         self.state.tokens += len(block.token_ids)
         self.state.images += len(block.images)
         self.state.image_tokens += int(block.images["length"].sum())
+
+    def _images_of_answers(self, block: TokenBlock, answer_counts: np.ndarray) -> np.ndarray:
+        """Which images are in an answer: bool [images]."""
+        begins = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
+        answers = np.repeat(begins, answer_counts) + block.answers["start"]
+        images = np.repeat(begins, block.image_counts) + block.images["start"]
+        before = np.searchsorted(answers, images, side="right") - 1
+        ends = np.append(answers + block.answers["length"], 0)  # the last for images before all
+        return images < ends[before]
 
     def add_file(self, prefix: str | Path, info: TokenFileInfo) -> None:
         """Append a whole token file. Its tokens are copied by the kernel, not read.
@@ -332,6 +384,10 @@ class TokenFileWriter:
             self._append(".bin", file_of(prefix, ".bin"), 0, info.bin_bytes)
             self._append(".idx", file_of(prefix, ".idx"), IDX_HEADER.size, 4 * info.documents)
             self._append(".images", file_of(prefix, ".images"), 0, IMAGE.itemsize * info.images)
+            if info.answers:
+                answers = np.fromfile(file_of(prefix, ANSWERS), ANSWER)
+                answers["start"] += self.state.tokens
+                self._files[ANSWERS].write(answers.tobytes())
             if info.dropped:
                 listed = file_of(prefix, DROPPED)
                 size = listed.stat().st_size
@@ -379,6 +435,8 @@ class TokenFileWriter:
         state.tokens += info.tokens
         state.images += info.images
         state.image_tokens += info.image_tokens
+        state.answers += info.answers
+        state.longest_conversation = max(state.longest_conversation, info.longest_conversation)
 
     def drop(self, identity: str, source: str, where: str, reason: str, detail: str) -> None:
         """Count and list one document that is left out."""
@@ -465,10 +523,11 @@ class TokenFileWriter:
             self.path(".json").unlink(missing_ok=True)
         for suffix in SUFFIXES:
             self._move(suffix)
-        if self.state.dropped:
-            self._move(DROPPED)
-        else:
-            self.path(DROPPED).unlink(missing_ok=True)
+        for suffix, is_there in ((ANSWERS, self.state.answers), (DROPPED, self.state.dropped)):
+            if is_there:
+                self._move(suffix)
+            else:
+                self.path(suffix).unlink(missing_ok=True)
         self._move(".json")
 
     def _move(self, suffix: str) -> None:
@@ -491,6 +550,10 @@ class TokenFileWriter:
             inputs=self.inputs,
             dropped=state.dropped,
             job=state.job.removesuffix(MERGE),
+            answers=state.answers,
+            longest_conversation=state.longest_conversation,
+            image_fit=self.image_fit,
+            format=ANSWERS_FORMAT if state.answers else FORMAT,
         )
 
     def _cannot_write(self, error: OSError) -> DataError:

@@ -1,7 +1,8 @@
 """Look into a token file: a summary for the terminal, documents as one self-contained HTML page.
 
 What the page shows is decoded from the token ids, images too: it is what the model will see. A
-token's id and name appear when the mouse rests on it.
+token's id and name appear when the mouse rests on it. What is not trained, the prompts of
+conversations, is grey.
 
 Try: ``chameleon inspect PREFIX --html documents.html``
 """
@@ -9,6 +10,7 @@ Try: ``chameleon inspect PREFIX --html documents.html``
 import base64
 import html
 import io
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_chameleon.data.balance import describe_answers
 from megatron_chameleon.data.indexed import TokenFile, TokenFileInfo
 from megatron_chameleon.tokenizer.files import write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
@@ -38,6 +41,7 @@ header, figcaption {{ font-size: .8rem; color: #666 }}
 figure {{ display: inline-block; margin: .3rem; vertical-align: middle; text-align: center }}
 img {{ min-width: 96px; max-width: 100%; image-rendering: pixelated; display: block }}
 span:nth-of-type(even) {{ background: #eef4fb }} span:hover {{ background: #ffe08a }}
+.untrained {{ border-left: .3rem solid #bbb; padding-left: .5rem; color: #777; opacity: .75 }}
 .control {{ color: #a04; font-size: .75rem }} .byte {{ background: #e3f5e1 !important }}
 .share {{ display: inline-block; width: 8rem; height: .6rem; background: #eef4fb }}
 .share i {{ display: block; height: 100%; background: #c9a227 }} pre {{ font-size: .8rem }}
@@ -89,6 +93,7 @@ def summary(prefix: str, info: TokenFileInfo, lengths: np.ndarray) -> str:
     lines = [
         f"{prefix}: {info.documents:,} documents, {info.tokens:,} tokens, {info.images:,} images",
         f"image tokens: {info.image_tokens:,} ({share:.1f}%)",
+        *describe_answers(info),
         f"vocabulary: {info.vocab_size:,} ids, stored as {info.dtype}, tokenizer {info.tokenizer}",
         f"dropped documents: {dropped or 'none'}",
         f"tokens a document: {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}",
@@ -149,18 +154,40 @@ def _article(position: int, token_file: TokenFile, tokenizer: Tokenizer) -> str:
     head = f"document {position} · {origin.source}{place} · {len(token_ids)} tokens, "
     head += f"{share:.0f}% of images"
     bar = f'<span class="share"><i style="width: {share:.0f}%"></i></span>'
-    body = render_tokens(token_ids, tokenizer)
+    trained = None
+    if len(spans := token_file.answer_spans(position)):
+        trained = np.zeros(len(token_ids), dtype=bool)
+        for start, length in spans:
+            trained[start : start + length] = True
+        head += f", {100 * trained.mean():.0f}% trained"
+    body = render_tokens(token_ids, tokenizer, trained)
     return f"<article><header>{html.escape(head)} {bar}</header>{body}</article>"
 
 
-def render_tokens(token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
+def render_tokens(
+    token_ids: np.ndarray, tokenizer: Tokenizer, trained: np.ndarray | None = None
+) -> str:
     """A document or a part of it as HTML: text in spans, decoded images, control tokens by name.
 
     Args:
         token_ids: int [tokens].
         tokenizer: Decodes them; without an image half, images appear as their codes.
+        trained: Which tokens the loss is on, bool [tokens]; None for all.
     """
-    body = []
+    if trained is None or trained.all():
+        return _render_run(token_ids, tokenizer)
+    borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(token_ids)]
+    runs = [
+        (trained[first], _render_run(token_ids[first:stop], tokenizer))
+        for first, stop in itertools.pairwise(borders)
+    ]
+    return "".join(
+        run if learned else f'<div class="untrained">{run}</div>' for learned, run in runs
+    )
+
+
+def _render_run(token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    body: list[str] = []
     for segment in segments(token_ids, tokenizer.vocabulary):
         if segment.kind == "image":
             body.append(_figure(segment.token_ids, tokenizer))

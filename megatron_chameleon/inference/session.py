@@ -28,6 +28,7 @@ from megatron_chameleon.checkpoint.formats.opening import (
 )
 from megatron_chameleon.data.documents import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.inference.chat import ControlToken
 from megatron_chameleon.inference.decode import GenerationOptions, decode
 from megatron_chameleon.inference.modality import Force, TokenClasses
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
@@ -35,7 +36,7 @@ from megatron_chameleon.tokenizer.image import ImageTokenizer
 from megatron_chameleon.tokenizer.text import TextTokenizer
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 
-Part = str | Image.Image | TextPart | ImagePart
+Part = str | Image.Image | TextPart | ImagePart | ControlToken
 
 CAPTION_OPTIONS = GenerationOptions(temperature=0, repetition_penalty=1.0)
 
@@ -109,6 +110,8 @@ class Session:
                 if _is_image(part):
                     image_ids = vocabulary.codes_to_token_ids(next(codes)).tolist()
                     token_ids += [vocabulary.begin_image, *image_ids, vocabulary.end_image]
+                elif isinstance(part, ControlToken):
+                    token_ids.append(part.token_id)
                 else:
                     token_ids += self.tokenizer.text.encode(_text(part))
             encoded.append(token_ids)

@@ -44,12 +44,14 @@ LARGEST_RATIO = 16
 """Longer images lose their ends before they are resized: a thin one would need gigabytes."""
 
 
-def prepare_image(image: Image.Image, resolution: int) -> np.ndarray:
+def prepare_image(image: Image.Image, resolution: int, *, pad: bool = False) -> np.ndarray:
     """The image upright, blended on white, resized to cover a square, and centre-cropped to it.
 
     Args:
         image: Any PIL image, of any mode and size.
         resolution: Width and height of the result in pixels.
+        pad: Resize it to fit into the square, all of it, with a white border in place of the crop
+            (paper, section 3.2: images of prompts).
 
     Returns:
         RGB, uint8 [resolution, resolution, 3].
@@ -57,12 +59,25 @@ def prepare_image(image: Image.Image, resolution: int) -> np.ndarray:
     Source: ``image_tokenizer.py`` of the reference code. It rounds the longer side, as here; HF's
     processor cuts it off, so that the crop of some images lies one pixel beside this one.
     """
+    if pad:
+        return np.asarray(_with_border(_on_white(_upright(image)), resolution))
     rgb = _without_ends(_on_white(_upright(image)))
     scale = resolution / min(rgb.size)
     width, height = (max(resolution, round(side * scale)) for side in rgb.size)
     resized = rgb.resize((width, height), Image.Resampling.LANCZOS)
     left, top = (width - resolution) // 2, (height - resolution) // 2
     return np.asarray(resized.crop((left, top, left + resolution, top + resolution)))
+
+
+def _with_border(rgb: Image.Image, resolution: int) -> Image.Image:
+    """The whole image in the middle of a white square. Pillow's ``ImageOps.pad`` does the same, but
+    for images so thin that a side would round to nothing."""
+    scale = resolution / max(rgb.size)
+    width, height = (max(1, round(side * scale)) for side in rgb.size)
+    square = Image.new("RGB", (resolution, resolution), "white")
+    resized = rgb.resize((width, height), Image.Resampling.LANCZOS)
+    square.paste(resized, ((resolution - width) // 2, (resolution - height) // 2))
+    return square
 
 
 def to_pixels(images_NHWC: np.ndarray) -> torch.Tensor:

@@ -125,8 +125,9 @@ class NonFiniteGuard:
                 told = step in self.skips.told
                 why = "as training.skip_steps says" if told else "as it was before"
                 return f"step {step}: its update was left out, {why}"
+        # a step without a label that counts has no loss, and nothing that could be wrong with it
         values = {name: metrics[name] for name in ("loss", "grad_norm")}
-        bad = [name for name, value in values.items() if value is None or not math.isfinite(value)]
+        bad = [name for name, value in values.items() if not math.isfinite(value or 0.0)]
         if not bad:
             broken = name_broken_weights(engine.named_parameters()) if saves else ""
             if broken:

@@ -47,7 +47,7 @@ LIMIT_SECONDS = 30
 LIMIT_BYTES = 1 << 30
 CHUNK = 500
 """Inputs a process reads."""
-TOKEN_FILES = (".bin", ".idx", ".documents", ".images", ".json")
+TOKEN_FILES = (".bin", ".idx", ".documents", ".images", ".answers", ".json")
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
@@ -98,7 +98,8 @@ def sound_files(folder: Path) -> dict[str, Path]:
         for i in range(20):
             text = tokenizer.text.encode(text_of(i))
             document = [vocabulary.bos, *text, *image * (i % 3), vocabulary.eos]
-            writer.add(np.array(document), i % 3, f"s{i % 2}", i)
+            answers = [(1, 2), (4, len(document) - 4)] if i % 2 else []
+            writer.add(np.array(document), i % 3, f"s{i % 2}", i, answers)
         writer.commit()
     return files | {suffix: folder / f"tokens{suffix}" for suffix in TOKEN_FILES}
 
@@ -111,6 +112,9 @@ def read_tokens(prefix: Path) -> None:
         with contextlib.suppress(DataError):
             file.read(document).sum()
             file.image_spans(document).tolist()
+            file.are_conversations(0, len(file)).sum()
+            for start, length in file.answer_spans(document).tolist():
+                assert 0 <= start < start + length <= file.lengths[document]
             file.origin(document)
 
 

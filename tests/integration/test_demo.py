@@ -63,3 +63,22 @@ def test_the_run_folder_holds_what_the_guide_says(run: Path) -> None:
     assert names >= {"config.yaml", "command.txt", "environment.json", "metrics.jsonl"}
     assert names >= {"checkpoints", "data", "exported", "report", "report.json", "tokenizer"}
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 20
+
+
+def test_its_model_is_fine_tuned_on_conversations(run: Path) -> None:
+    folder = run.parent / "sft"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", str(ROOT / "examples" / "sft" / "run.sh"), str(run), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment(QUICK="1", PATH=path),
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    after = json.loads((folder / "after.json").read_text())
+    shares = [share for kind in ("questions", "drawings") for share in after[kind].values()]
+    assert len(shares) == 4 and all(0 <= share <= 1 for share in shares)
+    losses = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 6 and all(record["loss_image"] for record in losses)
+    assert '<div class="untrained">' in (folder / "dialogues.html").read_text()

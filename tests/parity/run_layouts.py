@@ -53,7 +53,8 @@ def make_config(values: dict[str, Any]) -> Config:
 
 
 def make_batch(config: Config, first: int) -> Batch:
-    """One micro-batch: half of the labels count, low tokens are image codes.
+    """One micro-batch: half of the labels count, low tokens are image codes. In one micro-batch of
+    a step none counts, as in a sequence that is all prompt.
 
     Low tokens are frequent, which a model learns in a few steps. Were all alike, there would be
     nothing but noise to follow, and AdamW would turn rounding into steps of its own.
@@ -65,6 +66,7 @@ def make_batch(config: Config, first: int) -> Batch:
         uniform = torch.rand(shape[1] + 1, generator=generator)
         windows.append((VOCAB_SIZE * uniform**3).long())
         counts.append(torch.rand(shape[1], generator=generator) < 0.5)
+        counts[-1] &= first % config.training.global_batch_size != shape[0]
     window = torch.stack(windows)
     return Batch(
         tokens=window[:, :-1],

@@ -5,6 +5,7 @@ All runs of one number of processes share a launch (``train_many.py``).
 """
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from run_command import environment
 
 from megatron_chameleon.checkpoint.convert import convert
+from megatron_chameleon.data.preprocess import preprocess
 
 # fp32 sums in another order differ by about 1e-7 relative, and 20 steps of AdamW amplify that: the
 # same bounds as between the layouts of one engine (test_layouts.py). AdamW hides gradients of a
@@ -63,6 +65,31 @@ RESUMED = {
 }
 
 
+CHAT_RUNS = {
+    "megatron-chat": SHORT,
+    "zero1-chat": zero(1, *SHORT),
+    "zero3-chat": zero(3, *SHORT, *SEQUENCE),
+}
+"""On the answers of conversations alone: a third of the tokens, more in one sequence than another,
+so that a mean of means would be another loss."""
+
+
+def write_conversations(tiny) -> list[str]:
+    """Token files of questions about the tiny project's pictures; the overrides that read them."""
+    lines = []
+    for line in tiny.documents.read_text(encoding="utf-8").splitlines():
+        text, image = json.loads(line)["content"]
+        sides = [[image, {"type": "text", "text": "what?"}], [text] * (1 + len(lines) % 3)]
+        prompt, answer = sides[:: -1 if len(lines) % 2 else 1]
+        lines.append(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
+    path = tiny.folder / "chat.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    info = preprocess([path], tiny.tokenizer, tiny.folder / "chat")
+    assert 0.2 < info.total("answer_tokens") / info.tokens < 0.6
+    source = f"data.stage1=[{{prefix: {tiny.folder / 'chat'}}}]"
+    return [source, "data.stage2=[]", "data.loss_on=answers", "data.reset_attention=true"]
+
+
 def train_many(tiny, runs: dict[str, list[str]], processes: int = 2) -> None:
     """Run all of them in one launch, in folders of the tiny project named like the runs."""
     plan = tiny.folder / f"runs-{processes}.json"
@@ -85,15 +112,21 @@ def runs(tiny) -> dict[str, list[dict[str, Any]]]:
         name: [*words, "--resume", str(tiny.folder / source / "checkpoints" / "step_00000004")]
         for name, (source, words) in RESUMED.items()
     }
-    train_many(tiny, {**RUNS, **resumed})
-    return {name: tiny.metrics(name) for name in (*RUNS, *RESUMED)}
+    words = write_conversations(tiny)
+    chats = {name: [*overrides, *words] for name, overrides in CHAT_RUNS.items()}
+    train_many(tiny, {**RUNS, **resumed, **chats})
+    return {name: tiny.metrics(name) for name in (*RUNS, *RESUMED, *CHAT_RUNS)}
 
 
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert [record["step"] for record in found] == [record["step"] for record in expected]
     for key, tolerance in TOLERANCES.items():
-        values = [record[key] for record in expected]
-        assert [r[key] for r in found] == pytest.approx(values, rel=tolerance, abs=0), key
+        # a step may have no image among its labels, and then no loss of images
+        ours, theirs = (
+            [math.nan if record[key] is None else record[key] for record in records]
+            for records in (found, expected)
+        )
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=0, nan_ok=True), key
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -108,6 +141,13 @@ def test_every_zero_stage_equals_megatron(runs, stage: int) -> None:
 )
 def test_tensor_parallelism_and_offload_equal_megatron(runs, name: str) -> None:
     assert_same(runs[name], runs["megatron-short"])
+
+
+@pytest.mark.parametrize("name", ["zero1-chat", "zero3-chat"])
+def test_fine_tuning_equals_megatron(runs, name: str) -> None:
+    assert_same(runs[name], runs["megatron-chat"])
+    assert runs[name][0]["loss_image"] is not None
+    assert runs[name][1]["loss_image"] is None
 
 
 def test_dropout_masks_are_megatrons(runs) -> None:

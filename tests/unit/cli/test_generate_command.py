@@ -98,3 +98,15 @@ def test_mistakes_are_one_line(
     assert error.startswith(message)
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_question_is_asked_as_fine_tuning_asked_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """By --chat, or by a document of messages."""
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "one"}]}) + "\n")
+    same = ("--force", "text", "--temperature", 0, "--max-tokens", 6, "--output")
+    generate(tiny_checkpoint, "--chat", "--prompt", "one", *same, tmp_path / "word")
+    generate(tiny_checkpoint, "--document", file, *same, tmp_path / "document")
+    generate(tiny_checkpoint, "--prompt", "one", *same, tmp_path / "plain")
+    word, document, plain = (answers(tmp_path / name) for name in ("word", "document", "plain"))
+    assert word == document != plain

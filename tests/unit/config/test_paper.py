@@ -47,6 +47,7 @@ def test_a_preset_has_every_value_of_the_paper(size: str) -> None:
         ("pretraining", "7b", "derived.tokens in all", 9.2e12),
         ("sft", "7b", "model.hidden_dropout", 0.05),
         ("sft", "34b", "model.hidden_dropout", 0.05),
+        ("sft", "7b", "data.loss_on", "answers"),
         ("sft", "34b", "optimizer.lr", 1e-5),
         ("sft", "34b", "optimizer.lr_decay_style", "cosine"),
         ("sft", "7b", "training.global_batch_size", 128),

@@ -30,6 +30,8 @@ def document(*parts: list[int]) -> np.ndarray:
 class ListCorpus:
     """Documents in memory."""
 
+    longest_conversation = 0
+
     def __init__(self, documents: Sequence[np.ndarray], name: str = "list") -> None:
         self.name = name
         self.content = list(documents)
@@ -48,8 +50,14 @@ class ListCorpus:
     def starts(self, first: int, stop: int) -> np.ndarray:
         return self._starts[first : stop + 1]
 
-    def have_images(self, first: int, stop: int) -> np.ndarray:
+    def stay_whole(self, first: int, stop: int) -> np.ndarray:
         return self._flags[first:stop]
+
+    def are_conversations(self, first: int, stop: int) -> np.ndarray:
+        return np.zeros(stop - first, dtype=bool)
+
+    def answers(self, document: int) -> np.ndarray:
+        raise AssertionError("there are no conversations")
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         return self.content[document][start:stop]
@@ -57,6 +65,8 @@ class ListCorpus:
 
 class EndlessCorpus:
     """The same lengths again and again, of as many documents as one likes, and no tokens."""
+
+    longest_conversation = 0
 
     def __init__(self, lengths: Sequence[int], documents: int, *, images: bool = False) -> None:
         self.name = "endless"
@@ -76,8 +86,14 @@ class EndlessCorpus:
         periods, rest = np.divmod(np.arange(first, stop + 1), self._period)
         return periods * self._period_tokens + self._starts[rest]
 
-    def have_images(self, first: int, stop: int) -> np.ndarray:
+    def stay_whole(self, first: int, stop: int) -> np.ndarray:
         return np.full(stop - first, self.images > 0)
+
+    def are_conversations(self, first: int, stop: int) -> np.ndarray:
+        return np.zeros(stop - first, dtype=bool)
+
+    def answers(self, document: int) -> np.ndarray:
+        raise AssertionError("there are no conversations")
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         raise AssertionError("no tokens are to be read")

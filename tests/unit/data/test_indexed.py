@@ -241,12 +241,15 @@ def test_side_files_say_where_images_and_documents_come_from(with_images, tokeni
         Origin("x", "a.jsonl", 8),
     ]
     totals = with_images.info.sources
+    conversations = ("conversations", "conversation_tokens", "conversation_image_tokens")
+    conversations += ("answers", "answer_tokens", "answer_images", "answer_image_tokens")
     assert list(totals) == ["x", "y"]
     assert dataclasses.asdict(totals["x"]) == {
         "documents": 3,
         "tokens": int(with_images.lengths[[0, 2, 3]].sum()),
         "images": 6,
         "image_tokens": 36,
+        **dict.fromkeys(conversations, 0),
     }
     with_images.verify()
 

@@ -128,5 +128,5 @@ def test_padding_is_below_one_percent_on_the_recipe_s_mixtures(weights, isolated
         # nothing that a sequence holds is cut, but for text that flows
         assert (
             isolated
-            or (result.pieces.tokens == result.pieces.length)[result.pieces.has_image].all()
+            or (result.pieces.tokens == result.pieces.length)[result.pieces.stays_whole].all()
         )

@@ -111,6 +111,25 @@ def test_parquet_interleaves_images_and_texts(tmp_path):
     assert document.where == f"{path}:1" and document.id == "o.parquet:1"
 
 
+def test_parquet_with_messages(tmp_path):
+    """Columns of structs: what a part does not have is null."""
+    parts = [{"type": "image", "image": "i.png"}, {"type": "text", "text": "what?"}]
+    chats = [
+        [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}],
+        [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}],
+    ]
+    path = write_parquet(tmp_path / "c.parquet", messages=chats[:1], extra=[1])
+    (document,) = read_documents([path])
+    assert document.content == (TextPart("one"), TextPart("two"))
+    assert document.roles == ("user", "assistant") and document.where == f"{path}:1"
+    path = write_parquet(tmp_path / "p.parquet", messages=[[{"role": "user", "content": parts}]])
+    (document,) = read_documents([path])
+    assert document.content == (ImagePart(str(tmp_path / "i.png")), TextPart("what?"))
+    path = write_parquet(tmp_path / "b.parquet", messages=chats[1:])
+    with pytest.raises(DataError, match=r"b\.parquet:1: messages\[1\] is of the user, as the one"):
+        list(read_documents([path]))
+
+
 def test_parquet_images_as_bytes_and_paths(tmp_path):
     as_bytes = write_parquet(tmp_path / "b.parquet", images=[[b"png"]], texts=[[None]], id=["x"])
     as_paths = write_parquet(tmp_path / "p.parquet", images=[["i.png"]], texts=[[None]])

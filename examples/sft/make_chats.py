@@ -1,0 +1,121 @@
+"""Conversations about handwritten digits, for fine-tuning the model of the digits demo.
+
+    python examples/sft/make_chats.py --pictures runs/digits/data --output runs/sft/data
+
+Reads the pictures that the demo has made, and writes conversations of three kinds, and questions
+about held-out digits that no training file has:
+
+- questions.jsonl: a picture and a question, which says the form of the answer: a word or a numeral
+- drawings.jsonl: a request in words, answered by a picture
+- dialogues.jsonl: a question about a picture, then a request for another digit
+- heldout.jsonl: questions without their answers; ``label`` and ``form`` say what is right
+"""
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ASK = {
+    "word": ("What digit is this? Answer in a word.", "Read this number in a word."),
+    "numeral": ("What digit is this? Answer in a numeral.", "Read this number in a numeral."),
+}
+DRAW = ("Draw {a} {word}.", "Draw the digit {word}.", "A picture of {a} {word}, written by hand.")
+
+Part = dict[str, str]
+
+
+def answer(label: int, form: str) -> str:
+    """What is right, to the letter."""
+    return WORDS[label] if form == "word" else str(label)
+
+
+def request(template: str, label: int) -> str:
+    return template.format(word=WORDS[label], a="an" if label == 8 else "a")
+
+
+def picture(path: str) -> Part:
+    return {"type": "image", "image": path}
+
+
+def text(words: str) -> Part:
+    return {"type": "text", "text": words}
+
+
+def ask(path: str, form: str, draw: random.Random) -> list[Part]:
+    return [picture(path), text(draw.choice(ASK[form]))]
+
+
+def questions(pictures: list[tuple[str, int]], draw: random.Random) -> Iterator[dict[str, Any]]:
+    for path, label in pictures:
+        form = draw.choice(tuple(ASK))
+        yield {"prompt": ask(path, form, draw), "answer": answer(label, form)}
+
+
+def drawings(pictures: list[tuple[str, int]], draw: random.Random) -> Iterator[dict[str, Any]]:
+    for path, label in pictures:
+        yield {"prompt": request(draw.choice(DRAW), label), "answer": [picture(path)]}
+
+
+def dialogues(
+    pictures: list[tuple[str, int]], count: int, draw: random.Random
+) -> Iterator[dict[str, Any]]:
+    for _ in range(count):
+        (first, label), (second, wanted) = draw.choice(pictures), draw.choice(pictures)
+        form = draw.choice(tuple(ASK))
+        turns = (
+            ("user", ask(first, form, draw)),
+            ("assistant", answer(label, form)),
+            ("user", request(draw.choice(DRAW), wanted)),
+            ("assistant", [picture(second)]),
+        )
+        yield {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def heldout(pictures: list[tuple[str, int]], draw: random.Random) -> Iterator[dict[str, Any]]:
+    for number, (path, label) in enumerate(pictures):
+        form = tuple(ASK)[number % len(ASK)]
+        yield {"prompt": ask(path, form, draw), "label": label, "form": form}
+
+
+def read_pictures(file: Path, output: Path) -> list[tuple[str, int]]:
+    """Path, relative to ``output``, and label of each picture of a file of captioned ones."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        name = next(part["image"] for part in record["content"] if part["type"] == "image")
+        found.append((os.path.relpath(file.parent / name, output), record["label"]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make conversations about handwritten digits.")
+    parser.add_argument("--pictures", type=Path, required=True, metavar="DIR", help="of the demo")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--count", type=int, default=4000, help="conversations of each kind")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(args.seed)
+    pictures = read_pictures(args.pictures / "pairs.jsonl", args.output)
+    draw.shuffle(pictures)
+    count = min(args.count, len(pictures))
+    files = {
+        "questions": questions(pictures[:count], draw),
+        "drawings": drawings(pictures[-count:], draw),
+        "dialogues": dialogues(pictures, count, draw),
+        "heldout": heldout(read_pictures(args.pictures / "heldout.jsonl", args.output), draw),
+    }
+    for name, records in files.items():
+        path = args.output / f"{name}.jsonl"
+        lines = [json.dumps({"source": name, **record}) + "\n" for record in records]
+        path.write_text("".join(lines), encoding="utf-8")
+        print(f"{path}: {len(lines)} conversations")
+
+
+if __name__ == "__main__":
+    main()

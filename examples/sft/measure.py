@@ -1,0 +1,86 @@
+"""Ask a model the held-out questions and for drawings, and count what is right.
+
+    PYTHONPATH=examples/digits python examples/sft/measure.py runs/sft/exported --data runs/sft/data
+
+Every question is asked as a conversation, at temperature 0, and whether the answer is text or an
+image is the model's choice. The judge of drawings is the demo's: an SVM that never saw the model.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from make_chats import DRAW, WORDS, answer, request
+from PIL import Image
+from report import CLASSES, Judge
+
+from megatron_chameleon.data.documents import Document, TextPart, parse_line
+from megatron_chameleon.inference.chat import chat_prompt
+from megatron_chameleon.inference.decode import GenerationOptions
+from megatron_chameleon.inference.session import Answer, Session
+
+FORMS = {"word": set(WORDS), "numeral": set(map(str, range(CLASSES)))}
+
+
+def ask(session: Session, documents: list[Document], options: GenerationOptions) -> list[Answer]:
+    return session.generate([chat_prompt(d, session.tokenizer) for d in documents], options)
+
+
+def said(found: Answer) -> str | None:
+    """The text of an answer that is nothing else."""
+    content = found.content
+    return content[0].strip() if len(content) == 1 and isinstance(content[0], str) else None
+
+
+def measure_questions(session: Session, file: Path, count: int) -> dict[str, float]:
+    """Shares of the held-out questions that are answered in the asked form, and right."""
+    lines = file.read_bytes().splitlines()[:count]
+    records = [json.loads(line) for line in lines]
+    documents = [parse_line(line, file, n) for n, line in enumerate(lines, start=1)]
+    options = GenerationOptions(temperature=0, repetition_penalty=1.0, max_tokens=40)
+    texts = [said(found) for found in ask(session, documents, options)]
+    pairs = list(zip(texts, records, strict=True))
+    form = sum(text in FORMS[record["form"]] for text, record in pairs)
+    right = sum(text == answer(record["label"], record["form"]) for text, record in pairs)
+    return {"asked form": form / len(pairs), "right, to the letter": right / len(pairs)}
+
+
+def measure_drawings(session: Session, each: int, seed: int) -> dict[str, float]:
+    """Shares of the requests that are answered by an image alone, and by one that is right."""
+    labels = [digit for digit in range(CLASSES) for _ in range(each)]
+    texts = [request(DRAW[i % len(DRAW)], label) for i, label in enumerate(labels)]
+    documents = [Document("", "", (TextPart(text),), "request") for text in texts]
+    options = GenerationOptions(seed=seed, repetition_penalty=1.0, max_tokens=40)
+    found = ask(session, documents, options)
+    contents = [answer.content for answer in found]
+    drawn = [(c[0], n) for c, n in zip(contents, labels, strict=True) if len(c) == 1]
+    images = [(image, label) for image, label in drawn if isinstance(image, Image.Image)]
+    judged = Judge().classify([image for image, _ in images]) if images else []
+    right = sum(seen == label for seen, (_, label) in zip(judged, images, strict=True))
+    return {"an image": len(images) / len(labels), "the asked digit": right / len(labels)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure a fine-tuned digits model.")
+    parser.add_argument("model", help="a checkpoint, run folder or exported folder")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="of make_chats.py")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the figures (JSON)")
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--drawings", type=int, default=10, help="of each digit")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    session = Session.load(args.model)
+    figures = {
+        "questions": measure_questions(session, args.data / "heldout.jsonl", args.questions),
+        "drawings": measure_drawings(session, args.drawings, args.seed),
+    }
+    for kind, values in figures.items():
+        print(
+            f"{kind}: {', '.join(f'{name} {100 * value:.1f}%' for name, value in values.items())}"
+        )
+    if args.output:
+        args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What of a run's sources is trained: checks and warnings about the answers of conversations."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.data.balance import rare_modality
+from megatron_chameleon.data.corpus import TokenFileCorpus
+from megatron_chameleon.data.history import Source
+from megatron_chameleon.data.token_format import TokenFileInfo
+from megatron_chameleon.errors import ConfigError, ConfigErrors
+
+SHOWN = 3
+"""Conversations that a warning names."""
+
+
+def check_loss_on(config: Config, sources: Sequence[Source]) -> None:
+    """See that the sources have what the loss is to be on.
+
+    Raises:
+        ConfigErrors: A source has documents that are no conversations, and ``data.loss_on`` is
+            answers; or all that it has are longer than a sequence.
+    """
+    problems = []
+    for source in sources:
+        info = _info(source)
+        others = info.documents - info.total("conversations")
+        if config.data.loss_on == "answers" and others:
+            what = f"{others:,} of the {info.documents:,} documents of {source.corpus.name} are no "
+            what += "conversations, and data.loss_on is answers"
+            remedy = "Write them as prompt and answer and run chameleon preprocess again, or set "
+            remedy += "data.loss_on=auto to train all of what has no answers"
+            problems.append(ConfigError(f"{source.where}.prefix", what, remedy))
+        too_long = _too_long(config, source)
+        if len(too_long) == info.documents:
+            what = f"each of the {info.documents:,} conversations of {source.corpus.name} is longer"
+            what += f" than model.seq_length {config.model.seq_length:,}, the longest has "
+            what += f"{info.longest_conversation:,} tokens"
+            remedy = "Choose a larger model.seq_length, or shorter conversations"
+            problems.append(ConfigError(f"{source.where}.prefix", what, remedy))
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def data_warnings(config: Config, sources: Sequence[Source]) -> list[str]:
+    """What is not as fine-tuning wants it, a line each; nothing for sources without conversations.
+
+    Args:
+        config: Of the run.
+        sources: Its sources.
+    """
+    found = []
+    for source in sources:
+        info = _info(source)
+        if info.answers and config.data.loss_on == "all":
+            found.append(
+                f"{source.where}: data.loss_on is all: the loss is on the prompts of "
+                f"{info.total('conversations'):,} conversations too; auto leaves them out"
+            )
+        too_long = _too_long(config, source)
+        if len(too_long):
+            found.append(_about_long(config, source, too_long))
+    if any(_info(source).answers for source in sources):
+        found += _unbalanced(config, sources)
+    return found
+
+
+def _info(source: Source) -> TokenFileInfo:
+    assert isinstance(source.corpus, TokenFileCorpus)
+    return source.corpus.token_file.info
+
+
+def _too_long(config: Config, source: Source) -> np.ndarray:
+    """The conversations that are left out, as they do not fit a sequence."""
+    corpus, length = source.corpus, config.model.seq_length
+    assert isinstance(corpus, TokenFileCorpus)
+    if corpus.longest_conversation <= length:
+        return np.zeros(0, dtype=np.int64)
+    long = np.asarray(corpus.token_file.lengths) > length
+    return np.flatnonzero(long & corpus.are_conversations(0, corpus.documents))
+
+
+def _about_long(config: Config, source: Source, too_long: np.ndarray) -> str:
+    corpus = source.corpus
+    assert isinstance(corpus, TokenFileCorpus)
+    tokens = int(corpus.token_file.lengths[too_long].sum())
+    origins = (corpus.token_file.origin(document) for document in too_long[:SHOWN].tolist())
+    named = ", ".join(f"{origin.input or source.key}:{origin.record}" for origin in origins)
+    total = _info(source).total("conversations")
+    return (
+        f"{source.where}: {len(too_long):,} of {total:,} conversations ({tokens:,} tokens, "
+        f"{100 * tokens / corpus.tokens:.1f}%) are longer than model.seq_length "
+        f"{config.model.seq_length:,} and are left out, such as {named}"
+    )
+
+
+def _unbalanced(config: Config, sources: Sequence[Source]) -> Iterator[str]:
+    """A warning for each stage whose answers hardly have one modality."""
+    first = [source for source in sources if source.where.startswith("data.stage1")]
+    second = [source for source in sources if source not in first]
+    shares = [(source, 1.0) for source in first]
+    stages = [("stage 1", shares)]
+    if second:
+        kept = 1 - config.data.stage2_share
+        shares = [(source, kept) for source in first]
+        shares += [(source, config.data.stage2_share) for source in second]
+        stages.append(("stage 2", shares))
+    for name, shares in stages:
+        tokens = of_images = 0.0
+        for source, share in shares:
+            group = first if source in first else second
+            weight = share * source.config.weight / sum(s.config.weight for s in group)
+            trained, image = _trained_shares(config, _info(source))
+            tokens, of_images = tokens + weight * trained, of_images + weight * image
+        if warning := rare_modality(tokens, of_images, absent=True):
+            yield f"data, {name}: {warning}"
+
+
+def _trained_shares(config: Config, info: TokenFileInfo) -> tuple[float, float]:
+    """Trained tokens, and trained tokens of images, as shares of all tokens of a source."""
+    if config.data.loss_on == "all" or not info.answers:
+        return 1.0, info.image_tokens / info.tokens
+    plain = info.tokens - info.total("conversation_tokens")  # trained whole
+    plain_images = info.image_tokens - info.total("conversation_image_tokens")
+    tokens = plain + info.total("answer_tokens")
+    return tokens / info.tokens, (plain_images + info.total("answer_image_tokens")) / info.tokens
