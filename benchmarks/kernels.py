@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_chameleon.model.kernels import cross_entropy
+from megatron_chameleon.model.kernels import cross_entropy, norm_rope
 
 SM_90 = GPUTarget("cuda", 90, 32)
 REGISTERS_OF_A_MULTIPROCESSOR, MOST_THREADS = 65_536, 2048
@@ -70,6 +70,43 @@ def loss_variants() -> Iterator[Variant]:
                 {"BLOCK": cross_entropy.GRADIENT_BYTES // size, "MASKED": masked},
                 unaligned,
                 cross_entropy.GRADIENT_WARPS,
+            )
+
+
+def norm_rope_variants() -> Iterator[Variant]:
+    """Heads of the 7B on one GPU, and the one key head that each of eight ranks has of the 34B."""
+    strides = ("stride_s", "stride_b", "stride_n")
+    counts = ("positions", "batch", "heads", "first_head", "heads_a_group")
+    pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    for heads in (32, 1):
+        for name, kernel, rows, more_pointers, more_numbers in (
+            (
+                "forward",
+                norm_rope.forward_kernel,
+                norm_rope.FORWARD_ROWS,
+                {"bias_ptr": "*bf16", "out_ptr": "*bf16"},
+                strides,
+            ),
+            (
+                "backward",
+                norm_rope.backward_kernel,
+                norm_rope.BACKWARD_ROWS,
+                {"grad_ptr": "*bf16", "grad_x_ptr": "*bf16", "sums_ptr": "*fp32"},
+                strides + tuple(f"grad_{stride}" for stride in strides),
+            ),
+        ):
+            sizes = ("HALF", "COLUMNS", "POSITIONS", "HEADS")
+            constants = dict(zip(sizes, norm_rope.tile_shape(heads, 128, rows), strict=True))
+            if name == "backward":
+                constants["TILES"] = norm_rope.BACKWARD_TILES
+            numbers = dict.fromkeys(more_numbers + counts, "i32")
+            yield Variant(
+                f"QK-norm and rotary {name}, bf16, {heads} heads of 128",
+                kernel,
+                {**pointers, **more_pointers, **numbers, "epsilon": "fp32"},
+                constants,
+                frozenset({"batch", "heads", "first_head", "heads_a_group"}),
+                norm_rope.WARPS,
             )
 
 
@@ -128,7 +165,7 @@ def main() -> int:
     parser.parse_args()
     print(f"triton {triton.__version__}, compute capability 9.0; a thread has up to 255 registers")
     spilled = False
-    for variant in loss_variants():
+    for variant in (*loss_variants(), *norm_rope_variants()):
         found = figures(compile_variant(variant), variant)
         spilled |= found["spilled bytes"] > 0
         print(f"{variant.name}: " + ", ".join(f"{name} {value}" for name, value in found.items()))

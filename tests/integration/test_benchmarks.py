@@ -9,7 +9,17 @@ import pytest
 from run_command import TIMEOUT_SECONDS, environment
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-GPU = ("ceilings", "parity", "loss", "train", "whole7b", "shard34b", "generation", "images")
+GPU = (
+    "ceilings",
+    "parity",
+    "loss",
+    "norm_rope",
+    "train",
+    "whole7b",
+    "shard34b",
+    "generation",
+    "images",
+)
 
 
 @pytest.mark.parametrize(
