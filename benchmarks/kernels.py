@@ -1,9 +1,11 @@
 """Compile the Triton kernels for an H100 or H200, on any machine, and say what they take.
 
-    python benchmarks/kernels.py
+    python benchmarks/kernels.py                        # needs triton, no GPU
+    python -W ignore benchmarks/kernels.py --time       # on a GPU, some minutes
 
 Registers a thread, bytes spilled, shared memory, the widest loads and stores, and how many threads
-a multiprocessor holds by its registers. Needs triton, no GPU. Exit code 1 where a kernel spills.
+a multiprocessor holds by its registers. Exit code 1 where a kernel spills. ``--time`` measures the
+kernels at other tile sizes and numbers of warps than those that their constants say.
 """
 
 import argparse
@@ -159,10 +161,24 @@ def _widest(code: str, instruction: str) -> str:
     return f"{bits.count(max(bits))} x {max(bits)}" if bits else "none"
 
 
+def time_shapes() -> int:
+    import torch
+    from gpu_parts.kernel_shapes import sweep
+
+    if not torch.cuda.is_available():
+        print("error: --time: this machine has no GPU. Leave it out.", file=sys.stderr)
+        return 2
+    for line in sweep(torch.device("cuda"), tiny=False):
+        print(line, flush=True)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="no less: it takes seconds")
-    parser.parse_args()
+    parser.add_argument("--time", action="store_true", help="time other tile sizes, on a GPU")
+    if parser.parse_args().time:
+        return time_shapes()
     print(f"triton {triton.__version__}, compute capability 9.0; a thread has up to 255 registers")
     spilled = False
     for variant in (*loss_variants(), *norm_rope_variants()):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from run_command import environment
 
+from megatron_chameleon.parallel import platform
+
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "kernels.py"
 KERNELS = (
@@ -42,3 +44,14 @@ def test_at_the_real_sizes_loads_are_16_bytes_wide(table: dict[str, str]) -> Non
             continue
         assert "x 128" in figures.split("loads")[1].split(",")[0], name
         assert int(figures.rsplit(" ", 1)[1]) >= (1024 if "loss" in name else 512), name
+
+
+def test_every_choice_of_constants_is_timed() -> None:
+    """One choice of each kernel, tiny; without a GPU in the interpreter."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    from gpu_parts.kernel_shapes import CHOICES, sweep
+
+    sys.path.pop(0)
+    lines = list(sweep(platform.device(), tiny=True))
+    assert [line.split(":")[0] for line in lines] == list(CHOICES)
+    assert all("GB/s" in line for line in lines)
