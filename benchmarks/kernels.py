@@ -145,6 +145,7 @@ def figures(compiled: Any, variant: Variant) -> dict[str, Any]:
         "shared bytes": compiled.metadata.shared,
         "loads": _widest(code, "LDG"),
         "stores": _widest(code, "STG"),
+        "maxima that keep NaN": compiled.asm["ptx"].count("max.NaN.f32"),
         "threads": min(programs * threads, MOST_THREADS // threads * threads),
     }
 

@@ -46,6 +46,13 @@ def test_at_the_real_sizes_loads_are_16_bytes_wide(table: dict[str, str]) -> Non
         assert int(figures.rsplit(" ", 1)[1]) >= (1024 if "loss" in name else 512), name
 
 
+def test_the_largest_logit_keeps_nan(table: dict[str, str]) -> None:
+    """The interpreter keeps it in either case."""
+    for name, figures in table.items():
+        maxima = int(re.findall(r"maxima that keep NaN (\d+)", figures)[0])
+        assert (maxima > 0) == name.startswith("loss forward"), name
+
+
 def test_every_choice_of_constants_is_timed() -> None:
     """One choice of each kernel, tiny; without a GPU in the interpreter."""
     sys.path.insert(0, str(SCRIPT.parent))
