@@ -1,9 +1,11 @@
 """Compile the Triton kernels for an H100 or H200, on any machine, and say what they take.
 
-    python benchmarks/kernels.py
+    python benchmarks/kernels.py                        # needs triton, no GPU
+    python -W ignore benchmarks/kernels.py --time       # on a GPU, some minutes
 
 Registers a thread, bytes spilled, shared memory, the widest loads and stores, and how many threads
-a multiprocessor holds by its registers. Needs triton, no GPU. Exit code 1 where a kernel spills.
+a multiprocessor holds by its registers. Exit code 1 where a kernel spills. ``--time`` measures the
+kernels at other tile sizes and numbers of warps than those that their constants say.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_chameleon.model.kernels import cross_entropy
+from megatron_chameleon.model.kernels import cross_entropy, norm_rope
 
 SM_90 = GPUTarget("cuda", 90, 32)
 REGISTERS_OF_A_MULTIPROCESSOR, MOST_THREADS = 65_536, 2048
@@ -73,6 +75,43 @@ def loss_variants() -> Iterator[Variant]:
             )
 
 
+def norm_rope_variants() -> Iterator[Variant]:
+    """Heads of the 7B on one GPU, and the one key head that each of eight ranks has of the 34B."""
+    strides = ("stride_s", "stride_b", "stride_n")
+    counts = ("positions", "batch", "heads", "first_head", "heads_a_group")
+    pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    for heads in (32, 1):
+        for name, kernel, rows, more_pointers, more_numbers in (
+            (
+                "forward",
+                norm_rope.forward_kernel,
+                norm_rope.FORWARD_ROWS,
+                {"bias_ptr": "*bf16", "out_ptr": "*bf16"},
+                strides,
+            ),
+            (
+                "backward",
+                norm_rope.backward_kernel,
+                norm_rope.BACKWARD_ROWS,
+                {"grad_ptr": "*bf16", "grad_x_ptr": "*bf16", "sums_ptr": "*fp32"},
+                strides + tuple(f"grad_{stride}" for stride in strides),
+            ),
+        ):
+            sizes = ("HALF", "COLUMNS", "POSITIONS", "HEADS")
+            constants = dict(zip(sizes, norm_rope.tile_shape(heads, 128, rows), strict=True))
+            if name == "backward":
+                constants["TILES"] = norm_rope.BACKWARD_TILES
+            numbers = dict.fromkeys(more_numbers + counts, "i32")
+            yield Variant(
+                f"QK-norm and rotary {name}, bf16, {heads} heads of 128",
+                kernel,
+                {**pointers, **more_pointers, **numbers, "epsilon": "fp32"},
+                constants,
+                frozenset({"batch", "heads", "first_head", "heads_a_group"}),
+                norm_rope.WARPS,
+            )
+
+
 def compile_variant(variant: Variant) -> Any:
     """Triton's compiled kernel for compute capability 9.0."""
     names = variant.kernel.arg_names
@@ -106,6 +145,7 @@ def figures(compiled: Any, variant: Variant) -> dict[str, Any]:
         "shared bytes": compiled.metadata.shared,
         "loads": _widest(code, "LDG"),
         "stores": _widest(code, "STG"),
+        "maxima that keep NaN": compiled.asm["ptx"].count("max.NaN.f32"),
         "threads": min(programs * threads, MOST_THREADS // threads * threads),
     }
 
@@ -122,13 +162,27 @@ def _widest(code: str, instruction: str) -> str:
     return f"{bits.count(max(bits))} x {max(bits)}" if bits else "none"
 
 
+def time_shapes() -> int:
+    import torch
+    from gpu_parts.kernel_shapes import sweep
+
+    if not torch.cuda.is_available():
+        print("error: --time: this machine has no GPU. Leave it out.", file=sys.stderr)
+        return 2
+    for line in sweep(torch.device("cuda"), tiny=False):
+        print(line, flush=True)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="no less: it takes seconds")
-    parser.parse_args()
+    parser.add_argument("--time", action="store_true", help="time other tile sizes, on a GPU")
+    if parser.parse_args().time:
+        return time_shapes()
     print(f"triton {triton.__version__}, compute capability 9.0; a thread has up to 255 registers")
     spilled = False
-    for variant in loss_variants():
+    for variant in (*loss_variants(), *norm_rope_variants()):
         found = figures(compile_variant(variant), variant)
         spilled |= found["spilled bytes"] > 0
         print(f"{variant.name}: " + ", ".join(f"{name} {value}" for name, value in found.items()))

@@ -16,6 +16,7 @@ PARTS: dict[str, tuple[str, str, int]] = {
     "reference": ("parity", "run_reference", 180),
     "parity": ("parity", "run", 180),
     "loss": ("losses", "run", 120),
+    "norm_rope": ("norm_rope", "run", 90),
     "train": ("train", "run_slices", 420),
     "fusions": ("ablation", "run", 240),
     "whole7b": ("train", "run_whole", 300),

@@ -80,6 +80,7 @@ def _build_part(
 ) -> ChameleonModel:
     model_config = config.model
     vp_stage = stage if topology.virtual_pipeline_size > 1 else None
+    fusions = select_fusions(config)
     model = ChameleonModel(
         config=transformer,
         transformer_layer_spec=block_spec(
@@ -87,6 +88,7 @@ def _build_part(
             select_backend(config),
             swin_norm=model_config.norm_order == "swin",
             qk_norm_groups=qk_norm_groups(model_config),
+            qk_norm_rope_fusion=fusions.qk_norm_rope_fusion,
             vp_stage=vp_stage,
         ),
         vocab_size=vocab_size,
@@ -98,7 +100,7 @@ def _build_part(
         position_embedding_type="rope",
         rotary_base=model_config.rotary_base,
         vp_stage=vp_stage,
-        loss_fusion=select_fusions(config).loss_fusion,
+        loss_fusion=fusions.loss_fusion,
     )
     if model.pre_process:
         model.embedding.embedding_dropout.p = 0.0  # the paper has none there, megatron-core has

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_chameleon.model.backend import layer_backend
+from megatron_chameleon.model.norm_rope import FUSED_DTYPES, RotaryTables, norm_rope
 from megatron_chameleon.parallel.random_streams import seed_layer
 
 QK_NORM_EPSILON = 1e-5  # of the reference code; not the RMSNorm's
@@ -51,6 +52,8 @@ class HeadLayerNorm(nn.Module):
         eps: Ignored: megatron-core passes the RMSNorm's.
         heads: Heads over all tensor-parallel ranks.
         groups: A divisor of ``heads``.
+        deferred: The module's call changes nothing: its attention is a ``NormRopeSelfAttention``,
+            which normalises later, by ``with_rotation`` where it can.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class HeadLayerNorm(nn.Module):
         *,
         heads: int,
         groups: int,
+        deferred: bool = False,
     ) -> None:
         super().__init__()
         shape, dtype = (groups, hidden_size), config.params_dtype
@@ -70,8 +74,13 @@ class HeadLayerNorm(nn.Module):
         local_heads = heads // config.tensor_model_parallel_size
         first = parallel_state.get_tensor_model_parallel_rank() * local_heads
         self._own_heads = slice(first, first + local_heads)
+        self._deferred = deferred
 
     def forward(self, x_SBND: Tensor) -> Tensor:
+        return x_SBND if self._deferred else self.normalise(x_SBND)
+
+    def normalise(self, x_SBND: Tensor) -> Tensor:
+        """The norm by torch's operations."""
         shape = x_SBND.shape[-1:]
         if len(self.weight) == 1:  # the same for all heads: one fused kernel, half of the time
             weight_D, bias_D = self.weight[0], self.bias[0]
@@ -79,8 +88,65 @@ class HeadLayerNorm(nn.Module):
         x_SBND = functional.layer_norm(x_SBND, shape, eps=QK_NORM_EPSILON)
         return x_SBND * self._of_own_heads(self.weight) + self._of_own_heads(self.bias)
 
+    def with_rotation(self, x_SBND: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """The norm and then rotary embedding, by one kernel; ``tables`` from ``RotaryTables``."""
+        return norm_rope(
+            x_SBND,
+            self.weight,
+            self.bias,
+            tables,
+            first_head=self._own_heads.start,
+            heads_a_group=self._heads_a_group,
+            epsilon=QK_NORM_EPSILON,
+        )
+
     def _of_own_heads(self, parameter_GD: Tensor) -> Tensor:
         return parameter_GD.repeat_interleave(self._heads_a_group, dim=0)[self._own_heads]
+
+
+class NormRopeSelfAttention(SelfAttention):
+    """megatron-core's self-attention, with QK-norm and rotary embedding in one kernel.
+
+    The kernel runs in the one method between the norms' place and the rotation's that is given
+    both the heads and the angles; the angles are not handed on then. The modules, their parameters
+    and what a checkpoint holds are as without it, because the norms are only called later.
+
+    Args:
+        tables: Shared by all layers.
+    """
+
+    def __init__(self, *args: Any, tables: RotaryTables, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tables = tables
+
+    def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        assert packed_seq_params is None, "the fused QK-norm counts positions from the first token"
+        return super().forward(*args, **kwargs)
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: Any,
+        query_SBND: Tensor,
+        key_SBND: Tensor,
+        value_SBND: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        dtype = query_SBND.dtype
+        if angles is not None and inference_context is None and dtype in FUSED_DTYPES:
+            query_angles_S11D, key_angles_S11D = angles
+            query_tables = self._tables.of(query_angles_S11D)
+            query_SBND = self.q_layernorm.with_rotation(query_SBND, query_tables)
+            key_tables = self._tables.of(key_angles_S11D)
+            key_SBND = self.k_layernorm.with_rotation(key_SBND, key_tables)
+            angles = None
+        else:
+            query_SBND = self.q_layernorm.normalise(query_SBND)
+            key_SBND = self.k_layernorm.normalise(key_SBND)
+        return super()._adjust_key_value_for_inference(
+            inference_context, query_SBND, key_SBND, value_SBND, angles, *args, **kwargs
+        )
 
 
 @dataclass
@@ -153,6 +219,7 @@ def block_spec(
     *,
     swin_norm: bool,
     qk_norm_groups: int,
+    qk_norm_rope_fusion: bool = False,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """The spec of the layers of one part of the model.
@@ -162,31 +229,39 @@ def block_spec(
         backend: From ``select_backend``.
         swin_norm: Norms behind the branches (34B) in place of before them (7B).
         qk_norm_groups: Groups of heads with a QK-norm weight of their own, 0 for no QK-norm.
+        qk_norm_rope_fusion: QK-norm and rotary embedding in one kernel; nothing without QK-norm.
         vp_stage: Which of this pipeline stage's parts, with interleaved pipeline parallelism.
     """
     first = get_transformer_layer_offset(config, vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage))
     backends = [layer_backend(backend, config, layer) for layer in layers]
+    tables = RotaryTables() if qk_norm_rope_fusion and qk_norm_groups else None
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(config, b, swin_norm, qk_norm_groups) for b in backends],
+        layer_specs=[_layer_spec(config, b, swin_norm, qk_norm_groups, tables) for b in backends],
         layer_norm=backend.layer_norm(rms_norm=True),
     )
 
 
 def _layer_spec(
-    config: TransformerConfig, backend: BackendSpecProvider, swin_norm: bool, qk_norm_groups: int
+    config: TransformerConfig,
+    backend: BackendSpecProvider,
+    swin_norm: bool,
+    qk_norm_groups: int,
+    tables: RotaryTables | None,
 ) -> ModuleSpec:
+    """``tables``: for QK-norm and rotary embedding in one kernel."""
     norm = backend.layer_norm(rms_norm=True)
     before, behind = (IdentityOp, norm) if swin_norm else (norm, IdentityOp)
+    fused = tables is not None
     attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=NormRopeSelfAttention if fused else SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, **({"tables": tables} if fused else {})},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=_qk_norm_spec(config.num_attention_heads, qk_norm_groups),
-            k_layernorm=_qk_norm_spec(config.num_query_groups, qk_norm_groups),
+            q_layernorm=_qk_norm_spec(config.num_attention_heads, qk_norm_groups, fused),
+            k_layernorm=_qk_norm_spec(config.num_query_groups, qk_norm_groups, fused),
         ),
     )
     mlp = MLPSubmodules(
@@ -207,8 +282,9 @@ def _layer_spec(
     )
 
 
-def _qk_norm_spec(heads: int, groups: int) -> ModuleSpec | type:
+def _qk_norm_spec(heads: int, groups: int, deferred: bool) -> ModuleSpec | type:
     """Key heads may be fewer than the groups: then each has its own."""
     if not groups:
         return IdentityOp
-    return ModuleSpec(HeadLayerNorm, params={"heads": heads, "groups": min(groups, heads)})
+    params = {"heads": heads, "groups": min(groups, heads), "deferred": deferred}
+    return ModuleSpec(HeadLayerNorm, params=params)

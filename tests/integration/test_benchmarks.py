@@ -13,6 +13,7 @@ GPU = (
     "ceilings",
     "parity",
     "loss",
+    "norm_rope",
     "train",
     "fusions",
     "whole7b",

@@ -1,0 +1,283 @@
+"""LayerNorm over the head dimension and rotary embedding, each element read and written once.
+
+A row is one head of one position, D = 2 x HALF elements; the rotation turns its halves against each
+other. A program takes a tile of POSITIONS x HEADS rows. Everything is computed in fp32 and rounded
+once. Backward reads the input again and normalises it anew, so that nothing else is kept for it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FORWARD_ROWS, BACKWARD_ROWS, WARPS = 32, 16, 4
+"""Rows of a tile: 8 KiB of bf16 heads of 128 forward, 4 + 4 KiB backward, where sums stay too."""
+MOST_HEADS, MOST_POSITIONS = 8, 16
+BACKWARD_TILES = 16
+"""Tiles of a backward program, one after the other; it writes one row of sums a head."""
+
+
+@triton.jit
+def _row_sum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """Over both halves of each row, kept as [POSITIONS, HEADS, 1]."""
+    return tl.sum(a + b, axis=2)[:, :, None]
+
+
+@triton.jit
+def _normalise(
+    x1: tl.tensor, x2: tl.tensor, inside: tl.tensor, epsilon: tl.tensor, HALF: tl.constexpr
+) -> tuple:
+    mean = _row_sum(x1, x2) / (2 * HALF)
+    x1, x2 = tl.where(inside, x1 - mean, 0.0), tl.where(inside, x2 - mean, 0.0)
+    scale = 1.0 / tl.sqrt(_row_sum(x1 * x1, x2 * x2) / (2 * HALF) + epsilon)
+    return x1 * scale, x2 * scale, scale
+
+
+@triton.jit
+def _load_halves(pointers: tl.tensor, mask: tl.tensor, HALF: tl.constexpr) -> tuple:
+    first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    stride_s: tl.tensor,
+    stride_b: tl.tensor,
+    stride_n: tl.tensor,
+    positions: tl.tensor,
+    batch: tl.tensor,
+    heads: tl.tensor,
+    first_head: tl.tensor,
+    heads_a_group: tl.tensor,
+    epsilon: tl.tensor,
+    HALF: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    HEADS: tl.constexpr,
+) -> None:
+    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, COLUMNS)
+    inside = (column < HALF)[None, None, :]
+    own = (position < positions)[:, None, None] & (head < heads)[None, :, None] & inside
+    s, b = (position // batch).to(tl.int64), (position % batch).to(tl.int64)
+    start = s * stride_s + b * stride_b
+    at = start[:, None, None] + (head * stride_n)[None, :, None] + column[None, None, :]
+    x1, x2 = _load_halves(x_ptr + at, own, HALF)
+    x1, x2, _ = _normalise(x1, x2, inside, epsilon, HALF)
+
+    group = (first_head + head) // heads_a_group
+    of_head = (group * 2 * HALF)[:, None] + column[None, :]
+    known = (head < heads)[:, None] & (column < HALF)[None, :]
+    weight1, weight2 = _load_halves(weight_ptr + of_head, known, HALF)
+    bias1, bias2 = _load_halves(bias_ptr + of_head, known, HALF)
+    y1, y2 = x1 * weight1[None] + bias1[None], x2 * weight2[None] + bias2[None]
+
+    angle = (s * HALF)[:, None] + column[None, :]
+    turned = (position < positions)[:, None] & (column < HALF)[None, :]
+    cos = tl.load(cos_ptr + angle, mask=turned, other=0.0)[:, None, :]
+    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)[:, None, :]
+    row = (position.to(tl.int64) * heads)[:, None, None] + head[None, :, None]
+    out = out_ptr + row * (2 * HALF) + column[None, None, :]
+    kind = out_ptr.dtype.element_ty
+    tl.store(out, (y1 * cos - y2 * sin).to(kind), mask=own)
+    tl.store(out + HALF, (y2 * cos + y1 * sin).to(kind), mask=own)
+
+
+@triton.jit
+def backward_kernel(
+    x_ptr: tl.tensor,
+    grad_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    grad_x_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
+    stride_s: tl.tensor,
+    stride_b: tl.tensor,
+    stride_n: tl.tensor,
+    grad_stride_s: tl.tensor,
+    grad_stride_b: tl.tensor,
+    grad_stride_n: tl.tensor,
+    positions: tl.tensor,
+    batch: tl.tensor,
+    heads: tl.tensor,
+    first_head: tl.tensor,
+    heads_a_group: tl.tensor,
+    epsilon: tl.tensor,
+    HALF: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILES: tl.constexpr,
+) -> None:
+    """Also the sums over its positions of the gradients of weight and bias, [2, heads, D]."""
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, COLUMNS)
+    inside = (column < HALF)[None, None, :]
+    group = (first_head + head) // heads_a_group
+    known = (head < heads)[:, None] & (column < HALF)[None, :]
+    of_head = (group * 2 * HALF)[:, None] + column[None, :]
+    weight1, weight2 = _load_halves(weight_ptr + of_head, known, HALF)
+    weight_sum1 = tl.full([POSITIONS, HEADS, COLUMNS], 0.0, tl.float32)
+    weight_sum2 = tl.full([POSITIONS, HEADS, COLUMNS], 0.0, tl.float32)
+    bias_sum1 = tl.full([POSITIONS, HEADS, COLUMNS], 0.0, tl.float32)
+    bias_sum2 = tl.full([POSITIONS, HEADS, COLUMNS], 0.0, tl.float32)
+    for tile in range(TILES):
+        first = (tl.program_id(0) * TILES + tile) * POSITIONS
+        position = first + tl.arange(0, POSITIONS)
+        own = (position < positions)[:, None, None] & (head < heads)[None, :, None] & inside
+        s, b = (position // batch).to(tl.int64), (position % batch).to(tl.int64)
+        along = (head * stride_n)[None, :, None] + column[None, None, :]
+        x1, x2 = _load_halves(
+            x_ptr + (s * stride_s + b * stride_b)[:, None, None] + along, own, HALF
+        )
+        along = (head * grad_stride_n)[None, :, None] + column[None, None, :]
+        start = s * grad_stride_s + b * grad_stride_b
+        out1, out2 = _load_halves(grad_ptr + start[:, None, None] + along, own, HALF)
+        angle = (s * HALF)[:, None] + column[None, :]
+        turned = (position < positions)[:, None] & (column < HALF)[None, :]
+        cos = tl.load(cos_ptr + angle, mask=turned, other=0.0)[:, None, :]
+        sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)[:, None, :]
+
+        y1, y2 = out1 * cos + out2 * sin, out2 * cos - out1 * sin  # gradients: the inverse turn
+        x1, x2, scale = _normalise(x1, x2, inside, epsilon, HALF)
+        weight_sum1 += y1 * x1
+        weight_sum2 += y2 * x2
+        bias_sum1 += y1
+        bias_sum2 += y2
+        y1, y2 = y1 * weight1[None], y2 * weight2[None]
+        mean = _row_sum(y1, y2) / (2 * HALF)
+        slope = _row_sum(y1 * x1, y2 * x2) / (2 * HALF)
+        row = (position.to(tl.int64) * heads)[:, None, None] + head[None, :, None]
+        grad_x = grad_x_ptr + row * (2 * HALF) + column[None, None, :]
+        kind = grad_x_ptr.dtype.element_ty
+        tl.store(grad_x, ((y1 - mean - x1 * slope) * scale).to(kind), mask=own)
+        tl.store(grad_x + HALF, ((y2 - mean - x2 * slope) * scale).to(kind), mask=own)
+
+    row = tl.program_id(0) * 2 * heads + head
+    sums = sums_ptr + (row * (2 * HALF))[:, None] + column[None, :]
+    tl.store(sums, tl.sum(weight_sum1, axis=0), mask=known)
+    tl.store(sums + HALF, tl.sum(weight_sum2, axis=0), mask=known)
+    sums += heads * (2 * HALF)
+    tl.store(sums, tl.sum(bias_sum1, axis=0), mask=known)
+    tl.store(sums + HALF, tl.sum(bias_sum2, axis=0), mask=known)
+
+
+def tile_shape(heads: int, head_size: int, rows: int) -> tuple[int, int, int, int]:
+    """HALF, COLUMNS, POSITIONS and HEADS of a tile of so many rows, fewer where heads are few."""
+    half = head_size // 2
+    tile_heads = min(MOST_HEADS, triton.next_power_of_2(heads))
+    tile_positions = min(MOST_POSITIONS, rows // tile_heads)
+    return half, triton.next_power_of_2(half), tile_positions, tile_heads
+
+
+def forward(
+    x_SBND: Tensor,
+    weight_GD: Tensor,
+    bias_GD: Tensor,
+    cos_SC: Tensor,
+    sin_SC: Tensor,
+    first_head: int,
+    heads_a_group: int,
+    epsilon: float,
+) -> Tensor:
+    """The heads normalised, scaled by their group's weight and bias, and turned.
+
+    Args:
+        x_SBND: Any strides, but 1 in the last dimension.
+        weight_GD: Of all groups, contiguous as what follows.
+        bias_GD: As the weight.
+        cos_SC: Of each position's angles, C = D / 2, fp32.
+        sin_SC: As the cosines.
+        first_head: Of the heads over all ranks, the first in x.
+        heads_a_group: Group g has the heads from g x this on.
+        epsilon: Added to the variance.
+
+    Returns:
+        [S, B, N, D], contiguous, in x's dtype.
+    """
+    length, batch, heads, head_size = x_SBND.shape
+    half, columns, tile_positions, tile_heads = tile_shape(heads, head_size, FORWARD_ROWS)
+    out_SBND = torch.empty(x_SBND.shape, dtype=x_SBND.dtype, device=x_SBND.device)
+    grid = (triton.cdiv(length * batch, tile_positions), triton.cdiv(heads, tile_heads))
+    forward_kernel[grid](
+        x_SBND,
+        weight_GD,
+        bias_GD,
+        cos_SC,
+        sin_SC,
+        out_SBND,
+        *x_SBND.stride()[:3],
+        length * batch,
+        batch,
+        heads,
+        first_head,
+        heads_a_group,
+        epsilon,
+        HALF=half,
+        COLUMNS=columns,
+        POSITIONS=tile_positions,
+        HEADS=tile_heads,
+        num_warps=WARPS,
+    )
+    return out_SBND
+
+
+def backward(
+    x_SBND: Tensor,
+    grad_SBND: Tensor,
+    weight_GD: Tensor,
+    cos_SC: Tensor,
+    sin_SC: Tensor,
+    first_head: int,
+    heads_a_group: int,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``forward``.
+
+    Args:
+        x_SBND: As there.
+        grad_SBND: The gradient of its result; any strides, but 1 in the last dimension.
+        weight_GD: As there, and so the rest: cos_SC, sin_SC, first_head, heads_a_group, epsilon.
+
+    Returns:
+        The gradient of x, contiguous; and those of each of x's heads' weight and bias in fp32,
+        [2, N, D]. Sums are taken in a fixed order: the same input gives the same bits.
+    """
+    length, batch, heads, head_size = x_SBND.shape
+    half, columns, tile_positions, tile_heads = tile_shape(heads, head_size, BACKWARD_ROWS)
+    programs = triton.cdiv(length * batch, tile_positions * BACKWARD_TILES)
+    grad_x_SBND = torch.empty(x_SBND.shape, dtype=x_SBND.dtype, device=x_SBND.device)
+    sums = torch.empty(programs, 2, heads, head_size, dtype=torch.float32, device=x_SBND.device)
+    backward_kernel[(programs, triton.cdiv(heads, tile_heads))](
+        x_SBND,
+        grad_SBND,
+        weight_GD,
+        cos_SC,
+        sin_SC,
+        grad_x_SBND,
+        sums,
+        *x_SBND.stride()[:3],
+        *grad_SBND.stride()[:3],
+        length * batch,
+        batch,
+        heads,
+        first_head,
+        heads_a_group,
+        epsilon,
+        HALF=half,
+        COLUMNS=columns,
+        POSITIONS=tile_positions,
+        HEADS=tile_heads,
+        TILES=BACKWARD_TILES,
+        num_warps=WARPS,
+    )
+    return grad_x_SBND, sums.sum(dim=0)
