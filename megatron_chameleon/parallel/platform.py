@@ -21,7 +21,7 @@ import inspect
 import os
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -90,6 +90,35 @@ def random_generator() -> torch.Generator:
     if has_gpu():
         return torch.cuda.default_generators[torch.cuda.current_device()]
     return torch.default_generator
+
+
+def recorded(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
+    """A step that is recorded as a CUDA graph at its second call and then replayed.
+
+    Args:
+        step: Works on tensors that stay where they are, and never waits for the device.
+        generator: What it draws from; a replay goes on where the last call left off.
+
+    Returns:
+        The step: its first call runs it as it is, so that what is set up or compiled once is. On a
+        machine without a GPU, ``step`` itself.
+    """
+    if not has_gpu():
+        return step
+    calls: list[Callable[[], None]] = []
+
+    def call() -> None:
+        if not calls:
+            calls.append(step)
+        elif calls[0] is step:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                step()
+            calls[0] = graph.replay
+        calls[0]()
+
+    return call
 
 
 def has_transformer_engine() -> bool:
