@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_chameleon.errors import ConfigError
+
 CAPACITY_STEP = 256
 ODD_COLUMNS = 8
 """More columns than a power of two: rows and heads that lie one apart share the CPU's cache lines,
@@ -77,7 +79,7 @@ class BatchContext:
         model: ``ChameleonForConditionalGeneration``. Its layers are called one by one: its own
             ``forward`` forbids image codes, and grows its cache.
         rows: Rows.
-        compiler: Backend of ``torch.compile`` for the layers of a step; None leaves them.
+        compiler: As in ``Execution``.
         forgetful_R: bool [R], rows that can forget what came after the prompt; None if none can.
     """
 
@@ -92,8 +94,10 @@ class BatchContext:
         self._layers = list(model.model.layers)
         self._step_layers = self._layers
         if compiler is not None:
+            backend, _, mode = compiler.partition(":")
             self._step_layers = [
-                torch.compile(layer, backend=compiler, fullgraph=True) for layer in self._layers
+                torch.compile(layer, backend=backend, mode=mode or None, fullgraph=True)
+                for layer in self._layers
             ]
         embedding = model.model.embed_tokens.weight
         self._device, self._dtype = embedding.device, embedding.dtype
@@ -135,15 +139,35 @@ class BatchContext:
         return torch.cat(last)
 
     def reserve(self, columns: int) -> bool:
-        """See that there are buffers for so many columns; returns whether they were moved."""
+        """See that there are buffers for so many columns.
+
+        Returns:
+            Whether they were moved.
+
+        Raises:
+            ConfigError: The device has no memory for them.
+        """
         if columns <= self.capacity:
             return False
-        grown = min(2 * self.capacity, self._model.config.max_position_embeddings)
-        least = max(columns, grown)
-        capacity = -(-least // CAPACITY_STEP) * CAPACITY_STEP + ODD_COLUMNS
+        grown = min(self.capacity * 3 // 2, self._model.config.max_position_embeddings)
+        capacity = -(-max(columns, grown) // CAPACITY_STEP) * CAPACITY_STEP + ODD_COLUMNS
         if not self._caches:
             self._caches = [LayerCache(self.window, *self._buffers(0)) for _ in self._layers]
             self._hidden_RC = self._hidden(0)
+        try:
+            self._move(capacity)
+        except torch.OutOfMemoryError as error:
+            whole = 2 * len(self._caches) * self._caches[0].keys_RGCD[:, :, :1].nbytes * capacity
+            raise ConfigError(
+                "batch_size",
+                f"keys and values of {self.rows} rows of {capacity:,} tokens take "
+                f"{whole / 2**30:.1f} GiB, which the device has not",
+                "Give a lower batch size or fewer tokens",
+            ) from error
+        self.capacity = capacity
+        return True
+
+    def _move(self, capacity: int) -> None:
         for cache in self._caches:  # one layer after the other: twice one layer, not all twice
             keys, values = self._buffers(capacity)
             keys[:, :, : self._written] = cache.keys_RGCD[:, :, : self._written]
@@ -153,8 +177,6 @@ class BatchContext:
         hidden_RC[:, : self.capacity] = self._hidden_RC
         self._hidden_RC = hidden_RC
         self._column_C = torch.arange(capacity, device=self._device)
-        self.capacity = capacity
-        return True
 
     def widen(self, columns: int, width: int) -> bool:
         """Before a step: it writes the last of ``columns`` and reads the first ``width``.

@@ -26,6 +26,9 @@ from megatron_chameleon.inference.options import Execution, GenerationOptions
 from megatron_chameleon.inference.sampling import choose, draw, penalise_repetition
 from megatron_chameleon.parallel import platform
 
+RESERVED_TOKENS = 256
+"""Of an answer whose length nobody knows; buffers grow with it."""
+
 __all__ = ["Decoder", "Execution", "GenerationOptions", "decode"]
 
 
@@ -61,6 +64,7 @@ class Decoder:
             self._guidance.forgetful(batch, device),
         )
         self._generator = torch.Generator(device)
+        self._record = platform.recorder(self._generator)
         room_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self._state = ModalityState(
             classes, codes_per_image, room_B, images=options.images, force=options.force
@@ -113,7 +117,7 @@ class Decoder:
 
     def _start(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int]) -> None:
         """Read the prompts and draw the first token."""
-        classes, guidance = self._classes, self._guidance
+        classes, guidance, options = self._classes, self._guidance, self.options
         device = self._tokens_B.device
         passes = [
             [guidance.prompt(sight, prompt, classes) for prompt in prompts]
@@ -128,7 +132,9 @@ class Decoder:
         for row, prompt in enumerate(prompts):
             self._seen_BV[row, torch.tensor(prompt, device=device)] = True
         self._seen_BV &= classes.text_V
-        if self.context.reserve(max(map(len, prompts)) + 1):
+        ahead = self._image_tokens if options.force is Force.IMAGE else RESERVED_TOKENS
+        columns = max(map(len, prompts)) + min(ahead, max(rooms))
+        if self.context.reserve(self.execution.width(columns)):
             self._steps.clear()
         self._draw(self.context.start(passes, classes.pad))
 
@@ -151,9 +157,7 @@ class Decoder:
         key = (width, within_image)
         if key not in self._steps:
             step = self._step_within_image if within_image else self._step_anywhere
-            self._steps[key] = (
-                platform.recorded(step, self._generator) if self.execution.graph else step
-            )
+            self._steps[key] = self._record(step) if self.execution.graph else step
         self._steps[key]()
 
     def _step_anywhere(self) -> None:

@@ -6,9 +6,7 @@ from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.inference.modality import Force
 
 GPU_LOOK_EVERY_TOKENS = 16
-GPU_WIDTHS = (256, 512, 768, 1024)
-GPU_WIDTH_STEP = 512
-"""Beyond the last of the widths."""
+GPU_WIDTH_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -70,30 +68,27 @@ class Execution:
     graph: bool = False
     """Record a step as a CUDA graph and replay it."""
     compiler: str | None = None
-    """Backend of ``torch.compile`` for the layers of a step, such as "inductor"; None: as is."""
+    """Backend of ``torch.compile`` for the layers of a step, or backend:mode, such as "inductor";
+    None: as they are."""
     look_every_tokens: int = 1
     """How often the host waits to see which rows are finished, and new tokens come out."""
-    widths: tuple[int, ...] = ()
-    """Columns of the cache that a step reads are rounded up to one of these, so that one graph
-    serves many steps; beyond the last to multiples of ``width_step``. Empty: those in use.
-    """
     width_step: int = 1
+    """Columns of the cache that a step reads are rounded up to a multiple of this, so that one
+    graph serves many steps."""
 
     @classmethod
     def on(cls, device: str, compiler: str | None = None) -> "Execution":
         """What suits a device: "cuda" or "cpu"."""
         if device != "cuda":
             return cls(compiler=compiler)
-        return cls(True, compiler, GPU_LOOK_EVERY_TOKENS, GPU_WIDTHS, GPU_WIDTH_STEP)
+        return cls(True, compiler, GPU_LOOK_EVERY_TOKENS, GPU_WIDTH_STEP)
 
     def width(self, columns: int) -> int:
         """Columns that a step reads where ``columns`` are in use."""
-        for width in self.widths:
-            if columns <= width:
-                return width
         return -(-columns // self.width_step) * self.width_step
 
     def describe(self) -> str:
-        """For the user: "one CUDA graph a step, layers compiled by inductor"."""
+        """For the user: "steps launched one by one, layers as they are"."""
         steps = "steps replayed as CUDA graphs" if self.graph else "steps launched one by one"
-        return f"{steps}, layers {f'compiled by {self.compiler}' if self.compiler else 'as is'}"
+        layers = f"compiled by {self.compiler}" if self.compiler else "as they are"
+        return f"{steps}, layers {layers}"

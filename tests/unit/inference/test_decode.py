@@ -21,7 +21,7 @@ from megatron_chameleon.parallel import platform
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 """fp32, sums in another order: observed up to 1.6e-6 on logits up to 4."""
 CODES = 16
-WIDE = Execution(look_every_tokens=7, widths=(24, 40), width_step=16)
+WIDE = Execution(look_every_tokens=7, width_step=16)
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +96,8 @@ def test_meaningless_options_are_refused(options: GenerationOptions, message: st
 
 
 def test_steps_read_rounded_widths() -> None:
-    widths = Execution(widths=(256, 512), width_step=512).width
-    assert [widths(n) for n in (1, 256, 257, 512, 513, 1024, 1025)] == [
-        *(256, 256, 512, 512),
-        *(1024, 1024, 1536),
-    ]
+    widths = Execution.on("cuda").width
+    assert [widths(columns) for columns in (1, 256, 257)] == [256, 256, 512]
     assert Execution.on("cpu").width(77) == 77
 
 
@@ -308,17 +305,17 @@ def test_a_step_can_be_replayed(
     same numbers from the host. One that waits for the device is refused."""
     recordings: list[RecordedOps] = []
 
-    def recorded(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
+    def record(step: Callable[[], None]) -> Callable[[], None]:
         recordings.append(RecordedOps(step))
         return recordings[-1]
 
-    monkeypatch.setattr(platform, "recorded", recorded)
+    monkeypatch.setattr(platform, "recorder", lambda generator: record)
     prompts, rooms = [[0, 100, 110, 120], [0, 90, *image(session, 1)]], [44, 43]
     options = OPTIONS[name]
     answers = []
     for graph in (False, True):
         generator = torch.Generator().manual_seed(2)
-        execution = Execution(graph, None, WIDE.look_every_tokens, WIDE.widths, WIDE.width_step)
+        execution = Execution(graph, None, WIDE.look_every_tokens, WIDE.width_step)
         decoder = Decoder(session.model, classes, CODES, 2, options, execution)
         for _ in range(2):
             answers.append(collect(decoder.stream(prompts, rooms, generator)))
@@ -336,7 +333,7 @@ def test_compiled_layers_give_the_same_tokens(session: Session, classes: TokenCl
         decode(
             session.model,
             *(prompts, classes, CODES, rooms, options, torch.Generator()),
-            Execution(compiler=compiler, widths=(16, 32), width_step=16),
+            Execution(compiler=compiler, width_step=16),
         )
         for compiler in (None, "aot_eager")
     ]
