@@ -19,8 +19,8 @@ PARTS: dict[str, tuple[str, str, int]] = {
     "train": ("train", "run_slices", 420),
     "whole7b": ("train", "run_whole", 300),
     "shard34b": ("train", "run_shard", 300),
-    "generation": ("generation", "run", 240),
-    "images": ("images", "run", 120),
+    "generation": ("generation", "run", 540),
+    "images": ("images", "run", 300),
 }
 NEEDS = {"parity": "reference"}
 """What runs before a part, on the CPU."""
