@@ -142,14 +142,14 @@ class ModalityState:
     def advance(self, token_ids_B: Tensor) -> None:
         """Take the chosen tokens: int64 [batch], each allowed; finished rows stay as they are."""
         active_B = ~self.finished_B
-        ends_B = active_B & (token_ids_B == self.classes.end_image)
         begins_B = active_B & (token_ids_B == self.classes.begin_image)
+        # the end of an image comes at 0 and makes it -1
         self.codes_left_B -= (active_B & self.in_image_B).long()
-        self.codes_left_B.masked_fill_(ends_B, -1).masked_fill_(begins_B, self.codes_per_image)
+        self.codes_left_B.masked_fill_(begins_B, self.codes_per_image)
         self.room_B -= active_B.long()
         self.finished_B |= (token_ids_B == self.classes.eos) | (self.room_B <= 0)
         if self._only_image:
-            self.finished_B |= ends_B
+            self.finished_B |= token_ids_B == self.classes.end_image
 
     def advance_codes(self) -> None:
         """Take a code in every row: all are in an image that is not full, and none is finished."""

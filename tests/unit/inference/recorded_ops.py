@@ -9,6 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 WAITING = {
     "aten._local_scalar_dense",
+    "aten.item",
+    "aten.is_nonzero",
+    "aten.equal",
     "aten.nonzero",
     "aten.masked_select",
     "aten.multinomial",
@@ -27,6 +30,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         name = str(func).rsplit(".", 1)[0]
         assert name not in WAITING, f"{func} waits for the device"
+        assert name != "aten.where" or len(args) > 1, f"{func} of a mask alone waits"
         indices = args[1] if name in ("aten.index", "aten.index_put", "aten.index_put_") else ()
         assert all(i is None or i.dtype != torch.bool for i in indices), f"{func} by a mask waits"
         out = func(*args, **(kwargs or {}))

@@ -9,6 +9,7 @@ from recorded_ops import RecordedOps
 
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.inference import context as context_module
+from megatron_chameleon.inference import decode as decode_module
 from megatron_chameleon.inference.context import BatchContext
 from megatron_chameleon.inference.decode import Decoder, Execution, collect, decode
 from megatron_chameleon.inference.guidance import Guidance, Sight
@@ -273,6 +274,20 @@ def test_each_scale_is_that_of_the_formula() -> None:
         torch.testing.assert_close(mixed, expected)
 
 
+def test_each_pass_sees_its_share_of_an_answer(classes: TokenClasses) -> None:
+    """A row in an image, one that begins one, one that ended one, one in text, a finished one."""
+    guidance = Guidance.of(GenerationOptions(guidance=3.0, guidance_image=1.2))
+    state = ModalityState(classes, CODES, torch.full((5,), 40))
+    state.codes_left_B.copy_(torch.tensor([3, 16, -1, -1, -1]))
+    code, word = int(classes.code_token_ids[0]), int(classes.text_V.nonzero()[0])
+    tokens = torch.tensor([code, classes.begin_image, classes.end_image, word, classes.pad])
+    active = torch.tensor([True, True, True, True, False])
+    everything, images, nothing = guidance.visible(active, tokens, state).chunk(3)
+    assert everything.tolist() == [True, True, True, True, False]
+    assert images.tolist() == [True, True, True, False, False]
+    assert nothing.tolist() == [True, True, False, False, False]
+
+
 def test_a_decoder_answers_one_batch_after_the_other(
     session: Session, classes: TokenClasses
 ) -> None:
@@ -310,6 +325,10 @@ def test_a_step_can_be_replayed(
         return recordings[-1]
 
     monkeypatch.setattr(platform, "recorder", lambda generator: record)
+    # buffers move in the middle of an answer: what was recorded before is of no use then
+    monkeypatch.setattr(context_module, "CAPACITY_STEP", 8)
+    monkeypatch.setattr(context_module, "ODD_COLUMNS", 0)
+    monkeypatch.setattr(decode_module, "RESERVED_TOKENS", 4)
     prompts, rooms = [[0, 100, 110, 120], [0, 90, *image(session, 1)]], [44, 43]
     options = OPTIONS[name]
     answers = []
