@@ -21,8 +21,8 @@ PARTS: dict[str, tuple[str, str, int]] = {
     "fusions": ("ablation", "run", 240),
     "whole7b": ("train", "run_whole", 300),
     "shard34b": ("train", "run_shard", 300),
-    "generation": ("generation", "run", 240),
-    "images": ("images", "run", 120),
+    "generation": ("generation", "run", 540),
+    "images": ("images", "run", 300),
 }
 NEEDS = {"parity": "reference"}
 """What runs before a part, on the CPU."""

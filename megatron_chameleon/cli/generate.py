@@ -8,6 +8,7 @@ chameleon generate tuned --chat --image three.png --prompt "Which digit is this?
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_chameleon.data.documents import Document, ImagePart, TextPart
-    from megatron_chameleon.inference.decode import GenerationOptions
+    from megatron_chameleon.inference.options import GenerationOptions
     from megatron_chameleon.inference.session import Answer
 
 ANSWERS_FILE = "documents.jsonl"
@@ -47,24 +48,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest (default: 0.7)")
     parser.add_argument("--top-p", type=float, help="default: 0.9")
     parser.add_argument("--guidance", type=float, help="of images, 1 is off (default: 1)")
+    parser.add_argument(
+        "--guidance-image",
+        type=float,
+        help="of a prompt's images; --guidance is then its text's. Meta's code has 1.2 and 3",
+    )
+    parser.add_argument("--batch-size", type=int, help="prompts answered together (default: 64)")
     parser.add_argument("--max-tokens", type=int, help="of an answer (default: the context's rest)")
     parser.add_argument("--force", choices=("image", "text"), help="one image, or text only")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: as in the checkpoint")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the layers first: takes a minute or two, pays for long answers on a GPU",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Answer every prompt ``--count`` times; print the texts, save the images."""
     from megatron_chameleon.errors import ConfigError
     from megatron_chameleon.inference.chat import chat_prompt
+    from megatron_chameleon.inference.options import Execution
     from megatron_chameleon.inference.session import Session
 
     if args.count < 1:
         raise ConfigError("--count", f"{args.count} is below 1", "Ask for at least one answer")
     options = _options(args)
     options.check()
+    _check_device(args)
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.count)]
     session = Session.load(args.checkpoint, args.device, args.tokenizer)
+    session.execution = Execution.on(args.device, "inductor" if args.compile else None)
     asked = [
         chat_prompt(prompt, session.tokenizer)
         if args.chat or prompt.roles
@@ -73,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     started = time.monotonic()
     answers = session.generate(asked, options, lambda done, total: _report(done, total, started))
+    print(f"{args.device}: {session.execution.describe()}", file=sys.stderr)
     folder = Path(args.output or "generated")
     has_images = any(not isinstance(part, str) for answer in answers for part in answer.content)
     lines = [
@@ -88,16 +104,26 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace) -> "GenerationOptions":
-    from megatron_chameleon.inference.decode import GenerationOptions
     from megatron_chameleon.inference.modality import Force
+    from megatron_chameleon.inference.options import GenerationOptions
 
-    given = {
-        name: getattr(args, name)
-        for name in ("temperature", "top_p", "guidance", "max_tokens")
-        if getattr(args, name) is not None
-    }
+    names = ("temperature", "top_p", "guidance", "guidance_image", "max_tokens", "batch_size")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     force = Force(args.force) if args.force else None
     return GenerationOptions(seed=args.seed, force=force, **given)
+
+
+def _check_device(args: argparse.Namespace) -> None:
+    from megatron_chameleon.errors import ConfigError
+    from megatron_chameleon.parallel import platform
+
+    if args.device == "cuda" and not platform.has_gpu():
+        raise ConfigError("--device", "cuda has no usable GPU here", "Use --device cpu")
+    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    if args.compile and not any(map(shutil.which, compilers)):
+        raise ConfigError(
+            "--compile", f"none of {', '.join(compilers)} is there", "Install g++, or leave it out"
+        )
 
 
 def _prompts(args: argparse.Namespace) -> list["Document"]:

@@ -1,173 +1,211 @@
 """Draw token ids one by one: the modality state's masks, sampling, guidance, key/value cache.
 
-Letters in tensor names: B rows of the batch, S tokens, V vocabulary, C columns of the cache.
+    decoder = Decoder(model, classes, codes_per_image, batch=1, options=GenerationOptions())
+    for new_tokens in decoder.stream([[0, 40, 50]], rooms=[100], generator=torch.Generator()):
+        print(new_tokens[0])
+
+A step takes and gives tensors of fixed shape at fixed addresses: drawing, guidance and the state
+of the modalities run on the device with the model, which the host only tells to go on. Where every
+answer is one image nothing is conditional for all of its codes (paper, section 2.4).
+
+Letters in tensor names: B rows of the batch, R rows of all passes (``guidance.py``), C columns of
+an answer, V vocabulary, H hidden size.
 Source of the sampling rules and defaults: paper, section 2.4, and the reference inference code.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.inference.context import BatchContext
+from megatron_chameleon.inference.guidance import Guidance
 from megatron_chameleon.inference.modality import Force, ModalityState, TokenClasses
+from megatron_chameleon.inference.options import Execution, GenerationOptions
+from megatron_chameleon.inference.sampling import choose, draw, penalise_repetition
+from megatron_chameleon.parallel import platform
+
+RESERVED_TOKENS = 256
+"""Of an answer whose length nobody knows; buffers grow with it."""
+
+__all__ = ["Decoder", "Execution", "GenerationOptions", "decode"]
 
 
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How to draw an answer. The defaults are the reference's, guidance apart."""
-
-    temperature: float = 0.7
-    """0 takes the likeliest token each time."""
-    top_p: float = 0.9
-    """Draw from the likeliest tokens that have at least this probability together."""
-    top_k: int = 0
-    """Draw from this many likeliest tokens; 0 from all."""
-    repetition_penalty: float = 1.2
-    """Divides the logits of text tokens that the row already has; 1 changes nothing."""
-    guidance: float = 1.0
-    """Classifier-free guidance of image codes; 1 is off. The logits become
-    ``without + guidance * (with - without)`` the prompt."""
-    max_tokens: int | None = None
-    """Tokens of an answer; None fills the context. An image that does not fit is not begun."""
-    images: bool = True
-    """Whether the model may begin an image."""
-    force: Force | None = None
-    seed: int = 1
-    batch_size: int = 64
-    """Prompts that are answered together. The drawn numbers depend on it."""
-
-    def check(self) -> None:
-        """Refuse values that have no meaning.
-
-        Raises:
-            ConfigError: It names the value.
-        """
-        rules = (
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("guidance", self.guidance >= 0, "0 or more"),
-            ("max_tokens", self.max_tokens is None or self.max_tokens > 0, "above 0"),
-            ("batch_size", self.batch_size > 0, "above 0"),
-        )
-        for name, holds, words in rules:
-            if not holds:
-                value = getattr(self, name)
-                raise ConfigError(name, f"{value} is not {words}", f"Give a number {words}")
-
-
-class CachedContext:
-    """A model's view of a batch that grows by columns; the cache keeps what was computed.
-
-    A column can be hidden from a row: it is never attended to and takes no position. So rows of
-    different length are padded on the left, and every row gets the positions it would have alone.
+class Decoder:
+    """Answers batches of one size, one after the other; buffers and graphs are kept.
 
     Args:
-        model: ``ChameleonForConditionalGeneration``. Its transformer and its head are called one
-            after the other,
-            because its own ``forward`` forbids image codes.
+        model: ``ChameleonForConditionalGeneration``, in eval mode.
+        classes: Token classes on the model's device.
+        codes_per_image: Codes of one image.
+        batch: Prompts of a batch.
+        options: How to draw. ``seed``, ``max_tokens`` and ``batch_size`` are the caller's matter.
+        execution: How the steps run; None takes what suits the device.
     """
 
-    def __init__(self, model: Any) -> None:
-        from transformers import DynamicCache
+    def __init__(
+        self,
+        model: Any,
+        classes: TokenClasses,
+        codes_per_image: int,
+        batch: int,
+        options: GenerationOptions,
+        execution: Execution | None = None,
+    ) -> None:
+        self.batch, self.options, self._classes = batch, options, classes
+        device = classes.code_V.device
+        self.execution = execution or Execution.on(device.type)
+        self._guidance = Guidance.of(options)
+        self.context = BatchContext(
+            model,
+            batch * len(self._guidance.passes),
+            self.execution.compiler,
+            self._guidance.forgetful(batch, device),
+        )
+        self._generator = torch.Generator(device)
+        self._record = platform.recorder(self._generator)
+        room_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._state = ModalityState(
+            classes, codes_per_image, room_B, images=options.images, force=options.force
+        )
+        self._seen_BV = torch.zeros((batch, len(classes.code_V)), dtype=torch.bool, device=device)
+        self._tokens_B = torch.zeros_like(room_B)
+        self._visible_R = torch.zeros(self.context.rows, dtype=torch.bool, device=device)
+        self._drawn_BC = torch.empty((batch, 0), dtype=torch.int64, device=device)
+        self._count_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._image_tokens = codes_per_image + 2  # begin, codes, end
+        self._code_head_VH = _rows_of(model.lm_head.weight, classes.code_token_ids)
+        self._steps: dict[tuple[int, bool], Callable[[], None]] = {}
 
-        self._model = model
-        self._cache = DynamicCache(config=model.config)
-        self._visible_BC: Tensor | None = None
-
-    def step(self, token_ids_BS: Tensor, visible_BS: Tensor) -> Tensor:
-        """Append columns.
+    @torch.inference_mode()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        generator: torch.Generator,
+    ) -> Iterator[list[list[int]]]:
+        """Answer prompts.
 
         Args:
-            token_ids_BS: int64 [B, S].
-            visible_BS: bool [B, S]; False hides the column from its row.
+            prompts: Token ids, each with ``<s>`` first; lengths may differ. As many as ``batch``.
+            rooms: Most tokens that each answer may have; all above 0.
+            generator: On the model's device.
 
-        Returns:
-            Logits of the last column, fp32 [B, V].
+        Yields:
+            The new tokens of each answer, ``</s>`` included where a row reached it. They come
+            whenever the host looks (``Execution.look_every_tokens``); an answer that is one image
+            comes as a whole.
         """
-        before_BC = visible_BS[:, :0] if self._visible_BC is None else self._visible_BC
-        self._visible_BC = torch.cat([before_BC, visible_BS], dim=1)
-        positions_BC = self._visible_BC.long().cumsum(dim=1) - 1
-        hidden_BSH = self._model.model(
-            input_ids=token_ids_BS,
-            attention_mask=self._visible_BC.long(),
-            position_ids=positions_BC[:, before_BC.shape[1] :].clamp(min=0),
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
-        return self._model.lm_head(hidden_BSH[:, -1]).float()
+        assert len(prompts) == len(rooms) == self.batch
+        assert self.options.force is not Force.IMAGE or min(rooms) >= self._image_tokens
+        width, longest = max(map(len, prompts)), max(rooms)
+        self._generator.set_state(generator.get_state())
+        self._start(prompts, rooms)
+        count, shown = 1, 0
+        while True:
+            if count == self._next_look(shown, longest):
+                columns_BC = self._drawn_BC[:, shown:count].tolist()
+                shown = count
+                finished = count >= longest or bool(self._state.finished_B.all())
+                yield [[token for token in row if token >= 0] for row in columns_BC]
+                if finished:
+                    break
+            self._step(width + count, self._within_image(count))
+            count += 1
+        generator.set_state(self._generator.get_state())
 
-    def forget(self, rows_B: Tensor, keep_columns: int) -> None:
-        """Hide all but the first columns from some rows: bool [B]."""
-        assert self._visible_BC is not None
-        self._visible_BC[rows_B, keep_columns:] = False
+    def _start(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int]) -> None:
+        """Read the prompts and draw the first token."""
+        classes, guidance, options = self._classes, self._guidance, self.options
+        device = self._tokens_B.device
+        passes = [
+            [guidance.prompt(sight, prompt, classes) for prompt in prompts]
+            for sight in guidance.passes
+        ]
+        if max(rooms) > self._drawn_BC.shape[1]:
+            self._drawn_BC = self._drawn_BC.new_empty((self.batch, max(rooms)))
+            self._steps.clear()
+        self._state.restart(torch.tensor(rooms, device=device))
+        self._count_1.zero_()
+        self._seen_BV.zero_()
+        for row, prompt in enumerate(prompts):
+            self._seen_BV[row, torch.tensor(prompt, device=device)] = True
+        self._seen_BV &= classes.text_V
+        ahead = self._image_tokens if options.force is Force.IMAGE else RESERVED_TOKENS
+        columns = max(map(len, prompts)) + min(ahead, max(rooms))
+        if self.context.reserve(self.execution.width(columns)):
+            self._steps.clear()
+        self._draw(self.context.start(passes, classes.pad))
+
+    def _next_look(self, shown: int, longest: int) -> int:
+        """Tokens of the longest answer at which the host looks again."""
+        if self.options.force is Force.IMAGE:
+            return self._image_tokens
+        return min(shown + self.execution.look_every_tokens, longest)
+
+    def _within_image(self, count: int) -> bool:
+        """Whether token ``count`` is surely a code in every row."""
+        forced = self.options.force is Force.IMAGE
+        return forced and 1 <= count <= self._state.codes_per_image
+
+    def _step(self, columns: int, within_image: bool) -> None:
+        """Read the last tokens into the last of so many columns, and draw the next ones."""
+        width = self.execution.width(columns)
+        if self.context.widen(columns, width):
+            self._steps.clear()  # the graphs hold the old buffers
+        key = (width, within_image)
+        if key not in self._steps:
+            step = self._step_within_image if within_image else self._step_anywhere
+            self._steps[key] = self._record(step) if self.execution.graph else step
+        self._steps[key]()
+
+    def _step_anywhere(self) -> None:
+        self._draw(self._advance_context())
+
+    def _step_within_image(self) -> None:
+        self._draw_code(self._advance_context())
+
+    def _advance_context(self) -> Tensor:
+        passes = len(self._guidance.passes)
+        return self.context.step(self._tokens_B.repeat(passes), self._visible_R)
+
+    def _draw(self, last_RH: Tensor) -> None:
+        """Draw a token for each row from what the head takes, and take it into every state."""
+        state, options = self._state, self.options
+        logits_RV = self.context.logits(last_RH)
+        logits_BV = logits_RV[: self.batch]
+        if len(self._guidance.passes) > 1:
+            mixed_BV = self._guidance.mix(logits_RV)
+            logits_BV = torch.where(state.in_image_B[:, None], mixed_BV, logits_BV)
+        logits_BV = penalise_repetition(logits_BV, self._seen_BV, options.repetition_penalty)
+        tokens_B = choose(logits_BV, state.allowed(), options, self._generator)
+        active_B = ~state.finished_B
+        self._keep(tokens_B.masked_fill(~active_B, -1))
+        state.advance(tokens_B)
+        if options.repetition_penalty != 1:
+            tokens_B1 = tokens_B[:, None]
+            seen_B1 = self._seen_BV.gather(1, tokens_B1) | self._classes.text_V[tokens_B1]
+            self._seen_BV.scatter_(1, tokens_B1, seen_B1)
+        self._tokens_B.copy_(tokens_B)
+        self._visible_R.copy_(self._guidance.visible(active_B, tokens_B, state))
+
+    def _draw_code(self, last_RH: Tensor) -> None:
+        """``_draw`` where every row gets a code: only their logits are computed, and all see it."""
+        logits_RV = self.context.logits(last_RH, self._code_head_VH)
+        logits_BV = self._guidance.mix(logits_RV)
+        places_B = draw(logits_BV, self.options, self._generator, self._seen_BV.shape[1])
+        tokens_B = self._classes.code_token_ids[places_B]
+        self._keep(tokens_B)
+        self._state.advance_codes()
+        self._tokens_B.copy_(tokens_B)
+
+    def _keep(self, tokens_B: Tensor) -> None:
+        """Put tokens, or -1, into the next column of the answers."""
+        self._drawn_BC.index_copy_(1, self._count_1, tokens_B[:, None])
+        self._count_1 += 1
 
 
-def choose(
-    logits_BV: Tensor, allowed_BV: Tensor, options: GenerationOptions, generator: torch.Generator
-) -> Tensor:
-    """One token id for each row.
-
-    Args:
-        logits_BV: fp32 [B, V].
-        allowed_BV: bool [B, V], at least one True a row.
-        options: Temperature, top_k and top_p, applied in this order.
-        generator: The source of randomness; unused at temperature 0.
-
-    Returns:
-        int64 [B].
-    """
-    logits_BV = logits_BV.masked_fill(~allowed_BV, -torch.inf)
-    if options.temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    ordered_BV, ids_BV = logits_BV.div(options.temperature).sort(dim=-1, descending=True)
-    if options.top_k:
-        ordered_BV[:, options.top_k :] = -torch.inf
-    probabilities_BV = ordered_BV.softmax(dim=-1)
-    before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
-    if options.top_p < 1:
-        probabilities_BV = probabilities_BV.masked_fill(before_BV >= options.top_p, 0.0)
-    place_B1 = torch.multinomial(probabilities_BV, 1, generator=generator)
-    return ids_BV.gather(1, place_B1)[:, 0]
-
-
-def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
-    """Make tokens that a row has already less likely. Source: CTRL, section 4.1."""
-    penalised_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    return torch.where(seen_BV, penalised_BV, logits_BV)
-
-
-class Guide:
-    """The pass without the prompt: a row sees ``<s>`` and the image that it is drawing.
-
-    Args:
-        model: ``ChameleonForConditionalGeneration``.
-        bos: Token id of ``<s>``.
-        batch: Rows.
-        device: The model's.
-    """
-
-    def __init__(self, model: Any, bos: int, batch: int, device: torch.device) -> None:
-        self._context = CachedContext(model)
-        start_B1 = torch.full((batch, 1), bos, device=device)
-        self._logits_BV = self._context.step(start_B1, torch.ones_like(start_B1, dtype=torch.bool))
-
-    def guide(self, logits_BV: Tensor, in_image_B: Tensor, scale: float) -> Tensor:
-        """Move the logits of rows that are in an image away from those without the prompt."""
-        guided_BV = self._logits_BV + scale * (logits_BV - self._logits_BV)
-        return torch.where(in_image_B[:, None], guided_BV, logits_BV)
-
-    def advance(self, token_ids_B: Tensor, in_image_B: Tensor) -> None:
-        """Show the token to the rows that are in an image; the others forget the one they had."""
-        self._context.forget(~in_image_B, keep_columns=1)
-        self._logits_BV = self._context.step(token_ids_B[:, None], in_image_B[:, None])
-
-
-@torch.inference_mode()
 def decode(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -176,60 +214,26 @@ def decode(
     rooms: Sequence[int],
     options: GenerationOptions,
     generator: torch.Generator,
+    execution: Execution | None = None,
 ) -> list[list[int]]:
-    """Answer a batch of prompts.
-
-    Args:
-        model: ``ChameleonForConditionalGeneration``, in eval mode.
-        prompts: Token ids, each with ``<s>`` first; lengths may differ.
-        classes: Token classes on the model's device.
-        codes_per_image: Codes of one image.
-        rooms: Most tokens that each answer may have.
-        options: How to draw.
-        generator: On the model's device.
+    """Answer a batch of prompts; the arguments are those of ``Decoder`` and its ``stream``.
 
     Returns:
         The answers' token ids, ``</s>`` included where a row reached it.
     """
-    device = classes.code_V.device
-    tokens_BS, visible_BS = _pad_left(prompts, classes.pad, device)
-    state = ModalityState(
-        classes,
-        codes_per_image,
-        torch.tensor(rooms, device=device),
-        images=options.images,
-        force=options.force,
-    )
-    context = CachedContext(model)
-    guided = options.guidance != 1.0
-    guide = Guide(model, classes.bos, len(prompts), device) if guided else None
-    logits_BV = context.step(tokens_BS, visible_BS)
-    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter_(1, tokens_BS, True)
-    seen_BV &= classes.text_V
-    columns: list[Tensor] = []
-    while True:
-        if guide:
-            logits_BV = guide.guide(logits_BV, state.in_image_B, options.guidance)
-        logits_BV = penalise_repetition(logits_BV, seen_BV, options.repetition_penalty)
-        tokens_B = choose(logits_BV, state.allowed(), options, generator)
-        active_B = ~state.finished_B
-        columns.append(torch.where(active_B, tokens_B, -1))
-        state.advance(tokens_B)
-        if bool(state.finished_B.all()):
-            break
-        seen_BV = seen_BV.scatter(1, tokens_B[:, None], True) & classes.text_V
-        if guide:
-            guide.advance(tokens_B, state.in_image_B)
-        logits_BV = context.step(tokens_B[:, None], active_B[:, None])
-    rows = torch.stack(columns, dim=1).tolist()
-    return [[token_id for token_id in row if token_id >= 0] for row in rows]
+    decoder = Decoder(model, classes, codes_per_image, len(prompts), options, execution)
+    return collect(decoder.stream(prompts, rooms, generator))
 
 
-def _pad_left(
-    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Token ids and visibility, both [B, longest prompt]."""
-    width = max(len(prompt) for prompt in prompts)
-    rows = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    visible = [[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts]
-    return torch.tensor(rows, device=device), torch.tensor(visible, device=device)
+def collect(stream: Iterator[list[list[int]]]) -> list[list[int]]:
+    """Whole answers of a stream."""
+    pieces = list(stream)
+    return [[token for piece in row for token in piece] for row in zip(*pieces, strict=True)]
+
+
+def _rows_of(weight_VH: Tensor, ids: Tensor) -> Tensor:
+    """Rows of the head's weights; a view where the ids follow each other, as the paper's do."""
+    first, count = (int(ids[0]), len(ids)) if len(ids) else (0, 0)
+    if count and int(ids[-1]) - first + 1 == count:
+        return weight_VH[first : first + count]
+    return weight_VH.index_select(0, ids)

@@ -8,7 +8,7 @@ code in text, no ``<pad>``, ``<s>``, ``<unk>``, separator or placeholder. Source
 2.4; the reference inference code.
 """
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 import torch
 from torch import Tensor
@@ -23,6 +23,20 @@ class Force(StrEnum):
     """Text until ``</s>``, no image."""
     IMAGE = "image"
     """One image, nothing before or after it."""
+
+
+class Situation(IntEnum):
+    """What a row's next token may be."""
+
+    TEXT = 0
+    """Text or ``</s>``."""
+    TEXT_OR_IMAGE = 1
+    """Text, ``</s>`` or the begin of an image."""
+    CODE = 2
+    END_IMAGE = 3
+    BEGIN_IMAGE = 4
+    FINISHED = 5
+    """``<pad>``, which nobody sees."""
 
 
 class TokenClasses:
@@ -50,10 +64,36 @@ class TokenClasses:
             vocabulary.image_placeholder,
         ):
             self.text_V[token_id] = False
+        self.code_token_ids = self.code_V.nonzero()[:, 0]
+        """int64 [codes], ascending."""
+        self.image_V = self.code_V.clone()
+        """Codes, begin and end of an image."""
+        self.image_V[[self.begin_image, self.end_image]] = True
+        self.image_token_ids = frozenset(self.image_V.nonzero()[:, 0].tolist())
+        self.allowed_KV = self._allowed()
+        """bool [situations, vocabulary]."""
+
+    def _allowed(self) -> Tensor:
+        allowed_KV = torch.zeros(
+            (len(Situation), len(self.text_V)), dtype=torch.bool, device=self.text_V.device
+        )
+        allowed_KV[Situation.TEXT] = self.text_V
+        allowed_KV[Situation.TEXT_OR_IMAGE] = self.text_V
+        allowed_KV[Situation.CODE] = self.code_V
+        for situation, token_id in (
+            (Situation.TEXT, self.eos),
+            (Situation.TEXT_OR_IMAGE, self.eos),
+            (Situation.TEXT_OR_IMAGE, self.begin_image),
+            (Situation.END_IMAGE, self.end_image),
+            (Situation.BEGIN_IMAGE, self.begin_image),
+            (Situation.FINISHED, self.pad),
+        ):
+            allowed_KV[situation, token_id] = True
+        return allowed_KV
 
 
 class ModalityState:
-    """The state of every row.
+    """The state of every row. Its tensors keep their addresses: a CUDA graph may hold them.
 
     Args:
         classes: The vocabulary's token classes.
@@ -84,6 +124,12 @@ class ModalityState:
         self._images = images and codes_per_image > 0 and force is not Force.TEXT
         self._only_image = force is Force.IMAGE
 
+    def restart(self, room_B: Tensor) -> None:
+        """Begin other answers: int64 [batch]."""
+        self.room_B.copy_(room_B)
+        self.codes_left_B.fill_(-1)
+        self.finished_B.copy_(room_B <= 0)
+
     @property
     def in_image_B(self) -> Tensor:
         """bool [batch]: the next token is a code or the end of an image."""
@@ -91,35 +137,34 @@ class ModalityState:
 
     def allowed(self) -> Tensor:
         """bool [batch, vocabulary]: what may come next; ``<pad>`` alone in finished rows."""
-        classes = self.classes
-        in_image_B1 = self.in_image_B[:, None]
-        full_B1 = self.codes_left_B[:, None] == 0
-        allowed_BV = torch.where(in_image_B1 & ~full_B1, classes.code_V, classes.text_V)
-        allowed_BV = allowed_BV & ~(full_B1 | self._must_begin()[:, None])
-        allowed_BV[:, classes.end_image] = full_B1[:, 0]
-        allowed_BV[:, classes.begin_image] = self._may_begin()
-        allowed_BV[:, classes.eos] = ~self.in_image_B & ~self._must_begin()
-        allowed_BV[self.finished_B] = False
-        allowed_BV[self.finished_B, classes.pad] = True
-        return allowed_BV
+        return self.classes.allowed_KV.index_select(0, self._situation())
 
     def advance(self, token_ids_B: Tensor) -> None:
         """Take the chosen tokens: int64 [batch], each allowed; finished rows stay as they are."""
         active_B = ~self.finished_B
         begins_B = active_B & (token_ids_B == self.classes.begin_image)
-        ends_B = active_B & (token_ids_B == self.classes.end_image)
-        self.codes_left_B -= (active_B & self.in_image_B & ~ends_B).to(self.codes_left_B.dtype)
-        self.codes_left_B[begins_B] = self.codes_per_image
-        self.codes_left_B[ends_B] = -1
-        self.room_B -= active_B.to(self.room_B.dtype)
+        # the end of an image comes at 0 and makes it -1
+        self.codes_left_B -= (active_B & self.in_image_B).long()
+        self.codes_left_B.masked_fill_(begins_B, self.codes_per_image)
+        self.room_B -= active_B.long()
         self.finished_B |= (token_ids_B == self.classes.eos) | (self.room_B <= 0)
         if self._only_image:
-            self.finished_B |= ends_B
+            self.finished_B |= token_ids_B == self.classes.end_image
 
-    def _must_begin(self) -> Tensor:
-        """bool [batch]: an answer that is one image begins with its begin."""
-        return ~self.in_image_B & self._only_image
+    def advance_codes(self) -> None:
+        """Take a code in every row: all are in an image that is not full, and none is finished."""
+        self.codes_left_B -= 1
+        self.room_B -= 1
 
-    def _may_begin(self) -> Tensor:
-        has_room_B = self.room_B >= self.codes_per_image + 2  # begin, codes, end
-        return ~self.in_image_B & has_room_B & self._images
+    def _situation(self) -> Tensor:
+        """``Situation`` of each row: int64 [batch]."""
+        if self._only_image:
+            text_B = torch.full_like(self.room_B, Situation.BEGIN_IMAGE)
+        elif self._images:
+            # begin, codes, end
+            text_B = (self.room_B >= self.codes_per_image + 2).long() * Situation.TEXT_OR_IMAGE
+        else:
+            text_B = torch.full_like(self.room_B, Situation.TEXT)
+        text_B.masked_fill_(self.codes_left_B > 0, Situation.CODE)
+        text_B.masked_fill_(self.codes_left_B == 0, Situation.END_IMAGE)
+        return text_B.masked_fill_(self.finished_B, Situation.FINISHED)

@@ -29,8 +29,9 @@ from megatron_chameleon.checkpoint.formats.opening import (
 from megatron_chameleon.data.documents import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import ControlToken
-from megatron_chameleon.inference.decode import GenerationOptions, decode
+from megatron_chameleon.inference.decode import Decoder, collect
 from megatron_chameleon.inference.modality import Force, TokenClasses
+from megatron_chameleon.inference.options import Execution, GenerationOptions
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.image import ImageTokenizer
 from megatron_chameleon.tokenizer.text import TextTokenizer
@@ -58,6 +59,9 @@ class Session:
         model: transformers' ``ChameleonForConditionalGeneration``.
         tokenizer: With its image tokenizer.
         step: The optimizer updates that the model has seen.
+
+    Attributes:
+        execution: How the steps of an answer run; to be changed before the first answer.
     """
 
     def __init__(self, model: Any, tokenizer: Tokenizer, step: int) -> None:
@@ -66,7 +70,9 @@ class Session:
         self.step = step
         self.device: torch.device = model.lm_head.weight.device
         self.context_tokens: int = model.config.max_position_embeddings
+        self.execution = Execution.on(self.device.type)
         self._classes = TokenClasses(tokenizer.vocabulary, self.device)
+        self._decoder: Decoder | None = None
 
     @classmethod
     def load(
@@ -143,15 +149,8 @@ class Session:
         answers: list[list[int]] = []
         for start in range(0, len(encoded), options.batch_size):
             batch = slice(start, start + options.batch_size)
-            answers += decode(
-                self.model,
-                encoded[batch],
-                self._classes,
-                self.codes_per_image,
-                rooms[batch],
-                options,
-                generator,
-            )
+            decoder = self._decoder_of(len(encoded[batch]), options)
+            answers += collect(decoder.stream(encoded[batch], rooms[batch], generator))
             progress(len(answers), len(encoded))
         return [Answer(self._content(token_ids), token_ids) for token_ids in answers]
 
@@ -176,6 +175,17 @@ class Session:
         answers = self.generate([[text] for text in texts], options)
         content = (part for answer in answers for part in answer.content)
         return [part for part in content if isinstance(part, Image.Image)]
+
+    def _decoder_of(self, batch: int, options: GenerationOptions) -> Decoder:
+        """The last one where it fits: it has its buffers and graphs already."""
+        options = replace(options, seed=0, max_tokens=None, batch_size=1)  # no matter of its own
+        decoder = self._decoder
+        if decoder is None or (decoder.batch, decoder.options) != (batch, options):
+            self._decoder = decoder = None  # its memory goes before the next one takes its own
+            decoder = self._decoder = Decoder(
+                self.model, self._classes, self.codes_per_image, batch, options, self.execution
+            )
+        return decoder
 
     def _room(self, token_ids: list[int], options: GenerationOptions) -> int:
         room = self.context_tokens - len(token_ids)

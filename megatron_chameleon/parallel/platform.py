@@ -20,7 +20,7 @@ import inspect
 import os
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -89,6 +89,43 @@ def random_generator() -> torch.Generator:
     if has_gpu():
         return torch.cuda.default_generators[torch.cuda.current_device()]
     return torch.default_generator
+
+
+Step = Callable[[], None]
+
+
+def recorder(generator: torch.Generator) -> Callable[[Step], Step]:
+    """What turns a step into one that is recorded as a CUDA graph at its second call.
+
+    A step works on tensors that stay where they are, and never waits for the device. Its first call
+    runs it as it is, so that what is set up or compiled once is; later ones replay the graph. On a
+    machine without a GPU it stays what it is. Steps of one recorder run one at a time: their graphs
+    share the memory of what they compute in between.
+
+    Args:
+        generator: What the steps draw from; a replay goes on where the last call left off.
+    """
+    if not has_gpu():
+        return lambda step: step
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(step: Step) -> Step:
+        calls: list[Step] = []
+
+        def call() -> None:
+            if not calls:
+                calls.append(step)
+            elif calls[0] is step:
+                graph = torch.cuda.CUDAGraph()
+                graph.register_generator_state(generator)
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    step()
+                calls[0] = graph.replay
+            calls[0]()
+
+        return call
+
+    return record
 
 
 def has_transformer_engine() -> bool:

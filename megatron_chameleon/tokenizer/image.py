@@ -82,12 +82,17 @@ def _with_border(rgb: Image.Image, resolution: int) -> Image.Image:
 
 def to_pixels(images_NHWC: np.ndarray) -> torch.Tensor:
     """uint8 [N, H, W, 3] to float32 [N, 3, H, W]: 0 becomes -1 and 255 becomes 1."""
-    return torch.tensor(images_NHWC).permute(0, 3, 1, 2).float().mul(2 / 255).sub(1).contiguous()
+    return scale_pixels(torch.tensor(images_NHWC).permute(0, 3, 1, 2)).contiguous()
+
+
+def scale_pixels(bytes_NCHW: torch.Tensor) -> torch.Tensor:
+    """uint8 to float32 of the same shape and order: 0 becomes -1 and 255 becomes 1."""
+    return bytes_NCHW.float().mul(2 / 255).sub(1)
 
 
 def to_images(pixels_BCHW: torch.Tensor) -> list[Image.Image]:
     """The inverse of ``to_pixels``; values outside [-1, 1] are clamped."""
-    scaled = pixels_BCHW.clamp(-1, 1).add(1).mul(255 / 2).round().to(torch.uint8)
+    scaled = pixels_BCHW.float().clamp(-1, 1).add(1).mul(255 / 2).round().to(torch.uint8)
     return [Image.fromarray(array) for array in scaled.permute(0, 2, 3, 1).cpu().numpy()]
 
 
@@ -123,8 +128,11 @@ class ImageTokenizer:
     """A trained VQGAN on one device.
 
     Args:
-        model: The network.
-        device: Where it runs.
+        model: The network. Its weights are changed to ``dtype`` where they are.
+        device: Where it runs. On a GPU channels lie last in memory.
+        dtype: Of the convolutions; None is fp32 on a CPU and bf16 on a GPU. The distances from the
+            codebook are fp32 always.
+        compiler: Backend of ``torch.compile``, None for none.
 
     The codes of an image do not depend on what is encoded beside it. Convolution libraries choose
     their algorithm by shape, so that latents differ by 1e-6 from one batch size to another, and a
@@ -132,12 +140,24 @@ class ImageTokenizer:
     images, the last is filled up.
     """
 
-    def __init__(self, model: Vqgan, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        model: Vqgan,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        compiler: str | None = None,
+    ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.config = model.config
         self.device = torch.device(device)
         fill = PIXELS_OF_A_PASS // model.config.resolution**2
         on_cpu = self.device.type == "cpu"
+        dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+        order = torch.contiguous_format if on_cpu else torch.channels_last
+        if not on_cpu or dtype != torch.float32:
+            model.convolve_in(dtype, order)
+        if compiler is not None:
+            model.compile_networks(compiler)
         self.batch_size = min(max(fill, 1), LARGEST_BATCH) if on_cpu else GPU_BATCH
 
     @classmethod
@@ -202,13 +222,18 @@ class ImageTokenizer:
             DataError: If an image cannot be decoded.
         """
         codes = np.empty((len(images), self.codes_per_image), dtype=np.int64)
+        running: tuple[int, int, torch.Tensor] | None = None
         for start in range(0, len(images), self.batch_size):
             indices = range(start, min(start + self.batch_size, len(images)))
             batch = np.stack([self._prepare(index, images[index]) for index in indices])
-            codes[start : start + len(batch)] = self.encode_prepared(batch)
+            # a GPU encodes while the host prepares the next images
+            if running is not None:
+                _fetch(codes, *running)
+            running = (start, len(batch), self._submit(batch))
+        if running is not None:
+            _fetch(codes, *running)
         return codes
 
-    @torch.inference_mode()
     def encode_prepared(self, images_NHWC: np.ndarray) -> np.ndarray:
         """Image codes of at most ``batch_size`` images that ``prepare_image`` has prepared.
 
@@ -218,10 +243,18 @@ class ImageTokenizer:
         Returns:
             int64 [N, codes_per_image], in [0, codebook_size), row-major.
         """
+        return self._submit(images_NHWC)[: len(images_NHWC)].cpu().numpy()
+
+    @torch.inference_mode()
+    def _submit(self, images_NHWC: np.ndarray) -> torch.Tensor:
+        """Codes of a full pass, on the device; a GPU may still be at work on them."""
         shape = (self.batch_size, *images_NHWC.shape[1:])
         full = np.resize(images_NHWC, shape)  # repeats to fill up
-        codes = self.model.encode(to_pixels(full).to(self.device))
-        return codes[: len(images_NHWC)].cpu().numpy()
+        if self.device.type == "cpu":
+            return self.model.encode(to_pixels(full))
+        # bytes, not floats, from memory that the GPU reads by itself
+        bytes_NHWC = torch.from_numpy(full).pin_memory().to(self.device, non_blocking=True)
+        return self.model.encode(scale_pixels(bytes_NHWC.permute(0, 3, 1, 2)))
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> list[Image.Image]:
@@ -259,6 +292,10 @@ class ImageTokenizer:
             return prepare_image(image, self.resolution)
         except Exception as error:  # Pillow's decoders raise whatever their format's parser raises
             raise unreadable_image(f"image {index}", error) from error
+
+
+def _fetch(codes: np.ndarray, start: int, count: int, found: torch.Tensor) -> None:
+    codes[start : start + count] = found[:count].cpu().numpy()
 
 
 def unreadable_image(where: str, error: Exception) -> DataError:

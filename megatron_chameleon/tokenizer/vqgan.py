@@ -11,12 +11,15 @@ latent positions, N = h * w codes of an image.
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_chameleon.errors import ConfigError
 
 NORM_GROUPS = 32
+SEARCH_ROWS = 1024
+"""Latents that are compared with the codebook at once: their distances stay in a GPU's cache."""
 
 
 @dataclass
@@ -265,18 +268,22 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(codebook_size, embed_dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
 
+    @torch.no_grad()
     def nearest(self, latents_BDhw: Tensor) -> Tensor:
         """Indices of the nearest codebook vectors: int64 [B, N], row-major."""
-        flat_MD = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, self.embedding.embedding_dim)
+        flat_MD = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, self.embedding.embedding_dim).float()
         weight_KD = self.embedding.weight
+        norms_K = weight_KD.square().sum(dim=1)
+        found = [self._nearest(piece, weight_KD, norms_K) for piece in flat_MD.split(SEARCH_ROWS)]
+        nearest_M = found[0] if len(found) == 1 else torch.cat(found)
+        return nearest_M.view(latents_BDhw.shape[0], -1)
+
+    def _nearest(self, flat_MD: Tensor, weight_KD: Tensor, norms_K: Tensor) -> Tensor:
         # |z - e|^2 spelled out: one matrix product, and the same rounding as Hugging Face's, so
         # that ties agree.
-        distances_MK = (
-            flat_MD.square().sum(dim=1, keepdim=True)
-            + weight_KD.square().sum(dim=1)
-            - 2 * flat_MD @ weight_KD.T
-        )
-        return distances_MK.argmin(dim=1).view(latents_BDhw.shape[0], -1)
+        distances_MK = flat_MD.square().sum(dim=1, keepdim=True) + norms_K
+        distances_MK -= 2 * flat_MD @ weight_KD.T
+        return distances_MK.argmin(dim=1)
 
     def lookup(self, codes_BN: Tensor, grid: tuple[int, int]) -> Tensor:
         """Codebook vectors of row-major codes: [B, D, h, w]."""
@@ -310,9 +317,21 @@ class Vqgan(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
+    def convolve_in(self, dtype: torch.dtype, memory_format: torch.memory_format) -> "Vqgan":
+        """Compute everything but the codebook's distances in another type and order of axes."""
+        for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv):
+            part.to(dtype).to(memory_format=memory_format)  # type: ignore[call-overload]
+        return self
+
+    def compile_networks(self, backend: str = "inductor", mode: str | None = None) -> "Vqgan":
+        """Let ``torch.compile`` fuse norms, activations and skips, anew for each batch size."""
+        for part in (self.encoder, self.decoder):
+            part.compile(backend=backend, mode=mode, fullgraph=True, dynamic=False)
+        return self
+
     def latents(self, pixels_BCHW: Tensor) -> Tensor:
         """What is compared with the codebook: [B, embed_dim, h, w]."""
-        return self.quant_conv(self.encoder(pixels_BCHW))
+        return self.quant_conv(self.encoder(pixels_BCHW.to(self.quant_conv.weight.dtype)))
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         """Image codes: int64 [B, N], row-major."""
@@ -321,7 +340,9 @@ class Vqgan(nn.Module):
     def decode(self, codes_BN: Tensor) -> Tensor:
         """Pixels of image codes: [B, 3, H, W]; not clamped to [-1, 1]."""
         vectors_BDhw = self.quantize.lookup(codes_BN, (self.config.grid, self.config.grid))
-        return self.decoder(self.post_quant_conv(vectors_BDhw))
+        return self.decoder(
+            self.post_quant_conv(vectors_BDhw.to(self.post_quant_conv.weight.dtype))
+        )
 
     def forward(self, pixels_BCHW: Tensor) -> VqganOutput:
         """One training pass; the decoder's gradient goes straight through to the encoder.

@@ -35,6 +35,29 @@ def test_images_are_written_beside_the_answers(
     assert [d.content[0].open().size for d in documents] == [(8, 8)] * 2  # type: ignore[union-attr]
 
 
+def test_guidance_has_a_scale_for_images_and_how_it_runs_is_said(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    words = ("--image", tmp_path / "red.png", "--prompt", "a", "--force", "image", "--guidance", 3)
+    drawn = []
+    for number, scale in enumerate((3, 1.2)):
+        folder = tmp_path / str(number)
+        generate(
+            tiny_checkpoint,
+            *words,
+            "--temperature",
+            0,
+            "--guidance-image",
+            scale,
+            "--output",
+            folder,
+        )
+        drawn.append(answers(folder)[0]["token_ids"])
+    assert drawn[0] != drawn[1]
+    assert "cpu: steps launched one by one, layers as they are\n" in capsys.readouterr().err
+
+
 def test_text_is_printed_and_nothing_written_without_being_asked(
     tiny_checkpoint: Path,
     tmp_path: Path,
@@ -79,6 +102,10 @@ def test_documents_are_answered_one_by_one(tiny_checkpoint: Path, tmp_path: Path
         (("--top-p", "0"), "error: top_p: 0.0 is not above 0 and at most 1."),
         (("--document", "x.jsonl", "--prompt", "a"), "error: --document: --prompt or --image is"),
         (("--image", "gone.png"), "error: gone.png: no such image file."),
+        (("--guidance-image", "-1"), "error: guidance_image: -1.0 is not 0 or more."),
+        (("--batch-size", "0"), "error: batch_size: 0 is not above 0."),
+        (("--device", "cuda"), "error: --device: cuda has no usable GPU here. Use --device cpu."),
+        (("--compile",), "error: --compile: none of g++, clang++ is there. Install g++, or leave"),
         (("--tokenizer", "gone"), "error: gone: no such folder."),
     ],
 )
@@ -91,6 +118,8 @@ def test_mistakes_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(SystemExit) as end:
         generate(tiny_checkpoint, *words)
     assert end.value.code == 2

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer import image as image_module
 from megatron_chameleon.tokenizer.image import (
     ImageTokenizer,
     _without_ends,
@@ -137,6 +138,40 @@ def test_latents_do_not_depend_on_the_neighbours(
         seen.clear()
         np.testing.assert_array_equal(tokenizer.encode([images[index]])[0], together[index])
         assert torch.equal(seen[0][0], in_company[index])
+
+
+def test_the_next_images_are_prepared_before_codes_are_waited_for(
+    tokenizer: ImageTokenizer, noise: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def note(name: str, function: Callable) -> Callable:
+        def noted(*args: object) -> object:
+            events.append(name)
+            return function(*args)
+
+        return noted
+
+    monkeypatch.setattr(tokenizer, "_prepare", note("prepare", tokenizer._prepare))
+    monkeypatch.setattr(tokenizer, "_submit", note("submit", tokenizer._submit))
+    monkeypatch.setattr(image_module, "_fetch", note("fetch", image_module._fetch))
+    full = tokenizer.batch_size
+    tokenizer.encode([noise(seed) for seed in range(2 * full + 1)])
+    batches = [["prepare"] * count for count in (full, full, 1)]
+    one, two, three = ([*batch, "submit"] for batch in batches)
+    assert events == [*one, *two[:-1], "fetch", "submit", *three[:-1], "fetch", "submit", "fetch"]
+
+
+def test_bf16_gives_nearly_the_same_codes(
+    tokenizer_folder: Path, tokenizer: ImageTokenizer, noise: Noise
+) -> None:
+    images = [noise(seed) for seed in range(9)]
+    other = ImageTokenizer(ImageTokenizer.load(tokenizer_folder).model, dtype=torch.bfloat16)
+    assert (other.encode(images) == tokenizer.encode(images)).mean() > 0.9
+    codes = tokenizer.encode(images)
+    pairs = zip(other.decode(codes), tokenizer.decode(codes), strict=True)
+    levels = [np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in pairs]
+    assert 0 < np.mean(levels) < 2
 
 
 def test_saved_and_loaded_it_gives_the_same_codes(

@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional
 
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.tokenizer import vqgan
 from megatron_chameleon.tokenizer.image_config import load_image_config
 from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
 
@@ -110,3 +111,47 @@ def test_the_paper_preset_has_the_released_shape() -> None:
 def test_a_shape_that_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small_config(**changes).check("small.yaml")
+
+
+@torch.inference_mode()
+def test_the_search_gives_the_same_codes_in_pieces(
+    model: Vqgan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last tie: a codebook with equal vectors, the first of which is taken."""
+    weight = model.quantize.embedding.weight
+    weight[12:] = weight[:12]
+    latents = torch.randn(5, 8, 4, 4, generator=torch.Generator().manual_seed(2))
+    flat = latents.movedim(1, 3).flatten(0, 2)
+    distances = flat.square().sum(1, keepdim=True) + weight.square().sum(1) - 2 * flat @ weight.T
+    monkeypatch.setattr(vqgan, "SEARCH_ROWS", 32)
+    found = model.quantize.nearest(latents)
+    assert torch.equal(found.flatten(), distances.argmin(1))
+    assert found.shape == (5, 16) and found.max() < 12
+
+
+@torch.inference_mode()
+def test_bf16_with_channels_last_gives_nearly_the_same(model: Vqgan, pixels: torch.Tensor) -> None:
+    latents, codes = model.latents(pixels), model.encode(pixels)
+    decoded = model.decode(codes)
+    model.convolve_in(torch.bfloat16, torch.channels_last)
+    assert model.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.quantize.embedding.weight.dtype == torch.float32
+    other = model.latents(pixels.to(memory_format=torch.channels_last))
+    assert other.dtype == torch.bfloat16
+    assert (other - latents).norm() < 0.03 * latents.norm()
+    assert (model.encode(pixels) == codes).float().mean() > 0.9
+    assert (model.decode(codes) - decoded).norm() < 0.05 * decoded.norm()
+
+
+@torch.inference_mode()
+def test_the_networks_can_be_compiled(model: Vqgan, pixels: torch.Tensor) -> None:
+    """Each as one graph; traced and functionalised here, not translated."""
+    codes, names = model.encode(pixels), set(model.state_dict())
+    decoded = model.decode(codes)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_networks("aot_eager")
+    assert torch.equal(model.encode(pixels), codes)
+    torch.testing.assert_close(model.decode(codes), decoded)
+    assert set(model.state_dict()) == names
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -1,0 +1,97 @@
+"""Classifier-free guidance: the passes of a batch, and how their logits become one.
+
+The passes are more rows of one batch, so that a step reads the weights once. Source: the
+reference's ``InBatchInstructCFGLogitsProcessor`` and its split of the prompts; Brooks et al. 2022
+(arXiv 2211.09800), equation 3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from megatron_chameleon.inference.modality import ModalityState, TokenClasses
+from megatron_chameleon.inference.options import GenerationOptions
+
+
+class Sight(StrEnum):
+    """What the rows of a pass see."""
+
+    ALL = "all"
+    """Prompt and answer."""
+    IMAGES = "images"
+    """``<s>`` and the images of prompt and answer."""
+    NOTHING = "nothing"
+    """``<s>`` and the image that is being drawn."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The passes of a batch; the first sees all, and its rows are the answers.
+
+    Args:
+        passes: What the rows of each pass see.
+        scale: Of the prompt, or of its text where ``scale_image`` differs.
+        scale_image: Of the prompt's images.
+    """
+
+    passes: tuple[Sight, ...]
+    scale: float
+    scale_image: float
+
+    @classmethod
+    def of(cls, options: GenerationOptions) -> "Guidance":
+        """The passes whose logits count."""
+        scale, image = options.guidance, options.guidance_image
+        image = scale if image is None else image
+        passes = [Sight.ALL]
+        if image != scale:
+            passes.append(Sight.IMAGES)
+        if image != 1:
+            passes.append(Sight.NOTHING)
+        return cls(tuple(passes), scale, image)
+
+    def prompt(self, sight: Sight, prompt: Sequence[int], classes: TokenClasses) -> list[int]:
+        """What the rows of a pass see of a prompt, which has ``<s>`` first."""
+        if sight is Sight.ALL:
+            return list(prompt)
+        if sight is Sight.NOTHING:
+            return [classes.bos]
+        return [classes.bos, *(t for t in prompt[1:] if t in classes.image_token_ids)]
+
+    def mix(self, logits_RV: Tensor) -> Tensor:
+        """The logits of image codes: [passes * B, V] to [B, V]."""
+        if len(self.passes) == 1:
+            return logits_RV
+        full_BV, *others = logits_RV.chunk(len(self.passes))
+        base_BV = others[-1]
+        if len(self.passes) == 2:
+            return base_BV + self.scale * (full_BV - base_BV)
+        images_BV = others[0]
+        return (
+            base_BV + self.scale_image * (images_BV - base_BV) + self.scale * (full_BV - images_BV)
+        )
+
+    def visible(self, active_B: Tensor, token_ids_B: Tensor, state: ModalityState) -> Tensor:
+        """Which rows see the tokens that were just drawn: bool [passes * B].
+
+        Args:
+            active_B: Rows that were not finished before.
+            token_ids_B: What was drawn.
+            state: After these tokens.
+        """
+        seen = {Sight.ALL: lambda: active_B}
+        seen[Sight.IMAGES] = lambda: active_B & state.classes.image_V[token_ids_B]
+        seen[Sight.NOTHING] = lambda: active_B & state.in_image_B
+        if len(self.passes) == 1:
+            return active_B
+        return torch.cat([seen[sight]() for sight in self.passes])
+
+    def forgetful(self, batch: int, device: torch.device) -> Tensor | None:
+        """Rows that forget an image when it is done: bool [passes * B]; None if there are none."""
+        if Sight.NOTHING not in self.passes:
+            return None
+        forgets = torch.tensor([sight is Sight.NOTHING for sight in self.passes], device=device)
+        return forgets.repeat_interleave(batch)

@@ -1,0 +1,66 @@
+"""Draw one token id a row. Every function has fixed shapes and never waits for the device.
+
+Letters in tensor names: B rows of the batch, V vocabulary, or the codes alone within an image.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_chameleon.inference.options import GenerationOptions
+
+
+def choose(
+    logits_BV: Tensor, allowed_BV: Tensor, options: GenerationOptions, generator: torch.Generator
+) -> Tensor:
+    """One token id for each row.
+
+    Args:
+        logits_BV: fp32 [B, V].
+        allowed_BV: bool [B, V], at least one True a row.
+        options: Temperature, top_k and top_p, applied in this order.
+        generator: The source of randomness; unused at temperature 0.
+
+    Returns:
+        int64 [B].
+    """
+    masked_BV = logits_BV.masked_fill(~allowed_BV, -torch.inf)
+    return draw(masked_BV, options, generator, logits_BV.shape[1])
+
+
+def draw(
+    logits_BV: Tensor, options: GenerationOptions, generator: torch.Generator, numbers: int
+) -> Tensor:
+    """The place of one logit a row, by temperature, top_k and top_p.
+
+    Args:
+        logits_BV: fp32 [B, V]; -inf is never drawn.
+        options: As of ``choose``.
+        generator: As of ``choose``.
+        numbers: Random numbers taken for each row, at least V: a draw among the codes alone takes
+            as many as one over the vocabulary, so that both give the same tokens.
+
+    Returns:
+        int64 [B].
+    """
+    if options.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    ordered_BV, ids_BV = logits_BV.div(options.temperature).sort(dim=-1, descending=True)
+    if options.top_k:
+        ordered_BV[:, options.top_k :] = -torch.inf
+    probabilities_BV = ordered_BV.softmax(dim=-1)
+    if options.top_p < 1:
+        before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
+        probabilities_BV = probabilities_BV.masked_fill(before_BV >= options.top_p, 0.0)
+    # the way of torch.multinomial, whose own checks would wait for the device
+    rows, width = logits_BV.shape
+    waits_BV = logits_BV.new_empty((rows, numbers)).exponential_(generator=generator)[:, :width]
+    place_B1 = (probabilities_BV / waits_BV).argmax(dim=-1, keepdim=True)
+    return ids_BV.gather(1, place_B1)[:, 0]
+
+
+def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Make tokens that a row has already less likely. Source: CTRL, section 4.1."""
+    if penalty == 1:
+        return logits_BV
+    penalised_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return torch.where(seen_BV, penalised_BV, logits_BV)
