@@ -153,7 +153,7 @@ class BatchReader:
         sizes = packed.pieces.tokens
         piece = np.repeat(np.arange(len(sizes) + 1), np.append(sizes, length - sizes.sum()))
         streams = [cursor.stream for cursor in mixture.cursors.values()]
-        place = 0
+        place, masks = 0, self.config.data.loss_on != "all"
         columns = (packed.source, *(getattr(packed.pieces, name) for name in _COLUMNS))
         for source, epoch, document, start, stop, whole in zip(
             *(column.tolist() for column in columns), strict=True
@@ -163,10 +163,10 @@ class BatchReader:
             ids = documents.read(epoch, document, start, last, whole)
             tokens[place : place + stop - start] = ids[: stop - start]
             labels[place : place + last - start - 1] = ids[1:]
-            trained = True
-            if self.config.data.loss_on != "all":
-                trained = documents.trained(document, start + 1, last)
-            counts[place : place + last - start - 1] = trained
+            is_marked = masks and documents.corpus.longest_conversation
+            counts[place : place + last - start - 1] = (
+                documents.trained(document, start + 1, last) if is_marked else True
+            )
             place += stop - start
         counts &= (labels != self.vocabulary.pad) & (labels != self.vocabulary.bos)
         return Sample(tokens, labels, counts, piece, packed, mixture.names)

@@ -160,7 +160,7 @@ class OrderedDocuments:
     def trained(self, document: int, start: int, stop: int) -> np.ndarray:
         """Which of the tokens ``start`` to ``stop`` - 1 of a document are to be learned: bool
         [stop - start]. Of a conversation its answers, else all."""
-        spans = self.corpus.answers(document) if self.corpus.longest_conversation else ()
+        spans = self.corpus.answers(document)
         if not len(spans):
             return np.ones(stop - start, dtype=bool)
         flags = np.zeros(stop - start, dtype=bool)
@@ -178,7 +178,8 @@ class OrderedDocuments:
         A conversation is none: what comes first in it is the question."""
         if length < 5:  # <s>, begin, end, one token of text, </s>
             return False
-        if self.corpus.are_conversations(document, document + 1)[0]:
+        corpus = self.corpus
+        if corpus.longest_conversation and corpus.are_conversations(document, document + 1)[0]:
             return False
         vocabulary, read = self._vocabulary, self.corpus.read
         if read(document, 1, 2)[0] == vocabulary.begin_image:
