@@ -48,6 +48,12 @@ setup(
         "deepspeed": ["deepspeed~=0.19.8"],
         "mpi": ["mpi4py"],
         "demo": ["scikit-learn"],
+        "eval": [
+            "lm-eval[math]",  # the field's text benchmarks
+            "pycocoevalcap",  # CIDEr, as the paper computes it
+            "nltk",  # CIDEr's tokens where there is no Java
+            "krippendorff",
+        ],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "test": [
@@ -61,6 +67,10 @@ setup(
             "types-PyYAML",
             "mpi4py",
             "mpich",  # mpiexec, as a wheel
+            "lm-eval[math]",
+            "pycocoevalcap",
+            "nltk",
+            "krippendorff",
             "webdataset",  # what the tar reader is compared with
         ],
     },
