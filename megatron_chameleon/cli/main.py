@@ -29,6 +29,7 @@ VERBS = {
     "verify": "compare two checkpoints of any formats",
     "generate": "write text and images from a checkpoint",
     "evaluate": "benchmark a checkpoint, with the paper's figures beside it",
+    "annotate": "let people judge answers: questionnaires, agreement, win rates, safety",
     "plot": "draw the curves of one or more runs",
     "doctor": "say what this machine can run, and what is missing",
 }
