@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from megatron_chameleon.inference.session import Answer, Part, Session
 
 Progress = Callable[[str], None]
+REPORT_SECONDS = 2.0
+"""Between two lines of progress; the last one always comes."""
 
 
 class Asker:
@@ -44,6 +46,7 @@ class Asker:
         self.session = session
         self._answers = answers
         self._progress = progress
+        self._reported = -REPORT_SECONDS
 
     def score(self, pairs: Sequence[tuple[Sequence["Part"], str]]) -> list[Score]:
         """Score texts behind prompts.
@@ -168,7 +171,11 @@ class Asker:
     def _report(
         self, done: int, total: int, what: str, started: float, new: int | None = None
     ) -> None:
-        rate = (done if new is None else new) / max(time.monotonic() - started, 1e-9)
+        now = time.monotonic()
+        if done < total and now - self._reported < REPORT_SECONDS:
+            return
+        self._reported = now
+        rate = (done if new is None else new) / max(now - started, 1e-9)
         self._progress(f"{done}/{total} {what} · {rate:.1f}/s · {(total - done) / rate:.0f} s left")
 
 

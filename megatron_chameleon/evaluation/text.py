@@ -36,6 +36,7 @@ _DATA_ERRORS = (
     RuntimeError,
 )
 """What the harness and its libraries raise for data that aren't there or are others."""
+_NOISY = ("lm_eval", "datasets", "huggingface_hub")
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -254,7 +255,7 @@ def _quiet() -> Iterator[None]:
     import datasets
     from tqdm import tqdm
 
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     original: Callable[..., None] = tqdm.__init__
 

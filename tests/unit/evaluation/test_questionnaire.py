@@ -116,12 +116,19 @@ def test_rows_need_no_key(tmp_path: Path) -> None:
     assert judgements[0].category == "Story"
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to read JavaScript")
-def test_the_script_of_a_form_is_javascript(pair: Path, tmp_path: Path) -> None:
-    script = (pair / "form_1.html").read_text().split("<script>")[1].split("</script>")[0]
-    (tmp_path / "form.js").write_text(script)
-    result = subprocess.run(["node", "--check", tmp_path / "form.js"], capture_output=True)
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run JavaScript")
+def test_a_form_saves_what_is_chosen(pair: Path) -> None:
+    browser = Path(__file__).with_name("form_browser.js")
+    command = ["node", str(browser), str(pair / "form_2.html"), "left"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+    (pair / "saved.json").write_text(result.stdout)
+    judgements = read_judgements([pair / "saved.json"], read_key(pair / "key.json"))
+    assert len(judgements) == 6 and {j.annotator for j in judgements} == {"2"}
+    sides = {j.item: j.label for j in judgements}
+    shown = payload(pair / "form_2.html")["items"]
+    ours = {i["answers"][0][0]["text"][-1] for i in shown if "ours" in i["answers"][0][0]["text"]}
+    assert {item for item, label in sides.items() if label == "A"} == ours
 
 
 def test_prompts_are_answered_for_a_form(asker: Asker, tmp_path: Path) -> None:

@@ -122,6 +122,25 @@ def test_math_votes_on_the_final_answer() -> None:
     assert vote_on_math(doc, say("3", "3", "\\frac{1}{2}", "4")) == {"exact_match": 0}
 
 
+def test_all_answers_to_a_problem_vote(
+    asker: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subjects = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra")
+    for subject in (*subjects, "number_theory", "prealgebra", "precalculus"):
+        problem = {"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$."}
+        write(tmp_path / f"math/{subject}/test.jsonl", [problem])
+    finals = [
+        f"Final Answer: The final answer is ${n}$. I hope it is correct." for n in (3, 2, 2, 4)
+    ]
+    monkeypatch.setattr(
+        asker, "write", lambda prompts, options: (finals * len(prompts))[: len(prompts)]
+    )
+    result = run(asker, "math_maj4", tmp_path)
+    assert result.summary()["value"] == 100 and result.summary()["items"] == 7
+    assert result.samples[0].prompt.count("Problem:\n") == 5
+    assert run(asker, "math", tmp_path).summary()["value"] < 100
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
