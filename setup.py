@@ -48,6 +48,12 @@ setup(
         "deepspeed": ["deepspeed~=0.19.8"],
         "mpi": ["mpi4py"],
         "demo": ["scikit-learn"],
+        "eval": [
+            "lm-eval[math]",  # the field's text benchmarks
+            "pycocoevalcap",  # CIDEr, as the paper computes it
+            "nltk",  # CIDEr's tokens where there is no Java
+            "krippendorff",
+        ],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "test": [
@@ -62,6 +68,10 @@ setup(
             "mpi4py",
             "mpich",  # mpiexec, as a wheel
             "triton; platform_system == 'Linux'",  # its interpreter runs our kernels without a GPU
+            "lm-eval[math]",
+            "pycocoevalcap",
+            "nltk",
+            "krippendorff",
             "webdataset",  # what the tar reader is compared with
         ],
     },

@@ -28,6 +28,8 @@ VERBS = {
     "convert": "convert a checkpoint to another format",
     "verify": "compare two checkpoints of any formats",
     "generate": "write text and images from a checkpoint",
+    "evaluate": "benchmark a checkpoint, with the paper's figures beside it",
+    "annotate": "let people judge answers: questionnaires, agreement, win rates, safety",
     "plot": "draw the curves of one or more runs",
     "doctor": "say what this machine can run, and what is missing",
 }

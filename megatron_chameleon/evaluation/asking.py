@@ -1,0 +1,210 @@
+"""Ask a model many things and keep every answer: what all tasks are built on.
+
+    with Answers(folder, model_fingerprint(session)) as answers:
+        asker = Asker(session, answers)
+        asker.score([("two plus two is", " four")])
+        asker.write([[image, "What is it?"]], options)
+
+What has an answer is not asked again.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from megatron_chameleon.data.documents import ImagePart, TextPart
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.evaluation.answers import Answers, fingerprint
+from megatron_chameleon.evaluation.likelihood import Score, score_continuations
+
+if TYPE_CHECKING:
+    from megatron_chameleon.inference.decode import GenerationOptions
+    from megatron_chameleon.inference.session import Answer, Part, Session
+
+Progress = Callable[[str], None]
+REPORT_SECONDS = 2.0
+"""Between two lines of progress; the last one always comes."""
+
+
+class Asker:
+    """A model and its kept answers.
+
+    Args:
+        session: The model.
+        answers: Where answers are kept.
+        progress: Gets a line after each batch.
+    """
+
+    def __init__(
+        self, session: "Session", answers: Answers, progress: Progress = lambda line: None
+    ) -> None:
+        self.session = session
+        self._answers = answers
+        self._progress = progress
+        self._reported = -REPORT_SECONDS
+
+    def score(self, pairs: Sequence[tuple[Sequence["Part"], str]]) -> list[Score]:
+        """Score texts behind prompts.
+
+        Args:
+            pairs: A prompt, which may be empty, and the text behind it. A space between the two
+                belongs to the text.
+
+        Raises:
+            DataError: A text has no tokens, or an image cannot be read.
+        """
+        encoded = self._encode_pairs(pairs)
+        return self.score_ids(encoded)
+
+    def score_ids(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+        """As ``score``, of token ids: the context begins with ``<s>``."""
+        keys = [fingerprint(["score", *pair]) for pair in pairs]
+        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._answers}
+        names, asked = list(new), list(new.values())
+        done, started = 0, time.monotonic()
+
+        def keep(scores: dict[int, Score]) -> None:
+            nonlocal done
+            done += len(scores)
+            self._answers.add(
+                {names[i]: [s.log_likelihood, s.is_greedy] for i, s in scores.items()}
+            )
+            self._report(done, len(asked), "candidates scored", started)
+
+        score_continuations(self.session, asked, report=keep)
+        return [Score(*self._answers[key]) for key in keys]
+
+    def write(self, prompts: Sequence[Sequence["Part"]], options: "GenerationOptions") -> list[str]:
+        """Answer prompts in text; the same prompt asked twice is drawn twice.
+
+        A batch draws from a generator of its own and is kept whole or not at all, so a killed
+        evaluation draws what it would have drawn.
+
+        Args:
+            prompts: Texts and images in order.
+            options: ``batch_size`` prompts are answered together.
+
+        Raises:
+            DataError: A prompt does not fit the context, or an image cannot be read.
+        """
+        return [
+            "".join(part for part in answer if isinstance(part, str))
+            for answer in self._write(prompts, options, lambda answer: list(answer.content))
+        ]
+
+    def answer(
+        self,
+        prompts: Sequence[Sequence["Part"]],
+        options: "GenerationOptions",
+        keep: Callable[["Answer"], list[Any]],
+    ) -> list[list[Any]]:
+        """As ``write``, in text and images; ``keep`` turns an answer into the JSON that is kept."""
+        return self._write(prompts, options, keep)
+
+    def _write(
+        self,
+        prompts: Sequence[Sequence["Part"]],
+        options: "GenerationOptions",
+        keep: Callable[["Answer"], list[Any]],
+    ) -> list[list[Any]]:
+        settings = {k: v for k, v in asdict(options).items() if k != "batch_size"}
+        seen: Counter[str] = Counter()
+        keys = []
+        for prompt in prompts:
+            asked = fingerprint(["write", describe(prompt), settings])
+            keys.append(f"{asked}-{seen[asked]}" if seen[asked] else asked)
+            seen[asked] += 1
+        started, new = time.monotonic(), 0
+        for start in range(0, len(prompts), options.batch_size):
+            batch = slice(start, start + options.batch_size)
+            if all(key in self._answers for key in keys[batch]):
+                continue
+            seed = int(fingerprint([options.seed, *keys[batch]])[:12], 16)
+            fitted = [self._fit(prompt, options) for prompt in prompts[batch]]
+            answers = self.session.generate(fitted, replace(options, seed=seed))
+            self._answers.add(dict(zip(keys[batch], map(keep, answers), strict=True)))
+            new += len(fitted)
+            self._report(start + len(fitted), len(prompts), "answers", started, new)
+        return [self._answers[key] for key in keys]
+
+    def _fit(self, prompt: Sequence["Part"], options: "GenerationOptions") -> list["Part"]:
+        """The prompt, a text that is too long cut from the left; the answer keeps its room."""
+        parts = list(prompt)
+        room = self.session.context_tokens - (options.max_tokens or 1)
+        if room < 2 or any(not isinstance(part, str | TextPart) for part in parts):
+            return parts
+        text = "".join(_text(part) for part in parts)
+        token_ids = self.session.encode([[text]])[0][1:]
+        keep = room - 1
+        while len(token_ids) >= room and keep > 0:
+            text = self.session.tokenizer.text.decode(token_ids[-keep:])
+            token_ids = self.session.encode([[text]])[0][1:]
+            keep -= 1
+        return [text]
+
+    def _encode_pairs(
+        self, pairs: Sequence[tuple[Sequence["Part"], str]]
+    ) -> list[tuple[list[int], list[int]]]:
+        contexts = self.session.encode([prompt for prompt, _ in pairs])
+        encoded = []
+        for (prompt, text), context in zip(pairs, contexts, strict=True):
+            last = prompt[-1] if prompt else None
+            before = last.text if isinstance(last, TextPart) else last
+            if isinstance(before, str):  # together: a token may span the border
+                tail = self.session.tokenizer.text.encode(before)
+                whole = self.session.tokenizer.text.encode(before + text)
+                continuation = whole[len(tail) :]
+            else:
+                continuation = self.session.tokenizer.text.encode(text)
+            if not continuation:
+                raise DataError(
+                    "candidate", f"{text!r} has no tokens", "Give each candidate a text"
+                )
+            encoded.append((context, continuation))
+        return encoded
+
+    def _report(
+        self, done: int, total: int, what: str, started: float, new: int | None = None
+    ) -> None:
+        now = time.monotonic()
+        if done < total and now - self._reported < REPORT_SECONDS:
+            return
+        self._reported = now
+        rate = (done if new is None else new) / max(now - started, 1e-9)
+        self._progress(f"{done}/{total} {what} · {rate:.1f}/s · {(total - done) / rate:.0f} s left")
+
+
+def _text(part: "Part") -> str:
+    assert isinstance(part, str | TextPart)
+    return part if isinstance(part, str) else part.text
+
+
+def describe(prompt: Sequence["Part"]) -> list[Any]:
+    """A prompt as JSON; an image is its path, or the hash of its bytes or pixels."""
+    described: list[Any] = []
+    for part in prompt:
+        if isinstance(part, str):
+            described.append(part)
+        elif isinstance(part, TextPart):
+            described.append(part.text)
+        elif isinstance(part, ImagePart):
+            data = part.image
+            name = data if isinstance(data, str) else hashlib.sha256(data).hexdigest()
+            described.append({"image": name})
+        else:
+            assert isinstance(part, Image.Image)
+            pixels = hashlib.sha256(part.convert("RGB").tobytes()).hexdigest()
+            described.append({"image": pixels, "size": part.size})
+    return described
+
+
+def cut(text: str, until: str | Sequence[str]) -> str:
+    """The text up to the first stop string."""
+    stops = [until] if isinstance(until, str) else until
+    places = [text.find(stop) for stop in stops if stop]
+    return text[: min((place for place in places if place >= 0), default=len(text))]

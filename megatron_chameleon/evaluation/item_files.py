@@ -1,0 +1,207 @@
+"""Reads the items of image-to-text tasks and of tasks of the user's own.
+
+DIR/coco/dataset_coco.json                         Karpathy's splits
+DIR/coco/val2014/COCO_val2014_000000391895.jpg     and the images, as the JSON names them
+DIR/vqav2/*val2014_questions.json, *val2014_annotations.json, the same of train2014
+DIR/vqav2/{train,val}2014/COCO_val2014_000000262148.jpg
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_chameleon.data.documents import TextPart, image_part, parse_line
+from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.evaluation.catalogue import TaskInfo
+from megatron_chameleon.evaluation.items import (
+    CHOICE_METRICS,
+    METRICS,
+    Item,
+    ItemTask,
+    check_image,
+)
+from megatron_chameleon.evaluation.records import need, read_json, read_records
+
+CAPTION_TOKENS = 30
+"""The paper's cap (section 5.2)."""
+VQA_TOKENS = 10
+FILE_KEYS = (
+    *("name", "data", "metric", "shots", "examples", "prompt", "max_tokens", "stop"),
+    *("separator", "paper"),
+)
+
+
+def read_captions(info: TaskInfo, folder: Path) -> ItemTask:
+    """The test split of Karpathy's JSON; examples come from its train split.
+
+    Raises:
+        DataError: A file or image is missing, or the JSON is another one.
+    """
+    file = _only(folder, "dataset_*.json")
+    content = read_json(file)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise DataError(str(file), "has no list `images`", "Give one of Karpathy's split files")
+    splits: dict[str, list[Item]] = {"test": [], "train": []}
+    for index, record in enumerate(content["images"]):
+        where = f"{file}: image {index}"
+        need(record, ("filename", "split", "sentences"), where)
+        split = "train" if record["split"] == "restval" else record["split"]
+        if split not in splits:
+            continue
+        path = folder / record.get("filepath", "") / record["filename"]
+        captions = tuple(str(sentence["raw"]).strip() for sentence in record["sentences"])
+        if not captions:
+            raise DataError(where, "has no sentences", "Remove it")
+        image = (check_image(path, where) if split == "test" else image_part(str(path), "", where),)
+        splits[split].append(Item(record["filename"], image, captions))
+    if not splits["test"]:
+        raise DataError(str(file), "has no images of the split `test`", "Give the whole file")
+    return ItemTask(
+        *(info.name, info.metric, splits["test"], info.shots, splits["train"]),
+        max_tokens=CAPTION_TOKENS,
+        paper=info.paper,
+    )
+
+
+def read_vqa(info: TaskInfo, folder: Path) -> ItemTask:
+    """VQAv2's validation questions; examples come from the training questions.
+
+    The test splits have no public annotations.
+
+    Raises:
+        DataError: A file or image is missing or broken.
+    """
+    items = _vqa_items(folder, "val2014")
+    examples = _vqa_items(folder, "train2014") if info.shots else []
+    return ItemTask(
+        *(info.name, info.metric, items, info.shots, examples),
+        max_tokens=VQA_TOKENS,
+        prefix=" ",
+        paper=info.paper,
+    )
+
+
+def _vqa_items(folder: Path, split: str) -> list[Item]:
+    files = {kind: _only(folder, f"*{split}_{kind}.json") for kind in ("questions", "annotations")}
+    lists: dict[str, list[dict[str, Any]]] = {}
+    for kind, file in files.items():
+        content = read_json(file)
+        if not isinstance(content, dict) or not isinstance(content.get(kind), list):
+            raise DataError(str(file), f"has no list `{kind}`", "Give VQAv2's own file")
+        lists[kind] = content[kind]
+    answers = {}
+    for index, record in enumerate(lists["annotations"]):
+        need(record, ("question_id", "answers"), f"{files['annotations']}: annotation {index}")
+        answers[record["question_id"]] = tuple(str(a["answer"]) for a in record["answers"])
+    items = []
+    for index, record in enumerate(lists["questions"]):
+        where = f"{files['questions']}: question {index}"
+        need(record, ("question_id", "image_id", "question"), where)
+        if not answers.get(record["question_id"]):
+            what = f"question {record['question_id']} has no answers in {files['annotations'].name}"
+            raise DataError(where, what, "Give the two files of one split")
+        name = f"COCO_{split}_{int(record['image_id']):012d}.jpg"
+        image = image_part(str(folder / split / name), "", where)
+        if split == "val2014":
+            image = check_image(folder / split / name, where)
+        said = answers[record["question_id"]]
+        most = max(said, key=said.count)
+        references = tuple(sorted(said, key=lambda answer: answer != most))
+        text = TextPart(f"Question: {record['question']} Short answer:")
+        items.append(Item(str(record["question_id"]), (image, text), references))
+    return items
+
+
+def read_task_file(path: Path, data: Path | None) -> ItemTask:
+    """A task of the user's own.
+
+    Args:
+        path: Its YAML.
+        data: Where its files are; None is the YAML's own folder.
+
+    Raises:
+        ConfigError: A key is unknown or has no meaning.
+        DataError: A file is missing or broken.
+    """
+    spec = read_json(path)
+    if not isinstance(spec, dict):
+        raise ConfigError(str(path), "holds no keys", f"Write {', '.join(FILE_KEYS)}")
+    for key in spec:
+        if key not in FILE_KEYS:
+            raise ConfigError(str(path), f"unknown key `{key}`", f"Use {', '.join(FILE_KEYS)}")
+    metric = str(spec.get("metric", "exact_match"))
+    if metric not in METRICS:
+        raise ConfigError(str(path), f"metric {metric!r} is unknown", f"Use {', '.join(METRICS)}")
+    for key, least in (("shots", 0), ("max_tokens", 1)):
+        if key in spec and (not isinstance(spec[key], int) or spec[key] < least):
+            raise ConfigError(str(path), f"{key} is {spec[key]!r}", f"Give a number from {least}")
+    folder = data or path.parent
+    prompt = str(spec.get("prompt", ""))
+    if "data" not in spec:
+        raise ConfigError(str(path), "lacks the key `data`", "Name the file of items")
+    items = _own_items(folder / str(spec["data"]), metric, prompt)
+    shots = int(spec.get("shots", 0))
+    examples: Sequence[Item] = items
+    if "examples" in spec:
+        examples = _own_items(folder / str(spec["examples"]), metric, prompt)
+    return ItemTask(
+        *(str(spec.get("name", path.stem)), metric, items, shots, examples),
+        max_tokens=int(spec.get("max_tokens", CAPTION_TOKENS)),
+        stop=str(spec.get("stop", "\n")),
+        separator=str(spec.get("separator", "\n")),
+        prefix=" " if prompt and not prompt[-1].isspace() else "",
+        paper={str(size): float(value) for size, value in dict(spec.get("paper") or {}).items()},
+    )
+
+
+def _own_items(file: Path, metric: str, prompt: str) -> list[Item]:
+    """Documents with ``answers``, or whose last text is the answer; for a choice, ``choices``."""
+    items = []
+    for number, record in enumerate(read_records(file), start=1):
+        document = parse_line(orjson.dumps(record), file, number)
+        parts = list(document.content)
+        references = _references(record, document.where)
+        if not references:
+            last = parts.pop() if parts else None
+            if not isinstance(last, TextPart) or not last.text.strip():
+                what = "neither `answers` nor a last text that is the answer"
+                raise DataError(document.where, what, "Write `answers`: a list of texts")
+            references = (last.text,)
+        if prompt:
+            parts.append(TextPart(prompt))
+        choices = tuple(map(str, record.get("choices") or ()))
+        if metric in CHOICE_METRICS and not set(references) <= set(choices):
+            what = f"{references[0]!r} is not among its {len(choices)} `choices`"
+            raise DataError(document.where, what, "Write the candidates, the answer among them")
+        items.append(Item(document.id, tuple(parts), references, choices))
+    _check_ids(items, file)
+    return items
+
+
+def _references(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    answers = record.get("answers", record.get("answer"))
+    if answers is None:
+        return ()
+    if isinstance(answers, str):
+        return (answers,)
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+        raise DataError(where, "`answers` is no list of texts", "Write at least one text")
+    return tuple(answers)
+
+
+def _check_ids(items: Sequence[Item], file: Path) -> None:
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise DataError(str(file), f"the id {item.id} stands twice", "Give each item its own")
+        seen.add(item.id)
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        what = f"{len(found)} files {pattern}"
+        raise DataError(str(folder), what, "Put exactly one there (docs/evaluation.md)")
+    return found[0]

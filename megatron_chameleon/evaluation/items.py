@@ -1,0 +1,210 @@
+"""Tasks whose prompts are ours: items from files, answered or chosen from, and scored.
+
+Three kinds of files: captions in Karpathy's JSON, VQAv2's two JSON files, and tasks of the user's
+own, a YAML beside documents (docs/evaluation.md).
+"""
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_chameleon.data.documents import ImagePart, TextPart
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.evaluation import cider
+from megatron_chameleon.evaluation.asking import Asker, cut, describe
+from megatron_chameleon.evaluation.captions import first_digit
+from megatron_chameleon.evaluation.results import Sample, TaskResult
+from megatron_chameleon.evaluation.vqa import normalise, vqa_accuracy
+from megatron_chameleon.inference.decode import GenerationOptions
+from megatron_chameleon.inference.modality import Force
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question."""
+
+    id: str
+    prompt: tuple[Part, ...]
+    references: tuple[str, ...]
+    """Right answers; of a choice, the right candidate. The first one stands in examples."""
+    choices: tuple[str, ...] = ()
+    """Candidates; empty where the model writes the answer."""
+
+
+@dataclass(frozen=True)
+class ItemTask:
+    """Items and how they are asked and scored."""
+
+    name: str
+    metric: str
+    """A key of ``SCORERS``, ``CIDEr``, or for choices ``acc`` or ``acc_norm``."""
+    items: Sequence[Item]
+    shots: int = 0
+    examples: Sequence[Item] = ()
+    """What shots are drawn from."""
+    max_tokens: int = 30
+    stop: str = "\n"
+    separator: str = "\n"
+    """Between the examples."""
+    prefix: str = ""
+    """Between prompt and answer: a space that belongs to the answer's first token."""
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+
+def _contains(answer: str, references: Sequence[str]) -> float:
+    return float(any(normalise(r) in normalise(answer) for r in references if normalise(r)))
+
+
+def _exact(answer: str, references: Sequence[str]) -> float:
+    return float(normalise(answer) in [normalise(reference) for reference in references])
+
+
+def _first_digit(answer: str, references: Sequence[str]) -> float:
+    wanted = {first_digit(reference) for reference in references} - {None}
+    return float(first_digit(answer) in wanted)
+
+
+def _words(answer: str, references: Sequence[str]) -> float:
+    """Share of the reference's words that the answer has; the best reference counts."""
+    said = set(re.findall(r"\w+", answer.lower()))
+    shares = [
+        len(said & words) / len(words)
+        for words in (set(re.findall(r"\w+", r.lower())) for r in references)
+        if words
+    ]
+    return max(shares, default=0.0)
+
+
+SCORERS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": _exact,
+    "contains": _contains,
+    "first_digit": _first_digit,
+    "words": _words,
+    "accuracy": vqa_accuracy,
+}
+CHOICE_METRICS = ("acc", "acc_norm")
+METRICS = (*SCORERS, "CIDEr", *CHOICE_METRICS)
+
+
+def evaluate_items(
+    asker: Asker,
+    task: ItemTask,
+    limit: int | None = None,
+    seed: int = 1,
+    batch_size: int = 32,
+) -> TaskResult:
+    """Ask a task's items.
+
+    Args:
+        asker: The model.
+        task: Items in a fixed order.
+        limit: First items; None takes all.
+        seed: Of the examples that are drawn for each item.
+        batch_size: Prompts that are answered together.
+
+    Raises:
+        DataError: An image cannot be read, or a prompt does not fit the context.
+    """
+    items = task.items[:limit]
+    prompts = [_with_examples(task, item, seed) for item in items]
+    settings = {
+        "limit": limit,
+        "seed": seed,
+        "max_tokens": task.max_tokens,
+        "separator": task.separator,
+        "stop": task.stop,
+    }
+    if task.metric in CHOICE_METRICS:
+        samples = _choose(asker, items, prompts, task.prefix)
+    else:
+        options = GenerationOptions(
+            temperature=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_tokens=task.max_tokens,
+            force=Force.TEXT,
+            batch_size=batch_size,
+        )
+        texts = [cut(text, task.stop).strip() for text in asker.write(prompts, options)]
+        scores = _score(task.metric, items, texts)
+        samples = [
+            Sample(item.id, describe(prompt), text, list(item.references), score)
+            for item, prompt, text, score in zip(items, prompts, texts, scores, strict=True)
+        ]
+        if task.metric == "CIDEr":
+            settings["tokenizer"] = cider.tokenizer_name()
+    return TaskResult(task.name, task.metric, task.shots, samples, task.paper, settings)
+
+
+def _score(metric: str, items: Sequence[Item], texts: Sequence[str]) -> list[dict[str, float]]:
+    if metric == "CIDEr":
+        answers = {item.id: text for item, text in zip(items, texts, strict=True)}
+        references = {item.id: item.references for item in items}
+        found = cider.cider(answers, references, cider.tokenizer_name())
+        return [{"CIDEr": found[item.id]} for item in items]
+    score = SCORERS[metric]
+    return [{metric: score(t, item.references)} for item, t in zip(items, texts, strict=True)]
+
+
+def _choose(
+    asker: Asker, items: Sequence[Item], prompts: Sequence[Sequence[Part]], prefix: str
+) -> list[Sample]:
+    """The likeliest candidate: as it is (``acc``), and by byte of its text (``acc_norm``)."""
+    pairs = [
+        (prompt, prefix + choice)
+        for item, prompt in zip(items, prompts, strict=True)
+        for choice in item.choices
+    ]
+    scores = iter(asker.score(pairs))
+    samples = []
+    for item, prompt in zip(items, prompts, strict=True):
+        sums = [next(scores).log_likelihood for _ in item.choices]
+        lengths = [len(choice.encode()) for choice in item.choices]
+        best = item.choices[sums.index(max(sums))]
+        means = [total / length for total, length in zip(sums, lengths, strict=True)]
+        best_mean = item.choices[means.index(max(means))]
+        right = {
+            "acc": float(best in item.references),
+            "acc_norm": float(best_mean in item.references),
+        }
+        answer = dict(zip(item.choices, sums, strict=True))
+        samples.append(Sample(item.id, describe(prompt), answer, list(item.references), right))
+    return samples
+
+
+def _with_examples(task: ItemTask, item: Item, seed: int) -> list[Part]:
+    """The item's prompt behind ``shots`` examples, drawn for this item alone."""
+    parts: list[Part] = []
+    pool = [example for example in task.examples if example.id != item.id]
+    if len(pool) < task.shots:
+        what = f"{len(pool)} items to draw {task.shots} examples from"
+        raise DataError(task.name, what, "Give more training items, or fewer shots")
+    for example in random.Random(f"{seed}-{item.id}").sample(pool, task.shots):
+        parts += [*example.prompt, TextPart(task.prefix + example.references[0] + task.separator)]
+    return _joined([*parts, *item.prompt])
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Neighbouring texts as one, so that tokens may span their border."""
+    joined: list[Part] = []
+    for part in parts:
+        if joined and isinstance(part, TextPart) and isinstance(joined[-1], TextPart):
+            joined[-1] = TextPart(joined[-1].text + part.text)
+        else:
+            joined.append(part)
+    return joined
+
+
+def check_image(path: Path, where: str) -> ImagePart:
+    """An image that is there.
+
+    Raises:
+        DataError: It is not.
+    """
+    if not path.is_file():
+        raise DataError(where, f"its image {path} does not exist", "Put the images below --data")
+    return ImagePart(str(path))

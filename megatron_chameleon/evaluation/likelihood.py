@@ -1,0 +1,127 @@
+"""How likely a model finds continuations: what multiple choice and perplexity are scored by.
+
+    scores = score_continuations(session, [(context_ids, continuation_ids), ...])
+
+The probabilities are those of text: image codes can't come inside a text, so they have no share, as
+in Hugging Face's ``ChameleonForConditionalGeneration`` and in our own decoding. Letters in tensor
+names: B rows, S tokens, H hidden, N scored positions, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_chameleon.inference.session import Session
+
+BATCH_TOKENS = 16_384
+"""Tokens, padding included, of a forward pass."""
+BLOCK_POSITIONS = 256
+"""Positions whose logits exist at a time: 256 x 65,536 in fp32 are 64 MiB."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model says to one continuation."""
+
+    log_likelihood: float
+    """Natural logarithm of the continuation's probability behind its context."""
+    is_greedy: bool
+    """Whether every token of it is the likeliest one."""
+
+
+Pair = tuple[Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Inputs that some pairs share, and the targets of each: one forward pass serves them all."""
+
+    inputs: tuple[int, ...]
+    targets: list[tuple[int, tuple[int, ...]]]
+    """(index of the pair, its continuation)."""
+
+
+def score_continuations(
+    session: "Session",
+    pairs: Sequence[Pair],
+    batch_tokens: int = BATCH_TOKENS,
+    block_positions: int = BLOCK_POSITIONS,
+    report: Callable[[dict[int, Score]], None] = lambda scores: None,
+) -> list[Score]:
+    """Score continuations, longest first, in batches that share a forward pass.
+
+    Args:
+        session: The model; its context cuts long pairs from the left.
+        pairs: Context and continuation as token ids, neither of them empty. Image codes may stand
+            in contexts only.
+        batch_tokens: Most tokens of a forward pass, padding included; a row has at least one.
+        block_positions: Positions whose logits exist at a time.
+        report: Called after each batch with the scores by index of pair.
+    """
+    scores: dict[int, Score] = {}
+    forbidden_V = torch.zeros(session.model.lm_head.weight.shape[0], dtype=torch.bool)
+    forbidden_V[torch.as_tensor(session.tokenizer.vocabulary.code_token_ids.copy())] = True
+    forbidden_V = forbidden_V.to(session.device)
+    for batch in _batches(_shared(pairs, session.context_tokens), batch_tokens):
+        found = _score_batch(session, batch, forbidden_V, block_positions)
+        scores.update(found)
+        report(found)
+    return [scores[index] for index in range(len(pairs))]
+
+
+def _shared(pairs: Sequence[Pair], context_tokens: int) -> list[_Row]:
+    """Rows of different inputs, longest first; the answers A to D to a question are one row."""
+    rows: dict[tuple[int, ...], _Row] = {}
+    for index, (context, continuation) in enumerate(pairs):
+        assert context and continuation
+        kept = [*context, *continuation][-(context_tokens + 1) :]
+        inputs = tuple(kept[:-1])
+        target = tuple(kept[-min(len(continuation), len(inputs)) :])
+        rows.setdefault(inputs, _Row(inputs, [])).targets.append((index, target))
+    return sorted(rows.values(), key=lambda row: len(row.inputs), reverse=True)
+
+
+def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
+    start = 0
+    while start < len(rows):
+        count = max(1, batch_tokens // len(rows[start].inputs))
+        yield list(rows[start : start + count])
+        start += count
+
+
+@torch.inference_mode()
+def _score_batch(
+    session: "Session", rows: Sequence[_Row], forbidden_V: Tensor, block_positions: int
+) -> dict[int, Score]:
+    width = len(rows[0].inputs)
+    pad = session.tokenizer.vocabulary.pad
+    # Padding stands on the right: no token of a row sees it, so it needs no mask.
+    tokens_BS = torch.tensor([[*r.inputs, *[pad] * (width - len(r.inputs))] for r in rows])
+    hidden_BSH = session.model.model(
+        input_ids=tokens_BS.to(session.device), use_cache=False
+    ).last_hidden_state
+    places = [
+        (row, len(rows[row].inputs) - len(target) + offset, token_id, index)
+        for row in range(len(rows))
+        for index, target in rows[row].targets
+        for offset, token_id in enumerate(target)
+    ]
+    sums = {index: 0.0 for row in rows for index, _ in row.targets}
+    greedy = dict.fromkeys(sums, True)
+    for start in range(0, len(places), block_positions):
+        block = places[start : start + block_positions]
+        row_N, position_N, target_N, _ = torch.tensor(block, device=session.device).unbind(1)
+        logits_NV = session.model.lm_head(hidden_BSH[row_N, position_N]).float()
+        logits_NV.masked_fill_(forbidden_V, -torch.inf)
+        target_N1 = target_N[:, None]
+        chosen_N = logits_NV.gather(1, target_N1)[:, 0] - logits_NV.logsumexp(dim=-1)
+        likeliest_N = logits_NV.argmax(dim=-1) == target_N
+        found = zip(block, chosen_N.tolist(), likeliest_N.tolist(), strict=True)
+        for (_, _, _, index), log_probability, likeliest in found:
+            sums[index] += log_probability
+            greedy[index] = greedy[index] and likeliest
+    return {index: Score(sums[index], greedy[index]) for index in sums}

@@ -1,0 +1,86 @@
+"""Answers a file of prompts, for people to judge: text and images, with the prompts' categories."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from PIL import Image
+
+from megatron_chameleon.data.documents import Document, parse_line
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.evaluation.asking import Asker
+from megatron_chameleon.evaluation.questionnaire import data_uri, part_json
+from megatron_chameleon.evaluation.records import read_records
+from megatron_chameleon.tokenizer.files import write_text
+
+if TYPE_CHECKING:
+    from megatron_chameleon.inference.decode import GenerationOptions
+    from megatron_chameleon.inference.session import Answer
+
+ANSWERED_FILE = "documents.jsonl"
+KEPT = ("category", "modality")
+"""Further keys of a prompt, which its answer repeats."""
+
+
+def read_prompts(path: Path) -> list[tuple[Document, dict[str, str]]]:
+    """Prompts and their category and modality.
+
+    Raises:
+        DataError: The file is broken, or an id stands twice.
+    """
+    prompts = []
+    seen: set[str] = set()
+    for number, record in enumerate(read_records(path), start=1):
+        document = parse_line(orjson.dumps(record), path, number)
+        if document.id in seen:
+            remedy = "Give each prompt its own"
+            raise DataError(document.where, f"the id {document.id} stands twice", remedy)
+        seen.add(document.id)
+        about = {key: str(record[key]) for key in KEPT if record.get(key)}
+        prompts.append((document, about))
+    return prompts
+
+
+def answer_prompts(
+    asker: Asker, path: Path, output: Path, options: "GenerationOptions", limit: int | None = None
+) -> Path:
+    """Answer every prompt; what is answered already is not asked again.
+
+    Args:
+        asker: The model and its kept answers.
+        path: Documents: what they hold is the prompt.
+        output: The folder.
+        options: How to draw.
+        limit: First prompts; None takes all.
+
+    Returns:
+        The file of answers, which ``annotate prepare`` takes.
+
+    Raises:
+        DataError: The file or an image is broken, or a prompt does not fit the context.
+    """
+    prompts = read_prompts(path)[:limit]
+    answers = asker.answer([document.content for document, _ in prompts], options, _keep)
+    lines = [
+        {
+            "id": document.id,
+            "source": "chameleon annotate",
+            **about,
+            "prompt": [part_json(part) for part in document.content],
+            "content": content,
+        }
+        for (document, about), content in zip(prompts, answers, strict=True)
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(output / ANSWERED_FILE, text)
+    return output / ANSWERED_FILE
+
+
+def _keep(answer: "Answer") -> list[Any]:
+    return [
+        {"type": "image", "image": data_uri(part)}
+        if isinstance(part, Image.Image)
+        else {"type": "text", "text": part}
+        for part in answer.content
+    ]

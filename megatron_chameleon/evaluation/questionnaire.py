@@ -1,0 +1,261 @@
+"""Questionnaires: HTML forms without the models' names, a key that has them, and their answers.
+
+    FOLDER/form_1.html ...   one an annotator: open it in a browser, judge, save the JSON
+    FOLDER/key.json          which answer stands where; keep it from the annotators
+
+Items stand in another order in each form, and the two answers of a pair on another side.
+"""
+
+import base64
+import io
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_chameleon.data.documents import ImagePart, TextPart, image_part
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.evaluation.answers import fingerprint
+from megatron_chameleon.evaluation.form_page import form_page
+from megatron_chameleon.evaluation.human import Judgement
+from megatron_chameleon.evaluation.records import need, read_json, read_records
+from megatron_chameleon.evaluation.safety import looks_like_refusal
+from megatron_chameleon.tokenizer.files import write_text
+
+KEY_FORMAT = "megatron_chameleon.questionnaire/1"
+FORMAT = "megatron_chameleon.judgements/1"
+KEY_FILE = "key.json"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt and a model's answer to it; parts are ``{"type": "text" | "image", ...}``."""
+
+    id: str
+    prompt: list[dict[str, str]]
+    content: list[dict[str, str]]
+    category: str
+    modality: str
+
+    @property
+    def text(self) -> str:
+        """The answer without its images."""
+        return "".join(part.get("text", "") for part in self.content)
+
+
+def read_answered(path: str | Path) -> list[Answered]:
+    """Answers as ``chameleon annotate answer`` and ``chameleon generate`` write them.
+
+    Raises:
+        DataError: The file is broken, or an id stands twice in it.
+    """
+    path = Path(path)
+    found: dict[str, Answered] = {}
+    for number, record in enumerate(read_records(path), start=1):
+        where = f"{path}:{number}"
+        need(record, ("id", "prompt", "content"), where)
+        prompt = _parts(record["prompt"], path.parent, where)
+        content = _parts(record["content"], path.parent, where)
+        has_image = any(part["type"] == "image" for part in prompt)
+        modality = str(record.get("modality") or ("mixed-modal" if has_image else "text only"))
+        name = str(record["id"])
+        if name in found:
+            raise DataError(where, f"the id {name} stands twice", "Give each answer its own")
+        found[name] = Answered(name, prompt, content, str(record.get("category") or ""), modality)
+    return list(found.values())
+
+
+def prepare(
+    kind: str,
+    models: Mapping[str, Sequence[Answered]],
+    folder: Path,
+    annotators: int = 3,
+    seed: int = 1,
+) -> Path:
+    """Write the forms and their key.
+
+    Args:
+        kind: ``absolute``, ``pairwise`` or ``safety``.
+        models: One model's answers by its name; two for ``pairwise``, A first.
+        folder: It is made if it is not there.
+        annotators: Forms.
+        seed: Of the orders and sides.
+
+    Returns:
+        The key.
+
+    Raises:
+        DataError: The models did not answer the same prompts, or an image cannot be read.
+    """
+    names = list(models)
+    answers = [{answer.id: answer for answer in found} for found in models.values()]
+    _check_same(names, answers)
+    identity = fingerprint(
+        [kind, seed, [[a.id, a.prompt, a.content] for found in answers for a in found.values()]]
+    )
+    key: dict[str, Any] = {
+        "format": KEY_FORMAT,
+        "questionnaire": identity,
+        "kind": kind,
+        "models": dict(zip("AB", names, strict=False)),
+        "items": {
+            answer.id: {
+                "category": answer.category,
+                "modality": answer.modality,
+                "refusals": [looks_like_refusal(found[answer.id].text) for found in answers],
+            }
+            for answer in answers[0].values()
+        },
+        "forms": {},
+    }
+    for annotator in range(1, annotators + 1):
+        draw = random.Random(f"{seed}-{annotator}-{identity}")
+        order = list(answers[0])
+        draw.shuffle(order)
+        items, places = [], {}
+        for name in order:
+            sides = [found[name] for found in answers]
+            swapped = len(sides) == 2 and draw.random() < 0.5
+            item = fingerprint([identity, annotator, name])
+            places[item] = {"item": name, "swapped": swapped}
+            shown = sides[::-1] if swapped else sides
+            items.append(
+                {
+                    "id": item,
+                    "prompt": _inline(sides[0].prompt),
+                    "answers": [_inline(side.content) for side in shown],
+                }
+            )
+        key["forms"][str(annotator)] = places
+        page = form_page(kind, identity, str(annotator), items)
+        write_text(folder / f"form_{annotator}.html", page)
+    write_text(folder / KEY_FILE, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
+    return folder / KEY_FILE
+
+
+def _check_same(names: Sequence[str], answers: Sequence[Mapping[str, Answered]]) -> None:
+    if len(answers) == 1:
+        return
+    first, second = answers
+    if odd := sorted(set(first) ^ set(second)):
+        what = f"{len(odd)} prompts have one answer only, the first is {odd[0]}"
+        raise DataError(" and ".join(names), what, "Give two models' answers to the same prompts")
+    for name in first:
+        texts = [
+            [part.get("text") for part in side[name].prompt if part["type"] == "text"]
+            for side in answers
+        ]
+        if texts[0] != texts[1]:
+            what = f"the prompt {name} differs between the two"
+            raise DataError(" and ".join(names), what, "Give answers to the same prompts")
+
+
+def read_key(path: str | Path) -> dict[str, Any]:
+    """The key of a questionnaire.
+
+    Raises:
+        DataError: It is none.
+    """
+    key = read_json(path)
+    if not isinstance(key, dict) or key.get("format") != KEY_FORMAT:
+        remedy = "Give the key.json of `chameleon annotate prepare`"
+        raise DataError(str(path), "is no key of a questionnaire", remedy)
+    return key
+
+
+def read_judgements(
+    files: Sequence[str | Path], key: Mapping[str, Any] | None = None
+) -> list[Judgement]:
+    """Judgements of forms (``.json``, with the key), or rows of ``item, annotator, label``.
+
+    Rows (``.csv``, ``.jsonl``, ``.parquet``) may have ``category`` and ``modality``; their labels
+    are A, B and tie, not sides.
+
+    Raises:
+        DataError: A file is broken, belongs to another questionnaire, or needs a key.
+    """
+    found: list[Judgement] = []
+    for file in map(Path, files):
+        if file.suffix == ".json":
+            found += _read_form(file, key)
+        else:
+            found += _read_rows(file, key)
+    return found
+
+
+def _read_form(file: Path, key: Mapping[str, Any] | None) -> Iterable[Judgement]:
+    content = read_json(file)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(str(file), "is no file of judgements", "Give what a form has saved")
+    if key is None:
+        raise DataError(str(file), "its items are known to the key only", "Give --key key.json")
+    if content.get("questionnaire") != key["questionnaire"]:
+        what = f"is of the questionnaire {content.get('questionnaire')}, not {key['questionnaire']}"
+        raise DataError(str(file), what, "Give the key that was made with the form")
+    form = str(content.get("form"))
+    places = key["forms"].get(form)
+    judged = content.get("judgements")
+    if places is None or not isinstance(judged, dict) or not set(judged) <= set(places):
+        raise DataError(str(file), "has items that no form has", "Ask for the file again")
+    sides = {"left": ("A", "B"), "right": ("B", "A")}
+    for item, label in judged.items():
+        place = places[item]
+        if label in sides:
+            label = sides[label][place["swapped"]]
+        about = key["items"][place["item"]]
+        yield Judgement(place["item"], form, label, about["category"], about["modality"])
+
+
+def _read_rows(file: Path, key: Mapping[str, Any] | None) -> Iterable[Judgement]:
+    items = key["items"] if key else {}
+    for number, row in enumerate(read_records(file), start=1):
+        need(row, ("item", "annotator", "label"), f"{file}:{number}")
+        about = items.get(str(row["item"]), {})
+        yield Judgement(
+            *(str(row["item"]), str(row["annotator"]), str(row["label"]).strip()),
+            category=str(row.get("category") or about.get("category", "")),
+            modality=str(row.get("modality") or about.get("modality", "")),
+        )
+
+
+def _parts(value: Any, folder: Path, where: str) -> list[dict[str, str]]:
+    if not isinstance(value, list):
+        raise DataError(where, "`prompt` and `content` are no lists of parts", "Write lists")
+    parts = []
+    for part in value:
+        if not isinstance(part, dict) or not isinstance(part.get(part.get("type", "")), str):
+            raise DataError(where, "a part is no text and no image", "Write parts as in documents")
+        if part["type"] == "image" and not part["image"].startswith("data:"):
+            part = {**part, "image": str(folder / part["image"])}
+        parts.append(part)
+    return parts
+
+
+def _inline(parts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Parts whose images are ``data:`` URIs."""
+    shown = []
+    for part in parts:
+        if part["type"] == "image":
+            image = image_part(part["image"], "", "form").open()
+            shown.append({"type": "image", "image": data_uri(image)})
+        else:
+            shown.append({"type": "text", "text": part["text"]})
+    return shown
+
+
+def data_uri(image: Any) -> str:
+    """A PIL image as a PNG in a ``data:`` URI."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def part_json(part: TextPart | ImagePart) -> dict[str, str]:
+    """A part of a prompt as a document has it."""
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    if isinstance(part.image, bytes):
+        return {"type": "image", "image": data_uri(part.open())}
+    return {"type": "image", "image": str(Path(part.image).absolute())}

@@ -1,0 +1,96 @@
+"""What a task found: items with their scores, and the figures over them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_chameleon.evaluation.answers import fingerprint
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item of a task."""
+
+    id: str
+    prompt: Any
+    """Text, or parts as ``asking.describe`` gives them."""
+    answer: Any
+    """The model's text, or the scores of the candidates."""
+    reference: Any
+    scores: Mapping[str, float]
+    """By name of the figure."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task's figures."""
+
+    name: str
+    metric: str
+    shots: int
+    samples: Sequence[Sample]
+    paper: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    scale: float = 100.0
+    """Of the table: percent, and CIDEr times 100 as the field prints it."""
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Mean and standard error of every score, in the scale of the table."""
+        names = sorted({name for sample in self.samples for name in sample.scores})
+        found = {}
+        for name in names:
+            values = [s.scores[name] for s in self.samples if name in s.scores]
+            mean, error = mean_and_error(values)
+            found[name] = {
+                "value": self.scale * mean,
+                "standard_error": self.scale * error,
+                "items": len(values),
+            }
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """The task's entry in ``results.json``."""
+        figures = self.figures()
+        return {
+            "metric": self.metric,
+            **figures[self.metric],
+            "shots": self.shots,
+            "paper": dict(self.paper),
+            "prompts_fingerprint": fingerprint([sample.prompt for sample in self.samples]),
+            "settings": dict(self.settings),
+            "figures": figures,
+        }
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error from the sample's variance; 0 for a single value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures beside the paper's, one task a line.
+
+    Args:
+        results: ``TaskResult.summary`` by task.
+    """
+    width = max(len(name) for name in [*results, "task"])
+    lines = [
+        f"{'task':<{width}}  {'metric':<26} {'value':>7} {'±':>5} {'items':>6} {'shots':>5}"
+        f"  {'paper 7B':>8} {'34B':>6}"
+    ]
+    for name, result in results.items():
+        seven, thirty_four = (
+            f"{result['paper'][size]:.1f}" if size in result["paper"] else "-"
+            for size in ("7B", "34B")
+        )
+        lines.append(
+            f"{name:<{width}}  {result['metric']:<26} {result['value']:>7.1f}"
+            f" {result['standard_error']:>5.1f} {result['items']:>6} {result['shots']:>5}"
+            f"  {seven:>8} {thirty_four:>6}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,38 @@
+"""A tiny model with room for prompts of several hundred tokens, and a folder for its answers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import model_config, tiny_tokenizer  # noqa: F401
+
+from megatron_chameleon.evaluation.answers import Answers, model_fingerprint
+from megatron_chameleon.evaluation.asking import Asker
+from megatron_chameleon.inference.session import Session
+
+
+@pytest.fixture(scope="session")
+def session(tiny_tokenizer: Path) -> Session:  # noqa: F811
+    """A model of random weights, made in memory; tests that change it put it back."""
+    from transformers import ChameleonForConditionalGeneration
+
+    from megatron_chameleon.checkpoint.formats.hf_config import build_config
+    from megatron_chameleon.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    assert tokenizer.image is not None
+    shape = tokenizer.image.model.config
+    config = build_config(model_config(), tokenizer.vocabulary, shape, torch.float32)
+    config.max_position_embeddings = 512
+    torch.manual_seed(1)
+    model = ChameleonForConditionalGeneration(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # probabilities far from one another
+    return Session(model, tokenizer, step=7)
+
+
+@pytest.fixture
+def asker(session: Session, tmp_path: Path) -> Iterator[Asker]:
+    with Answers(tmp_path / "answers", model_fingerprint(session)) as answers:
+        yield Asker(session, answers)

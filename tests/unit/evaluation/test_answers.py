@@ -1,0 +1,110 @@
+"""Kept answers: a killed evaluation goes on, and never from another model's answers."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.evaluation.answers import Answers, model_fingerprint
+from megatron_chameleon.evaluation.asking import Asker, cut
+from megatron_chameleon.inference.decode import GenerationOptions
+from megatron_chameleon.inference.modality import Force
+from megatron_chameleon.inference.session import Session
+
+
+def test_half_a_last_line_is_cut_off(tmp_path: Path) -> None:
+    with Answers(tmp_path, "m") as answers:
+        answers.add({"a": "eins\u2028zwei", "b": [1.5, True]})
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write('{"key": "c", "val')
+    with Answers(tmp_path, "m") as answers:
+        assert len(answers) == 2 and "c" not in answers
+        answers.add({"d": 1})
+    with Answers(tmp_path, "m") as answers:
+        assert (answers["a"], answers["b"], answers["d"]) == ("eins\u2028zwei", [1.5, True], 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"format": "megatron_chameleon.answers/1", "model": "other"}\n',
+            "are of the model other",
+        ),
+        ("not json\n", "no file of answers, or a broken one"),
+        ('{"format": "x"}\n', "are of the model None"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "answers.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        Answers(tmp_path, "m")
+    assert (tmp_path / "answers.jsonl").read_text() == content
+
+
+def test_two_evaluations_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    with Answers(tmp_path, "m"), pytest.raises(DataError, match="another evaluation writes"):
+        Answers(tmp_path, "m")
+
+
+def test_the_fingerprint_tells_models_apart(session: Session) -> None:
+    before = model_fingerprint(session)
+    assert model_fingerprint(session) == before
+    weight = session.model.lm_head.weight
+    value = float(weight[0, 0])
+    weight[0, 0] = value + 1
+    try:
+        assert model_fingerprint(session) != before
+    finally:
+        weight[0, 0] = value
+
+
+def drawn(**more: object) -> GenerationOptions:
+    options = {"max_tokens": 6, "force": Force.TEXT, "batch_size": 2, **more}
+    return GenerationOptions(**options)  # type: ignore[arg-type]
+
+
+def test_a_killed_evaluation_draws_what_it_would_have_drawn(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [["a three"], ["a three"], ["a four"], ["a five"]]
+    with Answers(tmp_path / "whole", "m") as answers:
+        whole = Asker(session, answers).write(prompts, drawn())
+    assert whole[0] != whole[1], "the same prompt twice is drawn twice"
+    lines = (tmp_path / "whole/answers.jsonl").read_text().split("\n")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/answers.jsonl").write_text("\n".join(lines[:4]) + '\n{"key"')  # 3 of 4
+    asked = []
+    generate = session.generate
+
+    def count(prompts: list, options: GenerationOptions) -> list:
+        asked.append(len(prompts))
+        return generate(prompts, options)
+
+    monkeypatch.setattr(session, "generate", count)
+    with Answers(tmp_path / "killed", "m") as answers:
+        assert Asker(session, answers).write(prompts, drawn()) == whole
+    assert asked == [2], "the batch that was whole is not asked again"
+
+
+def test_scores_are_not_asked_twice(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = asker.score([(["a hand"], "written"), ([], "digit")])
+    monkeypatch.setattr(asker.session.model.model, "forward", lambda **_: 1 / 0)
+    assert asker.score([([], "digit"), (["a hand"], "written")]) == first[::-1]
+
+
+def test_a_candidate_joins_the_prompt_as_one_text(asker: Asker) -> None:
+    whole = asker.session.tokenizer.text.encode("a handwritten three")
+    ((context, continuation),) = asker._encode_pairs([(["a handwritten"], " three")])
+    assert context[1:] + continuation == whole
+
+
+def test_long_texts_lose_their_beginning(asker: Asker) -> None:
+    (answer,) = asker.write([["digit number " * 300]], drawn(temperature=0))
+    assert isinstance(answer, str)
+
+
+def test_cut_stops_at_the_first_stop_string() -> None:
+    assert cut("so 4\nQ: next", ["Q:", "\n\n"]) == "so 4\n"
+    assert cut("a\n\nQ:", ["Q:", "\n\n"]) == "a"
+    assert cut("abc", "") == "abc" and cut("abc", []) == "abc"

@@ -1,0 +1,174 @@
+"""Forms: blind, shuffled, self-contained; their answers come back under the models' names."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.evaluation.asking import Asker
+from megatron_chameleon.evaluation.prompts import answer_prompts
+from megatron_chameleon.evaluation.questionnaire import (
+    prepare,
+    read_answered,
+    read_judgements,
+    read_key,
+)
+from megatron_chameleon.inference.decode import GenerationOptions
+from megatron_chameleon.inference.modality import Force
+
+
+def answers(folder: Path, model: str, count: int = 6) -> Path:
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (4, 4), "red").save(folder / "red.png")
+    lines = []
+    for number in range(count):
+        prompt: list[dict[str, str]] = [{"type": "text", "text": f"prompt {number} </script><b>"}]
+        if number % 2:
+            prompt.append({"type": "image", "image": "red.png"})
+        content = [{"type": "text", "text": f"{model} says {number}"}]
+        lines.append(
+            {"id": str(number), "prompt": prompt, "content": content, "category": "Advice"}
+        )
+    file = folder / f"{model}.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def payload(form: Path) -> dict[str, Any]:
+    match = re.search(r'<script type="application/json" id="data">(.*)</script>', form.read_text())
+    assert match is not None
+    return json.loads(match[1])
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    models = {name: read_answered(answers(tmp_path, name)) for name in ("ours", "theirs")}
+    prepare("pairwise", models, tmp_path / "judged")
+    return tmp_path / "judged"
+
+
+def test_forms_stand_alone_and_name_no_model(pair: Path) -> None:
+    pages = [pair / f"form_{number}.html" for number in (1, 2, 3)]
+    contents = [payload(page) for page in pages]
+    assert len({tuple(i["answers"][0][0]["text"] for i in c["items"]) for c in contents}) == 3
+    for page, content in zip(pages, contents, strict=True):
+        text = page.read_text()
+        assert "http" not in text and "ours.jsonl" not in text and "Advice" not in text
+        assert text.count("</script>") == 2, "no prompt ends the script"
+        assert {len(item["answers"]) for item in content["items"]} == {2}
+        pictures = [p["image"] for i in content["items"] for p in i["prompt"] if "image" in p]
+        assert len(pictures) == 3 and all(p.startswith("data:image/png;base64,") for p in pictures)
+    lefts = [item["answers"][0][0]["text"].split()[0] for c in contents for item in c["items"]]
+    assert 3 < lefts.count("ours") < 15, "sides are drawn"
+
+
+def test_the_same_seed_makes_the_same_forms(pair: Path, tmp_path: Path) -> None:
+    models = {name: read_answered(tmp_path / f"{name}.jsonl") for name in ("ours", "theirs")}
+    prepare("pairwise", models, tmp_path / "again")
+    for name in ("form_1.html", "form_2.html", "key.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (pair / name).read_bytes()
+    prepare("pairwise", models, tmp_path / "other", seed=2)
+    assert (tmp_path / "other/form_1.html").read_bytes() != (pair / "form_1.html").read_bytes()
+
+
+def fill(form: Path, choose: Any) -> Path:
+    """What the page saves, had an annotator chosen so."""
+    content = payload(form)
+    saved = {
+        "format": "megatron_chameleon.judgements/1",
+        "questionnaire": content["questionnaire"],
+        "form": content["form"],
+        "judgements": {item["id"]: choose(item) for item in content["items"]},
+    }
+    file = form.with_name(f"judgements_{content['form']}.json")
+    file.write_text(json.dumps(saved))
+    return file
+
+
+def test_judgements_come_back_under_the_models_names(pair: Path) -> None:
+    def prefers_ours(item: dict[str, Any]) -> str:
+        return "left" if item["answers"][0][0]["text"].startswith("ours") else "right"
+
+    files = [fill(pair / f"form_{number}.html", prefers_ours) for number in (1, 2, 3)]
+    key = read_key(pair / "key.json")
+    judgements = read_judgements(files, key)
+    assert len(judgements) == 18 and {j.label for j in judgements} == {"A"}
+    assert {j.annotator for j in judgements} == {"1", "2", "3"}
+    assert {(j.category, j.modality) for j in judgements} == {
+        ("Advice", "text only"),
+        ("Advice", "mixed-modal"),
+    }
+
+
+def test_rows_need_no_key(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("item,annotator,label,category\n1,ann,A,Story\n1,bob,tie,\n")
+    judgements = read_judgements([tmp_path / "rows.csv"])
+    assert [(j.item, j.annotator, j.label) for j in judgements] == [
+        ("1", "ann", "A"),
+        ("1", "bob", "tie"),
+    ]
+    assert judgements[0].category == "Story"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run JavaScript")
+def test_a_form_saves_what_is_chosen(pair: Path) -> None:
+    browser = Path(__file__).with_name("form_browser.js")
+    command = ["node", str(browser), str(pair / "form_2.html"), "left"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    (pair / "saved.json").write_text(result.stdout)
+    judgements = read_judgements([pair / "saved.json"], read_key(pair / "key.json"))
+    assert len(judgements) == 6 and {j.annotator for j in judgements} == {"2"}
+    sides = {j.item: j.label for j in judgements}
+    shown = payload(pair / "form_2.html")["items"]
+    ours = {i["answers"][0][0]["text"][-1] for i in shown if "ours" in i["answers"][0][0]["text"]}
+    assert {item for item, label in sides.items() if label == "A"} == ours
+
+
+def test_prompts_are_answered_for_a_form(asker: Asker, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    prompts = [
+        {"id": "a", "category": "Story", "text": "a three"},
+        {"id": "b", "content": [{"type": "image", "image": "red.png"}]},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    options = GenerationOptions(force=Force.IMAGE, max_tokens=20)
+    answered = read_answered(answer_prompts(asker, file, tmp_path / "out", options))
+    assert [(a.id, a.category, a.modality) for a in answered] == [
+        ("a", "Story", "text only"),
+        ("b", "", "mixed-modal"),
+    ]
+    assert answered[1].prompt[0]["image"] == str(tmp_path / "red.png")
+    assert answered[0].content[0]["image"].startswith("data:image/png")
+    key = prepare("safety", {"ours": answered}, tmp_path / "judged", annotators=1)
+    assert read_key(key)["items"]["a"]["refusals"] == [False]
+
+
+def test_mistakes(pair: Path, tmp_path: Path) -> None:
+    ours, theirs = (read_answered(tmp_path / f"{name}.jsonl") for name in ("ours", "theirs"))
+    with pytest.raises(DataError, match="1 prompts have one answer only, the first is 5"):
+        prepare("pairwise", {"a": ours, "b": theirs[:5]}, tmp_path / "x")
+    key = read_key(pair / "key.json")
+    saved = fill(pair / "form_1.html", lambda item: "tie")
+    with pytest.raises(DataError, match="its items are known to the key only"):
+        read_judgements([saved])
+    with pytest.raises(DataError, match="is of the questionnaire"):
+        read_judgements([saved], {**key, "questionnaire": "x"})
+    with pytest.raises(DataError, match="is no key"):
+        read_key(saved)
+    saved.write_text(saved.read_text().replace('"judgements": {', '"judgements": {"x": "tie", '))
+    with pytest.raises(DataError, match="has items that no form has"):
+        read_judgements([saved], key)
+    (tmp_path / "twice.jsonl").write_text((tmp_path / "ours.jsonl").read_text() * 2)
+    with pytest.raises(DataError, match="the id 0 stands twice"):
+        read_answered(tmp_path / "twice.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"id": 1, "prompt": "text", "content": []}\n')
+    with pytest.raises(DataError, match="are no lists of parts"):
+        read_answered(tmp_path / "bad.jsonl")
