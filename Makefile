@@ -10,13 +10,17 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test check format clean
 .DELETE_ON_ERROR:
 
-$(VENV)/installed: setup.py constraints.txt
+$(VENV)/demo: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/installed: $(VENV)/demo
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,deepspeed,test]'
 	touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" SEED=$(SEED) bash examples/digits/run.sh $(RUN)
 
 # tests/slurm start a SLURM cluster of two nodes on this machine; they need its daemons (slurm-wlm, munge) and root

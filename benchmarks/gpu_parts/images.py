@@ -143,7 +143,7 @@ def tokenizer_figures(context: Context, model: Vqgan) -> Figures:
     import numpy as np
     from PIL import Image
 
-    tokenizer = ImageTokenizer(deepcopy(model), platform.device())
+    tokenizer = ImageTokenizer(deepcopy(model), platform.device(), torch.bfloat16)
     rng, count = np.random.default_rng(1), 2 if context.tiny else 64
     size = (model.config.resolution * 5 // 4, model.config.resolution, 3)
     images = [Image.fromarray(rng.integers(256, size=size, dtype=np.uint8)) for _ in range(count)]

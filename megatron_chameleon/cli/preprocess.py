@@ -80,6 +80,12 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
         help="where images are encoded (default: a GPU if there is one)",
     )
     parser.add_argument(
+        "--image-dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="bf16 is several times as fast on a GPU, and one image code in a hundred is another",
+    )
+    parser.add_argument(
         "--save-every",
         type=float,
         default=10.0,
@@ -129,6 +135,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         image_cache=args.image_cache,
         device=args.device,
         image_fit=args.image_fit,
+        image_dtype=args.image_dtype,
         save_seconds=args.save_every,
     )
     launch = find_launch()

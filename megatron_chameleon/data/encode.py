@@ -42,6 +42,8 @@ class EncodeOptions:
     """The source of all documents, in place of what they say."""
     image_fit: str = "role"
     """One of ``conversations.IMAGE_FITS``."""
+    image_dtype: str = "fp32"
+    """fp32 or bf16."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,14 @@ class Encoder:
                 remedy = "Train one with: chameleon tokenizer image IMAGES --output FOLDER"
                 what = f"the document has {images} images, {tokenizer.folder} no image tokenizer"
                 raise DataError(document.where, what, remedy)
-            image = load_image_tokenizer(tokenizer.folder, tokenizer.vocabulary, options.device)
+            image = load_image_tokenizer(
+                tokenizer.folder, tokenizer.vocabulary, options.device, options.image_dtype
+            )
         cache = None
         if options.image_cache is not None:
             shape = (image.codes_per_image, image.codebook_size)
             name = tokenizer.fingerprint + ("" if options.device == "cpu" else "-gpu")
+            name += "" if options.image_dtype == "fp32" else f"-{options.image_dtype}"
             cache = ImageCache(options.image_cache, name, shape)
         self._images = ImageEncoder(image, cache)
         return self._images

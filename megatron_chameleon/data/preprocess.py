@@ -69,6 +69,8 @@ class PreprocessOptions:
     image_fit: str = "role"
     """How images become square: padded in prompts of conversations and cropped elsewhere (role), or
     all cropped (crop) or padded (pad)."""
+    image_dtype: str = "fp32"
+    """Of the image tokenizer's convolutions: fp32, or bf16 for a GPU."""
     save_seconds: float = SAVE_SECONDS
     """How often what is written so far is made to survive a kill."""
 
@@ -104,7 +106,12 @@ def preprocess(
     _check_output(files, output)
     tokenizer = load_tokenizer(tokenizer_folder, images=False)
     encode_options = EncodeOptions(
-        EXACT, _device(options.device), options.image_cache, options.source, options.image_fit
+        EXACT,
+        _device(options.device),
+        options.image_cache,
+        options.source,
+        options.image_fit,
+        options.image_dtype,
     )
     job = _digest(files, tokenizer, options, encode_options)
     for done in {output, str(prefix)} if not options.restart else ():
@@ -180,7 +187,7 @@ def _digest(
 ) -> str:
     """What makes the bytes of the output: whoever has the same may go on with it."""
     parts = (ANSWERS_FORMAT, signature_of(files), tokenizer.fingerprint, options.source)
-    ways = (encode_options.device, options.image_fit)
+    ways = (encode_options.device, options.image_fit, options.image_dtype)
     return hashlib.sha256(json.dumps([*parts, *ways]).encode()).hexdigest()
 
 

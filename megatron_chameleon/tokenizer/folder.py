@@ -69,7 +69,10 @@ def load_tokenizer(
 
 
 def load_image_tokenizer(
-    folder: str | Path, vocabulary: Vocabulary, device: "str | torch.device" = "cpu"
+    folder: str | Path,
+    vocabulary: Vocabulary,
+    device: "str | torch.device" = "cpu",
+    dtype: str = "fp32",
 ) -> "ImageTokenizer":
     """The image half of a tokenizer folder.
 
@@ -77,13 +80,17 @@ def load_image_tokenizer(
         folder: The tokenizer folder.
         vocabulary: The folder's.
         device: Where it runs.
+        dtype: fp32 or bf16.
 
     Raises:
         DataError: If a file is missing or broken, or its codebook is not the vocabulary's.
     """
+    import torch
+
     from megatron_chameleon.tokenizer.image import ImageTokenizer
 
-    image = ImageTokenizer.load(folder, device)
+    of_convolutions = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    image = ImageTokenizer.load(folder, device, of_convolutions)
     if image.codebook_size != vocabulary.image_codes:
         raise DataError(
             str(folder),

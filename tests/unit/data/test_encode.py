@@ -10,6 +10,7 @@ from megatron_chameleon.data.documents import Document, ImagePart, TextPart
 from megatron_chameleon.data.encode import EncodeOptions, Encoder
 from megatron_chameleon.data.records import Fault
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.folder import load_tokenizer
 
 
 def document(*content, source="source", record=1):
@@ -126,6 +127,22 @@ def test_image_cache_gives_the_same_codes(tmp_path, tokenizer, picture, monkeypa
     assert encoded == [1]  # the damaged one alone
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_codes_of_another_dtype_are_kept_apart(tmp_path, tokenizer, picture):
+    documents = [document(ImagePart(str(tmp_path / picture(f"{i}.png", i)))) for i in range(9)]
+    without_images = load_tokenizer(tokenizer.folder, images=False)
+    cache = tmp_path / "cache"
+    exact, rounded = (
+        np.concatenate(
+            encode(documents, without_images, image_cache=str(cache), image_dtype=dtype)[0]
+        )
+        for dtype in ("fp32", "bf16")
+    )
+    assert (exact == rounded).mean() > 0.8
+    folders = {path.parent for path in cache.rglob("*") if path.is_file()}
+    names = sorted(folder.relative_to(cache).parts[0] for folder in folders)
+    assert set(names) == {tokenizer.fingerprint, f"{tokenizer.fingerprint}-bf16"}
 
 
 def test_images_need_an_image_tokenizer(tokenizer, tmp_path):
