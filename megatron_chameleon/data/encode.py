@@ -178,7 +178,7 @@ class Encoder:
         cache = None
         if options.image_cache is not None:
             shape = (image.codes_per_image, image.codebook_size)
-            name = tokenizer.fingerprint + ("" if options.device == "cpu" else "-gpu")
+            name = tokenizer.fingerprint[:16] + ("" if options.device == "cpu" else "-gpu")
             name += "" if options.image_dtype == "fp32" else f"-{options.image_dtype}"
             cache = ImageCache(options.image_cache, name, shape)
         self._images = ImageEncoder(image, cache)

@@ -31,12 +31,12 @@ class ImageCache:
 
     Args:
         folder: Any folder; several processes may share it.
-        tokenizer: Digest of what makes the codes.
+        name: Of the folder within it: the same for the same codes.
         shape: Codes an image, and size of the codebook.
     """
 
-    def __init__(self, folder: str | Path, tokenizer: str, shape: tuple[int, int]) -> None:
-        self.folder = Path(folder) / tokenizer[:16]
+    def __init__(self, folder: str | Path, name: str, shape: tuple[int, int]) -> None:
+        self.folder = Path(folder) / name
         self.codes_per_image, self.codebook_size = shape
 
     def _path(self, key: str) -> Path:

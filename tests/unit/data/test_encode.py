@@ -142,7 +142,8 @@ def test_codes_of_another_dtype_are_kept_apart(tmp_path, tokenizer, picture):
     assert (exact == rounded).mean() > 0.8
     folders = {path.parent for path in cache.rglob("*") if path.is_file()}
     names = sorted(folder.relative_to(cache).parts[0] for folder in folders)
-    assert set(names) == {tokenizer.fingerprint, f"{tokenizer.fingerprint}-bf16"}
+    name = tokenizer.fingerprint[:16]
+    assert set(names) == {name, f"{name}-bf16"}
 
 
 def test_images_need_an_image_tokenizer(tokenizer, tmp_path):
