@@ -145,14 +145,16 @@ def train_joined(job: Job, interruption: Interruption) -> bool:
         engine = build_engine(config, job.tokenizer.vocabulary.size, topology)
         watch.clock = engine.clock
         step = _load(job.resume_from, engine, watch) if job.resume_from else 0
+        changes = describe_changes(job.resume_from, config)
         while True:
             reporter = Reporter(config, job.tokenizer.vocabulary.size, topology, step)
             try:
                 reporter.say(f"{topology}; {describe(job)}; starts at step {step}")
                 if fused := fusion_names(config):
                     reporter.say(f"fused kernels: {', '.join(fused)}")
-                if changes := describe_changes(job.resume_from, config):
+                if changes:
                     reporter.say(f"changed since {job.resume_from}: {changes}")
+                    changes = ""  # a rollback changes nothing
                 return _run_steps(job, engine, topology, reporter, interruption, watch, step)
             except Rollback as rollback:
                 reporter.say(str(rollback))
