@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,20 @@ IMAGE_CODES = 32
 @pytest.fixture(scope="session")
 def chameleon() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run_chameleon
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Any]:
+    """Process groups of this process alone, for models that are built in a test."""
+    from megatron_chameleon.config.schema import ParallelConfig
+    from megatron_chameleon.parallel import platform
+    from megatron_chameleon.parallel.launch import Launch, join, leave
+    from megatron_chameleon.parallel.topology import create_topology
+
+    platform.prepare()
+    join(Launch("alone", 0, 1, 0))
+    yield create_topology(ParallelConfig())
+    leave()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What is staged for an asynchronous save does not change when training goes on."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,19 +8,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_chameleon.checkpoint.integrity import sha256
 from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
-from megatron_chameleon.config.schema import ParallelConfig
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
-from megatron_chameleon.parallel.topology import create_topology
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
-    create_topology(ParallelConfig())
-    yield
-    leave()
+pytestmark = pytest.mark.usefixtures("topology")
 
 
 def sharded(tensor: torch.Tensor) -> dict[str, ShardedTensor]:

@@ -3,22 +3,21 @@
 import dataclasses
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_chameleon.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.model import fusions
 from megatron_chameleon.model.backend import machine_problems
 from megatron_chameleon.model.chameleon import transformer_config
 from megatron_chameleon.model.fusions import KNOWN_TO_PAY, NAMES, select_fusions
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
-from megatron_chameleon.parallel.topology import Topology, create_topology
+from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 
 Edit = Callable[[Config], None]
@@ -153,14 +152,6 @@ def test_megatron_core_gets_the_choice() -> None:
     assert found.apply_rope_fusion is False
     # it would reach megatron-core's own output layer, which wants apex's extension for it
     assert found.gradient_accumulation_fusion is False
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
-    yield create_topology(ParallelConfig())
-    leave()
 
 
 def make_engine(

@@ -1,30 +1,20 @@
 """The planner's memory against the bytes that a real megatron-core model on a CPU allocates."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_chameleon.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.data.batches import Batch
-from megatron_chameleon.parallel import plan_memory, platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
-from megatron_chameleon.parallel.topology import Topology, create_topology
+from megatron_chameleon.parallel import plan_memory
+from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 from megatron_chameleon.training.objective import summed_loss
 
 VOCAB_SIZE = 512
 # token ids, masks, RoPE's angles and the like, which the formulas leave out
 TOLERANCE = 1e-2
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
-    yield create_topology(ParallelConfig())
-    leave()
 
 
 def make_config(layers: int = 2, **values: Any) -> Config:

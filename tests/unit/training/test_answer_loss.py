@@ -2,29 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_chameleon.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.data.batches import Batch
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
-from megatron_chameleon.parallel.topology import Topology, create_topology
+from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 
 VOCAB_SIZE = 64
 SHAPE = (2, 32)
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
-    yield create_topology(ParallelConfig())
-    leave()
 
 
 def make_batch(number: int, answers: float) -> Batch:

@@ -5,7 +5,6 @@ backward pass returns for the weight is a dummy, full of NaN, that nobody may us
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,13 +12,11 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from megatron_chameleon.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.model import chameleon
 from megatron_chameleon.model.backend import LocalBackend
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
-from megatron_chameleon.parallel.topology import Topology, create_topology
+from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 from megatron_chameleon.training.nonfinite import _watch_gradients
 
@@ -66,14 +63,6 @@ class AddingBackend(LocalBackend):
 
     def row_parallel_linear(self) -> type:
         return AddingRowLinear
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
-    yield create_topology(ParallelConfig())
-    leave()
 
 
 @pytest.fixture(autouse=True)

@@ -1,31 +1,20 @@
 """What the monitor says of a step, against the same computed in another way on one process."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_chameleon.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.data.batches import Batch
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
-from megatron_chameleon.parallel.topology import Topology, create_topology
+from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.gradient_groups import GROUPS, group_of
 from megatron_chameleon.training.layer_monitor import Places, largest_logit
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 
 VOCAB_SIZE = 96
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
-    yield create_topology(ParallelConfig())
-    leave()
 
 
 def make_engine(topology: Topology, dtype: str = "fp32", **parallel: Any) -> MegatronEngine:

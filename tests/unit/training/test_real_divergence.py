@@ -3,29 +3,17 @@
 docs/stability.md has the table of larger ones.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from megatron_chameleon.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.data.batches import Batch
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
-from megatron_chameleon.parallel.topology import Topology, create_topology
+from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.divergence import DivergenceAlarm
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 
 VOCAB_SIZE = 64
 SHAPE = (4, 32)
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
-    yield create_topology(ParallelConfig())
-    leave()
 
 
 def make_config(seed: int) -> Config:
