@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_chameleon.checkpoint.formats.base import Stream, Target, count
+from megatron_chameleon.checkpoint.formats.base import Stream, Target
 from megatron_chameleon.checkpoint.formats.hf import Sink
 from megatron_chameleon.checkpoint.names import Dimensions, Piece, pieces
+from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.tokenizer.image import save_vqgan
@@ -63,7 +64,7 @@ def random_stream(found: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     pool = torch.randn(POOL_ELEMENTS, generator=generator).mul_(0.02).bfloat16()
     for piece in found:
-        size = count(piece.shape)
+        size = element_count(piece.shape)
         start = int(torch.randint(POOL_ELEMENTS // 2, (1,), generator=generator))
         repeats = -(-(start + size) // POOL_ELEMENTS)
         yield piece, pool.repeat(repeats)[start : start + size].view(piece.shape)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_chameleon.checkpoint.formats import FORMATS, load_format
-from megatron_chameleon.checkpoint.formats.base import SHARD_BYTES, Sink, Source, Target, count
+from megatron_chameleon.checkpoint.formats.base import SHARD_BYTES, Sink, Source, Target
 from megatron_chameleon.checkpoint.formats.opening import open_source, open_tokenizer
 from megatron_chameleon.checkpoint.integrity import check_files, write_sums
 from megatron_chameleon.checkpoint.names import pieces
@@ -28,6 +28,7 @@ from megatron_chameleon.checkpoint.streaming import (
     checksum,
     read_ahead,
 )
+from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.errors import CheckpointError, ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -238,7 +239,7 @@ def _prepare(
     while not existing.is_dir():
         existing = existing.parent
     sizes = [
-        count(p.shape) * max(target.dtype(p), source.dtype(p), key=_width).itemsize
+        element_count(p.shape) * max(target.dtype(p), source.dtype(p), key=_width).itemsize
         for p in target.pieces
     ]
     files = (path for path in tokenizer.folder.iterdir() if path.is_file())
@@ -247,7 +248,7 @@ def _prepare(
         destination=destination,
         to=to,
         dtypes=tuple(dict.fromkeys(target.dtypes.values())),
-        parameters=sum(count(piece.shape) for piece in weights),
+        parameters=sum(element_count(piece.shape) for piece in weights),
         optimizer=_optimizer_text(source, target, to),
         files=sink.files(),
         tokenizer_bytes=sum(path.stat().st_size for path in files),

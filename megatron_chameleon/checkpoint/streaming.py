@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 
 from megatron_chameleon.checkpoint.formats.base import Source, Target, best_piece
-from megatron_chameleon.checkpoint.formats.raw import as_bytes
 from megatron_chameleon.checkpoint.names import Piece
+from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes
 from megatron_chameleon.errors import CheckpointError
 
 CAST_BLOCK = 2**24

@@ -22,6 +22,7 @@ from megatron_chameleon.checkpoint.names import (
     optimizer_parts,
     pieces,
 )
+from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import Tokenizer
@@ -140,7 +141,7 @@ class Target:
         sizes: dict[torch.dtype, int] = {}
         for piece in self.weights:
             dtype = self.dtypes[piece.key]
-            sizes[dtype] = sizes.get(dtype, 0) + count(piece.shape) * dtype.itemsize
+            sizes[dtype] = sizes.get(dtype, 0) + element_count(piece.shape) * dtype.itemsize
         return max(sizes, key=lambda dtype: sizes[dtype])
 
 
@@ -189,11 +190,6 @@ def best_piece(source: Source, piece: Piece, dtype: torch.dtype) -> Piece:
     return piece
 
 
-def count(shape: Sequence[int]) -> int:
-    """Elements of a tensor."""
-    return torch.Size(shape).numel()
-
-
 def one_dtype(where: str, name: str, dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """The dtype of tensors that other formats keep in one.
 
@@ -239,7 +235,7 @@ def check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any
 
 def write_origin(folder: Path, target: Target) -> None:
     """``chameleon.json``: where it comes from, and what the format itself has no place for."""
-    parameters = sum(count(piece.shape) for piece in target.weights)
+    parameters = sum(element_count(piece.shape) for piece in target.weights)
     content = {
         "format": ORIGIN_FORMAT,
         "source": target.origin,

@@ -28,7 +28,6 @@ from megatron_chameleon.checkpoint.formats.base import (
     Stream,
     Target,
     check_names,
-    count,
     norm_settings,
     one_dtype,
     read_origin,
@@ -64,6 +63,7 @@ from megatron_chameleon.checkpoint.names import (
     norm_groups,
     pieces,
 )
+from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.load import load_config, save_config
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import CheckpointError
@@ -229,7 +229,7 @@ class Sink:
 
     def files(self) -> dict[str, int]:
         """Files with tensors and their sizes in all, to some kilobytes a tensor."""
-        sizes = [count(piece.shape) for piece in self._target.weights]
+        sizes = [element_count(piece.shape) for piece in self._target.weights]
         size_bytes = 4 * (sum(sizes) + sum(t.numel() for t in self._encoder.values()))
         names = (UNIVERSAL_FILES[part] for part in self._parts)
         return {f"{self._folder}/{ZERO_FOLDER}/*/{name}": size_bytes for name in names}

@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 
-from megatron_chameleon.checkpoint.formats.pth_files import StoredTensor, load_places
 from megatron_chameleon.checkpoint.names import MAIN_WEIGHT, MOMENTS
+from megatron_chameleon.checkpoint.tensor_files.pth import StoredTensor, load_places
 from megatron_chameleon.errors import CheckpointError
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"

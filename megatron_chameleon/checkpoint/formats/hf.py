@@ -36,12 +36,12 @@ from megatron_chameleon.checkpoint.formats.hf_config import (
     read_config,
     vqgan_of_config,
 )
-from megatron_chameleon.checkpoint.formats.safetensors_files import (
+from megatron_chameleon.checkpoint.names import Dimensions, Piece, norm_groups, pieces
+from megatron_chameleon.checkpoint.tensor_files.safetensors import (
     SafetensorsFiles,
     SafetensorsWriter,
     TensorPlan,
 )
-from megatron_chameleon.checkpoint.names import Dimensions, Piece, norm_groups, pieces
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES, Tokenizer
 from megatron_chameleon.tokenizer.image import IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE

@@ -44,7 +44,7 @@ from megatron_chameleon.checkpoint.folders import (
     STEP_FOLDER,
     find_checkpoint,
 )
-from megatron_chameleon.checkpoint.formats.base import Stream, Target, check_names, count
+from megatron_chameleon.checkpoint.formats.base import Stream, Target, check_names
 from megatron_chameleon.checkpoint.names import (
     K_NORM,
     Q_NORM,
@@ -54,6 +54,7 @@ from megatron_chameleon.checkpoint.names import (
     pieces,
 )
 from megatron_chameleon.checkpoint.reader import CheckpointReader, TensorInfo
+from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config, TokenizerConfig
 from megatron_chameleon.errors import CheckpointError
@@ -172,7 +173,9 @@ class Sink:
     def files(self) -> dict[str, int]:
         """Files with tensors and their sizes, to some bytes."""
         return {
-            file: sum(count(piece.shape) * self._target.dtype(piece).itemsize for piece in group)
+            file: sum(
+                element_count(piece.shape) * self._target.dtype(piece).itemsize for piece in group
+            )
             for file, group in self._files.items()
         }
 
@@ -211,7 +214,7 @@ class Sink:
         stacked = piece.layer is not None
         layers = (self._target.dimensions.num_layers,) if stacked else ()
         first = (piece.layer,) if stacked else ()
-        chunk_rows = max(1, CHUNK_BYTES // (count(piece.shape[1:]) * dtype.itemsize))
+        chunk_rows = max(1, CHUNK_BYTES // (element_count(piece.shape[1:]) * dtype.itemsize))
         for start in range(0, piece.shape[0], chunk_rows):
             rows = min(chunk_rows, piece.shape[0] - start)
             offsets = torch.Size((*first, start, *(0 for _ in piece.shape[1:])))

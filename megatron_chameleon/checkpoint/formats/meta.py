@@ -23,7 +23,6 @@ from megatron_chameleon.checkpoint.formats.base import (
     Stream,
     Target,
     check_names,
-    count,
     norm_settings,
     one_dtype,
     read_json_object,
@@ -37,13 +36,14 @@ from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
     read_meta_tokenizer,
     write_meta_tokenizer,
 )
-from megatron_chameleon.checkpoint.formats.pth_files import PthFile, create
 from megatron_chameleon.checkpoint.names import (
     Dimensions,
     Piece,
     norm_groups,
     pieces,
 )
+from megatron_chameleon.checkpoint.tensor_files.pth import PthFile, create
+from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.errors import CheckpointError
 
@@ -215,7 +215,9 @@ class Sink:
 
     def files(self) -> dict[str, int]:
         """The shards and their sizes, to some kilobytes."""
-        size_bytes = sum(count(shape) * dtype.itemsize for shape, dtype in self._tensors.values())
+        size_bytes = sum(
+            element_count(shape) * dtype.itemsize for shape, dtype in self._tensors.values()
+        )
         return dict.fromkeys(shard_names(self._shards), size_bytes)
 
     def write(self, folder: Path, stream: Stream) -> None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from megatron_chameleon.checkpoint.formats.base import check_names
-from megatron_chameleon.checkpoint.formats.pth_files import PthFile
+from megatron_chameleon.checkpoint.tensor_files.pth import PthFile
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image import IMAGE_CONFIG_FILE, save_vqgan

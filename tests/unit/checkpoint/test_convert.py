@@ -19,12 +19,12 @@ from tiny_model import (
 from megatron_chameleon.checkpoint.convert import convert
 from megatron_chameleon.checkpoint.formats import hf
 from megatron_chameleon.checkpoint.formats.hf_config import vocabulary_map
-from megatron_chameleon.checkpoint.formats.safetensors_files import (
+from megatron_chameleon.checkpoint.integrity import SUMS_FILE
+from megatron_chameleon.checkpoint.names import Dimensions, pieces
+from megatron_chameleon.checkpoint.tensor_files.safetensors import (
     SafetensorsFiles,
     SafetensorsWriter,
 )
-from megatron_chameleon.checkpoint.integrity import SUMS_FILE
-from megatron_chameleon.checkpoint.names import Dimensions, pieces
 from megatron_chameleon.errors import CheckpointError, ConfigError
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary, control_names
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_chameleon.checkpoint.formats.base import count
-from megatron_chameleon.checkpoint.formats.raw import as_bytes
+from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes, element_count
 from megatron_chameleon.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,7 +41,7 @@ class TensorPlan:
 
     @property
     def size_bytes(self) -> int:
-        return count(self.shape) * self.dtype.itemsize
+        return element_count(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsWriter:

@@ -13,9 +13,14 @@ import torch
 from megatron_chameleon.errors import CheckpointError
 
 
+def element_count(shape: Sequence[int]) -> int:
+    """The number of elements of a tensor of this shape."""
+    return torch.Size(shape).numel()
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor on the CPU, not filled."""
-    size_bytes = torch.Size(shape).numel() * dtype.itemsize
+    size_bytes = element_count(shape) * dtype.itemsize
     return torch.from_numpy(np.empty(size_bytes, np.uint8)).view(dtype).view(torch.Size(shape))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_chameleon.checkpoint.formats.raw import as_bytes, empty, read_into
+from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes, empty, read_into
 from megatron_chameleon.errors import CheckpointError
 
 
