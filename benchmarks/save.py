@@ -14,7 +14,7 @@ from pathlib import Path
 
 from train_step import Size, draw_batches, make_config
 
-from megatron_chameleon.checkpoint.store import Saver
+from megatron_chameleon.checkpoint.state.save import Saver
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.parallel import platform

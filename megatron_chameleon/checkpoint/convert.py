@@ -19,9 +19,9 @@ import torch
 from megatron_chameleon.checkpoint.formats import FORMATS, load_format
 from megatron_chameleon.checkpoint.formats.base import SHARD_BYTES, Sink, Source, Target
 from megatron_chameleon.checkpoint.formats.opening import open_source, open_tokenizer
-from megatron_chameleon.checkpoint.integrity import check_files, write_sums
 from megatron_chameleon.checkpoint.names import pieces
 from megatron_chameleon.checkpoint.partial_folder import flushing, partial_folder, sync
+from megatron_chameleon.checkpoint.state.integrity import check_files, write_sums
 from megatron_chameleon.checkpoint.streaming import (
     Progress,
     TensorStream,

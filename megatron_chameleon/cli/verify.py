@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_files(checkpoint: str) -> None:
     from megatron_chameleon.checkpoint.formats.opening import open_source
-    from megatron_chameleon.checkpoint.integrity import SUMS_FILE, check_files
+    from megatron_chameleon.checkpoint.state.integrity import SUMS_FILE, check_files
     from megatron_chameleon.errors import CheckpointError
 
     folder = Path(checkpoint)

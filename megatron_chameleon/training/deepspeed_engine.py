@@ -19,7 +19,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
 
-from megatron_chameleon.checkpoint.deepspeed import DeepSpeedSnapshot, ShardedState
+from megatron_chameleon.checkpoint.state.deepspeed_state import DeepSpeedSnapshot, ShardedState
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.model.chameleon import build_model

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from megatron_chameleon.checkpoint.store import Snapshot
+from megatron_chameleon.checkpoint.state.save import Snapshot
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.parallel import platform

@@ -6,14 +6,14 @@ Try it: ``torchrun --nproc-per-node 2 -m megatron_chameleon train examples/digit
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_chameleon.checkpoint.resume import (
+from megatron_chameleon.checkpoint.state.resume import (
     check_fits,
     describe_changes,
     find_resume,
     find_sound,
     load,
 )
-from megatron_chameleon.checkpoint.store import Saver
+from megatron_chameleon.checkpoint.state.save import Saver
 from megatron_chameleon.config.check import check_config
 from megatron_chameleon.config.layouts import check_vocabulary
 from megatron_chameleon.config.load import format_config

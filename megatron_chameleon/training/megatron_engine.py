@@ -20,10 +20,10 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_chameleon.checkpoint.megatron_optimizer import load_optimizer, sharded_optimizer
 from megatron_chameleon.checkpoint.names import weight_key
-from megatron_chameleon.checkpoint.reader import CheckpointReader
-from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
+from megatron_chameleon.checkpoint.state.megatron_optimizer import load_optimizer, sharded_optimizer
+from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.torch_dist import ShardedSnapshot, load_sharded
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_chameleon.checkpoint.folders import list_checkpoints, load_state, step_of
+from megatron_chameleon.checkpoint.state.folders import list_checkpoints, load_state, step_of
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import Batch, BatchReader
 from megatron_chameleon.errors import ChameleonError, TrainingError

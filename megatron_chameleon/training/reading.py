@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_chameleon.checkpoint.folders import list_checkpoints, load_state
+from megatron_chameleon.checkpoint.state.folders import list_checkpoints, load_state
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches import BatchReader
 from megatron_chameleon.errors import CheckpointError

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_chameleon.checkpoint.folders import step_folder, step_of
+from megatron_chameleon.checkpoint.state.folders import step_folder, step_of
 from megatron_chameleon.config.schema import Config, SamplePromptConfig
 from megatron_chameleon.errors import ChameleonError, ConfigError
 from megatron_chameleon.parallel import platform

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.checkpoint.folders import load_state
+from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError, DataError
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import forked_command
 from conftest import make_tiny_project
 
-from megatron_chameleon.checkpoint.folders import list_checkpoints
-from megatron_chameleon.checkpoint.integrity import find_damage
+from megatron_chameleon.checkpoint.state.folders import list_checkpoints
+from megatron_chameleon.checkpoint.state.integrity import find_damage
 
 EXACT = ("step", "loss", "loss_text", "loss_image", "z_loss", "grad_norm", "consumed_samples")
 STEPS = 24

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_chameleon.checkpoint.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.reader import CheckpointReader
 from megatron_chameleon.cli.main import main
 
 COMMON = ["training.dtype=bf16", "training.steps=40", "checkpoint.every_steps=20"]

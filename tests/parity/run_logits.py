@@ -15,7 +15,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from megatron_chameleon.checkpoint.folders import load_checkpoint_config, load_state
+from megatron_chameleon.checkpoint.state.folders import load_checkpoint_config, load_state
 from megatron_chameleon.model.chameleon import build_model
 from megatron_chameleon.parallel.topology import create_topology
 

@@ -179,7 +179,7 @@ def test_a_checkpoint_resumes_at_another_stage_layout_and_engine(runs, name: str
 
 
 def test_the_weights_are_stored_as_megatron_stores_them(tiny, runs) -> None:
-    from megatron_chameleon.checkpoint.reader import CheckpointReader
+    from megatron_chameleon.checkpoint.state.reader import CheckpointReader
 
     megatron = CheckpointReader(tiny.folder / "megatron-short" / "checkpoints" / "step_00000008")
     # QK-norms hardly show in the norm of all gradients, but AdamW moves them as far as any weight

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from megatron_chameleon.checkpoint.convert import convert
 from megatron_chameleon.checkpoint.formats.hf_model import load_transformers, logits
-from megatron_chameleon.checkpoint.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.reader import CheckpointReader
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 """fp32 against float64; logits are of order 1."""

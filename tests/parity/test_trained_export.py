@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_chameleon.checkpoint import resume
-from megatron_chameleon.checkpoint.folders import load_state
+from megatron_chameleon.checkpoint.state import resume
+from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.data.batches import BatchReader
 from megatron_chameleon.parallel import platform

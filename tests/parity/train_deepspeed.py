@@ -86,7 +86,7 @@ def whole_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     """fp32 weights and moments of every trained parameter, put together by DeepSpeed."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from megatron_chameleon.checkpoint.deepspeed import _link_state
+    from megatron_chameleon.checkpoint.state.deepspeed_state import _link_state
 
     _link_state(engine.optimizer)
     found: dict[str, dict[str, torch.Tensor]] = {}

@@ -2,7 +2,7 @@
 beside it.
 
     .metadata, __N_0.distcp, common.pt, metadata.json   what dist_checkpointing.load reads
-    config.yaml, state.json                             as ``checkpoint/store.py`` writes them
+    config.yaml, state.json                             as ``checkpoint/state/save.py`` writes them
     tokenizer/                                          the tokenizer, in a converted checkpoint
 
 A converted checkpoint may have weights only: its ``state.json`` then says ``"optimizer": false``.
@@ -38,12 +38,6 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.utils.serialization import config as serialization_config
 
-from megatron_chameleon.checkpoint.folders import (
-    STATE_FILE,
-    STATE_FORMAT,
-    STEP_FOLDER,
-    find_checkpoint,
-)
 from megatron_chameleon.checkpoint.formats.base import Stream, Target, check_names
 from megatron_chameleon.checkpoint.names import (
     K_NORM,
@@ -53,7 +47,13 @@ from megatron_chameleon.checkpoint.names import (
     optimizer_parts,
     pieces,
 )
-from megatron_chameleon.checkpoint.reader import CheckpointReader, TensorInfo
+from megatron_chameleon.checkpoint.state.folders import (
+    STATE_FILE,
+    STATE_FORMAT,
+    STEP_FOLDER,
+    find_checkpoint,
+)
+from megatron_chameleon.checkpoint.state.reader import CheckpointReader, TensorInfo
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config, TokenizerConfig

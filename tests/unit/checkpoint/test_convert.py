@@ -19,8 +19,8 @@ from tiny_model import (
 from megatron_chameleon.checkpoint.convert import convert
 from megatron_chameleon.checkpoint.formats import hf
 from megatron_chameleon.checkpoint.formats.hf_config import vocabulary_map
-from megatron_chameleon.checkpoint.integrity import SUMS_FILE
 from megatron_chameleon.checkpoint.names import Dimensions, pieces
+from megatron_chameleon.checkpoint.state.integrity import SUMS_FILE
 from megatron_chameleon.checkpoint.tensor_files.safetensors import (
     SafetensorsFiles,
     SafetensorsWriter,

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 
-from megatron_chameleon.checkpoint.distributed_optimizer import _pieces, rectangles
+from megatron_chameleon.checkpoint.state.distributed_optimizer import _pieces, rectangles
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4)])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chameleon.checkpoint.folders import STATE_FILE, STATE_FORMAT
-from megatron_chameleon.checkpoint.integrity import (
+from megatron_chameleon.checkpoint.state.folders import STATE_FILE, STATE_FORMAT
+from megatron_chameleon.checkpoint.state.integrity import (
     SUMS_FILE,
     check_files,
     find_damage,

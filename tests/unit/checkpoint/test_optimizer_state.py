@@ -16,14 +16,14 @@ from tiny_model import (
     write_checkpoint,
 )
 
-from megatron_chameleon.checkpoint import resume
 from megatron_chameleon.checkpoint.convert import convert
 from megatron_chameleon.checkpoint.formats.base import best_piece
 from megatron_chameleon.checkpoint.formats.deepspeed_files import find_step, open_files
 from megatron_chameleon.checkpoint.formats.opening import open_source
-from megatron_chameleon.checkpoint.integrity import SUMS_FILE
 from megatron_chameleon.checkpoint.names import MOMENTS, optimizer_parts, pieces
-from megatron_chameleon.checkpoint.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state import resume
+from megatron_chameleon.checkpoint.state.integrity import SUMS_FILE
+from megatron_chameleon.checkpoint.state.reader import CheckpointReader
 from megatron_chameleon.checkpoint.verify import verify
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.errors import CheckpointError

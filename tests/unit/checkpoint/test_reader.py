@@ -15,8 +15,8 @@ from tiny_model import (
     write_checkpoint,
 )
 
-from megatron_chameleon.checkpoint.folders import find_checkpoint
-from megatron_chameleon.checkpoint.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.folders import find_checkpoint
+from megatron_chameleon.checkpoint.state.reader import CheckpointReader
 from megatron_chameleon.errors import CheckpointError
 
 

@@ -12,7 +12,7 @@ from megatron_chameleon.checkpoint.convert import convert
 from megatron_chameleon.checkpoint.formats.meta import model_params
 from megatron_chameleon.checkpoint.formats.opening import open_source
 from megatron_chameleon.checkpoint.names import Dimensions
-from megatron_chameleon.checkpoint.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.reader import CheckpointReader
 from megatron_chameleon.checkpoint.tensor_files.safetensors import SafetensorsFiles
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import fingerprint

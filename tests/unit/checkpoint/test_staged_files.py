@@ -6,8 +6,8 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_chameleon.checkpoint.integrity import sha256
-from megatron_chameleon.checkpoint.torch_dist import ShardedSnapshot, load_sharded
+from megatron_chameleon.checkpoint.state.integrity import sha256
+from megatron_chameleon.checkpoint.state.torch_dist import ShardedSnapshot, load_sharded
 
 pytestmark = pytest.mark.usefixtures("topology")
 

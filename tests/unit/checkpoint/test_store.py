@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chameleon.checkpoint import folders, resume, store
+from megatron_chameleon.checkpoint.state import folders, resume
+from megatron_chameleon.checkpoint.state import save as store
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import CheckpointConfig, Config
 from megatron_chameleon.errors import CheckpointError

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_chameleon.checkpoint.folders import STATE_FORMAT
+from megatron_chameleon.checkpoint.state.folders import STATE_FORMAT
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.parallel.topology import Topology

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_model import IMAGE_CODES
 
-from megatron_chameleon.checkpoint.folders import STATE_FORMAT
+from megatron_chameleon.checkpoint.state.folders import STATE_FORMAT
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches import BatchReader
 from megatron_chameleon.data.indexed import TokenFileWriter

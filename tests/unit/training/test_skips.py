@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chameleon.checkpoint.folders import STATE_FORMAT
+from megatron_chameleon.checkpoint.state.folders import STATE_FORMAT
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError, DataError
 from megatron_chameleon.training.skips import count_updates, open_skips

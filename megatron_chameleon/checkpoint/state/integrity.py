@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from megatron_chameleon.checkpoint.folders import STATE_FILE, load_state
+from megatron_chameleon.checkpoint.state.folders import STATE_FILE, load_state
 from megatron_chameleon.errors import CheckpointError
 
 SUMS_FILE = "SHA256SUMS"

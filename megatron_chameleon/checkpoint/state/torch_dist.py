@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.serialization import config as serialization_config
 
-from megatron_chameleon.checkpoint.integrity import sha256
+from megatron_chameleon.checkpoint.state.integrity import sha256
 from megatron_chameleon.errors import CheckpointError, first_line
 
 

@@ -3,9 +3,9 @@
 DeepSpeed's own files hold each rank's part of its flat buffers and load at the same stage and
 layout only. So the state goes another way: DeepSpeed hands out and takes back whole tensors,
 parameter by parameter (``deepspeed.utils.safe_get_full_fp32_param`` and its kin), and they are
-stored as megatron-core's sharded tensors under the names of ``checkpoint/reader.py``, as the other
-engine's are. The data-parallel ranks take turns in keeping a parameter until it is written, so that
-each needs memory for its share only.
+stored as megatron-core's sharded tensors under the names of ``checkpoint/state/reader.py``, as the
+other engine's are. The data-parallel ranks take turns in keeping a parameter until it is written,
+so that each needs memory for its share only.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ from megatron_chameleon.checkpoint.names import (
     optimizer_parts,
     weight_key,
 )
-from megatron_chameleon.checkpoint.reader import CheckpointReader
-from megatron_chameleon.checkpoint.torch_dist import (
+from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.torch_dist import (
     ShardedSnapshot,
     StagedFiles,
     load_sharded,

@@ -19,14 +19,14 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_chameleon.checkpoint.folders import (
+from megatron_chameleon.checkpoint.state.folders import (
     STATE_FILE,
     STATE_FORMAT,
     list_checkpoints,
     step_folder,
     step_of,
 )
-from megatron_chameleon.checkpoint.integrity import write_sums
+from megatron_chameleon.checkpoint.state.integrity import write_sums
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import CheckpointConfig, Config
 from megatron_chameleon.errors import CheckpointError, TrainingError, first_line

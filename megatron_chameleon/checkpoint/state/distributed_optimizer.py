@@ -27,7 +27,7 @@ from megatron_chameleon.checkpoint.names import (
     optimizer_parts,
     weight_key,
 )
-from megatron_chameleon.checkpoint.torch_dist import load_sharded
+from megatron_chameleon.checkpoint.state.torch_dist import load_sharded
 
 _NAMES = {MAIN_WEIGHT: "param", **{moment: moment for moment in MOMENTS}}
 """megatron-core's names for the parts of the state."""

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_chameleon.checkpoint.folders import (
+from megatron_chameleon.checkpoint.state.folders import (
     STATE_FILE,
     list_checkpoints,
     list_step_folders,
     load_checkpoint_config,
     load_state,
 )
-from megatron_chameleon.checkpoint.integrity import find_damage, find_damage_of_small_files
-from megatron_chameleon.checkpoint.store import Engine
+from megatron_chameleon.checkpoint.state.integrity import find_damage, find_damage_of_small_files
+from megatron_chameleon.checkpoint.state.save import Engine
 from megatron_chameleon.config.check import get_value
 from megatron_chameleon.config.differences import find_differences
 from megatron_chameleon.config.schema import Config, Fp8Config

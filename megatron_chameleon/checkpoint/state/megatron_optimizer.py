@@ -3,7 +3,7 @@
 megatron-core has an optimizer for fp32, one for bf16 and a distributed one, and each saves its
 state in a form of its own: with other names, with or without main weights, and with learning rates
 and steps beside the tensors. Here only the tensors are kept, under the names that
-``checkpoint/reader.py`` lists.
+``checkpoint/state/reader.py`` lists.
 """
 
 from collections.abc import Collection, Iterator
@@ -21,13 +21,13 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_chameleon.checkpoint.distributed_optimizer import load_ranges, sharded_ranges
 from megatron_chameleon.checkpoint.names import (
     MAIN_WEIGHT,
     optimizer_key,
     weight_key,
 )
-from megatron_chameleon.checkpoint.torch_dist import load_sharded
+from megatron_chameleon.checkpoint.state.distributed_optimizer import load_ranges, sharded_ranges
+from megatron_chameleon.checkpoint.state.torch_dist import load_sharded
 
 _MAIN_WEIGHT = optimizer_key(MAIN_WEIGHT, "")
 

@@ -1,0 +1,1 @@
+"""Saving, checking, pruning and resuming the state of a training run."""
