@@ -34,7 +34,9 @@ from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
 
 VOCABULARY, IMAGE_CODES = 65536, 8192
 POOL_ELEMENTS = 2**26
-IMPORTS = "import megatron_chameleon.checkpoint.convert, megatron_chameleon.checkpoint.formats.hf"
+IMPORTS = (
+    "import megatron_chameleon.checkpoint.convert.run, megatron_chameleon.checkpoint.formats.hf"
+)
 
 # in a small process between: ru_maxrss of a process counts that of the one it was forked from
 MEASURE = """

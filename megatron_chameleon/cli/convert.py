@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     """Convert, and print what was written."""
     # torch reads it when it is imported: memory in large pages, which costs half as much to get
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from megatron_chameleon.checkpoint.convert import convert, plan_conversion
+    from megatron_chameleon.checkpoint.convert.run import convert, plan_conversion
 
     options = {
         "dtype": args.dtype,

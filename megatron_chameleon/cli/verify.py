@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         return
     # torch reads it when it is imported: memory in large pages, which costs half as much to get
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from megatron_chameleon.checkpoint.verify import SHOWN_DIFFERENCES, verify
+    from megatron_chameleon.checkpoint.convert.verify import SHOWN_DIFFERENCES, verify
     from megatron_chameleon.errors import CheckpointError
 
     result = verify(

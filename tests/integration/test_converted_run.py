@@ -1,7 +1,7 @@
 """A run goes on from a checkpoint that was DeepSpeed's in between, as if nothing had happened."""
 
-from megatron_chameleon.checkpoint.convert import convert
-from megatron_chameleon.checkpoint.verify import verify
+from megatron_chameleon.checkpoint.convert.run import convert
+from megatron_chameleon.checkpoint.convert.verify import verify
 
 
 def test_training_goes_on_after_conversions(tiny) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from run_command import TIMEOUT_SECONDS, environment
 
-from megatron_chameleon.checkpoint.convert import convert
+from megatron_chameleon.checkpoint.convert.run import convert
 
 HERE = Path(__file__).parent
 FC2 = "decoder.layers.1.mlp.linear_fc2.weight"

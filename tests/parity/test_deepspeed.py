@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from run_command import environment
 
-from megatron_chameleon.checkpoint.convert import convert
+from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.data.preprocess import preprocess
 
 # fp32 sums in another order differ by about 1e-7 relative, and 20 steps of AdamW amplify that: the

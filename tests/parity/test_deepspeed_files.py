@@ -18,11 +18,11 @@ from run_command import environment
 from run_layouts import make_config
 from train_deepspeed import FIRST_TEXT_ID, OWN_MODEL, SAVED_STEP, VOCABULARY
 
-from megatron_chameleon.checkpoint.convert import convert
+from megatron_chameleon.checkpoint.convert.run import convert
+from megatron_chameleon.checkpoint.convert.verify import verify
 from megatron_chameleon.checkpoint.formats.opening import open_source
 from megatron_chameleon.checkpoint.names import MAIN_WEIGHT, MOMENTS, pieces
 from megatron_chameleon.checkpoint.state.reader import CheckpointReader
-from megatron_chameleon.checkpoint.verify import verify
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.errors import CheckpointError
 

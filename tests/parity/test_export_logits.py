@@ -20,7 +20,7 @@ from tiny_model import (
 )
 from torch import Tensor
 
-from megatron_chameleon.checkpoint.convert import convert
+from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.config.schema import Config, ModelConfig
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}

@@ -12,7 +12,7 @@ from run_command import environment
 from test_export_logits import exported_logits, random_token_ids
 from tiny_model import VOCAB_SIZE, random_tensors, write_checkpoint
 
-from megatron_chameleon.checkpoint.convert import convert
+from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.config.schema import ModelConfig
 
 # fp32 carries 6e-8 and the logits reach about 4; the project promises 1e-5.

@@ -10,9 +10,9 @@ import torch
 from meta_files import MetaModel, load_shards, random_shards, write_meta
 from safetensors.torch import load_file, save_file
 
-from megatron_chameleon.checkpoint import convert as convert_module
-from megatron_chameleon.checkpoint import partial_folder as partial_module
-from megatron_chameleon.checkpoint.convert import convert, plan_conversion
+from megatron_chameleon.checkpoint.convert import partial_folder as partial_module
+from megatron_chameleon.checkpoint.convert import run as convert_module
+from megatron_chameleon.checkpoint.convert.run import convert, plan_conversion
 from megatron_chameleon.errors import ChameleonError, CheckpointError, ConfigError
 
 INDEX = "model.safetensors.index.json"

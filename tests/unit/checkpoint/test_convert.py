@@ -16,7 +16,7 @@ from tiny_model import (
     write_tokenizer,
 )
 
-from megatron_chameleon.checkpoint.convert import convert
+from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.formats import hf
 from megatron_chameleon.checkpoint.formats.hf_config import vocabulary_map
 from megatron_chameleon.checkpoint.names import Dimensions, pieces

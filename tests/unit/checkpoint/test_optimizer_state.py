@@ -16,7 +16,8 @@ from tiny_model import (
     write_checkpoint,
 )
 
-from megatron_chameleon.checkpoint.convert import convert
+from megatron_chameleon.checkpoint.convert.run import convert
+from megatron_chameleon.checkpoint.convert.verify import verify
 from megatron_chameleon.checkpoint.formats.base import best_piece
 from megatron_chameleon.checkpoint.formats.deepspeed_files import find_step, open_files
 from megatron_chameleon.checkpoint.formats.opening import open_source
@@ -24,7 +25,6 @@ from megatron_chameleon.checkpoint.names import MOMENTS, optimizer_parts, pieces
 from megatron_chameleon.checkpoint.state import resume
 from megatron_chameleon.checkpoint.state.integrity import SUMS_FILE
 from megatron_chameleon.checkpoint.state.reader import CheckpointReader
-from megatron_chameleon.checkpoint.verify import verify
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.errors import CheckpointError
 

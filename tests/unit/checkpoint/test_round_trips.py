@@ -8,7 +8,7 @@ import torch
 from meta_files import MetaModel, load_shards, random_shards, same_shards, write_meta
 from tiny_model import PADDED_VOCAB_SIZE, VOCAB_SIZE, model_config, random_tensors
 
-from megatron_chameleon.checkpoint.convert import convert
+from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.formats.meta import model_params
 from megatron_chameleon.checkpoint.formats.opening import open_source
 from megatron_chameleon.checkpoint.names import Dimensions

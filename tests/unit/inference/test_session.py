@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tokenizer
 
-from megatron_chameleon.checkpoint.convert import convert
+from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.data.documents import ImagePart, TextPart
 from megatron_chameleon.errors import CheckpointError, ConfigError, DataError
 from megatron_chameleon.inference.decode import GenerationOptions

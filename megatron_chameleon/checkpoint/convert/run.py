@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from megatron_chameleon.checkpoint.formats import FORMATS, load_format
-from megatron_chameleon.checkpoint.formats.base import SHARD_BYTES, Sink, Source, Target
-from megatron_chameleon.checkpoint.formats.opening import open_source, open_tokenizer
-from megatron_chameleon.checkpoint.names import pieces
-from megatron_chameleon.checkpoint.partial_folder import flushing, partial_folder, sync
-from megatron_chameleon.checkpoint.state.integrity import check_files, write_sums
-from megatron_chameleon.checkpoint.streaming import (
+from megatron_chameleon.checkpoint.convert.partial_folder import flushing, partial_folder, sync
+from megatron_chameleon.checkpoint.convert.streaming import (
     Progress,
     TensorStream,
     checksum,
     read_ahead,
 )
+from megatron_chameleon.checkpoint.formats import FORMATS, load_format
+from megatron_chameleon.checkpoint.formats.base import SHARD_BYTES, Sink, Source, Target
+from megatron_chameleon.checkpoint.formats.opening import open_source, open_tokenizer
+from megatron_chameleon.checkpoint.names import pieces
+from megatron_chameleon.checkpoint.state.integrity import check_files, write_sums
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.errors import CheckpointError, ConfigError
 
