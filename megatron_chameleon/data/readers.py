@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.data.blocks import read_blocks
 from megatron_chameleon.data.documents import (
     Document,
     ImagePart,
@@ -27,9 +26,17 @@ from megatron_chameleon.data.documents import (
     parse_messages,
     record_name,
 )
-from megatron_chameleon.data.inputs import find_inputs
-from megatron_chameleon.data.records import BROKEN_DOCUMENT, Block, Fault, FileSlice, Rows, Samples
-from megatron_chameleon.data.spans import plan_spans
+from megatron_chameleon.data.inputs.blocks import read_blocks
+from megatron_chameleon.data.inputs.files import find_inputs
+from megatron_chameleon.data.inputs.records import (
+    BROKEN_DOCUMENT,
+    Block,
+    Fault,
+    FileSlice,
+    Rows,
+    Samples,
+)
+from megatron_chameleon.data.inputs.shards import plan_spans
 from megatron_chameleon.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import IO
 
-from megatron_chameleon.data.inputs import Input, Span
-from megatron_chameleon.data.records import (
+from megatron_chameleon.data.inputs.files import Input, Span
+from megatron_chameleon.data.inputs.records import (
     BLOCK_IMAGES,
     BROKEN_DOCUMENT,
     BROKEN_FILE,

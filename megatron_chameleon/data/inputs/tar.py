@@ -8,8 +8,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from megatron_chameleon.data.inputs import Input
-from megatron_chameleon.data.records import (
+from megatron_chameleon.data.inputs.files import Input
+from megatron_chameleon.data.inputs.records import (
     BLOCK_IMAGES,
     BROKEN_FILE,
     BrokenFile,

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from megatron_chameleon.data.inputs import Input, Span
-from megatron_chameleon.data.parquet_blocks import row_borders
+from megatron_chameleon.data.inputs.files import Input, Span
+from megatron_chameleon.data.inputs.parquet import row_borders
 
 
 def plan_spans(inputs: Sequence[Input], shard: tuple[int, int] = (0, 1)) -> list[Span]:

@@ -12,11 +12,11 @@ A file that breaks off gives its whole records and then a ``Fault``.
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from megatron_chameleon.data.inputs import Input, Span
-from megatron_chameleon.data.line_blocks import line_pieces
-from megatron_chameleon.data.parquet_blocks import parquet_pieces
-from megatron_chameleon.data.records import BROKEN_FILE, Block, Fault, Position
-from megatron_chameleon.data.tar_blocks import tar_pieces
+from megatron_chameleon.data.inputs.files import Input, Span
+from megatron_chameleon.data.inputs.lines import line_pieces
+from megatron_chameleon.data.inputs.parquet import parquet_pieces
+from megatron_chameleon.data.inputs.records import BROKEN_FILE, Block, Fault, Position
+from megatron_chameleon.data.inputs.tar import tar_pieces
 from megatron_chameleon.errors import DataError
 
 

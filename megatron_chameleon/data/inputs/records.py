@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from megatron_chameleon.data.inputs import Input
+from megatron_chameleon.data.inputs.files import Input
 from megatron_chameleon.errors import DataError
 
 BLOCK_IMAGES = 32

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import IO, Any
 
-from megatron_chameleon.data.inputs import Input, Span
-from megatron_chameleon.data.records import BROKEN_FILE, Fault, Piece, Rows
+from megatron_chameleon.data.inputs.files import Input, Span
+from megatron_chameleon.data.inputs.records import BROKEN_FILE, Fault, Piece, Rows
 from megatron_chameleon.errors import DataError
 
 INTERLEAVED_ROWS = 16

@@ -1,0 +1,1 @@
+"""From bytes to records: input files, their shards, lines, tar members and parquet rows."""
