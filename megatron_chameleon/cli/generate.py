@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_chameleon.data.documents import Document, ImagePart, TextPart
+    from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
     from megatron_chameleon.inference.options import GenerationOptions
     from megatron_chameleon.inference.session import Answer
 
@@ -128,8 +128,8 @@ def _check_device(args: argparse.Namespace) -> None:
 
 def _prompts(args: argparse.Namespace) -> list["Document"]:
     """The documents of ``--document``, or the one prompt of ``--image`` and ``--prompt``."""
-    from megatron_chameleon.data.documents import Document, ImagePart, TextPart
-    from megatron_chameleon.data.readers import read_documents
+    from megatron_chameleon.data.documents.parse import read_documents
+    from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
     from megatron_chameleon.errors import ConfigError
 
     if args.document:
@@ -182,7 +182,7 @@ def _show(
 
 
 def _describe(part: "TextPart | ImagePart", folder: Path) -> dict[str, str]:
-    from megatron_chameleon.data.documents import TextPart
+    from megatron_chameleon.data.documents.schema import TextPart
 
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}

@@ -18,15 +18,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_chameleon.data.balance import describe_answers, rare_modality
-from megatron_chameleon.data.conversations import IMAGE_FITS
-from megatron_chameleon.data.documents import TextPart
+from megatron_chameleon.data.documents.conversations import IMAGE_FITS
+from megatron_chameleon.data.documents.parse import parse_block
+from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.data.encode import EncodedBlock, EncodeOptions
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import Input, Span, find_inputs, signature_of
 from megatron_chameleon.data.inputs.records import Block, Fault, Position
 from megatron_chameleon.data.inputs.shards import plan_spans
 from megatron_chameleon.data.progress import Report, count_reasons, describe, shard_prefix
-from megatron_chameleon.data.readers import parse_block
 from megatron_chameleon.data.token_format import (
     ANSWERS,
     ANSWERS_FORMAT,

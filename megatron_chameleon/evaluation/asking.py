@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from megatron_chameleon.data.documents import ImagePart, TextPart
+from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.answers import Answers, fingerprint
 from megatron_chameleon.evaluation.likelihood import Score, score_continuations

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from megatron_chameleon.data.documents import TextPart, image_part, parse_line
+from megatron_chameleon.data.documents.schema import TextPart, image_part, parse_line
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.evaluation.catalogue import TaskInfo
 from megatron_chameleon.evaluation.items import (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_chameleon.data.documents import ImagePart, TextPart
+from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation import cider
 from megatron_chameleon.evaluation.asking import Asker, cut, describe

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from PIL import Image
 
-from megatron_chameleon.data.documents import Document, parse_line
+from megatron_chameleon.data.documents.schema import Document, parse_line
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking import Asker
 from megatron_chameleon.evaluation.questionnaire import data_uri, part_json

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.data.documents import ImagePart, TextPart, image_part
+from megatron_chameleon.data.documents.schema import ImagePart, TextPart, image_part
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.answers import fingerprint
 from megatron_chameleon.evaluation.form_page import form_page

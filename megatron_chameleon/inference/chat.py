@@ -3,15 +3,15 @@
     session.generate([chat_prompt(document, session.tokenizer)])
 
 ``<s>`` and the turns so far; the answer is what follows the last separator. See
-``data/conversations.py`` for the format.
+``data/documents/conversations.py`` for the format.
 """
 
 from dataclasses import dataclass
 
 from PIL import Image
 
-from megatron_chameleon.data.conversations import turns_of
-from megatron_chameleon.data.documents import USER, Document, ImagePart, TextPart
+from megatron_chameleon.data.documents.conversations import turns_of
+from megatron_chameleon.data.documents.schema import USER, Document, ImagePart, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image import prepare_image

@@ -26,7 +26,7 @@ from megatron_chameleon.checkpoint.formats.opening import (
     open_source,
     open_tokenizer,
 )
-from megatron_chameleon.data.documents import ImagePart, TextPart
+from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import ControlToken
 from megatron_chameleon.inference.decode import Decoder, collect

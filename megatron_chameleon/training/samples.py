@@ -113,7 +113,7 @@ class Sampler:
 
 
 def _parts(prompt: SamplePromptConfig) -> list[Any]:
-    from megatron_chameleon.data.documents import ImagePart, TextPart
+    from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 
     parts: list[Any] = [] if prompt.image is None else [ImagePart(prompt.image)]
     return [*parts, TextPart(prompt.text)] if prompt.text else parts

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from megatron_chameleon.cli.main import main
-from megatron_chameleon.data.readers import read_documents
+from megatron_chameleon.data.documents.parse import read_documents
 
 
 def generate(checkpoint: Path, *words: object) -> None:

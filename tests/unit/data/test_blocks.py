@@ -10,13 +10,13 @@ import pyarrow.parquet
 import pytest
 from mixed_corpus import write_corpus
 
+from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.inputs import lines as line_blocks
 from megatron_chameleon.data.inputs import records
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import find_inputs
 from megatron_chameleon.data.inputs.records import BLOCK_IMAGES, Fault, Position
 from megatron_chameleon.data.inputs.shards import plan_spans
-from megatron_chameleon.data.readers import parse_block
 
 LINES = b"".join(b'{"text": "%d"}\n' % i for i in range(20_000))
 

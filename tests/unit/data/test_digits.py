@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_chameleon.data.documents import ImagePart, TextPart
-from megatron_chameleon.data.readers import read_documents
+from megatron_chameleon.data.documents.parse import read_documents
+from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "digits" / "make_documents.py"
 FILES = ("pairs", "sums", "text", "quality", "heldout")

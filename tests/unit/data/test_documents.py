@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chameleon.data.documents import ImageError, ImagePart, TextPart, parse_line
+from megatron_chameleon.data.documents.schema import ImageError, ImagePart, TextPart, parse_line
 from megatron_chameleon.errors import DataError
 
 PATH = Path("folder/data.jsonl")

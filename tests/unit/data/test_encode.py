@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_chameleon.data.documents import Document, ImagePart, TextPart
+from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
 from megatron_chameleon.data.encode import EncodeOptions, Encoder
 from megatron_chameleon.data.inputs.records import Fault
 from megatron_chameleon.errors import DataError

@@ -5,10 +5,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_chameleon.data.documents.parse import parse_block, read_documents
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import Span, find_inputs, signature_of
 from megatron_chameleon.data.inputs.shards import plan_spans
-from megatron_chameleon.data.readers import parse_block, read_documents
 from megatron_chameleon.errors import DataError
 
 

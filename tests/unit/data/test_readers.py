@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_chameleon.data.documents import ImagePart, TextPart
-from megatron_chameleon.data.readers import read_documents
+from megatron_chameleon.data.documents.parse import read_documents
+from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_chameleon.data.documents import Document, parse_line
+from megatron_chameleon.data.documents.schema import Document, parse_line
 from megatron_chameleon.data.encode import Encoder
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import chat_prompt

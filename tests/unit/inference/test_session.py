@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import write_tokenizer
 
 from megatron_chameleon.checkpoint.convert.run import convert
-from megatron_chameleon.data.documents import ImagePart, TextPart
+from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import CheckpointError, ConfigError, DataError
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force

@@ -1,6 +1,6 @@
 """Blocks of an input to documents, and whole inputs to documents.
 
-    from megatron_chameleon.data.readers import read_documents
+    from megatron_chameleon.data.documents.parse import read_documents
     for document in read_documents(["data/*.jsonl.zst", "s3://bucket/pairs-*.tar"]): ...
 
 ``inputs.py`` has the kinds of file, ``blocks.py`` cuts them, ``documents.py`` has the schema.
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.data.documents import (
+from megatron_chameleon.data.documents.schema import (
     Document,
     ImagePart,
     TextPart,

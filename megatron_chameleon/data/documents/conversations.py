@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_chameleon.data.documents import ASSISTANT, Document, ImagePart, TextPart
+from megatron_chameleon.data.documents.schema import ASSISTANT, Document, ImagePart, TextPart
 
 IMAGE_FITS = ("role", "crop", "pad")
 """How images become square. ``role``: padded in prompts, cropped elsewhere; or all alike."""
