@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from megatron_chameleon.data.indexed import open_token_file
+from megatron_chameleon.data.token_files.reader import open_token_file
 from megatron_chameleon.tokenizer.fast_text import FastTextEncoder, make_encoder
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.tokenizer.text_training import train_text_tokenizer

@@ -87,7 +87,7 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
 
 def _inspect_token_file(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.encode import load_for_encoding
-    from megatron_chameleon.data.indexed import open_token_file, read_info
+    from megatron_chameleon.data.token_files.reader import open_token_file, read_info
     from megatron_chameleon.data.viewer import summary, write_html
     from megatron_chameleon.errors import ConfigError, DataError
 

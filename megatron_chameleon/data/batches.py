@@ -28,12 +28,12 @@ import torch
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data import history as order
 from megatron_chameleon.data.answers import check_loss_on, data_warnings
-from megatron_chameleon.data.balance import describe_answers
 from megatron_chameleon.data.corpus import Corpus, TokenFileCorpus
 from megatron_chameleon.data.history import Entry, History, Source, SourceRecord
-from megatron_chameleon.data.indexed import TokenFile, open_token_file
 from megatron_chameleon.data.mixture import ExhaustedError, Mixture
 from megatron_chameleon.data.packing import Packed
+from megatron_chameleon.data.token_files.modality_balance import describe_answers
+from megatron_chameleon.data.token_files.reader import TokenFile, open_token_file
 from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 

@@ -17,7 +17,7 @@ from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.documents.schema import Document, ImageError, ImagePart, TextPart
 from megatron_chameleon.data.image_codes import ImageCache, ImageEncoder
 from megatron_chameleon.data.inputs.records import BROKEN_DOCUMENT, Block, Fault, Position
-from megatron_chameleon.data.token_format import SPAN, TokenBlock, token_dtype
+from megatron_chameleon.data.token_files.format import SPAN, TokenBlock, token_dtype
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.fast_text import EXACT, make_encoder
 from megatron_chameleon.tokenizer.files import IMAGE_CONFIG_FILE

@@ -10,7 +10,7 @@ Killed anywhere, the same command goes on after the last shard that was copied w
 from pathlib import Path
 
 from megatron_chameleon.data.progress import describe, find_shards, shard_prefix
-from megatron_chameleon.data.token_format import (
+from megatron_chameleon.data.token_files.format import (
     ANSWER,
     ANSWERS,
     SUFFIXES,
@@ -19,7 +19,7 @@ from megatron_chameleon.data.token_format import (
     partial_folder,
     read_info,
 )
-from megatron_chameleon.data.token_writer import DROPPED, MERGE, TokenFileWriter
+from megatron_chameleon.data.token_files.writer import DROPPED, MERGE, TokenFileWriter
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 

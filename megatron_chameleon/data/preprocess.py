@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_chameleon.data.balance import describe_answers, rare_modality
 from megatron_chameleon.data.documents.conversations import IMAGE_FITS
 from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.documents.schema import TextPart
@@ -27,7 +26,7 @@ from megatron_chameleon.data.inputs.files import Input, Span, find_inputs, signa
 from megatron_chameleon.data.inputs.records import Block, Fault, Position
 from megatron_chameleon.data.inputs.shards import plan_spans
 from megatron_chameleon.data.progress import Report, count_reasons, describe, shard_prefix
-from megatron_chameleon.data.token_format import (
+from megatron_chameleon.data.token_files.format import (
     ANSWERS,
     ANSWERS_FORMAT,
     SUFFIXES,
@@ -36,7 +35,8 @@ from megatron_chameleon.data.token_format import (
     partial_folder,
     read_info,
 )
-from megatron_chameleon.data.token_writer import DROPPED, TokenFileWriter
+from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality
+from megatron_chameleon.data.token_files.writer import DROPPED, TokenFileWriter
 from megatron_chameleon.data.workers import encode_blocks
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.tokenizer.fast_text import EXACT, choose_encoder

@@ -10,8 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_chameleon.data.token_format import TokenFileInfo, file_of, partial_folder, read_info
-from megatron_chameleon.data.token_writer import WriterState, read_state
+from megatron_chameleon.data.token_files.format import (
+    TokenFileInfo,
+    file_of,
+    partial_folder,
+    read_info,
+)
+from megatron_chameleon.data.token_files.writer import WriterState, read_state
 from megatron_chameleon.errors import DataError
 
 _SHARD = re.compile(r"\.shard-(\d+)-of-(\d+)\.[a-z]+(?:\.jsonl)?")

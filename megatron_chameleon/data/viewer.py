@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_chameleon.data.balance import describe_answers
-from megatron_chameleon.data.indexed import TokenFile, TokenFileInfo
+from megatron_chameleon.data.token_files.modality_balance import describe_answers
+from megatron_chameleon.data.token_files.reader import TokenFile, TokenFileInfo
 from megatron_chameleon.tokenizer.files import write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary

@@ -34,11 +34,11 @@ from mixed_corpus import picture, text_of, write_corpus, write_tokenizer
 
 from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.documents.schema import Document, ImageError, ImagePart
-from megatron_chameleon.data.indexed import TokenFileWriter, open_token_file
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import find_inputs
 from megatron_chameleon.data.inputs.records import Fault
 from megatron_chameleon.data.inputs.shards import plan_spans
+from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.tokenizer.image import prepare_image

@@ -14,7 +14,7 @@ from mixed_corpus import write_corpus, write_tokenizer
 from PIL import Image
 
 from megatron_chameleon.cli.main import main
-from megatron_chameleon.data.indexed import open_token_file, read_info
+from megatron_chameleon.data.token_files.reader import open_token_file, read_info
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from cluster import Cluster
 from mixed_corpus import write_corpus, write_pairs, write_tokenizer
 from run_command import run_chameleon
 
-from megatron_chameleon.data.token_writer import read_state
+from megatron_chameleon.data.token_files.writer import read_state
 
 ROOT = Path(__file__).parents[2]
 SHARDS = 3

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatron_chameleon.cli.main import main
-from megatron_chameleon.data.indexed import TokenFileWriter
+from megatron_chameleon.data.token_files.reader import TokenFileWriter
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 
 

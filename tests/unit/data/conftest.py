@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from megatron_chameleon.data.indexed import TokenFile, TokenFileWriter, open_token_file
+from megatron_chameleon.data.token_files.reader import TokenFile, TokenFileWriter, open_token_file
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.image import FORMAT, IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE
 from megatron_chameleon.tokenizer.text_training import train_text_tokenizer

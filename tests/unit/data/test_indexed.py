@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_chameleon.data.indexed import (
+from megatron_chameleon.data.token_files.reader import (
     Origin,
     TokenFileWriter,
     open_token_file,

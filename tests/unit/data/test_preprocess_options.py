@@ -12,7 +12,7 @@ from megatron_chameleon.data.encode import EncodedBlock, EncodeOptions
 from megatron_chameleon.data.inputs.records import Block, Position
 from megatron_chameleon.data.preprocess import PreprocessOptions, preprocess
 from megatron_chameleon.data.progress import Report
-from megatron_chameleon.data.token_writer import WriterState
+from megatron_chameleon.data.token_files.writer import WriterState
 from megatron_chameleon.errors import ConfigError, DataError
 
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_chameleon.data.token_format import (
+from megatron_chameleon.data.token_files.format import (
     ANSWER,
     ANSWERS,
     ANSWERS_FORMAT,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_chameleon.data.token_format import (
+from megatron_chameleon.data.token_files.format import (
     ANSWER,
     ANSWERS,
     DOCUMENT,
@@ -35,7 +35,7 @@ from megatron_chameleon.data.token_format import (
     read_info,
     token_dtype,
 )
-from megatron_chameleon.data.token_writer import TokenFileWriter
+from megatron_chameleon.data.token_files.writer import TokenFileWriter
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 

@@ -7,7 +7,7 @@ imports torch.
 
 from collections.abc import Iterator
 
-from megatron_chameleon.data.token_format import TokenFileInfo
+from megatron_chameleon.data.token_files.format import TokenFileInfo
 
 RARE = 0.03
 """Share of the trained tokens below which a modality is called rare. In the paper's own mixture

@@ -1,0 +1,1 @@
+"""The ``.bin``/``.idx`` token files and the files beside them: format, writer and reader."""
