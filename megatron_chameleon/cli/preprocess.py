@@ -106,12 +106,12 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.errors import ConfigError
 
     if args.status:
-        from megatron_chameleon.data.progress import print_status
+        from megatron_chameleon.data.preprocess.progress import print_status
 
         print_status(args.output)
         return
     if args.merge:
-        from megatron_chameleon.data.merge import merge_shards
+        from megatron_chameleon.data.preprocess.merge_shards import merge_shards
 
         merge_shards(args.output, keep=args.keep_shards)
         return
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _preprocess(args: argparse.Namespace) -> None:
-    from megatron_chameleon.data.preprocess import PreprocessOptions, preprocess
+    from megatron_chameleon.data.preprocess.run import PreprocessOptions, preprocess
     from megatron_chameleon.parallel.launch import find_launch
 
     options = PreprocessOptions(
@@ -140,7 +140,7 @@ def _preprocess(args: argparse.Namespace) -> None:
     )
     launch = find_launch()
     if launch.world_size > 1 and args.shard is None and launch.launcher != "torchrun":
-        from megatron_chameleon.data.ranks import preprocess_on_ranks
+        from megatron_chameleon.data.preprocess.mpi import preprocess_on_ranks
 
         preprocess_on_ranks(
             args.inputs, args.tokenizer, args.output, options, launch, keep=args.keep_shards

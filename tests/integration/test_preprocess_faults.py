@@ -11,7 +11,7 @@ from kill_preprocess import contents, kill_and_compare
 from mixed_corpus import write_corpus, write_tokenizer
 from run_command import TIMEOUT_SECONDS, environment, run_chameleon
 
-from megatron_chameleon.data.preprocess import PreprocessOptions, preprocess
+from megatron_chameleon.data.preprocess.run import PreprocessOptions, preprocess
 from megatron_chameleon.data.token_files import writer as token_writer
 from megatron_chameleon.data.token_files.reader import TokenFileWriter
 from megatron_chameleon.errors import DataError

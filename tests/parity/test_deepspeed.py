@@ -15,7 +15,7 @@ import pytest
 from run_command import environment
 
 from megatron_chameleon.checkpoint.convert.run import convert
-from megatron_chameleon.data.preprocess import preprocess
+from megatron_chameleon.data.preprocess.run import preprocess
 
 # fp32 sums in another order differ by about 1e-7 relative, and 20 steps of AdamW amplify that: the
 # same bounds as between the layouts of one engine (test_layouts.py). AdamW hides gradients of a

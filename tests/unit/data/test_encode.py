@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
-from megatron_chameleon.data.encode import EncodeOptions, Encoder
 from megatron_chameleon.data.inputs.records import Fault
+from megatron_chameleon.data.preprocess.encode import EncodeOptions, Encoder
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 

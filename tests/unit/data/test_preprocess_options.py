@@ -7,11 +7,11 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 
 from megatron_chameleon.cli.preprocess import parse_shard
-from megatron_chameleon.data import workers as module
-from megatron_chameleon.data.encode import EncodedBlock, EncodeOptions
 from megatron_chameleon.data.inputs.records import Block, Position
-from megatron_chameleon.data.preprocess import PreprocessOptions, preprocess
-from megatron_chameleon.data.progress import Report
+from megatron_chameleon.data.preprocess import workers as module
+from megatron_chameleon.data.preprocess.encode import EncodedBlock, EncodeOptions
+from megatron_chameleon.data.preprocess.progress import Report
+from megatron_chameleon.data.preprocess.run import PreprocessOptions, preprocess
 from megatron_chameleon.data.token_files.writer import WriterState
 from megatron_chameleon.errors import ConfigError, DataError
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
-from megatron_chameleon.data.encode import Encoder
+from megatron_chameleon.data.preprocess.encode import Encoder
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file
 from megatron_chameleon.data.viewer import segments, summary, write_html
 

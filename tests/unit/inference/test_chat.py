@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from megatron_chameleon.data.documents.schema import Document, parse_line
-from megatron_chameleon.data.encode import Encoder
+from megatron_chameleon.data.preprocess.encode import Encoder
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import chat_prompt
 from megatron_chameleon.inference.session import Session

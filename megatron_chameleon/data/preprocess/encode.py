@@ -15,8 +15,8 @@ import numpy as np
 from megatron_chameleon.data.documents.conversations import are_padded, fault_of, turns_of
 from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.documents.schema import Document, ImageError, ImagePart, TextPart
-from megatron_chameleon.data.image_codes import ImageCache, ImageEncoder
 from megatron_chameleon.data.inputs.records import BROKEN_DOCUMENT, Block, Fault, Position
+from megatron_chameleon.data.preprocess.image_codes import ImageCache, ImageEncoder
 from megatron_chameleon.data.token_files.format import SPAN, TokenBlock, token_dtype
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.fast_text import EXACT, make_encoder

@@ -9,7 +9,7 @@ Killed anywhere, the same command goes on after the last shard that was copied w
 
 from pathlib import Path
 
-from megatron_chameleon.data.progress import describe, find_shards, shard_prefix
+from megatron_chameleon.data.preprocess.progress import describe, find_shards, shard_prefix
 from megatron_chameleon.data.token_files.format import (
     ANSWER,
     ANSWERS,

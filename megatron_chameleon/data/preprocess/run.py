@@ -20,12 +20,18 @@ from pathlib import Path
 from megatron_chameleon.data.documents.conversations import IMAGE_FITS
 from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.documents.schema import TextPart
-from megatron_chameleon.data.encode import EncodedBlock, EncodeOptions
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import Input, Span, find_inputs, signature_of
 from megatron_chameleon.data.inputs.records import Block, Fault, Position
 from megatron_chameleon.data.inputs.shards import plan_spans
-from megatron_chameleon.data.progress import Report, count_reasons, describe, shard_prefix
+from megatron_chameleon.data.preprocess.encode import EncodedBlock, EncodeOptions
+from megatron_chameleon.data.preprocess.progress import (
+    Report,
+    count_reasons,
+    describe,
+    shard_prefix,
+)
+from megatron_chameleon.data.preprocess.workers import encode_blocks
 from megatron_chameleon.data.token_files.format import (
     ANSWERS,
     ANSWERS_FORMAT,
@@ -37,7 +43,6 @@ from megatron_chameleon.data.token_files.format import (
 )
 from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality
 from megatron_chameleon.data.token_files.writer import DROPPED, TokenFileWriter
-from megatron_chameleon.data.workers import encode_blocks
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.tokenizer.fast_text import EXACT, choose_encoder
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer

@@ -16,8 +16,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from megatron_chameleon.data.encode import EncodedBlock, EncodeOptions, Encoder
 from megatron_chameleon.data.inputs.records import Block
+from megatron_chameleon.data.preprocess.encode import EncodedBlock, EncodeOptions, Encoder
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 

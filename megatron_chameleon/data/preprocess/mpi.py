@@ -6,9 +6,9 @@ MPI carries no data: the ranks share the file system, and tell each other how th
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_chameleon.data.merge import merge_shards
-from megatron_chameleon.data.preprocess import PreprocessOptions, preprocess
-from megatron_chameleon.data.progress import find_shards
+from megatron_chameleon.data.preprocess.merge_shards import merge_shards
+from megatron_chameleon.data.preprocess.progress import find_shards
+from megatron_chameleon.data.preprocess.run import PreprocessOptions, preprocess
 from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
 from megatron_chameleon.parallel.launch import Launch
 

@@ -1,0 +1,1 @@
+"""``chameleon preprocess``: documents become token files, in worker processes or over MPI."""
