@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.data.corpus import TokenFileCorpus
-from megatron_chameleon.data.history import Source
+from megatron_chameleon.data.mixture.corpus import TokenFileCorpus
+from megatron_chameleon.data.mixture.mixture_history import Source
 from megatron_chameleon.data.token_files.format import TokenFileInfo
 from megatron_chameleon.data.token_files.modality_balance import rare_modality
 from megatron_chameleon.errors import ConfigError, ConfigErrors

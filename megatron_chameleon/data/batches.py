@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 from megatron_chameleon.config.schema import Config, SourceConfig
-from megatron_chameleon.data import history as order
 from megatron_chameleon.data.answers import check_loss_on, data_warnings
-from megatron_chameleon.data.corpus import Corpus, TokenFileCorpus
-from megatron_chameleon.data.history import Entry, History, Source, SourceRecord
-from megatron_chameleon.data.mixture import ExhaustedError, Mixture
-from megatron_chameleon.data.packing import Packed
+from megatron_chameleon.data.mixture import mixture_history as order
+from megatron_chameleon.data.mixture.corpus import Corpus, TokenFileCorpus
+from megatron_chameleon.data.mixture.mixture import ExhaustedError, Mixture
+from megatron_chameleon.data.mixture.mixture_history import Entry, History, Source, SourceRecord
+from megatron_chameleon.data.mixture.packing import Packed
 from megatron_chameleon.data.token_files.modality_balance import describe_answers
 from megatron_chameleon.data.token_files.reader import TokenFile, open_token_file
 from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_chameleon.data.corpus import OrderedDocuments, TokenFileCorpus, order_pair
-from megatron_chameleon.data.permutation import Permutation, shuffled, uniform
+from megatron_chameleon.data.mixture.corpus import OrderedDocuments, TokenFileCorpus, order_pair
+from megatron_chameleon.data.mixture.permutation import Permutation, shuffled, uniform
 from megatron_chameleon.data.token_files.reader import DOCUMENT, open_token_file
 from megatron_chameleon.errors import DataError
 

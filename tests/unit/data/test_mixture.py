@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from synthetic_corpus import VOCABULARY, EndlessCorpus, ListCorpus, document, image, words
 
-from megatron_chameleon.data.mixture import ExhaustedError, Mixture, Share, Weights
-from megatron_chameleon.data.stream import Cursor, SourceStream
+from megatron_chameleon.data.mixture.mixture import ExhaustedError, Mixture, Share, Weights
+from megatron_chameleon.data.mixture.stream import Cursor, SourceStream
 from megatron_chameleon.errors import DataError
 
 SEQ_LENGTH = 4096

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from synthetic_corpus import VOCABULARY, ListCorpus, document, image, words
 
-from megatron_chameleon.data.corpus import image_spans
-from megatron_chameleon.data.mixture import Mixture, Share, Weights
-from megatron_chameleon.data.stream import Cursor, SourceStream
+from megatron_chameleon.data.mixture.corpus import image_spans
+from megatron_chameleon.data.mixture.mixture import Mixture, Share, Weights
+from megatron_chameleon.data.mixture.stream import Cursor, SourceStream
 
 
 def random_corpus(draw, kind, seq_length):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from synthetic_corpus import VOCABULARY, EndlessCorpus
 
-from megatron_chameleon.data.mixture import Mixture, Share, Weights
-from megatron_chameleon.data.packing import DoesNotFitError, Items, pack, sequences_needed
-from megatron_chameleon.data.stream import Cursor, Pieces, SourceStream
+from megatron_chameleon.data.mixture.mixture import Mixture, Share, Weights
+from megatron_chameleon.data.mixture.packing import DoesNotFitError, Items, pack, sequences_needed
+from megatron_chameleon.data.mixture.stream import Cursor, Pieces, SourceStream
 
 SEQ_LENGTH = 100
 

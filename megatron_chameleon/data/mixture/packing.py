@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_chameleon.data.stream import Pieces
+from megatron_chameleon.data.mixture.stream import Pieces
 
 OPEN_SEQUENCES = 128
 """Sequences among which the best fit is looked for."""

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_chameleon.data.permutation import uniform
+from megatron_chameleon.data.mixture.permutation import uniform
 from megatron_chameleon.data.token_files.reader import TokenFile
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary

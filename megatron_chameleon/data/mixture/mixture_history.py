@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from megatron_chameleon.config.schema import Config, SourceConfig
-from megatron_chameleon.data.corpus import Corpus
-from megatron_chameleon.data.mixture import BLOCK_SEQUENCES, Mixture, Share, Weights
-from megatron_chameleon.data.stream import Cursor, Pieces, SourceStream
+from megatron_chameleon.data.mixture.corpus import Corpus
+from megatron_chameleon.data.mixture.mixture import BLOCK_SEQUENCES, Mixture, Share, Weights
+from megatron_chameleon.data.mixture.stream import Cursor, Pieces, SourceStream
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 

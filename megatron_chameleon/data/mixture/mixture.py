@@ -27,15 +27,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_chameleon.data.packing import (
+from megatron_chameleon.data.mixture.packing import (
     DoesNotFitError,
     Items,
     Packed,
     pack,
     sequences_needed,
 )
-from megatron_chameleon.data.permutation import shuffled
-from megatron_chameleon.data.stream import Cursor, Pieces
+from megatron_chameleon.data.mixture.permutation import shuffled
+from megatron_chameleon.data.mixture.stream import Cursor, Pieces
 from megatron_chameleon.errors import DataError
 
 BLOCK_SEQUENCES = 2048

@@ -31,8 +31,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_chameleon.data.corpus import Corpus, OrderedDocuments
-from megatron_chameleon.data.permutation import Permutation, shuffled
+from megatron_chameleon.data.mixture.corpus import Corpus, OrderedDocuments
+from megatron_chameleon.data.mixture.permutation import Permutation, shuffled
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 
 CHUNK_TOKENS = 1 << 18
