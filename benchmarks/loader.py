@@ -28,7 +28,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_chameleon.config.schema import Config, SourceConfig
-from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.token_files.reader import TokenFileWriter
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary, control_names

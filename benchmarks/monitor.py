@@ -20,7 +20,7 @@ from train_step import Size, draw_batches, make_config
 
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import ModelConfig, ParallelConfig
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology

@@ -35,7 +35,7 @@ from megatron_chameleon.config.schema import (
     TokenizerConfig,
     TrainingConfig,
 )
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology

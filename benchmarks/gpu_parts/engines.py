@@ -11,7 +11,7 @@ from torch import nn
 
 from megatron_chameleon.config.load import find_config, load_config
 from megatron_chameleon.config.schema import Config, Fp8Config, ModelConfig
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model import chameleon
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training import megatron_engine, optimizer

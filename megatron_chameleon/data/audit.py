@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_chameleon.data.batches import BatchReader, Sample
+from megatron_chameleon.data.batches.reader import BatchReader, Sample
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_chameleon.checkpoint.state.deepspeed_state import DeepSpeedSnapshot, ShardedState
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model.chameleon import build_model
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel import platform

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megatron_chameleon.checkpoint.state.save import Snapshot
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import find_launch
 from megatron_chameleon.parallel.topology import Topology

@@ -19,7 +19,7 @@ from megatron_chameleon.config.layouts import check_vocabulary
 from megatron_chameleon.config.load import format_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.data.batches import BatchReader, read_ahead
+from megatron_chameleon.data.batches.reader import BatchReader, read_ahead
 from megatron_chameleon.data.mixture.mixture_history import stage1_steps
 from megatron_chameleon.model.backend import check_machine, machine_problems
 from megatron_chameleon.model.fusions import fusion_names

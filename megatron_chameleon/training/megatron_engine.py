@@ -25,7 +25,7 @@ from megatron_chameleon.checkpoint.state.megatron_optimizer import load_optimize
 from megatron_chameleon.checkpoint.state.reader import CheckpointReader
 from megatron_chameleon.checkpoint.state.torch_dist import ShardedSnapshot, load_sharded
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
 from megatron_chameleon.model.fp8_linear import start_step
 from megatron_chameleon.model.fusions import add_weight_gradients_in_products, select_fusions

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.training.layer_monitor import LayerMonitor
 

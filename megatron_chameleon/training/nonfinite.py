@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from megatron_chameleon.checkpoint.state.folders import list_checkpoints, load_state, step_of
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.data.batches import Batch, BatchReader
+from megatron_chameleon.data.batches.reader import Batch, BatchReader
 from megatron_chameleon.errors import ChameleonError, TrainingError
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel.agreement import gather, tell

@@ -3,7 +3,7 @@
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.training.monitor import Monitor
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_chameleon.checkpoint.state.folders import list_checkpoints, load_state
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.training.run_folder import checkpoints_folder

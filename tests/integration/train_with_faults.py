@@ -22,7 +22,7 @@ from forked_jobs import Job, run_forked
 from torch import Tensor
 
 from megatron_chameleon.config.load import load_config
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.training import loop

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_chameleon.cli.main import main
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 
 WEIGHT = "decoder.layers.1.mlp.linear_fc2.weight"

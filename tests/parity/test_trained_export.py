@@ -9,7 +9,7 @@ import torch
 from megatron_chameleon.checkpoint.state import resume
 from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.config.load import load_config
-from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import create_topology

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.audit import audit_step, count_kinds, format_audit, kinds_of
-from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
 from megatron_chameleon.data.preprocess.encode import Encoder
 from megatron_chameleon.data.sequence_viewer import mixture_summary, write_sequence_page

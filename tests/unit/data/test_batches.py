@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_chameleon.config.schema import Config, SourceConfig
-from megatron_chameleon.data.batches import BatchReader, read_ahead
+from megatron_chameleon.data.batches.reader import BatchReader, read_ahead
 from megatron_chameleon.data.token_files.format import SUFFIXES
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 

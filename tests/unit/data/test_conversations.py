@@ -10,7 +10,7 @@ from PIL import Image
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.audit import audit_step, count_trained, format_audit
-from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart, parse_line
 from megatron_chameleon.data.preprocess.encode import EncodeOptions, Encoder
 from megatron_chameleon.data.sequence_viewer import mixture_summary, write_sequence_page

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_chameleon.config.schema import Config, SourceConfig
-from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.token_files.format import SUFFIXES
 from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError
 

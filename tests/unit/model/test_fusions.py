@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_chameleon.config.schema import Config, ModelConfig
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model import fusions
 from megatron_chameleon.model.backend import machine_problems
 from megatron_chameleon.model.chameleon import transformer_config

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor, nn
 
 from megatron_chameleon.config.schema import Config, ModelConfig
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model import chameleon
 from megatron_chameleon.model.backend import LocalBackend
 from megatron_chameleon.parallel.topology import Topology

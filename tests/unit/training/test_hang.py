@@ -135,12 +135,15 @@ def report(rank: int, where: str, *, waits: bool, doing: str = "a") -> dict[str,
 
 def test_the_summary_names_who_does_not_wait() -> None:
     reports = [report(rank, "d/ddp.py:5 in sync", waits=True) for rank in range(6)]
-    reports[3] = report(3, "data/batches.py:9 in read", waits=False, doing="waiting for data")
+    reports[3] = report(
+        3, "data/batches/reader.py:9 in read", waits=False, doing="waiting for data"
+    )
     words = str(summarize(reports, 8, Path("logs")))
     assert words == (
         "step 7: nothing moved for 480 s: rank 3 on n3 does not wait for others, but is at "
-        "data/batches.py:9 in read (waiting for data, step 7); no stacks of rank 6, 7, which may "
-        "be frozen or gone; 5 of 8 wait in a collective, as rank 0 at d/ddp.py:5 in sync (a). Look "
+        "data/batches/reader.py:9 in read (waiting for data, step 7); no stacks of rank 6, 7, "
+        "which may be frozen or gone; 5 of 8 wait in a collective, as rank 0 at "
+        "d/ddp.py:5 in sync (a). Look "
         "at the stacks in logs/hang-rank*.txt; the same command goes on from the last checkpoint, "
         "and training.hang_seconds is the limit."
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_chameleon.config.schema import Config, ModelConfig
-from megatron_chameleon.data.batches import Batch
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.gradient_groups import GROUPS, group_of
 from megatron_chameleon.training.layer_monitor import Places, largest_logit

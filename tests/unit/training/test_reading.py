@@ -10,7 +10,7 @@ from tiny_model import IMAGE_CODES
 
 from megatron_chameleon.checkpoint.state.folders import STATE_FORMAT
 from megatron_chameleon.config.schema import Config, SourceConfig
-from megatron_chameleon.data.batches import BatchReader
+from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.token_files.reader import TokenFileWriter
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer

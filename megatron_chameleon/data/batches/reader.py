@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from megatron_chameleon.config.schema import Config, SourceConfig
-from megatron_chameleon.data.answers import check_loss_on, data_warnings
+from megatron_chameleon.data.batches.loss_on import check_loss_on, data_warnings
 from megatron_chameleon.data.mixture import mixture_history as order
 from megatron_chameleon.data.mixture.corpus import Corpus, TokenFileCorpus
 from megatron_chameleon.data.mixture.mixture import ExhaustedError, Mixture

@@ -1,0 +1,1 @@
+"""From a sample's index to its tensors, labels and masks."""
