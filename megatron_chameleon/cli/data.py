@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import load_config
-    from megatron_chameleon.data.audit import audit_step, format_audit
     from megatron_chameleon.data.batches.reader import BatchReader
+    from megatron_chameleon.data.views.audit import audit_step, format_audit
     from megatron_chameleon.errors import ConfigError
     from megatron_chameleon.tokenizer.folder import load_tokenizer
     from megatron_chameleon.training.reading import open_newest

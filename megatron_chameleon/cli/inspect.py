@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> None:
 def _inspect_mixture(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import load_config
-    from megatron_chameleon.data.audit import audit_step
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
-    from megatron_chameleon.data.sequence_viewer import mixture_summary, write_sequence_page
+    from megatron_chameleon.data.views.audit import audit_step
+    from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
     from megatron_chameleon.errors import ConfigError, DataError
     from megatron_chameleon.training.reading import open_newest
 
@@ -88,7 +88,7 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
 def _inspect_token_file(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
     from megatron_chameleon.data.token_files.reader import open_token_file, read_info
-    from megatron_chameleon.data.viewer import summary, write_html
+    from megatron_chameleon.data.views.token_file_page import summary, write_html
     from megatron_chameleon.errors import ConfigError, DataError
 
     if args.overrides:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from megatron_chameleon.config.schema import Config, SourceConfig
-from megatron_chameleon.data.audit import audit_step, count_kinds, format_audit, kinds_of
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
 from megatron_chameleon.data.preprocess.encode import Encoder
-from megatron_chameleon.data.sequence_viewer import mixture_summary, write_sequence_page
+from megatron_chameleon.data.views.audit import audit_step, count_kinds, format_audit, kinds_of
+from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
 from megatron_chameleon.errors import ConfigError
 
 

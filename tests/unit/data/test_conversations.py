@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from megatron_chameleon.config.schema import Config, SourceConfig
-from megatron_chameleon.data.audit import audit_step, count_trained, format_audit
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart, parse_line
 from megatron_chameleon.data.preprocess.encode import EncodeOptions, Encoder
-from megatron_chameleon.data.sequence_viewer import mixture_summary, write_sequence_page
 from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file, read_info
-from megatron_chameleon.data.viewer import summary, write_html
+from megatron_chameleon.data.views.audit import audit_step, count_trained, format_audit
+from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
+from megatron_chameleon.data.views.token_file_page import summary, write_html
 from megatron_chameleon.errors import ConfigErrors, DataError
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"

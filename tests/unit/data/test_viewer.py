@@ -10,7 +10,7 @@ from PIL import Image
 from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
 from megatron_chameleon.data.preprocess.encode import Encoder
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file
-from megatron_chameleon.data.viewer import segments, summary, write_html
+from megatron_chameleon.data.views.token_file_page import segments, summary, write_html
 
 
 def encoded(tokenizer, *content):

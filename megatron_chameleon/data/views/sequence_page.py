@@ -12,9 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_chameleon.data.audit import KINDS, StepAudit, count_kinds, format_shares, kinds_of
 from megatron_chameleon.data.batches.reader import BatchReader, Sample
-from megatron_chameleon.data.viewer import PAGE, render_tokens
+from megatron_chameleon.data.views.audit import (
+    KINDS,
+    StepAudit,
+    count_kinds,
+    format_shares,
+    kinds_of,
+)
+from megatron_chameleon.data.views.token_file_page import PAGE, render_tokens
 from megatron_chameleon.tokenizer.files import write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
 

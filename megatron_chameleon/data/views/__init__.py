@@ -1,0 +1,1 @@
+"""Pages and tables that show people what the data holds."""
