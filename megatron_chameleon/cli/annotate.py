@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace) -> None:
-    from megatron_chameleon.evaluation.answers import Answers, model_fingerprint
-    from megatron_chameleon.evaluation.asking import Asker
+    from megatron_chameleon.evaluation.asking.answer_cache import Answers, model_fingerprint
+    from megatron_chameleon.evaluation.asking.asker import Asker
     from megatron_chameleon.evaluation.prompts import answer_prompts, read_prompts
     from megatron_chameleon.inference.decode import GenerationOptions
     from megatron_chameleon.inference.modality import Force

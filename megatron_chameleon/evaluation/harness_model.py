@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking import Asker, cut
+from megatron_chameleon.evaluation.asking.asker import Asker, cut
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
 

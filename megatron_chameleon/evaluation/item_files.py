@@ -14,6 +14,7 @@ import orjson
 
 from megatron_chameleon.data.documents.schema import TextPart, image_part, parse_line
 from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.evaluation.asking.record_files import need, read_json, read_records
 from megatron_chameleon.evaluation.catalogue import TaskInfo
 from megatron_chameleon.evaluation.items import (
     CHOICE_METRICS,
@@ -22,7 +23,6 @@ from megatron_chameleon.evaluation.items import (
     ItemTask,
     check_image,
 )
-from megatron_chameleon.evaluation.records import need, read_json, read_records
 
 CAPTION_TOKENS = 30
 """The paper's cap (section 5.2)."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation import cider
-from megatron_chameleon.evaluation.asking import Asker, cut, describe
+from megatron_chameleon.evaluation.asking.asker import Asker, cut, describe
 from megatron_chameleon.evaluation.captions import first_digit
 from megatron_chameleon.evaluation.results import Sample, TaskResult
 from megatron_chameleon.evaluation.vqa import normalise, vqa_accuracy

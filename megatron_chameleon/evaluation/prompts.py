@@ -9,9 +9,9 @@ from PIL import Image
 
 from megatron_chameleon.data.documents.schema import Document, parse_line
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking import Asker
+from megatron_chameleon.evaluation.asking.asker import Asker
+from megatron_chameleon.evaluation.asking.record_files import read_records
 from megatron_chameleon.evaluation.questionnaire import data_uri, part_json
-from megatron_chameleon.evaluation.records import read_records
 from megatron_chameleon.tokenizer.files import write_text
 
 if TYPE_CHECKING:

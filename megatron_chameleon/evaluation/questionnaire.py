@@ -17,10 +17,10 @@ from typing import Any
 
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart, image_part
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.answers import fingerprint
+from megatron_chameleon.evaluation.asking.answer_cache import fingerprint
+from megatron_chameleon.evaluation.asking.record_files import need, read_json, read_records
 from megatron_chameleon.evaluation.form_page import form_page
 from megatron_chameleon.evaluation.human import Judgement
-from megatron_chameleon.evaluation.records import need, read_json, read_records
 from megatron_chameleon.evaluation.safety import looks_like_refusal
 from megatron_chameleon.tokenizer.files import write_text
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_chameleon.evaluation.answers import fingerprint
+from megatron_chameleon.evaluation.asking.answer_cache import fingerprint
 
 
 @dataclass(frozen=True)

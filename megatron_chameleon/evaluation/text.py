@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chameleon.errors import ConfigError, DataError, first_line
-from megatron_chameleon.evaluation.asking import Asker
+from megatron_chameleon.evaluation.asking.asker import Asker
+from megatron_chameleon.evaluation.asking.record_files import read_records
 from megatron_chameleon.evaluation.catalogue import TaskInfo
-from megatron_chameleon.evaluation.records import read_records
 from megatron_chameleon.evaluation.results import Sample, TaskResult
 
 FEWSHOT_SEED = 1234

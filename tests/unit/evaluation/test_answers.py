@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.answers import Answers, model_fingerprint
-from megatron_chameleon.evaluation.asking import Asker, cut
+from megatron_chameleon.evaluation.asking.answer_cache import Answers, model_fingerprint
+from megatron_chameleon.evaluation.asking.asker import Asker, cut
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
 from megatron_chameleon.inference.session import Session

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
-from megatron_chameleon.evaluation.asking import Asker
+from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.catalogue import TaskInfo
 from megatron_chameleon.evaluation.item_files import read_captions, read_task_file, read_vqa
 from megatron_chameleon.evaluation.items import SCORERS, ItemTask, evaluate_items

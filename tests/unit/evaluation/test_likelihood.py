@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_chameleon.evaluation.likelihood import Score, score_continuations
+from megatron_chameleon.evaluation.asking.likelihood import Score, score_continuations
 from megatron_chameleon.inference.session import Session
 
 TEXTS = [

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking import Asker
+from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.prompts import answer_prompts
 from megatron_chameleon.evaluation.questionnaire import (
     prepare,

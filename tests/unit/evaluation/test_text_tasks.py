@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking import Asker
+from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.catalogue import TASKS, find_task, listing
 from megatron_chameleon.evaluation.text import evaluate_text, vote_on_math
 

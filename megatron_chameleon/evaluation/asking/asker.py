@@ -19,8 +19,8 @@ from PIL import Image
 
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.answers import Answers, fingerprint
-from megatron_chameleon.evaluation.likelihood import Score, score_continuations
+from megatron_chameleon.evaluation.asking.answer_cache import Answers, fingerprint
+from megatron_chameleon.evaluation.asking.likelihood import Score, score_continuations
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.decode import GenerationOptions

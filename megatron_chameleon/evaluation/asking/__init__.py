@@ -1,0 +1,1 @@
+"""Asking a model: answers, likelihoods, and the files that keep them."""
