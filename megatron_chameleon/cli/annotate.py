@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 def _answer(args: argparse.Namespace) -> None:
     from megatron_chameleon.evaluation.asking.answer_cache import Answers, model_fingerprint
     from megatron_chameleon.evaluation.asking.asker import Asker
-    from megatron_chameleon.evaluation.prompts import answer_prompts, read_prompts
+    from megatron_chameleon.evaluation.human.prompts import answer_prompts, read_prompts
     from megatron_chameleon.inference.decode import GenerationOptions
     from megatron_chameleon.inference.modality import Force
     from megatron_chameleon.inference.session import Session
@@ -86,7 +86,7 @@ def _answer(args: argparse.Namespace) -> None:
 
 def _prepare(args: argparse.Namespace) -> None:
     from megatron_chameleon.errors import ConfigError
-    from megatron_chameleon.evaluation.questionnaire import prepare, read_answered
+    from megatron_chameleon.evaluation.human.questionnaire import prepare, read_answered
 
     wanted = 2 if args.kind == "pairwise" else 1
     if len(args.answers) != wanted or len(set(args.answers)) != wanted:
@@ -102,8 +102,8 @@ def _score(args: argparse.Namespace) -> None:
     import json
 
     from megatron_chameleon.errors import ConfigError
-    from megatron_chameleon.evaluation import human
-    from megatron_chameleon.evaluation.questionnaire import read_judgements, read_key
+    from megatron_chameleon.evaluation.human import scores as human
+    from megatron_chameleon.evaluation.human.questionnaire import read_judgements, read_key
     from megatron_chameleon.tokenizer.files import write_text
 
     key = read_key(args.key) if args.key else None

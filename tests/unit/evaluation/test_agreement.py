@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from megatron_chameleon.evaluation.agreement import (
+from megatron_chameleon.evaluation.human.statistics import (
     Level,
     agreement,
     alpha,

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.human import Judgement, figures_of_counts, report, score
-from megatron_chameleon.evaluation.safety import looks_like_refusal, refusal_share
+from megatron_chameleon.evaluation.human.safety import looks_like_refusal, refusal_share
+from megatron_chameleon.evaluation.human.scores import Judgement, figures_of_counts, report, score
 
 PAIRWISE = [  # paper, tables 3 and 4: wins, ties, losses; win rate; all, two, none agree
     ("Gemini+", (435, 362, 251), 58.8, (331, 609, 108)),

@@ -12,8 +12,8 @@ from PIL import Image
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
-from megatron_chameleon.evaluation.prompts import answer_prompts
-from megatron_chameleon.evaluation.questionnaire import (
+from megatron_chameleon.evaluation.human.prompts import answer_prompts
+from megatron_chameleon.evaluation.human.questionnaire import (
     prepare,
     read_answered,
     read_judgements,

@@ -11,7 +11,7 @@ from megatron_chameleon.data.documents.schema import Document, parse_line
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.asking.record_files import read_records
-from megatron_chameleon.evaluation.questionnaire import data_uri, part_json
+from megatron_chameleon.evaluation.human.questionnaire import data_uri, part_json
 from megatron_chameleon.tokenizer.files import write_text
 
 if TYPE_CHECKING:

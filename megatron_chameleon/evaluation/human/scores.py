@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.agreement import (
+from megatron_chameleon.evaluation.human.statistics import (
     agreement_counts,
     alpha_summary,
     bootstrap,

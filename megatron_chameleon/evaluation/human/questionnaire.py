@@ -19,9 +19,9 @@ from megatron_chameleon.data.documents.schema import ImagePart, TextPart, image_
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.answer_cache import fingerprint
 from megatron_chameleon.evaluation.asking.record_files import need, read_json, read_records
-from megatron_chameleon.evaluation.form_page import form_page
-from megatron_chameleon.evaluation.human import Judgement
-from megatron_chameleon.evaluation.safety import looks_like_refusal
+from megatron_chameleon.evaluation.human.form_page import form_page
+from megatron_chameleon.evaluation.human.safety import looks_like_refusal
+from megatron_chameleon.evaluation.human.scores import Judgement
 from megatron_chameleon.tokenizer.files import write_text
 
 KEY_FORMAT = "megatron_chameleon.questionnaire/1"

@@ -1,0 +1,1 @@
+"""People's judgements of answers: questionnaires, agreement, win rates and safety."""
