@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config, ModelConfig, TokenizerConfig
-from megatron_chameleon.evaluation.captions import NUMBER_WORDS
+from megatron_chameleon.evaluation.tasks.captions import NUMBER_WORDS
 
 TEXTS = [f"a handwritten {word}, digit number {n}" for n, word in enumerate(NUMBER_WORDS)]
 IMAGE_CODES = 16

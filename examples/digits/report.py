@@ -25,8 +25,8 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from megatron_chameleon.errors import ChameleonError, DataError
-from megatron_chameleon.evaluation.captions import accuracy, confusion, first_digit
 from megatron_chameleon.evaluation.curves import read_metrics, series
+from megatron_chameleon.evaluation.tasks.captions import accuracy, confusion, first_digit
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.session import CAPTION_OPTIONS, Session
 

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the tasks and print the table."""
     from megatron_chameleon.errors import ConfigError
-    from megatron_chameleon.evaluation.catalogue import listing
+    from megatron_chameleon.evaluation.tasks.catalogue import listing
 
     if args.tasks == "list":
         print(listing())
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
             option = "--" + name.replace("_", "-")
             raise ConfigError(option, f"{value} is below 1", "Give a number from 1")
 
-    from megatron_chameleon.evaluation.results import table
     from megatron_chameleon.evaluation.runner import RESULTS_FILE, prepare, run_tasks
+    from megatron_chameleon.evaluation.tasks.results import table
     from megatron_chameleon.inference.session import Session
 
     data = Path(args.data) if args.data else None

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_chameleon import __version__
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.evaluation import cider, item_files, items, text
 from megatron_chameleon.evaluation.asking.answer_cache import Answers, model_fingerprint
 from megatron_chameleon.evaluation.asking.asker import Asker
-from megatron_chameleon.evaluation.catalogue import TASKS, TaskInfo, find_task
-from megatron_chameleon.evaluation.results import TaskResult
+from megatron_chameleon.evaluation.tasks import cider, item_files, items
+from megatron_chameleon.evaluation.tasks import harness as text
+from megatron_chameleon.evaluation.tasks.catalogue import TASKS, TaskInfo, find_task
+from megatron_chameleon.evaluation.tasks.results import TaskResult
 from megatron_chameleon.tokenizer.files import write_text
 
 if TYPE_CHECKING:

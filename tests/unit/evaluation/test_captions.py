@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_chameleon.evaluation.captions import accuracy, confusion, first_digit
+from megatron_chameleon.evaluation.tasks.captions import accuracy, confusion, first_digit
 
 
 @pytest.mark.parametrize(

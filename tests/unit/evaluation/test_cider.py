@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from megatron_chameleon.evaluation import cider
+from megatron_chameleon.evaluation.tasks import cider
 
 CAPTIONS = [
     "A man riding a wave on top of a surfboard.",

@@ -9,9 +9,9 @@ from PIL import Image
 
 from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
-from megatron_chameleon.evaluation.catalogue import TaskInfo
-from megatron_chameleon.evaluation.item_files import read_captions, read_task_file, read_vqa
-from megatron_chameleon.evaluation.items import SCORERS, ItemTask, evaluate_items
+from megatron_chameleon.evaluation.tasks.catalogue import TaskInfo
+from megatron_chameleon.evaluation.tasks.item_files import read_captions, read_task_file, read_vqa
+from megatron_chameleon.evaluation.tasks.items import SCORERS, ItemTask, evaluate_items
 
 CAPTION = TaskInfo("coco_caption", "caption", "CIDEr", 2, {"34B": 120.2}, data="coco")
 VQA = TaskInfo("vqav2", "vqa", "accuracy", 2, {"34B": 66.0}, data="vqav2")

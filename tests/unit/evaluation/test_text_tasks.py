@@ -8,8 +8,8 @@ import pytest
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
-from megatron_chameleon.evaluation.catalogue import TASKS, find_task, listing
-from megatron_chameleon.evaluation.text import evaluate_text, vote_on_math
+from megatron_chameleon.evaluation.tasks.catalogue import TASKS, find_task, listing
+from megatron_chameleon.evaluation.tasks.harness import evaluate_text, vote_on_math
 
 PIQA = [
     {"goal": f"write a {n}", "sol1": "three", "sol2": "digit number 4 twice", "label": n % 2}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_chameleon.evaluation.vqa import normalise, vqa_accuracy
+from megatron_chameleon.evaluation.tasks.vqa import normalise, vqa_accuracy
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation import cider
 from megatron_chameleon.evaluation.asking.asker import Asker, cut, describe
-from megatron_chameleon.evaluation.captions import first_digit
-from megatron_chameleon.evaluation.results import Sample, TaskResult
-from megatron_chameleon.evaluation.vqa import normalise, vqa_accuracy
+from megatron_chameleon.evaluation.tasks import cider
+from megatron_chameleon.evaluation.tasks.captions import first_digit
+from megatron_chameleon.evaluation.tasks.results import Sample, TaskResult
+from megatron_chameleon.evaluation.tasks.vqa import normalise, vqa_accuracy
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
 

@@ -19,8 +19,8 @@ from typing import Any
 from megatron_chameleon.errors import ConfigError, DataError, first_line
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.asking.record_files import read_records
-from megatron_chameleon.evaluation.catalogue import TaskInfo
-from megatron_chameleon.evaluation.results import Sample, TaskResult
+from megatron_chameleon.evaluation.tasks.catalogue import TaskInfo
+from megatron_chameleon.evaluation.tasks.results import Sample, TaskResult
 
 FEWSHOT_SEED = 1234
 """The harness's own: its few-shot examples are the published ones."""
@@ -65,7 +65,7 @@ def evaluate_text(
     check_harness(info.name)
     from lm_eval.evaluator import evaluate
 
-    from megatron_chameleon.evaluation.harness_model import ChameleonLM
+    from megatron_chameleon.evaluation.tasks.harness_model import ChameleonLM
 
     with _quiet():
         tasks = _load(info, data)

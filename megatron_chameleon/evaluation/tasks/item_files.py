@@ -15,8 +15,8 @@ import orjson
 from megatron_chameleon.data.documents.schema import TextPart, image_part, parse_line
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.evaluation.asking.record_files import need, read_json, read_records
-from megatron_chameleon.evaluation.catalogue import TaskInfo
-from megatron_chameleon.evaluation.items import (
+from megatron_chameleon.evaluation.tasks.catalogue import TaskInfo
+from megatron_chameleon.evaluation.tasks.items import (
     CHOICE_METRICS,
     METRICS,
     Item,
