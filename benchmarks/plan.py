@@ -2,7 +2,7 @@
 
     python -W ignore benchmarks/plan.py
 
-Rows marked * set one efficiency each (``megatron_chameleon/parallel/gpus.py``); no other row was
+Rows marked * set one efficiency each (``megatron_chameleon/planner/gpus.py``); no other row was
 used. The last lines compare with what one H200 can reach at most.
 """
 
@@ -10,9 +10,9 @@ import argparse
 from dataclasses import replace
 
 from megatron_chameleon.config.load import PRESETS, load_config
-from megatron_chameleon.parallel.gpus import GPUS
-from megatron_chameleon.parallel.plan_published import PUBLISHED, Published, median_error
-from megatron_chameleon.parallel.plan_time import (
+from megatron_chameleon.planner.gpus import GPUS
+from megatron_chameleon.planner.published import PUBLISHED, Published, median_error
+from megatron_chameleon.planner.time import (
     Software,
     predict_step,
     tokens_per_second_per_gpu,

@@ -19,8 +19,8 @@ from gpu_parts.engines import build_engine, preset_config, vocab_size, with_reci
 from gpu_parts.train import step_figures
 from megatron_chameleon.model.fusions import KNOWN_TO_PAY, NAMES, fusion_names, obstacle
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.flops import training_flops_per_token
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.planner.flops import training_flops_per_token
 
 MICRO_BATCH = 2
 RECIPE = "bf16"

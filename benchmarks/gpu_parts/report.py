@@ -31,7 +31,7 @@ def markdown(head: dict[str, Any], rows: list[Row]) -> str:
     """Each part's tables: rows with other figures than those before them begin a new one."""
     lines = ["# GPU benchmark", "", f"`{head['command']}`, {head['started']}", ""]
     lines += [f"- {name}: {value}" for name, value in head["machine"].items()]
-    lines += ["", "MFU and TFLOP/s: `megatron_chameleon/parallel/flops.py`; peaks: `gpus.py`.", ""]
+    lines += ["", "MFU and TFLOP/s: `megatron_chameleon/planner/flops.py`; peaks: `gpus.py`.", ""]
     for part, state in head["parts"].items():
         lines += [f"## {part}", "", f"{state['state']}, {state['seconds']:.0f} s", ""]
         for table in _split([row for row in rows if row["part"] == part]):

@@ -1,8 +1,8 @@
 """Training speed: slices of the 7B and the line through them, the whole 7B, one rank of the 34B.
 
-Operations are counted as ``megatron_chameleon/parallel/flops.py`` does: three times the forward
+Operations are counted as ``megatron_chameleon/planner/flops.py`` does: three times the forward
 matrix products, attention over the full square, recomputation not counted. MFU is against the data
-sheet's dense peak of the matrix products' own precision (``parallel/gpus.py``).
+sheet's dense peak of the matrix products' own precision (``planner/gpus.py``).
 """
 
 import contextlib
@@ -36,10 +36,10 @@ from gpu_parts.engines import (
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.flops import training_flops_per_token
-from megatron_chameleon.parallel.gpus import find_gpu
-from megatron_chameleon.parallel.plan_memory import predict_memory
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.planner.flops import training_flops_per_token
+from megatron_chameleon.planner.gpus import find_gpu
+from megatron_chameleon.planner.memory import predict_memory
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 
 SHARD_RANKS = 8

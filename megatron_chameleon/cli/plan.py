@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.cli.config import filled_in, find_vocab_size
     from megatron_chameleon.config.load import find_config, load_config
     from megatron_chameleon.errors import ConfigError
-    from megatron_chameleon.parallel.gpus import GPUS
-    from megatron_chameleon.parallel.plan import Job, make_plans
-    from megatron_chameleon.parallel.plan_report import as_json, as_text, check_found
+    from megatron_chameleon.planner.gpus import GPUS
+    from megatron_chameleon.planner.report import as_json, as_text, check_found
+    from megatron_chameleon.planner.search import Job, make_plans
 
     for option, value in (("--gpus", args.gpus), ("--top", args.top)):
         if value < 1:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_chameleon.errors import CheckpointError
-from megatron_chameleon.parallel.agreement import gather
+from megatron_chameleon.parallel.collectives import gather
 
 Weights = Iterable[tuple[str, Tensor]]
 

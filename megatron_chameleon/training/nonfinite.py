@@ -26,7 +26,7 @@ from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch, BatchReader
 from megatron_chameleon.errors import ChameleonError, TrainingError
 from megatron_chameleon.model.initialization import named_global_parameters
-from megatron_chameleon.parallel.agreement import gather, tell
+from megatron_chameleon.parallel.collectives import gather, tell
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.training.engine import TrainingEngine

@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.flops import training_flops_per_token
-from megatron_chameleon.parallel.gpus import find_gpu
-from megatron_chameleon.parallel.plan_time import uses_fp8
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.planner.flops import training_flops_per_token
+from megatron_chameleon.planner.gpus import find_gpu
+from megatron_chameleon.planner.time import uses_fp8
 from megatron_chameleon.training.divergence import Alarm, DivergenceAlarm
 from megatron_chameleon.training.profiler import StepProfiler
 from megatron_chameleon.training.progress import Progress, open_console

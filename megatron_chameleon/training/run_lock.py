@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.parallel.agreement import tell
+from megatron_chameleon.parallel.collectives import tell
 
 LOCK_FILE = "run.lock"
 WAIT_SECONDS = 5.0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.agreement import tell
+from megatron_chameleon.parallel.collectives import tell
 from megatron_chameleon.parallel.topology import Topology
 
 SLOW = 1.3

@@ -19,7 +19,7 @@ from megatron_chameleon.config.differences import find_differences
 from megatron_chameleon.config.schema import Config, Fp8Config
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.agreement import first_of_ranks
+from megatron_chameleon.parallel.collectives import first_of_ranks
 
 _RUN_DIR = "logging.run_dir"
 # What a resumed run must share with its checkpoint: the model's shape and the seed. Layout, engine,

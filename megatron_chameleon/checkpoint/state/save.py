@@ -31,7 +31,7 @@ from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import CheckpointConfig, Config
 from megatron_chameleon.errors import CheckpointError, TrainingError, first_line
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.agreement import first_of_ranks, gather_on_first
+from megatron_chameleon.parallel.collectives import first_of_ranks, gather_on_first
 
 SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
 

@@ -13,12 +13,12 @@ from megatron_chameleon.config.load import PRESETS, load_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config, SourceConfig, TokenizerConfig
 from megatron_chameleon.errors import ChameleonError, ConfigError
-from megatron_chameleon.parallel.flops import training_flops_per_token
-from megatron_chameleon.parallel.gpus import GPUS, find_gpu
-from megatron_chameleon.parallel.plan import Job, Plans, make_plans
-from megatron_chameleon.parallel.plan_memory import GIB
-from megatron_chameleon.parallel.plan_report import as_json, as_text, check_found
-from megatron_chameleon.parallel.plan_time import predict_step
+from megatron_chameleon.planner.flops import training_flops_per_token
+from megatron_chameleon.planner.gpus import GPUS, find_gpu
+from megatron_chameleon.planner.memory import GIB
+from megatron_chameleon.planner.report import as_json, as_text, check_found
+from megatron_chameleon.planner.search import Job, Plans, make_plans
+from megatron_chameleon.planner.time import predict_step
 
 VOCAB_SIZE = 65_536
 

@@ -7,8 +7,8 @@ import torch
 
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.data.batches.reader import Batch
-from megatron_chameleon.parallel import plan_memory
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.planner import memory as plan_memory
 from megatron_chameleon.training.megatron_engine import MegatronEngine
 from megatron_chameleon.training.objective import summed_loss
 

@@ -1,7 +1,7 @@
 """The planner beside published speeds: the goal is a median error under 15%."""
 
-from megatron_chameleon.parallel.gpus import GPUS
-from megatron_chameleon.parallel.plan_published import PUBLISHED, median_error
+from megatron_chameleon.planner.gpus import GPUS
+from megatron_chameleon.planner.published import PUBLISHED, median_error
 
 
 def test_the_median_error_of_rows_that_nothing_was_fitted_to() -> None:

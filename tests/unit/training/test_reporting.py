@@ -18,7 +18,7 @@ from megatron_chameleon.config.schema import (
 )
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.flops import training_flops_per_token
+from megatron_chameleon.planner.flops import training_flops_per_token
 from megatron_chameleon.training import trackers
 from megatron_chameleon.training.profiler import StepProfiler
 from megatron_chameleon.training.progress import BarConsole, LineConsole, open_console

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 
 from megatron_chameleon.config.parameters import query_groups
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.parallel.flops import (
+from megatron_chameleon.planner.flops import (
     BACKWARD,
     attention_flops,
     matrix_flops,
     output_flops,
     training_flops_per_token,
 )
-from megatron_chameleon.parallel.gpus import Gpu
-from megatron_chameleon.parallel.plan_memory import local_sequence, stage_parameters
+from megatron_chameleon.planner.gpus import Gpu
+from megatron_chameleon.planner.memory import local_sequence, stage_parameters
 
 ATTENTION_EFFICIENCY = 0.5
 """Share of the bf16 peak that a fused causal attention kernel reaches on the half it computes."""

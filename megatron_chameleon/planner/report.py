@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.parallel.plan import (
+from megatron_chameleon.planner.memory import GIB, Memory
+from megatron_chameleon.planner.search import (
     Job,
     Plan,
     Plans,
@@ -12,8 +13,7 @@ from megatron_chameleon.parallel.plan import (
     describe_layout,
     largest_parts,
 )
-from megatron_chameleon.parallel.plan_memory import GIB, Memory
-from megatron_chameleon.parallel.plan_time import uses_fp8
+from megatron_chameleon.planner.time import uses_fp8
 
 CONVENTION = (
     "Model FLOPs: all weight matrices and the output layer, attention over the full square "

@@ -20,9 +20,9 @@ from megatron_chameleon.config.fp8 import check_fp8
 from megatron_chameleon.config.layouts import check_vocabulary, layout_problems
 from megatron_chameleon.config.schema import Config, ParallelConfig
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.parallel.gpus import Gpu
-from megatron_chameleon.parallel.plan_memory import GIB, Memory, predict_memory
-from megatron_chameleon.parallel.plan_time import (
+from megatron_chameleon.planner.gpus import Gpu
+from megatron_chameleon.planner.memory import GIB, Memory, predict_memory
+from megatron_chameleon.planner.time import (
     StepTime,
     model_tflops,
     predict_step,

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from megatron_chameleon.config.schema import Config, Fp8Config, ModelConfig, ParallelConfig
-from megatron_chameleon.parallel.flops import training_flops_per_token
-from megatron_chameleon.parallel.gpus import GPUS
-from megatron_chameleon.parallel.plan_time import (
+from megatron_chameleon.planner.flops import training_flops_per_token
+from megatron_chameleon.planner.gpus import GPUS
+from megatron_chameleon.planner.time import (
     Software,
     predict_step,
     tokens_per_second_per_gpu,
