@@ -24,9 +24,9 @@ from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology
-from megatron_chameleon.training.gradient_groups import GradientGroups
+from megatron_chameleon.training.engines.gradient_groups import GradientGroups
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 from megatron_chameleon.training.layer_monitor import LayerMonitor
-from megatron_chameleon.training.megatron_engine import MegatronEngine
 from megatron_chameleon.training.monitor import Monitor
 
 SIZES = {

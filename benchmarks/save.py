@@ -20,7 +20,7 @@ from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import create_topology
-from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 SIZE = Size(ModelConfig(8, 512, 1376, 8, seq_length=256), 8192, 2)
 QUICK = Size(ModelConfig(2, 32, 64, 2, seq_length=32), 128, 2)

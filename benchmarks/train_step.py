@@ -39,7 +39,7 @@ from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology
-from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 COMPARED_STEPS = 3
 # relative difference of the losses over these steps. fp32: rounding; bf16: 8 bits of mantissa

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import megatron_chameleon.training.megatron_engine  # noqa: F401
+import megatron_chameleon.training.engines.megatron  # noqa: F401
 from megatron_chameleon.cli.main import main
 
 

@@ -14,8 +14,9 @@ from megatron_chameleon.config.schema import Config, Fp8Config, ModelConfig
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model import chameleon
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training import megatron_engine, optimizer
-from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.engines import megatron as megatron_engine
+from megatron_chameleon.training.engines import optimizer
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 VOCAB_SIZE = 65_536
 TINY_VOCAB_SIZE = 128

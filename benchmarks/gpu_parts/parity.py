@@ -24,7 +24,7 @@ from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.model.chameleon import build_model
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 PASSES = 4
 """Before delayed scaling's last pass: its first scales are 1."""

@@ -40,7 +40,7 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.planner.flops import training_flops_per_token
 from megatron_chameleon.planner.gpus import find_gpu
 from megatron_chameleon.planner.memory import predict_memory
-from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 SHARD_RANKS = 8
 Build = Callable[[int, str], MegatronEngine]

@@ -27,7 +27,7 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
-from megatron_chameleon.training.engine import TrainingEngine, build_engine, check_installed
+from megatron_chameleon.training.engines.base import TrainingEngine, build_engine, check_installed
 from megatron_chameleon.training.failure import check_loaded_weights
 from megatron_chameleon.training.hang import HangWatch
 from megatron_chameleon.training.interruption import Interruption

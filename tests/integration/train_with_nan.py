@@ -7,7 +7,7 @@ import torch
 
 from megatron_chameleon.cli.main import main
 from megatron_chameleon.data.batches.reader import Batch
-from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 WEIGHT = "decoder.layers.1.mlp.linear_fc2.weight"
 

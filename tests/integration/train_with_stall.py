@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from megatron_chameleon.cli.main import main
-from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 SLOW_SECONDS = 0.3  # a micro-batch, whose passes take some hundredths
 

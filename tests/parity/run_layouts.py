@@ -21,7 +21,7 @@ from megatron_chameleon.config.layouts import check_layout
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel.topology import create_topology
-from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 VOCAB_SIZE = 96
 

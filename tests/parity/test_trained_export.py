@@ -14,7 +14,7 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.tokenizer.folder import load_tokenizer
-from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 # The project's promise. The logits are of order 10 after training with a high learning rate, and
 # fp32 sums in another order differ by some 1e-6 of that.

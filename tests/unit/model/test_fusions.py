@@ -18,7 +18,7 @@ from megatron_chameleon.model.chameleon import transformer_config
 from megatron_chameleon.model.fusions import KNOWN_TO_PAY, NAMES, select_fusions
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 Edit = Callable[[Config], None]
 

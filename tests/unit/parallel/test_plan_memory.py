@@ -9,8 +9,8 @@ from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.planner import memory as plan_memory
-from megatron_chameleon.training.megatron_engine import MegatronEngine
-from megatron_chameleon.training.objective import summed_loss
+from megatron_chameleon.training.engines.megatron import MegatronEngine
+from megatron_chameleon.training.engines.objective import summed_loss
 
 VOCAB_SIZE = 512
 # token ids, masks, RoPE's angles and the like, which the formulas leave out

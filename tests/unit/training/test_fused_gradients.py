@@ -17,7 +17,7 @@ from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model import chameleon
 from megatron_chameleon.model.backend import LocalBackend
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training.megatron_engine import MegatronEngine
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 from megatron_chameleon.training.nonfinite import _watch_gradients
 
 VOCAB_SIZE = 96

@@ -10,9 +10,9 @@ from torch import Tensor
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training.gradient_groups import GROUPS, group_of
+from megatron_chameleon.training.engines.gradient_groups import GROUPS, group_of
+from megatron_chameleon.training.engines.megatron import MegatronEngine
 from megatron_chameleon.training.layer_monitor import Places, largest_logit
-from megatron_chameleon.training.megatron_engine import MegatronEngine
 
 VOCAB_SIZE = 96
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.training import objective
+from megatron_chameleon.training.engines import objective
 
 
 def test_a_gpu_gets_its_batch_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.training.optimizer import build_scheduler, build_torch_adamw
+from megatron_chameleon.training.engines.optimizer import build_scheduler, build_torch_adamw
 
 
 def rates(style: str, steps: int = 10, warmup: int = 2) -> list[float]:

@@ -96,9 +96,9 @@ def build_engine(config: Config, vocab_size: int, topology: Topology) -> Trainin
     """
     if config.engine.name == "deepspeed":
         platform.prepare_deepspeed(find_launch().local_rank)  # before deepspeed is imported
-        from megatron_chameleon.training.deepspeed_engine import DeepSpeedEngine
+        from megatron_chameleon.training.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config, vocab_size, topology)
-    from megatron_chameleon.training.megatron_engine import MegatronEngine
+    from megatron_chameleon.training.engines.megatron import MegatronEngine
 
     return MegatronEngine(config, vocab_size, topology)

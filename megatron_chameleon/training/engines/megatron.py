@@ -32,10 +32,10 @@ from megatron_chameleon.model.fusions import add_weight_gradients_in_products, s
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training.gradient_groups import GradientGroups
+from megatron_chameleon.training.engines.gradient_groups import GradientGroups
+from megatron_chameleon.training.engines.objective import own_part, summed_loss
+from megatron_chameleon.training.engines.optimizer import build_optimizer, build_scheduler
 from megatron_chameleon.training.monitor import Monitor
-from megatron_chameleon.training.objective import own_part, summed_loss
-from megatron_chameleon.training.optimizer import build_optimizer, build_scheduler
 from megatron_chameleon.training.skips import count_updates
 from megatron_chameleon.training.stragglers import StepClock
 

@@ -27,9 +27,9 @@ from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.training.engines.objective import own_part, summed_loss
+from megatron_chameleon.training.engines.optimizer import build_scheduler, build_torch_adamw
 from megatron_chameleon.training.monitor import Monitor
-from megatron_chameleon.training.objective import own_part, summed_loss
-from megatron_chameleon.training.optimizer import build_scheduler, build_torch_adamw
 from megatron_chameleon.training.skips import count_updates
 from megatron_chameleon.training.stragglers import StepClock
 
