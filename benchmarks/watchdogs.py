@@ -26,8 +26,8 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.training.engines.megatron import MegatronEngine
-from megatron_chameleon.training.hang import HangWatch
-from megatron_chameleon.training.nonfinite import NonFiniteGuard
+from megatron_chameleon.training.faults.hang import HangWatch
+from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard
 from megatron_chameleon.training.skips import SkippedSteps
 from megatron_chameleon.training.stragglers import StepClock, _gather
 

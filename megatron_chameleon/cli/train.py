@@ -51,6 +51,6 @@ def run(args: argparse.Namespace) -> None:
             sys.exit(2)
         raise
     if not finished:
-        from megatron_chameleon.training.interruption import EXIT_CODE
+        from megatron_chameleon.training.faults.signals import EXIT_CODE
 
         sys.exit(EXIT_CODE)

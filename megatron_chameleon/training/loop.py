@@ -28,10 +28,10 @@ from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.training.engines.base import TrainingEngine, build_engine, check_installed
-from megatron_chameleon.training.failure import check_loaded_weights
-from megatron_chameleon.training.hang import HangWatch
-from megatron_chameleon.training.interruption import Interruption
-from megatron_chameleon.training.nonfinite import NonFiniteGuard, Rollback
+from megatron_chameleon.training.faults.hang import HangWatch
+from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard, Rollback
+from megatron_chameleon.training.faults.signals import Interruption
+from megatron_chameleon.training.faults.weights import check_loaded_weights
 from megatron_chameleon.training.reading import open_reader
 from megatron_chameleon.training.reporting import Reporter
 from megatron_chameleon.training.run_folder import check_run_folder, checkpoints_folder

@@ -26,7 +26,7 @@ from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.training import loop
-from megatron_chameleon.training.interruption import Interruption
+from megatron_chameleon.training.faults.signals import Interruption
 
 PARAMETER = "decoder.layers.1.mlp.linear_fc2.weight"
 

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import find_launch, join, leave
-from megatron_chameleon.training.interruption import Interruption
+from megatron_chameleon.training.faults.signals import Interruption
 from megatron_chameleon.training.loop import prepare, train_joined
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_chameleon.errors import CheckpointError
-from megatron_chameleon.training import failure
+from megatron_chameleon.training.faults import weights as failure
 
 
 @pytest.fixture(scope="module", autouse=True)

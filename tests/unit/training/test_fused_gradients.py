@@ -18,7 +18,7 @@ from megatron_chameleon.model import chameleon
 from megatron_chameleon.model.backend import LocalBackend
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.megatron import MegatronEngine
-from megatron_chameleon.training.nonfinite import _watch_gradients
+from megatron_chameleon.training.faults.nonfinite import _watch_gradients
 
 VOCAB_SIZE = 96
 

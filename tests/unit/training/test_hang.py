@@ -14,15 +14,15 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.training import hang
-from megatron_chameleon.training.hang import HangWatch, locate, summarize
+from megatron_chameleon.training.faults import hang
+from megatron_chameleon.training.faults.hang import HangWatch, locate, summarize
 
 # A process that is busy for longer than its limit, saves for longer, and then hangs: in Python, or
 # in C code that keeps the interpreter, for which PyDLL is known.
 PROCESS = """
 import ctypes, sys, time
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.training.hang import HangWatch
+from megatron_chameleon.training.faults.hang import HangWatch
 
 config = Config()
 config.logging.run_dir, config.training.hang_seconds = sys.argv[1], 0.5

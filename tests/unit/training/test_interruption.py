@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_chameleon.training.interruption import SIGNALS, Interruption
+from megatron_chameleon.training.faults.signals import SIGNALS, Interruption
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from megatron_chameleon.checkpoint.state.folders import STATE_FORMAT
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training import nonfinite
-from megatron_chameleon.training.nonfinite import NonFiniteGuard, RankFinding
+from megatron_chameleon.training.faults import nonfinite
+from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard, RankFinding
 from megatron_chameleon.training.skips import SkippedSteps
 
 

@@ -1,0 +1,1 @@
+"""What can go wrong during a run: values that are not finite, damaged weights, hangs, signals."""
