@@ -26,8 +26,8 @@ from megatron_chameleon.parallel.launch import Launch, join, leave
 from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.training.engines.gradient_groups import GradientGroups
 from megatron_chameleon.training.engines.megatron import MegatronEngine
-from megatron_chameleon.training.layer_monitor import LayerMonitor
-from megatron_chameleon.training.monitor import Monitor
+from megatron_chameleon.training.metrics.layers import LayerMonitor
+from megatron_chameleon.training.metrics.step_metrics import Monitor
 
 SIZES = {
     "10.5M": Size(ModelConfig(8, 256, 688, 4, seq_length=256), 8192, 4),

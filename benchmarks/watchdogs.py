@@ -28,8 +28,8 @@ from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.training.engines.megatron import MegatronEngine
 from megatron_chameleon.training.faults.hang import HangWatch
 from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard
+from megatron_chameleon.training.metrics.stragglers import StepClock, _gather
 from megatron_chameleon.training.skips import SkippedSteps
-from megatron_chameleon.training.stragglers import StepClock, _gather
 
 CALLS = 2000
 WINDOW_STEPS = 10

@@ -14,11 +14,11 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.planner.flops import training_flops_per_token
 from megatron_chameleon.planner.gpus import find_gpu
 from megatron_chameleon.planner.time import uses_fp8
-from megatron_chameleon.training.divergence import Alarm, DivergenceAlarm
-from megatron_chameleon.training.profiler import StepProfiler
+from megatron_chameleon.training.metrics.divergence import Alarm, DivergenceAlarm
+from megatron_chameleon.training.metrics.profiler import StepProfiler
+from megatron_chameleon.training.metrics.stragglers import StepClock, StragglerMonitor
 from megatron_chameleon.training.progress import Progress, open_console
 from megatron_chameleon.training.run_folder import RunFolder
-from megatron_chameleon.training.stragglers import StepClock, StragglerMonitor
 from megatron_chameleon.training.trackers import flat_numbers, open_trackers
 
 

@@ -12,8 +12,8 @@ from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.launch import find_launch
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training.monitor import Monitor
-from megatron_chameleon.training.stragglers import StepClock
+from megatron_chameleon.training.metrics.step_metrics import Monitor
+from megatron_chameleon.training.metrics.stragglers import StepClock
 
 
 class TrainingEngine(Protocol):

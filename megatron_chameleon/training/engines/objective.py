@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.training.monitor import Monitor
+from megatron_chameleon.training.metrics.step_metrics import Monitor
 
 
 def summed_loss(

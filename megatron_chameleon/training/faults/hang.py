@@ -25,7 +25,7 @@ from typing import Any
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import TrainingError
-from megatron_chameleon.training.stragglers import StepClock
+from megatron_chameleon.training.metrics.stragglers import StepClock
 
 EXIT_CODE = 124
 """As ``timeout`` has it; to ``slurm/common.sh`` a process that died, so the job is requeued."""

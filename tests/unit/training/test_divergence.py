@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_chameleon.training.divergence import Alarm, DivergenceAlarm
+from megatron_chameleon.training.metrics.divergence import Alarm, DivergenceAlarm
 
 STEPS = 30_000
 FIGURES = {

@@ -12,7 +12,7 @@ from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.gradient_groups import GROUPS, group_of
 from megatron_chameleon.training.engines.megatron import MegatronEngine
-from megatron_chameleon.training.layer_monitor import Places, largest_logit
+from megatron_chameleon.training.metrics.layers import Places, largest_logit
 
 VOCAB_SIZE = 96
 

@@ -9,8 +9,8 @@ import torch
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training.divergence import DivergenceAlarm
 from megatron_chameleon.training.engines.megatron import MegatronEngine
+from megatron_chameleon.training.metrics.divergence import DivergenceAlarm
 
 VOCAB_SIZE = 64
 SHAPE = (4, 32)

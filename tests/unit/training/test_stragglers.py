@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training import stragglers
-from megatron_chameleon.training.stragglers import StepClock, StragglerMonitor, Window
+from megatron_chameleon.training.metrics import stragglers
+from megatron_chameleon.training.metrics.stragglers import StepClock, StragglerMonitor, Window
 
 
 @pytest.mark.parametrize(

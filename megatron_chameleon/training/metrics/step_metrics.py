@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.training.layer_monitor import LayerMonitor
+from megatron_chameleon.training.metrics.layers import LayerMonitor
 
 
 @dataclass(frozen=True)
