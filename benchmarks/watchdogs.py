@@ -29,7 +29,7 @@ from megatron_chameleon.training.engines.megatron import MegatronEngine
 from megatron_chameleon.training.faults.hang import HangWatch
 from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard
 from megatron_chameleon.training.metrics.stragglers import StepClock, _gather
-from megatron_chameleon.training.skips import SkippedSteps
+from megatron_chameleon.training.run.skipped_steps import SkippedSteps
 
 CALLS = 2000
 WINDOW_STEPS = 10

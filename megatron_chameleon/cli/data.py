@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.views.audit import audit_step, format_audit
     from megatron_chameleon.errors import ConfigError
     from megatron_chameleon.tokenizer.folder import load_tokenizer
-    from megatron_chameleon.training.reading import open_newest
+    from megatron_chameleon.training.run.open_data import open_newest
 
     if args.documents < 1:
         raise ConfigError("--documents", f"{args.documents} is less than 1", "Give a number from 1")

@@ -64,7 +64,7 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.views.audit import audit_step
     from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
     from megatron_chameleon.errors import ConfigError, DataError
-    from megatron_chameleon.training.reading import open_newest
+    from megatron_chameleon.training.run.open_data import open_newest
 
     if args.sequences < 1:
         raise ConfigError("--sequences", f"{args.sequences} is less than 1", "Give a number from 1")

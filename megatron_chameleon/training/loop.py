@@ -32,13 +32,13 @@ from megatron_chameleon.training.faults.hang import HangWatch
 from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard, Rollback
 from megatron_chameleon.training.faults.signals import Interruption
 from megatron_chameleon.training.faults.weights import check_loaded_weights
-from megatron_chameleon.training.reading import open_reader
-from megatron_chameleon.training.reporting import Reporter
-from megatron_chameleon.training.run_folder import check_run_folder, checkpoints_folder
-from megatron_chameleon.training.run_lock import lock_run
-from megatron_chameleon.training.samples import Sampler, check_samples
-from megatron_chameleon.training.skips import SkippedSteps, open_skips
-from megatron_chameleon.training.trackers import check_trackers
+from megatron_chameleon.training.run.folder import check_run_folder, checkpoints_folder
+from megatron_chameleon.training.run.lock import lock_run
+from megatron_chameleon.training.run.open_data import open_reader
+from megatron_chameleon.training.run.reporter import Reporter
+from megatron_chameleon.training.run.skipped_steps import SkippedSteps, open_skips
+from megatron_chameleon.training.run.trackers import check_trackers
+from megatron_chameleon.training.samples.sampler import Sampler, check_samples
 
 
 @dataclass(frozen=True)

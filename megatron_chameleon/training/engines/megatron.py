@@ -37,7 +37,7 @@ from megatron_chameleon.training.engines.objective import own_part, summed_loss
 from megatron_chameleon.training.engines.optimizer import build_optimizer, build_scheduler
 from megatron_chameleon.training.metrics.step_metrics import Monitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
-from megatron_chameleon.training.skips import count_updates
+from megatron_chameleon.training.run.skipped_steps import count_updates
 
 
 class MegatronEngine:

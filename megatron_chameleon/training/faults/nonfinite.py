@@ -31,8 +31,8 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.training.engines.base import TrainingEngine
 from megatron_chameleon.training.faults.weights import describe_names, name_broken_weights
-from megatron_chameleon.training.run_folder import checkpoints_folder
-from megatron_chameleon.training.skips import NONFINITE_FILE, SkippedSteps
+from megatron_chameleon.training.run.folder import checkpoints_folder
+from megatron_chameleon.training.run.skipped_steps import NONFINITE_FILE, SkippedSteps
 
 SHOWN_SAMPLES = 4
 

@@ -18,7 +18,7 @@ from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.faults import nonfinite
 from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard, RankFinding
-from megatron_chameleon.training.skips import SkippedSteps
+from megatron_chameleon.training.run.skipped_steps import SkippedSteps
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_chameleon.training import progress
-from megatron_chameleon.training.progress import Progress, format_duration
+from megatron_chameleon.training.run import console as progress
+from megatron_chameleon.training.run.console import Progress, format_duration
 
 METRICS = {
     "loss": 3.25,

@@ -14,7 +14,7 @@ from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.token_files.reader import TokenFileWriter
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
-from megatron_chameleon.training.reading import open_reader
+from megatron_chameleon.training.run.open_data import open_reader
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from megatron_chameleon.config.schema import (
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.planner.flops import training_flops_per_token
-from megatron_chameleon.training import trackers
 from megatron_chameleon.training.metrics.profiler import StepProfiler
 from megatron_chameleon.training.metrics.stragglers import StepClock
-from megatron_chameleon.training.progress import BarConsole, LineConsole, open_console
-from megatron_chameleon.training.reporting import Reporter, SpeedMeter
-from megatron_chameleon.training.samples import check_samples
-from megatron_chameleon.training.trackers import flat_numbers
+from megatron_chameleon.training.run import trackers
+from megatron_chameleon.training.run.console import BarConsole, LineConsole, open_console
+from megatron_chameleon.training.run.reporter import Reporter, SpeedMeter
+from megatron_chameleon.training.run.trackers import flat_numbers
+from megatron_chameleon.training.samples.sampler import check_samples
 
 MAIN_RANK: Any = SimpleNamespace(rank=0, world_size=1)
 

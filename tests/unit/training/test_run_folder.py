@@ -8,7 +8,7 @@ import pytest
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.training.run_folder import METRICS, RunFolder, check_run_folder
+from megatron_chameleon.training.run.folder import METRICS, RunFolder, check_run_folder
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_place_where_no_run_folder_can_be(tmp_path: Path) -> None:
 def test_a_place_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # root may write anywhere, so the answer of the operating system is given here
     monkeypatch.setattr(
-        "megatron_chameleon.training.run_folder.os.access", lambda path, mode: False
+        "megatron_chameleon.training.run.folder.os.access", lambda path, mode: False
     )
     with pytest.raises(ConfigError, match="is not writable"):
         check_run_folder(tmp_path / "run")

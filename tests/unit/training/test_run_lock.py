@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.training.run_lock import LOCK_FILE, take_lock
+from megatron_chameleon.training.run.lock import LOCK_FILE, take_lock
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_a_second_run_is_told_who_is_there(tmp_path: Path, monkeypatch: pytest.M
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from megatron_chameleon.training.run_lock import take_lock\n"
+        "from megatron_chameleon.training.run.lock import take_lock\n"
         "take_lock(Path(sys.argv[1]), 0); print('locked', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]

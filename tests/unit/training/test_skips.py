@@ -8,7 +8,7 @@ import pytest
 from megatron_chameleon.checkpoint.state.folders import STATE_FORMAT
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError, DataError
-from megatron_chameleon.training.skips import count_updates, open_skips
+from megatron_chameleon.training.run.skipped_steps import count_updates, open_skips
 
 
 def make(folder: Path, step: int, told: list[int] | None = None, **state: object) -> Config:

@@ -17,9 +17,9 @@ from megatron_chameleon.planner.time import uses_fp8
 from megatron_chameleon.training.metrics.divergence import Alarm, DivergenceAlarm
 from megatron_chameleon.training.metrics.profiler import StepProfiler
 from megatron_chameleon.training.metrics.stragglers import StepClock, StragglerMonitor
-from megatron_chameleon.training.progress import Progress, open_console
-from megatron_chameleon.training.run_folder import RunFolder
-from megatron_chameleon.training.trackers import flat_numbers, open_trackers
+from megatron_chameleon.training.run.console import Progress, open_console
+from megatron_chameleon.training.run.folder import RunFolder
+from megatron_chameleon.training.run.trackers import flat_numbers, open_trackers
 
 
 class Reporter:

@@ -7,7 +7,7 @@ from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.training.run_folder import checkpoints_folder
+from megatron_chameleon.training.run.folder import checkpoints_folder
 
 
 def open_reader(config: Config, tokenizer: Tokenizer, checkpoint: Path | None) -> BatchReader:

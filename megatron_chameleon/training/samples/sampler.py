@@ -21,7 +21,7 @@ from megatron_chameleon.errors import ChameleonError, ConfigError
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
-from megatron_chameleon.training.live_weights import LiveSource, gather_weights
+from megatron_chameleon.training.samples.live_weights import LiveSource, gather_weights
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.session import Answer

@@ -1,0 +1,1 @@
+"""The run folder: its lock, metrics, console lines, trackers and skipped steps."""

@@ -1,0 +1,1 @@
+"""Text and images that the model writes while it is trained."""
