@@ -23,7 +23,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_chameleon", "megatron_chameleon.*"]),
-    package_data={"megatron_chameleon": ["config/presets/*.yaml", "tokenizer/presets/*.yaml"]},
+    package_data={
+        "megatron_chameleon": ["config/presets/*.yaml", "tokenizer/image/presets/*.yaml"]
+    },
     entry_points={"console_scripts": ["chameleon = megatron_chameleon.cli.main:main"]},
     install_requires=[
         "torch>=2.11",

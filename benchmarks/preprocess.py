@@ -31,9 +31,9 @@ import numpy as np
 import psutil
 
 from megatron_chameleon.data.token_files.reader import open_token_file
-from megatron_chameleon.tokenizer.fast_text import FastTextEncoder, make_encoder
 from megatron_chameleon.tokenizer.folder import load_tokenizer
-from megatron_chameleon.tokenizer.text_training import train_text_tokenizer
+from megatron_chameleon.tokenizer.text.fast import FastTextEncoder, make_encoder
+from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
 MB = 1e6
 MEMORY_RATIO_BYTES = 10

@@ -26,14 +26,14 @@ def write_tokenizer(folder: Path, seed: int = 1) -> Path:
     """A trained text tokenizer, an untrained image tokenizer: 8x8 pixels, 4x4 codes of 16."""
     from safetensors.torch import save_file
 
-    from megatron_chameleon.tokenizer.image import (
+    from megatron_chameleon.tokenizer.image.tokenizer import (
         FORMAT,
         IMAGE_CONFIG_FILE,
         IMAGE_WEIGHTS_FILE,
         vqgan_config_to_json,
     )
-    from megatron_chameleon.tokenizer.text_training import train_text_tokenizer
-    from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
+    from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
+    from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
     train_text_tokenizer(TEXTS * 20, folder, VOCAB_SIZE, IMAGE_CODES)
     config = VqganConfig(

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpu_parts.common import Context, Figures, median_and_spread, time_calls
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.tokenizer.image import ImageTokenizer
-from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
+from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 
 TINY = VqganConfig(
     resolution=16,

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _train_text(args: argparse.Namespace) -> None:
     from megatron_chameleon.tokenizer.corpus import read_texts
-    from megatron_chameleon.tokenizer.text_training import train_text_tokenizer
+    from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
     start_seconds = time.perf_counter()
     vocabulary = train_text_tokenizer(
@@ -76,8 +76,8 @@ def _train_text(args: argparse.Namespace) -> None:
 def _train_image(args: argparse.Namespace) -> None:
     from megatron_chameleon.parallel import platform
     from megatron_chameleon.tokenizer.corpus import find_images
-    from megatron_chameleon.tokenizer.image_config import load_image_config
-    from megatron_chameleon.tokenizer.image_training import train_image_tokenizer
+    from megatron_chameleon.tokenizer.image.config import load_image_config
+    from megatron_chameleon.tokenizer.image.training import train_image_tokenizer
 
     start_seconds = time.perf_counter()
     words = [word for word in args.images if is_override(word)]

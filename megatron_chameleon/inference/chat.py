@@ -14,7 +14,7 @@ from megatron_chameleon.data.documents.conversations import turns_of
 from megatron_chameleon.data.documents.schema import USER, Document, ImagePart, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.image import prepare_image
+from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
 
 
 @dataclass(frozen=True)

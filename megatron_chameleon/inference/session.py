@@ -33,8 +33,8 @@ from megatron_chameleon.inference.decode import Decoder, collect
 from megatron_chameleon.inference.modality import Force, TokenClasses
 from megatron_chameleon.inference.options import Execution, GenerationOptions
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
-from megatron_chameleon.tokenizer.image import ImageTokenizer
-from megatron_chameleon.tokenizer.text import TextTokenizer
+from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
+from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
 from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 
 Part = str | Image.Image | TextPart | ImagePart | ControlToken

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_chameleon.tokenizer.folder import Tokenizer, fingerprint, load_tokenizer
-    from megatron_chameleon.tokenizer.image import ImageTokenizer
-    from megatron_chameleon.tokenizer.text import TextTokenizer
+    from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
+    from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
     from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 
 __all__ = [
@@ -25,7 +25,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    homes = {"ImageTokenizer": "image", "TextTokenizer": "text", "Vocabulary": "vocabulary"}
+    homes = {
+        "ImageTokenizer": "image.tokenizer",
+        "TextTokenizer": "text.encoder",
+        "Vocabulary": "vocabulary",
+    }
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{homes.get(name, 'folder')}"), name)

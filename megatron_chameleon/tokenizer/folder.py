@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.files import IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE
-from megatron_chameleon.tokenizer.text import TEXT_MODEL_FILE, TextTokenizer
+from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE, TextTokenizer
 from megatron_chameleon.tokenizer.vocabulary import VOCABULARY_FILE, Vocabulary
 
 if TYPE_CHECKING:  # text alone does without torch
     import torch
 
-    from megatron_chameleon.tokenizer.image import ImageTokenizer
+    from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 
 FINGERPRINTED_FILES = (TEXT_MODEL_FILE, VOCABULARY_FILE, IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE)
 
@@ -87,7 +87,7 @@ def load_image_tokenizer(
     """
     import torch
 
-    from megatron_chameleon.tokenizer.image import ImageTokenizer
+    from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 
     of_convolutions = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     image = ImageTokenizer.load(folder, device, of_convolutions)

@@ -41,7 +41,7 @@ from megatron_chameleon.data.inputs.shards import plan_spans
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import load_tokenizer
-from megatron_chameleon.tokenizer.image import prepare_image
+from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
 
 LIMIT_SECONDS = 30
 LIMIT_BYTES = 1 << 30

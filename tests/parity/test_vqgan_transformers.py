@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 
 LATENT_TOLERANCE = 1e-5
 """fp32 rounding through some thirty layers with outputs of order 1: another attention kernel."""

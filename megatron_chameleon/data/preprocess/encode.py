@@ -19,9 +19,9 @@ from megatron_chameleon.data.inputs.records import BROKEN_DOCUMENT, Block, Fault
 from megatron_chameleon.data.preprocess.image_codes import ImageCache, ImageEncoder
 from megatron_chameleon.data.token_files.format import SPAN, TokenBlock, token_dtype
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.fast_text import EXACT, make_encoder
 from megatron_chameleon.tokenizer.files import IMAGE_CONFIG_FILE
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_image_tokenizer, load_tokenizer
+from megatron_chameleon.tokenizer.text.fast import EXACT, make_encoder
 
 
 def load_for_encoding(folder: str | Path) -> Tokenizer:

@@ -19,7 +19,7 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.files import write_bytes
 
 if TYPE_CHECKING:
-    from megatron_chameleon.tokenizer.image import ImageTokenizer
+    from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 
 THREADS = 2
 BATCHES_AHEAD = 2
@@ -150,7 +150,7 @@ class ImageEncoder:
                 future.cancel()
 
     def _prepare(self, part: ImagePart, pad: bool) -> tuple[str, np.ndarray | ImageError]:
-        from megatron_chameleon.tokenizer.image import prepare_image
+        from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
 
         try:
             data = part.read()

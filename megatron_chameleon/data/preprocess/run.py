@@ -44,8 +44,8 @@ from megatron_chameleon.data.token_files.format import (
 from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality
 from megatron_chameleon.data.token_files.writer import DROPPED, TokenFileWriter
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.tokenizer.fast_text import EXACT, choose_encoder
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
+from megatron_chameleon.tokenizer.text.fast import EXACT, choose_encoder
 
 SAVE_SECONDS = 10.0
 LEAST_JUDGED_RECORDS = 100

@@ -117,7 +117,7 @@ def test_hf_encodes_images_to_our_codes(
     from transformers import ChameleonForConditionalGeneration
 
     from megatron_chameleon.tokenizer.folder import load_tokenizer
-    from megatron_chameleon.tokenizer.image import prepare_image, to_pixels
+    from megatron_chameleon.tokenizer.image.tokenizer import prepare_image, to_pixels
 
     convert(tiny_checkpoint, tmp_path / "hf", "hf")
     model = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "hf")

@@ -13,9 +13,13 @@ from safetensors.torch import save_file
 
 from megatron_chameleon.data.token_files.reader import TokenFile, TokenFileWriter, open_token_file
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
-from megatron_chameleon.tokenizer.image import FORMAT, IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE
-from megatron_chameleon.tokenizer.text_training import train_text_tokenizer
-from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.image.tokenizer import (
+    FORMAT,
+    IMAGE_CONFIG_FILE,
+    IMAGE_WEIGHTS_FILE,
+)
+from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
 IMAGE_CODES = 32
 CORPUS = ["a handwritten seven", "the sum of two and three is five", "zero one four six eight nine"]

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from tiny_model import tiny_tokenizer  # noqa: F401
 
-from megatron_chameleon.tokenizer.image import save_vqgan
-from megatron_chameleon.tokenizer.text_training import train_text_tokenizer
-from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan
+from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
 IMAGE_CODES = 32
 TEXTS = [

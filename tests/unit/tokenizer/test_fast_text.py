@@ -7,15 +7,15 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_chameleon.tokenizer import fast_text
-from megatron_chameleon.tokenizer.fast_text import (
+from megatron_chameleon.tokenizer.text import fast as fast_text
+from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
+from megatron_chameleon.tokenizer.text.fast import (
     ExactTextEncoder,
     FastTextEncoder,
     choose_encoder,
     make_encoder,
 )
-from megatron_chameleon.tokenizer.text import TextTokenizer
-from megatron_chameleon.tokenizer.text_training import train_text_tokenizer
+from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
 CORPUS = [
     "a handwritten seven and 1,234.5 <b>bold</b>",

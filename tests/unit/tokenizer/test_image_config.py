@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.tokenizer.image_config import load_image_config, preset_names
+from megatron_chameleon.tokenizer.image.config import load_image_config, preset_names
 
 
 def test_presets() -> None:

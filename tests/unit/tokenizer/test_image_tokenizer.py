@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer import image as image_module
-from megatron_chameleon.tokenizer.image import (
+from megatron_chameleon.tokenizer.image import tokenizer as image_module
+from megatron_chameleon.tokenizer.image.tokenizer import (
     ImageTokenizer,
     _without_ends,
     prepare_image,
@@ -18,7 +18,7 @@ from megatron_chameleon.tokenizer.image import (
     to_images,
     to_pixels,
 )
-from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 
 Noise = Callable[..., Image.Image]
 

@@ -10,15 +10,15 @@ from PIL import Image
 
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.tokenizer.corpus import ImageEntry, find_images
-from megatron_chameleon.tokenizer.discriminator import PatchDiscriminator, smallest_resolution
-from megatron_chameleon.tokenizer.image import ImageTokenizer, to_pixels
-from megatron_chameleon.tokenizer.image_batches import ImageSet, move, training_batch
-from megatron_chameleon.tokenizer.image_config import (
+from megatron_chameleon.tokenizer.image.batches import ImageSet, move, training_batch
+from megatron_chameleon.tokenizer.image.config import (
     ImageTokenizerConfig,
     ImageTrainingConfig,
     load_image_config,
 )
-from megatron_chameleon.tokenizer.image_training import (
+from megatron_chameleon.tokenizer.image.discriminator import PatchDiscriminator, smallest_resolution
+from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer, to_pixels
+from megatron_chameleon.tokenizer.image.training import (
     _Trainer,
     format_seconds,
     learning_rate_share,

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.tokenizer.text import TEXT_MODEL_FILE, TextTokenizer
-from megatron_chameleon.tokenizer.text_training import train_text_tokenizer
+from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE, TextTokenizer
+from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 from megatron_chameleon.tokenizer.vocabulary import VOCABULARY_FILE, Vocabulary
 
 IMAGE_CODES = 32

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer import Tokenizer, fingerprint, load_tokenizer
-from megatron_chameleon.tokenizer.image import save_vqgan
-from megatron_chameleon.tokenizer.text_training import train_text_tokenizer
-from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan
+from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
 
 def test_a_whole_folder_loads(tokenizer_folder: Path) -> None:

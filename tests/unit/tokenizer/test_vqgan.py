@@ -3,9 +3,9 @@ import torch
 from torch.nn import functional
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.tokenizer import vqgan
-from megatron_chameleon.tokenizer.image_config import load_image_config
-from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.image import vqgan
+from megatron_chameleon.tokenizer.image.config import load_image_config
+from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 
 
 def small_config(**changes: object) -> VqganConfig:

@@ -16,8 +16,8 @@ from torch.nn import functional
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.corpus import ImageEntry
 from megatron_chameleon.tokenizer.files import write_text
-from megatron_chameleon.tokenizer.image import prepare_image, to_pixels, unreadable_image
-from megatron_chameleon.tokenizer.image_config import ImageTrainingConfig
+from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
+from megatron_chameleon.tokenizer.image.tokenizer import prepare_image, to_pixels, unreadable_image
 
 READING_THREADS = 8
 DROPPED_FILE = "image.dropped.jsonl"

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_chameleon.tokenizer.sentencepiece_model import SAMPLES, rename_control_pieces
-from megatron_chameleon.tokenizer.text import TextTokenizer, without_surrogates
+from megatron_chameleon.tokenizer.text.encoder import TextTokenizer, without_surrogates
+from megatron_chameleon.tokenizer.text.model_file import SAMPLES, rename_control_pieces
 
 FAST, EXACT = "gigatoken", "sentencepiece"
 _NO_CHARACTER = "\ufffe"

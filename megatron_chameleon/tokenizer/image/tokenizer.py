@@ -29,7 +29,7 @@ from megatron_chameleon.tokenizer.files import (
     write_bytes,
     write_text,
 )
-from megatron_chameleon.tokenizer.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 
 FORMAT = "megatron_chameleon.image_tokenizer/1"
 MADE_BY = "chameleon tokenizer image"

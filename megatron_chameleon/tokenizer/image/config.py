@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megatron_chameleon.config.load import load_dataclass
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.tokenizer.discriminator import smallest_resolution
-from megatron_chameleon.tokenizer.vqgan import VqganConfig
+from megatron_chameleon.tokenizer.image.discriminator import smallest_resolution
+from megatron_chameleon.tokenizer.image.vqgan import VqganConfig
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "chameleon_512"

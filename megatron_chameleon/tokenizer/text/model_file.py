@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.text import TextTokenizer
+from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 _BPE = 2

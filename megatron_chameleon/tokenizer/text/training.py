@@ -17,8 +17,8 @@ import sentencepiece
 
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.tokenizer.files import make_folder, write_bytes
-from megatron_chameleon.tokenizer.image import IMAGE_CONFIG_FILE, read_vqgan_config
-from megatron_chameleon.tokenizer.text import TEXT_MODEL_FILE, TextTokenizer
+from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, read_vqgan_config
+from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE, TextTokenizer
 from megatron_chameleon.tokenizer.vocabulary import (
     BOS,
     EOS,

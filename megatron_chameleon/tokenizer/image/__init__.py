@@ -1,0 +1,1 @@
+"""The image tokenizer: VQGAN, pixels, batches and training."""

@@ -1,0 +1,1 @@
+"""The text tokenizer: sentencepiece BPE, a fast encoder, training, Hugging Face's files."""
