@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from megatron_chameleon.checkpoint.names import Dimensions, pieces
-from megatron_chameleon.config.check import check_config
+from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.parameters import count_parameters, qk_norm_groups, query_groups
 from megatron_chameleon.config.schema import (
     Config,

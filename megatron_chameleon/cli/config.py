@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config import paper
-    from megatron_chameleon.config.check import check_config, smallest_world_size
+    from megatron_chameleon.config.checks.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import find_config, find_preset, load_config
 
     path = find_config(args.config)

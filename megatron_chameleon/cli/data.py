@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_chameleon.config.check import check_config, smallest_world_size
+    from megatron_chameleon.config.checks.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import load_config
     from megatron_chameleon.data.batches.reader import BatchReader
     from megatron_chameleon.data.views.audit import audit_step, format_audit

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _inspect_mixture(args: argparse.Namespace) -> None:
-    from megatron_chameleon.config.check import check_config, smallest_world_size
+    from megatron_chameleon.config.checks.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import load_config
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
     from megatron_chameleon.data.views.audit import audit_step

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config import paper
-    from megatron_chameleon.config.check import smallest_world_size
+    from megatron_chameleon.config.checks.check import smallest_world_size
     from megatron_chameleon.config.load import load_config
     from megatron_chameleon.errors import ChameleonError
     from megatron_chameleon.parallel.launch import find_launch, is_said_by_rank_0

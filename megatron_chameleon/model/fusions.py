@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron_chameleon.config.fusion import fusion_conflicts
+from megatron_chameleon.config.checks.fusion import fusion_conflicts
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.parallel import platform

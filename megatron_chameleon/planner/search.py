@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_chameleon.config.check import check_config
-from megatron_chameleon.config.fp8 import check_fp8
-from megatron_chameleon.config.layouts import check_vocabulary, layout_problems
+from megatron_chameleon.config.checks.check import check_config
+from megatron_chameleon.config.checks.fp8 import check_fp8
+from megatron_chameleon.config.checks.layouts import check_vocabulary, layout_problems
 from megatron_chameleon.config.schema import Config, ParallelConfig
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.planner.gpus import Gpu

@@ -14,8 +14,8 @@ from megatron_chameleon.checkpoint.state.resume import (
     load,
 )
 from megatron_chameleon.checkpoint.state.save import Saver
-from megatron_chameleon.config.check import check_config
-from megatron_chameleon.config.layouts import check_vocabulary
+from megatron_chameleon.config.checks.check import check_config
+from megatron_chameleon.config.checks.layouts import check_vocabulary
 from megatron_chameleon.config.load import format_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config

@@ -17,7 +17,7 @@ from forked_jobs import run_forked
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 
-from megatron_chameleon.config.layouts import check_layout
+from megatron_chameleon.config.checks.layouts import check_layout
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel.topology import create_topology

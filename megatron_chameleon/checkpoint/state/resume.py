@@ -14,7 +14,7 @@ from megatron_chameleon.checkpoint.state.folders import (
 )
 from megatron_chameleon.checkpoint.state.integrity import find_damage, find_damage_of_small_files
 from megatron_chameleon.checkpoint.state.save import Engine
-from megatron_chameleon.config.check import get_value
+from megatron_chameleon.config.checks.check import get_value
 from megatron_chameleon.config.differences import find_differences
 from megatron_chameleon.config.schema import Config, Fp8Config
 from megatron_chameleon.errors import CheckpointError

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_chameleon.config.check import check_config
+from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.errors import ConfigErrors
 

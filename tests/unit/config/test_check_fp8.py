@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_chameleon.config.check import check_config
+from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.config.schema import Config, Fp8Config, SourceConfig
 from megatron_chameleon.errors import ConfigErrors

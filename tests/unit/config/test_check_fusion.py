@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_chameleon.config.check import check_config
+from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.errors import ConfigErrors
 

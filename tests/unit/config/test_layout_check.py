@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_chameleon.config.layouts import check_layout, nearest_layouts
+from megatron_chameleon.config.checks.layouts import check_layout, nearest_layouts
 from megatron_chameleon.config.schema import Config
 
 

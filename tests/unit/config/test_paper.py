@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.config import paper
-from megatron_chameleon.config.check import check_config, get_value
+from megatron_chameleon.config.checks.check import check_config, get_value
 from megatron_chameleon.config.load import PRESETS, load_config
 from megatron_chameleon.config.schema import Config, SourceConfig
 

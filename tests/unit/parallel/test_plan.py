@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_chameleon.config.check import check_config
+from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.load import PRESETS, load_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config, SourceConfig, TokenizerConfig

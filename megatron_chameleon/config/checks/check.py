@@ -6,11 +6,11 @@ Every rule adds a ``ConfigError`` with the numbers and the remedy; all of them a
 import math
 from collections.abc import Iterator
 
-from megatron_chameleon.config.engines import check_engine
-from megatron_chameleon.config.fp8 import check_fp8
-from megatron_chameleon.config.fusion import check_fusions
-from megatron_chameleon.config.layouts import check_layout
-from megatron_chameleon.config.reporting import check_reporting
+from megatron_chameleon.config.checks.engines import check_engine
+from megatron_chameleon.config.checks.fp8 import check_fp8
+from megatron_chameleon.config.checks.fusion import check_fusions
+from megatron_chameleon.config.checks.layouts import check_layout
+from megatron_chameleon.config.checks.reporting import check_reporting
 from megatron_chameleon.config.schema import Config, ParallelConfig
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
