@@ -1,7 +1,7 @@
 """How much memory a layout needs on the fullest of its processes: plain arithmetic, no torch.
 
 What a layer keeps for its backward pass is counted tensor by tensor, as megatron-core's layers in
-Chameleon's shape save them; ``tests/unit/parallel/test_plan_memory.py`` counts the bytes that a
+Chameleon's shape save them; ``tests/unit/planner/test_memory.py`` counts the bytes that a
 real model saves and compares. Source of the method: Korthikanti et al. (arXiv 2205.05198), sections
 4 and 5, whose layer has no gate, no grouped queries, no QK-norm and writes its attention scores
 out.

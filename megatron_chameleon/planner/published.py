@@ -1,6 +1,6 @@
 """Published training speeds, and how far the planner is from each.
 
-    python -W ignore benchmarks/plan.py
+    python -W ignore -m benchmarks.planner.plan
 
 The efficiencies of ``gpus.py`` were set on the rows marked ``calibration``, one for each GPU and
 precision; the other rows were only looked at afterwards. Feed-forward layers without a gate are

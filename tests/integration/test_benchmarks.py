@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from places import REPOSITORY
 from run_command import TIMEOUT_SECONDS, environment
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = REPOSITORY / "benchmarks"
 GPU = (
     "ceilings",
     "parity",
@@ -26,23 +28,24 @@ GPU = (
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("loss.py", ["256 tokens x 64 fp32"]),
-        ("monitor.py", ["attention logits", "together"]),
-        ("plan.py", ["Llama-2 70B FP8", "held out: "]),
-        ("loader.py", ["ours, the recipe's mixture", "GPTDataset, text alone"]),
-        ("preprocess.py", ["MB a CPU second", "gigatoken alone", "memory: "]),
-        ("save.py", ["a step while a checkpoint is written", "for a synchronous save"]),
-        ("train_step.py", ["fp32: losses of 3 steps agree", "bf16-weights"]),
-        ("watchdogs.py", ["hang watch", "together", "checked before over unchecked"]),
+        ("training.loss", ["256 tokens x 64 fp32"]),
+        ("training.monitor", ["attention logits", "together"]),
+        ("planner.plan", ["Llama-2 70B FP8", "held out: "]),
+        ("data.loader", ["ours, the recipe's mixture", "GPTDataset, text alone"]),
+        ("data.preprocess", ["MB a CPU second", "gigatoken alone", "memory: "]),
+        ("checkpoint.save", ["a step while a checkpoint is written", "for a synchronous save"]),
+        ("training.train_step", ["fp32: losses of 3 steps agree", "bf16-weights"]),
+        ("training.watchdogs", ["hang watch", "together", "checked before over unchecked"]),
     ],
 )
 def test_a_benchmark_runs(script: str, words: list[str]) -> None:
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", BENCHMARKS / script, "--quick"],
+        [sys.executable, "-W", "ignore", "-m", f"benchmarks.{script}", "--quick"],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,
         env=environment(),
+        cwd=REPOSITORY,
     )
     assert result.returncode == 0, result.stderr
     for word in words:
@@ -51,11 +54,12 @@ def test_a_benchmark_runs(script: str, words: list[str]) -> None:
 
 def run_gpu(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", BENCHMARKS / "gpu.py", *map(str, words)],
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.run", *map(str, words)],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,
         env=environment(),
+        cwd=REPOSITORY,
     )
 
 
@@ -107,4 +111,6 @@ def test_the_gpu_benchmark_refuses(words: list[str], message: str, tmp_path: Pat
 
 def test_every_benchmark_is_in_the_readme() -> None:
     text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    assert [path.name for path in BENCHMARKS.glob("*.py") if path.name not in text] == []
+    scripts = [p for p in BENCHMARKS.rglob("*.py") if '"__main__"' in p.read_text(encoding="utf-8")]
+    names = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in scripts]
+    assert len(names) > 10 and [name for name in names if name not in text] == []

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from places import REPOSITORY
 from run_command import environment
 
-ROOT = Path(__file__).parents[2]
 REPORTED = (
     "caption_accuracy",
     "generated_image_accuracy",
@@ -27,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "digits"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        ["bash", str(ROOT / "examples" / "digits" / "run.sh"), str(folder)],
+        ["bash", str(REPOSITORY / "examples" / "digits" / "run.sh"), str(folder)],
         capture_output=True,
         text=True,
         timeout=900,
@@ -69,7 +70,7 @@ def test_its_model_is_fine_tuned_on_conversations(run: Path) -> None:
     folder = run.parent / "sft"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        ["bash", str(ROOT / "examples" / "sft" / "run.sh"), str(run), str(folder)],
+        ["bash", str(REPOSITORY / "examples" / "sft" / "run.sh"), str(run), str(folder)],
         capture_output=True,
         text=True,
         timeout=600,

@@ -8,14 +8,14 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from run_command import environment
 
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.data.preprocess.run import preprocess
+from places import PROGRAMS
+from run_command import environment
 
 # fp32 sums in another order differ by about 1e-7 relative, and 20 steps of AdamW amplify that: the
 # same bounds as between the layouts of one engine (test_layouts.py). AdamW hides gradients of a
@@ -95,7 +95,7 @@ def train_many(tiny, runs: dict[str, list[str]], processes: int = 2) -> None:
     plan = tiny.folder / f"runs-{processes}.json"
     plan.write_text(json.dumps({str(tiny.folder / name): words for name, words in runs.items()}))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    script = Path(__file__).with_name("train_many.py")
+    script = PROGRAMS / "train_many.py"
     result = subprocess.run(
         [sys.executable, *launch, str(script), str(tiny.config), str(plan)],
         capture_output=True,

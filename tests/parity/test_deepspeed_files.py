@@ -14,9 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from run_command import environment
-from run_layouts import make_config
-from train_deepspeed import FIRST_TEXT_ID, OWN_MODEL, SAVED_STEP, VOCABULARY
 
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.convert.verify import verify
@@ -25,6 +22,10 @@ from megatron_chameleon.checkpoint.names import MAIN_WEIGHT, MOMENTS, pieces
 from megatron_chameleon.checkpoint.state.reader import CheckpointReader
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.errors import CheckpointError
+from places import PROGRAMS
+from run_command import environment
+from run_layouts import make_config
+from train_deepspeed import FIRST_TEXT_ID, OWN_MODEL, SAVED_STEP, VOCABULARY
 
 STEP = f"global_step{SAVED_STEP}"
 # name: ZeRO stage, dtype, ranks
@@ -57,7 +58,7 @@ class Trained:
     def train(self, jobs: list[dict[str, Any]]) -> None:
         plan = self.folder / "jobs.json"
         plan.write_text(json.dumps(jobs))
-        script = Path(__file__).with_name("train_deepspeed.py")
+        script = PROGRAMS / "train_deepspeed.py"
         result = subprocess.run(
             [sys.executable, str(script), str(plan), str(self.folder)],
             capture_output=True,

@@ -3,22 +3,20 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from places import PROGRAMS
 from run_command import environment
 
 # fp32 sums in another order, as between two layouts that never change; promised for the losses
 TOLERANCE = 1e-5
-TESTS = Path(__file__).parents[1]
-CHAIN = Path(__file__).with_name("run_elastic.py")
+CHAIN = PROGRAMS / "run_elastic.py"
 
 
 def test_losses_are_those_of_a_run_that_never_changes(tiny) -> None:
     command = [sys.executable, CHAIN, tiny.config, tiny.folder / "elastic"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=environment(PYTHONPATH=str(TESTS))
-    )
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     unbroken, changing = (
         [json.loads(line) for line in (tiny.folder / "elastic" / run / "metrics.jsonl").open()]

@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
+from exported_logits import exported_logits, random_token_ids
+from megatron_chameleon.checkpoint.convert.run import convert
+from megatron_chameleon.config.schema import Config, ModelConfig
 from tiny_model import (
     PADDED_VOCAB_SIZE,
     VOCAB_SIZE,
@@ -18,10 +23,6 @@ from tiny_model import (
     random_tensors,
     write_checkpoint,
 )
-from torch import Tensor
-
-from megatron_chameleon.checkpoint.convert.run import convert
-from megatron_chameleon.config.schema import Config, ModelConfig
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
 """fp32: observed up to 6e-6 against float64, 1.2e-6 against megatron-core, on logits up to 4."""
@@ -97,20 +98,6 @@ def reference_logits(tensors: dict[str, Tensor], model: ModelConfig, token_ids: 
             x = x + rms_norm(branch, w["post_mlp_layernorm.weight"], eps)
     x = rms_norm(x, tensors["decoder.final_layernorm.weight"], eps)
     return (x @ tensors["output_layer.weight"].T)[:, :VOCAB_SIZE]
-
-
-def exported_logits(folder: Path, token_ids: Tensor) -> Tensor:
-    """Logits [B, T, V] by transformers, before the mask that its ``forward`` puts on codes."""
-    from transformers import ChameleonForConditionalGeneration
-
-    model = ChameleonForConditionalGeneration.from_pretrained(folder).eval()
-    with torch.no_grad():
-        return model.lm_head(model.model(input_ids=token_ids).last_hidden_state)
-
-
-def random_token_ids(tokens: int) -> Tensor:
-    """[2, tokens] over the whole vocabulary, ``<pad>`` and image codes included."""
-    return torch.randint(VOCAB_SIZE, (2, tokens), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize(("norm_order", "qk_norm_groups"), LAYOUTS)

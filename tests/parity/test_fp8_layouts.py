@@ -2,18 +2,18 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from run_command import TIMEOUT_SECONDS, environment
 
 from megatron_chameleon.cli.main import main
+from places import PROGRAMS
+from run_command import TIMEOUT_SECONDS, environment
 
 SETTINGS = ["fp8.format=hybrid", "fp8.emulate=true", "fp8.amax_history_len=4", "training.steps=6"]
 
 
 def test_layers_on_two_ranks_equal_layers_on_one() -> None:
-    script = Path(__file__).with_name("fp8_ranks.py")
+    script = PROGRAMS / "fp8_ranks.py"
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
         [*start, str(script)],

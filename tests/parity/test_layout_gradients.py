@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from places import PROGRAMS
 from run_command import environment
 
 TOLERANCES = {
@@ -123,7 +125,7 @@ def jobs() -> list[dict[str, Any]]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what every job wrote."""
     folder = tmp_path_factory.mktemp("layouts")
-    script = Path(__file__).with_name("run_layouts.py")
+    script = PROGRAMS / "run_layouts.py"
     (folder / "jobs.json").write_text(json.dumps(jobs()))
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", script, folder / "jobs.json", folder],

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_command import environment
-from test_export_logits import exported_logits, random_token_ids
-from tiny_model import VOCAB_SIZE, random_tensors, write_checkpoint
 
+from exported_logits import exported_logits, random_token_ids
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.config.schema import ModelConfig
+from places import PROGRAMS
+from run_command import environment
+from tiny_model import VOCAB_SIZE, random_tensors, write_checkpoint
 
 # fp32 carries 6e-8 and the logits reach about 4; the project promises 1e-5.
 TOLERANCE = 1e-5
@@ -64,7 +65,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> P
             for layout, (processes, parallel) in LAYOUTS.items()
         ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("run_logits.py")
+    script = PROGRAMS / "run_logits.py"
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", script, folder / "jobs.json", folder],
         capture_output=True,

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from meta_files import HEAD_DIM, HEADS, KEY_HEADS, LAYERS, MetaModel, random_shards, write_meta
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.formats.hf_model import load_transformers, logits
 from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from meta_files import HEAD_DIM, HEADS, KEY_HEADS, LAYERS, MetaModel, random_shards, write_meta
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 """fp32 against float64; logits are of order 1."""

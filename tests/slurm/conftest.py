@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+
+from slurm_cluster import Cluster
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,12 @@
 import re
 from pathlib import Path
 
-from cluster import Cluster
-from mixed_corpus import write_corpus, write_pairs, write_tokenizer
-from run_command import run_chameleon
-
 from megatron_chameleon.data.token_files.writer import read_state
+from mixed_corpus import write_corpus, write_pairs, write_tokenizer
+from places import REPOSITORY
+from run_command import run_chameleon
+from slurm_cluster import Cluster
 
-ROOT = Path(__file__).parents[2]
 SHARDS = 3
 DOCUMENTS = 800  # a file: a second or two of work for each task
 SECONDS = 120
@@ -49,7 +48,7 @@ def test_killed_tasks_go_on_and_merge_to_the_files_of_an_unbroken_run(
     words = ("--cpus-per-task=2", "--mem=2000", f"--output={tmp_path}/%A-%a.log")
     words += ("slurm/preprocess_array.sbatch", *inputs, "--output", output)
     variables = {"VENV": venv, "LOGS": str(tmp_path / "logs"), "MAX_RESTARTS": "1"}
-    job = slurm.submit(ROOT, f"--array=0-{SHARDS - 1}", *words, **variables)
+    job = slurm.submit(REPOSITORY, f"--array=0-{SHARDS - 1}", *words, **variables)
 
     # task 1 goes back into the queue by itself; task 2 is killed once more often than it may be
     first = kill_in_mid_run(slurm, job, output, task=1, restart=0)
@@ -70,7 +69,7 @@ def test_killed_tasks_go_on_and_merge_to_the_files_of_an_unbroken_run(
         refused.stderr
     )
 
-    again = slurm.submit(ROOT, "--array=2", *words, SHARDS=str(SHARDS), **variables)
+    again = slurm.submit(REPOSITORY, "--array=2", *words, SHARDS=str(SHARDS), **variables)
     assert slurm.wait_until_ended(again, SECONDS) == "COMPLETED"
     status = run_chameleon("preprocess", "--output", output, "--status").stdout
     run_chameleon("preprocess", "--output", output, "--merge")

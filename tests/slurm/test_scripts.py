@@ -5,15 +5,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
+from places import REPOSITORY
+from slurm_cluster import Cluster
+
+SCRIPTS = sorted(path.name for path in (REPOSITORY / "slurm").glob("*.sbatch"))
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "common.sh"])
 def test_it_is_bash_of_a_screen(name: str) -> None:
-    path = ROOT / "slurm" / name
+    path = REPOSITORY / "slurm" / name
     result = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     lines = path.read_text().splitlines()
@@ -27,16 +28,18 @@ def test_it_is_bash_of_a_screen(name: str) -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_slurm_takes_every_option(slurm: Cluster, name: str) -> None:
     """Sizes of a cluster of two small nodes stand before the script's own."""
-    nodes = 1 if "#SBATCH --nodes=8" not in (ROOT / "slurm" / name).read_text() else 2
+    nodes = 1 if "#SBATCH --nodes=8" not in (REPOSITORY / "slurm" / name).read_text() else 2
     words = (f"--nodes={nodes}", "--cpus-per-task=1", "--mem=2000", f"slurm/{name}")
-    said = slurm.test(ROOT, *words)
+    said = slurm.test(REPOSITORY, *words)
     assert re.search(r"to start at .* using \d+ processors on nodes node", said), said
 
 
 def test_a_script_without_its_words_says_so(slurm: Cluster, venv: str, tmp_path: Path) -> None:
     small = ("--cpus-per-task=1", "--mem=2000")
     jobs = {
-        name: slurm.submit(ROOT, *small, f"--output={tmp_path}/{name}", *array, f"slurm/{name}")
+        name: slurm.submit(
+            REPOSITORY, *small, f"--output={tmp_path}/{name}", *array, f"slurm/{name}"
+        )
         for name, array in {"convert.sbatch": (), "preprocess_array.sbatch": ("--array=0",)}.items()
     }
     for name, job in jobs.items():

@@ -4,13 +4,13 @@ The jobs of one test run at once: starting Python is most of their time.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster
 
-ROOT = Path(__file__).parents[2]
+from places import REPOSITORY
+from slurm_cluster import Cluster
+
 SETTINGS = ("training.steps=40", "checkpoint.every_steps=3", "model.hidden_dropout=0.1")
 EXACT = ("step", "loss", "loss_text", "loss_image", "z_loss", "grad_norm", "learning_rate")
 SMALL = ("--cpus-per-task=1", "--gpus-per-node=1", "--mem=2000")
@@ -25,7 +25,7 @@ def submit(slurm: Cluster, venv: str, tiny) -> Callable[..., str]:
         words = (*SMALL, *layout, f"--output={tiny.folder}/{run}.log", "slurm/pretrain_7b.sbatch")
         run_dir = f"logging.run_dir={tiny.folder / run}"
         variables = {"VENV": venv, "CONFIG": str(tiny.config), "LOGS": f"{tiny.folder}/{run}-logs"}
-        return slurm.submit(ROOT, *words, run_dir, *SETTINGS, *overrides, **variables)
+        return slurm.submit(REPOSITORY, *words, run_dir, *SETTINGS, *overrides, **variables)
 
     return start
 
@@ -61,7 +61,7 @@ def test_signals_and_a_preemption_save_and_requeue_over_two_nodes(
         "--exclusive",
         f"--output={tiny.folder}/urgent.log",
     )
-    slurm.submit(ROOT, *urgent, "--wrap=hostname")  # SIGTERM, and 60 seconds of grace
+    slurm.submit(REPOSITORY, *urgent, "--wrap=hostname")  # SIGTERM, and 60 seconds of grace
     assert slurm.wait_until_ended(job, SECONDS) == "COMPLETED", log.read_text()
     assert exact(tiny.metrics("signals")) == exact(unbroken)
     text = log.read_text()

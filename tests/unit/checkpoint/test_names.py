@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_model import PADDED_VOCAB_SIZE, VOCAB_SIZE, model_config, random_tensors
 from torch import Tensor
 
 from megatron_chameleon.checkpoint.names import Dimensions, Piece, norm_groups, pieces
 from megatron_chameleon.errors import CheckpointError
+from tiny_model import PADDED_VOCAB_SIZE, VOCAB_SIZE, model_config, random_tensors
 
 
 def all_pieces(norm_order: str = "pre", groups: int = 2) -> list[Piece]:

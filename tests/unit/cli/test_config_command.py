@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.cli.main import main
+from places import REPOSITORY
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = REPOSITORY / "examples"
 
 
 def check(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.cli.main import main
+from places import REPOSITORY
 
 Chameleon = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -93,7 +94,7 @@ def test_other_formats_are_one_clear_line(
 def test_the_tool_forwards_to_the_verb(tmp_path: Path) -> None:
     import sys
 
-    tool = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"
+    tool = REPOSITORY / "tools" / "convert_checkpoint.py"
     words = [sys.executable, str(tool), str(tmp_path / "none"), str(tmp_path / "out"), "--to", "hf"]
     result = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2

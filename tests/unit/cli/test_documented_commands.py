@@ -14,14 +14,14 @@ import pytest
 
 from megatron_chameleon.cli.main import OVERRIDE, VERBS, build_parser
 from megatron_chameleon.config.load import find_config, load_config
+from places import REPOSITORY
 
-ROOT = Path(__file__).parents[3]
 PAGES = [
-    *(ROOT / "docs").glob("*.md"),
-    ROOT / "README.md",
-    *(ROOT / "slurm").glob("*.sbatch"),
-    *(ROOT / "examples").glob("*/*.yaml"),
-    *(ROOT / "examples").glob("*/*.sh"),
+    *(REPOSITORY / "docs").glob("*.md"),
+    REPOSITORY / "README.md",
+    *(REPOSITORY / "slurm").glob("*.sbatch"),
+    *(REPOSITORY / "examples").glob("*/*.yaml"),
+    *(REPOSITORY / "examples").glob("*/*.sh"),
 ]
 # what stands in front of the words that the verb gets from a script of slurm/
 SCRIPTS = {
@@ -87,7 +87,7 @@ def _behind_chameleon(words: list[str]) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in commands(page):
         parser = build_parser(words[0])
@@ -105,15 +105,15 @@ def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def _config_of(name: str) -> Path:
     """The file or preset that is named, or one that stands for the reader's."""
     if name.startswith("examples/"):
-        return ROOT / name
+        return REPOSITORY / name
     return find_config(name if name.startswith("chameleon_") else "chameleon_7b")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_files_of_the_project_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     names = re.findall(r"\b(?:examples|slurm|benchmarks|tests|tools|docs)/[\w/]+\.\w+", text)
-    assert [name for name in names if not os.path.lexists(ROOT / name)] == []
+    assert [name for name in names if not os.path.lexists(REPOSITORY / name)] == []
 
 
 def test_there_are_commands_to_look_at() -> None:

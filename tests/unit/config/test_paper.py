@@ -1,15 +1,14 @@
 """The comparison with the paper: marks, sizes, derived values and warnings."""
 
-from pathlib import Path
-
 import pytest
 
 from megatron_chameleon.config import paper
 from megatron_chameleon.config.checks.check import check_config, get_value
 from megatron_chameleon.config.load import PRESETS, load_config
 from megatron_chameleon.config.schema import Config, SourceConfig
+from places import REPOSITORY
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = REPOSITORY / "examples"
 
 
 def preset(size: str, *overrides: str) -> Config:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import model_config, tiny_tokenizer  # noqa: F401
 
 from megatron_chameleon.evaluation.asking.answer_cache import Answers, model_fingerprint
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.inference.session import Session
+from tiny_model import model_config, tiny_tokenizer  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from recorded_ops import RecordedOps
 
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.inference import context as context_module
@@ -18,6 +17,7 @@ from megatron_chameleon.inference.options import GenerationOptions
 from megatron_chameleon.inference.sampling import choose, penalise_repetition
 from megatron_chameleon.inference.session import Session
 from megatron_chameleon.parallel import platform
+from recorded_ops import RecordedOps
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 """fp32, sums in another order: observed up to 1.6e-6 on logits up to 4."""

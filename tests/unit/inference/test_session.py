@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_model import write_tokenizer
 
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart
@@ -17,6 +16,7 @@ from megatron_chameleon.errors import CheckpointError, ConfigError, DataError
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
 from megatron_chameleon.inference.session import Session
+from tiny_model import write_tokenizer
 
 RED = Image.new("RGB", (9, 12), "red")
 NOISE = Image.fromarray(np.random.default_rng(1).integers(256, size=(8, 8, 3), dtype=np.uint8))

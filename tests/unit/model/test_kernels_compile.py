@@ -3,15 +3,14 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from run_command import environment
 
 from megatron_chameleon.parallel import platform
+from places import REPOSITORY
+from run_command import environment
 
 pytest.importorskip("triton")
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "kernels.py"
 KERNELS = (
     "loss forward",
     "loss backward",
@@ -23,8 +22,10 @@ KERNELS = (
 @pytest.fixture(scope="module")
 def table() -> dict[str, str]:
     """Figures by variant; a process of its own, because this one has Triton's interpreter."""
-    words = [sys.executable, "-W", "ignore", SCRIPT]
-    result = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=240)
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.compile_kernels"]
+    result = subprocess.run(
+        words, capture_output=True, text=True, env=environment(), cwd=REPOSITORY, timeout=240
+    )
     assert result.returncode == 0, result.stdout + result.stderr  # 1: a kernel spills
     return dict(line.split(": ", 1) for line in result.stdout.splitlines()[1:])
 
@@ -55,10 +56,8 @@ def test_the_largest_logit_keeps_nan(table: dict[str, str]) -> None:
 
 def test_every_choice_of_constants_is_timed() -> None:
     """One choice of each kernel, tiny; without a GPU in the interpreter."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    from gpu_parts.kernel_shapes import CHOICES, sweep
+    from benchmarks.gpu.kernels.kernel_shapes import CHOICES, sweep
 
-    sys.path.pop(0)
     lines = list(sweep(platform.device(), tiny=True))
     assert [line.split(":")[0] for line in lines] == list(CHOICES)
     assert all("GB/s" in line for line in lines)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_model import tiny_tokenizer  # noqa: F401
 
 from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
+from tiny_model import tiny_tokenizer  # noqa: F401
 
 IMAGE_CODES = 32
 TEXTS = [

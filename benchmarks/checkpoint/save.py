@@ -1,0 +1,109 @@
+"""What a checkpoint costs a run: how long the training waits, and how fast the steps beside it are.
+
+    python -W ignore -m benchmarks.checkpoint.save
+
+Steps without a save, steps while one is written (asynchronous), and whole synchronous saves take
+turns. One process with one thread, random tokens; the writing threads have the other core.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.training.train_step import Size, draw_batches, make_config
+from megatron_chameleon.checkpoint.state.save import Saver
+from megatron_chameleon.config.parameters import count_parameters
+from megatron_chameleon.config.schema import ModelConfig
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.topology import create_topology
+from megatron_chameleon.training.engines.megatron import MegatronEngine
+
+SIZE = Size(ModelConfig(8, 512, 1376, 8, seq_length=256), 8192, 2)
+QUICK = Size(ModelConfig(2, 32, 64, 2, seq_length=32), 128, 2)
+
+
+class Bench:
+    """An engine, its steps and its saves.
+
+    Args:
+        size: Of the model.
+        folder: Where checkpoints go.
+    """
+
+    def __init__(self, size: Size, folder: Path) -> None:
+        self.config = make_config(size, "fp32")
+        self.engine = MegatronEngine(
+            self.config, size.vocab_size, create_topology(self.config.parallel)
+        )
+        self._batches = draw_batches(size, 1)
+        self._saver = Saver(folder, self.engine, lambda line: None)
+        self._steps = 0
+
+    def step(self) -> float:
+        """Seconds of a training step."""
+        start = time.perf_counter()
+        self.engine.train_step(self._steps, self._batches)
+        self._steps += 1
+        return time.perf_counter() - start
+
+    def save(self, *, is_async: bool) -> float:
+        """Seconds that the training waits for a save."""
+        self.config.checkpoint.async_save = is_async
+        start = time.perf_counter()
+        self._saver.save(self._steps, {})
+        return time.perf_counter() - start
+
+    def steps_beside_a_save(self) -> list[float]:
+        """Seconds of the steps until the checkpoint is whole, with what its end takes."""
+        seconds = []
+        while self._saver._pending is not None:
+            start = time.perf_counter()
+            self.step()
+            self._saver.poll()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+
+def measure(bench: Bench, rounds: int) -> None:
+    """Print the table."""
+    plain, beside, waits, synchronous = [], [], [], []
+    bench.step()
+    bench.save(is_async=False)
+    for _ in range(rounds):
+        plain += [bench.step() for _ in range(3)]
+        waits.append(bench.save(is_async=True))
+        beside += bench.steps_beside_a_save()
+        synchronous.append(bench.save(is_async=False))
+    step = statistics.median(plain)
+    print(f"a step without a save: {step:.3f} s")
+    print(f"a step while a checkpoint is written: {statistics.median(beside):.3f} s,", end=" ")
+    print(f"{statistics.median(beside) / step:.2f} of it; the mean: {_mean_ratio(beside, plain)}")
+    print(f"the training waits {statistics.median(waits):.3f} s for the copy of an async save,")
+    print(f"and {statistics.median(synchronous):.3f} s for a synchronous save")
+    print(f"{len(beside)} steps beside {rounds} saves")
+
+
+def _mean_ratio(beside: list[float], plain: list[float]) -> str:
+    return f"{statistics.fmean(beside) / statistics.fmean(plain):.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument("--work", type=Path, default=None, help="a folder on the disk to measure")
+    args = parser.parse_args()
+    size, rounds = (QUICK, 1) if args.quick else (SIZE, 5)
+    platform.prepare()
+    join(Launch("alone", 0, 1, 0))
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        parameters = count_parameters(size.model, size.vocab_size)
+        print(f"{parameters:,} parameters in fp32: {12 * parameters / 1e6:,.0f} MB with moments")
+        measure(Bench(size, Path(folder)), rounds)
+    leave()
+
+
+if __name__ == "__main__":
+    main()

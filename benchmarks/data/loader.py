@@ -1,0 +1,213 @@
+"""Tokens a second that one process reads as batches, against megatron-core's GPTDataset.
+
+    python -W ignore -m benchmarks.data.loader  # 64M tokens in a temporary folder, a minute
+    python -W ignore -m benchmarks.data.loader --quick  # tiny sizes: does it run?
+
+The corpus has the recipe's proportions: texts of some 800 tokens, pairs of an image (1,026 tokens)
+and 45 of text, interleaved documents. Ours reads batches of the mixture through ``BatchReader``, as
+training does: planning, packing, masks and tensors. GPTDataset reads the texts alone, shuffled and
+cut into windows, with its masks and position ids; it has no images to keep whole. Both
+read from the page cache. The yardstick is what a step of the 7B eats on one H200: 16,000 tokens a
+second, of which a loader should give 20 times as much.
+"""
+
+import argparse
+import cProfile
+import pstats
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.data.batches.reader import BatchReader
+from megatron_chameleon.data.token_files.reader import TokenFileWriter
+from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.tokenizer.vocabulary import Vocabulary, control_names
+
+STEP_TOKENS_PER_SECOND = 16_000
+"""Floor of a 7B step in bf16 on one H200."""
+WEIGHTS = {"text": 2.9, "pairs": 1.5, "interleaved": 0.4}
+
+
+@dataclass(frozen=True)
+class Size:
+    seq_length: int
+    image_codes: int
+    """Of one image, and of the codebook."""
+    tokens: int
+    """Of each source."""
+    samples: int
+    """That are read."""
+
+
+FULL = Size(seq_length=4096, image_codes=1024, tokens=20_000_000, samples=8192)
+QUICK = Size(seq_length=128, image_codes=16, tokens=50_000, samples=64)
+
+
+def tokenizer_of(size: Size) -> Tokenizer:
+    """A vocabulary as large as the paper's, and nothing that could encode."""
+    codes = min(8192, 8 * size.image_codes)
+    names = ["<s>", "<pad>", "</s>", "<unk>", *control_names(codes)]
+    names += [f"w{i}" for i in range((1 << 16) - len(names))]
+    vocabulary = Vocabulary.from_tokens(names)
+    return Tokenizer(Path("none"), vocabulary, cast(Any, None), None, "benchmark")
+
+
+def documents(kind: str, size: Size, vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, int]]:
+    """Token ids and number of images of each document."""
+    draw = np.random.default_rng(len(kind))
+    words = draw.integers(vocabulary.image_placeholder + 1, vocabulary.size, 1 << 20)
+    image = np.concatenate(
+        [
+            [vocabulary.begin_image],
+            vocabulary.code_token_ids[: size.image_codes],
+            [vocabulary.end_image],
+        ]
+    )
+    mean = size.seq_length / 5
+    written = 0
+    while written < size.tokens:
+        images = {"text": 0, "pairs": 1, "interleaved": int(draw.integers(1, 4))}[kind]
+        count = int(draw.lognormal(np.log(mean) - 0.72, 1.2)) if kind == "text" else 45
+        start = int(draw.integers(0, len(words) - count))
+        parts = [words[start : start + count], *[image] * images]
+        ids = np.concatenate([[vocabulary.bos], *parts, [vocabulary.eos]])
+        written += len(ids)
+        yield ids, images
+
+
+def write_corpus(folder: Path, size: Size, tokenizer: Tokenizer) -> Config:
+    """Token files of all kinds, and a config that mixes them."""
+    config = Config()
+    config.model.seq_length = size.seq_length
+    for kind, weight in WEIGHTS.items():
+        with TokenFileWriter(folder / kind, tokenizer) as writer:
+            for ids, images in documents(kind, size, tokenizer.vocabulary):
+                writer.add(ids, images)
+            writer.commit()
+        image_first = 0.5 if kind == "pairs" else None
+        config.data.stage1.append(SourceConfig(str(folder / kind), weight, image_first))
+    return config
+
+
+def read_ours(reader: BatchReader, size: Size) -> int:
+    """Batches of 8 sequences; returns the tokens read."""
+    tokens = 0
+    for first in range(0, size.samples, 8):
+        tokens += reader.batch(range(first, first + 8)).tokens.numel()
+    return tokens
+
+
+def open_gpt_dataset(prefix: Path, size: Size, vocabulary: Vocabulary) -> GPTDataset:
+    """megatron-core's data set over one token file, with its index built."""
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=size.seq_length,
+        blend=([str(prefix)], None),
+        split="1,0,0",
+        tokenizer=cast(Any, _EndOfDocument(vocabulary)),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    indexed = IndexedDataset(str(prefix))
+    chosen = np.arange(len(indexed), dtype=np.int32)
+    return GPTDataset(indexed, str(prefix), chosen, size.samples, Split.train, config)
+
+
+class _EndOfDocument:
+    """What GPTDataset asks of a tokenizer."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.eod = self.eos = vocabulary.eos
+        self.pad = vocabulary.pad
+        self.vocab_size = vocabulary.size
+        self.unique_identifiers = {"class": "benchmark"}
+
+
+def read_gpt_dataset(dataset: GPTDataset, size: Size) -> int:
+    """Batches of 8 sequences; returns the tokens read."""
+    tokens = 0
+    for first in range(0, size.samples, 8):
+        rows = [dataset[index] for index in range(first, first + 8)]
+        batch = torch.utils.data.default_collate(rows)
+        tokens += batch["tokens"].numel()
+    return tokens
+
+
+def rate(read: Callable[[], int], clock: Callable[[], float]) -> float:
+    start = clock()
+    tokens = read()
+    return tokens / (clock() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--repeats", type=int, default=3, help="the best of so many counts")
+    parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use too")
+    parser.add_argument("--profile", action="store_true", help="where ours spends its time")
+    args = parser.parse_args()
+    size = QUICK if args.quick else FULL
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    torch.set_num_threads(1)
+    tokenizer = tokenizer_of(size)
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_corpus(Path(folder), size, tokenizer)
+        reader = BatchReader(config, tokenizer)
+        start = clock()
+        reader.sample(0)
+        print(f"first sample after {clock() - start:.3f} s")
+        if args.profile:
+            profile = cProfile.Profile()
+            profile.runcall(read_ours, reader, size)
+            pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+            return
+        report(config, tokenizer, Path(folder), size, args.repeats, clock)
+
+
+def report(
+    config: Config,
+    tokenizer: Tokenizer,
+    folder: Path,
+    size: Size,
+    repeats: int,
+    clock: Callable[[], float],
+) -> None:
+    """A fresh reader for each repeat: nothing is planned or packed before."""
+    peer = open_gpt_dataset(folder / "text", size, tokenizer.vocabulary)
+    ours: list[float] = []
+    isolated: list[float] = []
+    theirs: list[float] = []
+    for _ in range(repeats):
+        for rates, is_isolated in ((ours, False), (isolated, True)):
+            config.data.reset_attention = is_isolated
+            reader = BatchReader(config, tokenizer)
+            part = Size(size.seq_length, size.image_codes, size.tokens, size.samples // 8)
+            rates.append(
+                rate(lambda r=reader, s=part if is_isolated else size: read_ours(r, s), clock)
+            )
+        theirs.append(rate(lambda: read_gpt_dataset(peer, size), clock))
+    print(f"{'':34} {'tokens/s':>14} {'of a 7B step':>13} {'of GPTDataset':>14}")
+    for name, rates in (
+        ("ours, the recipe's mixture", ours),
+        ("ours, documents isolated, with mask", isolated),
+        ("GPTDataset, text alone", theirs),
+    ):
+        best = max(rates)
+        steps, peers = best / STEP_TOKENS_PER_SECOND, best / max(theirs)
+        print(f"{name:34} {best:14,.0f} {steps:12.1f}x {peers:13.2f}x")
+
+
+if __name__ == "__main__":
+    main()

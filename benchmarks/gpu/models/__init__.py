@@ -1,0 +1,1 @@
+"""Parts that measure whole models: parity, training steps, generation and images."""

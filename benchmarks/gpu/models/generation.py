@@ -1,0 +1,236 @@
+"""Generation by the project's decoder over transformers' model with random weights.
+
+A step cannot be faster than reading every parameter once: 2 bytes x parameters / measured memory
+bandwidth. Caches are not counted. Modes: a step launched one by one, replayed as a CUDA graph, and
+that with its layers compiled, without and with tuning of the matrix products.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.common import (
+    Context,
+    Figures,
+    LeftOutError,
+    ToleranceError,
+    median_and_spread,
+    need_gpu,
+    time_calls,
+)
+from benchmarks.gpu.models.engines import preset_config, vocab_size
+from benchmarks.training.train_step import transformers_config
+from megatron_chameleon.config.parameters import count_parameters
+from megatron_chameleon.inference.decode import Decoder, collect
+from megatron_chameleon.inference.modality import Force, TokenClasses
+from megatron_chameleon.inference.options import Execution, GenerationOptions
+from megatron_chameleon.inference.sampling import choose
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.tokenizer.vocabulary import (
+    BOS,
+    EOS,
+    PAD,
+    UNK,
+    Vocabulary,
+    control_names,
+)
+
+PROMPT_TOKENS = 32
+SHORT_TOKENS = 8
+GRAPH = Execution.on("cuda")
+MODES = {
+    "eager": replace(GRAPH, graph=False),
+    "graph": GRAPH,
+    "graph, compiled": replace(GRAPH, compiler="inductor"),
+    "graph, compiled and tuned": replace(GRAPH, compiler="inductor:max-autotune-no-cudagraphs"),
+    "traced for compilation": replace(GRAPH, graph=False, compiler="aot_eager"),
+}
+GUIDANCE: dict[str, dict[str, float]] = {
+    "no guidance": {},
+    "guidance of 2 passes": {"guidance": 3.0},
+    "guidance of 3 passes": {"guidance": 3.0, "guidance_image": 1.2},
+}
+
+
+def run(context: Context) -> None:
+    opened: list[Any] = []
+
+    def generator() -> "Generator":
+        if not opened:
+            opened.append(Generator(context))
+        return opened[0]
+
+    tokens, codes = (16, 16) if context.tiny else (256, 1024)
+    last = "traced for compilation" if context.tiny else "graph, compiled and tuned"
+
+    def text(batch: int, mode: str) -> None:
+        context.row(
+            f"text, batch {batch}, {tokens} tokens, {mode}",
+            lambda: generator().text_figures(batch, tokens, mode),
+            "prefill taken out by a shorter answer",
+        )
+
+    def image(batch: int, guidance: str, mode: str) -> None:
+        context.row(
+            f"image block, batch {batch}, {codes:,} codes, {guidance}, {mode}",
+            lambda: generator().image_figures(batch, codes, guidance, mode),
+            "prefill included",
+        )
+
+    for mode in ("eager", "graph", "graph, compiled"):
+        text(1, mode)
+    for batch, vocabulary in ((1, True), (32, True), (1, False), (32, False)):
+        over = "the vocabulary" if vocabulary else "the codes"
+        context.row(
+            f"choice over {over}, batch {batch}",
+            lambda batch=batch, vocabulary=vocabulary: generator().choice_figures(
+                batch, vocabulary
+            ),
+            "top_p and draw, launched one by one",
+        )
+    for batch, length in ((1, 64), (2, 64)) if context.tiny else ((1, 1024), (1, 4000), (32, 512)):
+        context.row(
+            f"prefill, batch {batch}, {length:,} tokens",
+            lambda batch=batch, length=length: generator().prefill_figures(batch, length),
+        )
+    for guidance in GUIDANCE:
+        image(1, guidance, "eager" if context.tiny else "graph, compiled")
+    for mode in ("graph", "graph, compiled"):
+        text(32, mode)
+    for guidance in GUIDANCE:
+        image(32, guidance, "graph, compiled")
+    text(1, last)
+
+
+class Generator:
+    """The 7B in transformers, its vocabulary and its token classes on this device."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._model_config = preset_config(
+            "chameleon_7b", context.tiny, 2 if context.tiny else 32
+        ).model
+        self._model_config.seq_length = 4096  # positions; an image and its prompt must fit
+        vocab = vocab_size(context.tiny)
+        codes = 32 if context.tiny else 8192
+        names = [BOS, PAD, EOS, UNK, *control_names(codes)]
+        names += [f"word{number}" for number in range(vocab - len(names))]
+        self.classes = TokenClasses(Vocabulary.from_tokens(names), platform.device())
+        self.model = build_transformers(self._model_config, vocab)
+        self.parameters = count_parameters(self._model_config, vocab)
+        self._text: dict[int, Sequence[int]] = {}
+        """First tokens of the eager answer, by batch."""
+
+    def text_figures(self, batch: int, tokens: int, mode: str) -> Figures:
+        decoder = self._decoder(batch, 1, GenerationOptions(images=False), mode)
+        rooms = (SHORT_TOKENS + tokens, SHORT_TOKENS)
+        begin = time.perf_counter()
+        answer = self._answer(decoder, rooms[0])
+        figures: Figures = {"first answer s": time.perf_counter() - begin}
+        self._compare(batch, answer[0], mode, figures)
+        if len(answer[0]) <= SHORT_TOKENS:
+            raise LeftOutError(f"the answer ended by itself after {len(answer[0])} tokens")
+        repeats = 3 if decoder.execution.graph else 1
+        long, short = (
+            median_and_spread(
+                time_calls(lambda room=room: self._answer(decoder, room), repeats=repeats, warmup=1)
+            )[0]
+            for room in rooms
+        )
+        steps = max(map(len, answer)) - SHORT_TOKENS
+        return self._figures(batch, (long - short) / steps, {"steps": steps, **figures})
+
+    def _compare(self, batch: int, answer: Sequence[int], mode: str, figures: Figures) -> None:
+        """A graph must draw what single launches draw; compiled code rounds otherwise."""
+        if mode == "eager":
+            self._text[batch] = answer
+        expected = self._text.get(batch)
+        if expected is None or mode == "eager":
+            return
+        same = next(
+            (i for i, pair in enumerate(zip(expected, answer, strict=False)) if len({*pair}) > 1),
+            len(answer),
+        )
+        figures["tokens as eager"] = same
+        if mode == "graph" and same < len(expected):
+            raise ToleranceError(figures, f"token {same} is not that of single launches")
+
+    def image_figures(self, batch: int, codes: int, guidance: str, mode: str) -> Figures:
+        options = GenerationOptions(force=Force.IMAGE, **GUIDANCE[guidance])
+        decoder = self._decoder(batch, codes, options, mode)
+        self._answer(decoder, codes + 2)
+        times = time_calls(lambda: self._answer(decoder, codes + 2), repeats=1, warmup=0)
+        figures: Figures = {"s a block": times[0], "images/s": batch / times[0]}
+        return self._figures(batch, times[0] / (codes + 2), {"steps": codes + 2, **figures})
+
+    @torch.inference_mode()
+    def prefill_figures(self, batch: int, length: int) -> Figures:
+        """Prompts of one length, which need no mask."""
+        decoder = self._decoder(batch, 1, GenerationOptions(), "eager")
+        decoder.context.reserve(length + 1)
+        prompts = [[self._prompt(length)] * batch]
+        times = time_calls(
+            lambda: decoder.context.start(prompts, self.classes.pad),
+            repeats=2 if self._context.tiny else 5,
+        )
+        seconds, spread = median_and_spread(times)
+        rate = 2 * self.parameters * batch * length / seconds / 1e12
+        figures: Figures = {"tokens/s": batch * length / seconds, "ms": seconds * 1e3}
+        figures |= {"TFLOP/s": rate, "spread": spread}
+        if ceiling := self._context.ceiling("bf16 matmul", "TFLOP/s"):
+            figures["of the bf16 matmul"] = rate / ceiling
+        return figures
+
+    @torch.inference_mode()
+    def choice_figures(self, batch: int, vocabulary: bool) -> Figures:
+        device = platform.device()
+        count = len(self.classes.code_V) if vocabulary else len(self.classes.code_token_ids)
+        logits = torch.randn(batch, count, device=device)
+        allowed = torch.ones_like(logits, dtype=torch.bool)
+        draws = torch.Generator(device).manual_seed(1)
+        options = GenerationOptions()
+        times = time_calls(lambda: choose(logits, allowed, options, draws), repeats=20)
+        seconds, spread = median_and_spread(times)
+        return {"ms": seconds * 1e3, "spread": spread}
+
+    def _decoder(self, batch: int, codes: int, options: GenerationOptions, mode: str) -> Decoder:
+        execution = MODES[mode]
+        if execution.graph:
+            need_gpu("CUDA graphs need a GPU")
+        return Decoder(self.model, self.classes, codes, batch, options, execution)
+
+    def _prompt(self, length: int) -> list[int]:
+        word = int(self.classes.text_V.nonzero()[0])
+        return [self.classes.bos] + [word] * (length - 1)
+
+    def _answer(self, decoder: Decoder, room: int) -> list[list[int]]:
+        draws = torch.Generator(platform.device()).manual_seed(1)
+        prompts = [self._prompt(PROMPT_TOKENS)] * decoder.batch
+        return collect(decoder.stream(prompts, [room] * decoder.batch, draws))
+
+    def _figures(self, batch: int, seconds: float, others: Figures) -> Figures:
+        figures: Figures = {"tokens/s": batch / seconds, "ms a step": seconds * 1e3, **others}
+        if bandwidth := self._context.ceiling("copy", "GB/s"):
+            width = next(self.model.parameters()).element_size()
+            limit = width * self.parameters / bandwidth / 1e9
+            figures |= {"limit ms": limit * 1e3, "of the limit": limit / seconds}
+        return figures
+
+
+def build_transformers(model: Any, vocab: int) -> Any:
+    """transformers' Chameleon in bf16 with random weights on this device; a tiny image tokenizer,
+    which is not called."""
+    from transformers import ChameleonForConditionalGeneration
+
+    config = transformers_config(model, vocab)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(platform.device()):
+            built = ChameleonForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    return built.to(torch.bfloat16).eval().requires_grad_(False)

@@ -1,1 +1,0 @@
-"""The parts of ``benchmarks/gpu.py``: each measures one thing in a process of its own."""

@@ -1,0 +1,140 @@
+"""What the monitor costs: its share of a training step's CPU time.
+
+    python -W ignore -m benchmarks.training.monitor
+
+The time inside each of the monitor's functions is added up over the steps, which finds a hundredth
+of a step on a machine whose steps vary by more. Steps without the monitor's hooks take turns with
+these, as a check, and because they measure the norm of all gradients by megatron-core's function:
+what the norms by group take beyond that is the monitor's cost. One thread, random tokens.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+
+from benchmarks.training.train_step import Size, draw_batches, make_config
+from megatron_chameleon.config.parameters import count_parameters
+from megatron_chameleon.config.schema import ModelConfig, ParallelConfig
+from megatron_chameleon.data.batches.reader import Batch
+from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.topology import Topology, create_topology
+from megatron_chameleon.training.engines.gradient_groups import GradientGroups
+from megatron_chameleon.training.engines.megatron import MegatronEngine
+from megatron_chameleon.training.metrics.layers import LayerMonitor
+from megatron_chameleon.training.metrics.step_metrics import Monitor
+
+SIZES = {
+    "10.5M": Size(ModelConfig(8, 256, 688, 4, seq_length=256), 8192, 4),
+    "33.7M": Size(ModelConfig(8, 512, 1376, 8, seq_length=256), 8192, 4),
+}
+QUICK = {"quick": Size(ModelConfig(2, 32, 64, 2, seq_length=32), 128, 2)}
+GROUPS, WHOLE = "gradients by group", "gradients as a whole"
+FUNCTIONS: dict[tuple[type, str], str] = {
+    (LayerMonitor, "_observe_output"): "layers' output norms",
+    (LayerMonitor, "_observe_attention"): "attention logits",
+    (GradientGroups, "squares"): GROUPS,
+    (Monitor, "observe_loss"): "losses, log(Z)",
+    (Monitor, "finish_step"): "reduction",
+}
+
+
+class Clock:
+    """Adds up the CPU time of the monitor's functions, from when it is made."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys([*FUNCTIONS.values(), WHOLE], 0.0)
+        for (cls, name), words in FUNCTIONS.items():
+            setattr(cls, name, self.timed(getattr(cls, name), words))
+
+    def timed(self, function: Callable[..., Any], words: str) -> Callable[..., Any]:
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[words] += time.process_time() - start
+
+        return timed
+
+
+def without_hooks(engine: MegatronEngine, clock: Clock) -> MegatronEngine:
+    """The engine with nothing but the losses and the norm of all gradients measured."""
+    for part in engine.parts:
+        for module in part.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+                    del hooks[key]
+    whole = clock.timed(engine.optimizer.get_grad_norm, WHOLE)
+    engine.gradients.squares = lambda: torch.tensor(whole())  # type: ignore[method-assign]
+    engine.gradients.norms = lambda norm: (float(norm), {})  # type: ignore[method-assign]
+    return engine
+
+
+def _is_ours(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)
+    return isinstance(getattr(function, "__self__", None), LayerMonitor)
+
+
+def run(engine: MegatronEngine, batches: Sequence[Batch], first: int, steps: int) -> float:
+    """CPU seconds of so many steps."""
+    start = time.process_time()
+    for step in range(first, first + steps):
+        engine.train_step(step, [batches[step % len(batches)]])
+    return time.process_time() - start
+
+
+def measure(name: str, size: Size, topology: Topology, clock: Clock, blocks: int) -> None:
+    batches, config = draw_batches(size, 8), make_config(size, "fp32")
+    watched = MegatronEngine(config, size.vocab_size, topology)
+    plain = without_hooks(MegatronEngine(config, size.vocab_size, topology), clock)
+    steps = 3
+    for engine in (watched, plain):
+        run(engine, batches, 0, steps)
+    found: dict[str, list[float]] = {"with": [], "without": []}
+    inside = dict.fromkeys(clock.seconds, 0.0)
+    for block in range(1, blocks + 1):
+        for kind, engine in (("with", watched), ("without", plain)):
+            before = dict(clock.seconds)
+            found[kind].append(run(engine, batches, block * steps, steps))
+            for words in [WHOLE] if kind == "without" else FUNCTIONS.values():
+                inside[words] += clock.seconds[words] - before[words]
+    total = sum(found["with"])
+    count = count_parameters(size.model, size.vocab_size)
+    print(f"{name}: {count:,} parameters, {total / blocks / steps:.3f} CPU seconds a step")
+    whole = inside.pop(WHOLE)
+    print(f"  {GROUPS} and as a whole {inside[GROUPS] / total:.3%}, as a whole {whole / total:.3%}")
+    inside[GROUPS] -= whole
+    for words, seconds in inside.items():
+        print(f"  {words:24} {seconds / total:7.3%}")
+    print(f"  {'together':24} {sum(inside.values()) / total:7.3%}")
+    ratio = statistics.median(found["with"]) / statistics.median(found["without"])
+    print(f"  steps with hooks over steps without: {ratio:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny size")
+    parser.add_argument("--blocks", type=int, default=7)
+    args = parser.parse_args()
+    sizes, blocks = (QUICK, 1) if args.quick else (SIZES, args.blocks)
+    torch.set_num_threads(1)
+    clock = Clock()  # before any hook holds one of the functions
+    platform.prepare()
+    join(Launch("alone", 0, 1, 0))
+    try:
+        topology = create_topology(ParallelConfig())
+        for name, size in sizes.items():
+            measure(name, size, topology, clock, blocks)
+    finally:
+        leave()
+
+
+if __name__ == "__main__":
+    main()

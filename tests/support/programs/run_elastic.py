@@ -1,0 +1,40 @@
+"""Train two runs of 50 steps, of which one changes its layout and engine every ten steps.
+
+python tests/support/programs/run_elastic.py CONFIG FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import forked_command
+
+TENSOR = "parallel.tensor_model_parallel_size=2"
+PIPELINE = "parallel.pipeline_model_parallel_size=2"
+LAYOUTS = (
+    (2, [TENSOR, "parallel.sequence_parallel=true"]),
+    (2, [PIPELINE, "training.micro_batch_size=1"]),
+    (2, ["training.micro_batch_size=4"]),
+    (4, [TENSOR, PIPELINE]),
+    (2, ["engine.name=deepspeed", "engine.zero_stage=1"]),
+)
+
+
+def main() -> None:
+    config, folder = sys.argv[1], Path(sys.argv[2])
+    folder.mkdir()
+    # all starts have the same last step, which the learning rate depends on; the signal's way out
+    # is not taken: a run that is to stop earlier is told so by its number of steps
+    shared = ["optimizer.lr_decay_style=constant", "data.stage1_tokens=15360"]
+
+    def train(run: str, steps: int, processes: int, overrides: list[str]) -> None:
+        run_dir = f"logging.run_dir={folder / run}"
+        words = ["train", config, run_dir, f"training.steps={steps}", *shared, *overrides]
+        forked_command.run(words, folder / f"{run}.log", processes)
+
+    train("unbroken", 50, 1, [])
+    for number, (processes, overrides) in enumerate(LAYOUTS, start=1):
+        train("changing", 10 * number, processes, overrides)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Train a small model on random tokens under several layouts, one after another.
+
+A script: ``python run_layouts.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes", "steps",
+"set": {"section.key": value}}. Of each it writes NAME.json (the metrics of every step) and NAME.pt:
+first weights and the gradients of the first step, put together from the parts of all processes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import megatron.core.dist_checkpointing.mapping as mapping
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from torch import Tensor
+
+from forked_jobs import run_forked
+from megatron_chameleon.config.checks.layouts import check_layout
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.data.batches.reader import Batch
+from megatron_chameleon.parallel.topology import create_topology
+from megatron_chameleon.training.engines.megatron import MegatronEngine
+
+VOCAB_SIZE = 96
+
+
+def make_config(values: dict[str, Any]) -> Config:
+    """The base config with a job's values."""
+    config = Config()
+    base = {
+        "model.num_layers": 2,
+        "model.hidden_size": 32,
+        "model.ffn_hidden_size": 48,
+        "model.num_attention_heads": 4,
+        "model.seq_length": 32,
+        # sqrt(0.4 / hidden_size); 0.02, which suits the paper's sizes, leaves so small a Swin model
+        # where the norms divide by their eps, and a step turns 1e-7 into 1e-5
+        "model.init_method_std": 0.11,
+        "optimizer.lr": 1e-2,
+        "optimizer.lr_warmup_steps": 2,
+        "training.steps": 20,
+        "training.micro_batch_size": 2,
+        "training.global_batch_size": 8,
+        "training.z_loss": 1e-2,
+    }
+    for key, value in {**base, **values}.items():
+        section, name = key.split(".")
+        assert hasattr(getattr(config, section), name), key
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+def make_batch(config: Config, first: int) -> Batch:
+    """One micro-batch: half of the labels count, low tokens are image codes. In one micro-batch of
+    a step none counts, as in a sequence that is all prompt.
+
+    Low tokens are frequent, which a model learns in a few steps. Were all alike, there would be
+    nothing but noise to follow, and AdamW would turn rounding into steps of its own.
+    """
+    shape = config.training.micro_batch_size, config.model.seq_length
+    windows, counts = [], []
+    for index in range(first, first + shape[0]):
+        generator = torch.Generator().manual_seed(1000 + index)
+        uniform = torch.rand(shape[1] + 1, generator=generator)
+        windows.append((VOCAB_SIZE * uniform**3).long())
+        counts.append(torch.rand(shape[1], generator=generator) < 0.5)
+        counts[-1] &= first % config.training.global_batch_size != shape[0]
+    window = torch.stack(windows)
+    return Batch(
+        tokens=window[:, :-1],
+        labels=window[:, 1:],
+        loss_mask=torch.stack(counts).float(),
+        image_mask=window[:, 1:] < VOCAB_SIZE // 16,
+        position_ids=torch.arange(shape[1]).expand(shape),
+    )
+
+
+def micro_batches(config: Config, step: int, rank: int, size: int) -> list[Batch]:
+    """The share of one data-parallel rank in a step's global batch."""
+    micro, batch = config.training.micro_batch_size, config.training.global_batch_size
+    starts = range(rank * micro, batch, size * micro)
+    return [make_batch(config, step * batch + start) for start in starts]
+
+
+def whole_tensors(engine: MegatronEngine, attribute: str | None) -> dict[str, Tensor]:
+    """Every parameter (or its ``attribute``) whole, on rank 0; elsewhere an empty dict.
+
+    Where each rank's part belongs is said by megatron-core's own sharded tensors. Replicas must be
+    equal.
+    """
+    parts = []
+    for sharded in _sharded(engine):
+        value = sharded.data if attribute is None else getattr(sharded.data, attribute)
+        if isinstance(sharded, mapping.ShardedTensorFactory):
+            pieces = nested_values(sharded.build_fn(sharded.key, value, sharded.replica_id, None))
+        else:
+            pieces = [dataclasses.replace(sharded, data=value)]
+        for piece in pieces:
+            data = piece.data.detach().clone().reshape(piece.local_shape)
+            parts.append((piece.key, piece.global_shape, piece.global_offset, data))
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, parts)
+    whole: dict[str, Tensor] = {}
+    if torch.distributed.get_rank() != 0:
+        return whole
+    for key, shape, offset, data in (part for rank in gathered for part in rank):
+        place = whole.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))
+        # A stacked tensor's first axis counts the layers; the part itself does not have it.
+        data = data.reshape([1] * (len(shape) - data.dim()) + list(data.shape))
+        region = tuple(
+            slice(start, start + size) for start, size in zip(offset, data.shape, strict=True)
+        )
+        if not place[region].isnan().any():
+            torch.testing.assert_close(place[region], data, rtol=1e-6, atol=1e-9, msg=key)
+        place[region] = data
+    assert not any(tensor.isnan().any() for tensor in whole.values())
+    return whole
+
+
+def _sharded(engine: MegatronEngine) -> Iterator[Any]:
+    for part in engine.parts:
+        for value in nested_values(part.sharded_state_dict()):
+            if isinstance(value, mapping.ShardedTensor | mapping.ShardedTensorFactory):
+                yield value
+
+
+def gather_gradient_shards(engine: MegatronEngine) -> None:
+    """With the distributed optimizer a rank has reduced its own shard of each buffer only."""
+    for chunk in engine.chunks:
+        for buffer in chunk.buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
+def run_job(job: dict[str, Any], output: Path) -> None:
+    config = make_config(job["set"])
+    problems = list(check_layout(config, job["processes"]))
+    assert not problems, problems
+    topology = create_topology(config.parallel)
+    engine = MegatronEngine(config, VOCAB_SIZE, topology)
+    if config.training.dtype == "fp64":
+        engine.optimizer.config.clip_grad = 0.0  # megatron-core clips fp32 gradients only
+    place = topology.data_rank, topology.data_size
+    weights = whole_tensors(engine, None)
+    engine.compute_gradients(0, micro_batches(config, 0, *place))
+    if config.parallel.use_distributed_optimizer:
+        gather_gradient_shards(engine)
+    gradients = whole_tensors(engine, "main_grad")
+    engine.monitor.finish_step(0.0)
+    metrics = [
+        engine.train_step(step, micro_batches(config, step, *place)) for step in range(job["steps"])
+    ]
+    if topology.rank == 0:
+        torch.save({"weights": weights, "gradients": gradients}, output / f"{job['name']}.pt")
+        (output / f"{job['name']}.json").write_text(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    run_forked(run_job)

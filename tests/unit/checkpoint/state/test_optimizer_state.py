@@ -1,0 +1,250 @@
+"""Optimizer state goes along where a format has a place for it, and is compared."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_chameleon.checkpoint.convert.run import convert
+from megatron_chameleon.checkpoint.convert.verify import verify
+from megatron_chameleon.checkpoint.formats.base import best_piece
+from megatron_chameleon.checkpoint.formats.deepspeed_files import find_step, open_files
+from megatron_chameleon.checkpoint.formats.opening import open_source
+from megatron_chameleon.checkpoint.names import MOMENTS, optimizer_parts, pieces
+from megatron_chameleon.checkpoint.state import resume
+from megatron_chameleon.checkpoint.state.integrity import SUMS_FILE
+from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from megatron_chameleon.config.load import save_config
+from megatron_chameleon.errors import CheckpointError
+from tiny_model import (
+    PADDED_VOCAB_SIZE,
+    VOCAB_SIZE,
+    model_config,
+    random_tensors,
+    write_checkpoint,
+)
+
+
+@pytest.fixture(scope="module")
+def bf16_checkpoint(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights in bf16 with fp32 main weights, and a training config of its own."""
+    folder = tmp_path_factory.mktemp("bf16") / "step_00000007"
+    main = random_tensors(model_config(), VOCAB_SIZE)
+    weights = {name: tensor.bfloat16() for name, tensor in main.items()}
+    write_checkpoint(folder, model_config(), weights, tiny_tokenizer, main_weights=main)
+    config = CheckpointReader(folder).config
+    config.training.seed, config.training.global_batch_size = 5, 32
+    config.training.dtype = "bf16"
+    save_config(config, folder / "config.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def universal(bf16_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for DeepSpeed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("universal") / "deepspeed"
+    assert convert(bf16_checkpoint, folder, "deepspeed").optimizer == "kept"
+    return folder
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Weights, main weights and moments, bit for bit."""
+    old, new = open_source(first), open_source(second)
+    assert old.has_optimizer
+    assert new.has_optimizer
+    compared = 0
+    for piece in pieces(old.dimensions):
+        assert old.dtype(piece) == new.dtype(piece)
+        for part in (None, *optimizer_parts(old.dtype(piece))):
+            wanted = replace(piece, part=part)
+            assert torch.equal(old.read(wanted), new.read(wanted)), wanted.key
+            compared += 1
+    assert compared in (3 * (3 + 3 * 10), 4 * (3 + 3 * 10))
+
+
+def test_megatron_deepspeed_megatron(
+    bf16_checkpoint: Path, universal: Path, tmp_path: Path
+) -> None:
+    convert(universal, tmp_path / "again", "megatron")
+    assert_same_state(bf16_checkpoint, tmp_path / "again")
+    old, new = (CheckpointReader(path) for path in (bf16_checkpoint, tmp_path / "again"))
+    assert new.config.training == old.config.training
+    assert new.config.model == old.config.model
+    expected = {"step": 7, "optimizer": True, "training_config": True}
+    assert {key: new.state[key] for key in expected} == expected
+    resume.check_fits(tmp_path / "again", old.config, new.state["tokenizer_fingerprint"])
+
+
+def test_a_universal_checkpoint_has_what_deepspeed_looks_for(universal: Path) -> None:
+    assert (universal / "latest_universal").read_text() == "global_step7"
+    files = {path.name for path in (universal / "global_step7").iterdir()}
+    assert files == {
+        "zero",
+        "mp_rank_00_model_states.pt",
+        "zero_pp_rank_0_mp_rank_00_model_states.pt",
+    }
+    folder = universal / "global_step7/zero/model.layers.1.self_attn.k_proj.weight"
+    weight = torch.load(folder / "fp32.pt", weights_only=True)["param"]
+    assert (weight.shape, weight.dtype) == ((24, 48), torch.float32)
+    assert (folder / "fp32.pt").stat().st_size < 24 * 48 * 4 + 2000  # not all that it is a view of
+    assert torch.load(folder / "step.pt", weights_only=True) == 7
+    # the encoder, which transformers trains as far as it has gradients
+    assert (universal / "global_step7/zero/model.vqmodel.quant_conv.bias/exp_avg.pt").is_file()
+
+
+def test_what_a_format_cannot_hold_is_left_out_and_said(universal: Path, tmp_path: Path) -> None:
+    result = convert(universal, tmp_path / "hf", "hf")
+    assert result.optimizer == "left out (hf has no place)"
+    assert convert(tmp_path / "hf", tmp_path / "back", "megatron").optimizer == "not there"
+    state = json.loads((tmp_path / "back/state.json").read_text())
+    assert (state["optimizer"], state["training_config"]) == (False, False)
+
+
+def test_it_can_be_left_out(bf16_checkpoint: Path, tmp_path: Path) -> None:
+    result = convert(bf16_checkpoint, tmp_path / "weights", "megatron", optimizer=False)
+    assert result.optimizer == "left out"
+    reader = CheckpointReader(tmp_path / "weights")
+    assert reader.optimizer_tensors == {}
+    assert reader.state["optimizer"] is False
+
+
+def test_fp32_is_taken_from_the_main_weights(bf16_checkpoint: Path, tmp_path: Path) -> None:
+    result = convert(bf16_checkpoint, tmp_path / "fp32", "megatron", dtype="fp32")
+    assert result.largest_change is None
+    main = random_tensors(model_config(), VOCAB_SIZE)
+    reader = CheckpointReader(tmp_path / "fp32")
+    assert all(torch.equal(reader.read(name), main[name]) for name in reader.tensors)
+    assert {name.split(".")[2] for name in reader.optimizer_tensors} == set(MOMENTS)
+    # and back: what was fp32 is the main weight of what is bf16 now
+    convert(tmp_path / "fp32", tmp_path / "bf16", "megatron", dtype="bf16")
+    assert_same_state(bf16_checkpoint, tmp_path / "bf16")
+
+
+def test_optimizer_state_is_compared(
+    bf16_checkpoint: Path, universal: Path, tmp_path: Path
+) -> None:
+    result = verify(bf16_checkpoint, universal)
+    assert (result.differences, result.optimizer) == ([], True)
+    assert result.tensors == 4 * (3 + 3 * 13)
+    changed = Path(shutil.copytree(universal, tmp_path / "changed"))
+    file = changed / "global_step7/zero/lm_head.weight/exp_avg_sq.pt"
+    content = torch.load(file, weights_only=True)
+    content["param"][3, 4] += 1e-3
+    torch.save(content, file)
+    result = verify(bf16_checkpoint, changed)
+    assert [difference.name for difference in result.differences] == [
+        "exp_avg_sq of lm_head.weight"
+    ]
+    # of another dtype, the main weights count
+    convert(bf16_checkpoint, tmp_path / "fp32", "megatron", dtype="fp32", verify=False)
+    result = verify(tmp_path / "fp32", bf16_checkpoint)
+    assert (result.differences, result.largest, result.optimizer) == ([], 0.0, True)
+
+
+def test_a_missing_moment_is_named(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    main = random_tensors(model_config(), PADDED_VOCAB_SIZE)
+    weights = {name: tensor.bfloat16() for name, tensor in main.items()}
+    source = write_checkpoint(tmp_path / "step_00000007", model_config(), weights, tiny_tokenizer)
+    with pytest.raises(CheckpointError, match=r"tensor optimizer\.state\.fp32_param\.\S+ is miss"):
+        open_source(source)
+
+
+def test_others_training_goes_on_with_any_batch_size(
+    universal: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(universal, tmp_path / "copy"))
+    for name in ("config.yaml", SUMS_FILE):  # as someone else's
+        (copy / name).unlink()
+    convert(copy, tmp_path / "megatron", "megatron")
+    reader = CheckpointReader(tmp_path / "megatron")
+    assert (reader.state["optimizer"], reader.state["training_config"]) == (True, False)
+    config = CheckpointReader(tiny_checkpoint).config
+    config.training.global_batch_size, config.training.seed = 12, 34
+    fingerprint = reader.state["tokenizer_fingerprint"]
+    resume.check_fits(tmp_path / "megatron", config, fingerprint)
+    config.model.hidden_size = 96
+    with pytest.raises(CheckpointError, match="hidden_size is 96 and was 48"):
+        resume.check_fits(tmp_path / "megatron", config, fingerprint)
+
+
+class _Runs:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.file,))
+
+
+ZERO = "global_step7/zero"
+MODEL_STATES = "global_step7/zero_pp_rank_0_mp_rank_00_model_states.pt"
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "malicious": (
+        lambda f: torch.save(
+            {"param": _Runs(f.parent / "ran")}, f / ZERO / "lm_head.weight/fp32.pt"
+        ),
+        r"fp32\.pt: would run code when it is loaded \(.*GLOBAL",
+    ),
+    "malicious model": (
+        lambda f: torch.save(_Runs(f.parent / "ran"), f / MODEL_STATES),
+        r"mp_rank_00_model_states\.pt: would run code when it is loaded",
+    ),
+    "truncated": (
+        lambda f: (f / ZERO / "lm_head.weight/exp_avg.pt").write_bytes(b"PK"),
+        r"exp_avg\.pt: is no whole zip archive",
+    ),
+    "missing": (
+        lambda f: (f / ZERO / "lm_head.weight/fp32.pt").unlink(),
+        r"lm_head\.weight: has no fp32\.pt",
+    ),
+    "missing parameter": (
+        lambda f: shutil.rmtree(f / ZERO / "model.norm.weight"),
+        r"the tensor model\.norm\.weight is missing",
+    ),
+    "missing moment": (
+        lambda f: (f / ZERO / "lm_head.weight/exp_avg.pt").unlink(),
+        r"exp_avg of lm_head\.weight has 0 of 15,360 elements",
+    ),
+    "wrong shape": (
+        lambda f: torch.save({"param": torch.ones(5, 7)}, f / ZERO / "lm_head.weight/fp32.pt"),
+        r"exp_avg of lm_head\.weight has 15,360 of 35 elements|lm_head\.weight is \[5, 7\]",
+    ),
+    "latest that lies": (
+        lambda f: (f / "latest_universal").write_text("global_step8"),
+        r"names 'global_step8', which is no folder of a step beside it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_universal_checkpoints(universal: Path, tmp_path: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    copy = Path(shutil.copytree(universal, tmp_path / "copy"))
+    damage(copy)
+    with pytest.raises(CheckpointError, match=message) as error:
+        convert(copy, tmp_path / "out", "megatron")
+    assert len(str(error.value).splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]  # in particular, nothing "ran"
+
+
+def test_names_behind_a_wrapper_are_read(universal: Path, tmp_path: Path) -> None:
+    """As torch.compile and data parallelism call parameters."""
+    copy = Path(shutil.copytree(universal, tmp_path / "copy"))
+    zero = copy / ZERO
+    for path in [path for path in zero.iterdir() if path.is_dir()]:
+        path.rename(path.with_name(f"module.{path.name}"))
+    for path in (copy / "global_step7").glob("*_states.pt"):
+        path.unlink()
+    step = find_step(copy)
+    assert step is not None
+    assert open_files(step).step == 7
+    source = open_source(copy)
+    first = next(pieces(source.dimensions))
+    assert source.dtype(first) == torch.float32  # nothing there says bf16
+    expected = random_tensors(model_config(), VOCAB_SIZE)["embedding.word_embeddings.weight"]
+    assert torch.equal(source.read(best_piece(source, first, torch.float32)), expected)
