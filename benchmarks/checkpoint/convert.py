@@ -26,11 +26,18 @@ from megatron_chameleon.checkpoint.formats.hf import Sink
 from megatron_chameleon.checkpoint.names import Dimensions, Piece, pieces
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.schema import ModelConfig
+from megatron_chameleon.tokenizer.common.vocabulary import (
+    BOS,
+    EOS,
+    PAD,
+    UNK,
+    Vocabulary,
+    control_names,
+)
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 from megatron_chameleon.tokenizer.text.model_file import build_model
-from megatron_chameleon.tokenizer.vocabulary import BOS, EOS, PAD, UNK, Vocabulary, control_names
 
 VOCABULARY, IMAGE_CODES = 65536, 8192
 POOL_ELEMENTS = 2**26

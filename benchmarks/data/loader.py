@@ -30,8 +30,8 @@ from megatron.core.datasets.utils import Split
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.token_files.reader import TokenFileWriter
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary, control_names
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary, control_names
 
 STEP_TOKENS_PER_SECOND = 16_000
 """Floor of a 7B step in bf16 on one H200."""

@@ -94,7 +94,7 @@ def find_vocab_size(config: "Config") -> tuple[int, str]:
     from pathlib import Path
 
     from megatron_chameleon.config.paper import VOCAB_SIZE
-    from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+    from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
     path = config.tokenizer.path
     if path and Path(path).is_dir():

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train_text(args: argparse.Namespace) -> None:
-    from megatron_chameleon.tokenizer.corpus import read_texts
+    from megatron_chameleon.tokenizer.common.corpus import read_texts
     from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
     start_seconds = time.perf_counter()
@@ -75,7 +75,7 @@ def _train_text(args: argparse.Namespace) -> None:
 
 def _train_image(args: argparse.Namespace) -> None:
     from megatron_chameleon.parallel import platform
-    from megatron_chameleon.tokenizer.corpus import find_images
+    from megatron_chameleon.tokenizer.common.corpus import find_images
     from megatron_chameleon.tokenizer.image.config import load_image_config
     from megatron_chameleon.tokenizer.image.training import train_image_tokenizer
 

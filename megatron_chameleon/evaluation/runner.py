@@ -21,7 +21,7 @@ from megatron_chameleon.evaluation.tasks import cider, item_files, items
 from megatron_chameleon.evaluation.tasks import harness as text
 from megatron_chameleon.evaluation.tasks.catalogue import TASKS, TaskInfo, find_task
 from megatron_chameleon.evaluation.tasks.results import TaskResult
-from megatron_chameleon.tokenizer.files import write_text
+from megatron_chameleon.tokenizer.common.files import write_text
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.session import Session

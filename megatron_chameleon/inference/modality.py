@@ -13,7 +13,7 @@ from enum import IntEnum, StrEnum
 import torch
 from torch import Tensor
 
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 
 class Force(StrEnum):

@@ -32,10 +32,10 @@ from megatron_chameleon.inference.chat import ControlToken
 from megatron_chameleon.inference.decode import Decoder, collect
 from megatron_chameleon.inference.modality import Force, TokenClasses
 from megatron_chameleon.inference.options import Execution, GenerationOptions
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 
 Part = str | Image.Image | TextPart | ImagePart | ControlToken
 

@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
     from megatron_chameleon.tokenizer.folder import Tokenizer, fingerprint, load_tokenizer
     from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
     from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
-    from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 
 __all__ = [
     "ImageTokenizer",
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
     homes = {
         "ImageTokenizer": "image.tokenizer",
         "TextTokenizer": "text.encoder",
-        "Vocabulary": "vocabulary",
+        "Vocabulary": "common.vocabulary",
     }
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

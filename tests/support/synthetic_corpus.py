@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary, control_names
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary, control_names
 
 IMAGE_CODES = 32
 VOCABULARY = Vocabulary.from_tokens(

@@ -29,7 +29,7 @@ from megatron_chameleon.inference.modality import Force, TokenClasses
 from megatron_chameleon.inference.options import Execution, GenerationOptions
 from megatron_chameleon.inference.sampling import choose
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.tokenizer.vocabulary import (
+from megatron_chameleon.tokenizer.common.vocabulary import (
     BOS,
     EOS,
     PAD,

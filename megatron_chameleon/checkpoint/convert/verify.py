@@ -28,8 +28,8 @@ from megatron_chameleon.checkpoint.formats.opening import open_source, open_toke
 from megatron_chameleon.checkpoint.names import MOMENTS, Piece, optimizer_parts, pieces
 from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes
 from megatron_chameleon.errors import ChameleonError, ConfigError
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 
 SHOWN_DIFFERENCES = 5
 SETTINGS = (

@@ -43,11 +43,11 @@ from megatron_chameleon.checkpoint.tensor_files.safetensors import (
     TensorPlan,
 )
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE
 from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES, Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE
-from megatron_chameleon.tokenizer.vocabulary import VOCABULARY_FILE
 
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 VQ_PREFIX = "model.vqmodel."
@@ -246,7 +246,7 @@ def encoder_tensors(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Our tokenizer's files, and the same for transformers."""
-    from megatron_chameleon.tokenizer.text.huggingface import write_huggingface_tokenizer
+    from megatron_chameleon.tokenizer.huggingface import write_huggingface_tokenizer
 
     write_huggingface_tokenizer(tokenizer, folder)
     for name in (TEXT_MODEL_FILE, VOCABULARY_FILE):

@@ -8,8 +8,8 @@ import torch
 from megatron_chameleon.checkpoint.formats.base import read_json_object
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.image.vqgan import VqganConfig
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 
 CONFIG_FILE = "config.json"
 KNOWN = {

@@ -15,12 +15,12 @@ import yaml
 from megatron_chameleon.checkpoint.formats.base import check_names
 from megatron_chameleon.checkpoint.tensor_files.pth import PthFile
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, save_vqgan
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE, TextTokenizer
 from megatron_chameleon.tokenizer.text.model_file import sentencepiece_from_huggingface
-from megatron_chameleon.tokenizer.vocabulary import VOCABULARY_FILE, Vocabulary
 
 META_TEXT_FILE, VQGAN_FILE, VQGAN_CONFIG_FILE = "text_tokenizer.json", "vqgan.ckpt", "vqgan.yaml"
 _KEPT = (TEXT_MODEL_FILE, VOCABULARY_FILE, IMAGE_CONFIG_FILE)
@@ -33,7 +33,7 @@ def write_meta_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         tokenizer: With its image tokenizer.
         folder: Does not exist yet.
     """
-    from megatron_chameleon.tokenizer.text.huggingface import fast_tokenizer
+    from megatron_chameleon.tokenizer.huggingface import fast_tokenizer
 
     assert tokenizer.image is not None
     folder.mkdir()

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_chameleon.data.mixture.permutation import uniform
 from megatron_chameleon.data.token_files.reader import TokenFile
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 
 class Corpus(Protocol):

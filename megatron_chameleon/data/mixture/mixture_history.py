@@ -25,7 +25,7 @@ from megatron_chameleon.data.mixture.corpus import Corpus
 from megatron_chameleon.data.mixture.mixture import BLOCK_SEQUENCES, Mixture, Share, Weights
 from megatron_chameleon.data.mixture.stream import Cursor, Pieces, SourceStream
 from megatron_chameleon.errors import ConfigError, ConfigErrors
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 FORMAT = "megatron_chameleon.order/1"
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from megatron_chameleon.data.mixture.corpus import Corpus, OrderedDocuments
 from megatron_chameleon.data.mixture.permutation import Permutation, shuffled
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 CHUNK_TOKENS = 1 << 18
 WINDOW_CHUNKS = 64

@@ -19,7 +19,7 @@ from megatron_chameleon.data.inputs.records import BROKEN_DOCUMENT, Block, Fault
 from megatron_chameleon.data.preprocess.image_codes import ImageCache, ImageEncoder
 from megatron_chameleon.data.token_files.format import SPAN, TokenBlock, token_dtype
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.files import IMAGE_CONFIG_FILE
+from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_image_tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.text.fast import EXACT, make_encoder
 

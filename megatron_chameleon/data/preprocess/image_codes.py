@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_chameleon.data.documents.schema import ImageError, ImagePart, one_line
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.files import write_bytes
+from megatron_chameleon.tokenizer.common.files import write_bytes
 
 if TYPE_CHECKING:
     from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer

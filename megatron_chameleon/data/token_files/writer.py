@@ -43,7 +43,7 @@ from megatron_chameleon.data.token_files.format import (
     token_dtype,
 )
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.files import write_text
+from megatron_chameleon.tokenizer.common.files import write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 DROPPED = ".dropped.jsonl"

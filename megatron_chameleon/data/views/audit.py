@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_chameleon.data.batches.reader import BatchReader, Sample
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 KINDS = ("text", "image", "control", "padding")
 """Image: codes and their begin and end tokens. Control: ``<s>``, ``</s>`` and separators."""

@@ -20,9 +20,9 @@ import numpy as np
 
 from megatron_chameleon.data.token_files.modality_balance import describe_answers
 from megatron_chameleon.data.token_files.reader import TokenFile, TokenFileInfo
-from megatron_chameleon.tokenizer.files import write_text
+from megatron_chameleon.tokenizer.common.files import write_text
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"

@@ -22,7 +22,7 @@ from megatron_chameleon.evaluation.asking.record_files import need, read_json, r
 from megatron_chameleon.evaluation.human.form_page import form_page
 from megatron_chameleon.evaluation.human.safety import looks_like_refusal
 from megatron_chameleon.evaluation.human.scores import Judgement
-from megatron_chameleon.tokenizer.files import write_text
+from megatron_chameleon.tokenizer.common.files import write_text
 
 KEY_FORMAT = "megatron_chameleon.questionnaire/1"
 FORMAT = "megatron_chameleon.judgements/1"

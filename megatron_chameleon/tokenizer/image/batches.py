@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.corpus import ImageEntry
-from megatron_chameleon.tokenizer.files import write_text
+from megatron_chameleon.tokenizer.common.corpus import ImageEntry
+from megatron_chameleon.tokenizer.common.files import write_text
 from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
 from megatron_chameleon.tokenizer.image.tokenizer import prepare_image, to_pixels, unreadable_image
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.files import (
+from megatron_chameleon.tokenizer.common.files import (
     IMAGE_CONFIG_FILE,
     IMAGE_WEIGHTS_FILE,
     read_json,

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.tokenizer.corpus import ImageEntry
-from megatron_chameleon.tokenizer.files import make_folder
+from megatron_chameleon.tokenizer.common.corpus import ImageEntry
+from megatron_chameleon.tokenizer.common.files import make_folder
+from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.image.batches import ImageSet, training_batch
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig, ImageTrainingConfig
 from megatron_chameleon.tokenizer.image.discriminator import (
@@ -29,7 +30,6 @@ from megatron_chameleon.tokenizer.image.discriminator import (
 )
 from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan, to_pixels
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganOutput
-from megatron_chameleon.tokenizer.vocabulary import VOCABULARY_FILE, Vocabulary
 
 ADAM_BETAS = (0.5, 0.9)
 MEASURED_IMAGES = 1024

@@ -16,10 +16,8 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.tokenizer.files import make_folder, write_bytes
-from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, read_vqgan_config
-from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE, TextTokenizer
-from megatron_chameleon.tokenizer.vocabulary import (
+from megatron_chameleon.tokenizer.common.files import make_folder, write_bytes
+from megatron_chameleon.tokenizer.common.vocabulary import (
     BOS,
     EOS,
     PAD,
@@ -28,6 +26,8 @@ from megatron_chameleon.tokenizer.vocabulary import (
     Vocabulary,
     control_names,
 )
+from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, read_vqgan_config
+from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE, TextTokenizer
 
 BYTE_PIECES = 256
 CHARACTER_COVERAGE = 0.99995

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_chameleon.inference.modality import Force, ModalityState, TokenClasses
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary, control_names
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary, control_names
 
 CODES_PER_IMAGE = 3
 NAMES = ["<s>", "<pad>", "</s>", "<unk>", *control_names(5), "a", "b"]

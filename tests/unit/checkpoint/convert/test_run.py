@@ -18,7 +18,7 @@ from megatron_chameleon.checkpoint.tensor_files.safetensors import (
     SafetensorsWriter,
 )
 from megatron_chameleon.errors import CheckpointError, ConfigError
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary, control_names
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary, control_names
 from tiny_model import (
     PADDED_VOCAB_SIZE,
     VOCAB_SIZE,

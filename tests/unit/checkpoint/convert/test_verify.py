@@ -12,7 +12,7 @@ from megatron_chameleon.checkpoint.convert.verify import fixed_document, largest
 from megatron_chameleon.checkpoint.formats.hf_model import load_transformers, logits
 from megatron_chameleon.cli.main import main
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from meta_files import MetaModel, random_shards, write_meta
 from tiny_model import PADDED_VOCAB_SIZE, model_config, random_tensors, write_checkpoint
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.tokenizer.corpus import ImageEntry, find_images
+from megatron_chameleon.tokenizer.common.corpus import ImageEntry, find_images
 from megatron_chameleon.tokenizer.image.batches import ImageSet, move, training_batch
 from megatron_chameleon.tokenizer.image.config import (
     ImageTokenizerConfig,

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE, TextTokenizer
 from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
-from megatron_chameleon.tokenizer.vocabulary import VOCABULARY_FILE, Vocabulary
 
 IMAGE_CODES = 32
 CORPUS = [

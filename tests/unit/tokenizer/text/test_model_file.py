@@ -8,16 +8,16 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import load_tokenizer
+from megatron_chameleon.tokenizer.huggingface import fast_tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
-from megatron_chameleon.tokenizer.text.huggingface import fast_tokenizer
 from megatron_chameleon.tokenizer.text.model_file import (
     SAMPLES,
     build_model,
     sentencepiece_from_huggingface,
 )
-from megatron_chameleon.tokenizer.vocabulary import Vocabulary
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from PIL import Image
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer import Tokenizer, load_tokenizer
+from megatron_chameleon.tokenizer.huggingface import write_huggingface_tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import prepare_image, to_pixels
-from megatron_chameleon.tokenizer.text.huggingface import write_huggingface_tokenizer
 
 Noise = Callable[..., Image.Image]
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.corpus import find_images, read_texts
+from megatron_chameleon.tokenizer.common.corpus import find_images, read_texts
 
 Noise = Callable[..., Image.Image]
 

@@ -2,7 +2,7 @@
 
     python -c "
     from pathlib import Path; from megatron_chameleon.tokenizer import load_tokenizer
-    from megatron_chameleon.tokenizer.text.huggingface import write_huggingface_tokenizer
+    from megatron_chameleon.tokenizer.huggingface import write_huggingface_tokenizer
     write_huggingface_tokenizer(load_tokenizer('runs/digits/tokenizer'), Path('exported'))"
 
 Text gets the ids that sentencepiece gives it. One thing differs by nature: Hugging Face finds

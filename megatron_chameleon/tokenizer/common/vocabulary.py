@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.files import read_json, write_text
+from megatron_chameleon.tokenizer.common.files import read_json, write_text
 
 VOCABULARY_FILE = "vocabulary.json"
 FORMAT = "megatron_chameleon.vocabulary/1"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.vocabulary import (
+from megatron_chameleon.tokenizer.common.vocabulary import (
     VOCABULARY_FILE,
     Vocabulary,
     control_names,

@@ -1,0 +1,1 @@
+"""What both tokenizers use: the vocabulary, their files, and the documents they learn from."""
