@@ -1,0 +1,211 @@
+"""Which folder may import which, and how large a file, a function and a folder may grow.
+
+``MAY_IMPORT`` is the one place where the import rules are written down; docs/architecture.md draws
+them. A new arrow between two folders is a decision: add it here in the same commit, and say why.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from places import REPOSITORY
+
+PACKAGE = "megatron_chameleon"
+
+TOKENIZERS = {"tokenizer", "tokenizer/common", "tokenizer/image", "tokenizer/text"}
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "config": set(),
+    "config/checks": {"config"},
+    "parallel": {"config"},
+    "planner": {"config", "config/checks"},
+    "tokenizer/common": set(),
+    "tokenizer/image": {"config", "tokenizer/common"},
+    "tokenizer/text": {"tokenizer/common", "tokenizer/image"},
+    "tokenizer": {"tokenizer/common", "tokenizer/image", "tokenizer/text"},
+    "data": set(),
+    "data/inputs": set(),
+    "data/documents": {"data/inputs"},
+    "data/token_files": {"tokenizer", "tokenizer/common"},
+    "data/preprocess": {"data/documents", "data/inputs", "data/token_files", "parallel"}
+    | TOKENIZERS,
+    "data/mixture": {"config", "data/token_files", "tokenizer/common"},
+    "data/batches": {"config", "data/mixture", "data/token_files", "tokenizer"},
+    "data/views": {"data/batches", "data/token_files", "tokenizer", "tokenizer/common"},
+    "model/kernels": set(),
+    "model": {"config", "config/checks", "model/kernels", "parallel"},
+    "checkpoint": {"config"},
+    "checkpoint/tensor_files": set(),
+    "checkpoint/state": {
+        "checkpoint",
+        "checkpoint/tensor_files",
+        "config",
+        "config/checks",
+        "parallel",
+    },
+    "checkpoint/formats": {"checkpoint", "checkpoint/state", "checkpoint/tensor_files", "config"}
+    | TOKENIZERS,
+    "checkpoint/convert": {
+        "checkpoint",
+        "checkpoint/formats",
+        "checkpoint/state",
+        "checkpoint/tensor_files",
+        "tokenizer",
+        "tokenizer/common",
+    },
+    "inference": {"checkpoint/formats", "data/documents", "parallel"} | TOKENIZERS,
+    "evaluation/asking": {"data/documents", "inference"},
+    "evaluation/tasks": {"data/documents", "evaluation/asking", "inference"},
+    "evaluation/human": {
+        "data/documents",
+        "evaluation/asking",
+        "inference",
+        "tokenizer/common",
+    },
+    "evaluation": {"evaluation/asking", "evaluation/tasks", "inference", "tokenizer/common"},
+    "training/metrics": {"config", "data/batches", "parallel"},
+    "training/run": {
+        "checkpoint/state",
+        "config",
+        "data/batches",
+        "parallel",
+        "planner",
+        "tokenizer",
+        "training/metrics",
+    },
+    "training/engines": {
+        "checkpoint",
+        "checkpoint/state",
+        "config",
+        "data/batches",
+        "model",
+        "parallel",
+        "training/metrics",
+        "training/run",
+    },
+    "training/faults": {
+        "checkpoint/state",
+        "config",
+        "data/batches",
+        "model",
+        "parallel",
+        "tokenizer",
+        "training/engines",
+        "training/metrics",
+        "training/run",
+    },
+    "training/samples": {
+        "checkpoint",
+        "checkpoint/formats",
+        "checkpoint/state",
+        "config",
+        "data/documents",
+        "inference",
+        "parallel",
+        "tokenizer",
+    },
+    "training": {
+        "checkpoint/state",
+        "config",
+        "config/checks",
+        "data/batches",
+        "data/mixture",
+        "model",
+        "parallel",
+        "tokenizer",
+        "training/engines",
+        "training/faults",
+        "training/run",
+        "training/samples",
+    },
+}
+"""Folder of the package -> the folders that its files may import.
+
+Everything may import ``errors.py``. ``cli`` may import everything, and nothing imports ``cli``.
+"""
+
+FREE = {"", "cli"}
+
+
+def modules() -> dict[str, Path]:
+    root = REPOSITORY / PACKAGE
+    return {
+        ".".join([PACKAGE, *path.relative_to(root).with_suffix("").parts]): path
+        for path in root.rglob("*.py")
+    }
+
+
+def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The package's modules that a file imports anywhere, in its functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names)):
+                if name in known:
+                    yield name
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+
+
+def folder(path: Path) -> str:
+    place = path.parent.relative_to(REPOSITORY / PACKAGE).as_posix()
+    return "" if place == "." else place
+
+
+@pytest.fixture(scope="module")
+def arrows() -> dict[Path, set[Path]]:
+    known = modules()
+    return {path: {known[name] for name in imported(path, known)} for path in known.values()}
+
+
+def test_folders_import_only_what_they_may(arrows: dict[Path, set[Path]]) -> None:
+    broken = [
+        f"{source.relative_to(REPOSITORY)} imports {target.relative_to(REPOSITORY)}"
+        for source, targets in arrows.items()
+        for target in targets
+        if folder(source) not in FREE
+        and folder(target) not in MAY_IMPORT[folder(source)] | {folder(source)}
+        and target.name != "errors.py"
+    ]
+    assert broken == []
+
+
+def test_every_folder_has_a_rule_and_no_rule_is_left_over(arrows: dict[Path, set[Path]]) -> None:
+    assert {folder(path) for path in arrows} - FREE == MAY_IMPORT.keys()
+    used = {(folder(s), folder(t)) for s, targets in arrows.items() for t in targets}
+    unused = [(s, t) for s, targets in MAY_IMPORT.items() for t in targets if (s, t) not in used]
+    assert unused == []
+
+
+def test_no_folders_and_no_files_import_each_other(arrows: dict[Path, set[Path]]) -> None:
+    assert cycle(arrows) is None
+    between: dict[str, set[str]] = {}
+    for source, targets in arrows.items():
+        if folder(source) not in FREE and source.name != "__init__.py":
+            found = {folder(t) for t in targets if t.name != "__init__.py"} - FREE
+            between.setdefault(folder(source), set()).update(found - {folder(source)})
+    assert cycle(between) is None
+
+
+def cycle(graph: dict) -> list | None:
+    """The first circle of a graph, found depth first."""
+    done: set = set()
+
+    def visit(node, path: list) -> list | None:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        for target in graph.get(node, ()):
+            if found := visit(target, [*path, node]):
+                return found
+        done.add(node)
+        return None
+
+    return next((found for node in graph if (found := visit(node, []))), None)
+
+
+def test_a_circle_is_found() -> None:
+    assert cycle({1: {2}, 2: {3}, 3: {2}}) == [2, 3, 2]
+    assert cycle({1: {2, 3}, 2: {3}, 3: set()}) is None
