@@ -1,7 +1,7 @@
-"""Errors that a user can cause, each with where it is, what is wrong and what to do about it.
+"""Errors that a user can cause: where the problem is, what is wrong, and what to do about it.
 
-The command line prints them as one line, ``error: WHERE: WHAT. REMEDY.``, and ends with exit code
-2. Anything else that is raised is a bug of ours: it ends with exit code 1 and a traceback.
+The command line prints each as one line, ``error: WHERE: WHAT. REMEDY.``, and exits with code 2.
+Any other exception is a bug of ours: it exits with code 1 and a traceback.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,16 @@ from collections.abc import Sequence
 class ChameleonError(Exception):
     """A user's mistake.
 
+    >>> str(ConfigError("model.num_layers", "30 layers do not divide by 4 stages", "Use 28 or 32"))
+    'model.num_layers: 30 layers do not divide by 4 stages. Use 28 or 32.'
+    >>> str(ConfigError("model.num_layer", "Unknown key", "Did you mean `model.num_layers`?"))
+    'model.num_layer: Unknown key. Did you mean `model.num_layers`?'
+
     Args:
         where: The file, line, key or option that is at fault.
-        what: What is wrong, with the numbers, without a full stop.
-        remedy: What to do, an imperative sentence without a full stop.
+        what: What is wrong, with the numbers. The full stop is added.
+        remedy: What to do, as an imperative sentence. The full stop is added, unless the text ends
+            with a mark of its own ("?", "!" or ".").
     """
 
     def __init__(self, where: str, what: str, remedy: str) -> None:
@@ -23,10 +29,10 @@ class ChameleonError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}. {self.remedy}."
+        return f"{self.where}: {_sentence(self.what)} {_sentence(self.remedy)}"
 
     def lines(self) -> list[str]:
-        """One line for each problem, as the command line prints them after ``error: ``."""
+        """One line per problem, as the command line prints them after ``error: ``."""
         return [str(self)]
 
 
@@ -35,7 +41,7 @@ class ConfigError(ChameleonError):
 
 
 class DataError(ChameleonError):
-    """An input file, document, image, tokenizer or .bin/.idx that cannot be used."""
+    """An input file, document, image, tokenizer or .bin/.idx file that cannot be used."""
 
 
 class CheckpointError(ChameleonError):
@@ -43,7 +49,7 @@ class CheckpointError(ChameleonError):
 
 
 class TrainingError(ChameleonError):
-    """A run that cannot go on, such as one whose loss is no longer finite."""
+    """A run that cannot continue, for example because its loss is no longer finite."""
 
 
 class ConfigErrors(ConfigError):
@@ -65,5 +71,9 @@ class ConfigErrors(ConfigError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in a line that is not empty."""
+    """The first line of a library's error message, or the error's type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(("?", "!", ".")) else f"{text}."
