@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_chameleon.cli.logs import add_common_options
+
 KINDS = ("absolute", "pairwise", "safety")
 
 
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     score.add_argument("--bootstraps", type=int, default=1000)
     score.add_argument("--seed", type=int, default=1, help="of the bootstraps")
     for action in (answer, prepare, score):
-        action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+        add_common_options(action, nested=True)
 
 
 def run(args: argparse.Namespace) -> None:

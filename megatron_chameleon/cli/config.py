@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_chameleon.cli.logs import add_common_options
+
 if TYPE_CHECKING:
     from megatron_chameleon.config.paper import Row
     from megatron_chameleon.config.schema import Config
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="pretraining",
         help="compare with pretraining (stages 1 and 2, the default) or fine-tuning",
     )
-    check.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+    add_common_options(check, nested=True)
 
 
 def run(args: argparse.Namespace) -> None:

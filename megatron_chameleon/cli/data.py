@@ -6,6 +6,8 @@ run that begins would see.
 
 import argparse
 
+from megatron_chameleon.cli.logs import add_common_options
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pieces of documents that are listed (default: 40)",
     )
     audit.add_argument("--new", action="store_true", help="as a new run: look for no checkpoint")
-    audit.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+    add_common_options(audit, nested=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import traceback
 import warnings
 
 from megatron_chameleon import __version__
+from megatron_chameleon.cli.logs import add_common_options, shown_logs
 from megatron_chameleon.errors import ChameleonError
 
 OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=.*", re.DOTALL)
@@ -47,9 +48,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:] + "."
         )
-        subparser.add_argument(
-            "--debug", action="store_true", help="show the traceback of an error"
-        )
+        add_common_options(subparser)
         if name == verb:
             module = importlib.import_module(f"megatron_chameleon.cli.{name}")
             module.add_arguments(subparser)
@@ -74,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
         logging.getLogger("megatron").setLevel(logging.CRITICAL)
     try:
-        args.run(args)
+        with shown_logs(args.log_level):
+            args.run(args)
     except ChameleonError as error:
         if args.debug:
             traceback.print_exc()

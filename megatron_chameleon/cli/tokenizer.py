@@ -10,6 +10,8 @@ import argparse
 import time
 from pathlib import Path
 
+from megatron_chameleon.cli.logs import add_common_options
+
 
 def is_override(word: str) -> bool:
     """Whether a word is ``key=value`` and neither an option nor the name of a file."""
@@ -47,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     image.add_argument("--seed", type=int, default=1, metavar="N")
     image.set_defaults(overrides=[])
-    for kind in (text, image):  # `chameleon tokenizer --debug text` has it too: do not overwrite
-        kind.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+    for kind in (text, image):
+        add_common_options(kind, nested=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,0 +1,86 @@
+"""Show the library's log lines on the console, as the command line wants them.
+
+Library code calls ``logging.getLogger(__name__)`` and never prints. Every verb runs inside
+``shown_logs``, which prints the message of each record and nothing else:
+
+    level             goes to   looks like
+    DEBUG, INFO       stdout    message
+    WARNING           stderr    warning: message
+    ERROR, CRITICAL   stderr    message
+
+A record with ``extra={"stderr": True}`` goes to stderr at any level. That is for progress of verbs
+whose standard output is a result; in this folder ``progress`` does it.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+
+PACKAGE = "megatron_chameleon"
+
+_logger = logging.getLogger(__name__)
+
+
+def add_common_options(parser: argparse.ArgumentParser, nested: bool = False) -> None:
+    """The options that every verb has: ``--debug``, ``--verbose`` and ``--quiet``.
+
+    Args:
+        parser: The parser of a verb, or of one of its actions.
+        nested: Whether this is an action's parser. Its defaults then do not overwrite what was
+            given before the action, as in ``chameleon tokenizer --debug text``.
+    """
+    absent = argparse.SUPPRESS if nested else None
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=absent or False,
+        help="show the full traceback of an error",
+    )
+    amount = parser.add_mutually_exclusive_group()
+    for name, level, summary in (
+        ("--verbose", logging.DEBUG, "print more details"),
+        ("--quiet", logging.WARNING, "print only results, warnings and errors"),
+    ):
+        amount.add_argument(
+            name,
+            dest="log_level",
+            action="store_const",
+            const=level,
+            default=absent or logging.INFO,
+            help=summary,
+        )
+
+
+@contextlib.contextmanager
+def shown_logs(level: int = logging.INFO) -> Iterator[None]:
+    """Print the records of this package's loggers from ``level`` upwards while the block runs."""
+    logger = logging.getLogger(PACKAGE)
+    handler = ConsoleHandler()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    # A handler that another library gives the root logger would print each line a second time.
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+def progress(line: str) -> None:
+    """Show how far a verb is on stderr, so that its standard output holds the result alone."""
+    _logger.info(line, extra={"stderr": True})
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints each message to stdout or stderr, whatever these are at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno == logging.WARNING else ""
+        is_error = record.levelno >= logging.WARNING or getattr(record, "stderr", False)
+        stream = sys.stderr if is_error else sys.stdout
+        print(f"{prefix}{self.format(record)}", file=stream, flush=True)
