@@ -24,7 +24,11 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_chameleon", "megatron_chameleon.*"]),
     package_data={
-        "megatron_chameleon": ["config/presets/*.yaml", "tokenizer/image/presets/*.yaml"]
+        "megatron_chameleon": [
+            "py.typed",
+            "config/presets/*.yaml",
+            "tokenizer/image/presets/*.yaml",
+        ]
     },
     entry_points={"console_scripts": ["chameleon = megatron_chameleon.cli.main:main"]},
     install_requires=[
