@@ -24,14 +24,14 @@ def chameleon() -> Callable[..., subprocess.CompletedProcess[str]]:
 def topology() -> Iterator[Any]:
     """Process groups of this process alone, for models that are built in a test."""
     from megatron_chameleon.config.schema import ParallelConfig
-    from megatron_chameleon.parallel import platform
-    from megatron_chameleon.parallel.launch import Launch, join, leave
+    from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
+    from megatron_chameleon.parallel.megatron_setup import prepare_megatron
     from megatron_chameleon.parallel.topology import create_topology
 
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
+    prepare_megatron()
+    join_process_group(Launch("alone", 0, 1, 0))
     yield create_topology(ParallelConfig())
-    leave()
+    leave_process_group()
 
 
 @pytest.fixture(scope="session")

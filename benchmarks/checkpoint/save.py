@@ -16,8 +16,8 @@ from benchmarks.training.train_step import Size, draw_batches, make_config
 from megatron_chameleon.checkpoint.state.save import Saver
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import ModelConfig
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.training.engines.megatron import MegatronEngine
 
@@ -96,13 +96,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=None, help="a folder on the disk to measure")
     args = parser.parse_args()
     size, rounds = (QUICK, 1) if args.quick else (SIZE, 5)
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
+    prepare_megatron()
+    join_process_group(Launch("alone", 0, 1, 0))
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         parameters = count_parameters(size.model, size.vocab_size)
         print(f"{parameters:,} parameters in fp32: {12 * parameters / 1e6:,.0f} MB with moments")
         measure(Bench(size, Path(folder)), rounds)
-    leave()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import torch
 from benchmarks.gpu.figures import format_figure
 from megatron_chameleon.config.schema import ParallelConfig
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.parallel.topology import Topology, create_topology
 
 GIB = 2**30
@@ -161,12 +162,12 @@ def need_fp8() -> None:
 @contextlib.contextmanager
 def process_group() -> Iterator[Topology]:
     """Training's process groups, of this process alone."""
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
+    prepare_megatron()
+    join_process_group(Launch("alone", 0, 1, 0))
     try:
         yield create_topology(ParallelConfig())
     finally:
-        leave()
+        leave_process_group()
 
 
 def synchronize() -> None:

@@ -23,8 +23,8 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_chameleon.model.loss import vocab_parallel_cross_entropy
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 
 Z_LOSS = 1e-5
 MIB = 2**20
@@ -156,8 +156,8 @@ def main() -> None:
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(1)
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
+    prepare_megatron()
+    join_process_group(Launch("alone", 0, 1, 0))
     parallel_state.initialize_model_parallel()
     try:
         if args.memory_of:
@@ -171,7 +171,7 @@ def main() -> None:
             for tokens, vocab_size in SHAPES:
                 report(Case(tokens, vocab_size, dtype), args.repeats, clock)
     finally:
-        leave()
+        leave_process_group()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from benchmarks.training.train_step import Size, draw_batches, make_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import ModelConfig, ParallelConfig
 from megatron_chameleon.data.batches.reader import Batch
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.training.engines.gradient_groups import GradientGroups
 from megatron_chameleon.training.engines.megatron import MegatronEngine
@@ -126,14 +126,14 @@ def main() -> None:
     sizes, blocks = (QUICK, 1) if args.quick else (SIZES, args.blocks)
     torch.set_num_threads(1)
     clock = Clock()  # before any hook holds one of the functions
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
+    prepare_megatron()
+    join_process_group(Launch("alone", 0, 1, 0))
     try:
         topology = create_topology(ParallelConfig())
         for name, size in sizes.items():
             measure(name, size, topology, clock, blocks)
     finally:
-        leave()
+        leave_process_group()
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ from megatron_chameleon.config.schema import (
     TrainingConfig,
 )
 from megatron_chameleon.data.batches.reader import Batch
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.training.engines.megatron import MegatronEngine
 
@@ -243,8 +243,8 @@ def main() -> None:
     size, blocks = (QUICK, 1) if args.quick else (FULL, args.blocks)
     clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(1)
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
+    prepare_megatron()
+    join_process_group(Launch("alone", 0, 1, 0))
     try:
         topology = create_topology(ParallelConfig())
         batches = draw_batches(size, 8)
@@ -262,7 +262,7 @@ def main() -> None:
                 ratio = value / seconds["ours"]
                 print(f"  {words:26} {tokens / value:8.0f} tokens/s   ours is {ratio:.3f} times it")
     finally:
-        leave()
+        leave_process_group()
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from benchmarks.training.monitor import QUICK, SIZES, run
 from benchmarks.training.train_step import Size, draw_batches, make_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config, ParallelConfig
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.training.engines.megatron import MegatronEngine
 from megatron_chameleon.training.faults.hang import HangWatch
@@ -108,15 +108,15 @@ def main() -> None:
     args = parser.parse_args()
     sizes, calls = (QUICK, 20) if args.quick else (SIZES, CALLS)
     torch.set_num_threads(1)
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
+    prepare_megatron()
+    join_process_group(Launch("alone", 0, 1, 0))
     try:
         topology = create_topology(ParallelConfig())
         with tempfile.TemporaryDirectory() as folder:
             for name, size in sizes.items():
                 measure(name, size, topology, Path(folder), calls)
     finally:
-        leave()
+        leave_process_group()
 
 
 if __name__ == "__main__":

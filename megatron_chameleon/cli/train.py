@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.checks.check import smallest_world_size
     from megatron_chameleon.config.load import load_config
     from megatron_chameleon.errors import ChameleonError
-    from megatron_chameleon.parallel.launch import find_launch, is_said_by_rank_0
+    from megatron_chameleon.parallel.launch import find_launch, is_reported_by_rank_0
 
     launch = find_launch()
     try:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
             return
         finished = loop.train(job, launch)
     except ChameleonError:
-        if not args.debug and is_said_by_rank_0(launch):
+        if not args.debug and is_reported_by_rank_0(launch):
             sys.exit(2)
         raise
     if not finished:

@@ -24,7 +24,7 @@ from megatron_chameleon.inference.guidance import Guidance
 from megatron_chameleon.inference.modality import Force, ModalityState, TokenClasses
 from megatron_chameleon.inference.options import Execution, GenerationOptions
 from megatron_chameleon.inference.sampling import choose, draw, penalise_repetition
-from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel import cuda_graphs
 
 RESERVED_TOKENS = 256
 """Of an answer whose length nobody knows; buffers grow with it."""
@@ -64,7 +64,7 @@ class Decoder:
             self._guidance.forgetful(batch, device),
         )
         self._generator = torch.Generator(device)
-        self._record = platform.recorder(self._generator)
+        self._record = cuda_graphs.graph_recorder(self._generator)
         room_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self._state = ModalityState(
             classes, codes_per_image, room_B, images=options.images, force=options.force

@@ -59,7 +59,7 @@ def find_launch(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch("alone", 0, 1, 0)
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Take the job's process groups down; without it, a process may abort while it exits."""
     import torch
     from megatron.core import parallel_state
@@ -69,7 +69,7 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def is_said_by_rank_0(launch: Launch, seconds: float = 10.0) -> bool:
+def is_reported_by_rank_0(launch: Launch, seconds: float = 10.0) -> bool:
     """Whether this rank may end without a word about a mistake that it has met.
 
     Mostly all ranks meet the same one, and rank 0 says it; but maybe later than this rank, and
@@ -89,7 +89,7 @@ def is_said_by_rank_0(launch: Launch, seconds: float = 10.0) -> bool:
     return bool(received)
 
 
-def join(launch: Launch) -> None:
+def join_process_group(launch: Launch) -> None:
     """Initialise torch.distributed for this process, with NCCL on GPUs and gloo on CPUs.
 
     Raises:
@@ -107,7 +107,7 @@ def join(launch: Launch) -> None:
     else:
         _set_meeting_point(launch)
     torch.distributed.init_process_group(
-        platform.backend(), store=store, rank=launch.rank, world_size=launch.world_size
+        platform.distributed_backend(), store=store, rank=launch.rank, world_size=launch.world_size
     )
 
 

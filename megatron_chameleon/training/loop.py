@@ -23,8 +23,8 @@ from megatron_chameleon.data.batches.reader import BatchReader, read_ahead
 from megatron_chameleon.data.mixture.mixture_history import stage1_steps
 from megatron_chameleon.model.backend import check_machine, machine_problems
 from megatron_chameleon.model.fusions import fusion_names
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.training.engines.base import TrainingEngine, build_engine, check_installed
@@ -115,13 +115,13 @@ def train(job: Job, launch: Launch) -> bool:
     """
     check_machine(job.config)
     with Interruption() as interruption:
-        platform.prepare()
-        join(launch)
+        prepare_megatron()
+        join_process_group(launch)
         try:
             with lock_run(Path(job.config.logging.run_dir)):
                 return train_joined(_as_it_is_now(job, launch), interruption)
         finally:
-            leave()
+            leave_process_group()
 
 
 def _as_it_is_now(job: Job, launch: Launch) -> Job:

@@ -123,10 +123,10 @@ def test_exported_model_computes_what_megatron_core_computes(
     from megatron.core import parallel_state
 
     from megatron_chameleon.model.chameleon import build_model
-    from megatron_chameleon.parallel import platform
+    from megatron_chameleon.parallel.megatron_setup import prepare_megatron
     from megatron_chameleon.parallel.topology import create_topology
 
-    platform.prepare()
+    prepare_megatron()
     model_settings = model_config(norm_order, qk_norm_groups)
     config = Config(model=model_settings)
     store = torch.distributed.HashStore()

@@ -115,10 +115,10 @@ def megatron_logits(checkpoint: Path, token_ids: Tensor) -> Tensor:
     from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_chameleon.model.chameleon import build_model
-    from megatron_chameleon.parallel import platform
+    from megatron_chameleon.parallel.megatron_setup import prepare_megatron
     from megatron_chameleon.parallel.topology import create_topology
 
-    platform.prepare()
+    prepare_megatron()
     config = CheckpointReader(checkpoint).config
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -10,8 +10,8 @@ from megatron_chameleon.checkpoint.state import resume
 from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.data.batches.reader import BatchReader
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import Launch, join, leave
+from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.training.engines.megatron import MegatronEngine
@@ -29,10 +29,10 @@ FAMILIES = {
 @pytest.fixture
 def one_process() -> Iterator[None]:
     """megatron-core's process groups for this process alone."""
-    platform.prepare()
-    join(Launch("alone", 0, 1, 0))
+    prepare_megatron()
+    join_process_group(Launch("alone", 0, 1, 0))
     yield
-    leave()
+    leave_process_group()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import leave
+from megatron_chameleon.parallel.launch import leave_process_group
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 
 Job = dict[str, Any]
 
@@ -30,7 +30,7 @@ def run_forked(run_job: Callable[[Job, Path], None]) -> None:
             have process groups of their own.
     """
     jobs, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    platform.prepare()
+    prepare_megatron()
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs:
             _run(run_job, job, output, f"{folder}/{job['name']}")
@@ -59,7 +59,7 @@ def _fork(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=job["processes"]
         )
         run_job(job, output)
-        leave()
+        leave_process_group()
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -127,10 +127,10 @@ def write_checkpoint(
     """
     from megatron.core import dist_checkpointing
 
-    from megatron_chameleon.parallel import platform
+    from megatron_chameleon.parallel.megatron_setup import prepare_megatron
     from megatron_chameleon.tokenizer.folder import fingerprint
 
-    platform.prepare()
+    prepare_megatron()
     folder.mkdir(parents=True)
     named = {prefix + name: tensor for name, tensor in tensors.items()}
     moments = {

@@ -19,7 +19,7 @@ from megatron_chameleon.config.differences import find_differences
 from megatron_chameleon.config.schema import Config, Fp8Config
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.collectives import first_of_ranks
+from megatron_chameleon.parallel.collectives import first_message
 
 _RUN_DIR = "logging.run_dir"
 # What a resumed run must share with its checkpoint: the model's shape and the seed. Layout, engine,
@@ -133,7 +133,7 @@ def find_sound(folder: Path, chosen: Path, resume: str) -> Path:
 
 def _find_damage(checkpoint: Path) -> str | None:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return first_of_ranks(find_damage(checkpoint, rank, world_size))
+    return first_message(find_damage(checkpoint, rank, world_size))
 
 
 def _set_aside(damages: dict[Path, str], sound: Path) -> None:

@@ -31,7 +31,7 @@ from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import CheckpointConfig, Config
 from megatron_chameleon.errors import CheckpointError, TrainingError, first_line
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.collectives import first_of_ranks, gather_on_first
+from megatron_chameleon.parallel.collectives import first_message, gather_on_rank_0
 
 SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
 
@@ -164,7 +164,7 @@ class Saver:
         pending, self._pending = self._pending, None
         pending.thread.join()
         self._or_remove(pending.final, pending.temporary, pending.files.finish)
-        digests = gather_on_first(pending.files.digests)
+        digests = gather_on_rank_0(pending.files.digests)
         _together(pending.final, lambda: _finish(pending, self._engine.config, digests))
         if torch.distributed.get_rank() == 0:
             for old in disposable(list_checkpoints(self._folder), self._engine.config.checkpoint):
@@ -206,7 +206,7 @@ def _doom(checkpoint: Path) -> Path:
 
 def _make_room(folder: Path, temporary: Path, local_bytes: int) -> None:
     """Clear what interrupted saves and deletions left, and see that the new checkpoint has room."""
-    sizes = gather_on_first(local_bytes)
+    sizes = gather_on_rank_0(local_bytes)
     if sizes is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +258,7 @@ def _together(final: Path, action: Callable[[], Any]) -> Any:
         result = action()
     except OSError as error:
         failure = first_line(error)
-    first = first_of_ranks(failure)
+    first = first_message(failure)
     if first:
         remedy = (
             "Free disk space and start again with --resume auto; older checkpoints are untouched"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megatron_chameleon.checkpoint.state.save import Snapshot
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
-from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.deepspeed_setup import check_deepspeed, prepare_deepspeed
 from megatron_chameleon.parallel.launch import find_launch
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.metrics.step_metrics import Monitor
@@ -83,7 +83,7 @@ def check_installed(config: Config) -> None:
         ConfigError: DeepSpeed is not there or of an untested version.
     """
     if config.engine.name == "deepspeed":
-        platform.check_deepspeed()
+        check_deepspeed()
 
 
 def build_engine(config: Config, vocab_size: int, topology: Topology) -> TrainingEngine:
@@ -95,7 +95,7 @@ def build_engine(config: Config, vocab_size: int, topology: Topology) -> Trainin
         topology: From ``create_topology``.
     """
     if config.engine.name == "deepspeed":
-        platform.prepare_deepspeed(find_launch().local_rank)  # before deepspeed is imported
+        prepare_deepspeed(find_launch().local_rank)  # before deepspeed is imported
         from megatron_chameleon.training.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config, vocab_size, topology)

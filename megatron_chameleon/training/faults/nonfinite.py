@@ -26,7 +26,7 @@ from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch, BatchReader
 from megatron_chameleon.errors import ChameleonError, TrainingError
 from megatron_chameleon.model.initialization import named_global_parameters
-from megatron_chameleon.parallel.collectives import gather, tell
+from megatron_chameleon.parallel.collectives import all_gather, broadcast
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.training.engines.base import TrainingEngine
@@ -165,7 +165,7 @@ class NonFiniteGuard:
             record = {"step": step, "problem": problem, "action": action, "first_bad_layer": layer}
             words = self._write(record, findings)
         # nobody ends before rank 0 has written: a launcher would end it too
-        words = tell(words)
+        words = broadcast(words)
         if action not in ("skip", "rollback"):
             raise stop_error(step, words, action, found, training.nonfinite_limit)
         self.skips.found.add(step)
@@ -203,7 +203,7 @@ class NonFiniteGuard:
             saved = list_checkpoints(checkpoints_folder(self._config))
             found = [path for path in saved if step_of(path) in steps]
             newest = found[-1] if found else begun
-        return tell(newest)
+        return broadcast(newest)
 
     def _samples(self, step: int, findings: Sequence[RankFinding]) -> list[dict[str, Any]]:
         """The samples of the micro-batches to blame, or of the whole step if none is known."""
@@ -266,7 +266,7 @@ def _find(
     own = RankFinding(
         topology.rank, topology.data_rank, socket.gethostname(), losses, weights, gradients
     )
-    return gather(own)
+    return all_gather(own)
 
 
 @contextmanager

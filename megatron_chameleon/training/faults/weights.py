@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_chameleon.errors import CheckpointError
-from megatron_chameleon.parallel.collectives import gather
+from megatron_chameleon.parallel.collectives import all_gather
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -32,7 +32,7 @@ def name_broken_weights(weights: Weights) -> str:
         weights: This rank's, with their names in the whole model.
     """
     found = [name for name, weight in weights if not torch.isfinite(weight).all().item()]
-    return describe_names(gather(found))
+    return describe_names(all_gather(found))
 
 
 def describe_names(everywhere: Sequence[Sequence[str]]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.collectives import tell
+from megatron_chameleon.parallel.collectives import broadcast
 from megatron_chameleon.parallel.topology import Topology
 
 SLOW = 1.3
@@ -139,7 +139,7 @@ class StragglerMonitor:
         """A collective: the slow rank tells the others where it runs."""
         topology = self._topology
         own = (socket.gethostname(), platform.device_name(), topology.data_rank)
-        host, device, data_rank = tell(own, source=slow)
+        host, device, data_rank = broadcast(own, source=slow)
         where = f"{host}, {device}" if device else str(host)
         if topology.data_size < topology.world_size:
             where += f", or another rank of data-parallel rank {data_rank}"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.parallel.collectives import tell
+from megatron_chameleon.parallel.collectives import broadcast
 
 LOCK_FILE = "run.lock"
 WAIT_SECONDS = 5.0
@@ -44,7 +44,7 @@ def lock_run(run_dir: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None
         except ConfigError as error:
             failure = (error.where, error.what, error.remedy)
     try:
-        if failure := tell(failure):
+        if failure := broadcast(failure):
             raise ConfigError(*failure)
         yield
     finally:

@@ -19,7 +19,7 @@ from megatron_chameleon.model.fp8_linear import (
     connect,
     start_step,
 )
-from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 
 INPUT, OUTPUT, SEQUENCE, BATCH = 64, 96, 16, 2
 OPTIONS: dict[str, Any] = {"bias": False, "skip_bias_add": False, "init_method": lambda w: w}
@@ -131,7 +131,7 @@ def data_parallel_ranks_share_their_largest() -> None:
 
 
 def main() -> None:
-    platform.prepare()
+    prepare_megatron()
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     megatron_random.model_parallel_cuda_manual_seed(1)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from forked_jobs import run_forked
-from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.deepspeed_setup import prepare_deepspeed
 
 STATES = ("exp_avg", "exp_avg_sq")
 SAVED_STEP = 2
@@ -99,7 +99,7 @@ def whole_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
 
 def run_job(job: dict[str, Any], output: Path) -> None:
     rank = torch.distributed.get_rank()
-    platform.prepare_deepspeed(rank)
+    prepare_deepspeed(rank)
     import deepspeed
 
     model = build_model(job)

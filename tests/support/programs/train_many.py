@@ -12,8 +12,8 @@ from pathlib import Path
 from megatron.core import parallel_state
 
 from megatron_chameleon.config.load import load_config
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import find_launch, join, leave
+from megatron_chameleon.parallel.launch import find_launch, join_process_group, leave_process_group
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.training.faults.signals import Interruption
 from megatron_chameleon.training.loop import prepare, train_joined
 
@@ -21,15 +21,15 @@ from megatron_chameleon.training.loop import prepare, train_joined
 def main() -> None:
     config_file, runs_file = sys.argv[1:]
     launch = find_launch()
-    platform.prepare()
-    join(launch)
+    prepare_megatron()
+    join_process_group(launch)
     for run, words in json.loads(Path(runs_file).read_text(encoding="utf-8")).items():
         resume = words.pop(words.index("--resume") + 1) if "--resume" in words else "auto"
         overrides = [word for word in words if word != "--resume"]
         config = load_config(config_file, [*overrides, f"logging.run_dir={run}"])
         train_joined(prepare(config, launch.world_size, resume), Interruption())
         parallel_state.destroy_model_parallel()
-    leave()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from forked_jobs import Job, run_forked
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.errors import ChameleonError
-from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.training import loop
 from megatron_chameleon.training.faults.signals import Interruption
 
@@ -116,7 +116,7 @@ def run_job(job: Job, output: Path) -> None:
     result: dict[str, Any] = {"error": None}
     try:
         prepared = loop.prepare(config, job["processes"], job.get("resume", "auto"))
-        platform.prepare()
+        prepare_megatron()
         with Interruption() as interruption:
             result["finished"] = loop.train_joined(prepared, interruption)
     except ChameleonError as error:

@@ -16,7 +16,7 @@ from megatron_chameleon.inference.modality import Force, ModalityState, TokenCla
 from megatron_chameleon.inference.options import GenerationOptions
 from megatron_chameleon.inference.sampling import choose, penalise_repetition
 from megatron_chameleon.inference.session import Session
-from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel import cuda_graphs
 from recorded_ops import RecordedOps
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -324,7 +324,7 @@ def test_a_step_can_be_replayed(
         recordings.append(RecordedOps(step))
         return recordings[-1]
 
-    monkeypatch.setattr(platform, "recorder", lambda generator: record)
+    monkeypatch.setattr(cuda_graphs, "graph_recorder", lambda generator: record)
     # buffers move in the middle of an answer: what was recorded before is of no use then
     monkeypatch.setattr(context_module, "CAPACITY_STEP", 8)
     monkeypatch.setattr(context_module, "ODD_COLUMNS", 0)

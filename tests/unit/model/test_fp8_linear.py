@@ -32,6 +32,7 @@ from megatron_chameleon.model.fp8_linear import (
     start_step,
 )
 from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 
 DELAYED = Fp8Config(format="hybrid", amax_history_len=4, emulate=True)
 TENSORWISE = Fp8Config(format="hybrid", recipe="tensorwise", emulate=True)
@@ -40,7 +41,7 @@ TENSORWISE = Fp8Config(format="hybrid", recipe="tensorwise", emulate=True)
 @pytest.fixture(scope="module", autouse=True)
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     meeting: Path = tmp_path_factory.mktemp("gloo") / "meeting"
-    platform.prepare()
+    prepare_megatron()
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     megatron_random.model_parallel_cuda_manual_seed(1)

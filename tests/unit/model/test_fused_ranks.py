@@ -16,8 +16,8 @@ from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.model.chameleon import build_model
 from megatron_chameleon.model.layers import NormRopeSelfAttention
 from megatron_chameleon.model.loss import fused_vocab_parallel_cross_entropy
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.launch import leave
+from megatron_chameleon.parallel.launch import leave_process_group
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.parallel.topology import create_topology
 
 pytest.importorskip("triton")
@@ -48,11 +48,11 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
 
 @contextmanager
 def process_group(rank: int, size: int, meeting: Path) -> Iterator[dist.ProcessGroup]:
-    platform.prepare()
+    prepare_megatron()
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     assert dist.group.WORLD is not None
     yield dist.group.WORLD
-    leave()
+    leave_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.parallel.launch import (
     Launch,
     find_launch,
-    is_said_by_rank_0,
-    join,
+    is_reported_by_rank_0,
+    join_process_group,
     slurm_meeting_point,
 )
 
@@ -52,7 +52,7 @@ def test_a_launcher_that_does_not_say_where_to_meet(
     monkeypatch.delenv(missing)
     match = f"{missing} is not set and torchrun does not set it. Export"
     with pytest.raises(ConfigError, match=match):
-        join(Launch("torchrun", 0, 2, 0))
+        join_process_group(Launch("torchrun", 0, 2, 0))
 
 
 SCONTROL = """#!/bin/sh
@@ -84,18 +84,18 @@ def test_srun_without_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rank_waits_for_the_launcher_to_end_it() -> None:
     launch = Launch("srun", 1, 2, 1)
-    assert not is_said_by_rank_0(Launch("srun", 0, 2, 0), 30)
-    assert is_said_by_rank_0(Launch("mpich", 1, 2, 1), 30), "mpiexec ends when all have ended"
+    assert not is_reported_by_rank_0(Launch("srun", 0, 2, 0), 30)
+    assert is_reported_by_rank_0(Launch("mpich", 1, 2, 1), 30), "mpiexec ends when all have ended"
     # in a process without other threads, which could take the signals
     lines = (
         "import os, signal, threading",
-        "from megatron_chameleon.parallel.launch import Launch, is_said_by_rank_0",
+        "from megatron_chameleon.parallel.launch import Launch, is_reported_by_rank_0",
         f"launch = {launch!r}",
-        "assert not is_said_by_rank_0(launch, 0.01)",
+        "assert not is_reported_by_rank_0(launch, 0.01)",
         "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()",
-        "assert is_said_by_rank_0(launch, 30)",
+        "assert is_reported_by_rank_0(launch, 30)",
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as behind an interruption",
         "os.kill(os.getpid(), signal.SIGTERM)",
-        "assert is_said_by_rank_0(launch, 30)",
+        "assert is_reported_by_rank_0(launch, 30)",
     )
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=60)

@@ -1,106 +1,69 @@
-"""The CPU stand-ins: only device literals change, and a moved megatron-core is noticed."""
+"""What a machine lacks for a config, by its GPU and its packages."""
 
-import importlib.metadata
-import types
-
-import megatron.core
 import pytest
 import torch
-from megatron.core import optimizer, utils
-from megatron.core.optimizer import clip_grads, distrib_optimizer
-from megatron.core.optimizer import optimizer as base_optimizer
+from megatron.core.extensions import transformer_engine
 
+from megatron_chameleon.config.schema import Config, Fp8Config, ParallelConfig
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.model.backend import check_machine
 from megatron_chameleon.parallel import platform
 
 
-def names_a_device() -> torch.Tensor:
-    return torch.zeros([2], device="cuda")
-
-
-def names_no_device() -> int:
-    return 3
-
-
-def test_literals_are_replaced_also_in_nested_functions() -> None:
-    def outer() -> str:
-        def inner() -> tuple[str, ...]:
-            return ("torch.cuda.FloatTensor", "untouched")
-
-        return inner()[0]
-
-    code, count = platform._replace_literals(outer.__code__)
-    assert count == 1
-    assert types.FunctionType(code, {})() == "torch.FloatTensor"
-
-
-def test_a_function_runs_on_the_cpu_afterwards() -> None:
-    module = types.ModuleType("sample")
-    module.names_a_device = names_a_device  # type: ignore[attr-defined]
-    platform._name_cpu_in(module, "names_a_device")
-    assert names_a_device().device == torch.device("cpu")
-
-
-def test_a_listed_function_without_a_device_is_refused() -> None:
-    module = types.ModuleType("sample")
-    module.names_no_device = names_no_device  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match=r"sample\.names_no_device names no CUDA device"):
-        platform._name_cpu_in(module, "names_no_device")
-
-
-def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron.core, "__version__", "0.99.0")
-    with pytest.raises(ConfigError, match=r"version 0\.99\.0 is installed and 0\.16\.x"):
-        platform.prepare()
-
-
-def test_without_a_gpu_optimizers_are_torchs_whatever_is_installed(
-    monkeypatch: pytest.MonkeyPatch,
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, has_te: bool
 ) -> None:
-    kernel = object()  # stands for Transformer Engine's, which start on GPUs only
-    monkeypatch.setattr(optimizer, "Adam", kernel)
-    monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
-    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
-    monkeypatch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", True)
-    for module, name in (
-        (clip_grads, "l2_norm_impl"),
-        (clip_grads, "multi_tensor_applier"),
-        (clip_grads, "multi_tensor_scale_impl"),
-        (base_optimizer, "multi_tensor_applier"),
-        (base_optimizer, "multi_tensor_scale_impl"),
-    ):
-        monkeypatch.setattr(module, name, kernel)
-    platform.prepare()
-    assert optimizer.Adam is torch.optim.AdamW
-    assert optimizer.USING_PYTORCH_OPTIMIZER
-    assert not distrib_optimizer.HAVE_APEX_OR_TE
-    assert not distrib_optimizer.USING_TE_OPTIMIZER
-    parameter = torch.nn.Parameter(torch.zeros(4))
-    parameter.grad = torch.full((4,), 2.0)
-    assert clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm
-    clip_grads.clip_grad_by_total_norm_fp32([parameter], 1.0, 4.0)
-    assert parameter.grad.norm().item() == pytest.approx(1.0)
-    copy = torch.zeros(4)
-    base_optimizer._multi_tensor_copy_this_to_that([parameter.grad], [copy], torch.zeros(1))
-    assert torch.equal(copy, parameter.grad)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", has_te)
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("capability", "has_te", "message"),
     [
-        (None, "deepspeed needs the package deepspeed, which is not installed. Run pip install "),
-        ("0.18.2", "deepspeed 0.18.2 is installed and 0.19.x is supported. Run pip install "),
+        (None, True, "hybrid needs a GPU, and this machine has none."),
+        ((8, 0), True, "hybrid needs a GPU of compute capability 8.9, and this one has 8.0."),
+        ((9, 0), False, "hybrid needs Transformer Engine, and it cannot be imported here."),
     ],
 )
-def test_deepspeed_missing_or_of_another_version(
-    found: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+def test_what_is_missing_is_said(
+    capability: tuple[int, int] | None,
+    has_te: bool,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def version(name: str) -> str:
-        if found is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return found
+    pretend(monkeypatch, capability, has_te)
+    config = Config(fp8=Fp8Config(format="hybrid"))
+    with pytest.raises(ConfigError) as caught:
+        check_machine(config)
+    assert str(caught.value) == (
+        f"fp8.format: {message} Set fp8.emulate=true to see the recipe's effect, or run on "
+        "H100/H200 with Transformer Engine."
+    )
+    config.fp8.emulate = True
+    check_machine(config)
+    check_machine(Config())
 
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(ConfigError, match=r"engine\.name: ") as caught:
-        platform.check_deepspeed()
-    assert message in str(caught.value)
+
+def test_a_hopper_gpu_with_transformer_engine_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (9, 0), True)
+    assert platform.has_transformer_engine()
+    check_machine(Config(fp8=Fp8Config(format="hybrid")))
+
+
+def test_transformer_engine_without_a_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, None, True)
+    assert not platform.has_transformer_engine()
+
+
+def test_context_parallelism_needs_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(parallel=ParallelConfig(context_parallel_size=2))
+    pretend(monkeypatch, (9, 0), False)
+    with pytest.raises(ConfigError) as caught:
+        check_machine(config)
+    assert str(caught.value).startswith(
+        "parallel.context_parallel_size: 2 needs a GPU with Transformer Engine, and this machine "
+        "has none. Set it to 1"
+    )
+    pretend(monkeypatch, (9, 0), True)
+    check_machine(config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
-from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.parallel.random_streams import seed_layer, seed_random
 from megatron_chameleon.parallel.topology import Topology
 
@@ -26,7 +26,7 @@ def draws(
     seed: int = 1, step: int = 0, micro_batch: int = 0, layer: int | None = None, **place: int
 ) -> tuple[list[float], list[float]]:
     """Numbers of the outer stream, and of the tensor-parallel one."""
-    platform.prepare()
+    prepare_megatron()
     seed_random(seed, step, micro_batch, replace(HERE, **place))
     with megatron_random.get_cuda_rng_tracker().fork():
         if layer is not None:
