@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from megatron_chameleon.config.load import PRESETS, load_config
 from megatron_chameleon.planner.gpus import GPUS
-from megatron_chameleon.planner.published import PUBLISHED, Published, median_error
+from megatron_chameleon.planner.published import PUBLISHED, PublishedRun, median_error
 from megatron_chameleon.planner.time import (
     Software,
     predict_step,
@@ -37,7 +37,7 @@ def print_rows() -> None:
     print(f"largest: {worst.error():+.1%}, {worst.name} ({worst.note})")
 
 
-def _row(row: Published) -> tuple[str, ...]:
+def _row(row: PublishedRun) -> tuple[str, ...]:
     mark = " *" if row.calibration else ""
     precision = " FP8" if row.fp8 else ""
     return (

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace) -> None:
-    from megatron_chameleon.evaluation.asking.answer_cache import Answers, model_fingerprint
+    from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, model_fingerprint
     from megatron_chameleon.evaluation.asking.asker import Asker
     from megatron_chameleon.evaluation.human.prompts import answer_prompts, read_prompts
     from megatron_chameleon.inference.decode import GenerationOptions
@@ -81,21 +81,24 @@ def _answer(args: argparse.Namespace) -> None:
     read_prompts(Path(args.prompts))
     session = Session.load(args.checkpoint, args.device, args.tokenizer)
     output = Path(args.output)
-    with Answers(output, model_fingerprint(session)) as answers:
+    with AnswerCache(output, model_fingerprint(session)) as answers:
         asker = Asker(session, answers, lambda line: print(line, file=sys.stderr, flush=True))
         print(answer_prompts(asker, Path(args.prompts), output, options, args.limit))
 
 
 def _prepare(args: argparse.Namespace) -> None:
     from megatron_chameleon.errors import ConfigError
-    from megatron_chameleon.evaluation.human.questionnaire import prepare, read_answered
+    from megatron_chameleon.evaluation.human.questionnaire import (
+        read_answered_prompts,
+        write_questionnaire,
+    )
 
     wanted = 2 if args.kind == "pairwise" else 1
     if len(args.answers) != wanted or len(set(args.answers)) != wanted:
         what = f"{len(args.answers)} files of answers for {args.kind}"
         raise ConfigError("ANSWERS", what, f"Give {wanted}, each another model's")
-    models = {path: read_answered(path) for path in args.answers}
-    key = prepare(args.kind, models, Path(args.output), args.annotators, args.seed)
+    models = {path: read_answered_prompts(path) for path in args.answers}
+    key = write_questionnaire(args.kind, models, Path(args.output), args.annotators, args.seed)
     count = len(next(iter(models.values())))
     print(f"{args.annotators} forms of {count} items: {key.parent}/form_*.html, key: {key}")
 
@@ -104,8 +107,8 @@ def _score(args: argparse.Namespace) -> None:
     import json
 
     from megatron_chameleon.errors import ConfigError
-    from megatron_chameleon.evaluation.human import scores as human
     from megatron_chameleon.evaluation.human.questionnaire import read_judgements, read_key
+    from megatron_chameleon.evaluation.human.scores import score_judgements, score_table
     from megatron_chameleon.tokenizer.common.files import write_text
 
     key = read_key(args.key) if args.key else None
@@ -116,7 +119,7 @@ def _score(args: argparse.Namespace) -> None:
     judgements = read_judgements(args.files, key)
     if not judgements:
         raise ConfigError("FILES", "hold no judgement", "Give forms that somebody has filled in")
-    result = human.score(kind, judgements, args.bootstraps, args.seed)
+    result = score_judgements(kind, judgements, args.bootstraps, args.seed)
     if key:
         result["models"] = key["models"]
         missing = set(key["items"]) - {judgement.item for judgement in judgements}
@@ -124,7 +127,7 @@ def _score(args: argparse.Namespace) -> None:
         if kind == "safety":
             refusals = [about["refusals"][0] for about in key["items"].values()]
             result["refusals_by_wording"] = sum(refusals) / len(refusals)
-    print(human.report(result, result.get("models")))
+    print(score_table(result, result.get("models")))
     if result.get("items_without_judgement"):
         print(f"{result['items_without_judgement']} items have no judgement")
     if "refusals_by_wording" in result:

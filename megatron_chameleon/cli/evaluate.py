@@ -52,16 +52,16 @@ def run(args: argparse.Namespace) -> None:
             option = "--" + name.replace("_", "-")
             raise ConfigError(option, f"{value} is below 1", "Give a number from 1")
 
-    from megatron_chameleon.evaluation.runner import RESULTS_FILE, prepare, run_tasks
-    from megatron_chameleon.evaluation.tasks.results import table
+    from megatron_chameleon.evaluation.runner import RESULTS_FILE, load_tasks, run_tasks
+    from megatron_chameleon.evaluation.tasks.results import results_table
     from megatron_chameleon.inference.session import Session
 
     data = Path(args.data) if args.data else None
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    runs = prepare(names, data, args.limit, args.seed, args.batch_size)
+    runs = load_tasks(names, data, args.limit, args.seed, args.batch_size)
     session = Session.load(args.checkpoint, args.device, args.tokenizer)
     results = run_tasks(session, args.checkpoint, runs, Path(args.output), _report)
-    print(table(results["tasks"]))
+    print(results_table(results["tasks"]))
     print(f"written: {Path(args.output) / RESULTS_FILE}", file=sys.stderr)
 
 

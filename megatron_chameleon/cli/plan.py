@@ -33,17 +33,17 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.load import find_config, load_config
     from megatron_chameleon.errors import ConfigError
     from megatron_chameleon.planner.gpus import GPUS
-    from megatron_chameleon.planner.report import as_json, as_text, check_found
-    from megatron_chameleon.planner.search import Job, make_plans
+    from megatron_chameleon.planner.report import as_json, as_text, check_any_fits
+    from megatron_chameleon.planner.search import PlanRequest, search_layouts
 
     for option, value in (("--gpus", args.gpus), ("--top", args.top)):
         if value < 1:
             raise ConfigError(option, f"{value} is below 1", "Give a number above 0")
     config = load_config(find_config(args.config), args.overrides)
     vocab_size, _ = find_vocab_size(config)
-    plans = make_plans(Job(filled_in(config), vocab_size, args.gpus, GPUS[args.gpu]))
-    check_found(plans)
+    result = search_layouts(PlanRequest(filled_in(config), vocab_size, args.gpus, GPUS[args.gpu]))
+    check_any_fits(result)
     if args.json:
-        print(json.dumps(as_json(plans, args.top), indent=1))
+        print(json.dumps(as_json(result, args.top), indent=1))
     else:
-        print(as_text(plans, args.top, args.all))
+        print(as_text(result, args.top, args.all))

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_chameleon import __version__
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.evaluation.asking.answer_cache import Answers, model_fingerprint
+from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, model_fingerprint
 from megatron_chameleon.evaluation.asking.asker import Asker
-from megatron_chameleon.evaluation.tasks import cider, item_files, items
-from megatron_chameleon.evaluation.tasks import harness as text
+from megatron_chameleon.evaluation.tasks import cider, harness, item_files, items
 from megatron_chameleon.evaluation.tasks.catalogue import TASKS, TaskInfo, find_task
 from megatron_chameleon.evaluation.tasks.results import TaskResult
 from megatron_chameleon.tokenizer.common.files import write_text
@@ -31,16 +30,16 @@ RESULTS_FILE = "results.json"
 SAMPLES_FILE = "samples.jsonl"
 PACKAGES = ("torch", "transformers", "lm-eval", "pycocoevalcap")
 
-Run = Callable[[Asker], TaskResult]
+TaskRunner = Callable[[Asker], TaskResult]
 
 
-def prepare(
+def load_tasks(
     names: Sequence[str],
     data: Path | None,
     limit: int | None = None,
     seed: int = 1,
     batch_size: int = 32,
-) -> dict[str, Run]:
+) -> dict[str, TaskRunner]:
     """Find the tasks and read their items, before a model is opened.
 
     Args:
@@ -57,7 +56,7 @@ def prepare(
         ConfigError: A task is unknown or named twice, or a package is missing.
         DataError: Data are missing or broken.
     """
-    runs: dict[str, Run] = {}
+    runs: dict[str, TaskRunner] = {}
     options = {"limit": limit, "seed": seed, "batch_size": batch_size}
     for name in names:
         info = find_task(name)
@@ -66,14 +65,14 @@ def prepare(
             raise ConfigError("--tasks", f"no task {name!r}", f"Use {known}, or a FILE.yaml")
         if info is None:
             task = item_files.read_task_file(Path(name), data)
-            run = _items_run(task, options)
+            run = _items_runner(task, options)
             name = task.name
         elif info.kind == "harness":
-            text.check_harness(name)
-            text.check_data(info, data)
-            run = _text_run(info, data, options)
+            harness.check_harness(name)
+            harness.check_data(info, data)
+            run = _harness_runner(info, data, options)
         else:
-            run = _items_run(_read(info, data), options)
+            run = _items_runner(_read(info, data), options)
         if name in runs:
             raise ConfigError("--tasks", f"{name} stands twice", "Name each task once")
         runs[name] = run
@@ -89,20 +88,20 @@ def _read(info: TaskInfo, data: Path | None) -> items.ItemTask:
     return item_files.read_vqa(info, data / info.data)
 
 
-def _items_run(task: items.ItemTask, options: dict[str, Any]) -> Run:
+def _items_runner(task: items.ItemTask, options: dict[str, Any]) -> TaskRunner:
     if task.metric == "CIDEr":
         cider.check_cider(task.name)
     return lambda asker: items.evaluate_items(asker, task, **options)
 
 
-def _text_run(info: TaskInfo, data: Path | None, options: dict[str, Any]) -> Run:
-    return lambda asker: text.evaluate_text(asker, info, data, **options)
+def _harness_runner(info: TaskInfo, data: Path | None, options: dict[str, Any]) -> TaskRunner:
+    return lambda asker: harness.evaluate_harness_task(asker, info, data, **options)
 
 
 def run_tasks(
     session: "Session",
     checkpoint: str,
-    runs: dict[str, Run],
+    runs: dict[str, TaskRunner],
     output: Path,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def run_tasks(
     Args:
         session: The model.
         checkpoint: Its path, for the results.
-        runs: What ``prepare`` returns.
+        runs: What ``load_tasks`` returns.
         output: The folder; answers that it has are not asked again.
         progress: Gets a line after each batch.
 
@@ -134,7 +133,7 @@ def run_tasks(
         "tasks": {},
     }
     lines: list[str] = []
-    with Answers(output, model) as answers:
+    with AnswerCache(output, model) as answers:
         if len(answers):
             progress(f"{len(answers)} answers are there already: {answers.path}")
         for name, run in runs.items():
@@ -142,8 +141,8 @@ def run_tasks(
             result = run(Asker(session, answers, report))
             results["tasks"][name] = result.summary()
             lines += [
-                json.dumps({"task": name, **asdict(sample)}, ensure_ascii=False)
-                for sample in result.samples
+                json.dumps({"task": name, **asdict(scored_item)}, ensure_ascii=False)
+                for scored_item in result.scored_items
             ]
             write_text(output / SAMPLES_FILE, "".join(line + "\n" for line in lines))
             write_text(

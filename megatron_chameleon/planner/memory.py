@@ -29,7 +29,7 @@ place)."""
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one process."""
 
     weights: float
@@ -45,7 +45,7 @@ class Memory:
         return sum(parts) + self.reserved
 
 
-def predict_memory(config: Config, vocab_size: int, world_size: int) -> Memory:
+def predict_memory(config: Config, vocab_size: int, world_size: int) -> MemoryEstimate:
     """The memory of the fullest process.
 
     The first pipeline stage has most activations in flight, the last one the logits; both are
@@ -61,7 +61,7 @@ def predict_memory(config: Config, vocab_size: int, world_size: int) -> Memory:
     return max(stages, key=lambda memory: memory.total)
 
 
-def stage_memory(config: Config, vocab_size: int, world_size: int, stage: int) -> Memory:
+def stage_memory(config: Config, vocab_size: int, world_size: int, stage: int) -> MemoryEstimate:
     """The memory of a process of one pipeline stage; see ``predict_memory``."""
     parallel, bf16 = config.parallel, config.training.dtype == "bf16"
     pp, cp = parallel.pipeline_model_parallel_size, parallel.context_parallel_size
@@ -71,7 +71,7 @@ def stage_memory(config: Config, vocab_size: int, world_size: int, stage: int) -
     in_flight = micro_batches_in_flight(config, data, stage)
     activations = stage_activations(config, layers, in_flight)
     is_last = stage == pp - 1
-    return Memory(
+    return MemoryEstimate(
         weights=parameters * _width(config) + _fp8_copies(config, layers),
         gradients=parameters * 4,
         optimizer=parameters

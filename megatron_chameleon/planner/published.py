@@ -24,7 +24,7 @@ FUSED = Software(fused=True)
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRun:
     """One published run."""
 
     name: str
@@ -84,7 +84,7 @@ class Published:
         return flops * self.tokens_per_second_per_gpu / peak
 
 
-def median_error(rows: list[Published]) -> float:
+def median_error(rows: list[PublishedRun]) -> float:
     """Median of the absolute errors."""
     return median(abs(row.error()) for row in rows)
 
@@ -141,10 +141,10 @@ def _foundry(
     micro: int,
     recompute: str | None,
     calibration: bool = False,
-) -> Published:
+) -> PublishedRun:
     shapes = {"3b": (32, 2560, 20), "7b": (32, 4096, 32), "13b": (40, 5120, 40)}
     shapes |= {"30b": (48, 7168, 56), "70b": (80, 8192, 64)}
-    return Published(
+    return PublishedRun(
         f"MPT-{size}, {seq_length}",
         _FOUNDRY,
         gpu,
@@ -161,7 +161,7 @@ def _foundry(
 
 
 PUBLISHED = [
-    Published(
+    PublishedRun(
         "Chameleon-7B",
         _PAPER,
         "a100",
@@ -175,7 +175,7 @@ PUBLISHED = [
         software=Software(),
         note="layout not published: TP 2 assumed; all time lost is in it",
     ),
-    Published(
+    PublishedRun(
         "Chameleon-34B",
         _PAPER,
         "a100",
@@ -195,7 +195,7 @@ PUBLISHED = [
     _foundry("a100", "13b", 8, 4096, 2060, 240, 10, "full"),
     _foundry("a100", "30b", 8, 2048, 916, 504, 3, "full"),
     _foundry("a100", "70b", 64, 2048, 410, 2048, 8, "full"),
-    Published(
+    PublishedRun(
         "GPT-3 175B",
         _KORTHIKANTI,
         "a100",
@@ -208,7 +208,7 @@ PUBLISHED = [
         (8, 8, 3),
         recompute="selective",
     ),
-    Published(
+    PublishedRun(
         "MT-NLG 530B",
         _KORTHIKANTI,
         "a100",
@@ -221,7 +221,7 @@ PUBLISHED = [
         (8, 35, 3),
         recompute="selective",
     ),
-    Published(
+    PublishedRun(
         "GPT 1T",
         _KORTHIKANTI,
         "a100",
@@ -238,7 +238,7 @@ PUBLISHED = [
     _foundry("h100", "7b", 8, 4096, 8611, 256, 16, "full"),
     _foundry("h100", "13b", 8, 2048, 4792, 16, 2, None),
     _foundry("h100", "70b", 64, 2048, 1039, 2048, 8, "full"),
-    Published(
+    PublishedRun(
         "Llama-3 405B",
         _LLAMA3,
         "h100",
@@ -252,7 +252,7 @@ PUBLISHED = [
         calibration=True,
         note="43% MFU; 41% on 16,384 GPUs",
     ),
-    Published(
+    PublishedRun(
         "Llama-3 405B",
         _LLAMA3,
         "h100",
@@ -264,7 +264,7 @@ PUBLISHED = [
         1,
         (8, 16, 8),
     ),
-    Published(
+    PublishedRun(
         "Llama-2 7B",
         _NEMO,
         "h100",
@@ -277,7 +277,7 @@ PUBLISHED = [
         software=NEMO,
         calibration=True,
     ),
-    Published(
+    PublishedRun(
         "Llama-2 13B",
         _NEMO,
         "h100",
@@ -290,7 +290,7 @@ PUBLISHED = [
         fp8=True,
         software=NEMO,
     ),
-    Published(
+    PublishedRun(
         "Llama-2 70B",
         _NEMO,
         "h100",
@@ -303,7 +303,7 @@ PUBLISHED = [
         fp8=True,
         software=NEMO,
     ),
-    Published(
+    PublishedRun(
         "Llama-3 8B",
         _NEMO,
         "h100",
@@ -316,7 +316,7 @@ PUBLISHED = [
         fp8=True,
         software=NEMO,
     ),
-    Published(
+    PublishedRun(
         "Llama-3 70B",
         _NEMO,
         "h100",
@@ -330,7 +330,7 @@ PUBLISHED = [
         fp8=True,
         software=NEMO,
     ),
-    Published(
+    PublishedRun(
         "GPT-3 175B",
         _NEMO,
         "h100",
@@ -343,7 +343,7 @@ PUBLISHED = [
         fp8=True,
         software=NEMO,
     ),
-    Published(
+    PublishedRun(
         "GPT-3 20B",
         _NEMO,
         "h100",
@@ -357,7 +357,7 @@ PUBLISHED = [
         fp8=True,
         software=NEMO,
     ),
-    Published(
+    PublishedRun(
         "GPT-3 5B",
         _NEMO,
         "h100",
@@ -371,7 +371,7 @@ PUBLISHED = [
         fp8=True,
         software=NEMO,
     ),
-    Published(
+    PublishedRun(
         "GPT-3 175B",
         _NEMO,
         "h100",
@@ -385,7 +385,7 @@ PUBLISHED = [
         fp8=True,
         software=NEMO,
     ),
-    Published(
+    PublishedRun(
         "Nemotron 8B",
         _NEMO,
         "h100",
@@ -399,7 +399,7 @@ PUBLISHED = [
         fp8=True,
         software=NEMO,
     ),
-    Published(
+    PublishedRun(
         "Nemotron 22B",
         _NEMO,
         "h100",
@@ -413,7 +413,7 @@ PUBLISHED = [
         fp8=True,
         software=NEMO,
     ),
-    Published(
+    PublishedRun(
         "Nemotron 340B",
         _NEMO,
         "h100",

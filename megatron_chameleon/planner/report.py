@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.planner.memory import GIB, Memory
+from megatron_chameleon.planner.memory import GIB, MemoryEstimate
 from megatron_chameleon.planner.search import (
-    Job,
-    Plan,
-    Plans,
+    LayoutPlan,
+    LayoutSearchResult,
+    PlanRequest,
     best_of_each,
     describe_layout,
     largest_parts,
@@ -43,29 +43,32 @@ TIME_WORDS = {
 SHOWN_PROBLEMS = 5
 
 
-def check_found(plans: Plans) -> None:
+def check_any_fits(result: LayoutSearchResult) -> None:
     """Refuse a result without a layout.
 
     Raises:
         ConfigError: It says what comes nearest, or what the trainer refuses.
     """
-    if plans.fitting:
+    if result.fitting:
         return
-    job = plans.job
-    if not plans.too_large:
-        (reason, count), *_ = plans.refused.most_common(1)
-        what = f"no layout on {job.gpus} GPUs passes the trainer's checks ({reason}: {count} times)"
+    request = result.request
+    if not result.too_large:
+        (reason, count), *_ = result.refused.most_common(1)
+        what = (
+            f"no layout on {request.gpus} GPUs passes the trainer's checks "
+            f"({reason}: {count} times)"
+        )
         raise ConfigError("--gpus", what, "Use another number of GPUs, or another global batch")
-    smallest = min(plans.too_large, key=lambda plan: plan.memory.total)
+    smallest = min(result.too_large, key=lambda plan: plan.memory.total)
     what = (
-        f"no layout fits on {job.gpus} x {job.gpu.name}: the smallest, "
+        f"no layout fits on {request.gpus} x {request.gpu.name}: the smallest, "
         f"{describe_layout(smallest.config)}, needs {_gib(smallest.memory.total)} of "
-        f"{job.gpu.memory_gib:.1f} GiB ({_largest(smallest.memory)})"
+        f"{request.gpu.memory_gib:.1f} GiB ({_largest(smallest.memory)})"
     )
     raise ConfigError("--gpus", what, "Use more GPUs, or larger ones")
 
 
-def as_text(plans: Plans, top: int, every: bool) -> str:
+def as_text(result: LayoutSearchResult, top: int, every: bool) -> str:
     """The tables.
 
     Args:
@@ -73,37 +76,37 @@ def as_text(plans: Plans, top: int, every: bool) -> str:
         top: Rows of the ranking.
         every: Rank all layouts, not only the best of each TP x PP.
     """
-    job, best = plans.job, plans.fitting[0]
-    shown = (plans.fitting if every else best_of_each(plans.fitting))[:top]
+    request, best = result.request, result.fitting[0]
+    shown = (result.fitting if every else best_of_each(result.fitting))[:top]
     sections = [
-        _heading(job),
+        _heading(request),
         _table(["", *_COLUMNS], [_row(str(n), plan) for n, plan in enumerate(shown, start=1)]),
         _details(best),
-        _too_large(plans),
-        _refused(plans),
+        _too_large(result),
+        _refused(result),
     ]
-    if plans.own is not None:
-        sections.insert(2, _own(plans.own))
+    if result.own is not None:
+        sections.insert(2, _own(result.own))
     return "\n\n".join(section for section in sections if section)
 
 
-def as_json(plans: Plans, top: int) -> dict[str, Any]:
+def as_json(result: LayoutSearchResult, top: int) -> dict[str, Any]:
     """The same for scripts; sizes in GiB, times in seconds."""
-    job = plans.job
+    request = result.request
     return {
-        "gpu": job.gpu.name,
-        "gpus": job.gpus,
-        "vocab_size": job.vocab_size,
-        "tokens": job.tokens,
+        "gpu": request.gpu.name,
+        "gpus": request.gpus,
+        "vocab_size": request.vocab_size,
+        "tokens": request.tokens,
         "flops_convention": CONVENTION,
-        "plans": [_plan_json(plan) for plan in plans.fitting[:top]],
-        "own_layout": None if plans.own is None else _plan_json(plans.own),
-        "do_not_fit": [_plan_json(plan) for plan in plans.too_large[:top]],
-        "refused": dict(plans.refused.most_common()),
+        "plans": [_plan_json(plan) for plan in result.fitting[:top]],
+        "own_layout": None if result.own is None else _plan_json(result.own),
+        "do_not_fit": [_plan_json(plan) for plan in result.too_large[:top]],
+        "refused": dict(result.refused.most_common()),
     }
 
 
-def _plan_json(plan: Plan) -> dict[str, Any]:
+def _plan_json(plan: LayoutPlan) -> dict[str, Any]:
     parallel = plan.config.parallel
     memory = {name: round(size / GIB, 3) for name, size in vars(plan.memory).items()}
     return {
@@ -135,18 +138,19 @@ _COLUMNS = (
 )
 
 
-def _heading(job: Job) -> str:
-    training, fp8 = job.config.training, job.config.fp8
-    precision = f"FP8 ({fp8.recipe})" if uses_fp8(job.config) else training.dtype
-    batch, length = training.global_batch_size, job.config.model.seq_length
+def _heading(request: PlanRequest) -> str:
+    training, fp8 = request.config.training, request.config.fp8
+    precision = f"FP8 ({fp8.recipe})" if uses_fp8(request.config) else training.dtype
+    batch, length = training.global_batch_size, request.config.model.seq_length
     return (
-        f"{job.gpus} x {job.gpu.name} ({job.gpu.memory_gib:.1f} GiB), {precision}, global batch "
-        f"{batch:,} x {length:,}, {job.tokens / 1e12:.3g}T tokens in all\n{CONVENTION}\n"
+        f"{request.gpus} x {request.gpu.name} ({request.gpu.memory_gib:.1f} GiB), {precision}, "
+        f"global batch {batch:,} x {length:,}, {request.tokens / 1e12:.3g}T tokens in all\n"
+        f"{CONVENTION}\n"
         "Predicted, without failures and restarts; how good that is: docs/parallelism.md"
     )
 
 
-def _row(name: str, plan: Plan) -> list[str]:
+def _row(name: str, plan: LayoutPlan) -> list[str]:
     parallel, step = plan.config.parallel, plan.step
     messages = step.tensor_messages + step.pipeline_messages + step.data_messages
     return [
@@ -177,15 +181,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _own(plan: Plan) -> str:
-    verdict = "fits" if plan.fits else f"does not fit {plan.job.gpu.memory_gib:.1f} GiB"
+def _own(plan: LayoutPlan) -> str:
+    verdict = "fits" if plan.fits else f"does not fit {plan.request.gpu.memory_gib:.1f} GiB"
     return (
         f"The config's own layout, {describe_layout(plan.config)}: {plan.speed:,.0f} tokens/s/GPU, "
         f"{_gib(plan.memory.total)} GiB, {verdict}"
     )
 
 
-def _details(plan: Plan) -> str:
+def _details(plan: LayoutPlan) -> str:
     """Where the fastest plan's memory and time go, and how to train with it."""
     total, seconds = plan.memory.total, plan.step.total
     memory = [
@@ -204,31 +208,31 @@ def _details(plan: Plan) -> str:
     )
 
 
-def _too_large(plans: Plans) -> str:
+def _too_large(result: LayoutSearchResult) -> str:
     """The next ones that would be faster, with what they lack."""
-    if not plans.too_large:
+    if not result.too_large:
         return ""
-    limit = plans.job.gpu.memory_gib
+    limit = result.request.gpu.memory_gib
     lines = [
         f"  {plan.speed:,.0f} tokens/s/GPU: {describe_layout(plan.config)} needs "
         f"{_gib(plan.memory.total)} of {limit:.1f} GiB ({_largest(plan.memory)})"
-        for plan in best_of_each(plans.too_large)[:SHOWN_PROBLEMS]
+        for plan in best_of_each(result.too_large)[:SHOWN_PROBLEMS]
     ]
-    count = len(plans.too_large)
+    count = len(result.too_large)
     heading = f"{count:,} would be faster and do not fit; the fastest of each TP x PP:"
     return "\n".join([heading, *lines])
 
 
-def _refused(plans: Plans) -> str:
+def _refused(result: LayoutSearchResult) -> str:
     """What the trainer would not take, the most frequent first."""
-    if not plans.refused:
+    if not result.refused:
         return ""
-    lines = [f"  {count:,} x {reason}" for reason, count in plans.refused.most_common()]
-    total = sum(plans.refused.values())
+    lines = [f"  {count:,} x {reason}" for reason, count in result.refused.most_common()]
+    total = sum(result.refused.values())
     return "\n".join([f"{total:,} the trainer refuses:", *lines[:SHOWN_PROBLEMS]])
 
 
-def _largest(memory: Memory) -> str:
+def _largest(memory: MemoryEstimate) -> str:
     parts = largest_parts(memory)
     return ", ".join(f"{MEMORY_WORDS[name]} {_gib(size)}" for name, size in parts)
 

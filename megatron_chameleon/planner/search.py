@@ -21,9 +21,9 @@ from megatron_chameleon.config.checks.layouts import check_vocabulary, layout_pr
 from megatron_chameleon.config.schema import Config, ParallelConfig
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.planner.gpus import Gpu
-from megatron_chameleon.planner.memory import GIB, Memory, predict_memory
+from megatron_chameleon.planner.memory import GIB, MemoryEstimate, predict_memory
 from megatron_chameleon.planner.time import (
-    StepTime,
+    StepTimeEstimate,
     model_tflops,
     predict_step,
     tokens_per_second_per_gpu,
@@ -36,7 +36,7 @@ SECONDS_A_DAY = 86_400
 
 
 @dataclass(frozen=True)
-class Job:
+class PlanRequest:
     """What is planned for."""
 
     config: Config
@@ -52,24 +52,24 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """One layout with its prediction."""
 
-    job: Job
+    request: PlanRequest
     config: Config
-    """The job's, with this layout and micro-batch."""
-    memory: Memory
-    step: StepTime
+    """The requested config, with this layout and micro-batch."""
+    memory: MemoryEstimate
+    step: StepTimeEstimate
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.job.gpu.memory_gib * GIB
+        return self.memory.total <= self.request.gpu.memory_gib * GIB
 
     @property
     def data_size(self) -> int:
         """Data-parallel ranks."""
         parallel = self.config.parallel
-        return self.job.gpus // (
+        return self.request.gpus // (
             parallel.tensor_model_parallel_size
             * parallel.pipeline_model_parallel_size
             * parallel.context_parallel_size
@@ -78,27 +78,27 @@ class Plan:
     @property
     def speed(self) -> float:
         """Tokens a second on each GPU."""
-        return tokens_per_second_per_gpu(self.config, self.job.gpus, self.step.total)
+        return tokens_per_second_per_gpu(self.config, self.request.gpus, self.step.total)
 
     @property
     def tflops(self) -> float:
         """TFLOP/s of each GPU by the convention of ``flops.py``."""
-        return model_tflops(self.config, self.job.vocab_size, self.speed)
+        return model_tflops(self.config, self.request.vocab_size, self.speed)
 
     @property
     def mfu(self) -> float:
         """Share of the peak of the format that the matrix products run in."""
-        peak = self.job.gpu.peak_flops(self.config.training.dtype, uses_fp8(self.config))
+        peak = self.request.gpu.peak_flops(self.config.training.dtype, uses_fp8(self.config))
         return self.tflops * 1e12 / peak
 
     @property
     def days(self) -> float:
         """Of the whole run, without a failure."""
-        return self.job.tokens / (self.speed * self.job.gpus) / SECONDS_A_DAY
+        return self.request.tokens / (self.speed * self.request.gpus) / SECONDS_A_DAY
 
     @property
     def gpu_hours(self) -> float:
-        return self.days * 24 * self.job.gpus
+        return self.days * 24 * self.request.gpus
 
     def overrides(self) -> list[str]:
         """The words that give ``chameleon train`` this layout."""
@@ -118,35 +118,35 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Plans:
+class LayoutSearchResult:
     """The result of a search."""
 
-    job: Job
-    fitting: list[Plan]
+    request: PlanRequest
+    fitting: list[LayoutPlan]
     """Fastest first; of each layout and micro-batch the least recomputation that fits."""
-    too_large: list[Plan]
+    too_large: list[LayoutPlan]
     """Faster than the fastest that fits, or fastest of all where none fits; fastest first."""
     refused: Counter[str]
     """What the trainer would say, with how many layouts each refusal ended."""
-    own: Plan | None
+    own: LayoutPlan | None
     """The layout that the config has, if the trainer takes it."""
 
 
-def make_plans(job: Job) -> Plans:
-    """Search the layouts of a job.
+def search_layouts(request: PlanRequest) -> LayoutSearchResult:
+    """Search the layouts of a config.
 
     Raises:
         ConfigError: The config cannot be planned for: another engine, FP8 on a GPU without it.
         ConfigErrors: Values that have nothing to do with the layout are wrong.
     """
-    _check_job(job)
+    _check_request(request)
     fitting, rest, refused = [], [], Counter[str]()
-    for layout in _layouts(job):
-        problem = next(_refusals(job, layout), None)
+    for layout in _layouts(request):
+        problem = next(_refusals(request, layout), None)
         if problem is not None:
             refused[problem.where + ": " + problem.what] += 1
             continue
-        kinds = [_predict(job, _with_recompute(layout, kind)) for kind in RECOMPUTE]
+        kinds = [_predict(request, _with_recompute(layout, kind)) for kind in RECOMPUTE]
         kept = next((plan for plan in kinds if plan.fits), None)
         if kept is not None:
             fitting.append(kept)
@@ -155,18 +155,18 @@ def make_plans(job: Job) -> Plans:
     rest.sort(key=_rank)
     if fitting:
         rest = [plan for plan in rest if plan.speed > fitting[0].speed]
-    own = None if any(_refusals(job, job.config)) else _predict(job, job.config)
-    return Plans(job, fitting, rest, refused, own)
+    own = None if any(_refusals(request, request.config)) else _predict(request, request.config)
+    return LayoutSearchResult(request, fitting, rest, refused, own)
 
 
-def _rank(plan: Plan) -> tuple[float, float]:
+def _rank(plan: LayoutPlan) -> tuple[float, float]:
     """The fastest first; what is as fast within a thousandth, by its memory."""
     return -round(math.log(plan.speed), 3), plan.memory.total
 
 
-def best_of_each(plans: Sequence[Plan]) -> list[Plan]:
+def best_of_each(plans: Sequence[LayoutPlan]) -> list[LayoutPlan]:
     """The first plan of each TP x PP."""
-    found: dict[tuple[int, int], Plan] = {}
+    found: dict[tuple[int, int], LayoutPlan] = {}
     for plan in plans:
         parallel = plan.config.parallel
         sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -174,13 +174,13 @@ def best_of_each(plans: Sequence[Plan]) -> list[Plan]:
     return list(found.values())
 
 
-def _check_job(job: Job) -> None:
-    config = job.config
+def _check_request(request: PlanRequest) -> None:
+    config = request.config
     if config.engine.name != "megatron":
         what = f"{config.engine.name}, and the planner knows the megatron engine only"
         raise ConfigError("engine.name", what, "Set engine.name=megatron")
-    if uses_fp8(config) and job.gpu.fp8_tflops is None:
-        what = f"{config.fp8.format}, and {job.gpu.name} has no FP8"
+    if uses_fp8(config) and request.gpu.fp8_tflops is None:
+        what = f"{config.fp8.format}, and {request.gpu.name} has no FP8"
         raise ConfigError("fp8.format", what, "Set fp8.format=null, or plan for h100 or h200")
     # without its layout: that is what is looked for
     neutral = ParallelConfig(context_parallel_size=config.parallel.context_parallel_size)
@@ -189,21 +189,21 @@ def _check_job(job: Job) -> None:
     check_config(neutral_config, config.parallel.context_parallel_size)
 
 
-def _layouts(job: Job) -> Iterator[Config]:
+def _layouts(request: PlanRequest) -> Iterator[Config]:
     """Every layout that is looked at, in no order, the impossible ones too."""
-    layers = job.config.model.num_layers
-    cp = job.config.parallel.context_parallel_size
-    sizes = [size for size in range(1, job.gpus + 1) if job.gpus % size == 0]
-    tensor = [size for size in sizes if size <= job.gpu.gpus_per_node]
+    layers = request.config.model.num_layers
+    cp = request.config.parallel.context_parallel_size
+    sizes = [size for size in range(1, request.gpus + 1) if request.gpus % size == 0]
+    tensor = [size for size in sizes if size <= request.gpu.gpus_per_node]
     pipeline = [size for size in sizes if size <= layers]
     for tp, pp, micro in itertools.product(tensor, pipeline, MICRO_BATCHES):
-        if tp * pp * cp > job.gpus:
+        if tp * pp * cp > request.gpus:
             continue
         each = layers // pp
         parts = [size for size in range(2, each + 1) if each % size == 0] if pp > 1 else []
         for vpp in (None, *parts):
             layout = dataclasses.replace(
-                job.config.parallel,
+                request.config.parallel,
                 tensor_model_parallel_size=tp,
                 pipeline_model_parallel_size=pp,
                 virtual_pipeline_model_parallel_size=vpp,
@@ -214,13 +214,13 @@ def _layouts(job: Job) -> Iterator[Config]:
                 recompute_granularity=None,
                 recompute_num_layers=1,
             )
-            training = dataclasses.replace(job.config.training, micro_batch_size=micro)
-            yield dataclasses.replace(job.config, parallel=layout, training=training)
+            training = dataclasses.replace(request.config.training, micro_batch_size=micro)
+            yield dataclasses.replace(request.config, parallel=layout, training=training)
 
 
-def _refusals(job: Job, config: Config) -> Iterator[ConfigError]:
-    yield from layout_problems(config, job.gpus)
-    yield from check_vocabulary(job.vocab_size, config)
+def _refusals(request: PlanRequest, config: Config) -> Iterator[ConfigError]:
+    yield from layout_problems(config, request.gpus)
+    yield from check_vocabulary(request.vocab_size, config)
     yield from check_fp8(config)
 
 
@@ -229,10 +229,10 @@ def _with_recompute(config: Config, kind: str | None) -> Config:
     return dataclasses.replace(config, parallel=parallel)
 
 
-def _predict(job: Job, config: Config) -> Plan:
-    memory = predict_memory(config, job.vocab_size, job.gpus)
-    step = predict_step(config, job.vocab_size, job.gpus, job.gpu)
-    return Plan(job, config, memory, step)
+def _predict(request: PlanRequest, config: Config) -> LayoutPlan:
+    memory = predict_memory(config, request.vocab_size, request.gpus)
+    step = predict_step(config, request.vocab_size, request.gpus, request.gpu)
+    return LayoutPlan(request, config, memory, step)
 
 
 def _yaml(value: object) -> str:
@@ -255,7 +255,7 @@ def describe_layout(config: Config) -> str:
     return f"{text}, {kind} recomputation" if kind else text
 
 
-def largest_parts(memory: Memory, count: int = 2) -> Sequence[tuple[str, float]]:
+def largest_parts(memory: MemoryEstimate, count: int = 2) -> Sequence[tuple[str, float]]:
     """The parts that need most of the memory, largest first."""
     parts = sorted(vars(memory).items(), key=lambda part: -part[1])
     return parts[:count]

@@ -47,7 +47,7 @@ class Software:
 
 
 @dataclass(frozen=True)
-class StepTime:
+class StepTimeEstimate:
     """Seconds of one optimizer update, by what they are spent on; the parts add up."""
 
     matrices: float
@@ -68,7 +68,7 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _LayerTime:
     """Seconds of one layer and micro-batch, forward and backward, of one process."""
 
     matrices: float
@@ -84,7 +84,7 @@ class _Layer:
 
 def predict_step(
     config: Config, vocab_size: int, world_size: int, gpu: Gpu, software: Software | None = None
-) -> StepTime:
+) -> StepTimeEstimate:
     """The parts of a step's time.
 
     Args:
@@ -112,7 +112,7 @@ def predict_step(
     paced_logits = logits if slowest_is_last else 0.0
     micro_batch = layers * layer.total + logits / pp
     messages = _pipeline_messages(config, gpu, world_size, count)
-    parts = StepTime(
+    parts = StepTimeEstimate(
         matrices=count * paced * layer.matrices,
         attention=count * paced * layer.attention,
         elementwise=count * paced * layer.elementwise,
@@ -143,7 +143,7 @@ def uses_fp8(config: Config) -> bool:
     return config.fp8.format is not None and not config.fp8.emulate
 
 
-def _layer_time(config: Config, gpu: Gpu, software: Software) -> _Layer:
+def _layer_time(config: Config, gpu: Gpu, software: Software) -> _LayerTime:
     model, parallel, training = config.model, config.parallel, config.training
     tp = parallel.tensor_model_parallel_size
     tokens = training.micro_batch_size * local_sequence(config)
@@ -157,7 +157,7 @@ def _layer_time(config: Config, gpu: Gpu, software: Software) -> _Layer:
     collective = _collective_seconds(config, gpu, tokens) * (1 - software.tensor_overlap)
     forward = matrices + attention + elementwise + 4 * collective
     recompute = {None: 0.0, "selective": attention, "full": forward}
-    return _Layer(
+    return _LayerTime(
         matrices=matrices * (1 + BACKWARD),
         attention=attention * (1 + ATTENTION_BACKWARD),
         elementwise=elementwise * (1 + BACKWARD),

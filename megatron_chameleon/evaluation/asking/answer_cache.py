@@ -40,7 +40,7 @@ def model_fingerprint(session: "Session") -> str:
     return digest.hexdigest()[:16]
 
 
-class Answers:
+class AnswerCache:
     """The answers in a folder, for one process at a time; use it in a ``with`` statement.
 
     Args:
@@ -69,7 +69,7 @@ class Answers:
             self._file.close()
             raise
 
-    def __enter__(self) -> "Answers":
+    def __enter__(self) -> "AnswerCache":
         return self
 
     def __exit__(

@@ -1,6 +1,6 @@
 """Ask a model many things and keep every answer: what all tasks are built on.
 
-    with Answers(folder, model_fingerprint(session)) as answers:
+    with AnswerCache(folder, model_fingerprint(session)) as answers:
         asker = Asker(session, answers)
         asker.score([("two plus two is", " four")])
         asker.write([[image, "What is it?"]], options)
@@ -19,8 +19,8 @@ from PIL import Image
 
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking.answer_cache import Answers, fingerprint
-from megatron_chameleon.evaluation.asking.likelihood import Score, score_continuations
+from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, fingerprint
+from megatron_chameleon.evaluation.asking.likelihood import ContinuationScore, score_continuations
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.decode import GenerationOptions
@@ -41,14 +41,14 @@ class Asker:
     """
 
     def __init__(
-        self, session: "Session", answers: Answers, progress: Progress = lambda line: None
+        self, session: "Session", answers: AnswerCache, progress: Progress = lambda line: None
     ) -> None:
         self.session = session
         self._answers = answers
         self._progress = progress
         self._reported = -REPORT_SECONDS
 
-    def score(self, pairs: Sequence[tuple[Sequence["Part"], str]]) -> list[Score]:
+    def score(self, pairs: Sequence[tuple[Sequence["Part"], str]]) -> list[ContinuationScore]:
         """Score texts behind prompts.
 
         Args:
@@ -61,14 +61,14 @@ class Asker:
         encoded = self._encode_pairs(pairs)
         return self.score_ids(encoded)
 
-    def score_ids(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+    def score_ids(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[ContinuationScore]:
         """As ``score``, of token ids: the context begins with ``<s>``."""
         keys = [fingerprint(["score", *pair]) for pair in pairs]
         new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._answers}
         names, asked = list(new), list(new.values())
         done, started = 0, time.monotonic()
 
-        def keep(scores: dict[int, Score]) -> None:
+        def keep(scores: dict[int, ContinuationScore]) -> None:
             nonlocal done
             done += len(scores)
             self._answers.add(
@@ -77,7 +77,7 @@ class Asker:
             self._report(done, len(asked), "candidates scored", started)
 
         score_continuations(self.session, asked, report=keep)
-        return [Score(*self._answers[key]) for key in keys]
+        return [ContinuationScore(*self._answers[key]) for key in keys]
 
     def write(self, prompts: Sequence[Sequence["Part"]], options: "GenerationOptions") -> list[str]:
         """Answer prompts in text; the same prompt asked twice is drawn twice.
@@ -116,7 +116,7 @@ class Asker:
         seen: Counter[str] = Counter()
         keys = []
         for prompt in prompts:
-            asked = fingerprint(["write", describe(prompt), settings])
+            asked = fingerprint(["write", prompt_as_json(prompt), settings])
             keys.append(f"{asked}-{seen[asked]}" if seen[asked] else asked)
             seen[asked] += 1
         started, new = time.monotonic(), 0
@@ -184,7 +184,7 @@ def _text(part: "Part") -> str:
     return part if isinstance(part, str) else part.text
 
 
-def describe(prompt: Sequence["Part"]) -> list[Any]:
+def prompt_as_json(prompt: Sequence["Part"]) -> list[Any]:
     """A prompt as JSON; an image is its path, or the hash of its bytes or pixels."""
     described: list[Any] = []
     for part in prompt:
@@ -203,7 +203,7 @@ def describe(prompt: Sequence["Part"]) -> list[Any]:
     return described
 
 
-def cut(text: str, until: str | Sequence[str]) -> str:
+def cut_at_stop(text: str, until: str | Sequence[str]) -> str:
     """The text up to the first stop string."""
     stops = [until] if isinstance(until, str) else until
     places = [text.find(stop) for stop in stops if stop]

@@ -24,7 +24,7 @@ BLOCK_POSITIONS = 256
 
 
 @dataclass(frozen=True)
-class Score:
+class ContinuationScore:
     """What the model says to one continuation."""
 
     log_likelihood: float
@@ -37,7 +37,7 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class _Row:
+class _SharedInputs:
     """Inputs that some pairs share, and the targets of each: one forward pass serves them all."""
 
     inputs: tuple[int, ...]
@@ -50,8 +50,8 @@ def score_continuations(
     pairs: Sequence[Pair],
     batch_tokens: int = BATCH_TOKENS,
     block_positions: int = BLOCK_POSITIONS,
-    report: Callable[[dict[int, Score]], None] = lambda scores: None,
-) -> list[Score]:
+    report: Callable[[dict[int, ContinuationScore]], None] = lambda scores: None,
+) -> list[ContinuationScore]:
     """Score continuations, longest first, in batches that share a forward pass.
 
     Args:
@@ -62,30 +62,30 @@ def score_continuations(
         block_positions: Positions whose logits exist at a time.
         report: Called after each batch with the scores by index of pair.
     """
-    scores: dict[int, Score] = {}
+    scores: dict[int, ContinuationScore] = {}
     forbidden_V = torch.zeros(session.model.lm_head.weight.shape[0], dtype=torch.bool)
     forbidden_V[torch.as_tensor(session.tokenizer.vocabulary.code_token_ids.copy())] = True
     forbidden_V = forbidden_V.to(session.device)
-    for batch in _batches(_shared(pairs, session.context_tokens), batch_tokens):
+    for batch in _batches(_group_by_inputs(pairs, session.context_tokens), batch_tokens):
         found = _score_batch(session, batch, forbidden_V, block_positions)
         scores.update(found)
         report(found)
     return [scores[index] for index in range(len(pairs))]
 
 
-def _shared(pairs: Sequence[Pair], context_tokens: int) -> list[_Row]:
+def _group_by_inputs(pairs: Sequence[Pair], context_tokens: int) -> list[_SharedInputs]:
     """Rows of different inputs, longest first; the answers A to D to a question are one row."""
-    rows: dict[tuple[int, ...], _Row] = {}
+    rows: dict[tuple[int, ...], _SharedInputs] = {}
     for index, (context, continuation) in enumerate(pairs):
         assert context and continuation
         kept = [*context, *continuation][-(context_tokens + 1) :]
         inputs = tuple(kept[:-1])
         target = tuple(kept[-min(len(continuation), len(inputs)) :])
-        rows.setdefault(inputs, _Row(inputs, [])).targets.append((index, target))
+        rows.setdefault(inputs, _SharedInputs(inputs, [])).targets.append((index, target))
     return sorted(rows.values(), key=lambda row: len(row.inputs), reverse=True)
 
 
-def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
+def _batches(rows: Sequence[_SharedInputs], batch_tokens: int) -> Iterator[list[_SharedInputs]]:
     start = 0
     while start < len(rows):
         count = max(1, batch_tokens // len(rows[start].inputs))
@@ -95,8 +95,8 @@ def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
 
 @torch.inference_mode()
 def _score_batch(
-    session: "Session", rows: Sequence[_Row], forbidden_V: Tensor, block_positions: int
-) -> dict[int, Score]:
+    session: "Session", rows: Sequence[_SharedInputs], forbidden_V: Tensor, block_positions: int
+) -> dict[int, ContinuationScore]:
     width = len(rows[0].inputs)
     pad = session.tokenizer.vocabulary.pad
     # Padding stands on the right: no token of a row sees it, so it needs no mask.
@@ -124,4 +124,4 @@ def _score_batch(
         for (_, _, _, index), log_probability, likeliest in found:
             sums[index] += log_probability
             greedy[index] = greedy[index] and likeliest
-    return {index: Score(sums[index], greedy[index]) for index in sums}
+    return {index: ContinuationScore(sums[index], greedy[index]) for index in sums}

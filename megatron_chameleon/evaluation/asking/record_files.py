@@ -48,7 +48,7 @@ def read_json(path: str | Path) -> Any:
         raise DataError(str(path), f"is no {kind} ({first_line(error)})", "Mend it") from error
 
 
-def need(record: dict[str, Any], keys: Sequence[str], where: str) -> None:
+def require_keys(record: dict[str, Any], keys: Sequence[str], where: str) -> None:
     """Refuse a record that lacks keys.
 
     Raises:

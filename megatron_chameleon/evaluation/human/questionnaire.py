@@ -18,7 +18,7 @@ from typing import Any
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart, image_part
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.answer_cache import fingerprint
-from megatron_chameleon.evaluation.asking.record_files import need, read_json, read_records
+from megatron_chameleon.evaluation.asking.record_files import read_json, read_records, require_keys
 from megatron_chameleon.evaluation.human.form_page import form_page
 from megatron_chameleon.evaluation.human.safety import looks_like_refusal
 from megatron_chameleon.evaluation.human.scores import Judgement
@@ -30,7 +30,7 @@ KEY_FILE = "key.json"
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredPrompt:
     """A prompt and a model's answer to it; parts are ``{"type": "text" | "image", ...}``."""
 
     id: str
@@ -45,17 +45,17 @@ class Answered:
         return "".join(part.get("text", "") for part in self.content)
 
 
-def read_answered(path: str | Path) -> list[Answered]:
+def read_answered_prompts(path: str | Path) -> list[AnsweredPrompt]:
     """Answers as ``chameleon annotate answer`` and ``chameleon generate`` write them.
 
     Raises:
         DataError: The file is broken, or an id stands twice in it.
     """
     path = Path(path)
-    found: dict[str, Answered] = {}
+    found: dict[str, AnsweredPrompt] = {}
     for number, record in enumerate(read_records(path), start=1):
         where = f"{path}:{number}"
-        need(record, ("id", "prompt", "content"), where)
+        require_keys(record, ("id", "prompt", "content"), where)
         prompt = _parts(record["prompt"], path.parent, where)
         content = _parts(record["content"], path.parent, where)
         has_image = any(part["type"] == "image" for part in prompt)
@@ -63,13 +63,15 @@ def read_answered(path: str | Path) -> list[Answered]:
         name = str(record["id"])
         if name in found:
             raise DataError(where, f"the id {name} stands twice", "Give each answer its own")
-        found[name] = Answered(name, prompt, content, str(record.get("category") or ""), modality)
+        found[name] = AnsweredPrompt(
+            name, prompt, content, str(record.get("category") or ""), modality
+        )
     return list(found.values())
 
 
-def prepare(
+def write_questionnaire(
     kind: str,
-    models: Mapping[str, Sequence[Answered]],
+    models: Mapping[str, Sequence[AnsweredPrompt]],
     folder: Path,
     annotators: int = 3,
     seed: int = 1,
@@ -135,7 +137,7 @@ def prepare(
     return folder / KEY_FILE
 
 
-def _check_same(names: Sequence[str], answers: Sequence[Mapping[str, Answered]]) -> None:
+def _check_same(names: Sequence[str], answers: Sequence[Mapping[str, AnsweredPrompt]]) -> None:
     if len(answers) == 1:
         return
     first, second = answers
@@ -211,7 +213,7 @@ def _read_form(file: Path, key: Mapping[str, Any] | None) -> Iterable[Judgement]
 def _read_rows(file: Path, key: Mapping[str, Any] | None) -> Iterable[Judgement]:
     items = key["items"] if key else {}
     for number, row in enumerate(read_records(file), start=1):
-        need(row, ("item", "annotator", "label"), f"{file}:{number}")
+        require_keys(row, ("item", "annotator", "label"), f"{file}:{number}")
         about = items.get(str(row["item"]), {})
         yield Judgement(
             *(str(row["item"]), str(row["annotator"]), str(row["label"]).strip()),

@@ -16,9 +16,9 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.human.statistics import (
     agreement_counts,
     alpha_summary,
-    bootstrap,
+    bootstrap_interval,
     majority,
-    wilson,
+    wilson_interval,
     win_rate,
 )
 
@@ -42,7 +42,7 @@ class Judgement:
     modality: str = ""
 
 
-def score(
+def score_judgements(
     kind: str, judgements: Sequence[Judgement], bootstraps: int = 1000, seed: int = 1
 ) -> dict[str, Any]:
     """All figures of a questionnaire.
@@ -60,7 +60,7 @@ def score(
     Raises:
         DataError: A label is unknown, or an annotator judged an item twice.
     """
-    votes = collect(kind, judgements)
+    votes = collect_votes(kind, judgements)
     items = list(votes.values())
     first = {judgement.item: judgement for judgement in reversed(judgements)}
     most = max(len(labels) for labels in items)
@@ -85,7 +85,7 @@ def score(
     return result
 
 
-def collect(kind: str, judgements: Iterable[Judgement]) -> dict[str, list[str]]:
+def collect_votes(kind: str, judgements: Iterable[Judgement]) -> dict[str, list[str]]:
     """The labels of each item.
 
     Raises:
@@ -130,23 +130,23 @@ def figures_of_counts(
         "items": total,
         "counts": {label: counts.get(label, 0) for label in labels},
         "shares": {label: counts.get(label, 0) / total for label in labels},
-        "intervals": {label: wilson(counts.get(label, 0), total) for label in labels},
+        "intervals": {label: wilson_interval(counts.get(label, 0), total) for label in labels},
     }
     if kind == "pairwise":
         wins, ties, losses = (counts.get(label, 0) for label in ("A", "tie", "B"))
         points = np.repeat([1.0, 0.5, 0.0], [wins, ties, losses])
         figures["win_rate"] = win_rate(wins, ties, losses)
-        figures["win_rate_interval"] = bootstrap(
+        figures["win_rate_interval"] = bootstrap_interval(
             total, lambda rows: float(points[rows].mean()), bootstraps, seed
         )
     return figures
 
 
-def report(result: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
+def score_table(result: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
     """The figures as a table.
 
     Args:
-        result: Of ``score``.
+        result: Of ``score_judgements``.
         names: Of the models A and B.
     """
     kind = result["kind"]
@@ -156,7 +156,7 @@ def report(result: Mapping[str, Any], names: Mapping[str, str] | None = None) ->
     lines = (
         [f"{key} is {name}" for key, name in (names or {}).items()] if kind == "pairwise" else []
     )
-    lines += [f"{name:<{width}}  {_row(kind, figures)}" for name, figures in rows]
+    lines += [f"{name:<{width}}  {_table_row(kind, figures)}" for name, figures in rows]
     levels = result["agreement"]
     shares = ", ".join(
         f"{name} {count} ({100 * count / result['items']:.1f}%)"
@@ -174,7 +174,7 @@ def report(result: Mapping[str, Any], names: Mapping[str, str] | None = None) ->
     return "\n".join(lines)
 
 
-def _row(kind: str, figures: Mapping[str, Any]) -> str:
+def _table_row(kind: str, figures: Mapping[str, Any]) -> str:
     parts = []
     for label, count in figures["counts"].items():
         low, high = figures["intervals"][label]

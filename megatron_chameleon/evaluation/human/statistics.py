@@ -26,7 +26,7 @@ def majority(votes: Sequence[str]) -> str | None:
     return label if 2 * count > len(votes) else None
 
 
-def agreement(votes: Sequence[str]) -> str:
+def agreement_level(votes: Sequence[str]) -> str:
     """``all``, ``majority`` or ``none``: of three annotators, 3, 2 or no two say the same."""
     if len(set(votes)) == 1:
         return "all"
@@ -35,7 +35,7 @@ def agreement(votes: Sequence[str]) -> str:
 
 def agreement_counts(items: Sequence[Sequence[str]]) -> dict[str, int]:
     """Items by how far their annotators agree."""
-    found = Counter(agreement(votes) for votes in items)
+    found = Counter(agreement_level(votes) for votes in items)
     return {level: found[level] for level in ("all", "majority", "none")}
 
 
@@ -44,7 +44,7 @@ def win_rate(wins: float, ties: float, losses: float) -> float:
     return (wins + ties / 2) / (wins + ties + losses)
 
 
-def wilson(count: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_interval(count: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Wilson's interval of a share, in [0, 1]; right for rare events, where others are below 0."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = count / total
@@ -54,7 +54,7 @@ def wilson(count: int, total: int, confidence: float = CONFIDENCE) -> tuple[floa
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def bootstrap(
+def bootstrap_interval(
     items: int,
     statistic: Callable[[np.ndarray], float | None],
     bootstraps: int = 1000,
@@ -133,7 +133,7 @@ def alpha_summary(
     return {
         level: {
             "alpha": alpha(counts, level),
-            "interval": bootstrap(len(items), partial(drawn, level), bootstraps, seed),
+            "interval": bootstrap_interval(len(items), partial(drawn, level), bootstraps, seed),
         }
         for level in LEVELS
     }

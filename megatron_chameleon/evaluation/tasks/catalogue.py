@@ -36,7 +36,7 @@ class TaskInfo:
     """Answers drawn to a question; the most frequent counts."""
 
 
-def _text(
+def _harness_task(
     name: str,
     folder: str,
     tasks: str,
@@ -53,35 +53,35 @@ def _text(
 
 
 TASKS: tuple[TaskInfo, ...] = (
-    _text("piqa", "piqa", "piqa", "acc_norm", (79.6, 83.3)),
-    _text("siqa", "siqa", "social_iqa", "acc", (57.0, 63.3)),
-    _text("hellaswag", "hellaswag", "hellaswag", "acc_norm", (74.2, 82.7)),
-    _text(
+    _harness_task("piqa", "piqa", "piqa", "acc_norm", (79.6, 83.3)),
+    _harness_task("siqa", "siqa", "social_iqa", "acc", (57.0, 63.3)),
+    _harness_task("hellaswag", "hellaswag", "hellaswag", "acc_norm", (74.2, 82.7)),
+    _harness_task(
         *("hellaswag_10shot", "hellaswag", "hellaswag", "acc_norm", (75.6, 85.1)),
         shots=10,
         data="hellaswag",
     ),
-    _text("winogrande", "winogrande", "winogrande", "acc", (70.4, 78.5)),
-    _text("arc_easy", "arc", "arc_easy", "acc_norm", (76.1, 84.1)),
-    _text("arc_challenge", "arc", "arc_challenge", "acc_norm", (46.5, 59.7)),
-    _text("openbookqa", "openbookqa", "openbookqa", "acc_norm", (51.0, 54.0)),
-    _text("boolq", "super_glue/boolq", "boolq", "acc", (81.4, 86.0)),
-    _text("mmlu", "mmlu/default", "mmlu_*", "acc", (52.1, 65.8), shots=5),
-    _text("gsm8k", "gsm8k", "gsm8k_cot", "exact_match,strict-match", (41.6, 61.4), shots=8),
-    _text(
+    _harness_task("winogrande", "winogrande", "winogrande", "acc", (70.4, 78.5)),
+    _harness_task("arc_easy", "arc", "arc_easy", "acc_norm", (76.1, 84.1)),
+    _harness_task("arc_challenge", "arc", "arc_challenge", "acc_norm", (46.5, 59.7)),
+    _harness_task("openbookqa", "openbookqa", "openbookqa", "acc_norm", (51.0, 54.0)),
+    _harness_task("boolq", "super_glue/boolq", "boolq", "acc", (81.4, 86.0)),
+    _harness_task("mmlu", "mmlu/default", "mmlu_*", "acc", (52.1, 65.8), shots=5),
+    _harness_task("gsm8k", "gsm8k", "gsm8k_cot", "exact_match,strict-match", (41.6, 61.4), shots=8),
+    _harness_task(
         *("gsm8k_maj8", "gsm8k", "gsm8k_cot", "exact_match,maj", (50.9, None)),
         shots=8,
         data="gsm8k",
         votes=8,
     ),
-    _text(
+    _harness_task(
         *("gsm8k_maj32", "gsm8k", "gsm8k_cot", "exact_match,maj", (None, 77.0)),
         shots=8,
         data="gsm8k",
         votes=32,
     ),
-    _text("math", "minerva_math", "minerva_math_*", "exact_match", (11.5, 22.5), shots=4),
-    _text(
+    _harness_task("math", "minerva_math", "minerva_math_*", "exact_match", (11.5, 22.5), shots=4),
+    _harness_task(
         *("math_maj4", "minerva_math", "minerva_math_*", "exact_match,maj", (12.9, 24.7)),
         shots=4,
         data="math",

@@ -75,7 +75,7 @@ def _stanford(lines: Sequence[str]) -> list[str]:
     return [found[str(index)][0] if line else "" for index, line in enumerate(lines)]
 
 
-def cider(
+def cider_scores(
     answers: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenizer: str
 ) -> dict[str, float]:
     """CIDEr-D of every image, 0 to 10; the set's score is their mean.

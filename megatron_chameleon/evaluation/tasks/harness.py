@@ -20,7 +20,7 @@ from megatron_chameleon.errors import ConfigError, DataError, first_line
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.asking.record_files import read_records
 from megatron_chameleon.evaluation.tasks.catalogue import TaskInfo
-from megatron_chameleon.evaluation.tasks.results import Sample, TaskResult
+from megatron_chameleon.evaluation.tasks.results import ScoredItem, TaskResult
 
 FEWSHOT_SEED = 1234
 """The harness's own: its few-shot examples are the published ones."""
@@ -40,7 +40,7 @@ _NOISY = ("lm_eval", "datasets", "huggingface_hub")
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-def evaluate_text(
+def evaluate_harness_task(
     asker: Asker,
     info: TaskInfo,
     data: Path | None = None,
@@ -79,15 +79,15 @@ def evaluate_text(
             bootstrap_iters=0,
             log_samples=True,
         )
-    samples = [
-        sample
+    scored_items = [
+        scored_item
         for name, logged in sorted(results["samples"].items())
-        for sample in _samples(name, logged)
+        for scored_item in _scored_items(name, logged)
     ]
     settings: dict[str, Any] = {"harness_tasks": sorted(results["samples"]), "limit": limit}
     if info.votes > 1:
         settings |= {"votes": info.votes, "seed": seed, **SAMPLING}
-    return TaskResult(info.name, info.metric, info.shots, samples, info.paper, settings)
+    return TaskResult(info.name, info.metric, info.shots, scored_items, info.paper, settings)
 
 
 def check_harness(where: str) -> None:
@@ -220,8 +220,8 @@ def vote_on_math(doc: Mapping[str, Any], results: Sequence[Sequence[str]]) -> di
     return {"exact_match": int(is_equiv(most, doc["answer"]))}
 
 
-def _samples(task: str, logged: Sequence[Mapping[str, Any]]) -> Iterator[Sample]:
-    """One sample an item; the figures of several filters become ``metric,filter``."""
+def _scored_items(task: str, logged: Sequence[Mapping[str, Any]]) -> Iterator[ScoredItem]:
+    """One scored item for each item; the figures of several filters become ``metric,filter``."""
     items: dict[int, list[Mapping[str, Any]]] = {}
     for entry in logged:
         items.setdefault(entry["doc_id"], []).append(entry)
@@ -242,7 +242,7 @@ def _samples(task: str, logged: Sequence[Mapping[str, Any]]) -> Iterator[Sample]
             for arguments, response in zip(candidates, first["resps"], strict=True)
         ]
         one = prompt[0] if len(set(prompt)) == 1 else prompt
-        yield Sample(f"{task}/{doc_id}", one, _plain(answer), _plain(first["target"]), scores)
+        yield ScoredItem(f"{task}/{doc_id}", one, _plain(answer), _plain(first["target"]), scores)
 
 
 def _plain(value: Any) -> Any:

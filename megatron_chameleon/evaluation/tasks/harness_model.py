@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking.asker import Asker, cut
+from megatron_chameleon.evaluation.asking.asker import Asker, cut_at_stop
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
 
@@ -99,7 +99,7 @@ class ChameleonLM(TemplateLM):
         for options, indices in kinds.items():
             prompts = [[requests[index].args[0]] for index in indices]
             for index, text in zip(indices, self._asker.write(prompts, options), strict=True):
-                texts[index] = cut(text, requests[index].args[1].get("until") or [])
+                texts[index] = cut_at_stop(text, requests[index].args[1].get("until") or [])
         return [texts[index] for index in range(len(requests))]
 
     def _options(self, kwargs: dict[str, Any]) -> GenerationOptions:

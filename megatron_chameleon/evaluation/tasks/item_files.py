@@ -14,7 +14,7 @@ import orjson
 
 from megatron_chameleon.data.documents.schema import TextPart, image_part, parse_line
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.evaluation.asking.record_files import need, read_json, read_records
+from megatron_chameleon.evaluation.asking.record_files import read_json, read_records, require_keys
 from megatron_chameleon.evaluation.tasks.catalogue import TaskInfo
 from megatron_chameleon.evaluation.tasks.items import (
     CHOICE_METRICS,
@@ -46,7 +46,7 @@ def read_captions(info: TaskInfo, folder: Path) -> ItemTask:
     splits: dict[str, list[Item]] = {"test": [], "train": []}
     for index, record in enumerate(content["images"]):
         where = f"{file}: image {index}"
-        need(record, ("filename", "split", "sentences"), where)
+        require_keys(record, ("filename", "split", "sentences"), where)
         split = "train" if record["split"] == "restval" else record["split"]
         if split not in splits:
             continue
@@ -93,12 +93,14 @@ def _vqa_items(folder: Path, split: str) -> list[Item]:
         lists[kind] = content[kind]
     answers = {}
     for index, record in enumerate(lists["annotations"]):
-        need(record, ("question_id", "answers"), f"{files['annotations']}: annotation {index}")
+        require_keys(
+            record, ("question_id", "answers"), f"{files['annotations']}: annotation {index}"
+        )
         answers[record["question_id"]] = tuple(str(a["answer"]) for a in record["answers"])
     items = []
     for index, record in enumerate(lists["questions"]):
         where = f"{files['questions']}: question {index}"
-        need(record, ("question_id", "image_id", "question"), where)
+        require_keys(record, ("question_id", "image_id", "question"), where)
         if not answers.get(record["question_id"]):
             what = f"question {record['question_id']} has no answers in {files['annotations'].name}"
             raise DataError(where, what, "Give the two files of one split")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking.asker import Asker, cut, describe
+from megatron_chameleon.evaluation.asking.asker import Asker, cut_at_stop, prompt_as_json
 from megatron_chameleon.evaluation.tasks import cider
 from megatron_chameleon.evaluation.tasks.captions import first_digit
-from megatron_chameleon.evaluation.tasks.results import Sample, TaskResult
+from megatron_chameleon.evaluation.tasks.results import ScoredItem, TaskResult
 from megatron_chameleon.evaluation.tasks.vqa import normalise, vqa_accuracy
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
@@ -119,32 +119,43 @@ def evaluate_items(
         "stop": task.stop,
     }
     if task.metric in CHOICE_METRICS:
-        samples = _choose(asker, items, prompts, task.prefix)
+        scored_items = _choose(asker, items, prompts, task.prefix)
     else:
-        options = GenerationOptions(
-            temperature=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            max_tokens=task.max_tokens,
-            force=Force.TEXT,
-            batch_size=batch_size,
-        )
-        texts = [cut(text, task.stop).strip() for text in asker.write(prompts, options)]
-        scores = _score(task.metric, items, texts)
-        samples = [
-            Sample(item.id, describe(prompt), text, list(item.references), score)
-            for item, prompt, text, score in zip(items, prompts, texts, scores, strict=True)
-        ]
+        scored_items = _write(asker, task, items, prompts, batch_size)
         if task.metric == "CIDEr":
             settings["tokenizer"] = cider.tokenizer_name()
-    return TaskResult(task.name, task.metric, task.shots, samples, task.paper, settings)
+    return TaskResult(task.name, task.metric, task.shots, scored_items, task.paper, settings)
+
+
+def _write(
+    asker: Asker,
+    task: ItemTask,
+    items: Sequence[Item],
+    prompts: Sequence[Sequence[Part]],
+    batch_size: int,
+) -> list[ScoredItem]:
+    """The model's own answers, up to the stop string, with their scores."""
+    options = GenerationOptions(
+        temperature=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_tokens=task.max_tokens,
+        force=Force.TEXT,
+        batch_size=batch_size,
+    )
+    texts = [cut_at_stop(text, task.stop).strip() for text in asker.write(prompts, options)]
+    scores = _score(task.metric, items, texts)
+    return [
+        ScoredItem(item.id, prompt_as_json(prompt), text, list(item.references), score)
+        for item, prompt, text, score in zip(items, prompts, texts, scores, strict=True)
+    ]
 
 
 def _score(metric: str, items: Sequence[Item], texts: Sequence[str]) -> list[dict[str, float]]:
     if metric == "CIDEr":
         answers = {item.id: text for item, text in zip(items, texts, strict=True)}
         references = {item.id: item.references for item in items}
-        found = cider.cider(answers, references, cider.tokenizer_name())
+        found = cider.cider_scores(answers, references, cider.tokenizer_name())
         return [{"CIDEr": found[item.id]} for item in items]
     score = SCORERS[metric]
     return [{metric: score(t, item.references)} for item, t in zip(items, texts, strict=True)]
@@ -152,7 +163,7 @@ def _score(metric: str, items: Sequence[Item], texts: Sequence[str]) -> list[dic
 
 def _choose(
     asker: Asker, items: Sequence[Item], prompts: Sequence[Sequence[Part]], prefix: str
-) -> list[Sample]:
+) -> list[ScoredItem]:
     """The likeliest candidate: as it is (``acc``), and by byte of its text (``acc_norm``)."""
     pairs = [
         (prompt, prefix + choice)
@@ -160,7 +171,7 @@ def _choose(
         for choice in item.choices
     ]
     scores = iter(asker.score(pairs))
-    samples = []
+    scored_items = []
     for item, prompt in zip(items, prompts, strict=True):
         sums = [next(scores).log_likelihood for _ in item.choices]
         lengths = [len(choice.encode()) for choice in item.choices]
@@ -172,8 +183,10 @@ def _choose(
             "acc_norm": float(best_mean in item.references),
         }
         answer = dict(zip(item.choices, sums, strict=True))
-        samples.append(Sample(item.id, describe(prompt), answer, list(item.references), right))
-    return samples
+        scored_items.append(
+            ScoredItem(item.id, prompt_as_json(prompt), answer, list(item.references), right)
+        )
+    return scored_items
 
 
 def _with_examples(task: ItemTask, item: Item, seed: int) -> list[Part]:

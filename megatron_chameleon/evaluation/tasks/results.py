@@ -9,12 +9,12 @@ from megatron_chameleon.evaluation.asking.answer_cache import fingerprint
 
 
 @dataclass(frozen=True)
-class Sample:
+class ScoredItem:
     """One item of a task."""
 
     id: str
     prompt: Any
-    """Text, or parts as ``asking.describe`` gives them."""
+    """Text, or parts as ``asking.prompt_as_json`` gives them."""
     answer: Any
     """The model's text, or the scores of the candidates."""
     reference: Any
@@ -29,7 +29,7 @@ class TaskResult:
     name: str
     metric: str
     shots: int
-    samples: Sequence[Sample]
+    scored_items: Sequence[ScoredItem]
     paper: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     scale: float = 100.0
@@ -37,10 +37,10 @@ class TaskResult:
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Mean and standard error of every score, in the scale of the table."""
-        names = sorted({name for sample in self.samples for name in sample.scores})
+        names = sorted({name for scored_item in self.scored_items for name in scored_item.scores})
         found = {}
         for name in names:
-            values = [s.scores[name] for s in self.samples if name in s.scores]
+            values = [s.scores[name] for s in self.scored_items if name in s.scores]
             mean, error = mean_and_error(values)
             found[name] = {
                 "value": self.scale * mean,
@@ -57,7 +57,9 @@ class TaskResult:
             **figures[self.metric],
             "shots": self.shots,
             "paper": dict(self.paper),
-            "prompts_fingerprint": fingerprint([sample.prompt for sample in self.samples]),
+            "prompts_fingerprint": fingerprint(
+                [scored_item.prompt for scored_item in self.scored_items]
+            ),
             "settings": dict(self.settings),
             "figures": figures,
         }
@@ -72,7 +74,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The figures beside the paper's, one task a line.
 
     Args:

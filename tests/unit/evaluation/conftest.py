@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_chameleon.evaluation.asking.answer_cache import Answers, model_fingerprint
+from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, model_fingerprint
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.inference.session import Session
 from tiny_model import model_config, tiny_tokenizer  # noqa: F401
@@ -34,5 +34,5 @@ def session(tiny_tokenizer: Path) -> Session:  # noqa: F811
 
 @pytest.fixture
 def asker(session: Session, tmp_path: Path) -> Iterator[Asker]:
-    with Answers(tmp_path / "answers", model_fingerprint(session)) as answers:
+    with AnswerCache(tmp_path / "answers", model_fingerprint(session)) as answers:
         yield Asker(session, answers)

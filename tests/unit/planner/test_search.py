@@ -16,8 +16,8 @@ from megatron_chameleon.errors import ChameleonError, ConfigError
 from megatron_chameleon.planner.flops import training_flops_per_token
 from megatron_chameleon.planner.gpus import GPUS, find_gpu
 from megatron_chameleon.planner.memory import GIB
-from megatron_chameleon.planner.report import as_json, as_text, check_found
-from megatron_chameleon.planner.search import Job, Plans, make_plans
+from megatron_chameleon.planner.report import as_json, as_text, check_any_fits
+from megatron_chameleon.planner.search import LayoutSearchResult, PlanRequest, search_layouts
 from megatron_chameleon.planner.time import predict_step
 
 VOCAB_SIZE = 65_536
@@ -31,47 +31,49 @@ def preset(name: str, *overrides: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def plans() -> Plans:
-    return make_plans(Job(preset("34b"), VOCAB_SIZE, 64, GPUS["h100"]))
+def result() -> LayoutSearchResult:
+    return search_layouts(PlanRequest(preset("34b"), VOCAB_SIZE, 64, GPUS["h100"]))
 
 
-def test_the_trainer_takes_every_plan(plans: Plans) -> None:
-    assert len(plans.fitting) > 10
-    for plan in plans.fitting:
+def test_the_trainer_takes_every_plan(result: LayoutSearchResult) -> None:
+    assert len(result.fitting) > 10
+    for plan in result.fitting:
         check_config(plan.config, 64)
 
 
-def test_every_plan_fits_and_the_fastest_is_first(plans: Plans) -> None:
-    assert all(plan.memory.total <= 79.1 * GIB for plan in plans.fitting)
-    speeds = [plan.speed for plan in plans.fitting]
+def test_every_plan_fits_and_the_fastest_is_first(result: LayoutSearchResult) -> None:
+    assert all(plan.memory.total <= 79.1 * GIB for plan in result.fitting)
+    speeds = [plan.speed for plan in result.fitting]
     assert all(later <= speed * 1.002 for speed, later in itertools.pairwise(speeds))
-    assert all(plan.memory.total > 79.1 * GIB for plan in plans.too_large)
-    assert all(plan.speed > speeds[0] for plan in plans.too_large)
+    assert all(plan.memory.total > 79.1 * GIB for plan in result.too_large)
+    assert all(plan.speed > speeds[0] for plan in result.too_large)
 
 
-def test_no_more_recomputation_than_it_takes_to_fit(plans: Plans) -> None:
-    recomputed = [p for p in plans.fitting if p.config.parallel.recompute_granularity == "full"]
+def test_no_more_recomputation_than_it_takes_to_fit(result: LayoutSearchResult) -> None:
+    recomputed = [p for p in result.fitting if p.config.parallel.recompute_granularity == "full"]
     assert recomputed
     for plan in recomputed[:3]:
         parallel = dataclasses.replace(plan.config.parallel, recompute_granularity=None)
-        job = Job(dataclasses.replace(plan.config, parallel=parallel), VOCAB_SIZE, 64, GPUS["h100"])
-        own = make_plans(job).own
+        request = PlanRequest(
+            dataclasses.replace(plan.config, parallel=parallel), VOCAB_SIZE, 64, GPUS["h100"]
+        )
+        own = search_layouts(request).own
         assert own is not None and not own.fits
 
 
-def test_what_the_trainer_refuses_is_counted_with_its_words(plans: Plans) -> None:
-    assert plans.refused == {"model.num_layers: 48 layers do not divide by 32 pipeline stages": 10}
+def test_what_the_trainer_refuses_is_counted_with_its_words(result: LayoutSearchResult) -> None:
+    assert result.refused == {"model.num_layers: 48 layers do not divide by 32 pipeline stages": 10}
 
 
-def test_days_and_gpu_hours_are_those_of_the_whole_run(plans: Plans) -> None:
-    best = plans.fitting[0]
+def test_days_and_gpu_hours_are_those_of_the_whole_run(result: LayoutSearchResult) -> None:
+    best = result.fitting[0]
     seconds = preset("34b").training.steps * best.step.total
     assert best.days == pytest.approx(seconds / 86_400)
     assert best.gpu_hours == pytest.approx(64 * seconds / 3600)
 
 
-def test_the_json_is_whole_and_its_overrides_give_the_plan(plans: Plans) -> None:
-    found = json.loads(json.dumps(as_json(plans, top=3)))
+def test_the_json_is_whole_and_its_overrides_give_the_plan(result: LayoutSearchResult) -> None:
+    found = json.loads(json.dumps(as_json(result, top=3)))
     assert len(found["plans"]) == 3 and found["own_layout"]["fits"] is False
     first = found["plans"][0]
     parts = {k: v for k, v in first["memory_gib"].items() if k != "total"}
@@ -79,11 +81,13 @@ def test_the_json_is_whole_and_its_overrides_give_the_plan(plans: Plans) -> None
     parts = {k: v for k, v in first["step_seconds"].items() if k != "total"}
     assert sum(parts.values()) == pytest.approx(first["step_seconds"]["total"], abs=0.01)
     config = preset("34b", *first["overrides"])
-    assert config.parallel == plans.fitting[0].config.parallel
+    assert config.parallel == result.fitting[0].config.parallel
 
 
-def test_the_text_names_the_convention_the_split_and_what_does_not_fit(plans: Plans) -> None:
-    text = as_text(plans, top=5, every=False)
+def test_the_text_names_the_convention_the_split_and_what_does_not_fit(
+    result: LayoutSearchResult,
+) -> None:
+    text = as_text(result, top=5, every=False)
     for words in (
         "attention over the full square",
         "9.2T tokens",
@@ -96,9 +100,9 @@ def test_the_text_names_the_convention_the_split_and_what_does_not_fit(plans: Pl
 
 
 def test_nothing_fits() -> None:
-    plans = make_plans(Job(preset("34b"), VOCAB_SIZE, 4, GPUS["a100"]))
+    result = search_layouts(PlanRequest(preset("34b"), VOCAB_SIZE, 4, GPUS["a100"]))
     with pytest.raises(ConfigError) as caught:
-        check_found(plans)
+        check_any_fits(result)
     assert str(caught.value).startswith(
         "--gpus: no layout fits on 4 x a100: the smallest, TP 4 x PP 1, micro-batch 1, full "
         "recomputation, needs "
@@ -107,7 +111,7 @@ def test_nothing_fits() -> None:
 
 def test_no_layout_passes_the_checks() -> None:
     with pytest.raises(ConfigError, match="no layout on 7 GPUs passes the trainer's checks"):
-        check_found(make_plans(Job(preset("34b"), VOCAB_SIZE, 7, GPUS["h200"])))
+        check_any_fits(search_layouts(PlanRequest(preset("34b"), VOCAB_SIZE, 7, GPUS["h200"])))
 
 
 @pytest.mark.parametrize(
@@ -120,14 +124,14 @@ def test_no_layout_passes_the_checks() -> None:
 )
 def test_what_cannot_be_planned(overrides: list[str], gpu: str, message: str) -> None:
     with pytest.raises(ChameleonError) as caught:
-        make_plans(Job(preset("7b", *overrides), VOCAB_SIZE, 8, GPUS[gpu]))
+        search_layouts(PlanRequest(preset("7b", *overrides), VOCAB_SIZE, 8, GPUS[gpu]))
     assert message in str(caught.value)
 
 
 def test_a_vocabulary_that_the_tensor_ranks_cannot_split() -> None:
-    plans = make_plans(Job(preset("7b"), 65_537, 8, GPUS["h200"]))
-    assert {plan.config.parallel.tensor_model_parallel_size for plan in plans.fitting} == {1}
-    assert any("its 65537 tokens do not divide" in reason for reason in plans.refused)
+    result = search_layouts(PlanRequest(preset("7b"), 65_537, 8, GPUS["h200"]))
+    assert {plan.config.parallel.tensor_model_parallel_size for plan in result.fitting} == {1}
+    assert any("its 65537 tokens do not divide" in reason for reason in result.refused)
 
 
 def test_flops_are_six_a_weight_and_the_full_square_of_attention() -> None:

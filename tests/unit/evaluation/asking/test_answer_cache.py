@@ -5,22 +5,22 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking.answer_cache import Answers, model_fingerprint
-from megatron_chameleon.evaluation.asking.asker import Asker, cut
+from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, model_fingerprint
+from megatron_chameleon.evaluation.asking.asker import Asker, cut_at_stop
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
 from megatron_chameleon.inference.session import Session
 
 
 def test_half_a_last_line_is_cut_off(tmp_path: Path) -> None:
-    with Answers(tmp_path, "m") as answers:
+    with AnswerCache(tmp_path, "m") as answers:
         answers.add({"a": "eins\u2028zwei", "b": [1.5, True]})
     with (tmp_path / "answers.jsonl").open("a") as file:
         file.write('{"key": "c", "val')
-    with Answers(tmp_path, "m") as answers:
+    with AnswerCache(tmp_path, "m") as answers:
         assert len(answers) == 2 and "c" not in answers
         answers.add({"d": 1})
-    with Answers(tmp_path, "m") as answers:
+    with AnswerCache(tmp_path, "m") as answers:
         assert (answers["a"], answers["b"], answers["d"]) == ("eins\u2028zwei", [1.5, True], 1)
 
 
@@ -38,13 +38,13 @@ def test_half_a_last_line_is_cut_off(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "answers.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
-        Answers(tmp_path, "m")
+        AnswerCache(tmp_path, "m")
     assert (tmp_path / "answers.jsonl").read_text() == content
 
 
 def test_two_evaluations_do_not_write_to_one_folder(tmp_path: Path) -> None:
-    with Answers(tmp_path, "m"), pytest.raises(DataError, match="another evaluation writes"):
-        Answers(tmp_path, "m")
+    with AnswerCache(tmp_path, "m"), pytest.raises(DataError, match="another evaluation writes"):
+        AnswerCache(tmp_path, "m")
 
 
 def test_the_fingerprint_tells_models_apart(session: Session) -> None:
@@ -68,7 +68,7 @@ def test_a_killed_evaluation_draws_what_it_would_have_drawn(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [["a three"], ["a three"], ["a four"], ["a five"]]
-    with Answers(tmp_path / "whole", "m") as answers:
+    with AnswerCache(tmp_path / "whole", "m") as answers:
         whole = Asker(session, answers).write(prompts, drawn())
     assert whole[0] != whole[1], "the same prompt twice is drawn twice"
     lines = (tmp_path / "whole/answers.jsonl").read_text().split("\n")
@@ -82,7 +82,7 @@ def test_a_killed_evaluation_draws_what_it_would_have_drawn(
         return generate(prompts, options)
 
     monkeypatch.setattr(session, "generate", count)
-    with Answers(tmp_path / "killed", "m") as answers:
+    with AnswerCache(tmp_path / "killed", "m") as answers:
         assert Asker(session, answers).write(prompts, drawn()) == whole
     assert asked == [2], "the batch that was whole is not asked again"
 
@@ -105,6 +105,6 @@ def test_long_texts_lose_their_beginning(asker: Asker) -> None:
 
 
 def test_cut_stops_at_the_first_stop_string() -> None:
-    assert cut("so 4\nQ: next", ["Q:", "\n\n"]) == "so 4\n"
-    assert cut("a\n\nQ:", ["Q:", "\n\n"]) == "a"
-    assert cut("abc", "") == "abc" and cut("abc", []) == "abc"
+    assert cut_at_stop("so 4\nQ: next", ["Q:", "\n\n"]) == "so 4\n"
+    assert cut_at_stop("a\n\nQ:", ["Q:", "\n\n"]) == "a"
+    assert cut_at_stop("abc", "") == "abc" and cut_at_stop("abc", []) == "abc"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_chameleon.evaluation.asking.likelihood import Score, score_continuations
+from megatron_chameleon.evaluation.asking.likelihood import ContinuationScore, score_continuations
 from megatron_chameleon.inference.session import Session
 
 TEXTS = [
@@ -20,14 +20,14 @@ def encode(session: Session, context: str, continuation: str) -> tuple[list[int]
     return [session.tokenizer.vocabulary.bos, *text.encode(context)], text.encode(continuation)
 
 
-def alone(session: Session, context: list[int], continuation: list[int]) -> Score:
+def alone(session: Session, context: list[int], continuation: list[int]) -> ContinuationScore:
     """transformers' forward masks image codes by itself."""
     token_ids = torch.tensor([context + continuation])
     with torch.inference_mode():
         logits = session.model(input_ids=token_ids).logits[0, len(context) - 1 : -1].float()
     target = torch.tensor(continuation)
     chosen = logits.log_softmax(-1).gather(1, target[:, None]).sum()
-    return Score(float(chosen), bool((logits.argmax(-1) == target).all()))
+    return ContinuationScore(float(chosen), bool((logits.argmax(-1) == target).all()))
 
 
 def test_scores_are_those_of_single_forwards(session: Session) -> None:

@@ -14,10 +14,10 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.human.prompts import answer_prompts
 from megatron_chameleon.evaluation.human.questionnaire import (
-    prepare,
-    read_answered,
+    read_answered_prompts,
     read_judgements,
     read_key,
+    write_questionnaire,
 )
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
@@ -48,8 +48,8 @@ def payload(form: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Path:
-    models = {name: read_answered(answers(tmp_path, name)) for name in ("ours", "theirs")}
-    prepare("pairwise", models, tmp_path / "judged")
+    models = {name: read_answered_prompts(answers(tmp_path, name)) for name in ("ours", "theirs")}
+    write_questionnaire("pairwise", models, tmp_path / "judged")
     return tmp_path / "judged"
 
 
@@ -69,11 +69,13 @@ def test_forms_stand_alone_and_name_no_model(pair: Path) -> None:
 
 
 def test_the_same_seed_makes_the_same_forms(pair: Path, tmp_path: Path) -> None:
-    models = {name: read_answered(tmp_path / f"{name}.jsonl") for name in ("ours", "theirs")}
-    prepare("pairwise", models, tmp_path / "again")
+    models = {
+        name: read_answered_prompts(tmp_path / f"{name}.jsonl") for name in ("ours", "theirs")
+    }
+    write_questionnaire("pairwise", models, tmp_path / "again")
     for name in ("form_1.html", "form_2.html", "key.json"):
         assert (tmp_path / "again" / name).read_bytes() == (pair / name).read_bytes()
-    prepare("pairwise", models, tmp_path / "other", seed=2)
+    write_questionnaire("pairwise", models, tmp_path / "other", seed=2)
     assert (tmp_path / "other/form_1.html").read_bytes() != (pair / "form_1.html").read_bytes()
 
 
@@ -140,21 +142,23 @@ def test_prompts_are_answered_for_a_form(asker: Asker, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     options = GenerationOptions(force=Force.IMAGE, max_tokens=20)
-    answered = read_answered(answer_prompts(asker, file, tmp_path / "out", options))
+    answered = read_answered_prompts(answer_prompts(asker, file, tmp_path / "out", options))
     assert [(a.id, a.category, a.modality) for a in answered] == [
         ("a", "Story", "text only"),
         ("b", "", "mixed-modal"),
     ]
     assert answered[1].prompt[0]["image"] == str(tmp_path / "red.png")
     assert answered[0].content[0]["image"].startswith("data:image/png")
-    key = prepare("safety", {"ours": answered}, tmp_path / "judged", annotators=1)
+    key = write_questionnaire("safety", {"ours": answered}, tmp_path / "judged", annotators=1)
     assert read_key(key)["items"]["a"]["refusals"] == [False]
 
 
 def test_mistakes(pair: Path, tmp_path: Path) -> None:
-    ours, theirs = (read_answered(tmp_path / f"{name}.jsonl") for name in ("ours", "theirs"))
+    ours, theirs = (
+        read_answered_prompts(tmp_path / f"{name}.jsonl") for name in ("ours", "theirs")
+    )
     with pytest.raises(DataError, match="1 prompts have one answer only, the first is 5"):
-        prepare("pairwise", {"a": ours, "b": theirs[:5]}, tmp_path / "x")
+        write_questionnaire("pairwise", {"a": ours, "b": theirs[:5]}, tmp_path / "x")
     key = read_key(pair / "key.json")
     saved = fill(pair / "form_1.html", lambda item: "tie")
     with pytest.raises(DataError, match="its items are known to the key only"):
@@ -168,7 +172,7 @@ def test_mistakes(pair: Path, tmp_path: Path) -> None:
         read_judgements([saved], key)
     (tmp_path / "twice.jsonl").write_text((tmp_path / "ours.jsonl").read_text() * 2)
     with pytest.raises(DataError, match="the id 0 stands twice"):
-        read_answered(tmp_path / "twice.jsonl")
+        read_answered_prompts(tmp_path / "twice.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"id": 1, "prompt": "text", "content": []}\n')
     with pytest.raises(DataError, match="are no lists of parts"):
-        read_answered(tmp_path / "bad.jsonl")
+        read_answered_prompts(tmp_path / "bad.jsonl")

@@ -4,7 +4,12 @@ import pytest
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.human.safety import looks_like_refusal, refusal_share
-from megatron_chameleon.evaluation.human.scores import Judgement, figures_of_counts, report, score
+from megatron_chameleon.evaluation.human.scores import (
+    Judgement,
+    figures_of_counts,
+    score_judgements,
+    score_table,
+)
 
 PAIRWISE = [  # paper, tables 3 and 4: wins, ties, losses; win rate; all, two, none agree
     ("Gemini+", (435, 362, 251), 58.8, (331, 609, 108)),
@@ -37,14 +42,14 @@ def judge(items: list[list[str]], **about: str) -> list[Judgement]:
 def test_win_rates_and_agreement_of_the_paper(
     rival: str, outcome: tuple[int, ...], rate: float, agree: tuple[int, ...]
 ) -> None:
-    result = score("pairwise", judge(votes(outcome, agree)), bootstraps=50)
+    result = score_judgements("pairwise", judge(votes(outcome, agree)), bootstraps=50)
     assert result["items"] == 1048
     assert tuple(result["all"]["counts"].values()) == outcome
     assert round(100 * result["all"]["win_rate"], 1) == rate
     low, high = result["all"]["win_rate_interval"]
     assert low < rate / 100 < high and 0.03 < high - low < 0.07
     assert tuple(result["agreement"].values()) == agree
-    assert f"win rate of A {rate}%" in report(result)
+    assert f"win rate of A {rate}%" in score_table(result)
 
 
 def test_shares_of_the_paper_against_gemini() -> None:
@@ -76,7 +81,7 @@ def test_where_nobody_agrees() -> None:
         ("safety", ["safe", "unsafe", "unsure"], "unsure"),
         ("absolute", ["fully", "partially", "not"], "none"),
     ):
-        counts = score(kind, judge([labels]), bootstraps=5)["all"]["counts"]
+        counts = score_judgements(kind, judge([labels]), bootstraps=5)["all"]["counts"]
         assert counts[decided] == 1 and sum(counts.values()) == 1
 
 
@@ -87,19 +92,19 @@ def test_categories_and_modalities_are_counted_apart() -> None:
         for n in range(3)
         for annotator in range(2 if n else 3)
     ]
-    result = score("pairwise", judged, bootstraps=5)
+    result = score_judgements("pairwise", judged, bootstraps=5)
     assert list(result["categories"]) == ["Story", "Advice"]
     assert result["categories"]["Story"]["win_rate"] == 0
     assert result["modalities"]["text only"]["win_rate"] == 1
     assert result["incomplete_items"] == 2
-    assert "2 items have fewer annotators" in report(result)
+    assert "2 items have fewer annotators" in score_table(result)
 
 
 def test_mistakes() -> None:
     with pytest.raises(DataError, match="item 0, annotator 0: the label 'left' is unknown"):
-        score("pairwise", judge([["left"]]))
+        score_judgements("pairwise", judge([["left"]]))
     with pytest.raises(DataError, match="is judged twice"):
-        score("pairwise", judge([["A"]]) * 2)
+        score_judgements("pairwise", judge([["A"]]) * 2)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from scipy.stats import binomtest
 
 from megatron_chameleon.evaluation.human.statistics import (
     Level,
-    agreement,
+    agreement_level,
     alpha,
     alpha_summary,
-    bootstrap,
+    bootstrap_interval,
     majority,
-    wilson,
+    wilson_interval,
 )
 
 
@@ -28,7 +28,7 @@ from megatron_chameleon.evaluation.human.statistics import (
 )
 def test_majority_and_agreement(votes: list[str], label: str | None, level: str) -> None:
     assert majority(votes) == label
-    assert agreement(votes) == level
+    assert agreement_level(votes) == level
 
 
 # Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), section D: four observers.
@@ -60,13 +60,13 @@ def test_alpha_without_disagreement_in_labels_is_not_defined() -> None:
 @pytest.mark.parametrize(("count", "total"), [(0, 20), (7, 445), (78, 20_000), (20, 20)])
 def test_wilson(count: int, total: int) -> None:
     expected = binomtest(count, total).proportion_ci(0.95, "wilson")
-    assert wilson(count, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson_interval(count, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_bootstrap_of_a_mean_is_about_two_standard_errors_wide() -> None:
     values = np.repeat([0.0, 1.0], 200)
-    low, high = bootstrap(400, lambda rows: float(values[rows].mean()), 2000, 3) or (0, 0)
+    low, high = bootstrap_interval(400, lambda rows: float(values[rows].mean()), 2000, 3) or (0, 0)
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.008)
     assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.008)
-    again = bootstrap(400, lambda rows: float(values[rows].mean()), 2000, 3)
+    again = bootstrap_interval(400, lambda rows: float(values[rows].mean()), 2000, 3)
     assert again == (low, high)

@@ -40,10 +40,10 @@ def test_cider_prefers_what_people_say_of_this_image() -> None:
     }
     right = {name: captions[0] for name, captions in references.items()}
     wrong = {"1": right["2"], "2": right["3"], "3": right["1"]}
-    best = cider.cider(right, references, "nltk")
+    best = cider.cider_scores(right, references, "nltk")
     assert all(2 < score <= 10 for score in best.values())
-    assert all(score < 0.5 for score in cider.cider(wrong, references, "nltk").values())
-    assert cider.cider({**right, "2": ""}, references, "nltk")["2"] == 0
+    assert all(score < 0.5 for score in cider.cider_scores(wrong, references, "nltk").values())
+    assert cider.cider_scores({**right, "2": ""}, references, "nltk")["2"] == 0
 
 
 def test_the_same_caption_as_the_only_reference_has_ten() -> None:
@@ -52,5 +52,5 @@ def test_the_same_caption_as_the_only_reference_has_ten() -> None:
         "2": "a red bus in the street",
         "3": "two old cats sit",
     }
-    scores = cider.cider(captions, {name: [text] for name, text in captions.items()}, "nltk")
+    scores = cider.cider_scores(captions, {name: [text] for name, text in captions.items()}, "nltk")
     assert list(scores.values()) == pytest.approx([10, 10, 10])

@@ -9,7 +9,7 @@ import pytest
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.tasks.catalogue import TASKS, find_task, listing
-from megatron_chameleon.evaluation.tasks.harness import evaluate_text, vote_on_math
+from megatron_chameleon.evaluation.tasks.harness import evaluate_harness_task, vote_on_math
 
 PIQA = [
     {"goal": f"write a {n}", "sol1": "three", "sol2": "digit number 4 twice", "label": n % 2}
@@ -33,15 +33,15 @@ def write(file: Path, records: list[dict[str, Any]]) -> None:
 def run(asker: Asker, name: str, data: Path, **more: Any) -> Any:
     info = find_task(name)
     assert info is not None
-    return evaluate_text(asker, info, data, **more)
+    return evaluate_harness_task(asker, info, data, **more)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_multiple_choice_to_the_item(asker: Asker, tmp_path: Path, suffix: str) -> None:
     write(tmp_path / f"piqa/validation{suffix}", PIQA)
     result = run(asker, "piqa", tmp_path)
-    assert len(result.samples) == 6
-    for item, sample in zip(PIQA, result.samples, strict=True):
+    assert len(result.scored_items) == 6
+    for item, sample in zip(PIQA, result.scored_items, strict=True):
         prompt = f"Question: {item['goal']}\nAnswer:"
         assert sample.prompt == prompt
         choices = [item["sol1"], item["sol2"]]
@@ -53,7 +53,7 @@ def test_multiple_choice_to_the_item(asker: Asker, tmp_path: Path, suffix: str) 
         assert sample.scores["acc_norm"] == float(by_byte.index(max(by_byte)) == label)
     summary = result.summary()
     assert summary["paper"] == {"7B": 79.6, "34B": 83.3}
-    values = [sample.scores["acc_norm"] for sample in result.samples]
+    values = [sample.scores["acc_norm"] for sample in result.scored_items]
     assert summary["value"] == pytest.approx(100 * sum(values) / 6)
     assert summary["items"] == 6 and summary["shots"] == 0
 
@@ -75,7 +75,7 @@ def test_shots_come_from_the_training_file(asker: Asker, tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"hellaswag/train\.jsonl: no such file, nor with"):
         run(asker, "hellaswag_10shot", tmp_path)
     write(tmp_path / "hellaswag/train.jsonl", records("Shot", 12))
-    (sample,) = run(asker, "hellaswag_10shot", tmp_path, limit=1).samples
+    (sample,) = run(asker, "hellaswag_10shot", tmp_path, limit=1).scored_items
     assert sample.prompt.count("Shot: A man runs. He eats.\n\n") == 10
     assert sample.prompt.endswith("Seen: A man runs. He")
 
@@ -83,7 +83,7 @@ def test_shots_come_from_the_training_file(asker: Asker, tmp_path: Path) -> None
 def test_winogrande_scores_what_follows_the_names(asker: Asker, tmp_path: Path) -> None:
     sentence = {"sentence": "Ann saw Bob as _ is tall.", "option1": "Ann", "option2": "Bob"}
     write(tmp_path / "winogrande/validation.jsonl", [{**sentence, "answer": "2"}])
-    (sample,) = run(asker, "winogrande", tmp_path).samples
+    (sample,) = run(asker, "winogrande", tmp_path).scored_items
     assert sample.prompt == ["Ann saw Bob as Ann", "Ann saw Bob as Bob"]
     scores = asker.score([([prompt], " is tall.") for prompt in sample.prompt])
     assert sample.scores["acc"] == float(scores[1].log_likelihood > scores[0].log_likelihood)
@@ -101,12 +101,12 @@ def test_written_answers_are_read_and_votes_counted(
         return answers[: len(prompts)] if len(prompts) > 1 else answers[1:2]
 
     monkeypatch.setattr(asker, "write", say)
-    (sample,) = run(asker, "gsm8k", tmp_path).samples
+    (sample,) = run(asker, "gsm8k", tmp_path).scored_items
     assert sample.scores == {"exact_match,strict-match": 1.0, "exact_match,flexible-extract": 1.0}
     (prompt,), options = asked[0][0][0], asked[0][1]
     assert prompt.count("Q: ") == 9 and prompt.endswith("Q: 1+1?\nA:")
     assert options.temperature == 0 and options.repetition_penalty == 1.0
-    (sample,) = run(asker, "gsm8k_maj8", tmp_path).samples
+    (sample,) = run(asker, "gsm8k_maj8", tmp_path).scored_items
     assert sample.scores == {"exact_match,maj": 1.0}
     assert len(asked[1][0]) == 8 and asked[1][1].temperature == 0.6
 
@@ -137,7 +137,7 @@ def test_all_answers_to_a_problem_vote(
     )
     result = run(asker, "math_maj4", tmp_path)
     assert result.summary()["value"] == 100 and result.summary()["items"] == 7
-    assert result.samples[0].prompt.count("Problem:\n") == 5
+    assert result.scored_items[0].prompt.count("Problem:\n") == 5
     assert run(asker, "math", tmp_path).summary()["value"] < 100
 
 

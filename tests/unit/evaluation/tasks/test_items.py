@@ -78,7 +78,7 @@ def test_captions_have_examples_before_them(
     image, text, image2, _, image3 = asked[0]
     assert text.text.startswith("caption 0 of ") and text.text.endswith("\n")
     assert image3.image == str(tmp_path / "val2014/0.jpg") and image2.image != image.image
-    assert [sample.answer for sample in result.samples] == ["caption 0 of 0", "caption 1 of 3"]
+    assert [sample.answer for sample in result.scored_items] == ["caption 0 of 0", "caption 1 of 3"]
     assert result.summary()["value"] > 100
     assert result.summary()["settings"]["tokenizer"] in ("stanford", "nltk")
 
@@ -86,7 +86,7 @@ def test_captions_have_examples_before_them(
 def test_captions_of_a_real_model(asker: Asker, tmp_path: Path) -> None:
     task = read_captions(CAPTION, karpathy(tmp_path))
     result = evaluate_items(asker, task, limit=1, batch_size=1)
-    assert [sample.id for sample in result.samples] == ["0.jpg"]
+    assert [sample.id for sample in result.scored_items] == ["0.jpg"]
 
 
 def test_questions_are_asked_and_scored(
@@ -95,7 +95,9 @@ def test_questions_are_asked_and_scored(
     task = read_vqa(VQA, vqa_files(tmp_path))
     asked = say(asker, monkeypatch, "Yes", " no", "maybe")
     result = evaluate_items(asker, task)
-    assert [sample.scores["accuracy"] for sample in result.samples] == pytest.approx([1, 0.6, 0])
+    assert [sample.scores["accuracy"] for sample in result.scored_items] == pytest.approx(
+        [1, 0.6, 0]
+    )
     assert asked[0][1].text.startswith("Question: Is it ")
     assert asked[0][1].text.endswith("Short answer: yes\n")
     assert asked[0][-1].text == "Question: Is it 1? Short answer:"
@@ -112,7 +114,7 @@ def test_a_choice_about_a_picture(asker: Asker, tmp_path: Path) -> None:
     content = [{"type": "image", "image": name}]
     record = {"id": "1", "content": content, "choices": ["three", "four"], "answer": "four"}
     task = read_task_file(own_task(tmp_path, [record], metric="acc", prompt="It is"), None)
-    (sample,) = evaluate_items(asker, task).samples
+    (sample,) = evaluate_items(asker, task).scored_items
     scores = asker.score([([*task.items[0].prompt], f" {c}") for c in record["choices"]])
     assert sample.answer == dict(
         zip(record["choices"], [s.log_likelihood for s in scores], strict=True)
@@ -135,7 +137,7 @@ def test_the_last_text_of_a_document_is_the_answer(
 def test_shots_never_show_the_item_itself(asker: Asker, tmp_path: Path) -> None:
     records = [{"id": str(n), "text": f"q{n}", "answers": [f"a{n}"]} for n in range(3)]
     task = read_task_file(own_task(tmp_path, records, shots=2), None)
-    for sample in evaluate_items(asker, task).samples:
+    for sample in evaluate_items(asker, task).scored_items:
         (prompt,) = sample.prompt
         assert prompt.endswith(f"q{sample.id}") and f"a{sample.id}" not in prompt
         assert prompt.count("\n") == 2
