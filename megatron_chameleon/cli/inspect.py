@@ -88,7 +88,10 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
 def _inspect_token_file(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
     from megatron_chameleon.data.token_files.reader import open_token_file, read_info
-    from megatron_chameleon.data.views.token_file_page import summary, write_html
+    from megatron_chameleon.data.views.token_file_page import (
+        token_file_summary,
+        write_token_file_page,
+    )
     from megatron_chameleon.errors import ConfigError, DataError
 
     if args.overrides:
@@ -110,10 +113,12 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
     if args.verify:
         token_file.verify()
         print(f"{args.prefix}: {len(token_file):,} documents fit their index")
-    print(summary(args.prefix, token_file.info, token_file.lengths))
+    print(token_file_summary(args.prefix, token_file.info, token_file.lengths))
     if args.html and tokenizer is not None:
         try:
-            written = write_html(args.html, token_file, tokenizer, args.start, args.documents)
+            written = write_token_file_page(
+                args.html, token_file, tokenizer, args.start, args.documents
+            )
         except OSError as error:
             what = f"cannot be written ({error.strerror})"
             raise DataError(args.html, what, "Choose another file for --html") from error

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from megatron_chameleon.data.token_files.writer import read_state
+from megatron_chameleon.data.token_files.writer import read_writer_state
 from mixed_corpus import write_corpus, write_pairs, write_tokenizer
 from places import REPOSITORY
 from run_command import run_chameleon
@@ -25,7 +25,7 @@ def kill_in_mid_run(slurm: Cluster, job: str, output: Path, task: int, restart: 
     slurm.wait_for(lambda: log.exists() and f"restart {restart}, on" in log.read_text(), SECONDS)
 
     def saved() -> int:
-        state = read_state(prefix)
+        state = read_writer_state(prefix)
         return state.documents if state else 0
 
     before = saved()

@@ -32,8 +32,8 @@ class ListCorpus:
 
     longest_conversation = 0
 
-    def __init__(self, documents: Sequence[np.ndarray], name: str = "list") -> None:
-        self.name = name
+    def __init__(self, documents: Sequence[np.ndarray], prefix: str = "list") -> None:
+        self.prefix = prefix
         self.content = list(documents)
         self._starts = np.cumsum([0, *(len(d) for d in documents)])
         counts = [int((d == VOCABULARY.begin_image).sum()) for d in documents]
@@ -69,7 +69,7 @@ class EndlessCorpus:
     longest_conversation = 0
 
     def __init__(self, lengths: Sequence[int], documents: int, *, images: bool = False) -> None:
-        self.name = "endless"
+        self.prefix = "endless"
         self._starts = np.cumsum([0, *lengths])
         self._period = len(lengths)
         self._period_tokens = int(self._starts[-1])

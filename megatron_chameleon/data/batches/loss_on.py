@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.mixture.corpus import TokenFileCorpus
-from megatron_chameleon.data.mixture.mixture_history import Source
+from megatron_chameleon.data.mixture.mixture_history import DataSource
 from megatron_chameleon.data.token_files.format import TokenFileInfo
 from megatron_chameleon.data.token_files.modality_balance import rare_modality
 from megatron_chameleon.errors import ConfigError, ConfigErrors
@@ -15,7 +15,7 @@ SHOWN = 3
 """Conversations that a warning names."""
 
 
-def check_loss_on(config: Config, sources: Sequence[Source]) -> None:
+def check_loss_on(config: Config, sources: Sequence[DataSource]) -> None:
     """See that the sources have what the loss is to be on.
 
     Raises:
@@ -27,14 +27,18 @@ def check_loss_on(config: Config, sources: Sequence[Source]) -> None:
         info = _info(source)
         others = info.documents - info.total("conversations")
         if config.data.loss_on == "answers" and others:
-            what = f"{others:,} of the {info.documents:,} documents of {source.corpus.name} are no "
+            what = (
+                f"{others:,} of the {info.documents:,} documents of {source.corpus.prefix} are no "
+            )
             what += "conversations, and data.loss_on is answers"
             remedy = "Write them as prompt and answer and run chameleon preprocess again, or set "
             remedy += "data.loss_on=auto to train all of what has no answers"
             problems.append(ConfigError(f"{source.where}.prefix", what, remedy))
         too_long = _too_long(config, source)
         if len(too_long) == info.documents:
-            what = f"each of the {info.documents:,} conversations of {source.corpus.name} is longer"
+            what = (
+                f"each of the {info.documents:,} conversations of {source.corpus.prefix} is longer"
+            )
             what += f" than model.seq_length {config.model.seq_length:,}, the longest has "
             what += f"{info.longest_conversation:,} tokens"
             remedy = "Choose a larger model.seq_length, or shorter conversations"
@@ -43,7 +47,7 @@ def check_loss_on(config: Config, sources: Sequence[Source]) -> None:
         raise ConfigErrors(problems)
 
 
-def data_warnings(config: Config, sources: Sequence[Source]) -> list[str]:
+def data_warnings(config: Config, sources: Sequence[DataSource]) -> list[str]:
     """What is not as fine-tuning wants it, a line each; nothing for sources without conversations.
 
     Args:
@@ -66,12 +70,12 @@ def data_warnings(config: Config, sources: Sequence[Source]) -> list[str]:
     return found
 
 
-def _info(source: Source) -> TokenFileInfo:
+def _info(source: DataSource) -> TokenFileInfo:
     assert isinstance(source.corpus, TokenFileCorpus)
     return source.corpus.token_file.info
 
 
-def _too_long(config: Config, source: Source) -> np.ndarray:
+def _too_long(config: Config, source: DataSource) -> np.ndarray:
     """The conversations that are left out, as they do not fit a sequence."""
     corpus, length = source.corpus, config.model.seq_length
     assert isinstance(corpus, TokenFileCorpus)
@@ -81,7 +85,7 @@ def _too_long(config: Config, source: Source) -> np.ndarray:
     return np.flatnonzero(long & corpus.are_conversations(0, corpus.documents))
 
 
-def _about_long(config: Config, source: Source, too_long: np.ndarray) -> str:
+def _about_long(config: Config, source: DataSource, too_long: np.ndarray) -> str:
     corpus = source.corpus
     assert isinstance(corpus, TokenFileCorpus)
     tokens = int(corpus.token_file.lengths[too_long].sum())
@@ -95,10 +99,10 @@ def _about_long(config: Config, source: Source, too_long: np.ndarray) -> str:
     )
 
 
-def _unbalanced(config: Config, sources: Sequence[Source]) -> Iterator[str]:
+def _unbalanced(config: Config, sources: Sequence[DataSource]) -> Iterator[str]:
     """A warning for each stage whose answers hardly have one modality."""
-    first = [source for source in sources if source.where.startswith("data.stage1")]
-    second = [source for source in sources if source not in first]
+    first = [source for source in sources if source.stage == 1]
+    second = [source for source in sources if source.stage == 2]
     shares = [(source, 1.0) for source in first]
     stages = [("stage 1", shares)]
     if second:
@@ -109,8 +113,8 @@ def _unbalanced(config: Config, sources: Sequence[Source]) -> Iterator[str]:
     for name, shares in stages:
         tokens = of_images = 0.0
         for source, share in shares:
-            group = first if source in first else second
-            weight = share * source.config.weight / sum(s.config.weight for s in group)
+            total = sum(s.config.weight for s in sources if s.stage == source.stage)
+            weight = share * source.config.weight / total
             trained, image = _trained_shares(config, _info(source))
             tokens, of_images = tokens + weight * trained, of_images + weight * image
         if warning := rare_modality(tokens, of_images, absent=True):

@@ -1,6 +1,6 @@
 """Batches of a training run: sample index -> packed sequence -> tokens, labels and masks.
 
-Labels are the tokens shifted by one within each piece of a document, here and nowhere else. So a
+Labels are the tokens shifted by one within each part of a document, here and nowhere else. So a
 document that is cut at the end of a sequence has the first token of its next part as its last
 label, and the last token of a document has no label, which is written as ``<pad>``.
 
@@ -27,11 +27,18 @@ import torch
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.loss_on import check_loss_on, data_warnings
-from megatron_chameleon.data.mixture import mixture_history as order
 from megatron_chameleon.data.mixture.corpus import Corpus, TokenFileCorpus
 from megatron_chameleon.data.mixture.mixture import ExhaustedError, Mixture
-from megatron_chameleon.data.mixture.mixture_history import Entry, History, Source, SourceRecord
-from megatron_chameleon.data.mixture.packing import Packed
+from megatron_chameleon.data.mixture.mixture_history import (
+    DataSource,
+    MixtureEntry,
+    MixtureHistory,
+    SourceSnapshot,
+    begin_history,
+    open_mixture,
+    resume_history,
+)
+from megatron_chameleon.data.mixture.packing import PackedSequences
 from megatron_chameleon.data.token_files.modality_balance import describe_answers
 from megatron_chameleon.data.token_files.reader import TokenFile, open_token_file
 from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError
@@ -58,20 +65,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Sample:
+class PackedSample:
     """One sequence; the arrays are [seq_length]."""
 
     tokens: np.ndarray
-    """int64, ``<pad>`` behind the last piece."""
+    """int64, ``<pad>`` behind the last part."""
     labels: np.ndarray
     """int64."""
-    counts: np.ndarray
+    in_loss: np.ndarray
     """Whether each label counts in the loss; bool."""
-    piece: np.ndarray
-    """Number of the piece that each token belongs to, from 0; the padding counts as one; int64."""
-    packed: Packed
-    """What the pieces are."""
-    names: list[str]
+    part: np.ndarray
+    """Number of the part that each token belongs to, from 0; the padding counts as one; int64."""
+    packed: PackedSequences
+    """What the parts are."""
+    source_names: list[str]
     """Of the sources that ``packed`` counts."""
 
 
@@ -108,10 +115,10 @@ class BatchReader:
         self._corpora = {source.key: source.corpus for source in sources}
         self._mixtures: dict[int, Mixture] = {}
         if state is None:
-            self.history = order.begin(config, sources)
+            self.history = begin_history(config, sources)
         else:
             self.history = _read_history(state)
-            resumed = order.resume(self.history, config, sources, step, self._open_mixture)
+            resumed = resume_history(self.history, config, sources, step, self._open_mixture)
             self._mixtures.clear()
             self.history = resumed
         self._check_length(step)
@@ -138,7 +145,7 @@ class BatchReader:
         entry = self.history.entry(sample)
         return self._mixtures.get(entry.first_sample) or self._open_mixture(entry)
 
-    def sample(self, index: int) -> Sample:
+    def sample(self, index: int) -> PackedSample:
         """One sample of the run.
 
         Args:
@@ -150,11 +157,11 @@ class BatchReader:
         tokens = np.full(length, self.vocabulary.pad, dtype=np.int64)
         labels = tokens.copy()
         counts = np.zeros(length, dtype=bool)
-        sizes = packed.pieces.tokens
-        piece = np.repeat(np.arange(len(sizes) + 1), np.append(sizes, length - sizes.sum()))
+        sizes = packed.parts.tokens
+        part = np.repeat(np.arange(len(sizes) + 1), np.append(sizes, length - sizes.sum()))
         streams = [cursor.stream for cursor in mixture.cursors.values()]
         place, masks = 0, self.config.data.loss_on != "all"
-        columns = (packed.source, *(getattr(packed.pieces, name) for name in _COLUMNS))
+        columns = (packed.source, *(getattr(packed.parts, name) for name in _COLUMNS))
         for source, epoch, document, start, stop, whole in zip(
             *(column.tolist() for column in columns), strict=True
         ):
@@ -169,35 +176,35 @@ class BatchReader:
             )
             place += stop - start
         counts &= (labels != self.vocabulary.pad) & (labels != self.vocabulary.bos)
-        return Sample(tokens, labels, counts, piece, packed, mixture.names)
+        return PackedSample(tokens, labels, counts, part, packed, mixture.source_names)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The samples with these indices as one batch, in order."""
         samples = [self.sample(index) for index in indices]
         labels = np.stack([sample.labels for sample in samples])
-        piece_BS = np.stack([sample.piece for sample in samples])
-        counts = np.stack([sample.counts for sample in samples])
+        part_BS = np.stack([sample.part for sample in samples])
+        in_loss = np.stack([sample.in_loss for sample in samples])
         positions = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)
         isolated = self.config.data.reset_attention
         if isolated:
-            is_first = np.diff(piece_BS, axis=1, prepend=-1) > 0
+            is_first = np.diff(part_BS, axis=1, prepend=-1) > 0
             positions = positions - np.maximum.accumulate(positions * is_first, axis=1)
         return Batch(
             tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
             labels=torch.from_numpy(labels),
-            loss_mask=torch.from_numpy(counts.astype(np.float32)),
+            loss_mask=torch.from_numpy(in_loss.astype(np.float32)),
             image_mask=torch.from_numpy(self.vocabulary.is_image_code(labels)),
             position_ids=torch.tensor(positions),
             attention_mask=self._document_mask(samples) if isolated else None,
         )
 
-    def _document_mask(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """Causal, and closed at each piece: filled by rectangles, twice as fast as comparing
+    def _document_mask(self, samples: Sequence[PackedSample]) -> torch.Tensor:
+        """Causal, and closed at each part: filled by rectangles, twice as fast as comparing
         each token with each."""
         size = self.config.model.seq_length
         mask_BSS = self._later_SS.repeat(len(samples), 1, 1)
         for mask_SS, sample in zip(mask_BSS, samples, strict=True):
-            borders = np.flatnonzero(np.diff(sample.piece)) + 1
+            borders = np.flatnonzero(np.diff(sample.part)) + 1
             for begin, end in itertools.pairwise([*borders.tolist(), size]):
                 mask_SS[begin:end, :begin] = True
         return mask_BSS.unsqueeze(1)
@@ -247,12 +254,12 @@ class BatchReader:
         )
         return [list(range(start, start + training.micro_batch_size)) for start in first]
 
-    def _open_mixture(self, entry: Entry) -> Mixture:
-        mixture = order.open_mixture(self.history, entry, self._corpus, self.vocabulary)
+    def _open_mixture(self, entry: MixtureEntry) -> Mixture:
+        mixture = open_mixture(self.history, entry, self._corpus, self.vocabulary)
         self._mixtures[entry.first_sample] = mixture
         return mixture
 
-    def _corpus(self, key: str, record: SourceRecord) -> Corpus:
+    def _corpus(self, key: str, record: SourceSnapshot) -> Corpus:
         """The files of a source, also of one that is not in the config any more."""
         if key not in self._corpora:
             try:
@@ -318,9 +325,9 @@ def read_ahead(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read_history(state: Mapping[str, Any]) -> History:
+def _read_history(state: Mapping[str, Any]) -> MixtureHistory:
     try:
-        return History.from_json(state)
+        return MixtureHistory.from_json(state)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             "the checkpoint's state.json",
@@ -329,24 +336,24 @@ def _read_history(state: Mapping[str, Any]) -> History:
         ) from error
 
 
-def _open_sources(config: Config, tokenizer: Tokenizer) -> list[Source]:
+def _open_sources(config: Config, tokenizer: Tokenizer) -> list[DataSource]:
     """All sources of the config, stage 1 first.
 
     Raises:
         ConfigErrors: Of all that cannot be used.
     """
-    found: list[Source] = []
+    found: list[DataSource] = []
     problems: list[ConfigError] = []
-    for stage in ("stage1", "stage2"):
-        for i, source in enumerate(getattr(config.data, stage)):
-            where = f"data.{stage}[{i}]"
+    for stage, listed in ((1, config.data.stage1), (2, config.data.stage2)):
+        for i, source in enumerate(listed):
+            where = f"data.stage{stage}[{i}]"
             try:
                 file = _open(where, source, config.model.seq_length, tokenizer)
             except ConfigError as problem:
                 problems.append(problem)
                 continue
             key = _key(source, [other.key for other in found])
-            found.append(Source(key, where, source, TokenFileCorpus(file)))
+            found.append(DataSource(key, stage, where, source, TokenFileCorpus(file)))
     if problems:
         raise ConfigErrors(problems)
     return found

@@ -18,7 +18,7 @@ from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 class Corpus(Protocol):
     """Documents one after the other, numbered from 0; tokens are counted through all of them."""
 
-    name: str
+    prefix: str
     """Path of the files, for errors and for people."""
     tokens: int
     """Tokens of all documents, at least 1."""
@@ -62,7 +62,7 @@ class TokenFileCorpus:
 
     def __init__(self, token_file: TokenFile) -> None:
         self.token_file = token_file
-        self.name = token_file.prefix
+        self.prefix = token_file.prefix
         self.tokens = token_file.info.tokens
         self.documents = token_file.info.documents
         self.images = token_file.info.images
@@ -80,7 +80,7 @@ class TokenFileCorpus:
         stored = self.token_file.offsets[first:stop] // self._itemsize
         if (lengths < 0).any() or not np.array_equal(stored, starts[:-1]):
             raise DataError(
-                f"{self.name}.idx",
+                f"{self.prefix}.idx",
                 f"the positions of documents {first} to {stop - 1} do not follow from their "
                 "lengths",
                 "Copy the file again or run chameleon preprocess again",
@@ -94,7 +94,7 @@ class TokenFileCorpus:
         counts = self.token_file.image_counts(first, stop)
         if (counts < 0).any():
             raise DataError(
-                f"{self.name}.documents",
+                f"{self.prefix}.documents",
                 f"the images of documents {first} to {stop - 1} are not in order",
                 "Copy the file again or run chameleon preprocess again",
             )

@@ -29,13 +29,13 @@ import numpy as np
 
 from megatron_chameleon.data.mixture.packing import (
     DoesNotFitError,
-    Items,
-    Packed,
+    PackedSequences,
+    PackingItems,
     pack,
     sequences_needed,
 )
 from megatron_chameleon.data.mixture.permutation import shuffled
-from megatron_chameleon.data.mixture.stream import Cursor, Pieces
+from megatron_chameleon.data.mixture.stream import Cursor, DocumentParts
 from megatron_chameleon.errors import DataError
 
 BLOCK_SEQUENCES = 2048
@@ -44,7 +44,7 @@ _CACHED_BLOCKS = 2
 
 
 @dataclass(frozen=True)
-class Share:
+class SourceWeight:
     """One source of a stage."""
 
     key: str
@@ -56,11 +56,11 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Weights:
+class MixtureWeights:
     """Which sources a run has when, and in what proportions."""
 
-    stage1: tuple[Share, ...]
-    stage2: tuple[Share, ...] = ()
+    stage1: tuple[SourceWeight, ...]
+    stage2: tuple[SourceWeight, ...] = ()
     stage2_share: float = 0.5
     """Share of stage 2 that its own sources get, in [0, 1]."""
     stage1_samples: int = 0
@@ -100,7 +100,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Place:
+class SampleLocation:
     """Where a sample stands."""
 
     phase: Phase
@@ -121,7 +121,7 @@ class Mixture:
         block_sequences: At least 1.
     """
 
-    weights: Weights
+    weights: MixtureWeights
     cursors: Mapping[str, Cursor]
     seed: int
     seq_length: int
@@ -131,9 +131,9 @@ class Mixture:
     def __post_init__(self) -> None:
         self._phases: list[Phase] = []
         self._rates: dict[tuple[str, ...], int] = {}
-        self._blocks: OrderedDict[tuple[int, int], Packed] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], PackedSequences] = OrderedDict()
 
-    def locate(self, sample: int) -> Place:
+    def locate(self, sample: int) -> SampleLocation:
         """The block of a sample, and its place in it.
 
         Args:
@@ -146,7 +146,7 @@ class Mixture:
         for phase in self.phases(sample + 1):
             if phase.end_sample is None or sample < phase.end_sample:
                 break
-        return Place(phase, *divmod(sample - phase.first_sample, phase.sequences))
+        return SampleLocation(phase, *divmod(sample - phase.first_sample, phase.sequences))
 
     def phases(self, samples: int) -> list[Phase]:
         """The phases that begin before so many samples of the run.
@@ -160,17 +160,17 @@ class Mixture:
             self._phases.append(self._next_phase())
         return [phase for phase in self._phases if phase.first_sample < samples]
 
-    def sequence(self, sample: int) -> Packed:
-        """The pieces of one sample; its ``source`` counts ``names``."""
+    def sequence(self, sample: int) -> PackedSequences:
+        """The parts of one sample; its ``source`` counts ``source_names``."""
         place = self.locate(sample)
         return self.block(place.phase, place.block).of(place.sequence)
 
     @property
-    def names(self) -> list[str]:
+    def source_names(self) -> list[str]:
         """All sources of the run."""
         return list(self.cursors)
 
-    def block(self, phase: Phase, block: int) -> Packed:
+    def block(self, phase: Phase, block: int) -> PackedSequences:
         """A whole block, packed."""
         key = (phase.first_sample, block)
         found = self._blocks.get(key)
@@ -197,7 +197,7 @@ class Mixture:
         found = dict(phase.cursors)
         for number, (key, cursor) in enumerate(phase.cursors.items()):
             if key in phase.amounts:
-                unused = Pieces.join([]) if left is None else left.behind(sequences, number)
+                unused = DocumentParts.join([]) if left is None else left.behind(sequences, number)
                 found[key] = cursor.moved(phase.position(key, block + 1), unused)
         return found
 
@@ -254,18 +254,18 @@ class Mixture:
         capacity = self.block_sequences * self.seq_length
         amounts, _ = _amounts(shares, dict.fromkeys(shares), lambda _: capacity)
         items = self._items(Phase(1, 0, None, cursors, amounts, self.block_sequences), 0)
-        tokens = int(items.pieces.tokens.sum())
+        tokens = int(items.parts.tokens.sum())
         needed = sequences_needed(items, self.seq_length)
         return min(1.0, tokens / (needed * self.seq_length)) if needed > 1 else 1.0
 
-    def _pack(self, phase: Phase, block: int) -> Packed:
+    def _pack(self, phase: Phase, block: int) -> PackedSequences:
         items = self._items(phase, block)
         first = phase.first_sample + block * phase.sequences
         order = shuffled(len(items.whole), self.seed, first)
         streams = [cursor.stream for cursor in phase.cursors.values()]
 
-        def last_cut(source: int, piece: Pieces, inside: int) -> int:
-            return streams[source].last_cut(piece, inside)
+        def last_cut(source: int, part: DocumentParts, inside: int) -> int:
+            return streams[source].last_cut(part, inside)
 
         try:
             return pack(items, phase.sequences, self.seq_length, order, last_cut)
@@ -273,63 +273,63 @@ class Mixture:
             names = ", ".join(phase.amounts)
             what = (
                 f"samples {first} to {first + phase.sequences - 1} are to hold "
-                f"{int(items.pieces.tokens.sum())} tokens of {names}, and they do not fit: images "
+                f"{int(items.parts.tokens.sum())} tokens of {names}, and they do not fit: images "
                 "are spread unevenly over the files"
             )
             remedy = f"Raise data.packing_reserve above {self.weights.reserve} and resume"
             raise DataError("data", what, remedy) from error
 
-    def _items(self, phase: Phase, block: int) -> Items:
+    def _items(self, phase: Phase, block: int) -> PackingItems:
         """The documents of a block: the sources' streams, merged evenly."""
-        parts, sources, places, whole = [], [], [], []
+        groups, sources, places, whole = [], [], [], []
         for number, (key, cursor) in enumerate(phase.cursors.items()):
             if key not in phase.amounts:
                 continue
             first, last = (phase.position(key, b) for b in (block, block + 1))
-            pieces = cursor.pieces(first, last)
-            flows = ~pieces.stays_whole & (not cursor.stream.isolated)
-            pieces, flows = self._cut_long(pieces, flows, cursor)
-            tokens = pieces.tokens
-            parts.append(pieces)
+            parts = cursor.parts(first, last)
+            flows = ~parts.stays_whole & (not cursor.stream.isolated)
+            parts, flows = self._cut_long(parts, flows, cursor)
+            tokens = parts.tokens
+            groups.append(parts)
             sources.append(np.full(len(tokens), number))
             places.append((np.cumsum(tokens) - tokens / 2) / max(1, int(tokens.sum())))
             whole.append(~flows)
         order = np.argsort(np.concatenate(places), kind="stable")
-        pieces = Pieces.join(parts).take(order)
-        return Items(pieces, np.concatenate(sources)[order], np.concatenate(whole)[order])
+        parts = DocumentParts.join(groups).take(order)
+        return PackingItems(parts, np.concatenate(sources)[order], np.concatenate(whole)[order])
 
     def _cut_long(
-        self, pieces: Pieces, flows: np.ndarray, cursor: Cursor
-    ) -> tuple[Pieces, np.ndarray]:
+        self, parts: DocumentParts, flows: np.ndarray, cursor: Cursor
+    ) -> tuple[DocumentParts, np.ndarray]:
         """Cut what is longer than a sequence and does not flow, at text."""
-        long = (pieces.tokens > self.seq_length) & ~flows
+        long = (parts.tokens > self.seq_length) & ~flows
         if not long.any():
-            return pieces, flows
-        parts, flags, done = [], [], 0
+            return parts, flows
+        groups, flags, done = [], [], 0
         for index in np.flatnonzero(long).tolist():
-            parts += [pieces.take(slice(done, index)), *self._parts_of(pieces, index, cursor)]
-            flags += [flows[done:index], np.zeros(len(parts[-1]), dtype=bool)]
+            groups += [parts.take(slice(done, index)), *self._parts_of(parts, index, cursor)]
+            flags += [flows[done:index], np.zeros(len(groups[-1]), dtype=bool)]
             done = index + 1
-        parts.append(pieces.take(slice(done, None)))
+        groups.append(parts.take(slice(done, None)))
         flags.append(flows[done:])
-        return Pieces.join(parts), np.concatenate(flags)
+        return DocumentParts.join(groups), np.concatenate(flags)
 
-    def _parts_of(self, pieces: Pieces, index: int, cursor: Cursor) -> list[Pieces]:
-        rest = pieces.take(np.array([index]))
+    def _parts_of(self, parts: DocumentParts, index: int, cursor: Cursor) -> list[DocumentParts]:
+        rest = parts.take(np.array([index]))
         starts = [int(rest.start[0])]
         stop = int(rest.stop[0])
         while stop - starts[-1] > self.seq_length:
             count = cursor.stream.last_cut(rest, self.seq_length)
             if count == 0:
                 raise DataError(
-                    f"{cursor.stream.corpus.name}: document {int(rest.document[0])}",
+                    f"{cursor.stream.corpus.prefix}: document {int(rest.document[0])}",
                     f"an image at token {starts[-1]} is longer than model.seq_length "
                     f"{self.seq_length}",
                     "Choose a model.seq_length that holds a whole image",
                 )
             starts.append(starts[-1] + count)
             rest.start[0] = starts[-1]
-        many = pieces.take(np.full(len(starts), index))
+        many = parts.take(np.full(len(starts), index))
         many.start[:] = starts
         many.stop[:] = [*starts[1:], stop]
         return [many]

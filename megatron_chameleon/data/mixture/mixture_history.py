@@ -2,7 +2,7 @@
 
 A run that is resumed with another mixture goes on with it from the sample at which it is resumed.
 The history keeps each mixture with its first sample, and where each source stood then: its position
-in its stream, and the pieces of documents that the block in progress had taken and not used yet. So
+in its stream, and the parts of documents that the block in progress had taken and not used yet. So
 every sample of the run can be computed again, and no document of a source is repeated or skipped by
 an edit. A source is known by its name, or by its prefix if it has none: not by its place in the
 list, which may change.
@@ -22,8 +22,13 @@ import numpy as np
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.mixture.corpus import Corpus
-from megatron_chameleon.data.mixture.mixture import BLOCK_SEQUENCES, Mixture, Share, Weights
-from megatron_chameleon.data.mixture.stream import Cursor, Pieces, SourceStream
+from megatron_chameleon.data.mixture.mixture import (
+    BLOCK_SEQUENCES,
+    Mixture,
+    MixtureWeights,
+    SourceWeight,
+)
+from megatron_chameleon.data.mixture.stream import Cursor, DocumentParts, SourceStream
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
@@ -31,11 +36,13 @@ FORMAT = "megatron_chameleon.order/1"
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A source of the config, opened."""
 
     key: str
     """Its name or prefix."""
+    stage: int
+    """1 or 2."""
     where: str
     """Its place in the config, for errors: ``data.stage1[0]``."""
     config: SourceConfig
@@ -43,7 +50,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class SourceRecord:
+class SourceSnapshot:
     """A source when a mixture began."""
 
     prefix: str
@@ -55,20 +62,20 @@ class SourceRecord:
     position: int = 0
     """Tokens from the start of its stream."""
     backlog: tuple[tuple[int, int, int, int], ...] = ()
-    """Pieces that come before that position: epoch, document, start, stop."""
+    """Parts of documents that come before that position: epoch, document, start, stop."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class MixtureEntry:
     """One mixture of a run."""
 
     first_sample: int
-    weights: Weights
-    sources: dict[str, SourceRecord]
+    weights: MixtureWeights
+    sources: dict[str, SourceSnapshot]
     """Also those that the mixture does not use any more."""
     block_sequences: int
 
-    def same_mixture(self, other: "Entry") -> bool:
+    def same_mixture(self, other: "MixtureEntry") -> bool:
         """Whether both give the same samples, but for where stage 2 begins."""
         return self._what_counts() == other._what_counts()
 
@@ -88,13 +95,13 @@ class BatchSize:
 
 
 @dataclass(frozen=True)
-class History:
+class MixtureHistory:
     """All mixtures and batch sizes of a run, the last of each being in use."""
 
     seed: int
     seq_length: int
     isolated: bool
-    entries: tuple[Entry, ...]
+    entries: tuple[MixtureEntry, ...]
     batches: tuple[BatchSize, ...]
     format: str = field(default=FORMAT)
 
@@ -107,7 +114,7 @@ class History:
         """Sequences of a step."""
         return next(b for b in reversed(self.batches) if b.first_step <= step).global_batch_size
 
-    def entry(self, sample: int) -> Entry:
+    def entry(self, sample: int) -> MixtureEntry:
         """The mixture that a sample belongs to."""
         return next(e for e in reversed(self.entries) if e.first_sample <= sample)
 
@@ -116,7 +123,7 @@ class History:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "History":
+    def from_json(cls, record: Mapping[str, Any]) -> "MixtureHistory":
         """What ``to_json`` gave; ``KeyError``, ``TypeError`` or ``ValueError`` if it is not."""
         values = dict(record)
         if values["format"] != FORMAT:
@@ -126,10 +133,10 @@ class History:
         return cls(**values)
 
 
-def begin(config: Config, sources: Sequence[Source]) -> History:
+def begin_history(config: Config, sources: Sequence[DataSource]) -> MixtureHistory:
     """The history of a run that begins."""
     batches = (BatchSize(0, 0, config.training.global_batch_size),)
-    return History(
+    return MixtureHistory(
         config.training.seed,
         config.model.seq_length,
         config.data.reset_attention,
@@ -138,13 +145,13 @@ def begin(config: Config, sources: Sequence[Source]) -> History:
     )
 
 
-def resume(
-    history: History,
+def resume_history(
+    history: MixtureHistory,
     config: Config,
-    sources: Sequence[Source],
+    sources: Sequence[DataSource],
     step: int,
-    open_mixture: Callable[[Entry], Mixture],
-) -> History:
+    open_mixture: Callable[[MixtureEntry], Mixture],
+) -> MixtureHistory:
     """The history of a run that goes on after ``step`` updates with this config.
 
     Args:
@@ -185,9 +192,9 @@ def resume(
 
 
 def open_mixture(
-    history: History,
-    entry: Entry,
-    corpora: Callable[[str, SourceRecord], Corpus],
+    history: MixtureHistory,
+    entry: MixtureEntry,
+    corpora: Callable[[str, SourceSnapshot], Corpus],
     vocabulary: Vocabulary,
 ) -> Mixture:
     """The samples of one mixture of the history.
@@ -211,7 +218,9 @@ def open_mixture(
             history.isolated,
             record.image_first,
         )
-        cursors[key] = Cursor(stream, record.position, _pieces(stream.corpus, record.backlog))
+        cursors[key] = Cursor(
+            stream, record.position, _backlog_parts(stream.corpus, record.backlog)
+        )
     return Mixture(
         entry.weights,
         cursors,
@@ -232,11 +241,11 @@ def stage1_steps(config: Config) -> int:
 
 def _new_entry(
     config: Config,
-    sources: Sequence[Source],
-    records: dict[str, SourceRecord],
+    sources: Sequence[DataSource],
+    records: dict[str, SourceSnapshot],
     batches: tuple[BatchSize, ...],
     sample: int,
-) -> Entry:
+) -> MixtureEntry:
     data = config.data
     if data.stage1_tokens is not None:
         border = math.ceil(data.stage1_tokens / config.model.seq_length)
@@ -244,15 +253,14 @@ def _new_entry(
         last = batches[-1]
         steps = round(config.training.steps * data.stage1_fraction)
         border = last.first_sample + (steps - last.first_step) * last.global_batch_size
-    stages: dict[str, list[Share]] = {"stage1": [], "stage2": []}
+    stages: dict[int, list[SourceWeight]] = {1: [], 2: []}
     for source in sources:
         repeat = source.config.repeat
         epochs = None if repeat is True else max(1, int(repeat))
-        stage = source.where.removeprefix("data.").partition("[")[0]
-        stages[stage].append(Share(source.key, source.config.weight, epochs))
-    weights = Weights(
-        tuple(stages["stage1"]),
-        tuple(stages["stage2"]),
+        stages[source.stage].append(SourceWeight(source.key, source.config.weight, epochs))
+    weights = MixtureWeights(
+        tuple(stages[1]),
+        tuple(stages[2]),
         data.stage2_share,
         max(0, border) if data.stage2 else 0,
         data.packing_reserve,
@@ -260,12 +268,12 @@ def _new_entry(
     # a small corpus needs no large blocks: they would go through it many times
     tokens = sum(source.corpus.tokens for source in sources)
     block_sequences = min(BLOCK_SEQUENCES, max(64, 8 * tokens // config.model.seq_length))
-    return Entry(sample, weights, records, block_sequences)
+    return MixtureEntry(sample, weights, records, block_sequences)
 
 
 def _records(
-    sources: Sequence[Source], known: Mapping[str, SourceRecord]
-) -> dict[str, SourceRecord]:
+    sources: Sequence[DataSource], known: Mapping[str, SourceSnapshot]
+) -> dict[str, SourceSnapshot]:
     """Records of all sources, known ones as they were."""
     records = dict(known)
     for source in sources:
@@ -273,11 +281,11 @@ def _records(
         old = records.get(source.key)
         if old is None:
             taken = {record.stream for record in records.values()}
-            old = SourceRecord(
-                corpus.name, _stream_of(corpus, taken), corpus.tokens, corpus.documents, None
+            old = SourceSnapshot(
+                corpus.prefix, _stream_of(corpus, taken), corpus.tokens, corpus.documents, None
             )
         records[source.key] = replace(
-            old, prefix=corpus.name, image_first=source.config.image_first
+            old, prefix=corpus.prefix, image_first=source.config.image_first
         )
     return records
 
@@ -294,35 +302,35 @@ def _stream_of(corpus: Corpus, taken: set[int]) -> int:
         number += 1
 
 
-def _at(record: SourceRecord, cursor: Cursor) -> SourceRecord:
-    pieces = cursor.backlog
-    columns = (pieces.epoch, pieces.document, pieces.start, pieces.stop)
+def _at(record: SourceSnapshot, cursor: Cursor) -> SourceSnapshot:
+    parts = cursor.backlog
+    columns = (parts.epoch, parts.document, parts.start, parts.stop)
     rows = np.stack(columns, axis=1).tolist()
     return replace(record, position=cursor.base, backlog=tuple(tuple(row) for row in rows))
 
 
-def _pieces(corpus: Corpus, backlog: Sequence[tuple[int, int, int, int]]) -> Pieces:
+def _backlog_parts(corpus: Corpus, backlog: Sequence[tuple[int, int, int, int]]) -> DocumentParts:
     if not backlog:
-        return Pieces.join([])
+        return DocumentParts.join([])
     epoch, document, start, stop = np.array(backlog, dtype=np.int64).T
     lengths = [int(np.diff(corpus.starts(d, d + 1))[0]) for d in document.tolist()]
     flags = [bool(corpus.stay_whole(d, d + 1)[0]) for d in document.tolist()]
-    return Pieces(epoch, document, start, stop, np.array(lengths), np.array(flags))
+    return DocumentParts(epoch, document, start, stop, np.array(lengths), np.array(flags))
 
 
-def _entry(record: Mapping[str, Any]) -> Entry:
+def _entry(record: Mapping[str, Any]) -> MixtureEntry:
     values, weights = dict(record), dict(record["weights"])
     for stage in ("stage1", "stage2"):
-        weights[stage] = tuple(Share(**share) for share in weights[stage])
-    values["weights"] = Weights(**weights)
+        weights[stage] = tuple(SourceWeight(**share) for share in weights[stage])
+    values["weights"] = MixtureWeights(**weights)
     values["sources"] = {
-        key: SourceRecord(**{**source, "backlog": tuple(map(tuple, source["backlog"]))})
+        key: SourceSnapshot(**{**source, "backlog": tuple(map(tuple, source["backlog"]))})
         for key, source in values["sources"].items()
     }
-    return Entry(**values)
+    return MixtureEntry(**values)
 
 
-def _check_same_order(history: History, config: Config) -> None:
+def _check_same_order(history: MixtureHistory, config: Config) -> None:
     """What no mixture may change."""
     now = {
         "training.seed": (config.training.seed, history.seed),
@@ -338,7 +346,7 @@ def _check_same_order(history: History, config: Config) -> None:
         raise ConfigErrors(problems)
 
 
-def _check_sources(old: Entry, sources: Sequence[Source]) -> None:
+def _check_sources(old: MixtureEntry, sources: Sequence[DataSource]) -> None:
     """Refuse files that changed, and known files under an unknown name."""
     problems = []
     keys = {source.key for source in sources}
@@ -351,8 +359,8 @@ def _check_sources(old: Entry, sources: Sequence[Source]) -> None:
             corpus.documents,
         ):
             what = (
-                f"{corpus.name} holds {found}, and held {record.documents:,} of {record.tokens:,} "
-                "when the run read it"
+                f"{corpus.prefix} holds {found}, and held {record.documents:,} of "
+                f"{record.tokens:,} when the run read it"
             )
             remedy = "Put the old files back, or give the source a name of its own to start it anew"
             problems.append(ConfigError(f"{source.where}.prefix", what, remedy))
@@ -361,8 +369,8 @@ def _check_sources(old: Entry, sources: Sequence[Source]) -> None:
         for key, other in gone.items():
             if (other.tokens, other.documents) == (corpus.tokens, corpus.documents):
                 what = (
-                    f"{corpus.name} is unknown to the run, and holds the {found} that it knows as "
-                    f"{key}"
+                    f"{corpus.prefix} is unknown to the run, and holds the {found} that it "
+                    f"knows as {key}"
                 )
                 remedy = f"Add `name: {key}` to go on in it, or another name to start it anew"
                 problems.append(ConfigError(f"{source.where}.prefix", what, remedy))

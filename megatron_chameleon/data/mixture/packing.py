@@ -1,4 +1,4 @@
-"""Packing: pieces of documents into the sequences of one block, no image ever cut.
+"""Packing: parts of documents into the sequences of one block, no image ever cut.
 
 What must stay whole is put where it fits best: into that sequence, of a window of open ones, that
 it leaves the least room in. Sequences are opened at the pace of the tokens, so that the order of
@@ -15,62 +15,63 @@ megatron/core/datasets/gpt_dataset.py (flowing text).
 """
 
 import bisect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_chameleon.data.mixture.stream import Pieces
+from megatron_chameleon.data.mixture.stream import DocumentParts
 
 OPEN_SEQUENCES = 128
 """Sequences among which the best fit is looked for."""
 
 
 @dataclass(frozen=True)
-class Items:
+class PackingItems:
     """What is to be packed, in the order of the stream."""
 
-    pieces: Pieces
+    parts: DocumentParts
     source: np.ndarray
-    """Number of the source of each piece, int64."""
+    """Number of the source of each part, int64."""
     whole: np.ndarray
-    """Whether the piece must stay whole, else it flows; bool."""
+    """Whether the part must stay whole, else it flows; bool."""
 
 
 @dataclass(frozen=True)
-class Packed:
-    """The sequences of one block; the arrays are [pieces], sorted by sequence."""
+class PackedSequences:
+    """The sequences of one block; the arrays are [parts], sorted by sequence."""
 
-    pieces: Pieces
+    parts: DocumentParts
     source: np.ndarray
     sequence: np.ndarray
     """Number of the sequence, int64, ascending."""
     sequences: int
 
-    def of(self, sequence: int) -> "Packed":
-        """The pieces of one sequence."""
+    def of(self, sequence: int) -> "PackedSequences":
+        """The parts of one sequence."""
         first, stop = np.searchsorted(self.sequence, [sequence, sequence + 1])
-        part = slice(int(first), int(stop))
-        return Packed(self.pieces.take(part), self.source[part], self.sequence[part], 1)
+        here = slice(int(first), int(stop))
+        return PackedSequences(self.parts.take(here), self.source[here], self.sequence[here], 1)
 
-    def behind(self, sequence: int, source: int) -> Pieces:
+    def behind(self, sequence: int, source: int) -> DocumentParts:
         """What a source has in this sequence and the later ones."""
-        return self.pieces.take((self.sequence >= sequence) & (self.source == source))
+        return self.parts.take((self.sequence >= sequence) & (self.source == source))
 
 
 class DoesNotFitError(Exception):
     """The items need more sequences than there are."""
 
 
-LastCut = Callable[[int, Pieces, int], int]
-"""Given a source, a piece and a room: the last place up to there where the piece may be cut."""
+LastCut = Callable[[int, DocumentParts, int], int]
+"""Given a source, a part and a room: the last place up to there where the part may be cut."""
 
 
-def sequences_needed(items: Items, seq_length: int) -> int:
+def sequences_needed(items: PackingItems, seq_length: int) -> int:
     """How many sequences the items fill when new ones are opened only as they are needed."""
     opened = 0
     rooms: list[int] = []  # ascending
-    for length in items.pieces.tokens[items.whole].tolist():
+    for length in items.parts.tokens[items.whole].tolist():
         place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
             opened += 1
@@ -81,19 +82,19 @@ def sequences_needed(items: Items, seq_length: int) -> int:
             bisect.insort(rooms, room - length)
         if len(rooms) > OPEN_SEQUENCES:
             rooms.pop(0)
-    return max(opened, -(-int(items.pieces.tokens.sum()) // seq_length))
+    return max(opened, -(-int(items.parts.tokens.sum()) // seq_length))
 
 
 def pack(
-    items: Items, sequences: int, seq_length: int, order: np.ndarray, last_cut: LastCut
-) -> Packed:
+    items: PackingItems, sequences: int, seq_length: int, order: np.ndarray, last_cut: LastCut
+) -> PackedSequences:
     """Put every token of the items into exactly one of so many sequences.
 
     Args:
-        items: Pieces of at most ``seq_length`` tokens, but for those that flow.
+        items: Parts of at most ``seq_length`` tokens, but for those that flow.
         sequences: At least 1.
         seq_length: Tokens that a sequence holds.
-        order: Numbers by which the pieces of a sequence are sorted at last, by the index of an
+        order: Numbers by which the parts of a sequence are sorted at last, by the index of an
             item; [items].
         last_cut: Where an item may be cut that should stay whole; used at need only.
 
@@ -104,15 +105,17 @@ def pack(
     if items.whole.all():  # else text is poured into every sequence
         _fill_empty(items, placed, rooms, seq_length)
     missing = np.flatnonzero(items.whole & (placed < 0)).tolist()
-    index, start, stop, sequence = _whole_parts(items, placed)
+    index, start, stop, sequence = _placements_of_whole(items, placed)
     extra = [_cut_into_rooms(items, i, rooms, last_cut) for i in missing]
     flowing = _flow(items, rooms, seq_length)
-    parts = [(index, start, stop, sequence), *(part for cut in extra for part in cut), flowing]
-    index, start, stop, sequence = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    placements = [(index, start, stop, sequence), *itertools.chain.from_iterable(extra), flowing]
+    index, start, stop, sequence = (
+        np.concatenate(arrays) for arrays in zip(*placements, strict=True)
+    )
     by_sequence = np.lexsort((start, order[index], sequence))
     index = index[by_sequence]
-    whole = items.pieces.take(index)
-    pieces = Pieces(
+    whole = items.parts.take(index)
+    parts = DocumentParts(
         whole.epoch,
         whole.document,
         start[by_sequence],
@@ -120,16 +123,18 @@ def pack(
         whole.length,
         whole.stays_whole,
     )
-    return Packed(pieces, items.source[index], sequence[by_sequence], sequences)
+    return PackedSequences(parts, items.source[index], sequence[by_sequence], sequences)
 
 
-Parts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Placements = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Index of the item, start, stop and sequence of parts of items, each int64 [parts]."""
 
 
-def _place_whole(items: Items, sequences: int, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
+def _place_whole(
+    items: PackingItems, sequences: int, seq_length: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The sequence of each whole item, -1 where none had room, and the room left in each."""
-    tokens = items.pieces.tokens
+    tokens = items.parts.tokens
     whole = np.flatnonzero(items.whole)
     reached = np.cumsum(tokens)[whole]
     total = max(1, int(tokens.sum()))
@@ -163,7 +168,9 @@ def _place_whole(items: Items, sequences: int, seq_length: int) -> tuple[np.ndar
     return placed, rooms
 
 
-def _fill_empty(items: Items, placed: np.ndarray, rooms: np.ndarray, seq_length: int) -> None:
+def _fill_empty(
+    items: PackingItems, placed: np.ndarray, rooms: np.ndarray, seq_length: int
+) -> None:
     """Leave no sequence empty that can get a document of another one: its last one."""
     for number in np.flatnonzero(rooms == seq_length).tolist():
         counts = np.bincount(placed[placed >= 0], minlength=len(rooms))
@@ -171,43 +178,45 @@ def _fill_empty(items: Items, placed: np.ndarray, rooms: np.ndarray, seq_length:
         if counts[giver] < 2:
             return
         item = int(np.flatnonzero(placed == giver)[-1])
-        tokens = int(items.pieces.stop[item] - items.pieces.start[item])
+        tokens = int(items.parts.stop[item] - items.parts.start[item])
         placed[item] = number
         rooms[giver] += tokens
         rooms[number] -= tokens
 
 
-def _whole_parts(items: Items, placed: np.ndarray) -> Parts:
+def _placements_of_whole(items: PackingItems, placed: np.ndarray) -> Placements:
     index = np.flatnonzero(placed >= 0)
-    return index, items.pieces.start[index], items.pieces.stop[index], placed[index]
+    return index, items.parts.start[index], items.parts.stop[index], placed[index]
 
 
-def _cut_into_rooms(items: Items, item: int, rooms: np.ndarray, last_cut: LastCut) -> list[Parts]:
+def _cut_into_rooms(
+    items: PackingItems, item: int, rooms: np.ndarray, last_cut: LastCut
+) -> list[Placements]:
     """Put one item where there is room, whole if it can be; takes it from ``rooms``."""
-    piece = items.pieces.take(np.array([item]))  # a copy
+    part = items.parts.take(np.array([item]))  # a copy
     source = int(items.source[item])
-    parts: list[Parts] = []
-    start, stop = int(piece.start[0]), int(piece.stop[0])
+    placements: list[Placements] = []
+    start, stop = int(part.start[0]), int(part.stop[0])
     while start < stop:
         fitting = np.flatnonzero(rooms >= stop - start)
         number = int(fitting[rooms[fitting].argmin()]) if len(fitting) else int(rooms.argmax())
         count = min(stop - start, int(rooms[number]))
         if not len(fitting):
-            count = last_cut(source, piece, count)
+            count = last_cut(source, part, count)
         if count == 0:
             raise DoesNotFitError
         rooms[number] -= count
         columns = np.array([[item], [start], [start + count], [number]])
-        parts.append((columns[0], columns[1], columns[2], columns[3]))
+        placements.append((columns[0], columns[1], columns[2], columns[3]))
         start += count
-        piece.start[0] = start
-    return parts
+        part.start[0] = start
+    return placements
 
 
-def _flow(items: Items, rooms: np.ndarray, seq_length: int) -> Parts:
+def _flow(items: PackingItems, rooms: np.ndarray, seq_length: int) -> Placements:
     """Pour the flowing text into the rooms, in order."""
     index = np.flatnonzero(~items.whole)
-    tokens = items.pieces.tokens[index]
+    tokens = items.parts.tokens[index]
     ends = np.cumsum(tokens)
     total = int(ends[-1]) if len(ends) else 0
     spare = int(rooms.sum()) - total
@@ -227,5 +236,5 @@ def _flow(items: Items, rooms: np.ndarray, seq_length: int) -> Parts:
     begins = np.append(0, borders[:-1])
     which = np.searchsorted(ends, begins, side="right")
     sequence = np.searchsorted(fills, begins, side="right")
-    start = items.pieces.start[index][which] + begins - (ends - tokens)[which]
+    start = items.parts.start[index][which] + begins - (ends - tokens)[which]
     return index[which], start, start + borders - begins, sequence

@@ -44,8 +44,8 @@ _CHUNK_ORDER, _DOCUMENT_ORDER, _PAIR_ORDER = 1, 2, 3
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """Documents, or parts of them, in order; all arrays are [pieces]."""
+class DocumentParts:
+    """Documents, or parts of them, in order; all arrays are [parts]."""
 
     epoch: np.ndarray
     """int64."""
@@ -65,39 +65,41 @@ class Pieces:
 
     @property
     def tokens(self) -> np.ndarray:
-        """Tokens of each piece, int64."""
+        """Tokens of each part, int64."""
         return self.stop - self.start
 
-    def take(self, chosen: np.ndarray | slice) -> "Pieces":
-        """Those pieces, in that order."""
-        return Pieces(*(array[chosen] for array in vars(self).values()))
+    def take(self, chosen: np.ndarray | slice) -> "DocumentParts":
+        """Those parts, in that order."""
+        return DocumentParts(*(array[chosen] for array in vars(self).values()))
 
-    def between(self, first: tuple[int, int], last: tuple[int, int]) -> "Pieces":
-        """From one cut to another; a cut is a piece's index and a token inside the piece."""
+    def between(self, first: tuple[int, int], last: tuple[int, int]) -> "DocumentParts":
+        """From one cut to another; a cut is a part's index and a token inside the part."""
         (index, inside), (last_index, last_inside) = first, last
-        part = self.take(slice(index, last_index + (last_inside > 0)))
-        start, stop = part.start.copy(), part.stop.copy()
+        chosen = self.take(slice(index, last_index + (last_inside > 0)))
+        start, stop = chosen.start.copy(), chosen.stop.copy()
         if last_inside:
             stop[-1] = start[-1] + last_inside
-        if len(part):
+        if len(chosen):
             start[0] += inside
-        part = Pieces(part.epoch, part.document, start, stop, part.length, part.stays_whole)
-        return part.take(start < stop)
+        chosen = DocumentParts(
+            chosen.epoch, chosen.document, start, stop, chosen.length, chosen.stays_whole
+        )
+        return chosen.take(start < stop)
 
     @classmethod
-    def join(cls, parts: "list[Pieces]") -> "Pieces":
-        """All pieces of all parts, in order; none of no parts."""
-        parts = [part for part in parts if len(part)]
-        if len(parts) == 1:
-            return parts[0]
-        if not parts:
+    def join(cls, groups: "list[DocumentParts]") -> "DocumentParts":
+        """All parts of all groups, in order; none of no groups."""
+        groups = [chosen for chosen in groups if len(chosen)]
+        if len(groups) == 1:
+            return groups[0]
+        if not groups:
             none = np.zeros(0, dtype=np.int64)
             return cls(none, none, none, none, none, none.astype(bool))
-        return cls(*(np.concatenate(arrays) for arrays in zip(*map(_arrays, parts), strict=True)))
+        return cls(*(np.concatenate(arrays) for arrays in zip(*map(_arrays, groups), strict=True)))
 
 
-def _arrays(pieces: Pieces) -> list[np.ndarray]:
-    return list(vars(pieces).values())
+def _arrays(parts: DocumentParts) -> list[np.ndarray]:
+    return list(vars(parts).values())
 
 
 @dataclass(frozen=True, order=True)
@@ -111,10 +113,10 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class _Window:
-    pieces: Pieces
+class _ShuffleWindow:
+    parts: DocumentParts
     ends: np.ndarray
-    """Tokens of the window up to the end of each piece, int64."""
+    """Tokens of the window up to the end of each part, int64."""
 
 
 class SourceStream:
@@ -156,7 +158,7 @@ class SourceStream:
         self._chunk_tokens = max(chunk_tokens, 16 * seq_length)
         self._chunks = -(-corpus.tokens // self._chunk_tokens)
         self._windows = -(-self._chunks // window_chunks)
-        self._cache: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], _ShuffleWindow] = OrderedDict()
 
     @property
     def is_exact(self) -> bool:
@@ -179,50 +181,50 @@ class SourceStream:
         content = self._window(epoch, window)
         tokens = int(content.ends[-1]) if len(content.ends) else 0
         stretched = (place - begin) * tokens // (end - begin)
-        index, inside = self.legalise(content.pieces, content.ends, stretched)
+        index, inside = self.legalise(content.parts, content.ends, stretched)
         return Cut(epoch, window, index, inside)
 
-    def between(self, first: Cut, last: Cut) -> Pieces:
-        """The pieces from one cut to a later one."""
-        parts, epoch, window = [], first.epoch, first.window
+    def between(self, first: Cut, last: Cut) -> DocumentParts:
+        """The parts from one cut to a later one."""
+        groups, epoch, window = [], first.epoch, first.window
         begin = (first.index, first.inside)
         while (epoch, window) < (last.epoch, last.window):
-            pieces = self._window(epoch, window).pieces
-            parts.append(pieces.between(begin, (len(pieces), 0)))
+            parts = self._window(epoch, window).parts
+            groups.append(parts.between(begin, (len(parts), 0)))
             begin = (0, 0)
             epoch, window = (epoch, window + 1) if window + 1 < self._windows else (epoch + 1, 0)
-        pieces = self._window(epoch, window).pieces
-        parts.append(pieces.between(begin, (last.index, last.inside)))
-        return Pieces.join(parts)
+        parts = self._window(epoch, window).parts
+        groups.append(parts.between(begin, (last.index, last.inside)))
+        return DocumentParts.join(groups)
 
-    def legalise(self, pieces: Pieces, ends: np.ndarray, token: int) -> tuple[int, int]:
-        """Where pieces may be cut: index of a piece and token inside it, nearest to ``token``."""
+    def legalise(self, parts: DocumentParts, ends: np.ndarray, token: int) -> tuple[int, int]:
+        """Where parts may be cut: index of a part and token inside it, nearest to ``token``."""
         index = int(np.searchsorted(ends, token, side="right"))
-        if index == len(pieces):
+        if index == len(parts):
             return index, 0
-        length = int(pieces.stop[index] - pieces.start[index])
+        length = int(parts.stop[index] - parts.start[index])
         inside = token - (int(ends[index]) - length)
-        if inside == 0 or (not self.isolated and not pieces.stays_whole[index]):
+        if inside == 0 or (not self.isolated and not parts.stays_whole[index]):
             return index, inside
         if length <= self.seq_length:
             return (index, 0) if 2 * inside < length else (index + 1, 0)
-        piece = pieces.take(slice(index, index + 1))
-        return index, self.last_cut(piece, inside)
+        part = parts.take(slice(index, index + 1))
+        return index, self.last_cut(part, inside)
 
-    def last_cut(self, piece: Pieces, inside: int) -> int:
+    def last_cut(self, part: DocumentParts, inside: int) -> int:
         """The last place up to ``inside`` where a document may be cut although it should not be.
 
         Args:
-            piece: One piece.
-            inside: Tokens from the piece's start, at most its length.
+            part: One part.
+            inside: Tokens from the part's start, at most its length.
 
         Returns:
-            Tokens from the piece's start; 0 where there is no such place.
+            Tokens from the part's start; 0 where there is no such place.
         """
-        if not piece.stays_whole[0]:
+        if not part.stays_whole[0]:
             return inside
-        spans = self.documents.spans(int(piece.epoch[0]), int(piece.document[0]))
-        start = int(piece.start[0])
+        spans = self.documents.spans(int(part.epoch[0]), int(part.document[0]))
+        start = int(part.start[0])
         within = (spans[:, 0] < start + inside) & (start + inside < spans[:, 1])
         return max(0, int(spans[within, 0][0]) - start) if within.any() else inside
 
@@ -231,7 +233,7 @@ class SourceStream:
         chunks = window * self._chunks // self._windows
         return min(chunks * self._chunk_tokens, self.corpus.tokens)
 
-    def _window(self, epoch: int, window: int) -> _Window:
+    def _window(self, epoch: int, window: int) -> _ShuffleWindow:
         found = self._cache.get((epoch, window))
         if found is None:
             first, stop = (w * self._chunks // self._windows for w in (window, window + 1))
@@ -240,17 +242,17 @@ class SourceStream:
                 order = Permutation(self._chunks - 1, *self._key, _CHUNK_ORDER, epoch)
                 equal = chunks < self._chunks - 1
                 chunks[equal] = order(chunks[equal])
-            pieces = Pieces.join([self._chunk(epoch, chunk) for chunk in chunks.tolist()])
-            mixed = shuffled(len(pieces), *self._key, _DOCUMENT_ORDER, epoch, window)
-            pieces = pieces.take(mixed)
-            found = _Window(pieces, np.cumsum(pieces.tokens))
+            parts = DocumentParts.join([self._chunk(epoch, chunk) for chunk in chunks.tolist()])
+            mixed = shuffled(len(parts), *self._key, _DOCUMENT_ORDER, epoch, window)
+            parts = parts.take(mixed)
+            found = _ShuffleWindow(parts, np.cumsum(parts.tokens))
             self._cache[epoch, window] = found
             if len(self._cache) > _CACHED_WINDOWS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end((epoch, window))
         return found
 
-    def _chunk(self, epoch: int, chunk: int) -> Pieces:
+    def _chunk(self, epoch: int, chunk: int) -> DocumentParts:
         """Documents of a chunk in the order of the file."""
         (first, inside), (last, last_inside) = (
             self._chunk_border(epoch, border) for border in (chunk, chunk + 1)
@@ -264,12 +266,14 @@ class SourceStream:
         if inside and stop > first:
             starts[0] = inside
         flags = self.corpus.stay_whole(first, stop)
-        pieces = Pieces(np.full_like(documents, epoch), documents, starts, stops, lengths, flags)
+        parts = DocumentParts(
+            np.full_like(documents, epoch), documents, starts, stops, lengths, flags
+        )
         kept = starts < stops  # empty documents are nothing
         if self.corpus.longest_conversation > self.seq_length:
             too_long = lengths > self.seq_length
             kept &= ~(too_long & self.corpus.are_conversations(first, stop))
-        return pieces.take(kept)
+        return parts.take(kept)
 
     def _chunk_border(self, epoch: int, chunk: int) -> tuple[int, int]:
         """The document with which a chunk begins, and the token inside it."""
@@ -289,12 +293,12 @@ class SourceStream:
             return document + 1, 0
         one = np.array([document])
         zero = np.zeros_like(one)
-        piece = Pieces(zero + epoch, one, zero, zero + length, zero + length, stays_whole)
-        return document, self.last_cut(piece, inside)
+        part = DocumentParts(zero + epoch, one, zero, zero + length, zero + length, stays_whole)
+        return document, self.last_cut(part, inside)
 
 
 class Cursor:
-    """A stream from some position on, behind pieces that were left over before it.
+    """A stream from some position on, behind parts that were left over before it.
 
     Args:
         stream: The stream.
@@ -302,10 +306,12 @@ class Cursor:
         backlog: What comes first.
     """
 
-    def __init__(self, stream: SourceStream, base: int = 0, backlog: Pieces | None = None) -> None:
+    def __init__(
+        self, stream: SourceStream, base: int = 0, backlog: DocumentParts | None = None
+    ) -> None:
         self.stream = stream
         self.base = base
-        self.backlog = Pieces.join([]) if backlog is None else backlog
+        self.backlog = DocumentParts.join([]) if backlog is None else backlog
         self._ends = np.cumsum(self.backlog.tokens)
         self.backlog_tokens = int(self._ends[-1]) if len(self._ends) else 0
 
@@ -313,21 +319,21 @@ class Cursor:
         """Tokens until the stream has given so many epochs."""
         return max(0, self.backlog_tokens + epochs * self.stream.corpus.tokens - self.base)
 
-    def pieces(self, first: int, last: int) -> Pieces:
-        """The pieces between two positions, counted from the cursor."""
+    def parts(self, first: int, last: int) -> DocumentParts:
+        """The parts between two positions, counted from the cursor."""
         (begin, begin_cut), (end, end_cut) = self._cut(first), self._cut(last)
-        parts = [self.backlog.between(begin, end)]
+        groups = [self.backlog.between(begin, end)]
         if end_cut is not None:
             begin_cut = self.stream.cut(self.base) if begin_cut is None else begin_cut
-            parts.append(self.stream.between(begin_cut, end_cut))
-        return Pieces.join(parts)
+            groups.append(self.stream.between(begin_cut, end_cut))
+        return DocumentParts.join(groups)
 
-    def moved(self, position: int, unused: Pieces) -> "Cursor":
-        """The cursor behind ``position``, with pieces before it that were not used."""
+    def moved(self, position: int, unused: DocumentParts) -> "Cursor":
+        """The cursor behind ``position``, with parts before it that were not used."""
         index, cut = self._cut(position)
         base = self.base if cut is None else self.base + position - self.backlog_tokens
         rest = self.backlog.between(index, (len(self.backlog), 0))
-        return Cursor(self.stream, base, Pieces.join([unused, rest]))
+        return Cursor(self.stream, base, DocumentParts.join([unused, rest]))
 
     def _cut(self, position: int) -> tuple[tuple[int, int], Cut | None]:
         """Place in the backlog, and in the stream if the position lies behind the backlog."""

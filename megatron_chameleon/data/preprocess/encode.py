@@ -17,7 +17,7 @@ from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.documents.schema import Document, ImageError, ImagePart, TextPart
 from megatron_chameleon.data.inputs.records import BROKEN_DOCUMENT, Block, Fault, Position
 from megatron_chameleon.data.preprocess.image_codes import ImageCache, ImageEncoder
-from megatron_chameleon.data.token_files.format import SPAN, TokenBlock, token_dtype
+from megatron_chameleon.data.token_files.format import TOKEN_SPAN, TokenBlock, token_dtype
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_image_tokenizer, load_tokenizer
@@ -259,8 +259,8 @@ class Encoder:
             images=_spans(tokens.images),
             image_counts=_counts(tokens.images),
             records=np.array([document.record for document in documents], dtype=np.int64),
-            sources=list(numbers),
-            source_numbers=np.array(of_documents, dtype=np.int64),
+            corpus_names=list(numbers),
+            corpus_numbers=np.array(of_documents, dtype=np.int64),
             input=input_number,
             answers=_spans(tokens.answers),
             answer_counts=_counts(tokens.answers),
@@ -283,7 +283,7 @@ class _Tokens:
 
 
 def _spans(spans: Spans) -> np.ndarray:
-    return np.array([span for document in spans for span in document], dtype=SPAN)
+    return np.array([span for document in spans for span in document], dtype=TOKEN_SPAN)
 
 
 def _counts(spans: Spans) -> np.ndarray:

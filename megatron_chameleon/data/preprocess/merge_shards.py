@@ -11,15 +11,19 @@ from pathlib import Path
 
 from megatron_chameleon.data.preprocess.progress import describe, find_shards, shard_prefix
 from megatron_chameleon.data.token_files.format import (
-    ANSWER,
-    ANSWERS,
-    SUFFIXES,
+    ANSWER_RECORD,
+    ANSWERS_SUFFIX,
+    REQUIRED_SUFFIXES,
     TokenFileInfo,
     file_of,
     partial_folder,
     read_info,
 )
-from megatron_chameleon.data.token_files.writer import DROPPED, MERGE, TokenFileWriter
+from megatron_chameleon.data.token_files.writer import (
+    DROPPED_SUFFIX,
+    MERGE_JOB_SUFFIX,
+    TokenFileWriter,
+)
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 
@@ -54,7 +58,7 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
     if not sum(info.documents for info in infos):
         raise DataError(str(prefix), f"all {count} shards are empty", "Check the documents")
     tokenizer = load_tokenizer(infos[0].tokenizer, images=False)
-    job = infos[0].job + MERGE
+    job = infos[0].job + MERGE_JOB_SUFFIX
     fit = infos[0].image_fit
     with TokenFileWriter(prefix, tokenizer, job, infos[0].inputs, image_fit=fit) as writer:
         done = writer.state.position.get("shards", 0)
@@ -89,9 +93,9 @@ def _read_shard(shard: str) -> TokenFileInfo:
         (".bin", info.bin_bytes),
         (".documents", 24 * info.documents),
         (".images", 8 * info.images),
-        (ANSWERS, ANSWER.itemsize * info.answers),
+        (ANSWERS_SUFFIX, ANSWER_RECORD.itemsize * info.answers),
     ):
-        found = file_of(shard, suffix).stat().st_size if size or suffix != ANSWERS else 0
+        found = file_of(shard, suffix).stat().st_size if size or suffix != ANSWERS_SUFFIX else 0
         if found != size:
             what = f"{found} bytes, its .json names {size}"
             raise DataError(str(file_of(shard, suffix)), what, "Run the shard with --restart")
@@ -112,5 +116,5 @@ def _check_same(shards: list[str], infos: list[TokenFileInfo]) -> None:
 def _remove(shards: list[str]) -> None:
     """Remove token files, the sidecar first: what is left of one never looks whole."""
     for shard in shards:
-        for suffix in (".json", *SUFFIXES, ANSWERS, DROPPED):
+        for suffix in (".json", *REQUIRED_SUFFIXES, ANSWERS_SUFFIX, DROPPED_SUFFIX):
             file_of(shard, suffix).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from megatron_chameleon.data.token_files.format import (
     partial_folder,
     read_info,
 )
-from megatron_chameleon.data.token_files.writer import WriterState, read_state
+from megatron_chameleon.data.token_files.writer import WriterState, read_writer_state
 from megatron_chameleon.errors import DataError
 
 _SHARD = re.compile(r"\.shard-(\d+)-of-(\d+)\.[a-z]+(?:\.jsonl)?")
@@ -152,7 +152,7 @@ def status_of(prefix: str | Path, name: str) -> ShardStatus:
         DataError: When its sidecar or state cannot be read.
     """
     if partial_folder(prefix).is_dir():
-        state = read_state(prefix)
+        state = read_writer_state(prefix)
         if state is None:
             return ShardStatus(name, "unfinished", 0.0)
         at = state.position

@@ -33,16 +33,16 @@ from megatron_chameleon.data.preprocess.progress import (
 )
 from megatron_chameleon.data.preprocess.workers import encode_blocks
 from megatron_chameleon.data.token_files.format import (
-    ANSWERS,
     ANSWERS_FORMAT,
-    SUFFIXES,
+    ANSWERS_SUFFIX,
+    REQUIRED_SUFFIXES,
     TokenFileInfo,
     file_of,
     partial_folder,
     read_info,
 )
 from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality
-from megatron_chameleon.data.token_files.writer import DROPPED, TokenFileWriter
+from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX, TokenFileWriter
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.text.fast import EXACT, choose_encoder
@@ -162,7 +162,8 @@ def _check_options(prefix: str | Path, options: PreprocessOptions) -> None:
 
 def _check_output(files: Sequence[Input], output: str) -> None:
     written = {
-        file_of(output, suffix).resolve() for suffix in (*SUFFIXES, ANSWERS, ".json", DROPPED)
+        file_of(output, suffix).resolve()
+        for suffix in (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, ".json", DROPPED_SUFFIX)
     }
     folder = partial_folder(output).resolve()
     for item in files:
@@ -286,7 +287,7 @@ class _Run:
         bad, seen = self._bad(), self.writer.documents + self._bad()
         if bad <= self.options.max_bad * seen:
             return
-        listed = self.writer.folder / f"tokens{DROPPED}"
+        listed = self.writer.folder / f"tokens{DROPPED_SUFFIX}"
         what = f"{bad} of {seen} documents ({100 * bad / seen:.1f}%) are bad, more than --max-bad "
         what += f"{self.options.max_bad:g}: {count_reasons(self.writer.dropped)}"
         what += f"; {listed} lists them" + (", such as " if self.first_bad else "")

@@ -4,9 +4,9 @@
 
     PREFIX.bin        the token ids of all documents, one after the other, uint16 or int32
     PREFIX.idx        Megatron's index: header, length and byte offset of each document
-    PREFIX.documents  a ``DOCUMENT`` record of 24 bytes for each document
-    PREFIX.images     an ``IMAGE`` record of 8 bytes for each image
-    PREFIX.answers    an ``ANSWER`` record of 16 bytes for each answer of a conversation
+    PREFIX.documents  a ``DOCUMENT_RECORD`` record of 24 bytes for each document
+    PREFIX.images     an ``IMAGE_RECORD`` record of 8 bytes for each image
+    PREFIX.answers    an ``ANSWER_RECORD`` record of 16 bytes for each answer of a conversation
     PREFIX.json       the sidecar ``TokenFileInfo``: totals, names of sources and inputs, tokenizer
 
 Everything is little endian and memory-mapped: opening a token file reads the sidecar and no more,
@@ -36,9 +36,9 @@ FORMAT = "megatron_chameleon.tokens/2"
 ANSWERS_FORMAT = "megatron_chameleon.tokens/3"
 """With PREFIX.answers: who does not know it would train prompts too."""
 REMEDY = "Write the files with: chameleon preprocess INPUTS --tokenizer DIR --output PREFIX"
-SUFFIXES = (".bin", ".idx", ".documents", ".images")
+REQUIRED_SUFFIXES = (".bin", ".idx", ".documents", ".images")
 """The files that a token file always has, beside the sidecar."""
-ANSWERS = ".answers"
+ANSWERS_SUFFIX = ".answers"
 """The file that it has if it holds conversations."""
 
 IDX_HEADER = struct.Struct("<9sQBQQ")
@@ -47,27 +47,27 @@ IDX_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "flo
 IDX_DTYPES[8] = "uint16"
 """Megatron's codes; ours are uint16 and int32."""
 
-DOCUMENT = np.dtype(
-    [("first_image", "<u8"), ("record", "<u8"), ("input", "<u4"), ("source", "<u4")]
+DOCUMENT_RECORD = np.dtype(
+    [("first_image", "<u8"), ("record", "<u8"), ("input", "<u4"), ("corpus", "<u4")]
 )
 """``first_image``: images of all documents before it. ``record``: line, row or sample of the input,
-from 1. ``input`` and ``source``: positions in the lists of the sidecar."""
+from 1. ``input`` and ``corpus``: positions in the lists of the sidecar."""
 
-SPAN = np.dtype([("start", "<u4"), ("length", "<u4")])
+TOKEN_SPAN = np.dtype([("start", "<u4"), ("length", "<u4")])
 """Tokens in a row: position in their document, and how many."""
 
-IMAGE = SPAN
+IMAGE_RECORD = TOKEN_SPAN
 """From the begin-image token to the end-image token, both included."""
 
-ANSWER = np.dtype([("start", "<u8"), ("length", "<u8")])
+ANSWER_RECORD = np.dtype([("start", "<u8"), ("length", "<u8")])
 """Tokens of an answer, the ``</s>`` behind it included. ``start`` is counted from the first token
 of the file, so that the answers of a document are found by one binary search."""
 
-MOST_SOURCES = 1 << 16
+MOST_CORPORA = 1 << 16
 
 
 @dataclass
-class SourceTotals:
+class CorpusTotals:
     """What one source has in a token file."""
 
     documents: int = 0
@@ -100,7 +100,7 @@ class TokenFileInfo:
     """Image codes and their begin and end tokens."""
     images: int
     bin_bytes: int
-    sources: dict[str, SourceTotals] = field(default_factory=dict)
+    sources: dict[str, CorpusTotals] = field(default_factory=dict)
     """Totals by source; the order is that of the numbers in PREFIX.documents."""
     inputs: list[str] = field(default_factory=list)
     """Files that were read; the order is that of the numbers in PREFIX.documents."""
@@ -117,7 +117,7 @@ class TokenFileInfo:
     format: str = FORMAT
 
     def total(self, name: str) -> int:
-        """The sum of a field of ``SourceTotals`` over all sources."""
+        """The sum of a field of ``CorpusTotals`` over all sources."""
         return sum(getattr(totals, name) for totals in self.sources.values())
 
 
@@ -130,19 +130,19 @@ class TokenBlock:
     lengths: np.ndarray
     """Tokens of each document, int32 [documents]."""
     images: np.ndarray
-    """``IMAGE`` [images], in the order of the documents."""
+    """``IMAGE_RECORD`` [images], in the order of the documents."""
     image_counts: np.ndarray
     """Images of each document, int64 [documents]."""
     records: np.ndarray
     """Line, row or sample of each document, int64 [documents]."""
-    sources: list[str]
-    """Names, in the order in which they first occur."""
-    source_numbers: np.ndarray
-    """Position in ``sources`` of each document, int64 [documents]."""
+    corpus_names: list[str]
+    """In the order in which they first occur."""
+    corpus_numbers: np.ndarray
+    """Position in ``corpus_names`` of each document, int64 [documents]."""
     input: int = 0
     """Number of the input that they come from."""
-    answers: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=SPAN))
-    """``SPAN`` [answers], in the order of the documents."""
+    answers: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=TOKEN_SPAN))
+    """``TOKEN_SPAN`` [answers], in the order of the documents."""
     answer_counts: np.ndarray | None = None
     """Answers of each document, int64 [documents]; None for none."""
 
@@ -190,7 +190,7 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
             raise DataError(f"{prefix}.json", what, REMEDY)
         values = {key: value for key, value in record.items() if key in known}
         values["sources"] = {
-            name: SourceTotals(**totals) for name, totals in record["sources"].items()
+            name: CorpusTotals(**totals) for name, totals in record["sources"].items()
         }
         info = TokenFileInfo(**values)
         _check_info(info)
@@ -207,7 +207,7 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
 
 def files_of(info: TokenFileInfo) -> tuple[str, ...]:
     """Suffixes of the files that belong to a token file, beside the sidecar."""
-    return (*SUFFIXES, ANSWERS) if info.answers else SUFFIXES
+    return (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX) if info.answers else REQUIRED_SUFFIXES
 
 
 def _check_info(info: TokenFileInfo) -> None:

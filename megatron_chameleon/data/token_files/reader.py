@@ -3,7 +3,7 @@
     file = open_token_file(PREFIX, tokenizer)   # checks that it is whole and the tokenizer's
     file.read(document, start, length)          # token ids
     file.lengths                                # tokens of each document, memory-mapped
-    file.image_spans(document)                  # where its images are: IMAGE [images]
+    file.image_spans(document)                  # where its images are: IMAGE_RECORD [images]
     file.answer_spans(document)                 # where its answers are, if it is a conversation
     file.origin(document)                       # its source, and the file and line it came from
 
@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chameleon.data.token_files.format import (
-    ANSWER,
-    ANSWERS,
-    DOCUMENT,
+    ANSWER_RECORD,
+    ANSWERS_SUFFIX,
+    DOCUMENT_RECORD,
     IDX_DTYPES,
     IDX_HEADER,
     IDX_MAGIC,
-    IMAGE,
+    IMAGE_RECORD,
     TokenBlock,
     TokenFileInfo,
     read_info,
@@ -45,8 +45,8 @@ with warnings.catch_warnings():
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 __all__ = [
-    "DOCUMENT",
-    "IMAGE",
+    "DOCUMENT_RECORD",
+    "IMAGE_RECORD",
     "Origin",
     "TokenBlock",
     "TokenFile",
@@ -65,7 +65,7 @@ _REMEDY = "Copy the file again or run chameleon preprocess again"
 class Origin:
     """Where a document came from."""
 
-    source: str
+    corpus_name: str
     """Name of its corpus."""
     input: str
     """The file; empty where it is not known."""
@@ -80,18 +80,20 @@ class TokenFile:
         self.prefix = prefix
         self.info = info
         self._dataset = IndexedDataset(prefix)
-        self._sources = list(info.sources)
+        self._corpus_names = list(info.sources)
         self._itemsize = np.dtype(info.dtype).itemsize
-        self.documents: np.ndarray = np.memmap(f"{prefix}.documents", dtype=DOCUMENT, mode="r")
-        """``DOCUMENT`` [documents], memory-mapped."""
-        self.images: np.ndarray = np.empty(0, dtype=IMAGE)
-        """``IMAGE`` [images], memory-mapped."""
+        self.documents: np.ndarray = np.memmap(
+            f"{prefix}.documents", dtype=DOCUMENT_RECORD, mode="r"
+        )
+        """``DOCUMENT_RECORD`` [documents], memory-mapped."""
+        self.images: np.ndarray = np.empty(0, dtype=IMAGE_RECORD)
+        """``IMAGE_RECORD`` [images], memory-mapped."""
         if info.images:  # an empty file cannot be mapped
-            self.images = np.memmap(f"{prefix}.images", dtype=IMAGE, mode="r")
-        self.answers: np.ndarray = np.empty(0, dtype=ANSWER)
-        """``ANSWER`` [answers], memory-mapped."""
+            self.images = np.memmap(f"{prefix}.images", dtype=IMAGE_RECORD, mode="r")
+        self.answers: np.ndarray = np.empty(0, dtype=ANSWER_RECORD)
+        """``ANSWER_RECORD`` [answers], memory-mapped."""
         if info.answers:
-            self.answers = np.memmap(f"{prefix}{ANSWERS}", dtype=ANSWER, mode="r")
+            self.answers = np.memmap(f"{prefix}{ANSWERS_SUFFIX}", dtype=ANSWER_RECORD, mode="r")
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -130,7 +132,7 @@ class TokenFile:
         return self._dataset.get(document, start, length)
 
     def image_spans(self, document: int) -> np.ndarray:
-        """Where the images of a document are: ``IMAGE`` [images], a view.
+        """Where the images of a document are: ``IMAGE_RECORD`` [images], a view.
 
         Raises:
             DataError: When PREFIX.documents names images that are not there.
@@ -168,7 +170,7 @@ class TokenFile:
         starts -= begin
         if ((starts < 0) | (lengths < 1) | (lengths > tokens - starts)).any():
             what = f"document {document} has {tokens} tokens, and ends before its answer"
-            raise DataError(f"{self.prefix}{ANSWERS}", what, _REMEDY)
+            raise DataError(f"{self.prefix}{ANSWERS_SUFFIX}", what, _REMEDY)
         return np.stack([starts, lengths], axis=1)
 
     def are_conversations(self, first: int, stop: int) -> np.ndarray:
@@ -195,13 +197,13 @@ class TokenFile:
         """
         assert 0 <= document < len(self), f"document {document} of {len(self)}"
         record = self.documents[document]
-        source, number = int(record["source"]), int(record["input"])
-        if source >= len(self._sources) or number >= max(len(self.info.inputs), 1):
+        source, number = int(record["corpus"]), int(record["input"])
+        if source >= len(self._corpus_names) or number >= max(len(self.info.inputs), 1):
             what = f"document {document} names source {source} and input {number}"
-            what += f", the .json has {len(self._sources)} and {len(self.info.inputs)}"
+            what += f", the .json has {len(self._corpus_names)} and {len(self.info.inputs)}"
             raise DataError(f"{self.prefix}.documents", what, _REMEDY)
         name = self.info.inputs[number] if self.info.inputs else ""
-        return Origin(self._sources[source], name, int(record["record"]))
+        return Origin(self._corpus_names[source], name, int(record["record"]))
 
     def verify(self) -> None:
         """Look at every number of the .idx and the side files, in constant memory.
@@ -222,7 +224,7 @@ class TokenFile:
             self._verify_answers(start, lengths, int(expected[0]) // self._itemsize)
         if self.info.answers and self.answers["start"][-1] >= self.info.tokens:
             what = f"its last answer begins behind the {self.info.tokens} tokens of all documents"
-            raise DataError(f"{self.prefix}{ANSWERS}", what, _REMEDY)
+            raise DataError(f"{self.prefix}{ANSWERS_SUFFIX}", what, _REMEDY)
         if offset != self.info.bin_bytes:
             what = f"names {offset} bytes of tokens, the .bin has {self.info.bin_bytes}"
             raise DataError(f"{self.prefix}.idx", what, _REMEDY)
@@ -236,7 +238,7 @@ class TokenFile:
         borders[1 : len(following) + 1] = following
         counts = np.diff(borders)
         wrong = (counts < 0) | (borders[1:] > self.info.images)
-        wrong |= records["source"] >= len(self._sources)
+        wrong |= records["corpus"] >= len(self._corpus_names)
         wrong |= records["input"] >= max(len(self.info.inputs), 1)
         wrong[0] |= start == 0 and firsts[0] != 0
         what = "has images, a source or an input that do not fit"
@@ -254,7 +256,9 @@ class TokenFile:
         document = np.searchsorted(ends, starts, side="right")
         wrong = (sizes > ends[np.minimum(document, len(ends) - 1)] - starts) | (sizes < 1)
         wrong[1:] |= np.diff(starts) < sizes[:-1]
-        _refuse(f"{self.prefix}{ANSWERS}", wrong, start, "has answers that do not fit", document)
+        _refuse(
+            f"{self.prefix}{ANSWERS_SUFFIX}", wrong, start, "has answers that do not fit", document
+        )
 
 
 def _refuse(
@@ -282,16 +286,16 @@ def open_token_file(prefix: str | Path, tokenizer: Tokenizer | None) -> TokenFil
     _check_index(f"{prefix}.idx", info)
     expected = {
         ".bin": info.tokens * np.dtype(info.dtype).itemsize,
-        ".documents": info.documents * DOCUMENT.itemsize,
-        ".images": info.images * IMAGE.itemsize,
+        ".documents": info.documents * DOCUMENT_RECORD.itemsize,
+        ".images": info.images * IMAGE_RECORD.itemsize,
     }
     if info.answers:
-        expected[ANSWERS] = info.answers * ANSWER.itemsize
+        expected[ANSWERS_SUFFIX] = info.answers * ANSWER_RECORD.itemsize
     for suffix, size in expected.items():
         found = Path(f"{prefix}{suffix}").stat().st_size
         if found != size:
             content = {".bin": f"{info.tokens} tokens", ".images": f"{info.images} images"}
-            content[ANSWERS] = f"{info.answers} answers"
+            content[ANSWERS_SUFFIX] = f"{info.answers} answers"
             named = content.get(suffix, f"{info.documents} documents")
             what = f"{found} bytes, its .json names {named}, {size} bytes"
             raise DataError(f"{prefix}{suffix}", what, _REMEDY)

@@ -23,19 +23,19 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_chameleon.data.token_files.format import (
-    ANSWER,
-    ANSWERS,
+    ANSWER_RECORD,
     ANSWERS_FORMAT,
-    DOCUMENT,
+    ANSWERS_SUFFIX,
+    DOCUMENT_RECORD,
     FORMAT,
     IDX_DTYPES,
     IDX_HEADER,
     IDX_MAGIC,
-    IMAGE,
-    MOST_SOURCES,
-    SPAN,
-    SUFFIXES,
-    SourceTotals,
+    IMAGE_RECORD,
+    MOST_CORPORA,
+    REQUIRED_SUFFIXES,
+    TOKEN_SPAN,
+    CorpusTotals,
     TokenBlock,
     TokenFileInfo,
     file_of,
@@ -46,9 +46,9 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.common.files import write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
-DROPPED = ".dropped.jsonl"
+DROPPED_SUFFIX = ".dropped.jsonl"
 STATE = "state.json"
-MERGE = " merge"
+MERGE_JOB_SUFFIX = " merge"
 """At the end of a job that puts finished shards together."""
 _BUFFER_BYTES = 1 << 20
 _CHUNK_DOCUMENTS = 1 << 20
@@ -67,14 +67,14 @@ class WriterState:
     longest_conversation: int = 0
     dropped_bytes: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    sources: dict[str, SourceTotals] = field(default_factory=dict)
+    sources: dict[str, CorpusTotals] = field(default_factory=dict)
     finishing: bool = False
     """All is written, only the files may not be in their places yet."""
     position: dict[str, Any] = field(default_factory=dict)
     """The caller's: where in the input to go on."""
 
 
-def read_state(prefix: str | Path) -> WriterState | None:
+def read_writer_state(prefix: str | Path) -> WriterState | None:
     """The state of an unfinished token file; None where there is none.
 
     Raises:
@@ -84,7 +84,7 @@ def read_state(prefix: str | Path) -> WriterState | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["sources"] = {
-            name: SourceTotals(**totals) for name, totals in record["sources"].items()
+            name: CorpusTotals(**totals) for name, totals in record["sources"].items()
         }
         return WriterState(**record)
     except FileNotFoundError:
@@ -131,7 +131,7 @@ class TokenFileWriter:
         self.folder = partial_folder(prefix)
         self._dtype = np.dtype(token_dtype(tokenizer.vocabulary.size))
         self._files: dict[str, IO[bytes]] = {}
-        self._source_numbers: dict[str, int] = {}
+        self._corpus_numbers: dict[str, int] = {}
         self._lock: int | None = None
         self._keep = False
 
@@ -165,7 +165,7 @@ class TokenFileWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             self._resume()
-            self._source_numbers = {name: i for i, name in enumerate(self.state.sources)}
+            self._corpus_numbers = {name: i for i, name in enumerate(self.state.sources)}
             if not self.state.finishing:
                 self._open_files()
         except BaseException as error:
@@ -178,7 +178,7 @@ class TokenFileWriter:
     def _resume(self) -> None:
         if self.restart or not self.state.job:
             return
-        saved = read_state(self.prefix)
+        saved = read_writer_state(self.prefix)
         if saved is None:
             return
         if saved.job != self.state.job:
@@ -222,10 +222,10 @@ class TokenFileWriter:
         return {
             ".bin": state.tokens * self._dtype.itemsize,
             ".idx": header + 4 * state.documents,
-            ".documents": DOCUMENT.itemsize * state.documents,
-            ".images": IMAGE.itemsize * state.images,
-            ANSWERS: ANSWER.itemsize * state.answers,
-            DROPPED: state.dropped_bytes,
+            ".documents": DOCUMENT_RECORD.itemsize * state.documents,
+            ".images": IMAGE_RECORD.itemsize * state.images,
+            ANSWERS_SUFFIX: ANSWER_RECORD.itemsize * state.answers,
+            DROPPED_SUFFIX: state.dropped_bytes,
         }
 
     def __exit__(
@@ -249,7 +249,7 @@ class TokenFileWriter:
         self,
         token_ids: np.ndarray,
         images: int,
-        source: str = "unknown",
+        corpus_name: str = "unknown",
         record: int = 0,
         answers: Sequence[tuple[int, int]] = (),
     ) -> None:
@@ -258,7 +258,7 @@ class TokenFileWriter:
         Args:
             token_ids: int [tokens] in [0, vocab_size), from ``<s>`` to ``</s>``.
             images: How many images are in it.
-            source: Name of the corpus that it comes from.
+            corpus_name: Name of the corpus that it comes from.
             record: Its line, row or sample in the input.
             answers: First token and number of tokens of each answer, if it is a conversation.
         """
@@ -269,7 +269,7 @@ class TokenFileWriter:
         starts = np.flatnonzero(token_ids == vocabulary.begin_image)
         ends = np.flatnonzero(token_ids == vocabulary.end_image)
         assert len(starts) == len(ends) == images, "image blocks are not whole"
-        spans = np.empty(images, dtype=IMAGE)
+        spans = np.empty(images, dtype=IMAGE_RECORD)
         spans["start"], spans["length"] = starts, ends + 1 - starts
         self.add_block(
             TokenBlock(
@@ -278,9 +278,9 @@ class TokenFileWriter:
                 images=spans,
                 image_counts=np.array([images]),
                 records=np.array([record]),
-                sources=[source],
-                source_numbers=np.zeros(1, dtype=np.int64),
-                answers=np.array(list(answers), dtype=SPAN),
+                corpus_names=[corpus_name],
+                corpus_numbers=np.zeros(1, dtype=np.int64),
+                answers=np.array(list(answers), dtype=TOKEN_SPAN),
                 answer_counts=np.array([len(answers)]),
             )
         )
@@ -290,70 +290,70 @@ class TokenFileWriter:
         assert block.token_ids.dtype == self._dtype and len(block.token_ids) == block.lengths.sum()
         if not len(block.lengths):
             return
-        numbers = np.array([self._number_of(name) for name in block.sources])
-        documents = np.empty(len(block.lengths), dtype=DOCUMENT)
+        numbers = np.array([self._number_of(name) for name in block.corpus_names])
+        documents = np.empty(len(block.lengths), dtype=DOCUMENT_RECORD)
         ends = np.cumsum(block.image_counts)
         documents["first_image"] = self.state.images + ends - block.image_counts
         documents["record"], documents["input"] = block.records, block.input
-        documents["source"] = numbers[block.source_numbers]
+        documents["corpus"] = numbers[block.corpus_numbers]
         try:
             self._files[".bin"].write(block.token_ids.data)
             self._files[".idx"].write(block.lengths.astype("<i4").tobytes())
             self._files[".documents"].write(documents.tobytes())
             self._files[".images"].write(block.images.tobytes())
-            self._files[ANSWERS].write(self._located(block).tobytes())
+            self._files[ANSWERS_SUFFIX].write(self._located(block).tobytes())
         except OSError as error:
             raise self._cannot_write(error) from error
         self._count(block)
 
     def _located(self, block: TokenBlock) -> np.ndarray:
-        """The answers of a block with their places in the file: ``ANSWER`` [answers]."""
-        located = np.empty(len(block.answers), dtype=ANSWER)
+        """The answers of a block with their places in the file: ``ANSWER_RECORD`` [answers]."""
+        located = np.empty(len(block.answers), dtype=ANSWER_RECORD)
         begins = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
         counts = 0 if block.answer_counts is None else block.answer_counts
         located["start"] = self.state.tokens + np.repeat(begins, counts) + block.answers["start"]
         located["length"] = block.answers["length"]
         return located
 
-    def _number_of(self, source: str) -> int:
-        if source not in self._source_numbers:
-            if len(self._source_numbers) == MOST_SOURCES:
-                what = f"more than {MOST_SOURCES} different sources, such as {source[:60]!r}"
+    def _number_of(self, corpus_name: str) -> int:
+        if corpus_name not in self._corpus_numbers:
+            if len(self._corpus_numbers) == MOST_CORPORA:
+                what = f"more than {MOST_CORPORA} different sources, such as {corpus_name[:60]!r}"
                 remedy = "A source is the name of a corpus: give all documents one with --source"
                 raise DataError(str(self.prefix), what, remedy)
-            self._source_numbers[source] = len(self._source_numbers)
-            self.state.sources[source] = SourceTotals()
-        return self._source_numbers[source]
+            self._corpus_numbers[corpus_name] = len(self._corpus_numbers)
+            self.state.sources[corpus_name] = CorpusTotals()
+        return self._corpus_numbers[corpus_name]
 
     def _count(self, block: TokenBlock) -> None:
-        source_of_image = np.repeat(block.source_numbers, block.image_counts)
+        source_of_image = np.repeat(block.corpus_numbers, block.image_counts)
         counts = np.zeros_like(block.lengths, dtype=np.int64)
         counts += 0 if block.answer_counts is None else block.answer_counts
-        source_of_answer = np.repeat(block.source_numbers, counts)
+        source_of_answer = np.repeat(block.corpus_numbers, counts)
         is_chat = counts > 0
         of_chat = np.repeat(is_chat, block.image_counts)
         is_answer = self._images_of_answers(block, counts)
-        size = len(block.sources)
+        size = len(block.corpus_names)
 
         def totals(numbers: np.ndarray, values: np.ndarray | None = None) -> list[int]:
             return [int(n) for n in np.bincount(numbers, values, minlength=size)]
 
         columns = (
-            totals(block.source_numbers),
-            totals(block.source_numbers, block.lengths),
+            totals(block.corpus_numbers),
+            totals(block.corpus_numbers, block.lengths),
             totals(source_of_image),
             totals(source_of_image, block.images["length"]),
-            totals(block.source_numbers[is_chat]),
-            totals(block.source_numbers[is_chat], block.lengths[is_chat]),
+            totals(block.corpus_numbers[is_chat]),
+            totals(block.corpus_numbers[is_chat], block.lengths[is_chat]),
             totals(source_of_image[of_chat], block.images["length"][of_chat]),
             totals(source_of_answer),
             totals(source_of_answer, block.answers["length"]),
             totals(source_of_image[is_answer]),
             totals(source_of_image[is_answer], block.images["length"][is_answer]),
         )
-        for name, *values in zip(block.sources, *columns, strict=True):
+        for name, *values in zip(block.corpus_names, *columns, strict=True):
             source = self.state.sources[name]
-            for column, value in zip(fields(SourceTotals), values, strict=True):
+            for column, value in zip(fields(CorpusTotals), values, strict=True):
                 setattr(source, column.name, getattr(source, column.name) + value)
         longest = int(block.lengths[is_chat].max(initial=0))
         self.state.longest_conversation = max(self.state.longest_conversation, longest)
@@ -379,24 +379,26 @@ class TokenFileWriter:
             prefix: A finished token file of the same tokenizer.
             info: Its sidecar.
         """
-        sources = np.array([self._number_of(name) for name in info.sources], dtype="<u4")
+        numbers = np.array([self._number_of(name) for name in info.sources], dtype="<u4")
         try:
             self._append(".bin", file_of(prefix, ".bin"), 0, info.bin_bytes)
             self._append(".idx", file_of(prefix, ".idx"), IDX_HEADER.size, 4 * info.documents)
-            self._append(".images", file_of(prefix, ".images"), 0, IMAGE.itemsize * info.images)
+            self._append(
+                ".images", file_of(prefix, ".images"), 0, IMAGE_RECORD.itemsize * info.images
+            )
             if info.answers:
-                answers = np.fromfile(file_of(prefix, ANSWERS), ANSWER)
+                answers = np.fromfile(file_of(prefix, ANSWERS_SUFFIX), ANSWER_RECORD)
                 answers["start"] += self.state.tokens
-                self._files[ANSWERS].write(answers.tobytes())
+                self._files[ANSWERS_SUFFIX].write(answers.tobytes())
             if info.dropped:
-                listed = file_of(prefix, DROPPED)
+                listed = file_of(prefix, DROPPED_SUFFIX)
                 size = listed.stat().st_size
-                self._append(DROPPED, listed, 0, size)
+                self._append(DROPPED_SUFFIX, listed, 0, size)
                 self.state.dropped_bytes += size
             with file_of(prefix, ".documents").open("rb") as file:
-                while len(records := np.fromfile(file, DOCUMENT, _CHUNK_DOCUMENTS)):
+                while len(records := np.fromfile(file, DOCUMENT_RECORD, _CHUNK_DOCUMENTS)):
                     records["first_image"] += self.state.images
-                    records["source"] = sources[records["source"]]
+                    records["corpus"] = numbers[records["corpus"]]
                     self._files[".documents"].write(records.tobytes())
         except OSError as error:
             raise self._cannot_write(error) from error
@@ -438,13 +440,13 @@ class TokenFileWriter:
         state.answers += info.answers
         state.longest_conversation = max(state.longest_conversation, info.longest_conversation)
 
-    def drop(self, identity: str, source: str, where: str, reason: str, detail: str) -> None:
+    def drop(self, identity: str, corpus_name: str, where: str, reason: str, detail: str) -> None:
         """Count and list one document that is left out."""
         self.state.dropped[reason] = self.state.dropped.get(reason, 0) + 1
-        record = {"id": identity, "source": source, "where": where, "reason": reason}
+        record = {"id": identity, "source": corpus_name, "where": where, "reason": reason}
         line = (json.dumps({**record, "detail": detail}) + "\n").encode()
         try:
-            self._files[DROPPED].write(line)
+            self._files[DROPPED_SUFFIX].write(line)
         except OSError as error:
             raise self._cannot_write(error) from error
         self.state.dropped_bytes += len(line)
@@ -521,9 +523,12 @@ class TokenFileWriter:
         # from here to the last line the files are incomplete, and say so
         if self._partial(".json").exists():
             self.path(".json").unlink(missing_ok=True)
-        for suffix in SUFFIXES:
+        for suffix in REQUIRED_SUFFIXES:
             self._move(suffix)
-        for suffix, is_there in ((ANSWERS, self.state.answers), (DROPPED, self.state.dropped)):
+        for suffix, is_there in (
+            (ANSWERS_SUFFIX, self.state.answers),
+            (DROPPED_SUFFIX, self.state.dropped),
+        ):
             if is_there:
                 self._move(suffix)
             else:
@@ -549,7 +554,7 @@ class TokenFileWriter:
             sources=state.sources,
             inputs=self.inputs,
             dropped=state.dropped,
-            job=state.job.removesuffix(MERGE),
+            job=state.job.removesuffix(MERGE_JOB_SUFFIX),
             answers=state.answers,
             longest_conversation=state.longest_conversation,
             image_fit=self.image_fit,

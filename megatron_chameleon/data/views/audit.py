@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_chameleon.data.batches.reader import BatchReader, Sample
+from megatron_chameleon.data.batches.reader import BatchReader, PackedSample
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
@@ -26,7 +26,7 @@ class StepAudit:
     epoch_of: dict[str, float]
     """How often each source's documents had been gone through by the step's first sample's block:
     1.5 is half of the second time."""
-    samples: list[tuple[int, Sample]]
+    samples: list[tuple[int, PackedSample]]
     """Index and content of each."""
     files: dict[str, str]
     """Prefix of each source."""
@@ -57,7 +57,7 @@ def audit_step(reader: BatchReader, step: int) -> StepAudit:
         if key in place.phase.amounts:
             done += place.phase.position(key, place.block)
         epochs[key] = max(0, done) / cursor.stream.corpus.tokens
-    files = {key: cursor.stream.corpus.name for key, cursor in mixture.cursors.items()}
+    files = {key: cursor.stream.corpus.prefix for key, cursor in mixture.cursors.items()}
     return StepAudit(step, place.phase.stage, epochs, samples, files)
 
 
@@ -72,16 +72,16 @@ def kinds_of(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     return kinds
 
 
-def count_kinds(samples: Sequence[Sample], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+def count_kinds(samples: Sequence[PackedSample], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
     """Tokens of each kind by source, and of the padding: int64 [kinds]."""
     counts: dict[str, np.ndarray] = {}
     for sample in samples:
         kinds = kinds_of(sample.tokens, vocabulary)
-        padding = sample.piece == len(sample.packed.source)
+        padding = sample.part == len(sample.packed.source)
         for number in np.unique(sample.packed.source).tolist():
-            here = np.append(sample.packed.source == number, False)[sample.piece]
+            here = np.append(sample.packed.source == number, False)[sample.part]
             found = np.bincount(kinds[here], minlength=len(KINDS))
-            name = sample.names[number]
+            name = sample.source_names[number]
             counts[name] = counts.get(name, 0) + found
         if padding.any():
             found = np.bincount(kinds[padding], minlength=len(KINDS))
@@ -89,13 +89,13 @@ def count_kinds(samples: Sequence[Sample], vocabulary: Vocabulary) -> dict[str, 
     return counts
 
 
-def count_trained(samples: Sequence[Sample]) -> dict[str, int]:
+def count_trained(samples: Sequence[PackedSample]) -> dict[str, int]:
     """Labels that count in the loss, by source."""
     counts: dict[str, int] = {}
     for sample in samples:
-        pieces = np.bincount(sample.piece[sample.counts], minlength=len(sample.packed.source))
-        for number, found in zip(sample.packed.source.tolist(), pieces.tolist(), strict=False):
-            name = sample.names[number]
+        parts = np.bincount(sample.part[sample.in_loss], minlength=len(sample.packed.source))
+        for number, found in zip(sample.packed.source.tolist(), parts.tolist(), strict=False):
+            name = sample.source_names[number]
             counts[name] = counts.get(name, 0) + found
     return counts
 
@@ -143,20 +143,20 @@ def _share_lines(
     return lines
 
 
-def _document_lines(samples: list[tuple[int, Sample]], documents: int) -> list[str]:
+def _document_lines(samples: list[tuple[int, PackedSample]], documents: int) -> list[str]:
     total = sum(len(sample.packed.source) for _, sample in samples)
     lines = [
-        f"{total:,} pieces of documents; a document is counted from 0 in its file",
+        f"{total:,} parts of documents; a document is counted from 0 in its file",
         f"{'sample':>10} {'document':>12} {'epoch':>5} {'tokens of the document':>24}  source",
     ]
     for index, sample in samples:
-        pieces = sample.packed.pieces
+        parts = sample.packed.parts
         for i, number in enumerate(sample.packed.source.tolist()):
             if len(lines) == documents + 2:
                 return [*lines, f"... and {total - documents:,} more: --documents {total}"]
-            part = f"{pieces.start[i]}-{pieces.stop[i] - 1} of {pieces.length[i]}"
+            part = f"{parts.start[i]}-{parts.stop[i] - 1} of {parts.length[i]}"
             lines.append(
-                f"{index:>10} {pieces.document[i]:>12} {pieces.epoch[i]:>5} {part:>24}  "
-                f"{sample.names[number]}"
+                f"{index:>10} {parts.document[i]:>12} {parts.epoch[i]:>5} {part:>24}  "
+                f"{sample.source_names[number]}"
             )
     return lines

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_chameleon.data.batches.reader import BatchReader, Sample
+from megatron_chameleon.data.batches.reader import BatchReader, PackedSample
 from megatron_chameleon.data.views.audit import (
     KINDS,
     StepAudit,
@@ -41,7 +41,7 @@ def mixture_summary(reader: BatchReader) -> str:
     samples = history.first_sample(config.training.steps)
     first = history.entries[-1].first_sample
     mixture = reader.mixture(max(first, samples - 1))
-    width = max(map(len, (*mixture.names, "source")))
+    width = max(map(len, (*mixture.source_names, "source")))
     lines = [
         f"{config.training.steps:,} steps, {samples:,} sequences of {mixture.seq_length:,} tokens; "
         f"{len(history.entries)} mixture{'s' if len(history.entries) > 1 else ''}",
@@ -97,8 +97,8 @@ def write_sequence_page(
     return len(chosen)
 
 
-def _article(index: int, sample: Sample, tokenizer: Tokenizer) -> str:
-    vocabulary, pieces = tokenizer.vocabulary, sample.packed.pieces
+def _article(index: int, sample: PackedSample, tokenizer: Tokenizer) -> str:
+    vocabulary, parts = tokenizer.vocabulary, sample.packed.parts
     kinds = kinds_of(sample.tokens, vocabulary)
     counts = sum(count_kinds([sample], vocabulary).values())
     shares = ", ".join(
@@ -108,27 +108,27 @@ def _article(index: int, sample: Sample, tokenizer: Tokenizer) -> str:
     sections = []
     for i, number in enumerate(sample.packed.source.tolist()):
         where = (
-            f"{sample.names[number]}: document {pieces.document[i]}, epoch {pieces.epoch[i]}, "
-            f"tokens {pieces.start[i]} to {pieces.stop[i] - 1} of {pieces.length[i]}"
+            f"{sample.source_names[number]}: document {parts.document[i]}, epoch {parts.epoch[i]}, "
+            f"tokens {parts.start[i]} to {parts.stop[i] - 1} of {parts.length[i]}"
         )
-        here = sample.piece == i
-        trained = np.append(False, sample.counts[:-1])[here]  # a label is the token behind
+        here = sample.part == i
+        trained = np.append(False, sample.in_loss[:-1])[here]  # a label is the token behind
         trained[0] = len(trained) == 1 or trained[1]  # the first token is nobody's label
         content = render_tokens(sample.tokens[here], tokenizer, trained)
         sections.append(f"<section><header>{html.escape(where)}</header>{content}</section>")
-    head = f"<header>sample {index} · {len(sections)} pieces of documents · {shares}</header>"
-    return f"<article>{head}{_bar(sample.piece, kinds)}{''.join(sections)}</article>"
+    head = f"<header>sample {index} · {len(sections)} parts of documents · {shares}</header>"
+    return f"<article>{head}{_bar(sample.part, kinds)}{''.join(sections)}</article>"
 
 
-def _bar(piece: np.ndarray, kinds: np.ndarray) -> str:
+def _bar(part: np.ndarray, kinds: np.ndarray) -> str:
     """A strip of the sequence, each run of one kind in one document as wide as it is long."""
-    is_new = (np.diff(piece) != 0) | (np.diff(kinds) != 0)
+    is_new = (np.diff(part) != 0) | (np.diff(kinds) != 0)
     borders = [0, *(np.flatnonzero(is_new) + 1).tolist(), len(kinds)]
-    parts = []
+    stripes = []
     for first, stop in itertools.pairwise(borders):
         kind = KINDS[kinds[first]]
-        parts.append(
+        stripes.append(
             f'<i class="{kind}" style="width:{100 * (stop - first) / len(kinds):.3f}%" '
             f'title="{stop - first} tokens of {kind}"></i>'
         )
-    return f'<div class="bar">{"".join(parts)}</div>'
+    return f'<div class="bar">{"".join(stripes)}</div>'

@@ -80,7 +80,7 @@ def segments(token_ids: np.ndarray, vocabulary: Vocabulary) -> Iterator[Segment]
             yield Segment(("text", "image", "control")[kind], run)
 
 
-def summary(prefix: str, info: TokenFileInfo, lengths: np.ndarray) -> str:
+def token_file_summary(prefix: str, info: TokenFileInfo, lengths: np.ndarray) -> str:
     """Counts and a histogram of document lengths, for people.
 
     Args:
@@ -122,7 +122,7 @@ def _sources(info: TokenFileInfo) -> Iterator[str]:
         yield f"and {len(ranked) - MOST_SOURCES_SHOWN} more sources"
 
 
-def write_html(
+def write_token_file_page(
     path: str | Path, token_file: TokenFile, tokenizer: Tokenizer, start: int, documents: int
 ) -> int:
     """Write documents as one HTML page with nothing outside it.
@@ -140,7 +140,7 @@ def write_html(
     chosen = range(start, min(start + documents, len(token_file)))
     articles = [_article(position, token_file, tokenizer) for position in chosen]
     title = html.escape(f"{Path(token_file.prefix).name}: documents {start} to {chosen.stop - 1}")
-    text = summary(token_file.prefix, token_file.info, token_file.lengths)
+    text = token_file_summary(token_file.prefix, token_file.info, token_file.lengths)
     page = PAGE.format(title=title, summary=html.escape(text), articles="\n".join(articles))
     write_text(Path(path), page)
     return len(chosen)
@@ -151,7 +151,7 @@ def _article(position: int, token_file: TokenFile, tokenizer: Tokenizer) -> str:
     origin = token_file.origin(position)
     place = f" · {origin.input}:{origin.record}" if origin.input else ""
     share = 100 * token_file.image_spans(position)["length"].sum() / len(token_ids)
-    head = f"document {position} · {origin.source}{place} · {len(token_ids)} tokens, "
+    head = f"document {position} · {origin.corpus_name}{place} · {len(token_ids)} tokens, "
     head += f"{share:.0f}% of images"
     bar = f'<span class="share"><i style="width: {share:.0f}%"></i></span>'
     trained = None

@@ -311,14 +311,14 @@ def _first_bad_layer(norms: Sequence[float | None]) -> str | None:
 
 
 def _documents(reader: BatchReader, index: int) -> list[dict[str, Any]]:
-    """The pieces of documents of a sample, as ``chameleon data audit`` names them."""
+    """The parts of documents of a sample, as ``chameleon data audit`` names them."""
     sample = reader.sample(index)
-    pieces = sample.packed.pieces
+    parts = sample.packed.parts
     return [
         {
-            "source": sample.names[source],
-            "document": int(pieces.document[i]),
-            "tokens": [int(pieces.start[i]), int(pieces.stop[i])],
+            "source": sample.source_names[source],
+            "document": int(parts.document[i]),
+            "tokens": [int(parts.start[i]), int(parts.stop[i])],
         }
         for i, source in enumerate(sample.packed.source.tolist())
     ]

@@ -9,7 +9,7 @@ import torch
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.reader import BatchReader, read_ahead
-from megatron_chameleon.data.token_files.format import SUFFIXES
+from megatron_chameleon.data.token_files.format import REQUIRED_SUFFIXES
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
 
@@ -46,21 +46,21 @@ def same_batches(left, right):
 
 @pytest.mark.parametrize("isolated", [False, True])
 def test_labels_follow_their_tokens(config, tokenizer, isolated):
-    """Within each piece; at its end the next token of the document, or ``<pad>``."""
+    """Within each part; at its end the next token of the document, or ``<pad>``."""
     config.data.reset_attention = isolated
     reader = BatchReader(config, tokenizer)
     corpora = [cursor.stream.corpus for cursor in reader.mixture(0).cursors.values()]
     pad = tokenizer.vocabulary.pad
     for index in range(40):
         sample = reader.sample(index)
-        pieces, place = sample.packed.pieces, 0
+        parts, place = sample.packed.parts, 0
         for i, source in enumerate(sample.packed.source):
-            start, stop, length = (int(pieces.start[i]), int(pieces.stop[i]), int(pieces.length[i]))
-            whole = [*corpora[source].read(int(pieces.document[i]), 0, length), pad]
+            start, stop, length = (int(parts.start[i]), int(parts.stop[i]), int(parts.length[i]))
+            whole = [*corpora[source].read(int(parts.document[i]), 0, length), pad]
             rows = slice(place, place + stop - start)
             assert sample.tokens[rows].tolist() == whole[start:stop]
             assert sample.labels[rows].tolist() == whole[start + 1 : stop + 1]
-            assert (sample.piece[rows] == i).all()
+            assert (sample.part[rows] == i).all()
             place = rows.stop
         assert (sample.tokens[place:] == pad).all() and (sample.labels[place:] == pad).all()
 
@@ -119,7 +119,7 @@ def test_order_does_not_depend_on_where_the_files_lie(config, tokenizer, tmp_pat
     forwards = [BatchReader(config, tokenizer).batch([i]) for i in range(70)]
     (tmp_path / "moved").mkdir()
     for source in (*config.data.stage1, *config.data.stage2):
-        for suffix in (*SUFFIXES, ".json"):
+        for suffix in (*REQUIRED_SUFFIXES, ".json"):
             shutil.move(source.prefix + suffix, tmp_path / "moved")
         source.prefix = source.prefix.replace(str(tmp_path), str(tmp_path / "moved"))
     reader = BatchReader(config, tokenizer)
@@ -223,8 +223,8 @@ def test_reset_attention_closes_at_each_document(config, tokenizer):
     batch = reader.batch([3, 4])
     assert batch.attention_mask.shape == (2, 1, 16, 16)
     for row, index in enumerate([3, 4]):
-        piece, hidden = reader.sample(index).piece, batch.attention_mask[row, 0].tolist()
+        part, hidden = reader.sample(index).part, batch.attention_mask[row, 0].tolist()
         for i in range(16):
-            first = piece.tolist().index(piece[i])
+            first = part.tolist().index(part[i])
             assert hidden[i] == [not first <= j <= i for j in range(16)]
             assert batch.position_ids[row, i] == i - first

@@ -16,7 +16,7 @@ from megatron_chameleon.data.token_files.modality_balance import describe_answer
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file, read_info
 from megatron_chameleon.data.views.audit import audit_step, count_trained, format_audit
 from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
-from megatron_chameleon.data.views.token_file_page import summary, write_html
+from megatron_chameleon.data.views.token_file_page import token_file_summary, write_token_file_page
 from megatron_chameleon.errors import ConfigErrors, DataError
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
@@ -300,9 +300,9 @@ def config(tmp_path):
 
 
 def expected_sample(sample, peer, records):
-    """Tokens and marks of a sample's pieces, each a document from its first token on."""
+    """Tokens and marks of a sample's parts, each a document from its first token on."""
     for document, start, stop, length in zip(
-        *(getattr(sample.packed.pieces, name) for name in ("document", "start", "stop", "length")),
+        *(getattr(sample.packed.parts, name) for name in ("document", "start", "stop", "length")),
         strict=True,
     ):
         record = records[document]
@@ -326,7 +326,7 @@ def test_the_loss_is_on_answers_and_conversations_are_not_cut(
     for index in range(32):
         sample = reader.sample(index)
         rows = list(expected_sample(sample, peer, records))
-        seen |= set(sample.packed.pieces.document.tolist())
+        seen |= set(sample.packed.parts.document.tolist())
         assert sample.tokens[: len(rows)].tolist() == [token for token, *_ in rows]
         wanted = [trained and label not in (peer.v.bos, peer.v.pad) for *_, label, trained in rows]
         mask = reader.batch([index]).loss_mask[0].tolist()
@@ -343,15 +343,15 @@ def test_conversations_of_text_alone_are_not_cut_either(tmp_path, tokenizer, wri
     config.model.seq_length = 64
     reader = BatchReader(config, tokenizer)
     for index in range(32):
-        pieces = reader.sample(index).packed.pieces
-        assert len(pieces) > 0 and (pieces.tokens == pieces.length).all()
+        parts = reader.sample(index).packed.parts
+        assert len(parts) > 0 and (parts.tokens == parts.length).all()
 
 
 def test_pages_and_tables_show_what_is_trained(tmp_path, tokenizer, records, write, config):
     file = write(records)
-    text = summary("chat", file.info, file.lengths)
+    text = token_file_summary("chat", file.info, file.lengths)
     assert next(describe_answers(file.info)) in text.splitlines()
-    write_html(tmp_path / "page.html", file, tokenizer, start=0, documents=9)
+    write_token_file_page(tmp_path / "page.html", file, tokenizer, start=0, documents=9)
     page = (tmp_path / "page.html").read_text()
     grey = re.findall(r'<div class="untrained">.*?</div>', page, re.DOTALL)
     assert len(grey) == file.info.answers  # a prompt before each
@@ -367,7 +367,7 @@ def test_pages_and_tables_show_what_is_trained(tmp_path, tokenizer, records, wri
     assert f" {trained:,} " in format_audit(audit, tokenizer.vocabulary, documents=3)
     write_sequence_page(tmp_path / "page.html", audit, reader, tokenizer, len(samples))
     answers = np.array([1, 0, 2, 1, 0, 1])  # of each document, and as many prompts
-    prompts = sum(answers[sample.packed.pieces.document].sum() for sample in samples)
+    prompts = sum(answers[sample.packed.parts.document].sum() for sample in samples)
     assert (tmp_path / "page.html").read_text().count('<div class="untrained">') == prompts
 
 
@@ -394,7 +394,7 @@ def test_long_conversations_are_left_out_and_counted(tmp_path, tokenizer, record
     config.model.seq_length = info.longest_conversation - 1
     config.data.packing_reserve = 0.2
     reader = BatchReader(config, tokenizer)
-    seen = [reader.sample(index).packed.pieces.document.tolist() for index in range(32)]
+    seen = [reader.sample(index).packed.parts.document.tolist() for index in range(32)]
     assert set(itertools.chain(*seen)) == {0, 1, 3, 4, 5}
     (warning,) = reader.warnings()
     assert warning.startswith("data.stage1[0]: 1 of 4 conversations (")

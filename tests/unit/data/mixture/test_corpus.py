@@ -10,7 +10,7 @@ import pytest
 
 from megatron_chameleon.data.mixture.corpus import OrderedDocuments, TokenFileCorpus, order_pair
 from megatron_chameleon.data.mixture.permutation import Permutation, shuffled, uniform
-from megatron_chameleon.data.token_files.reader import DOCUMENT, open_token_file
+from megatron_chameleon.data.token_files.reader import DOCUMENT_RECORD, open_token_file
 from megatron_chameleon.errors import DataError
 
 
@@ -118,7 +118,7 @@ def test_a_token_file_of_a_billion_documents_opens_at_once(token_file, numbered,
     with path.with_suffix(".bin").open("wb") as file:
         file.truncate(2 * tokens)
     with path.with_suffix(".documents").open("wb") as file:
-        file.truncate(documents * DOCUMENT.itemsize)
+        file.truncate(documents * DOCUMENT_RECORD.itemsize)
     sidecar = json.loads(path.with_suffix(".json").read_text())
     sidecar |= {"documents": documents, "tokens": tokens, "bin_bytes": 2 * tokens}
     path.with_suffix(".json").write_text(json.dumps(sidecar))

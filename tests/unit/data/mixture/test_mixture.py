@@ -7,7 +7,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from megatron_chameleon.data.mixture.mixture import ExhaustedError, Mixture, Share, Weights
+from megatron_chameleon.data.mixture.mixture import (
+    ExhaustedError,
+    Mixture,
+    MixtureWeights,
+    SourceWeight,
+)
 from megatron_chameleon.data.mixture.stream import Cursor, SourceStream
 from megatron_chameleon.errors import DataError
 from synthetic_corpus import VOCABULARY, EndlessCorpus, ListCorpus, document, image, words
@@ -35,8 +40,10 @@ def pairs(documents=10**9):
 def taken(mixture, phase, block):
     """Tokens of each source in a block, by key."""
     packed = mixture.block(phase, block)
-    totals = np.bincount(packed.source, weights=packed.pieces.tokens, minlength=len(mixture.names))
-    return dict(zip(mixture.names, totals.astype(int).tolist(), strict=True))
+    totals = np.bincount(
+        packed.source, weights=packed.parts.tokens, minlength=len(mixture.source_names)
+    )
+    return dict(zip(mixture.source_names, totals.astype(int).tolist(), strict=True))
 
 
 def test_a_million_steps_switch_at_the_exact_sample_and_keep_the_weights():
@@ -44,9 +51,9 @@ def test_a_million_steps_switch_at_the_exact_sample_and_keep_the_weights():
     steps, border = 10**6, 800_000 * BATCH
     corpora = {"text": web(), "pairs": pairs(), "new text": web(), "new pairs": pairs()}
     cursors = {key: cursor(corpus, n) for n, (key, corpus) in enumerate(corpora.items())}
-    first = Share("text", 2.9), Share("pairs", 1.5)
-    second = Share("new text", 2.9), Share("new pairs", 1.5)
-    mixture = Mixture(Weights(first, second, 0.5, border), cursors, 1, SEQ_LENGTH)
+    first = SourceWeight("text", 2.9), SourceWeight("pairs", 1.5)
+    second = SourceWeight("new text", 2.9), SourceWeight("new pairs", 1.5)
+    mixture = Mixture(MixtureWeights(first, second, 0.5, border), cursors, 1, SEQ_LENGTH)
     stages = [mixture.locate(step * BATCH).phase.stage for step in range(0, steps, 50)]
     assert stages == [1] * (800_000 // 50) + [2] * (200_000 // 50)
     one, two = mixture.phases(steps * BATCH)
@@ -72,7 +79,9 @@ def test_a_million_steps_switch_at_the_exact_sample_and_keep_the_weights():
 
 def test_the_shares_of_a_block_are_exact_where_text_is_cut_anywhere():
     cursors = {"a": cursor(web(10**6), 1), "b": cursor(web(10**6), 2)}
-    mixture = Mixture(Weights((Share("a", 3.0), Share("b", 1.0))), cursors, 1, SEQ_LENGTH)
+    mixture = Mixture(
+        MixtureWeights((SourceWeight("a", 3.0), SourceWeight("b", 1.0))), cursors, 1, SEQ_LENGTH
+    )
     phase = mixture.locate(0).phase
     for block in (0, 1, 77):
         found = taken(mixture, phase, block)
@@ -83,23 +92,25 @@ def test_the_shares_of_a_block_are_exact_where_text_is_cut_anywhere():
 def test_sources_are_mixed_within_a_block():
     """Any 100 sequences in a row have the shares to within some sequences."""
     cursors = {"a": cursor(web(10**6), 1), "b": cursor(pairs(10**6), 2)}
-    mixture = Mixture(Weights((Share("a", 3.0), Share("b", 1.0))), cursors, 1, SEQ_LENGTH)
+    mixture = Mixture(
+        MixtureWeights((SourceWeight("a", 3.0), SourceWeight("b", 1.0))), cursors, 1, SEQ_LENGTH
+    )
     packed = mixture.block(mixture.locate(0).phase, 0)
     for first in range(0, 1900, 50):
         here = (packed.sequence >= first) & (packed.sequence < first + 100)
-        share = packed.pieces.tokens[here & (packed.source == 1)].sum() / (100 * SEQ_LENGTH)
+        share = packed.parts.tokens[here & (packed.source == 1)].sum() / (100 * SEQ_LENGTH)
         assert 0.15 < share < 0.35
 
 
 def test_any_order_of_access_gives_the_same():
     def make():
         cursors = {"a": cursor(web(10**6), 1), "b": cursor(pairs(10**6), 2)}
-        weights = Weights((Share("a", 3.0),), (Share("b", 1.0),), 0.5, 5000)
+        weights = MixtureWeights((SourceWeight("a", 3.0),), (SourceWeight("b", 1.0),), 0.5, 5000)
         return Mixture(weights, cursors, 1, SEQ_LENGTH)
 
     def content(mixture, sample):
-        pieces = mixture.sequence(sample).pieces
-        return [pieces.epoch.tolist(), pieces.document.tolist(), pieces.start.tolist()]
+        parts = mixture.sequence(sample).parts
+        return [parts.epoch.tolist(), parts.document.tolist(), parts.start.tolist()]
 
     samples = [0, 1, 2047, 2048, 4999, 5000, 5001, 9000]
     mixture = make()
@@ -124,11 +135,11 @@ def test_a_billion_documents_start_at_once():
     start = time.process_time()
     for isolated in (False, True):
         cursors = {"t": cursor(web(), 1, isolated=isolated), "p": cursor(pairs(), 2)}
-        weights = Weights((Share("t", 2.9), Share("p", 1.5)))
+        weights = MixtureWeights((SourceWeight("t", 2.9), SourceWeight("p", 1.5)))
         mixture = Mixture(weights, cursors, 1, SEQ_LENGTH)
         samples = 2 * web().tokens // SEQ_LENGTH
         for sample in (0, samples // 2, samples):
-            assert mixture.sequence(sample).pieces.tokens.sum() > 2000
+            assert mixture.sequence(sample).parts.tokens.sum() > 2000
         assert time.process_time() - start < 5
     assert tracemalloc.get_traced_memory()[1] < 500 * 2**20
     tracemalloc.stop()
@@ -143,7 +154,7 @@ def small(count, length=10, stream=0):
 
 def test_an_exhausted_source_leaves_its_share_to_the_others():
     cursors = {"a": small(300, stream=1), "b": small(500, stream=2)}
-    weights = Weights((Share("a", 1.0, epochs=2), Share("b", 1.0)))
+    weights = MixtureWeights((SourceWeight("a", 1.0, epochs=2), SourceWeight("b", 1.0)))
     mixture = Mixture(weights, cursors, 1, 50, 0, 64)
     totals = dict.fromkeys(cursors, 0)
     for phase in mixture.phases(2000):
@@ -158,13 +169,13 @@ def test_an_exhausted_source_leaves_its_share_to_the_others():
 
 def test_samples_end_with_the_last_source():
     cursors = {"a": small(301, stream=1), "b": small(500, stream=2)}
-    weights = Weights((Share("a", 1.0, epochs=1), Share("b", 1.0, epochs=3)))
+    weights = MixtureWeights((SourceWeight("a", 1.0, epochs=1), SourceWeight("b", 1.0, epochs=3)))
     mixture = Mixture(weights, cursors, 1, 50, 0, 64)
     with pytest.raises(ExhaustedError) as caught:
         mixture.locate(10**6)
     samples = caught.value.samples
     assert samples == -(-(301 + 1500) * 10 // 50)
-    tokens = sum(int(mixture.sequence(n).pieces.tokens.sum()) for n in range(samples))
+    tokens = sum(int(mixture.sequence(n).parts.tokens.sum()) for n in range(samples))
     assert tokens == (301 + 1500) * 10
     with pytest.raises(ExhaustedError):
         mixture.locate(samples)
@@ -175,7 +186,7 @@ def test_an_exhausted_text_that_filled_the_room_beside_images():
     draw = np.random.default_rng(1)
     captions = ListCorpus([document(image(16, draw), words(2, draw)) for _ in range(500)])
     cursors = {"text": small(100, stream=1), "pairs": cursor(captions, 2, seq_length=50)}
-    weights = Weights((Share("text", 1.0, epochs=1), Share("pairs", 1.0)))
+    weights = MixtureWeights((SourceWeight("text", 1.0, epochs=1), SourceWeight("pairs", 1.0)))
     mixture = Mixture(weights, cursors, 1, 50, 0, 64)
     totals = [taken(mixture, phase, 0) for phase in mixture.phases(1000)]
     assert sum(found["text"] for found in totals) == 1000
@@ -190,14 +201,16 @@ def test_images_that_do_not_fit_are_named():
     stream = SourceStream(
         ListCorpus(documents), VOCABULARY, 1, 0, 50, chunk_tokens=60_000, window_chunks=1
     )
-    mixture = Mixture(Weights((Share("a", 1.0),)), {"a": Cursor(stream)}, 1, 50, 0, 64)
+    mixture = Mixture(
+        MixtureWeights((SourceWeight("a", 1.0),)), {"a": Cursor(stream)}, 1, 50, 0, 64
+    )
     phase = mixture.locate(0).phase
     message = r"data: samples \d+ to \d+ are to hold \d+ tokens of a, and they do not fit: images"
     with pytest.raises(DataError, match=message):
         for block in range(300):
             mixture.block(phase, block)
     # with more reserve the run goes on from there
-    weights = Weights((Share("a", 1.0),), reserve=0.3)
+    weights = MixtureWeights((SourceWeight("a", 1.0),), reserve=0.3)
     more = Mixture(weights, mixture.cursors_at(block * 64), 1, 50, block * 64, 64)
     phase = more.locate(block * 64).phase
     for further in range(50):
@@ -207,7 +220,9 @@ def test_images_that_do_not_fit_are_named():
 def test_an_image_longer_than_a_sequence():
     draw = np.random.default_rng(1)
     corpus = ListCorpus([document(image(60, draw), words(5, draw))] * 30, "files/long")
-    mixture = Mixture(Weights((Share("a", 1.0),)), {"a": cursor(corpus, 1, 50)}, 1, 50, 0, 64)
+    mixture = Mixture(
+        MixtureWeights((SourceWeight("a", 1.0),)), {"a": cursor(corpus, 1, 50)}, 1, 50, 0, 64
+    )
     with pytest.raises(
         DataError, match=r"files/long: document .* is longer than model\.seq_length 50"
     ):

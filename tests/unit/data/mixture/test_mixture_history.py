@@ -9,7 +9,7 @@ import pytest
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.reader import BatchReader
-from megatron_chameleon.data.token_files.format import SUFFIXES
+from megatron_chameleon.data.token_files.format import REQUIRED_SUFFIXES
 from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError
 
 SEQ_LENGTH = 32
@@ -91,10 +91,10 @@ class Seen:
     def add(self, reader, first, last):
         for index in range(first, last):
             sample = reader.sample(index)
-            pieces = sample.packed.pieces
+            parts = sample.packed.parts
             for i, number in enumerate(sample.packed.source):
-                part = (int(pieces.document[i]), int(pieces.start[i]), int(pieces.stop[i]))
-                self.parts[sample.names[number], int(pieces.epoch[i])].append(part)
+                part = (int(parts.document[i]), int(parts.start[i]), int(parts.stop[i]))
+                self.parts[sample.source_names[number], int(parts.epoch[i])].append(part)
 
     def check_complete(self, reader, step):
         """With what is still to come of their epochs, all sources are whole."""
@@ -103,7 +103,7 @@ class Seen:
         for key, cursor in cursors.items():
             corpus = cursor.stream.corpus
             epochs = max([cursor.base // corpus.tokens, *(e for k, e in self.parts if k == key)])
-            rest = cursor.pieces(0, cursor.tokens_left(epochs + 1))
+            rest = cursor.parts(0, cursor.tokens_left(epochs + 1))
             for epoch, *part in zip(
                 *(column.tolist() for column in (rest.epoch, rest.document, rest.start, rest.stop)),
                 strict=True,
@@ -155,7 +155,7 @@ def test_an_edited_mixture_repeats_and_skips_nothing(config, tokenizer, tmp_path
 
 def names_in(reader, index):
     sample = reader.sample(index)
-    return {sample.names[number] for number in sample.packed.source}
+    return {sample.source_names[number] for number in sample.packed.source}
 
 
 def test_an_edit_holds_from_its_first_sample_on(config, tokenizer, tmp_path):
@@ -198,7 +198,7 @@ def refused(reader, config, tokenizer, step=10):
 
 
 def move(prefix, new_prefix):
-    for suffix in (*SUFFIXES, ".json"):
+    for suffix in (*REQUIRED_SUFFIXES, ".json"):
         shutil.move(f"{prefix}{suffix}", f"{new_prefix}{suffix}")
 
 

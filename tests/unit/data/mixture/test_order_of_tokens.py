@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_chameleon.data.mixture.corpus import image_spans
-from megatron_chameleon.data.mixture.mixture import Mixture, Share, Weights
+from megatron_chameleon.data.mixture.mixture import Mixture, MixtureWeights, SourceWeight
 from megatron_chameleon.data.mixture.stream import Cursor, SourceStream
 from synthetic_corpus import VOCABULARY, ListCorpus, document, image, words
 
@@ -47,19 +47,21 @@ def random_run(seed, isolated):
 
 
 def weights_of(draw, cursors):
-    return Weights(tuple(Share(key, float(draw.uniform(0.2, 1))) for key in cursors), reserve=0.1)
+    return MixtureWeights(
+        tuple(SourceWeight(key, float(draw.uniform(0.2, 1))) for key in cursors), reserve=0.1
+    )
 
 
 def check_sequence(packed, cursors, seq_length):
     """Images are whole, and so is what need not be cut."""
     streams = [cursor.stream for cursor in cursors.values()]
-    assert packed.pieces.tokens.sum() <= seq_length
-    pieces = packed.pieces
-    for i in range(len(pieces)):
+    assert packed.parts.tokens.sum() <= seq_length
+    parts = packed.parts
+    for i in range(len(parts)):
         stream = streams[packed.source[i]]
-        epoch, number = int(pieces.epoch[i]), int(pieces.document[i])
+        epoch, number = int(parts.epoch[i]), int(parts.document[i])
         spans = stream.documents.spans(epoch, number)
-        for border in (int(pieces.start[i]), int(pieces.stop[i])):
+        for border in (int(parts.start[i]), int(parts.stop[i])):
             assert not ((spans[:, 0] < border) & (border < spans[:, 1])).any()
 
 
@@ -68,10 +70,10 @@ def read_all(mixture, first, last, found):
     for sample in range(first, last):
         packed = mixture.sequence(sample)
         check_sequence(packed, mixture.cursors, mixture.seq_length)
-        columns = (packed.pieces.epoch, packed.pieces.document, packed.pieces.start)
-        for number, stop, *key in zip(packed.source, packed.pieces.stop, *columns, strict=True):
+        columns = (packed.parts.epoch, packed.parts.document, packed.parts.start)
+        for number, stop, *key in zip(packed.source, packed.parts.stop, *columns, strict=True):
             epoch, document_number, start = (int(value) for value in key)
-            name = mixture.names[number]
+            name = mixture.source_names[number]
             found[name, epoch].append((document_number, start, int(stop)))
 
 
@@ -82,7 +84,7 @@ def complete(found, cursors):
             max([cursor.base // cursor.stream.corpus.tokens, *(e for n, e in found if n == key)])
             + 1
         )
-        rest = cursor.pieces(0, cursor.tokens_left(epochs))
+        rest = cursor.parts(0, cursor.tokens_left(epochs))
         for row in zip(rest.epoch, rest.document, rest.start, rest.stop, strict=True):
             epoch, *part = (int(value) for value in row)
             found[key, epoch].append(tuple(part))
@@ -125,7 +127,7 @@ def test_nothing_is_lost_by_stages_and_edits_in_the_middle_of_blocks(seed):
         if len(cursors) > 1:
             stages = weights.stage1[:1], weights.stage1[1:]
             border = first + int(draw.integers(0, 150))
-            weights = Weights(*stages, 0.5, border, reserve=0.1)
+            weights = MixtureWeights(*stages, 0.5, border, reserve=0.1)
         mixture = Mixture(weights, all_cursors, seed, seq_length, first, int(draw.integers(40, 90)))
         last = first + int(draw.integers(1, 300))
         read_all(mixture, first, last, found)
@@ -142,11 +144,11 @@ def test_what_fits_into_a_sequence_is_not_cut_when_isolated():
         name: Cursor(SourceStream(corpus, VOCABULARY, 1, n, 64, True))
         for n, (name, corpus) in enumerate({"texts": texts, "pairs": pairs}.items())
     }
-    shares = Weights((Share("texts", 1.0), Share("pairs", 1.0)))
+    shares = MixtureWeights((SourceWeight("texts", 1.0), SourceWeight("pairs", 1.0)))
     mixture = Mixture(shares, cursors, 1, 64, 0, 200)
     for sample in range(600):
-        pieces = mixture.sequence(sample).pieces
-        assert (pieces.tokens == pieces.length).all()
+        parts = mixture.sequence(sample).parts
+        assert (parts.tokens == parts.length).all()
 
 
 def test_spans_of_broken_images_end_somewhere():

@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 
-from megatron_chameleon.data.mixture.mixture import Mixture, Share, Weights
-from megatron_chameleon.data.mixture.packing import DoesNotFitError, Items, pack, sequences_needed
-from megatron_chameleon.data.mixture.stream import Cursor, Pieces, SourceStream
+from megatron_chameleon.data.mixture.mixture import Mixture, MixtureWeights, SourceWeight
+from megatron_chameleon.data.mixture.packing import (
+    DoesNotFitError,
+    PackingItems,
+    pack,
+    sequences_needed,
+)
+from megatron_chameleon.data.mixture.stream import Cursor, DocumentParts, SourceStream
 from synthetic_corpus import VOCABULARY, EndlessCorpus
 
 SEQ_LENGTH = 100
@@ -16,18 +21,20 @@ def items_of(lengths, whole):
     stop = np.array(lengths)
     zero = np.zeros_like(stop)
     whole = np.broadcast_to(whole, stop.shape).copy()
-    return Items(Pieces(zero, np.arange(len(stop)), zero, stop, stop, whole), zero, whole)
+    return PackingItems(
+        DocumentParts(zero, np.arange(len(stop)), zero, stop, stop, whole), zero, whole
+    )
 
 
-def packed(items, sequences, last_cut=lambda source, piece, inside: inside):
+def packed(items, sequences, last_cut=lambda source, part, inside: inside):
     order = np.arange(len(items.whole))[::-1]
     return pack(items, sequences, SEQ_LENGTH, order, last_cut)
 
 
 def contents(result):
     """(document, start, stop) of each sequence."""
-    pieces = result.pieces
-    rows = zip(pieces.document.tolist(), pieces.start.tolist(), pieces.stop.tolist(), strict=True)
+    parts = result.parts
+    rows = zip(parts.document.tolist(), parts.start.tolist(), parts.stop.tolist(), strict=True)
     found = [[] for _ in range(result.sequences)]
     for sequence, row in zip(result.sequence.tolist(), rows, strict=True):
         found[sequence].append(row)
@@ -77,7 +84,7 @@ def test_what_does_not_fit_is_cut_at_last():
 
 def test_what_cannot_be_cut_does_not_fit():
     with pytest.raises(DoesNotFitError):
-        packed(items_of([60, 60, 60], whole=True), 2, lambda source, piece, inside: 0)
+        packed(items_of([60, 60, 60], whole=True), 2, lambda source, part, inside: 0)
     with pytest.raises(DoesNotFitError):
         packed(items_of([60, 60, 81], whole=False), 2)
 
@@ -114,19 +121,18 @@ def test_padding_is_below_one_percent_on_the_recipe_s_mixtures(weights, isolated
         str(n): Cursor(SourceStream(corpus, VOCABULARY, 1, n, 4096, isolated))
         for n, corpus in enumerate(corpora)
     }
-    shares = tuple(Share(key, weight) for key, weight in zip(cursors, weights, strict=True))
-    mixture = Mixture(Weights(shares), cursors, seed=1, seq_length=4096)
+    shares = tuple(SourceWeight(key, weight) for key, weight in zip(cursors, weights, strict=True))
+    mixture = Mixture(MixtureWeights(shares), cursors, seed=1, seq_length=4096)
     phase = mixture.locate(0).phase
     for block in (0, 1, 2, 1000):
         result = mixture.block(phase, block)
         filled = np.bincount(
-            result.sequence, weights=result.pieces.tokens, minlength=result.sequences
+            result.sequence, weights=result.parts.tokens, minlength=result.sequences
         )
         assert filled.max() <= 4096
         assert 1 - filled.mean() / 4096 < 0.01
         assert filled.min() > 0
         # nothing that a sequence holds is cut, but for text that flows
         assert (
-            isolated
-            or (result.pieces.tokens == result.pieces.length)[result.pieces.stays_whole].all()
+            isolated or (result.parts.tokens == result.parts.length)[result.parts.stays_whole].all()
         )

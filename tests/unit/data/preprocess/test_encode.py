@@ -82,7 +82,7 @@ def test_unusable_image_drops_its_document_and_no_other(tmp_path, tokenizer, pic
     (alone,), _, _ = encode(documents[2:], tokenizer)
     np.testing.assert_array_equal(last, alone)
     assert block.image_counts.tolist() == [1, 1] and block.records.tolist() == [1, 3]
-    assert block.sources == ["source"] and len(first) > 2
+    assert block.corpus_names == ["source"] and len(first) > 2
 
 
 def test_faults_are_listed_in_the_order_of_the_input(tmp_path, tokenizer):
@@ -98,9 +98,9 @@ def test_faults_are_listed_in_the_order_of_the_input(tmp_path, tokenizer):
 def test_sources_are_numbered_and_can_be_replaced(tokenizer, content):
     documents = [document(*content, source=name) for name in ("x", "y", "x")]
     _, _, block = encode(documents, tokenizer)
-    assert block.sources == ["x", "y"] and block.source_numbers.tolist() == [0, 1, 0]
+    assert block.corpus_names == ["x", "y"] and block.corpus_numbers.tolist() == [0, 1, 0]
     _, _, block = encode(documents, tokenizer, source="all")
-    assert block.sources == ["all"] and block.source_numbers.tolist() == [0, 0, 0]
+    assert block.corpus_names == ["all"] and block.corpus_numbers.tolist() == [0, 0, 0]
 
 
 def test_no_documents_are_no_tokens(tokenizer):

@@ -64,8 +64,8 @@ def test_the_table_names_files_documents_and_shares(config, tokenizer, tmp_path)
     rows = [line.split() for line in lines if re.match(r" +\d+ +\d+ ", line)]
     sample = audit.samples[0][1]
     ours = [row for row in rows if row[0] == "8"]
-    assert [int(row[1]) for row in ours] == sample.packed.pieces.document.tolist()
-    assert [row[-1] for row in ours] == [sample.names[n] for n in sample.packed.source]
+    assert [int(row[1]) for row in ours] == sample.packed.parts.document.tolist()
+    assert [row[-1] for row in ours] == [sample.source_names[n] for n in sample.packed.source]
     assert len(rows) == sum(len(sample.packed.source) for _, sample in audit.samples)
     short = format_audit(audit, tokenizer.vocabulary, documents=2).splitlines()
     assert short[-1] == f"... and {len(rows) - 2} more: --documents {len(rows)}"
@@ -93,8 +93,8 @@ def test_the_page_shows_sequences_with_kinds_and_pictures(config, tokenizer, tmp
     assert write_sequence_page(path, audit, reader, tokenizer, 3) == 3
     page = path.read_text()
     assert page.count("<article>") == 3 and page.count('class="bar"') == 3
-    pieces = [len(sample.packed.source) for _, sample in audit.samples[:3]]
-    assert page.count("<section>") == sum(pieces)
+    parts = [len(sample.packed.source) for _, sample in audit.samples[:3]]
+    assert page.count("<section>") == sum(parts)
     images = sum(
         int((s.tokens == tokenizer.vocabulary.begin_image).sum()) for _, s in audit.samples[:3]
     )

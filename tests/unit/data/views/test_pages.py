@@ -10,7 +10,11 @@ from PIL import Image
 from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
 from megatron_chameleon.data.preprocess.encode import Encoder
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file
-from megatron_chameleon.data.views.token_file_page import segments, summary, write_html
+from megatron_chameleon.data.views.token_file_page import (
+    segments,
+    token_file_summary,
+    write_token_file_page,
+)
 
 
 def encoded(tokenizer, *content):
@@ -33,7 +37,7 @@ def test_page_shows_texts_and_decoded_images(tmp_path, tokenizer, token_file, pi
     ids = encoded(tokenizer, TextPart(text), image)
     file = token_file([ids, encoded(tokenizer, TextPart("not shown"))])
     page_path = tmp_path / "page.html"
-    assert write_html(page_path, file, tokenizer, start=0, documents=1) == 1
+    assert write_token_file_page(page_path, file, tokenizer, start=0, documents=1) == 1
     page = page_path.read_text()
     assert "http" not in page
     pattern = r"<span(?: class=\"byte\")? title=\"[^\"]*\">(.*?)</span>"
@@ -51,13 +55,15 @@ def test_page_shows_texts_and_decoded_images(tmp_path, tokenizer, token_file, pi
 def test_block_of_the_wrong_length_is_shown_as_codes(tmp_path, tokenizer, token_file):
     v = tokenizer.vocabulary
     ids = np.array([v.bos, v.begin_image, *v.code_token_ids[:3], v.end_image, v.eos])
-    write_html(tmp_path / "page.html", token_file([ids]), tokenizer, start=0, documents=9)
+    write_token_file_page(
+        tmp_path / "page.html", token_file([ids]), tokenizer, start=0, documents=9
+    )
     assert "3 image codes, not 16: 0 1 2" in (tmp_path / "page.html").read_text()
 
 
 def test_summary(tokenizer, token_file, numbered):
     file = token_file(numbered([4, 4, 4, 9]))
-    text = summary("data/x", file.info, file.lengths)
+    text = token_file_summary("data/x", file.info, file.lengths)
     assert text.startswith("data/x: 4 documents, 21 tokens, 0 images\nimage tokens: 0 (0.0%)")
     assert "tokens a document: 4 to 9, median 4" in text
     assert [line.split()[3] for line in text.splitlines()[5:-1]] == ["3", "0", "0", "0", "0", "1"]
@@ -73,7 +79,7 @@ def test_head_of_a_document_says_where_it_comes_from(tmp_path, tokenizer):
         writer.add(np.array([v.bos, *image, v.eos]), 1, "web & more", 7)
         writer.commit()
     file = open_token_file(tmp_path / "t", tokenizer)
-    write_html(tmp_path / "page.html", file, tokenizer, start=0, documents=1)
+    write_token_file_page(tmp_path / "page.html", file, tokenizer, start=0, documents=1)
     (head,) = re.findall("<header>(.*?) <span", (tmp_path / "page.html").read_text())
     head = head.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     assert head == "document 0 · web & more · a<b>.jsonl:7 · 20 tokens, 90% of images"
