@@ -45,8 +45,8 @@ class Bench:
     def step(self) -> float:
         """Seconds of a training step."""
         start = time.perf_counter()
-        self.engine.train_step(self._steps, self._batches)
         self._steps += 1
+        self.engine.train_step(self._steps, self._batches)
         return time.perf_counter() - start
 
     def save(self, *, is_async: bool) -> float:

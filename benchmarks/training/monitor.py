@@ -86,7 +86,7 @@ def run(engine: MegatronEngine, batches: Sequence[Batch], first: int, steps: int
     """CPU seconds of so many steps."""
     start = time.process_time()
     for step in range(first, first + steps):
-        engine.train_step(step, [batches[step % len(batches)]])
+        engine.train_step(step + 1, [batches[step % len(batches)]])
     return time.process_time() - start
 
 

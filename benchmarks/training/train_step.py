@@ -97,7 +97,7 @@ def make_ours(
     engine = MegatronEngine(config, size.vocab_size, topology)
 
     def step(number: int) -> float:
-        loss = engine.train_step(number, [batches[number % len(batches)]])["loss"]
+        loss = engine.train_step(number + 1, [batches[number % len(batches)]])["loss"]
         assert loss is not None
         return loss
 

@@ -19,7 +19,7 @@ from megatron_chameleon.parallel.topology import Topology
 _STREAM_SHIFT = 32
 
 
-def seed_random(seed: int, step: int, micro_batch: int, topology: Topology) -> None:
+def seed_random(seed: int, steps_done: int, micro_batch: int, topology: Topology) -> None:
     """Set the streams of this process before the forward pass of a micro-batch.
 
     Tensor-parallel ranks share the outer stream and have streams of their own in megatron-core's
@@ -27,11 +27,11 @@ def seed_random(seed: int, step: int, micro_batch: int, topology: Topology) -> N
 
     Args:
         seed: Of the run.
-        step: Updates done.
+        steps_done: Steps before this one, from 0.
         micro_batch: Counted over all data-parallel ranks within the step's global batch.
         topology: The place of this process.
     """
-    stream = _mix(seed, step, micro_batch, topology.context_rank) >> 2  # room to add ranks
+    stream = _mix(seed, steps_done, micro_batch, topology.context_rank) >> 2  # room to add ranks
     start = stream << _STREAM_SHIFT | _mix(stream, 0)
     torch.manual_seed(start)
     # megatron-core adds the rank to the seed: this way it reaches the stream

@@ -171,23 +171,22 @@ def _run_steps(
     reporter: Reporter,
     interruption: Interruption,
     watch: HangWatch,
-    step: int,
+    steps_done: int,
 ) -> bool:
-    """From ``step`` steps done to the config's last step, unless interrupted."""
+    """From ``steps_done`` steps to the config's last step, unless interrupted."""
     config = job.config
     sampler = Sampler(config, topology)
     with (
-        read_ahead(job.reader, step, topology.data_rank, topology.data_size) as batches,
+        read_ahead(job.reader, steps_done, topology.data_rank, topology.data_size) as batches,
         Saver(checkpoints_folder(config), engine, reporter.say) as saver,
     ):
         guard = NonFiniteGuard(
             config, job.tokenizer, job.reader, topology, job.skips, job.resume_from, saver.wait
         )
-        for micro_batches in watch.steps(batches, step):
-            reporter.begin_step(step + 1)
-            update = not job.skips.is_due(step + 1)
+        for step, micro_batches in watch.steps(batches, steps_done):
+            reporter.begin_step(step)
+            update = not job.skips.is_due(step)
             metrics = engine.train_step(step, micro_batches, update=update)
-            step += 1
             metrics = reporter.complete({**metrics, **job.consumed(step)}, engine.clock)
             saves = _is_save_step(config, step)
             if words := guard.check(step, metrics, engine, micro_batches, saves=saves):

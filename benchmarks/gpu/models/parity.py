@@ -171,7 +171,7 @@ def training_curve(config: Config, topology: Topology) -> list[float]:
     engine = MegatronEngine(config, TRAINING_VOCAB, topology)
     samples, length = config.training.micro_batch_size, config.model.seq_length
     batches = counting_batches(TRAINING_VOCAB, samples, length, STEPS)
-    return [float(engine.train_step(n, [batch])["loss"]) for n, batch in enumerate(batches)]
+    return [float(engine.train_step(n, [batch])["loss"]) for n, batch in enumerate(batches, 1)]
 
 
 def curve_figures(context: Context, topology: Topology, name: str) -> Figures:

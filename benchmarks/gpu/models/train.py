@@ -6,6 +6,7 @@ sheet's dense peak of the matrix products' own precision (``planner/gpus.py``).
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -152,7 +153,7 @@ def step_figures(
     config.training.micro_batch_size = config.training.global_batch_size = micro_batch_size
     vocab = engine.parts[0].vocab_size
     batch = random_batch(vocab, micro_batch_size, config.model.seq_length)
-    number = iter(range(10**6))
+    number = itertools.count(1)
 
     def step() -> None:
         metrics = engine.train_step(next(number), [batch])

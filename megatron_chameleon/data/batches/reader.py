@@ -231,7 +231,7 @@ class BatchReader:
         The ranks together have each sample of the step once, whatever the layout.
 
         Args:
-            step: Counted from 0.
+            step: The update that reads them, counted from 1.
             data_parallel_rank: In [0, data_parallel_size).
             data_parallel_size: Ranks that share the global batch.
 
@@ -240,7 +240,7 @@ class BatchReader:
         """
         training = self.config.training
         together = training.micro_batch_size * data_parallel_size
-        size = self.history.batch_size(step)
+        size = self.history.batch_size(step - 1)
         if size % together:
             raise ConfigError(
                 "training.global_batch_size",
@@ -248,7 +248,7 @@ class BatchReader:
                 f"{training.micro_batch_size} x {data_parallel_size} data-parallel ranks)",
                 f"Choose a multiple of {together}",
             )
-        begin = self.history.first_sample(step)
+        begin = self.history.first_sample(step - 1)
         first = range(
             begin + data_parallel_rank * training.micro_batch_size, begin + size, together
         )
@@ -293,26 +293,26 @@ _COLUMNS = ("epoch", "document", "start", "stop", "length")
 
 @contextmanager
 def read_ahead(
-    reader: BatchReader, first_step: int, data_parallel_rank: int, data_parallel_size: int
+    reader: BatchReader, steps_done: int, data_parallel_rank: int, data_parallel_size: int
 ) -> Iterator[Iterator[list[Batch]]]:
     """The micro-batches of one rank, step by step; the next step's are read in a thread meanwhile.
 
     Args:
         reader: Not to be read by anyone else until the context is left.
-        first_step: Counted from 0; the last is the config's.
+        steps_done: Steps before the first one to read; the last one is the config's.
         data_parallel_rank: See ``BatchReader.indices_for``.
         data_parallel_size: The same.
     """
 
     def batches() -> Iterator[list[Batch]]:
-        ahead = None
-        for step in range(first_step, reader.config.training.steps):
+        ahead, last_step = None, reader.config.training.steps
+        for step in range(steps_done + 1, last_step + 1):
             now = ahead or pool.submit(
                 reader.batches_for, step, data_parallel_rank, data_parallel_size
             )
             result = now.result()
             ahead = None
-            if step + 1 < reader.config.training.steps:
+            if step < last_step:
                 ahead = pool.submit(
                     reader.batches_for, step + 1, data_parallel_rank, data_parallel_size
                 )

@@ -39,7 +39,7 @@ class TrainingEngine(Protocol):
         loss or a gradient is not finite.
 
         Args:
-            step: Steps done before this one.
+            step: The update being done, counted from 1.
             micro_batches: This data-parallel rank's share of the global batch.
             update: False leaves the update out in any case.
 

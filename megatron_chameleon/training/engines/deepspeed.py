@@ -101,7 +101,7 @@ class DeepSpeedEngine:
         norm, updated, metrics = 0.0, False, {}
         numbers = self.topology.micro_batch_numbers(len(micro_batches))
         for number, whole_batch in zip(numbers, micro_batches, strict=True):
-            seed_random(training.seed, step, number, self.topology)
+            seed_random(training.seed, step - 1, number, self.topology)
             batch = own_part(whole_batch)
             self.clock.start()
             output = self.engine(

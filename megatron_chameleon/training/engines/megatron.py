@@ -146,7 +146,7 @@ class MegatronEngine:
         self, step: int, micro_batches: Iterator[tuple[int, Batch]], model: nn.Module
     ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, dict]]]:
         number, whole_batch = next(micro_batches)
-        seed_random(self.config.training.seed, step, number, self.topology)
+        seed_random(self.config.training.seed, step - 1, number, self.topology)
         batch = own_part(whole_batch)
         output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
         return output, partial(self._loss, batch)

@@ -10,6 +10,7 @@ standard error and ends the process with exit code 1.
 """
 
 import faulthandler
+import itertools
 import json
 import os
 import socket
@@ -21,11 +22,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.training.metrics.stragglers import StepClock
+
+T = TypeVar("T")
 
 EXIT_CODE = 124
 """As ``timeout`` has it; to ``slurm/common.sh`` a process that died, so the job is requeued."""
@@ -87,15 +90,17 @@ class HangWatch:
             self._after_long = is_long
         self._state = (doing, step, time.monotonic(), limit)
 
-    def steps(self, batches: Iterator[Any], step: int) -> Iterator[Any]:
-        """The batches, with a look at the clock before and after each is waited for.
+    def steps(self, batches: Iterator[T], steps_done: int) -> Iterator[tuple[int, T]]:
+        """Number the batches, and note when the process waits for one and when a step begins.
 
         Args:
-            batches: Of the steps behind ``step``.
-            step: Done so far.
+            batches: One for each step after ``steps_done``.
+            steps_done: Steps before the first batch.
+
+        Yields:
+            The step, counted from 1, and its batch.
         """
-        while True:
-            step += 1
+        for step in itertools.count(steps_done + 1):
             self.begin("waiting for data", step)
             start = time.perf_counter()
             try:
@@ -105,7 +110,7 @@ class HangWatch:
             if self.clock is not None:
                 self.clock.data_seconds += time.perf_counter() - start
             self.begin("step", step)
-            yield batch
+            yield step, batch
 
     def _watch(self) -> None:
         poll = min(2.0, self._limit / 4)

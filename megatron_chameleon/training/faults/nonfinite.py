@@ -213,7 +213,7 @@ class NonFiniteGuard:
         places = {(f.data_rank, number) for f in findings for number in f.micro_batches}
         indices: list[int] = []
         for data_rank in range(size):
-            micro_batches = reader.indices_for(step - 1, data_rank, size)
+            micro_batches = reader.indices_for(step, data_rank, size)
             for number, samples in enumerate(micro_batches):
                 if not places or (data_rank, number) in places:
                     indices += samples
@@ -262,7 +262,7 @@ def _find(
     ]
     weights = [n for n, w in engine.named_parameters() if not torch.isfinite(w).all().item()]
     with _watch_gradients(engine) as gradients:
-        engine.repeat_pass(step - 1, micro_batches)
+        engine.repeat_pass(step, micro_batches)
     own = RankFinding(
         topology.rank, topology.data_rank, socket.gethostname(), losses, weights, gradients
     )

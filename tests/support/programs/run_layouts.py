@@ -81,7 +81,7 @@ def micro_batches(config: Config, step: int, rank: int, size: int) -> list[Batch
     """The share of one data-parallel rank in a step's global batch."""
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
     starts = range(rank * micro, batch, size * micro)
-    return [make_batch(config, step * batch + start) for start in starts]
+    return [make_batch(config, (step - 1) * batch + start) for start in starts]
 
 
 def whole_tensors(engine: MegatronEngine, attribute: str | None) -> dict[str, Tensor]:
@@ -146,13 +146,14 @@ def run_job(job: dict[str, Any], output: Path) -> None:
         engine.optimizer.config.clip_grad = 0.0  # megatron-core clips fp32 gradients only
     place = topology.data_rank, topology.data_size
     weights = whole_tensors(engine, None)
-    engine.compute_gradients(0, micro_batches(config, 0, *place))
+    engine.compute_gradients(1, micro_batches(config, 1, *place))
     if config.parallel.use_distributed_optimizer:
         gather_gradient_shards(engine)
     gradients = whole_tensors(engine, "main_grad")
     engine.monitor.finish_step(0.0)
     metrics = [
-        engine.train_step(step, micro_batches(config, step, *place)) for step in range(job["steps"])
+        engine.train_step(step, micro_batches(config, step, *place))
+        for step in range(1, job["steps"] + 1)
     ]
     if topology.rank == 0:
         torch.save({"weights": weights, "gradients": gradients}, output / f"{job['name']}.pt")

@@ -46,11 +46,11 @@ class Faulty:
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], **options: Any) -> Any:
         self._switch(False)
-        if self.fault and self.fault["step"] == step + 1:
+        if self.fault and self.fault["step"] == step:
             self._switch(self.fault["rank"] == torch.distributed.get_rank())
         before = fingerprint(self.engine)
         metrics = self._train_step(step, micro_batches, **options)
-        self.prints.append((step + 1, before, fingerprint(self.engine)))
+        self.prints.append((step, before, fingerprint(self.engine)))
         return metrics
 
     def _switch(self, on: bool) -> None:

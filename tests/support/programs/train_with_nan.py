@@ -18,7 +18,7 @@ def plant_nan() -> None:
     def train_step_with_nan(
         self: MegatronEngine, step: int, micro_batches: Sequence[Batch], **options: bool
     ) -> dict[str, float | None]:
-        if step == 2 and self.topology.rank == 1:
+        if step == 3 and self.topology.rank == 1:
             with torch.no_grad():
                 self.parts[0].get_parameter(WEIGHT)[3, 5] = torch.nan
         return train_step(self, step, micro_batches, **options)

@@ -15,9 +15,9 @@ def plant_stall() -> None:
 
     def stalling_forward_step(self: MegatronEngine, step: int, *rest: Any) -> Any:
         if self.topology.rank == 1:
-            if step < 4:
+            if step <= 4:
                 time.sleep(SLOW_SECONDS)
-            elif step == 5:
+            elif step == 6:
                 stuck_in_the_model()
         return forward_step(self, step, *rest)
 

@@ -132,7 +132,7 @@ def test_every_layout_deals_out_the_same_samples(config, tokenizer, micro, size)
     reader = BatchReader(config, tokenizer)
     dealt = []
     for rank in range(size):
-        batches = reader.indices_for(3, rank, size)
+        batches = reader.indices_for(4, rank, size)
         assert [len(batch) for batch in batches] == [micro] * (8 // micro // size)
         dealt += [index for batch in batches for index in batch]
     assert sorted(dealt) == list(range(24, 32))
@@ -143,13 +143,13 @@ def test_global_batch_that_cannot_be_dealt_out(config, tokenizer):
     reader = BatchReader(config, tokenizer)
     message = r"global_batch_size: 8 is no multiple of 6 \(micro_batch_size 3 x 2 data-parallel"
     with pytest.raises(ConfigError, match=message):
-        reader.indices_for(0, 0, 2)
+        reader.indices_for(1, 0, 2)
 
 
 def test_reading_ahead_changes_nothing(config, tokenizer):
     config.training.micro_batch_size = 2
     reader = BatchReader(config, tokenizer)
-    expected = [reader.batches_for(step, 1, 2) for step in range(3, 10)]
+    expected = [reader.batches_for(step, 1, 2) for step in range(4, 11)]
     with read_ahead(BatchReader(config, tokenizer), 3, 1, 2) as batches:
         found = list(batches)
     assert len(found) == 7

@@ -27,7 +27,7 @@ from megatron_chameleon.training.faults.hang import HangWatch
 config = Config()
 config.logging.run_dir, config.training.hang_seconds = sys.argv[1], 0.5
 with HangWatch(config, 0, 1) as watch:
-    for step in watch.steps(iter(range(1, 9)), 0):
+    for _ in watch.steps(iter(range(1, 9)), 0):
         time.sleep(0.2)
     watch.begin("saving", 8, is_long=True)
     time.sleep(1.2)

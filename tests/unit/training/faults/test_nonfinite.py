@@ -37,7 +37,7 @@ class StubReader:
         return {}
 
     def indices_for(self, step: int, rank: int, size: int) -> list[list[int]]:
-        return [[8 * step, 8 * step + 1], [8 * step + 2, 8 * step + 3]]
+        return [[8 * step - 8, 8 * step - 7], [8 * step - 6, 8 * step - 5]]
 
     def sample(self, index: int) -> Any:
         tensor = torch.tensor

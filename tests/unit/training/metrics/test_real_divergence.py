@@ -45,7 +45,7 @@ def train(config: Config, topology: Topology, steps: int) -> tuple[list[int], li
     engine, alarm = MegatronEngine(config, VOCAB_SIZE, topology), DivergenceAlarm()
     raised, losses = [], []
     for step in range(1, steps + 1):
-        found = engine.train_step(step - 1, [make_batch(1000 * config.training.seed + step)])
+        found = engine.train_step(step, [make_batch(1000 * config.training.seed + step)])
         losses.append(found["loss"])
         if alarm.observe(step, found["output_norm"], found["loss"]):
             raised.append(step)

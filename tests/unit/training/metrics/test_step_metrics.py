@@ -59,7 +59,7 @@ def outputs_of(engine: MegatronEngine, batches: list[Batch]) -> tuple[list[Tenso
 def test_norms_of_layers_and_log_z_by_modality(topology: Topology) -> None:
     engine, batches = make_engine(topology), make_batches()
     norms, log_z = outputs_of(engine, batches)
-    found = engine.train_step(0, batches)
+    found = engine.train_step(1, batches)
     expected = [layer.mean().item() for layer in norms]
     assert found["layer_output_norms"] == pytest.approx(expected, rel=1e-6)
     assert found["output_norm"] == found["layer_output_norms"][-1]
@@ -72,7 +72,7 @@ def test_norms_of_layers_and_log_z_by_modality(topology: Topology) -> None:
 def test_nothing_of_a_step_stays_for_the_next(topology: Topology) -> None:
     engine, batches = make_engine(topology), make_batches()
     engine.config.optimizer.lr = 0.0
-    first, second = (engine.train_step(step, batches) for step in (0, 0))
+    first, second = (engine.train_step(step, batches) for step in (1, 1))
     for key in ("layer_output_norms", "max_attention_logit", "log_z_text"):
         assert first[key] == pytest.approx(second[key], rel=0.1)
 
@@ -84,7 +84,7 @@ def test_gradient_norms_of_groups_make_up_the_whole(
 ) -> None:
     engine = make_engine(topology, dtype, use_distributed_optimizer=distributed)
     batches = make_batches()
-    engine.compute_gradients(0, batches)
+    engine.compute_gradients(1, batches)
     parameters = list(engine.named_parameters())
     expected = {}
     for group in GROUPS:
@@ -93,7 +93,7 @@ def test_gradient_norms_of_groups_make_up_the_whole(
     engine.monitor.finish_step(0.0)
     engine.optimizer.prepare_grads()
     whole = engine.optimizer.get_grad_norm()
-    found = engine.train_step(0, batches)
+    found = engine.train_step(1, batches)
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert found["grad_norm"] == pytest.approx(whole, rel=1e-6)
     total = sum(found[key] ** 2 for key in expected) ** 0.5
@@ -104,7 +104,7 @@ def test_gradient_norms_of_groups_make_up_the_whole(
 def test_gradients_that_the_optimizer_keeps_apart_are_counted(topology: Topology) -> None:
     """As megatron-core's precision-aware optimizer has them: bf16, not in ``.grad``."""
     engine = make_engine(topology, "bf16", use_distributed_optimizer=True)
-    engine.compute_gradients(0, make_batches())
+    engine.compute_gradients(1, make_batches())
     engine.optimizer.prepare_grads()
     members = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
     owned = [p for m in members for group in m.param_groups for p in group["params"]]
@@ -121,7 +121,7 @@ def test_gradients_that_the_optimizer_keeps_apart_are_counted(topology: Topology
 def test_recomputation_changes_nothing(topology: Topology) -> None:
     batches = make_batches()
     plain, again = (
-        make_engine(topology, recompute_granularity=kind).train_step(0, batches)
+        make_engine(topology, recompute_granularity=kind).train_step(1, batches)
         for kind in (None, "full")
     )
     keys = ("layer_output_norms", "max_attention_logit")

@@ -43,8 +43,8 @@ def checkpoint(folder: Path, **values: Any) -> Path:
     return folder
 
 
-def first_tokens(reader: BatchReader, step: int) -> list[int]:
-    return reader.batches_for(step, 0, 1)[0].tokens[0].tolist()
+def first_tokens(reader: BatchReader, steps_done: int) -> list[int]:
+    return reader.batches_for(steps_done + 1, 0, 1)[0].tokens[0].tolist()
 
 
 def test_a_run_goes_on_in_what_it_has_read(tmp_path: Path, config: Config, tokenizer: Any) -> None:
