@@ -78,7 +78,7 @@ def loss_variants() -> Iterator[Variant]:
 def norm_rope_variants() -> Iterator[Variant]:
     """Heads of the 7B on one GPU, and the one key head that each of eight ranks has of the 34B."""
     strides = ("stride_s", "stride_b", "stride_n")
-    counts = ("positions", "batch", "heads", "first_head", "heads_a_group")
+    counts = ("positions", "batch", "heads", "first_head", "heads_per_group")
     pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
     for heads in (32, 1):
         for name, kernel, rows, more_pointers, more_numbers in (
@@ -107,7 +107,7 @@ def norm_rope_variants() -> Iterator[Variant]:
                 kernel,
                 {**pointers, **more_pointers, **numbers, "epsilon": "fp32"},
                 constants,
-                frozenset({"batch", "heads", "first_head", "heads_a_group"}),
+                frozenset({"batch", "heads", "first_head", "heads_per_group"}),
                 norm_rope.WARPS,
             )
 

@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 from megatron_chameleon.config.schema import Config, Fp8Config
 from megatron_chameleon.model.chameleon import transformer_config
-from megatron_chameleon.model.fp8_linear import EmulatedColumnParallelLinear, connect, start_step
+from megatron_chameleon.model.fp8_linear import (
+    EmulatedColumnParallelLinear,
+    share_delayed_scaling,
+    start_fp8_step,
+)
 from megatron_chameleon.parallel import platform
 
 LIMIT = 1e-2
@@ -82,10 +86,10 @@ def differences(
     import transformer_engine.pytorch as te
 
     real, recipe, emulated = build_pair(fp8, size)
-    forward = connect([emulated]) if fp8.recipe == "delayed" else None
+    forward = share_delayed_scaling([emulated]) if fp8.recipe == "delayed" else None
     worst = {"output": 0.0, "input gradient": 0.0, "weight gradient": 0.0}
     for step in range(steps):
-        start_step(emulated)
+        start_fp8_step(emulated)
         for micro_batch in range(2):
             x = (1 + step) * torch.randn(tokens, 1, size, device="cuda", dtype=torch.bfloat16)
             grad = torch.randn(tokens, 1, 3 * size, device="cuda", dtype=torch.bfloat16) / (

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     started = time.monotonic()
     answers = session.generate(asked, options, lambda done, total: _report(done, total, started))
-    print(f"{args.device}: {session.execution.describe()}", file=sys.stderr)
+    print(f"{args.device}: {session.execution.summary()}", file=sys.stderr)
     folder = Path(args.output or "generated")
     has_images = any(not isinstance(part, str) for answer in answers for part in answer.content)
     lines = [

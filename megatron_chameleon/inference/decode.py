@@ -1,7 +1,7 @@
 """Draw token ids one by one: the modality state's masks, sampling, guidance, key/value cache.
 
-    decoder = Decoder(model, classes, codes_per_image, batch=1, options=GenerationOptions())
-    for new_tokens in decoder.stream([[0, 40, 50]], rooms=[100], generator=torch.Generator()):
+    decoder = BatchDecoder(model, classes, codes_per_image, batch=1, options=GenerationOptions())
+    for new_tokens in decoder.stream([[0, 40, 50]], [100], torch.Generator()):
         print(new_tokens[0])
 
 A step takes and gives tensors of fixed shape at fixed addresses: drawing, guidance and the state
@@ -29,10 +29,10 @@ from megatron_chameleon.parallel import cuda_graphs
 RESERVED_TOKENS = 256
 """Of an answer whose length nobody knows; buffers grow with it."""
 
-__all__ = ["Decoder", "Execution", "GenerationOptions", "decode"]
+__all__ = ["BatchDecoder", "Execution", "GenerationOptions", "decode"]
 
 
-class Decoder:
+class BatchDecoder:
     """Answers batches of one size, one after the other; buffers and graphs are kept.
 
     Args:
@@ -65,12 +65,12 @@ class Decoder:
         )
         self._generator = torch.Generator(device)
         self._record = cuda_graphs.graph_recorder(self._generator)
-        room_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        tokens_left_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self._state = ModalityState(
-            classes, codes_per_image, room_B, images=options.images, force=options.force
+            classes, codes_per_image, tokens_left_B, images=options.images, force=options.force
         )
         self._seen_BV = torch.zeros((batch, len(classes.code_V)), dtype=torch.bool, device=device)
-        self._tokens_B = torch.zeros_like(room_B)
+        self._tokens_B = torch.zeros_like(tokens_left_B)
         self._visible_R = torch.zeros(self.context.rows, dtype=torch.bool, device=device)
         self._drawn_BC = torch.empty((batch, 0), dtype=torch.int64, device=device)
         self._count_1 = torch.zeros(1, dtype=torch.int64, device=device)
@@ -82,29 +82,29 @@ class Decoder:
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
-        rooms: Sequence[int],
+        max_new_tokens: Sequence[int],
         generator: torch.Generator,
     ) -> Iterator[list[list[int]]]:
         """Answer prompts.
 
         Args:
             prompts: Token ids, each with ``<s>`` first; lengths may differ. As many as ``batch``.
-            rooms: Most tokens that each answer may have; all above 0.
+            max_new_tokens: Most tokens that each answer may have; all above 0.
             generator: On the model's device.
 
         Yields:
             The new tokens of each answer, ``</s>`` included where a row reached it. They come
-            whenever the host looks (``Execution.look_every_tokens``); an answer that is one image
+            whenever the host looks (``Execution.sync_every_tokens``); an answer that is one image
             comes as a whole.
         """
-        assert len(prompts) == len(rooms) == self.batch
-        assert self.options.force is not Force.IMAGE or min(rooms) >= self._image_tokens
-        width, longest = max(map(len, prompts)), max(rooms)
+        assert len(prompts) == len(max_new_tokens) == self.batch
+        assert self.options.force is not Force.IMAGE or min(max_new_tokens) >= self._image_tokens
+        width, longest = max(map(len, prompts)), max(max_new_tokens)
         self._generator.set_state(generator.get_state())
-        self._start(prompts, rooms)
+        self._start(prompts, max_new_tokens)
         count, shown = 1, 0
         while True:
-            if count == self._next_look(shown, longest):
+            if count == self._next_sync(shown, longest):
                 columns_BC = self._drawn_BC[:, shown:count].tolist()
                 shown = count
                 finished = count >= longest or bool(self._state.finished_B.all())
@@ -115,34 +115,34 @@ class Decoder:
             count += 1
         generator.set_state(self._generator.get_state())
 
-    def _start(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int]) -> None:
+    def _start(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> None:
         """Read the prompts and draw the first token."""
         classes, guidance, options = self._classes, self._guidance, self.options
         device = self._tokens_B.device
         passes = [
-            [guidance.prompt(sight, prompt, classes) for prompt in prompts]
-            for sight in guidance.passes
+            [guidance.prompt(kind, prompt, classes) for prompt in prompts]
+            for kind in guidance.passes
         ]
-        if max(rooms) > self._drawn_BC.shape[1]:
-            self._drawn_BC = self._drawn_BC.new_empty((self.batch, max(rooms)))
+        if max(max_new_tokens) > self._drawn_BC.shape[1]:
+            self._drawn_BC = self._drawn_BC.new_empty((self.batch, max(max_new_tokens)))
             self._steps.clear()
-        self._state.restart(torch.tensor(rooms, device=device))
+        self._state.restart(torch.tensor(max_new_tokens, device=device))
         self._count_1.zero_()
         self._seen_BV.zero_()
         for row, prompt in enumerate(prompts):
             self._seen_BV[row, torch.tensor(prompt, device=device)] = True
         self._seen_BV &= classes.text_V
         ahead = self._image_tokens if options.force is Force.IMAGE else RESERVED_TOKENS
-        columns = max(map(len, prompts)) + min(ahead, max(rooms))
+        columns = max(map(len, prompts)) + min(ahead, max(max_new_tokens))
         if self.context.reserve(self.execution.width(columns)):
             self._steps.clear()
         self._draw(self.context.start(passes, classes.pad))
 
-    def _next_look(self, shown: int, longest: int) -> int:
+    def _next_sync(self, shown: int, longest: int) -> int:
         """Tokens of the longest answer at which the host looks again."""
         if self.options.force is Force.IMAGE:
             return self._image_tokens
-        return min(shown + self.execution.look_every_tokens, longest)
+        return min(shown + self.execution.sync_every_tokens, longest)
 
     def _within_image(self, count: int) -> bool:
         """Whether token ``count`` is surely a code in every row."""
@@ -211,18 +211,18 @@ def decode(
     prompts: Sequence[Sequence[int]],
     classes: TokenClasses,
     codes_per_image: int,
-    rooms: Sequence[int],
+    max_new_tokens: Sequence[int],
     options: GenerationOptions,
     generator: torch.Generator,
     execution: Execution | None = None,
 ) -> list[list[int]]:
-    """Answer a batch of prompts; the arguments are those of ``Decoder`` and its ``stream``.
+    """Answer a batch of prompts; the arguments are those of ``BatchDecoder`` and its ``stream``.
 
     Returns:
         The answers' token ids, ``</s>`` included where a row reached it.
     """
-    decoder = Decoder(model, classes, codes_per_image, len(prompts), options, execution)
-    return collect(decoder.stream(prompts, rooms, generator))
+    decoder = BatchDecoder(model, classes, codes_per_image, len(prompts), options, execution)
+    return collect(decoder.stream(prompts, max_new_tokens, generator))
 
 
 def collect(stream: Iterator[list[list[int]]]) -> list[list[int]]:

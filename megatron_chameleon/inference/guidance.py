@@ -16,7 +16,7 @@ from megatron_chameleon.inference.modality import ModalityState, TokenClasses
 from megatron_chameleon.inference.options import GenerationOptions
 
 
-class Sight(StrEnum):
+class Conditioning(StrEnum):
     """What the rows of a pass see."""
 
     ALL = "all"
@@ -37,7 +37,7 @@ class Guidance:
         scale_image: Of the prompt's images.
     """
 
-    passes: tuple[Sight, ...]
+    passes: tuple[Conditioning, ...]
     scale: float
     scale_image: float
 
@@ -46,18 +46,18 @@ class Guidance:
         """The passes whose logits count."""
         scale, image = options.guidance, options.guidance_image
         image = scale if image is None else image
-        passes = [Sight.ALL]
+        passes = [Conditioning.ALL]
         if image != scale:
-            passes.append(Sight.IMAGES)
+            passes.append(Conditioning.IMAGES)
         if image != 1:
-            passes.append(Sight.NOTHING)
+            passes.append(Conditioning.NOTHING)
         return cls(tuple(passes), scale, image)
 
-    def prompt(self, sight: Sight, prompt: Sequence[int], classes: TokenClasses) -> list[int]:
+    def prompt(self, kind: Conditioning, prompt: Sequence[int], classes: TokenClasses) -> list[int]:
         """What the rows of a pass see of a prompt, which has ``<s>`` first."""
-        if sight is Sight.ALL:
+        if kind is Conditioning.ALL:
             return list(prompt)
-        if sight is Sight.NOTHING:
+        if kind is Conditioning.NOTHING:
             return [classes.bos]
         return [classes.bos, *(t for t in prompt[1:] if t in classes.image_token_ids)]
 
@@ -82,16 +82,16 @@ class Guidance:
             token_ids_B: What was drawn.
             state: After these tokens.
         """
-        seen = {Sight.ALL: lambda: active_B}
-        seen[Sight.IMAGES] = lambda: active_B & state.classes.image_V[token_ids_B]
-        seen[Sight.NOTHING] = lambda: active_B & state.in_image_B
+        seen = {Conditioning.ALL: lambda: active_B}
+        seen[Conditioning.IMAGES] = lambda: active_B & state.classes.image_V[token_ids_B]
+        seen[Conditioning.NOTHING] = lambda: active_B & state.in_image_B
         if len(self.passes) == 1:
             return active_B
-        return torch.cat([seen[sight]() for sight in self.passes])
+        return torch.cat([seen[kind]() for kind in self.passes])
 
     def forgetful(self, batch: int, device: torch.device) -> Tensor | None:
         """Rows that forget an image when it is done: bool [passes * B]; None if there are none."""
-        if Sight.NOTHING not in self.passes:
+        if Conditioning.NOTHING not in self.passes:
             return None
-        forgets = torch.tensor([sight is Sight.NOTHING for sight in self.passes], device=device)
-        return forgets.repeat_interleave(batch)
+        forgets = [kind is Conditioning.NOTHING for kind in self.passes]
+        return torch.tensor(forgets, device=device).repeat_interleave(batch)

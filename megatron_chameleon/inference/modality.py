@@ -25,7 +25,7 @@ class Force(StrEnum):
     """One image, nothing before or after it."""
 
 
-class Situation(IntEnum):
+class NextToken(IntEnum):
     """What a row's next token may be."""
 
     TEXT = 0
@@ -75,18 +75,18 @@ class TokenClasses:
 
     def _allowed(self) -> Tensor:
         allowed_KV = torch.zeros(
-            (len(Situation), len(self.text_V)), dtype=torch.bool, device=self.text_V.device
+            (len(NextToken), len(self.text_V)), dtype=torch.bool, device=self.text_V.device
         )
-        allowed_KV[Situation.TEXT] = self.text_V
-        allowed_KV[Situation.TEXT_OR_IMAGE] = self.text_V
-        allowed_KV[Situation.CODE] = self.code_V
+        allowed_KV[NextToken.TEXT] = self.text_V
+        allowed_KV[NextToken.TEXT_OR_IMAGE] = self.text_V
+        allowed_KV[NextToken.CODE] = self.code_V
         for situation, token_id in (
-            (Situation.TEXT, self.eos),
-            (Situation.TEXT_OR_IMAGE, self.eos),
-            (Situation.TEXT_OR_IMAGE, self.begin_image),
-            (Situation.END_IMAGE, self.end_image),
-            (Situation.BEGIN_IMAGE, self.begin_image),
-            (Situation.FINISHED, self.pad),
+            (NextToken.TEXT, self.eos),
+            (NextToken.TEXT_OR_IMAGE, self.eos),
+            (NextToken.TEXT_OR_IMAGE, self.begin_image),
+            (NextToken.END_IMAGE, self.end_image),
+            (NextToken.BEGIN_IMAGE, self.begin_image),
+            (NextToken.FINISHED, self.pad),
         ):
             allowed_KV[situation, token_id] = True
         return allowed_KV
@@ -98,7 +98,7 @@ class ModalityState:
     Args:
         classes: The vocabulary's token classes.
         codes_per_image: Codes of one image.
-        room_B: int64 [batch], tokens that each row may still get; reaching 0 finishes the row.
+        tokens_left_B: int64 [batch], the tokens that each row may still get; 0 finishes the row.
         images: Whether a row may begin an image by itself.
         force: A modality for the whole answer, or None.
 
@@ -111,24 +111,24 @@ class ModalityState:
         self,
         classes: TokenClasses,
         codes_per_image: int,
-        room_B: Tensor,
+        tokens_left_B: Tensor,
         *,
         images: bool = True,
         force: Force | None = None,
     ) -> None:
         self.classes = classes
         self.codes_per_image = codes_per_image
-        self.room_B = room_B.clone()
-        self.codes_left_B = torch.full_like(room_B, -1)
-        self.finished_B = room_B <= 0
+        self.tokens_left_B = tokens_left_B.clone()
+        self.codes_left_B = torch.full_like(tokens_left_B, -1)
+        self.finished_B = tokens_left_B <= 0
         self._images = images and codes_per_image > 0 and force is not Force.TEXT
         self._only_image = force is Force.IMAGE
 
-    def restart(self, room_B: Tensor) -> None:
+    def restart(self, tokens_left_B: Tensor) -> None:
         """Begin other answers: int64 [batch]."""
-        self.room_B.copy_(room_B)
+        self.tokens_left_B.copy_(tokens_left_B)
         self.codes_left_B.fill_(-1)
-        self.finished_B.copy_(room_B <= 0)
+        self.finished_B.copy_(tokens_left_B <= 0)
 
     @property
     def in_image_B(self) -> Tensor:
@@ -137,7 +137,7 @@ class ModalityState:
 
     def allowed(self) -> Tensor:
         """bool [batch, vocabulary]: what may come next; ``<pad>`` alone in finished rows."""
-        return self.classes.allowed_KV.index_select(0, self._situation())
+        return self.classes.allowed_KV.index_select(0, self._next_token())
 
     def advance(self, token_ids_B: Tensor) -> None:
         """Take the chosen tokens: int64 [batch], each allowed; finished rows stay as they are."""
@@ -146,25 +146,25 @@ class ModalityState:
         # the end of an image comes at 0 and makes it -1
         self.codes_left_B -= (active_B & self.in_image_B).long()
         self.codes_left_B.masked_fill_(begins_B, self.codes_per_image)
-        self.room_B -= active_B.long()
-        self.finished_B |= (token_ids_B == self.classes.eos) | (self.room_B <= 0)
+        self.tokens_left_B -= active_B.long()
+        self.finished_B |= (token_ids_B == self.classes.eos) | (self.tokens_left_B <= 0)
         if self._only_image:
             self.finished_B |= token_ids_B == self.classes.end_image
 
     def advance_codes(self) -> None:
         """Take a code in every row: all are in an image that is not full, and none is finished."""
         self.codes_left_B -= 1
-        self.room_B -= 1
+        self.tokens_left_B -= 1
 
-    def _situation(self) -> Tensor:
-        """``Situation`` of each row: int64 [batch]."""
+    def _next_token(self) -> Tensor:
+        """``NextToken`` of each row: int64 [batch]."""
         if self._only_image:
-            text_B = torch.full_like(self.room_B, Situation.BEGIN_IMAGE)
+            text_B = torch.full_like(self.tokens_left_B, NextToken.BEGIN_IMAGE)
         elif self._images:
-            # begin, codes, end
-            text_B = (self.room_B >= self.codes_per_image + 2).long() * Situation.TEXT_OR_IMAGE
+            has_room_B = self.tokens_left_B >= self.codes_per_image + 2  # begin, codes, end
+            text_B = has_room_B.long() * NextToken.TEXT_OR_IMAGE
         else:
-            text_B = torch.full_like(self.room_B, Situation.TEXT)
-        text_B.masked_fill_(self.codes_left_B > 0, Situation.CODE)
-        text_B.masked_fill_(self.codes_left_B == 0, Situation.END_IMAGE)
-        return text_B.masked_fill_(self.finished_B, Situation.FINISHED)
+            text_B = torch.full_like(self.tokens_left_B, NextToken.TEXT)
+        text_B.masked_fill_(self.codes_left_B > 0, NextToken.CODE)
+        text_B.masked_fill_(self.codes_left_B == 0, NextToken.END_IMAGE)
+        return text_B.masked_fill_(self.finished_B, NextToken.FINISHED)

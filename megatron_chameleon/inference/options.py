@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.inference.modality import Force
 
-GPU_LOOK_EVERY_TOKENS = 16
+GPU_SYNC_EVERY_TOKENS = 16
 GPU_WIDTH_STEP = 256
 
 
@@ -70,7 +70,7 @@ class Execution:
     compiler: str | None = None
     """Backend of ``torch.compile`` for the layers of a step, or backend:mode, such as "inductor";
     None: as they are."""
-    look_every_tokens: int = 1
+    sync_every_tokens: int = 1
     """How often the host waits to see which rows are finished, and new tokens come out."""
     width_step: int = 1
     """Columns of the cache that a step reads are rounded up to a multiple of this, so that one
@@ -81,13 +81,13 @@ class Execution:
         """What suits a device: "cuda" or "cpu"."""
         if device != "cuda":
             return cls(compiler=compiler)
-        return cls(True, compiler, GPU_LOOK_EVERY_TOKENS, GPU_WIDTH_STEP)
+        return cls(True, compiler, GPU_SYNC_EVERY_TOKENS, GPU_WIDTH_STEP)
 
     def width(self, columns: int) -> int:
         """Columns that a step reads where ``columns`` are in use."""
         return -(-columns // self.width_step) * self.width_step
 
-    def describe(self) -> str:
+    def summary(self) -> str:
         """For the user: "steps launched one by one, layers as they are"."""
         steps = "steps replayed as CUDA graphs" if self.graph else "steps launched one by one"
         layers = f"compiled by {self.compiler}" if self.compiler else "as they are"

@@ -29,7 +29,7 @@ from megatron_chameleon.checkpoint.formats.opening import (
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import ControlToken
-from megatron_chameleon.inference.decode import Decoder, collect
+from megatron_chameleon.inference.decode import BatchDecoder, collect
 from megatron_chameleon.inference.modality import Force, TokenClasses
 from megatron_chameleon.inference.options import Execution, GenerationOptions
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
@@ -37,7 +37,7 @@ from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
 
-Part = str | Image.Image | TextPart | ImagePart | ControlToken
+PromptPart = str | Image.Image | TextPart | ImagePart | ControlToken
 
 CAPTION_OPTIONS = GenerationOptions(temperature=0, repetition_penalty=1.0)
 
@@ -72,7 +72,7 @@ class Session:
         self.context_tokens: int = model.config.max_position_embeddings
         self.execution = Execution.on(self.device.type)
         self._classes = TokenClasses(tokenizer.vocabulary, self.device)
-        self._decoder: Decoder | None = None
+        self._decoder: BatchDecoder | None = None
 
     @classmethod
     def load(
@@ -100,7 +100,7 @@ class Session:
     def codes_per_image(self) -> int:
         return self.tokenizer.image.codes_per_image if self.tokenizer.image else 0
 
-    def encode(self, prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
+    def encode(self, prompts: Sequence[Sequence[PromptPart]]) -> list[list[int]]:
         """Token ids of prompts: ``<s>`` and the parts in order, as in a document, without ``</s>``.
 
         Raises:
@@ -125,7 +125,7 @@ class Session:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[Part]],
+        prompts: Sequence[Sequence[PromptPart]],
         options: GenerationOptions | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Answer]:
@@ -144,13 +144,13 @@ class Session:
         options = options or GenerationOptions()
         options.check()
         encoded = self.encode(prompts)
-        rooms = [self._room(token_ids, options) for token_ids in encoded]
+        max_new_tokens = [self._max_new_tokens(token_ids, options) for token_ids in encoded]
         generator = torch.Generator(device=self.device).manual_seed(options.seed)
         answers: list[list[int]] = []
         for start in range(0, len(encoded), options.batch_size):
             batch = slice(start, start + options.batch_size)
             decoder = self._decoder_of(len(encoded[batch]), options)
-            answers += collect(decoder.stream(encoded[batch], rooms[batch], generator))
+            answers += collect(decoder.stream(encoded[batch], max_new_tokens[batch], generator))
             progress(len(answers), len(encoded))
         return [Answer(self._content(token_ids), token_ids) for token_ids in answers]
 
@@ -161,7 +161,7 @@ class Session:
         options: GenerationOptions = CAPTION_OPTIONS,
     ) -> list[str]:
         """What the model says to each image: image, ``prompt_text``, then text until ``</s>``."""
-        prompts: list[list[Part]] = [
+        prompts: list[list[PromptPart]] = [
             [image, prompt_text] if prompt_text else [image] for image in images
         ]
         answers = self.generate(prompts, replace(options, force=Force.TEXT))
@@ -176,18 +176,18 @@ class Session:
         content = (part for answer in answers for part in answer.content)
         return [part for part in content if isinstance(part, Image.Image)]
 
-    def _decoder_of(self, batch: int, options: GenerationOptions) -> Decoder:
+    def _decoder_of(self, batch: int, options: GenerationOptions) -> BatchDecoder:
         """The last one where it fits: it has its buffers and graphs already."""
         options = replace(options, seed=0, max_tokens=None, batch_size=1)  # no matter of its own
         decoder = self._decoder
         if decoder is None or (decoder.batch, decoder.options) != (batch, options):
             self._decoder = decoder = None  # its memory goes before the next one takes its own
-            decoder = self._decoder = Decoder(
+            decoder = self._decoder = BatchDecoder(
                 self.model, self._classes, self.codes_per_image, batch, options, self.execution
             )
         return decoder
 
-    def _room(self, token_ids: list[int], options: GenerationOptions) -> int:
+    def _max_new_tokens(self, token_ids: list[int], options: GenerationOptions) -> int:
         room = self.context_tokens - len(token_ids)
         needed = self.codes_per_image + 2 if options.force is Force.IMAGE else 1
         if room < needed:
@@ -241,18 +241,18 @@ class Session:
         return self.tokenizer.image
 
 
-def _is_image(part: Part) -> bool:
+def _is_image(part: PromptPart) -> bool:
     return isinstance(part, Image.Image | ImagePart)
 
 
-def _image(part: Part) -> Image.Image:
+def _image(part: PromptPart) -> Image.Image:
     if isinstance(part, ImagePart):
         return part.open()
     assert isinstance(part, Image.Image)
     return part
 
 
-def _text(part: Part) -> str:
+def _text(part: PromptPart) -> str:
     if isinstance(part, TextPart):
         return part.text
     assert isinstance(part, str)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from megatron_chameleon.config.parameters import qk_norm_groups
 from megatron_chameleon.config.schema import Config, Fp8Config
 from megatron_chameleon.model.backend import select_backend
-from megatron_chameleon.model.fp8_linear import connect_decoder
+from megatron_chameleon.model.fp8_linear import set_up_delayed_scaling
 from megatron_chameleon.model.fusions import select_fusions
 from megatron_chameleon.model.initialization import initialize_weights
 from megatron_chameleon.model.layers import block_spec
@@ -34,7 +34,7 @@ class ChameleonModel(GPTModel):
     def __init__(self, *args: Any, loss_fusion: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loss_parts = select_loss_parts(loss_fusion)
-        connect_decoder(self.decoder)  # of emulated FP8
+        set_up_delayed_scaling(self.decoder)  # of emulated FP8
 
     def compute_language_model_loss(
         self, labels: Tensor, logits: Tensor

@@ -215,7 +215,7 @@ class EmulatedRowParallelLinear(EmulatedFp8Linear, RowParallelLinear):
     """megatron-core's layer with the product in FP8."""
 
 
-def connect_decoder(decoder: nn.Module) -> None:
+def set_up_delayed_scaling(decoder: nn.Module) -> None:
     """Give the emulated layers of a ``TransformerBlock`` their delayed scaling, if they want one.
 
     The forward scales move on when the block's forward pass ends, where Transformer Engine's
@@ -237,7 +237,7 @@ def connect_decoder(decoder: nn.Module) -> None:
     if not linears:
         return
     group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
-    forward = connect(linears, group)
+    forward = share_delayed_scaling(linears, group)
 
     def end_forward(block: nn.Module, inputs: Any, output: Any) -> None:
         if block.training and torch.is_grad_enabled():
@@ -246,7 +246,7 @@ def connect_decoder(decoder: nn.Module) -> None:
     decoder.register_forward_hook(end_forward)
 
 
-def connect(
+def share_delayed_scaling(
     linears: Sequence[EmulatedFp8Linear], group: ProcessGroup | None = None
 ) -> DelayedScaling:
     """Let layers share delayed scaling's state, so that one reduction serves them all.
@@ -266,7 +266,7 @@ def connect(
     return forward
 
 
-def start_step(model: nn.Module) -> None:
+def start_fp8_step(model: nn.Module) -> None:
     """Before the first micro-batch of each optimizer step: the weights are other ones now.
 
     megatron-core's own call for this (``set_is_first_microbatch``) looks at ``config.fp8``, which

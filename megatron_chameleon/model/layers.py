@@ -96,7 +96,7 @@ class HeadLayerNorm(nn.Module):
             self.bias,
             tables,
             first_head=self._own_heads.start,
-            heads_a_group=self._heads_a_group,
+            heads_per_group=self._heads_a_group,
             epsilon=QK_NORM_EPSILON,
         )
 

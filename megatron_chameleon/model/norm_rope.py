@@ -53,7 +53,7 @@ class _NormRope(torch.autograd.Function):
         from megatron_chameleon.model.kernels import norm_rope as kernels
 
         x_SBND, weight_GD, cos_SC, sin_SC = ctx.saved_tensors
-        first_head, heads_a_group = ctx.heads
+        first_head, heads_per_group = ctx.heads
         grad_x_SBND, sums_2ND = kernels.backward(
             x_SBND,
             _with_rows(grad_SBND),
@@ -61,14 +61,14 @@ class _NormRope(torch.autograd.Function):
             cos_SC,
             sin_SC,
             first_head,
-            heads_a_group,
+            heads_per_group,
             ctx.epsilon,
         )
         # every rank has all groups: those of other ranks' heads get nothing from this one
         groups = len(weight_GD)
-        of_heads = sums_2ND.new_zeros(2, groups * heads_a_group, sums_2ND.size(-1))
+        of_heads = sums_2ND.new_zeros(2, groups * heads_per_group, sums_2ND.size(-1))
         of_heads[:, first_head : first_head + sums_2ND.size(1)] = sums_2ND
-        of_groups = of_heads.view(2, groups, heads_a_group, -1).sum(dim=2).to(weight_GD.dtype)
+        of_groups = of_heads.view(2, groups, heads_per_group, -1).sum(dim=2).to(weight_GD.dtype)
         return grad_x_SBND, of_groups[0], of_groups[1], None, None, None, None
 
 
@@ -84,7 +84,7 @@ def norm_rope(
     tables: tuple[Tensor, Tensor],
     *,
     first_head: int,
-    heads_a_group: int,
+    heads_per_group: int,
     epsilon: float,
 ) -> Tensor:
     """LayerNorm over each head, then rotary embedding in halves, in fp32 and rounded once.
@@ -95,12 +95,12 @@ def norm_rope(
         bias_GD: As the weight.
         tables: cos and sin of ``RotaryTables``.
         first_head: Which of all heads is x's first.
-        heads_a_group: Heads that share a weight and bias.
+        heads_per_group: Heads that share a weight and bias.
         epsilon: Of the norm.
 
     Returns:
         [S, B, N, D], contiguous.
     """
     cos_SC, sin_SC = tables
-    heads = (first_head, heads_a_group)
+    heads = (first_head, heads_per_group)
     return _NormRope.apply(x_SBND, weight_GD, bias_GD, cos_SC, sin_SC, heads, epsilon)

@@ -42,7 +42,7 @@ class Inputs:
     grad: Tensor
 
     @property
-    def heads_a_group(self) -> int:
+    def heads_per_group(self) -> int:
         return self.x.size(2) // len(self.weight)
 
 
@@ -100,7 +100,7 @@ def separate(
         x = functional.layer_norm(x, x.shape[-1:], weight[0], bias[0], QK_NORM_EPSILON)
     else:
         x = functional.layer_norm(x, x.shape[-1:], eps=QK_NORM_EPSILON)
-        weight, bias = (p.repeat_interleave(inputs.heads_a_group, dim=0) for p in (weight, bias))
+        weight, bias = (p.repeat_interleave(inputs.heads_per_group, dim=0) for p in (weight, bias))
         x = x * weight + bias
     config = SimpleNamespace(
         apply_rope_fusion=fused_rotation,
@@ -119,7 +119,7 @@ def fused(tables: RotaryTables, inputs: Inputs, x: Tensor, weight: Tensor, bias:
         bias,
         tables.of(inputs.angles),
         first_head=0,
-        heads_a_group=inputs.heads_a_group,
+        heads_per_group=inputs.heads_per_group,
         epsilon=QK_NORM_EPSILON,
     )
 

@@ -24,7 +24,7 @@ from benchmarks.gpu.common import (
 from benchmarks.gpu.models.engines import preset_config, vocab_size
 from benchmarks.training.train_step import transformers_config
 from megatron_chameleon.config.parameters import count_parameters
-from megatron_chameleon.inference.decode import Decoder, collect
+from megatron_chameleon.inference.decode import BatchDecoder, collect
 from megatron_chameleon.inference.modality import Force, TokenClasses
 from megatron_chameleon.inference.options import Execution, GenerationOptions
 from megatron_chameleon.inference.sampling import choose
@@ -126,9 +126,9 @@ class Generator:
 
     def text_figures(self, batch: int, tokens: int, mode: str) -> Figures:
         decoder = self._decoder(batch, 1, GenerationOptions(images=False), mode)
-        rooms = (SHORT_TOKENS + tokens, SHORT_TOKENS)
+        max_new_tokens = (SHORT_TOKENS + tokens, SHORT_TOKENS)
         begin = time.perf_counter()
-        answer = self._answer(decoder, rooms[0])
+        answer = self._answer(decoder, max_new_tokens[0])
         figures: Figures = {"first answer s": time.perf_counter() - begin}
         self._compare(batch, answer[0], mode, figures)
         if len(answer[0]) <= SHORT_TOKENS:
@@ -136,9 +136,11 @@ class Generator:
         repeats = 3 if decoder.execution.graph else 1
         long, short = (
             median_and_spread(
-                time_calls(lambda room=room: self._answer(decoder, room), repeats=repeats, warmup=1)
+                time_calls(
+                    lambda count=count: self._answer(decoder, count), repeats=repeats, warmup=1
+                )
             )[0]
-            for room in rooms
+            for count in max_new_tokens
         )
         steps = max(map(len, answer)) - SHORT_TOKENS
         return self._figures(batch, (long - short) / steps, {"steps": steps, **figures})
@@ -196,20 +198,22 @@ class Generator:
         seconds, spread = median_and_spread(times)
         return {"ms": seconds * 1e3, "spread": spread}
 
-    def _decoder(self, batch: int, codes: int, options: GenerationOptions, mode: str) -> Decoder:
+    def _decoder(
+        self, batch: int, codes: int, options: GenerationOptions, mode: str
+    ) -> BatchDecoder:
         execution = MODES[mode]
         if execution.graph:
             need_gpu("CUDA graphs need a GPU")
-        return Decoder(self.model, self.classes, codes, batch, options, execution)
+        return BatchDecoder(self.model, self.classes, codes, batch, options, execution)
 
     def _prompt(self, length: int) -> list[int]:
         word = int(self.classes.text_V.nonzero()[0])
         return [self.classes.bos] + [word] * (length - 1)
 
-    def _answer(self, decoder: Decoder, room: int) -> list[list[int]]:
+    def _answer(self, decoder: BatchDecoder, max_new_tokens: int) -> list[list[int]]:
         draws = torch.Generator(platform.device()).manual_seed(1)
         prompts = [self._prompt(PROMPT_TOKENS)] * decoder.batch
-        return collect(decoder.stream(prompts, [room] * decoder.batch, draws))
+        return collect(decoder.stream(prompts, [max_new_tokens] * decoder.batch, draws))
 
     def _figures(self, batch: int, seconds: float, others: Figures) -> Figures:
         figures: Figures = {"tokens/s": batch / seconds, "ms a step": seconds * 1e3, **others}

@@ -24,7 +24,7 @@ from megatron_chameleon.evaluation.asking.likelihood import ContinuationScore, s
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.decode import GenerationOptions
-    from megatron_chameleon.inference.session import Answer, Part, Session
+    from megatron_chameleon.inference.session import Answer, PromptPart, Session
 
 Progress = Callable[[str], None]
 REPORT_SECONDS = 2.0
@@ -48,7 +48,7 @@ class Asker:
         self._progress = progress
         self._reported = -REPORT_SECONDS
 
-    def score(self, pairs: Sequence[tuple[Sequence["Part"], str]]) -> list[ContinuationScore]:
+    def score(self, pairs: Sequence[tuple[Sequence["PromptPart"], str]]) -> list[ContinuationScore]:
         """Score texts behind prompts.
 
         Args:
@@ -79,7 +79,9 @@ class Asker:
         score_continuations(self.session, asked, report=keep)
         return [ContinuationScore(*self._answers[key]) for key in keys]
 
-    def write(self, prompts: Sequence[Sequence["Part"]], options: "GenerationOptions") -> list[str]:
+    def write(
+        self, prompts: Sequence[Sequence["PromptPart"]], options: "GenerationOptions"
+    ) -> list[str]:
         """Answer prompts in text; the same prompt asked twice is drawn twice.
 
         A batch draws from a generator of its own and is kept whole or not at all, so a killed
@@ -99,7 +101,7 @@ class Asker:
 
     def answer(
         self,
-        prompts: Sequence[Sequence["Part"]],
+        prompts: Sequence[Sequence["PromptPart"]],
         options: "GenerationOptions",
         keep: Callable[["Answer"], list[Any]],
     ) -> list[list[Any]]:
@@ -108,7 +110,7 @@ class Asker:
 
     def _write(
         self,
-        prompts: Sequence[Sequence["Part"]],
+        prompts: Sequence[Sequence["PromptPart"]],
         options: "GenerationOptions",
         keep: Callable[["Answer"], list[Any]],
     ) -> list[list[Any]]:
@@ -132,7 +134,9 @@ class Asker:
             self._report(start + len(fitted), len(prompts), "answers", started, new)
         return [self._answers[key] for key in keys]
 
-    def _fit(self, prompt: Sequence["Part"], options: "GenerationOptions") -> list["Part"]:
+    def _fit(
+        self, prompt: Sequence["PromptPart"], options: "GenerationOptions"
+    ) -> list["PromptPart"]:
         """The prompt, a text that is too long cut from the left; the answer keeps its room."""
         parts = list(prompt)
         room = self.session.context_tokens - (options.max_tokens or 1)
@@ -148,7 +152,7 @@ class Asker:
         return [text]
 
     def _encode_pairs(
-        self, pairs: Sequence[tuple[Sequence["Part"], str]]
+        self, pairs: Sequence[tuple[Sequence["PromptPart"], str]]
     ) -> list[tuple[list[int], list[int]]]:
         contexts = self.session.encode([prompt for prompt, _ in pairs])
         encoded = []
@@ -179,12 +183,12 @@ class Asker:
         self._progress(f"{done}/{total} {what} · {rate:.1f}/s · {(total - done) / rate:.0f} s left")
 
 
-def _text(part: "Part") -> str:
+def _text(part: "PromptPart") -> str:
     assert isinstance(part, str | TextPart)
     return part if isinstance(part, str) else part.text
 
 
-def prompt_as_json(prompt: Sequence["Part"]) -> list[Any]:
+def prompt_as_json(prompt: Sequence["PromptPart"]) -> list[Any]:
     """A prompt as JSON; an image is its path, or the hash of its bytes or pixels."""
     described: list[Any] = []
     for part in prompt:

@@ -55,7 +55,7 @@ def forward_kernel(
     batch: tl.tensor,
     heads: tl.tensor,
     first_head: tl.tensor,
-    heads_a_group: tl.tensor,
+    heads_per_group: tl.tensor,
     epsilon: tl.tensor,
     HALF: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -73,7 +73,7 @@ def forward_kernel(
     x1, x2 = _load_halves(x_ptr + at, own, HALF)
     x1, x2, _ = _normalise(x1, x2, inside, epsilon, HALF)
 
-    group = (first_head + head) // heads_a_group
+    group = (first_head + head) // heads_per_group
     of_head = (group * 2 * HALF)[:, None] + column[None, :]
     known = (head < heads)[:, None] & (column < HALF)[None, :]
     weight1, weight2 = _load_halves(weight_ptr + of_head, known, HALF)
@@ -110,7 +110,7 @@ def backward_kernel(
     batch: tl.tensor,
     heads: tl.tensor,
     first_head: tl.tensor,
-    heads_a_group: tl.tensor,
+    heads_per_group: tl.tensor,
     epsilon: tl.tensor,
     HALF: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -122,7 +122,7 @@ def backward_kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, COLUMNS)
     inside = (column < HALF)[None, None, :]
-    group = (first_head + head) // heads_a_group
+    group = (first_head + head) // heads_per_group
     known = (head < heads)[:, None] & (column < HALF)[None, :]
     of_head = (group * 2 * HALF)[:, None] + column[None, :]
     weight1, weight2 = _load_halves(weight_ptr + of_head, known, HALF)
@@ -186,7 +186,7 @@ def forward(
     cos_SC: Tensor,
     sin_SC: Tensor,
     first_head: int,
-    heads_a_group: int,
+    heads_per_group: int,
     epsilon: float,
 ) -> Tensor:
     """The heads normalised, scaled by their group's weight and bias, and turned.
@@ -198,7 +198,7 @@ def forward(
         cos_SC: Of each position's angles, C = D / 2, fp32.
         sin_SC: As the cosines.
         first_head: Of the heads over all ranks, the first in x.
-        heads_a_group: Group g has the heads from g x this on.
+        heads_per_group: Group g has the heads from g x this on.
         epsilon: Added to the variance.
 
     Returns:
@@ -220,7 +220,7 @@ def forward(
         batch,
         heads,
         first_head,
-        heads_a_group,
+        heads_per_group,
         epsilon,
         HALF=half,
         COLUMNS=columns,
@@ -238,7 +238,7 @@ def backward(
     cos_SC: Tensor,
     sin_SC: Tensor,
     first_head: int,
-    heads_a_group: int,
+    heads_per_group: int,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of ``forward``.
@@ -246,7 +246,7 @@ def backward(
     Args:
         x_SBND: As there.
         grad_SBND: The gradient of its result; any strides, but 1 in the last dimension.
-        weight_GD: As there, and so the rest: cos_SC, sin_SC, first_head, heads_a_group, epsilon.
+        weight_GD: As there, and so the rest: cos_SC, sin_SC, first_head, heads_per_group, epsilon.
 
     Returns:
         The gradient of x, contiguous; and those of each of x's heads' weight and bias in fp32,
@@ -271,7 +271,7 @@ def backward(
         batch,
         heads,
         first_head,
-        heads_a_group,
+        heads_per_group,
         epsilon,
         HALF=half,
         COLUMNS=columns,

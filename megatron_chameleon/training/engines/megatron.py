@@ -27,7 +27,7 @@ from megatron_chameleon.checkpoint.state.torch_dist import ShardedSnapshot, load
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
-from megatron_chameleon.model.fp8_linear import start_step
+from megatron_chameleon.model.fp8_linear import start_fp8_step
 from megatron_chameleon.model.fusions import add_weight_gradients_in_products, select_fusions
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel.random_streams import seed_random
@@ -116,7 +116,7 @@ class MegatronEngine:
         """Forward and backward passes; the gradients are then those of the whole job's loss."""
         numbers = self.topology.micro_batch_numbers(len(micro_batches))
         for part in self.parts:
-            start_step(part)
+            start_fp8_step(part)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()

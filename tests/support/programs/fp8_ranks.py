@@ -16,8 +16,8 @@ from megatron_chameleon.model.chameleon import transformer_config
 from megatron_chameleon.model.fp8_linear import (
     EmulatedColumnParallelLinear,
     EmulatedRowParallelLinear,
-    connect,
-    start_step,
+    share_delayed_scaling,
+    start_fp8_step,
 )
 from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 
@@ -58,7 +58,7 @@ def build(kind: type, fp8: Fp8Config, weight: Tensor, group: Any, sequence_paral
 
 
 def run(layer: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    start_step(layer)
+    start_fp8_step(layer)
     x = x.clone().requires_grad_()
     y, _ = layer(x)
     return y.detach(), *torch.autograd.grad(y, [x, layer.weight], grad)
@@ -71,7 +71,7 @@ def delayed_equals_one_process(kind: type, sequence_parallel: bool, alone: Any, 
     column = kind is EmulatedColumnParallelLinear
     whole = build(kind, fp8, weight, alone, False)
     split = build(kind, fp8, part(weight, 0 if column else 1), both, sequence_parallel)
-    updates = connect([whole]), connect([split], both)
+    updates = share_delayed_scaling([whole]), share_delayed_scaling([split], both)
     for i in range(3):
         x, grad = draw(1 + i, SEQUENCE, BATCH, INPUT), draw(9 + i, SEQUENCE, BATCH, OUTPUT)
         y, grad_x, grad_weight = run(whole, x, grad)
@@ -121,7 +121,7 @@ def data_parallel_ranks_share_their_largest() -> None:
     fp8 = Fp8Config(format="hybrid", amax_history_len=2, emulate=True)
     own = parallel_state.get_tensor_model_parallel_group()
     layer = build(EmulatedColumnParallelLinear, fp8, draw(0, OUTPUT, INPUT), own, False)
-    forward = connect([layer], group)
+    forward = share_delayed_scaling([layer], group)
     x = (1 + dist.get_rank()) * draw(1, SEQUENCE, BATCH, INPUT)
     run(layer, x, x.new_ones(SEQUENCE, BATCH, OUTPUT) / (1 + dist.get_rank()))
     forward.update()

@@ -10,8 +10,8 @@ from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.inference import context as context_module
 from megatron_chameleon.inference import decode as decode_module
 from megatron_chameleon.inference.context import BatchContext
-from megatron_chameleon.inference.decode import Decoder, Execution, collect, decode
-from megatron_chameleon.inference.guidance import Guidance, Sight
+from megatron_chameleon.inference.decode import BatchDecoder, Execution, collect, decode
+from megatron_chameleon.inference.guidance import Conditioning, Guidance
 from megatron_chameleon.inference.modality import Force, ModalityState, TokenClasses
 from megatron_chameleon.inference.options import GenerationOptions
 from megatron_chameleon.inference.sampling import choose, penalise_repetition
@@ -22,7 +22,7 @@ from recorded_ops import RecordedOps
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 """fp32, sums in another order: observed up to 1.6e-6 on logits up to 4."""
 CODES = 16
-WIDE = Execution(look_every_tokens=7, width_step=16)
+WIDE = Execution(sync_every_tokens=7, width_step=16)
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +174,16 @@ OPTIONS = {
 
 @torch.inference_mode()
 def drawn_without_cache(
-    session: Session, prompts: list[list[int]], options: GenerationOptions, rooms: list[int]
+    session: Session,
+    prompts: list[list[int]],
+    options: GenerationOptions,
+    max_new_tokens: list[int],
 ) -> list[list[int]]:
     """The definition: every row alone, its whole sequence again for each token and each pass, and
     ``torch.multinomial`` over sorted probabilities."""
     classes = TokenClasses(session.tokenizer.vocabulary)
     state = ModalityState(
-        classes, CODES, torch.tensor(rooms), images=options.images, force=options.force
+        classes, CODES, torch.tensor(max_new_tokens), images=options.images, force=options.force
     )
     generator = torch.Generator().manual_seed(options.seed)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -243,20 +246,22 @@ def test_tokens_are_those_of_the_definition(
     """Rows of different length, one with an image, in one batch; a seed gives the same tokens."""
     options = OPTIONS[name]
     prompts = [[0, 100, 110, 120], [0, 90, *image(session, 1), 91], [0]]
-    rooms = [40, 43, 35]
-    expected = drawn_without_cache(session, prompts, options, rooms)
+    max_new_tokens = [40, 43, 35]
+    expected = drawn_without_cache(session, prompts, options, max_new_tokens)
     if "mixed" in name:
         assert any(classes.begin_image in answer for answer in expected)
     for execution in (None, WIDE):
         generator = torch.Generator().manual_seed(options.seed)
-        found = decode(session.model, prompts, classes, CODES, rooms, options, generator, execution)
+        found = decode(
+            session.model, prompts, classes, CODES, max_new_tokens, options, generator, execution
+        )
         assert found == expected
 
 
 def test_scales_choose_the_passes() -> None:
     def passes(*scales: float | None) -> list[str]:
         options = GenerationOptions(guidance=scales[0] or 1.0, guidance_image=scales[1])
-        return [sight.value for sight in Guidance.of(options).passes]
+        return [kind.value for kind in Guidance.of(options).passes]
 
     assert passes(1.0, None) == ["all"]
     assert passes(3.0, None) == passes(3.0, 3.0) == ["all", "nothing"]
@@ -268,8 +273,12 @@ def test_each_scale_is_that_of_the_formula() -> None:
     full, images, nothing = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(1))
     for text, image_scale in ((3.0, 1.2), (3.0, 3.0), (3.0, 1.0), (1.0, 1.2), (1.0, 1.0)):
         guidance = Guidance.of(GenerationOptions(guidance=text, guidance_image=image_scale))
-        logits = {Sight.ALL: full, Sight.IMAGES: images, Sight.NOTHING: nothing}
-        mixed = guidance.mix(torch.cat([logits[sight] for sight in guidance.passes]))
+        logits = {
+            Conditioning.ALL: full,
+            Conditioning.IMAGES: images,
+            Conditioning.NOTHING: nothing,
+        }
+        mixed = guidance.mix(torch.cat([logits[kind] for kind in guidance.passes]))
         expected = nothing + image_scale * (images - nothing) + text * (full - images)
         torch.testing.assert_close(mixed, expected)
 
@@ -293,17 +302,19 @@ def test_a_decoder_answers_one_batch_after_the_other(
 ) -> None:
     """What earlier answers left in the buffers is not seen, also where they were longer."""
     options = GenerationOptions(guidance=3.0, guidance_image=1.2, temperature=1.0)
-    decoder = Decoder(session.model, classes, CODES, 2, options, WIDE)
+    decoder = BatchDecoder(session.model, classes, CODES, 2, options, WIDE)
     batches = [[[0, 5, 6, *image(session, 3)], [0, 70]], [[0, 80], [0, 81, 82]]]
     generator, other = (torch.Generator().manual_seed(4) for _ in range(2))
-    for prompts, rooms in zip(batches, ([40, 41], [30, 50]), strict=True):
-        found = collect(decoder.stream(prompts, rooms, generator))
-        assert found == decode(session.model, prompts, classes, CODES, rooms, options, other, WIDE)
+    for prompts, max_new_tokens in zip(batches, ([40, 41], [30, 50]), strict=True):
+        found = collect(decoder.stream(prompts, max_new_tokens, generator))
+        assert found == decode(
+            session.model, prompts, classes, CODES, max_new_tokens, options, other, WIDE
+        )
 
 
 def test_tokens_come_as_they_are_drawn(session: Session, classes: TokenClasses) -> None:
     options = GenerationOptions(images=False)
-    decoder = Decoder(session.model, classes, CODES, 2, options, WIDE)
+    decoder = BatchDecoder(session.model, classes, CODES, 2, options, WIDE)
     prompts = [[0, 100], [0, 90, 91]]
     pieces = list(decoder.stream(prompts, [20, 4], torch.Generator().manual_seed(1)))
     assert [[len(row) for row in piece] for piece in pieces] == [[7, 4], [7, 0], [6, 0]]
@@ -329,15 +340,15 @@ def test_a_step_can_be_replayed(
     monkeypatch.setattr(context_module, "CAPACITY_STEP", 8)
     monkeypatch.setattr(context_module, "ODD_COLUMNS", 0)
     monkeypatch.setattr(decode_module, "RESERVED_TOKENS", 4)
-    prompts, rooms = [[0, 100, 110, 120], [0, 90, *image(session, 1)]], [44, 43]
+    prompts, max_new_tokens = [[0, 100, 110, 120], [0, 90, *image(session, 1)]], [44, 43]
     options = OPTIONS[name]
     answers = []
     for graph in (False, True):
         generator = torch.Generator().manual_seed(2)
-        execution = Execution(graph, None, WIDE.look_every_tokens, WIDE.width_step)
-        decoder = Decoder(session.model, classes, CODES, 2, options, execution)
+        execution = Execution(graph, None, WIDE.sync_every_tokens, WIDE.width_step)
+        decoder = BatchDecoder(session.model, classes, CODES, 2, options, execution)
         for _ in range(2):
-            answers.append(collect(decoder.stream(prompts, rooms, generator)))
+            answers.append(collect(decoder.stream(prompts, max_new_tokens, generator)))
     assert answers[:2] == answers[2:]
     assert sum(recording.replays for recording in recordings) > 20
 
@@ -346,12 +357,12 @@ def test_compiled_layers_give_the_same_tokens(session: Session, classes: TokenCl
     """Traced and functionalised, not translated; one compilation serves all layers."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    prompts, rooms = [[0, 100, 110], [0, 90, 91, 92, 93]], [30, 31]
+    prompts, max_new_tokens = [[0, 100, 110], [0, 90, 91, 92, 93]], [30, 31]
     options = GenerationOptions(temperature=0, images=False)
     answers = [
         decode(
             session.model,
-            *(prompts, classes, CODES, rooms, options, torch.Generator()),
+            *(prompts, classes, CODES, max_new_tokens, options, torch.Generator()),
             Execution(compiler=compiler, width_step=16),
         )
         for compiler in (None, "aot_eager")

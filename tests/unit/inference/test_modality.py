@@ -14,9 +14,11 @@ TEXT = {NAMES.index("a"), NAMES.index("b")}
 CODES = set(VOCABULARY.code_token_ids.tolist())
 
 
-def state_of(*rooms: int, images: bool = True, force: Force | None = None) -> ModalityState:
+def state_of(*tokens_left: int, images: bool = True, force: Force | None = None) -> ModalityState:
     classes = TokenClasses(VOCABULARY)
-    return ModalityState(classes, CODES_PER_IMAGE, torch.tensor(rooms), images=images, force=force)
+    return ModalityState(
+        classes, CODES_PER_IMAGE, torch.tensor(tokens_left), images=images, force=force
+    )
 
 
 def allowed(state: ModalityState, row: int = 0) -> set[int]:
@@ -63,9 +65,9 @@ def test_end_of_document_finishes_a_row() -> None:
     state = state_of(50, 50)
     advance(state, EOS, min(TEXT))
     assert state.finished_B.tolist() == [True, False]
-    room = state.room_B.clone()
+    before = state.tokens_left_B.clone()
     state.advance(torch.tensor([VOCABULARY.pad, min(TEXT)]))
-    assert state.room_B.tolist() == [room[0], room[1] - 1]
+    assert state.tokens_left_B.tolist() == [before[0], before[1] - 1]
 
 
 def test_forced_text_has_no_image() -> None:
@@ -86,8 +88,8 @@ def test_forced_image_is_one_image_and_nothing_else() -> None:
 def test_rows_are_independent() -> None:
     """A batch takes the same way as its rows alone: random walks, each in a modality of its own."""
     generator = torch.Generator().manual_seed(1)
-    rooms = [5, 9, 14, 30, 31, 40, 40, 40, 40, 40]
-    batch, alone = state_of(*rooms), [state_of(room) for room in rooms]
+    tokens_left = [5, 9, 14, 30, 31, 40, 40, 40, 40, 40]
+    batch, alone = state_of(*tokens_left), [state_of(count) for count in tokens_left]
     modalities = set()
     for _ in range(40):
         masks = batch.allowed()

@@ -28,8 +28,8 @@ from megatron_chameleon.model.fp8_linear import (
     EmulatedColumnParallelLinear,
     EmulatedFp8Linear,
     EmulatedRowParallelLinear,
-    connect,
-    start_step,
+    share_delayed_scaling,
+    start_fp8_step,
 )
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.megatron_setup import prepare_megatron
@@ -111,13 +111,13 @@ def test_current_scaling_quantises_input_weight_and_gradient(format_: str, kind:
 
 def test_delayed_scaling_uses_the_scales_of_earlier_micro_batches() -> None:
     layer = build(DELAYED)
-    forward = connect([layer])
+    forward = share_delayed_scaling([layer])
     scales = (torch.ones(()), torch.ones(()), torch.ones(()))
     largest: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in range(6):  # more than the history holds; the second largest come first
         size = (3.0, 5.0, 1.0, 0.5, 0.2, 0.1)[i]
         x, grad = size * draw(i, 8, 2, 32), size * draw(10 + i, 8, 2, 48)
-        start_step(layer)
+        start_fp8_step(layer)
         expected = formula(x, layer.weight.detach(), grad, scales, DELAYED)
         for found, exact in zip(step(layer, x, grad), expected, strict=True):
             unit = exact.abs().amax()
@@ -135,7 +135,7 @@ def test_delayed_scaling_uses_the_scales_of_earlier_micro_batches() -> None:
 
 def test_the_weight_is_quantised_once_a_step() -> None:
     layer = build(DELAYED)
-    forward = connect([layer])
+    forward = share_delayed_scaling([layer])
     x, grad = draw(1, 8, 2, 32), draw(2, 8, 2, 48)
     outputs = []
     for _ in range(3):
@@ -148,14 +148,14 @@ def test_the_weight_is_quantised_once_a_step() -> None:
     weight_history, input_history = forward.history[:, 1], forward.history[:, 0]
     assert weight_history.tolist() == [0.0, 0.0, 0.0, amax(layer.weight).item()]
     assert input_history.tolist() == [0.0, *3 * [amax(x).item()]]
-    start_step(layer)
+    start_fp8_step(layer)
     changed = step(layer, x, grad)[0]
     assert not torch.equal(changed, outputs[2])
 
 
 def test_evaluation_leaves_the_state_alone() -> None:
     layer = build(DELAYED)
-    forward = connect([layer])
+    forward = share_delayed_scaling([layer])
     layer.eval()
     with torch.no_grad():
         layer(draw(1, 8, 2, 32))
@@ -169,7 +169,7 @@ def test_recomputation_repeats_the_first_scales() -> None:
     states, results = [], []
     for recompute in (False, True):
         layer = build(DELAYED)
-        forward = connect([layer])
+        forward = share_delayed_scaling([layer])
         pending = []
         for i in range(2):
             x = ((i + 1) * draw(i, 8, 2, 32)).requires_grad_()
@@ -189,10 +189,10 @@ def test_recomputation_repeats_the_first_scales() -> None:
 
 def trained(fp8: Fp8Config) -> Any:
     layer = build(fp8)
-    forward = connect([layer])
+    forward = share_delayed_scaling([layer])
     for i in range(3):
         step(layer, draw(i, 8, 2, 32), draw(10 + i, 8, 2, 48))
-        start_step(layer)
+        start_fp8_step(layer)
         forward.update()
     return layer
 
@@ -202,7 +202,7 @@ def test_the_state_survives_and_fits_other_lengths(length: int) -> None:
     old = trained(DELAYED)
     fp8 = Fp8Config(format="hybrid", amax_history_len=length, emulate=True)
     new = build(fp8)
-    connect([new])
+    share_delayed_scaling([new])
     new.load_state_dict(old.state_dict())
     before, after = old.get_extra_state(), new.get_extra_state()
     assert torch.equal(before["scale"], after["scale"])
@@ -218,7 +218,7 @@ def test_the_state_survives_and_fits_other_lengths(length: int) -> None:
 
 def test_states_that_say_nothing_start_anew() -> None:
     layer = build(Fp8Config(format="e4m3", amax_history_len=4, emulate=True))
-    connect([layer])
+    share_delayed_scaling([layer])
     for state in (None, torch.empty(0, dtype=torch.uint8), trained(DELAYED).get_extra_state()):
         layer.set_extra_state(state)
         assert layer.get_extra_state()["scale"].tolist() == [1.0, 1.0, 1.0]
@@ -291,7 +291,7 @@ def test_the_scales_move_on_once_a_micro_batch(built) -> None:
     model = built(config_with(format="hybrid", amax_history_len=8, emulate=True))
     tokens = torch.arange(32).reshape(2, 16) % 64
     positions = torch.arange(16).expand(2, 16)
-    start_step(model)
+    start_fp8_step(model)
     for _ in range(2):
         losses, *_ = model(tokens, positions, None, labels=tokens)
         losses.sum().backward()

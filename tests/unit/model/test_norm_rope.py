@@ -30,18 +30,18 @@ def angles(length: int, head_size: int) -> Tensor:
 
 
 def expected_values(
-    x: Tensor, weight: Tensor, bias: Tensor, heads: slice, heads_a_group: int, grad: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor, heads: slice, heads_per_group: int, grad: Tensor
 ) -> list[Tensor]:
     """Result and gradients in float64, by torch and by megatron-core's rotation."""
     x, weight, bias = (t.detach().double().requires_grad_() for t in (x, weight, bias))
-    of_heads = [p.repeat_interleave(heads_a_group, dim=0)[heads] for p in (weight, bias)]
+    of_heads = [p.repeat_interleave(heads_per_group, dim=0)[heads] for p in (weight, bias)]
     normed = functional.layer_norm(x, x.shape[-1:], eps=EPSILON) * of_heads[0] + of_heads[1]
     out = _apply_rotary_pos_emb_bshd(normed, angles(*x.shape[::3]).double())
     return [out.detach(), *torch.autograd.grad(out, (x, weight, bias), grad.double())]
 
 
 def found_values(
-    x: Tensor, weight: Tensor, bias: Tensor, heads: slice, heads_a_group: int, grad: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor, heads: slice, heads_per_group: int, grad: Tensor
 ) -> list[Tensor]:
     x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
     out = norm_rope(
@@ -50,18 +50,18 @@ def found_values(
         bias,
         RotaryTables().of(angles(*x.shape[::3])),
         first_head=heads.start,
-        heads_a_group=heads_a_group,
+        heads_per_group=heads_per_group,
         epsilon=EPSILON,
     )
     assert out.is_contiguous() and out.dtype == x.dtype
     return [out.detach(), *torch.autograd.grad(out, (x, weight, bias), grad)]
 
 
-def assert_same(x: Tensor, groups: int, heads_a_group: int, first: int, grad: Tensor) -> None:
+def assert_same(x: Tensor, groups: int, heads_per_group: int, first: int, grad: Tensor) -> None:
     dtype, own = x.dtype, slice(first, first + x.size(2))
     weight = 1 + 0.3 * draw(groups, x.size(-1), seed=2, dtype=dtype)
     bias = 0.3 * draw(groups, x.size(-1), seed=3, dtype=dtype)
-    arguments = (x, weight, bias, own, heads_a_group, grad)
+    arguments = (x, weight, bias, own, heads_per_group, grad)
     found, expected = found_values(*arguments), expected_values(*arguments)
     for name, ours, exact in zip(("result", "x", "weight", "bias"), found, expected, strict=True):
         error = (ours.double() - exact).abs().max() / exact.abs().max()
@@ -69,7 +69,7 @@ def assert_same(x: Tensor, groups: int, heads_a_group: int, first: int, grad: Te
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "first", "heads_a_group"),
+    ("heads", "groups", "first", "heads_per_group"),
     [
         (4, 1, 0, 4),  # the 7B
         (4, 2, 0, 2),
@@ -80,9 +80,9 @@ def assert_same(x: Tensor, groups: int, heads_a_group: int, first: int, grad: Te
         (1, 2, 1, 1),  # one key head a rank
     ],
 )
-def test_result_and_gradients(heads: int, groups: int, first: int, heads_a_group: int) -> None:
+def test_result_and_gradients(heads: int, groups: int, first: int, heads_per_group: int) -> None:
     x, grad = draw(5, 2, heads, 16, seed=0), draw(5, 2, heads, 16, seed=1)
-    assert_same(x, groups, heads_a_group, first, grad)
+    assert_same(x, groups, heads_per_group, first, grad)
 
 
 @pytest.mark.parametrize("head_size", [12, 8])
