@@ -179,12 +179,12 @@ def test_a_checkpoint_resumes_at_another_stage_layout_and_engine(runs, name: str
 
 
 def test_the_weights_are_stored_as_megatron_stores_them(tiny, runs) -> None:
-    from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+    from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 
-    megatron = CheckpointReader(tiny.folder / "megatron-short" / "checkpoints" / "step_00000008")
+    megatron = TrainingCheckpoint(tiny.folder / "megatron-short" / "checkpoints" / "step_00000008")
     # QK-norms hardly show in the norm of all gradients, but AdamW moves them as far as any weight
     for name in ("zero0-tensor", "zero1-sequence", "zero3-offload"):
-        reader = CheckpointReader(tiny.folder / name / "checkpoints" / "step_00000008")
+        reader = TrainingCheckpoint(tiny.folder / name / "checkpoints" / "step_00000008")
         assert reader.tensors == megatron.tensors
         for tensor in reader.tensors:
             difference = (reader.read(tensor) - megatron.read(tensor)).abs().max()

@@ -19,7 +19,7 @@ from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.convert.verify import verify
 from megatron_chameleon.checkpoint.formats.opening import open_source
 from megatron_chameleon.checkpoint.names import MAIN_WEIGHT, MOMENTS, pieces
-from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.errors import CheckpointError
 from places import PROGRAMS
@@ -99,7 +99,7 @@ def test_weights_and_moments_are_deepspeeds_own(
     trained: Trained, tmp_path: Path, name: str
 ) -> None:
     trained.convert(name, tmp_path / "megatron", "megatron")
-    source, reader = open_source(tmp_path / "megatron"), CheckpointReader(tmp_path / "megatron")
+    source, reader = open_source(tmp_path / "megatron"), TrainingCheckpoint(tmp_path / "megatron")
     assert (source.step, source.has_optimizer) == (SAVED_STEP, True)
     reference = trained.reference(name)
     is_bf16 = TRAINED.get(name, (1, "fp32", 2))[1] == "bf16"

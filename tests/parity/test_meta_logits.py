@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.formats.hf_model import load_transformers, logits
-from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from meta_files import HEAD_DIM, HEADS, KEY_HEADS, LAYERS, MetaModel, random_shards, write_meta
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -119,7 +119,7 @@ def megatron_logits(checkpoint: Path, token_ids: Tensor) -> Tensor:
     from megatron_chameleon.parallel.topology import create_topology
 
     prepare_megatron()
-    config = CheckpointReader(checkpoint).config
+    config = TrainingCheckpoint(checkpoint).config
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

@@ -53,7 +53,7 @@ from megatron_chameleon.checkpoint.state.folders import (
     STEP_FOLDER,
     find_checkpoint,
 )
-from megatron_chameleon.checkpoint.state.reader import CheckpointReader, TensorInfo
+from megatron_chameleon.checkpoint.state.reader import TensorInfo, TrainingCheckpoint
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config, TokenizerConfig
@@ -85,7 +85,7 @@ class Source:
     format = "megatron"
 
     def __init__(self, folder: Path) -> None:
-        self._reader = CheckpointReader(find_checkpoint(folder))
+        self._reader = TrainingCheckpoint(find_checkpoint(folder))
         self.folder = self._reader.folder
         self.step = self._reader.state["step"]
         fingerprint = self._reader.state.get("tokenizer_fingerprint")

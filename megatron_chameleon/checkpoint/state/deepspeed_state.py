@@ -35,10 +35,10 @@ from megatron_chameleon.checkpoint.names import (
     optimizer_parts,
     weight_key,
 )
-from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.checkpoint.state.torch_dist import (
+    ShardedFiles,
     ShardedSnapshot,
-    StagedFiles,
     load_sharded,
 )
 
@@ -121,7 +121,7 @@ class ShardedState:
         self._load(checkpoint, optimizer, (MAIN_WEIGHT,))
 
     def _load(self, checkpoint: Path, optimizer: Any, parts: tuple[str, ...]) -> None:
-        stored = CheckpointReader(checkpoint).names
+        stored = TrainingCheckpoint(checkpoint).names
         if hasattr(optimizer, "checkpoint_event_prologue"):  # ZeRO 3
             optimizer.checkpoint_event_prologue()
         for names in self._batches():
@@ -172,7 +172,7 @@ class DeepSpeedSnapshot:
             for count, dtype in self._state.own_elements()
         )
 
-    def stage(self, folder: Path, *, keep: bool) -> StagedFiles:
+    def stage(self, folder: Path, *, keep: bool) -> ShardedFiles:
         """Copy the tensors and plan the files; see ``ShardedSnapshot``. A collective."""
         snapshot = ShardedSnapshot(
             self._state.collect(self._optimizer), is_replicated=False, is_copy=True

@@ -14,7 +14,7 @@ What is in it does not depend on the engine, its optimizer or the layout that wr
     optimizer.state.exp_avg_sq.NAME
     state.json                          the step, which is AdamW's step too
 
-Try: ``CheckpointReader(find_checkpoint("runs/digits")).read("output_layer.weight")``
+Try: ``TrainingCheckpoint(find_checkpoint("runs/digits")).read("output_layer.weight")``
 """
 
 import pickle
@@ -75,7 +75,7 @@ class TensorInfo:
     dtype: torch.dtype
 
 
-class CheckpointReader:
+class TrainingCheckpoint:
     """The tensors of one checkpoint folder, read one by one.
 
     Args:

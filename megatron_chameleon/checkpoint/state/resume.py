@@ -13,7 +13,7 @@ from megatron_chameleon.checkpoint.state.folders import (
     load_state,
 )
 from megatron_chameleon.checkpoint.state.integrity import find_damage, find_damage_of_small_files
-from megatron_chameleon.checkpoint.state.save import Engine
+from megatron_chameleon.checkpoint.state.save import CheckpointedEngine
 from megatron_chameleon.config.checks.check import get_value
 from megatron_chameleon.config.differences import find_differences
 from megatron_chameleon.config.schema import Config, Fp8Config
@@ -209,7 +209,7 @@ def describe_changes(checkpoint: Path | None, config: Config) -> str:
     )
 
 
-def load(checkpoint: Path, engine: Engine) -> int:
+def load(checkpoint: Path, engine: CheckpointedEngine) -> int:
     """Fill the engine from a checkpoint; returns the number of updates done.
 
     A checkpoint without optimizer state, as a conversion writes it, gives its weights to a run that

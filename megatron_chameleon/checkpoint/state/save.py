@@ -62,7 +62,7 @@ class Snapshot(Protocol):
         """
 
 
-class Engine(Protocol):
+class CheckpointedEngine(Protocol):
     """What saving and loading need of a training engine."""
 
     config: Config
@@ -101,7 +101,7 @@ class Saver:
         say: Takes a line for each checkpoint that is whole.
     """
 
-    def __init__(self, folder: Path, engine: Engine, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, engine: CheckpointedEngine, say: Callable[[str], None]) -> None:
         self._folder = folder
         self._engine = engine
         self._say = say

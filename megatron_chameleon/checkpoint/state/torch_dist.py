@@ -62,7 +62,7 @@ class ShardedSnapshot:
             if is_main_replica(value.replica_id)
         )
 
-    def stage(self, folder: Path, *, keep: bool) -> "StagedFiles":
+    def stage(self, folder: Path, *, keep: bool) -> "ShardedFiles":
         """Plan the files of a folder, and bring the tensors to the host. A collective.
 
         Args:
@@ -86,12 +86,12 @@ class ShardedSnapshot:
             raise OSError(_root_cause(error)) from error
         assert request is not None
         # one thread beside the training, several where it waits
-        return StagedFiles(
+        return ShardedFiles(
             request, folder, copy=keep and not self._is_copy, threads=1 if keep else None
         )
 
 
-class StagedFiles:
+class ShardedFiles:
     """This rank's files of a checkpoint, whose tensors lie in the host's memory.
 
     Attributes:

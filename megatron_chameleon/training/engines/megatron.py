@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron_chameleon.checkpoint.names import weight_key
 from megatron_chameleon.checkpoint.state.megatron_optimizer import load_optimizer, sharded_optimizer
-from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.checkpoint.state.torch_dist import ShardedSnapshot, load_sharded
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
@@ -166,7 +166,7 @@ class MegatronEngine:
 
     def restore(self, checkpoint: Path, step: int) -> None:
         """Take over a checkpoint's state, saved by any engine and layout after ``step`` updates."""
-        stored = CheckpointReader(checkpoint).names
+        stored = TrainingCheckpoint(checkpoint).names
         model, metadata = self._sharded_model(), self._checkpoint_metadata()
         updates = count_updates(checkpoint, step)
         load_optimizer(self.optimizer, model, metadata, checkpoint, stored, updates)
@@ -176,7 +176,7 @@ class MegatronEngine:
 
     def restore_weights(self, checkpoint: Path) -> None:
         """Take over weights only; see ``TrainingEngine``."""
-        self._load_weights(checkpoint, CheckpointReader(checkpoint).names, fp8_state=False)
+        self._load_weights(checkpoint, TrainingCheckpoint(checkpoint).names, fp8_state=False)
         self.optimizer.reload_model_params()  # the fp32 copies of bf16 weights
 
     def _load_weights(self, checkpoint: Path, stored: Collection[str], *, fp8_state: bool) -> None:

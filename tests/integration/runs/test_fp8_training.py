@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.cli.main import main
 
 COMMON = ["training.dtype=bf16", "training.steps=40", "checkpoint.every_steps=20"]
@@ -103,7 +103,7 @@ def test_emulation_and_transformer_engine_do_not_read_each_others_scales(
 
 
 def test_checkpoints_hold_the_same_weights_for_export(tiny, bf16, delayed) -> None:
-    readers = [CheckpointReader(checkpoint(tiny, run, 40)) for run in ("bf16", "delayed")]
+    readers = [TrainingCheckpoint(checkpoint(tiny, run, 40)) for run in ("bf16", "delayed")]
     assert readers[0].tensors == readers[1].tensors
     exported = tiny.folder / "exported"
     main(["convert", checkpoint(tiny, "delayed", 40), str(exported), "--to", "hf"])

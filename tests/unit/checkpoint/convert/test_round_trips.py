@@ -10,7 +10,7 @@ from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.formats.meta import model_params
 from megatron_chameleon.checkpoint.formats.opening import open_source
 from megatron_chameleon.checkpoint.names import Dimensions
-from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.checkpoint.tensor_files.safetensors import SafetensorsFiles
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import fingerprint
@@ -30,7 +30,7 @@ def test_hf_megatron_hf(tiny_checkpoint: Path, tiny_tokenizer: Path, tmp_path: P
     for name in (*names, "image_tokenizer/image.safetensors", "text.model"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert fingerprint(between / "tokenizer") == fingerprint(tiny_tokenizer)
-    assert CheckpointReader(between).config.model == model_config()
+    assert TrainingCheckpoint(between).config.model == model_config()
 
 
 def test_megatron_hf_megatron_keeps_tensors_and_settings(
@@ -38,7 +38,7 @@ def test_megatron_hf_megatron_keeps_tensors_and_settings(
 ) -> None:
     convert(tiny_checkpoint, tmp_path / "hf", "hf")
     convert(tmp_path / "hf", tmp_path / "again", "megatron")
-    old, new = CheckpointReader(tiny_checkpoint), CheckpointReader(tmp_path / "again")
+    old, new = TrainingCheckpoint(tiny_checkpoint), TrainingCheckpoint(tmp_path / "again")
     assert old.config.model == new.config.model
     assert new.state["step"] == 7
     assert old.tensors.keys() == new.tensors.keys()
@@ -68,7 +68,7 @@ def test_meta_4_megatron_meta_4(tiny_tokenizer: Path, tmp_path: Path, swin: bool
     shards = random_shards(model)
     source = write_meta(tmp_path / "models/30b", model, shards, tiny_tokenizer)
     convert(source, tmp_path / "megatron", "megatron")
-    config = CheckpointReader(tmp_path / "megatron").config.model
+    config = TrainingCheckpoint(tmp_path / "megatron").config.model
     assert (config.qk_norm_groups, config.num_query_groups) == (4, 4)
     assert config.norm_order == ("swin" if swin else "pre")
     result = convert(tmp_path / "megatron", tmp_path / "again", "meta")
@@ -167,7 +167,7 @@ def test_a_folder_of_transformers_alone_takes_metas_tokenizer(
         (tmp_path / "hf" / name).unlink()
     tokenizer = tmp_path / "data/tokenizer"
     convert(tmp_path / "hf", tmp_path / "megatron", "megatron", tokenizer_folder=tokenizer)
-    old, new = CheckpointReader(tiny_checkpoint), CheckpointReader(tmp_path / "megatron")
+    old, new = TrainingCheckpoint(tiny_checkpoint), TrainingCheckpoint(tmp_path / "megatron")
     for name, info in new.tensors.items():
         assert torch.equal(old.read(name)[: info.shape[0]], new.read(name)), name
     weights = tmp_path / "megatron/tokenizer/image.safetensors"

@@ -17,7 +17,7 @@ from megatron_chameleon.checkpoint.formats.opening import open_source
 from megatron_chameleon.checkpoint.names import MOMENTS, optimizer_parts, pieces
 from megatron_chameleon.checkpoint.state import resume
 from megatron_chameleon.checkpoint.state.integrity import SUMS_FILE
-from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.errors import CheckpointError
 from tiny_model import (
@@ -36,7 +36,7 @@ def bf16_checkpoint(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFacto
     main = random_tensors(model_config(), VOCAB_SIZE)
     weights = {name: tensor.bfloat16() for name, tensor in main.items()}
     write_checkpoint(folder, model_config(), weights, tiny_tokenizer, main_weights=main)
-    config = CheckpointReader(folder).config
+    config = TrainingCheckpoint(folder).config
     config.training.seed, config.training.global_batch_size = 5, 32
     config.training.dtype = "bf16"
     save_config(config, folder / "config.yaml")
@@ -71,7 +71,7 @@ def test_megatron_deepspeed_megatron(
 ) -> None:
     convert(universal, tmp_path / "again", "megatron")
     assert_same_state(bf16_checkpoint, tmp_path / "again")
-    old, new = (CheckpointReader(path) for path in (bf16_checkpoint, tmp_path / "again"))
+    old, new = (TrainingCheckpoint(path) for path in (bf16_checkpoint, tmp_path / "again"))
     assert new.config.training == old.config.training
     assert new.config.model == old.config.model
     expected = {"step": 7, "optimizer": True, "training_config": True}
@@ -107,7 +107,7 @@ def test_what_a_format_cannot_hold_is_left_out_and_said(universal: Path, tmp_pat
 def test_it_can_be_left_out(bf16_checkpoint: Path, tmp_path: Path) -> None:
     result = convert(bf16_checkpoint, tmp_path / "weights", "megatron", optimizer=False)
     assert result.optimizer == "left out"
-    reader = CheckpointReader(tmp_path / "weights")
+    reader = TrainingCheckpoint(tmp_path / "weights")
     assert reader.optimizer_tensors == {}
     assert reader.state["optimizer"] is False
 
@@ -116,7 +116,7 @@ def test_fp32_is_taken_from_the_main_weights(bf16_checkpoint: Path, tmp_path: Pa
     result = convert(bf16_checkpoint, tmp_path / "fp32", "megatron", dtype="fp32")
     assert result.largest_change is None
     main = random_tensors(model_config(), VOCAB_SIZE)
-    reader = CheckpointReader(tmp_path / "fp32")
+    reader = TrainingCheckpoint(tmp_path / "fp32")
     assert all(torch.equal(reader.read(name), main[name]) for name in reader.tensors)
     assert {name.split(".")[2] for name in reader.optimizer_tensors} == set(MOMENTS)
     # and back: what was fp32 is the main weight of what is bf16 now
@@ -160,9 +160,9 @@ def test_others_training_goes_on_with_any_batch_size(
     for name in ("config.yaml", SUMS_FILE):  # as someone else's
         (copy / name).unlink()
     convert(copy, tmp_path / "megatron", "megatron")
-    reader = CheckpointReader(tmp_path / "megatron")
+    reader = TrainingCheckpoint(tmp_path / "megatron")
     assert (reader.state["optimizer"], reader.state["training_config"]) == (True, False)
-    config = CheckpointReader(tiny_checkpoint).config
+    config = TrainingCheckpoint(tiny_checkpoint).config
     config.training.global_batch_size, config.training.seed = 12, 34
     fingerprint = reader.state["tokenizer_fingerprint"]
     resume.check_fits(tmp_path / "megatron", config, fingerprint)

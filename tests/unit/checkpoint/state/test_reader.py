@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_chameleon.checkpoint.state.folders import find_checkpoint
-from megatron_chameleon.checkpoint.state.reader import CheckpointReader
+from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.errors import CheckpointError
 from tiny_model import (
     PADDED_VOCAB_SIZE,
@@ -27,7 +27,7 @@ def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def test_every_tensor_is_read_as_it_was_saved(tiny_checkpoint: Path) -> None:
-    reader = CheckpointReader(tiny_checkpoint)
+    reader = TrainingCheckpoint(tiny_checkpoint)
     tensors = random_tensors(model_config(), PADDED_VOCAB_SIZE)
     assert {name: info.shape for name, info in reader.tensors.items()} == {
         name: tuple(tensor.shape) for name, tensor in tensors.items()
@@ -41,7 +41,7 @@ def test_a_prefix_of_the_names_is_cut(tiny_tokenizer: Path, tmp_path: Path) -> N
     tensors = random_tensors(model, VOCAB_SIZE)
     folder = tmp_path / "step_00000007"
     write_checkpoint(folder, model, tensors, tiny_tokenizer, prefix="model.")
-    reader = CheckpointReader(folder)
+    reader = TrainingCheckpoint(folder)
     assert set(reader.tensors) == set(tensors)
     for name, tensor in tensors.items():
         assert torch.equal(reader.read(name), tensor), name
@@ -50,20 +50,20 @@ def test_a_prefix_of_the_names_is_cut(tiny_tokenizer: Path, tmp_path: Path) -> N
 def test_one_layer_is_read_alone(tiny_checkpoint: Path) -> None:
     name = "decoder.layers.mlp.linear_fc1.weight"
     tensors = random_tensors(model_config(), PADDED_VOCAB_SIZE)
-    reader = CheckpointReader(tiny_checkpoint)
+    reader = TrainingCheckpoint(tiny_checkpoint)
     for layer in range(3):
         assert torch.equal(reader.read(name, layer), tensors[name][layer])
 
 
 def test_state_and_config_come_with_it(tiny_checkpoint: Path) -> None:
-    reader = CheckpointReader(tiny_checkpoint)
+    reader = TrainingCheckpoint(tiny_checkpoint)
     assert (reader.state["step"], reader.state["vocab_size"]) == (7, VOCAB_SIZE)
     assert reader.config.model == model_config()
 
 
 def test_no_process_group_is_left_or_needed(tiny_checkpoint: Path) -> None:
     assert not torch.distributed.is_initialized()
-    CheckpointReader(tiny_checkpoint).read("output_layer.weight")
+    TrainingCheckpoint(tiny_checkpoint).read("output_layer.weight")
     assert not torch.distributed.is_initialized()
 
 
@@ -103,26 +103,26 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_a_broken_state_is_refused(copy: Path, content: str, message: str) -> None:
     (copy / "state.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
-        CheckpointReader(copy)
+        TrainingCheckpoint(copy)
 
 
 def test_a_missing_config_is_refused(copy: Path) -> None:
     (copy / "config.yaml").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.yaml"):
-        CheckpointReader(copy)
+        TrainingCheckpoint(copy)
 
 
 def test_a_missing_data_file_is_named(copy: Path) -> None:
     files = sorted(copy.glob("*.distcp"))
     files[0].unlink()
     with pytest.raises(CheckpointError, match=rf"1 of {len(files)} data files are missing.*__0_0"):
-        CheckpointReader(copy)
+        TrainingCheckpoint(copy)
 
 
 def test_a_cut_data_file_is_refused(copy: Path) -> None:
     for file in copy.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    reader = CheckpointReader(copy)
+    reader = TrainingCheckpoint(copy)
     with pytest.raises(CheckpointError, match="cannot read"):
         for name in reader.tensors:
             reader.read(name)
@@ -130,7 +130,7 @@ def test_a_cut_data_file_is_refused(copy: Path) -> None:
 
 def test_an_unknown_tensor_is_named(tiny_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tensor output_layer\.bias"):
-        CheckpointReader(tiny_checkpoint).read("output_layer.bias")
+        TrainingCheckpoint(tiny_checkpoint).read("output_layer.bias")
 
 
 class _Runs:
@@ -146,7 +146,7 @@ class _Runs:
 def test_metadata_that_would_run_code_is_refused(copy: Path, tmp_path: Path) -> None:
     (copy / ".metadata").write_bytes(pickle.dumps(_Runs(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match="which no checkpoint needs"):
-        CheckpointReader(copy)
+        TrainingCheckpoint(copy)
     assert not (tmp_path / "ran").exists()
 
 
@@ -154,9 +154,9 @@ def test_cut_metadata_is_refused(copy: Path) -> None:
     content = (copy / ".metadata").read_bytes()
     (copy / ".metadata").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"\.metadata: cannot read it"):
-        CheckpointReader(copy)
+        TrainingCheckpoint(copy)
 
 
 def test_state_says_the_true_vocabulary(copy: Path) -> None:
     state = json.loads((copy / "state.json").read_text())
-    assert CheckpointReader(copy).tensors["output_layer.weight"].shape[0] > state["vocab_size"]
+    assert TrainingCheckpoint(copy).tensors["output_layer.weight"].shape[0] > state["vocab_size"]
