@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_chameleon.checkpoint.formats.base import Stream, Target
-from megatron_chameleon.checkpoint.formats.hf import Sink
-from megatron_chameleon.checkpoint.names import Dimensions, Piece, pieces
+from megatron_chameleon.checkpoint.formats.base import RowStream, Target
+from megatron_chameleon.checkpoint.formats.hf import Writer
+from megatron_chameleon.checkpoint.names.mappings import Dimensions
+from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.tokenizer.common.vocabulary import (
@@ -68,15 +69,15 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def random_stream(found: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Every piece with numbers of its own: a window of one pool of random numbers."""
+def random_stream(found: list[TensorRow]) -> Iterator[tuple[TensorRow, torch.Tensor]]:
+    """Every row with numbers of its own: a window of one pool of random numbers."""
     generator = torch.Generator().manual_seed(1)
     pool = torch.randn(POOL_ELEMENTS, generator=generator).mul_(0.02).bfloat16()
-    for piece in found:
-        size = element_count(piece.shape)
+    for row in found:
+        size = element_count(row.shape)
         start = int(torch.randint(POOL_ELEMENTS // 2, (1,), generator=generator))
         repeats = -(-(start + size) // POOL_ELEMENTS)
-        yield piece, pool.repeat(repeats)[start : start + size].view(piece.shape)
+        yield row, pool.repeat(repeats)[start : start + size].view(row.shape)
 
 
 def write_model(folder: Path, tokenizer: Path, layers: int) -> None:
@@ -91,18 +92,18 @@ def write_model(folder: Path, tokenizer: Path, layers: int) -> None:
         qk_norm_groups=32,
     )
     dims = Dimensions.of(model, VOCABULARY, 32, 32)
-    found = list(pieces(dims))
+    found = list(tensor_rows(dims))
     target = Target(
         model=model,
         dimensions=dims,
-        dtypes={piece.key: torch.bfloat16 for piece in found},
+        dtypes={row.key: torch.bfloat16 for row in found},
         step=0,
         tokenizer=load_tokenizer(tokenizer),
         origin="random",
     )
-    stream: Stream = random_stream(found)
+    stream: RowStream = random_stream(found)
     folder.mkdir()
-    Sink(target).write(folder, stream)
+    Writer(target).write(folder, stream)
 
 
 def measure(*words: str) -> tuple[float, float, float]:

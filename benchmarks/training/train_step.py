@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_chameleon.checkpoint.names import Dimensions, pieces
+from megatron_chameleon.checkpoint.names.mappings import Dimensions
+from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
 from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.parameters import count_parameters, qk_norm_groups, query_groups
 from megatron_chameleon.config.schema import (
@@ -138,9 +139,9 @@ def make_transformers(size: Size, source: nn.Module) -> nn.Module:
     }
     groups = (qk_norm_groups(model), min(qk_norm_groups(model), query_groups(model)))
     tensors = {}
-    for piece in pieces(Dimensions.of(model, size.vocab_size, *groups)):
-        layer = "" if piece.layer is None else f"layers.{piece.layer}."
-        tensors |= piece.to_hf(own[piece.megatron_name.replace("layers.", layer)])
+    for row in tensor_rows(Dimensions.of(model, size.vocab_size, *groups)):
+        layer = "" if row.layer is None else f"layers.{row.layer}."
+        tensors |= row.to_hf(own[row.megatron_name.replace("layers.", layer)])
     missing, unexpected = result.load_state_dict(tensors, strict=False)
     assert not unexpected and all(name.startswith("model.vqmodel.") for name in missing)
     result.model.vqmodel.requires_grad_(False)

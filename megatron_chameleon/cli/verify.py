@@ -66,13 +66,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_files(checkpoint: str) -> None:
-    from megatron_chameleon.checkpoint.formats.opening import open_source
+    from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
     from megatron_chameleon.checkpoint.state.integrity import SUMS_FILE, check_files
     from megatron_chameleon.errors import CheckpointError
 
     folder = Path(checkpoint)
     if not (folder / SUMS_FILE).is_file():  # a run folder, say; damaged files may not open
-        folder = open_source(folder).folder
+        folder = open_checkpoint(folder).folder
     files = check_files(folder)
     if files is None:
         what = f"has no {SUMS_FILE} to compare its files with"

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 from megatron_chameleon.checkpoint.formats import hf
-from megatron_chameleon.checkpoint.formats.base import Source, read_origin
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader, read_origin
 from megatron_chameleon.checkpoint.formats.hf_model import load_transformers, read_transformers
 from megatron_chameleon.checkpoint.formats.opening import (
     check_fingerprint,
-    open_source,
+    open_checkpoint,
     open_tokenizer,
 )
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart
@@ -94,7 +94,7 @@ class Session:
         path = Path(path)
         if (path / "config.json").is_file():
             return _open_export(path, device, tokenizer_folder)
-        return _open_checkpoint(open_source(path), device, tokenizer_folder)
+        return _open_with_reader(open_checkpoint(path), device, tokenizer_folder)
 
     @property
     def codes_per_image(self) -> int:
@@ -259,10 +259,12 @@ def _text(part: PromptPart) -> str:
     return part
 
 
-def _open_checkpoint(source: Source, device: str, tokenizer_folder: str | Path | None) -> Session:
+def _open_with_reader(
+    reader: CheckpointReader, device: str, tokenizer_folder: str | Path | None
+) -> Session:
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = open_tokenizer(source, tokenizer_folder, Path(scratch), device)
-    return Session(read_transformers(source, tokenizer).to(device), tokenizer, source.step)
+        tokenizer = open_tokenizer(reader, tokenizer_folder, Path(scratch), device)
+    return Session(read_transformers(reader, tokenizer).to(device), tokenizer, reader.step)
 
 
 def _open_export(path: Path, device: str, tokenizer_folder: str | Path | None) -> Session:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_chameleon.checkpoint.state.resume import (
+    changed_settings,
     check_fits,
-    describe_changes,
     find_resume,
     find_sound,
     load,
@@ -145,7 +145,7 @@ def train_joined(job: Job, interruption: Interruption) -> bool:
         engine = build_engine(config, job.tokenizer.vocabulary.size, topology)
         watch.clock = engine.clock
         step = _load(job.resume_from, engine, watch) if job.resume_from else 0
-        changes = describe_changes(job.resume_from, config)
+        changes = changed_settings(job.resume_from, config)
         while True:
             reporter = Reporter(config, job.tokenizer.vocabulary.size, topology, step)
             try:

@@ -17,8 +17,9 @@ import torch
 
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.convert.verify import verify
-from megatron_chameleon.checkpoint.formats.opening import open_source
-from megatron_chameleon.checkpoint.names import MAIN_WEIGHT, MOMENTS, pieces
+from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
+from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, MOMENTS
+from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.errors import CheckpointError
@@ -99,7 +100,10 @@ def test_weights_and_moments_are_deepspeeds_own(
     trained: Trained, tmp_path: Path, name: str
 ) -> None:
     trained.convert(name, tmp_path / "megatron", "megatron")
-    source, reader = open_source(tmp_path / "megatron"), TrainingCheckpoint(tmp_path / "megatron")
+    source, reader = (
+        open_checkpoint(tmp_path / "megatron"),
+        TrainingCheckpoint(tmp_path / "megatron"),
+    )
     assert (source.step, source.has_optimizer) == (SAVED_STEP, True)
     reference = trained.reference(name)
     is_bf16 = TRAINED.get(name, (1, "fp32", 2))[1] == "bf16"
@@ -107,13 +111,13 @@ def test_weights_and_moments_are_deepspeeds_own(
         torch.bfloat16 if is_bf16 else torch.float32
     }
     compared = 0
-    for weight in pieces(source.dimensions):
+    for weight in tensor_rows(source.dimensions):
         for part in (MAIN_WEIGHT, *MOMENTS):
-            piece = replace(weight, part=part if is_bf16 or part != MAIN_WEIGHT else None)
-            tensor = source.read(piece)
-            layer = f"decoder.layers.{piece.layer}."
-            own_name = piece.megatron_name.replace("decoder.layers.", layer)
-            named = {own_name: tensor} if name == OWN else piece.to_hf(tensor)
+            row = replace(weight, part=part if is_bf16 or part != MAIN_WEIGHT else None)
+            tensor = source.read(row)
+            layer = f"decoder.layers.{row.layer}."
+            own_name = row.megatron_name.replace("decoder.layers.", layer)
+            named = {own_name: tensor} if name == OWN else row.to_hf(tensor)
             for parameter, found in named.items():
                 assert torch.equal(found, reference[parameter][part]), (parameter, part)
                 assert part == MAIN_WEIGHT or found.abs().max() > 0

@@ -36,19 +36,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data/views": {"data/batches", "data/token_files", "tokenizer", "tokenizer/common"},
     "model/kernels": set(),
     "model": {"config", "config/checks", "model/kernels", "parallel"},
-    "checkpoint": {"config"},
+    "checkpoint": set(),
+    "checkpoint/names": {"config"},
     "checkpoint/tensor_files": set(),
     "checkpoint/state": {
-        "checkpoint",
+        "checkpoint/names",
         "checkpoint/tensor_files",
         "config",
         "config/checks",
         "parallel",
     },
-    "checkpoint/formats": {"checkpoint", "checkpoint/state", "checkpoint/tensor_files", "config"}
+    "checkpoint/formats": {
+        "checkpoint/names",
+        "checkpoint/state",
+        "checkpoint/tensor_files",
+        "config",
+    }
     | TOKENIZERS,
     "checkpoint/convert": {
-        "checkpoint",
+        "checkpoint/names",
         "checkpoint/formats",
         "checkpoint/state",
         "checkpoint/tensor_files",
@@ -76,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training/metrics",
     },
     "training/engines": {
-        "checkpoint",
+        "checkpoint/names",
         "checkpoint/state",
         "config",
         "data/batches",
@@ -97,7 +103,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training/run",
     },
     "training/samples": {
-        "checkpoint",
+        "checkpoint/names",
         "checkpoint/formats",
         "checkpoint/state",
         "config",

@@ -2,7 +2,7 @@
 
     chameleon convert runs/digits exported/digits --to hf --dtype bf16
 
-Any source joins any sink (``formats/``): the tensors stream from one into the other piece by piece,
+Any source joins any sink (``formats/``): the tensors stream from one into the other row by row,
 so that memory is needed for a few tensors and not for the model. Afterwards the new files are
 opened as a source, mapped back to megatron-core's layout and compared with what was meant to be
 written. Checksums of the source's files are checked, and those of the new files written.
@@ -24,9 +24,14 @@ from megatron_chameleon.checkpoint.convert.streaming import (
     read_ahead,
 )
 from megatron_chameleon.checkpoint.formats import FORMATS, load_format
-from megatron_chameleon.checkpoint.formats.base import SHARD_BYTES, Sink, Source, Target
-from megatron_chameleon.checkpoint.formats.opening import open_source, open_tokenizer
-from megatron_chameleon.checkpoint.names import pieces
+from megatron_chameleon.checkpoint.formats.base import (
+    SHARD_BYTES,
+    CheckpointReader,
+    CheckpointWriter,
+    Target,
+)
+from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
+from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
 from megatron_chameleon.checkpoint.state.integrity import check_files, write_sums
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.errors import CheckpointError, ConfigError
@@ -37,7 +42,7 @@ SPARE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
-class Options:
+class ConversionOptions:
     """What a conversion can be asked for.
 
     Attributes:
@@ -57,7 +62,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What a conversion will write.
 
     Attributes:
@@ -68,7 +73,7 @@ class Plan:
         largest_bytes: Of the largest tensor; a conversion holds some such in memory.
     """
 
-    source: Source
+    source: CheckpointReader
     destination: Path
     to: str
     dtypes: tuple[torch.dtype, ...]
@@ -103,7 +108,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Conversion:
+class ConversionResult:
     """What a conversion did."""
 
     source: Path
@@ -130,7 +135,7 @@ def convert(
     verify: bool = True,
     progress: Progress = lambda line: None,
     **options: Any,
-) -> Conversion:
+) -> ConversionResult:
     """Write a checkpoint in another format.
 
     Args:
@@ -142,7 +147,7 @@ def convert(
         verify: Check the source's files where they have checksums, read everything back and
             compare, and write ``SHA256SUMS``.
         progress: Gets a line after each layer.
-        options: Those of ``Options``.
+        options: Those of ``ConversionOptions``.
 
     Raises:
         CheckpointError: The source cannot be converted, or the destination exists or cannot be
@@ -151,9 +156,9 @@ def convert(
         DataError: The tokenizer folder cannot be used.
     """
     started = time.monotonic()
-    destination, chosen = Path(destination), Options(**options)
+    destination, chosen = Path(destination), ConversionOptions(**options)
     _check_options(to, chosen, destination)
-    opened = open_source(source)
+    opened = open_checkpoint(source)
     if verify and (files := check_files(opened.folder)):
         progress(f"{files} files of {opened.folder} are what was written (SHA256SUMS)")
     with partial_folder(destination, progress) as partial:
@@ -168,11 +173,11 @@ def convert(
             sink.write(new, iter(stream))
         seconds = time.monotonic() - started
         if verify:
-            _verify_written(load_format(to).Source(new), target, stream.checksums, partial)
+            _verify_written(load_format(to).Reader(new), target, stream.checksums, partial)
             write_sums(new, {})
         sync(new)
         new.replace(destination)
-    return Conversion(
+    return ConversionResult(
         source=opened.folder,
         destination=destination,
         step=opened.step,
@@ -186,18 +191,20 @@ def convert(
     )
 
 
-def plan_conversion(source: str | Path, destination: str | Path, to: str, **options: Any) -> Plan:
+def plan_conversion(
+    source: str | Path, destination: str | Path, to: str, **options: Any
+) -> ConversionPlan:
     """What ``convert`` would write. Args and Raises: as there; nothing stays written."""
     import tempfile
 
-    destination, chosen = Path(destination), Options(**options)
+    destination, chosen = Path(destination), ConversionOptions(**options)
     _check_options(to, chosen, destination)
-    opened = open_source(source)
+    opened = open_checkpoint(source)
     with tempfile.TemporaryDirectory() as scratch:
         return _prepare(opened, destination, Path(scratch), to, chosen)[2]
 
 
-def _check_options(to: str, options: Options, destination: Path) -> None:
+def _check_options(to: str, options: ConversionOptions, destination: Path) -> None:
     shards = options.shards
     if to not in FORMATS:
         names = ", ".join(FORMATS)
@@ -213,17 +220,17 @@ def _check_options(to: str, options: Options, destination: Path) -> None:
 
 
 def _prepare(
-    source: Source, destination: Path, scratch: Path, to: str, options: Options
-) -> tuple[Target, Sink, Plan]:
+    source: CheckpointReader, destination: Path, scratch: Path, to: str, options: ConversionOptions
+) -> tuple[Target, CheckpointWriter, ConversionPlan]:
     """The target, its sink and the plan; a format that cannot hold the model refuses it here."""
     tokenizer = open_tokenizer(source, options.tokenizer_folder, scratch / "tokenizer")
     dtype = DTYPES[options.dtype] if options.dtype else None
-    weights = list(pieces(source.dimensions))
-    sink_class = load_format(to).Sink
+    weights = list(tensor_rows(source.dimensions))
+    sink_class = load_format(to).Writer
     target = Target(
         model=source.model,
         dimensions=source.dimensions,
-        dtypes={piece.key: dtype or source.dtype(piece) for piece in weights},
+        dtypes={row.key: dtype or source.dtype(row) for row in weights},
         step=source.step,
         tokenizer=tokenizer,
         origin=str(source.folder),
@@ -240,15 +247,15 @@ def _prepare(
         existing = existing.parent
     sizes = [
         element_count(p.shape) * max(target.dtype(p), source.dtype(p), key=_width).itemsize
-        for p in target.pieces
+        for p in target.rows
     ]
     files = (path for path in tokenizer.folder.iterdir() if path.is_file())
-    plan = Plan(
+    plan = ConversionPlan(
         source=source,
         destination=destination,
         to=to,
         dtypes=tuple(dict.fromkeys(target.dtypes.values())),
-        parameters=sum(element_count(piece.shape) for piece in weights),
+        parameters=sum(element_count(row.shape) for row in weights),
         optimizer=_optimizer_text(source, target, to),
         files=sink.files(),
         tokenizer_bytes=sum(path.stat().st_size for path in files),
@@ -258,12 +265,12 @@ def _prepare(
     return target, sink, plan
 
 
-def _optimizer_text(source: Source, target: Target, to: str) -> str:
+def _optimizer_text(source: CheckpointReader, target: Target, to: str) -> str:
     if target.has_optimizer:
         return "kept"
     if not source.has_optimizer:
         return "not there"
-    return "left out" if load_format(to).Sink.holds_optimizer else f"left out ({to} has no place)"
+    return "left out" if load_format(to).Writer.holds_optimizer else f"left out ({to} has no place)"
 
 
 def _width(dtype: torch.dtype) -> int:
@@ -271,7 +278,7 @@ def _width(dtype: torch.dtype) -> int:
 
 
 def _verify_written(
-    again: Source, target: Target, checksums: dict[str, str], scratch: Path
+    again: CheckpointReader, target: Target, checksums: dict[str, str], scratch: Path
 ) -> None:
     """Read the new files and compare settings, every tensor and the tokenizer.
 
@@ -286,11 +293,11 @@ def _verify_written(
         if new != old:
             what = f"{name} differ after writing: {new}, was {old}"
             raise CheckpointError(str(again.folder), what, "Report this bug")
-    sums = read_ahead(target.pieces, lambda piece: checksum(again.read(piece)))
-    for piece, found in sums:
-        expected = checksums[piece.key]
+    sums = read_ahead(target.rows, lambda row: checksum(again.read(row)))
+    for row, found in sums:
+        expected = checksums[row.key]
         if found != expected:
-            what = f"{piece.key} differs after writing (sha256 {found[:12]}, was {expected[:12]})"
+            what = f"{row.key} differs after writing (sha256 {found[:12]}, was {expected[:12]})"
             raise CheckpointError(str(again.folder), what, remedy)
     tokenizer = open_tokenizer(again, None, scratch / "again")
     assert tokenizer.fingerprint == target.tokenizer.fingerprint

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from megatron_chameleon.checkpoint.formats.base import Source, Target, best_piece
-from megatron_chameleon.checkpoint.names import Piece
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader, Target, most_precise_row
+from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow
 from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes
 from megatron_chameleon.errors import CheckpointError
 
@@ -30,48 +30,52 @@ class TensorStream:
         verify: Whether checksums will be wanted.
     """
 
-    def __init__(self, source: Source, target: Target, progress: Progress, verify: bool) -> None:
+    def __init__(
+        self, source: CheckpointReader, target: Target, progress: Progress, verify: bool
+    ) -> None:
         self._source, self._target, self._progress = source, target, progress
         self._verify = verify
         self.checksums: dict[str, str] = {}
         self.largest_change: tuple[float, str] | None = None
 
-    def __iter__(self) -> Iterator[tuple[Piece, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[TensorRow, torch.Tensor]]:
         started, layers = time.monotonic(), self._target.dimensions.num_layers
         layer = None
-        for piece, tensor in read_ahead(self._target.pieces, self._read):
-            if layer is not None and piece.layer != layer:
+        for row, tensor in read_ahead(self._target.rows, self._read):
+            if layer is not None and row.layer != layer:
                 seconds = time.monotonic() - started
                 left_seconds = seconds / (layer + 1) * (layers - layer - 1)
                 self._progress(
                     f"layer {layer + 1}/{layers} · {seconds:.1f} s · {left_seconds:.0f} s left"
                 )
-            layer = piece.layer
-            yield piece, tensor
+            layer = row.layer
+            yield row, tensor
             del tensor  # else it would be held until the next one is there
 
-    def _read(self, piece: Piece) -> torch.Tensor:
-        dtype = self._target.dtype(piece)
-        tensor = self._source.read(best_piece(self._source, piece, dtype))
+    def _read(self, row: TensorRow) -> torch.Tensor:
+        dtype = self._target.dtype(row)
+        tensor = self._source.read(most_precise_row(self._source, row, dtype))
         if tensor.dtype != dtype:
             cast = tensor.to(dtype)
-            change = (_largest_change(tensor, cast, piece.key), piece.key)
+            change = (_largest_change(tensor, cast, row.key), row.key)
             self.largest_change = max(change, self.largest_change or change)
             tensor = cast
         if self._verify:
-            self.checksums[piece.key] = checksum(tensor)
+            self.checksums[row.key] = checksum(tensor)
         return tensor
 
 
-def read_ahead(found: Sequence[Piece], read: Callable[[Piece], T]) -> Iterator[tuple[Piece, T]]:
-    """Each piece and what ``read`` gives of it; the next one is read while one is used."""
+def read_ahead(
+    found: Sequence[TensorRow], read: Callable[[TensorRow], T]
+) -> Iterator[tuple[TensorRow, T]]:
+    """Each row and what ``read`` gives of it; the next one is read while one is used."""
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(read, found[0])
-        for piece, following in zip(found, [*found[1:], None], strict=True):
+        for row, following in zip(found, [*found[1:], None], strict=True):
             value = pending.result()
             if following is not None:
                 pending = pool.submit(read, following)
-            yield piece, value
+            yield row, value
             del value
 
 

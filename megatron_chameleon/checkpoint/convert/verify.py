@@ -18,14 +18,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_chameleon.checkpoint.formats.base import Source, best_piece
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader, most_precise_row
 from megatron_chameleon.checkpoint.formats.hf_model import (
     load_transformers,
     logits,
     read_transformers,
 )
-from megatron_chameleon.checkpoint.formats.opening import open_source, open_tokenizer
-from megatron_chameleon.checkpoint.names import MOMENTS, Piece, optimizer_parts, pieces
+from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
+from megatron_chameleon.checkpoint.names.optimizer_state import MOMENTS, optimizer_parts
+from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes
 from megatron_chameleon.errors import ChameleonError, ConfigError
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
@@ -65,8 +66,8 @@ class Difference:
 class Comparison:
     """What two checkpoints have in common."""
 
-    first: Source
-    second: Source
+    first: CheckpointReader
+    second: CheckpointReader
     tensors: int
     """Compared, those of the optimizer included."""
     parameters: int
@@ -105,7 +106,7 @@ def verify(
     """
     if not tolerance >= 0:
         raise ConfigError(f"--tolerance {tolerance}", "is below 0", "Give 0 or more")
-    a, b = open_source(first), open_source(second)
+    a, b = open_checkpoint(first), open_checkpoint(second)
     optimizer, differences = a.has_optimizer and b.has_optimizer, _compare_settings(a, b)
     result = Comparison(a, b, 0, 0, optimizer, 0.0, "", differences, "not compared")
     if result.differences:
@@ -115,13 +116,13 @@ def verify(
     if result.tokenizers == "different":
         result.differences.append(Difference("tokenizer", "its files differ"))
     layer = None
-    for piece_a, piece_b in _pairs(a, b):
-        if layer is not None and piece_a.layer != layer:
+    for row_a, row_b in _pairs(a, b):
+        if layer is not None and row_a.layer != layer:
             progress(f"layer {layer + 1}/{a.dimensions.num_layers}")
-        layer = piece_a.layer
-        parts_b = piece_b.to_hf(b.read(piece_b))
-        for name, part in piece_a.to_hf(a.read(piece_a)).items():
-            _compare(result, piece_a.part, name, part, parts_b[name], tolerance)
+        layer = row_a.layer
+        parts_b = row_b.to_hf(b.read(row_b))
+        for name, part in row_a.to_hf(a.read(row_a)).items():
+            _compare(result, row_a.part, name, part, parts_b[name], tolerance)
     fits = 2 * 4 * result.parameters < MEMORY_SHARE * psutil.virtual_memory().available
     if tokenizer and fits and a.dimensions.q_norm_groups and not _has_other_weights(a, b):
         result.logits = _compare_logits(a, b, tokenizer)
@@ -130,22 +131,22 @@ def verify(
     return result
 
 
-def _weights(a: Source, b: Source) -> Iterator[tuple[Piece, Piece]]:
-    return zip(pieces(a.dimensions), pieces(b.dimensions), strict=True)
+def _weights(a: CheckpointReader, b: CheckpointReader) -> Iterator[tuple[TensorRow, TensorRow]]:
+    return zip(tensor_rows(a.dimensions), tensor_rows(b.dimensions), strict=True)
 
 
-def _pairs(a: Source, b: Source) -> Iterator[tuple[Piece, Piece]]:
+def _pairs(a: CheckpointReader, b: CheckpointReader) -> Iterator[tuple[TensorRow, TensorRow]]:
     """What is compared: each weight in the wider of its dtypes, then its optimizer state."""
-    for piece_a, piece_b in _weights(a, b):
-        dtypes = a.dtype(piece_a), b.dtype(piece_b)
+    for row_a, row_b in _weights(a, b):
+        dtypes = a.dtype(row_a), b.dtype(row_b)
         wide = torch.promote_types(*dtypes)
-        yield best_piece(a, piece_a, wide), best_piece(b, piece_b, wide)
+        yield most_precise_row(a, row_a, wide), most_precise_row(b, row_b, wide)
         if a.has_optimizer and b.has_optimizer:
             for part in MOMENTS if torch.float32 in dtypes else optimizer_parts(wide):
-                yield replace(piece_a, part=part), replace(piece_b, part=part)
+                yield replace(row_a, part=part), replace(row_b, part=part)
 
 
-def _has_other_weights(a: Source, b: Source) -> bool:
+def _has_other_weights(a: CheckpointReader, b: CheckpointReader) -> bool:
     """Whether main weights were compared, which are not what the models compute with."""
     both = ((a.dtype(x), b.dtype(y)) for x, y in _weights(a, b))
     return (a.has_optimizer or b.has_optimizer) and any(first != second for first, second in both)
@@ -165,7 +166,7 @@ def _compare(
         result.differences.append(Difference(name, f"differs by {share:.3g}"))
 
 
-def _compare_logits(a: Source, b: Source, tokenizer: Tokenizer) -> float:
+def _compare_logits(a: CheckpointReader, b: CheckpointReader, tokenizer: Tokenizer) -> float:
     """The largest difference between what transformers computes with either, in fp32."""
     document = fixed_document(tokenizer.vocabulary, a.model.seq_length)
     first, second = (
@@ -174,7 +175,7 @@ def _compare_logits(a: Source, b: Source, tokenizer: Tokenizer) -> float:
     return (first - second).abs().nan_to_num(nan=torch.inf).max().item()
 
 
-def _in_transformers(source: Source, tokenizer: Tokenizer) -> Any:
+def _in_transformers(source: CheckpointReader, tokenizer: Tokenizer) -> Any:
     """As a user would open it, where that is possible."""
     if source.format == "hf":
         return load_transformers(source.folder)
@@ -220,7 +221,7 @@ def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
     return 0.0 if largest == 0 else largest / scale if scale > 0 else torch.inf
 
 
-def _compare_settings(a: Source, b: Source) -> list[Difference]:
+def _compare_settings(a: CheckpointReader, b: CheckpointReader) -> list[Difference]:
     names = [name for name in SETTINGS if getattr(a.model, name) != getattr(b.model, name)]
     found = [
         Difference(name, f"{getattr(a.model, name)} and {getattr(b.model, name)}") for name in names
@@ -233,7 +234,9 @@ def _compare_settings(a: Source, b: Source) -> list[Difference]:
     return found
 
 
-def _compare_tokenizers(a: Source, b: Source, scratch: Path) -> tuple[str, Tokenizer | None]:
+def _compare_tokenizers(
+    a: CheckpointReader, b: CheckpointReader, scratch: Path
+) -> tuple[str, Tokenizer | None]:
     try:
         first = open_tokenizer(a, None, scratch / "a")
         second = open_tokenizer(b, None, scratch / "b")

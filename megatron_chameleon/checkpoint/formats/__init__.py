@@ -4,10 +4,10 @@ import importlib
 from types import ModuleType
 
 FORMATS = ("megatron", "deepspeed", "hf", "meta")
-"""Names for ``--to``; each is a module of this folder with ``recognise``, ``Source``, ``Sink``.
+"""Names for ``--to``; each is a module of this folder with ``recognise``, ``Reader``, ``Writer``.
 
-A folder may look like several, as transformers saves its own files beside DeepSpeed's: the first
-counts, which has the optimizer's state too.
+A folder may look like several formats, since transformers saves its own files beside DeepSpeed's.
+The first one in this order counts: it has the optimizer's state too.
 """
 
 

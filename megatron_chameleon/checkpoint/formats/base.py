@@ -1,9 +1,9 @@
-"""What every format has: a ``Source`` that reads a checkpoint piece by piece, and a ``Sink`` that
-writes one.
+"""What every format has: a ``CheckpointReader`` and a ``CheckpointWriter``.
 
-A format is a module of this folder with ``recognise(folder)``, a ``Source`` class and a ``Sink``
-class; ``formats.FORMATS`` lists them, and ``convert.py`` joins any source to any sink. Between them
-go pieces in megatron-core's layout (``names.py``), one at a time.
+A format is a module of this folder with ``recognise(folder)``, a ``Reader`` class and a ``Writer``
+class; ``formats.FORMATS`` lists the modules, and ``convert/run.py`` joins any reader to any writer.
+Rows of the table of tensor names (``checkpoint/names``) go from one to the other, one at a time, as
+tensors in megatron-core's form.
 """
 
 import json
@@ -14,14 +14,9 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_chameleon.checkpoint.names import (
-    MAIN_WEIGHT,
-    Dimensions,
-    Piece,
-    common_norm_groups,
-    optimizer_parts,
-    pieces,
-)
+from megatron_chameleon.checkpoint.names.mappings import Dimensions
+from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, optimizer_parts
+from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import CheckpointError
@@ -31,10 +26,10 @@ ORIGIN_FILE = "chameleon.json"
 ORIGIN_FORMAT = "megatron_chameleon.export/1"
 SHARD_BYTES = 5 * 10**9
 
-Stream = Iterator[tuple[Piece, torch.Tensor]]
+RowStream = Iterator[tuple[TensorRow, torch.Tensor]]
 
 
-class Source(Protocol):
+class CheckpointReader(Protocol):
     """An opened checkpoint of one format.
 
     Attributes:
@@ -66,15 +61,15 @@ class Source(Protocol):
     data: dict[str, Any] | None
     skipped_steps: Sequence[int]
 
-    def dtype(self, piece: Piece) -> torch.dtype:
+    def dtype(self, row: TensorRow) -> torch.dtype:
         """Of a stored weight."""
         ...
 
-    def read(self, piece: Piece) -> torch.Tensor:
-        """One piece in megatron-core's layout, without padding rows of the vocabulary.
+    def read(self, row: TensorRow) -> torch.Tensor:
+        """One row in megatron-core's layout, without padding rows of the vocabulary.
 
         Args:
-            piece: A weight, or a part of the optimizer's state where ``has_optimizer``.
+            row: A weight, or a part of the optimizer's state where ``has_optimizer``.
         """
         ...
 
@@ -92,7 +87,7 @@ class Target:
     """What a sink writes.
 
     Attributes:
-        dtypes: Of each weight, by its piece's key.
+        dtypes: Of each weight, by its row's key.
         tokenizer: With its image tokenizer.
         origin: The checkpoint that it comes from, for people to read.
         shards: How many files, for a format where it matters to the reader; None: its default.
@@ -117,35 +112,35 @@ class Target:
     skipped_steps: Sequence[int] = ()
 
     @property
-    def weights(self) -> list[Piece]:
-        return list(pieces(self.dimensions))
+    def weights(self) -> list[TensorRow]:
+        return list(tensor_rows(self.dimensions))
 
     @property
-    def pieces(self) -> list[Piece]:
+    def rows(self) -> list[TensorRow]:
         """The weights, each followed by the parts of its optimizer state, if there is one."""
         found = []
-        for piece in self.weights:
-            found.append(piece)
+        for row in self.weights:
+            found.append(row)
             if self.has_optimizer:
-                parts = optimizer_parts(self.dtypes[piece.key])
-                found += [replace(piece, part=part) for part in parts]
+                parts = optimizer_parts(self.dtypes[row.key])
+                found += [replace(row, part=part) for part in parts]
         return found
 
-    def dtype(self, piece: Piece) -> torch.dtype:
+    def dtype(self, row: TensorRow) -> torch.dtype:
         """Of a weight, or of the optimizer's state, which is in fp32."""
-        return torch.float32 if piece.part else self.dtypes[piece.key]
+        return torch.float32 if row.part else self.dtypes[row.key]
 
     @property
     def main_dtype(self) -> torch.dtype:
         """The one with the most bytes: what configs call the model's."""
         sizes: dict[torch.dtype, int] = {}
-        for piece in self.weights:
-            dtype = self.dtypes[piece.key]
-            sizes[dtype] = sizes.get(dtype, 0) + element_count(piece.shape) * dtype.itemsize
+        for row in self.weights:
+            dtype = self.dtypes[row.key]
+            sizes[dtype] = sizes.get(dtype, 0) + element_count(row.shape) * dtype.itemsize
         return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-class Sink(Protocol):
+class CheckpointWriter(Protocol):
     """Writes one checkpoint.
 
     Args:
@@ -167,7 +162,7 @@ class Sink(Protocol):
         """The files that hold the transformer's tensors, and their sizes in bytes."""
         ...
 
-    def write(self, folder: Path, stream: Stream) -> None:
+    def write(self, folder: Path, stream: RowStream) -> None:
         """Write everything into an existing, empty folder.
 
         Args:
@@ -177,17 +172,17 @@ class Sink(Protocol):
         ...
 
 
-def best_piece(source: Source, piece: Piece, dtype: torch.dtype) -> Piece:
-    """What to read from a source for a piece in a dtype.
+def most_precise_row(reader: CheckpointReader, row: TensorRow, dtype: torch.dtype) -> TensorRow:
+    """What to read from a source for a row in a dtype.
 
     An fp32 weight may be its own main weight, or have one that is more precise than itself.
     """
-    is_fp32 = source.dtype(replace(piece, part=None)) == torch.float32
-    if piece.part == MAIN_WEIGHT and is_fp32:
-        return replace(piece, part=None)
-    if piece.part is None and dtype == torch.float32 and source.has_optimizer and not is_fp32:
-        return replace(piece, part=MAIN_WEIGHT)
-    return piece
+    is_fp32 = reader.dtype(replace(row, part=None)) == torch.float32
+    if row.part == MAIN_WEIGHT and is_fp32:
+        return replace(row, part=None)
+    if row.part is None and dtype == torch.float32 and reader.has_optimizer and not is_fp32:
+        return replace(row, part=MAIN_WEIGHT)
+    return row
 
 
 def one_dtype(where: str, name: str, dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -235,7 +230,7 @@ def check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any
 
 def write_origin(folder: Path, target: Target) -> None:
     """``chameleon.json``: where it comes from, and what the format itself has no place for."""
-    parameters = sum(element_count(piece.shape) for piece in target.weights)
+    parameters = sum(element_count(row.shape) for row in target.weights)
     content = {
         "format": ORIGIN_FORMAT,
         "source": target.origin,
@@ -298,25 +293,3 @@ def with_recorded(model: ModelConfig, origin: Mapping[str, Any], known: set[str]
         if field.name not in known and isinstance(value, type(values[field.name])):
             values[field.name] = value
     return ModelConfig(**values)
-
-
-def norm_settings(
-    recorded: Any, *, q_groups: int, k_groups: int, heads: int, key_heads: int
-) -> tuple[int, int, int]:
-    """``qk_norm_groups`` of a model, and the groups of its query and key norms.
-
-    Args:
-        recorded: ``qk_norm_groups`` of the config it was exported with; None where unknown. It
-            counts if the tensors are equal within its groups: a group count may be larger than the
-            tensors need.
-        q_groups: The fewest groups in which the query norms of all layers are equal.
-        k_groups: The same for the keys.
-        heads: Attention heads.
-        key_heads: Key heads.
-    """
-    groups = common_norm_groups(q_groups, k_groups, heads, key_heads)
-    if isinstance(recorded, int) and recorded > 0 and heads % recorded == 0:
-        of_keys = min(recorded, key_heads)
-        if recorded % q_groups == 0 and key_heads % of_keys == 0 and of_keys % k_groups == 0:
-            groups = recorded
-    return groups, groups, min(groups, key_heads)

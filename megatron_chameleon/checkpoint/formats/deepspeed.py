@@ -25,10 +25,9 @@ import torch
 
 from megatron_chameleon.checkpoint.formats.base import (
     ORIGIN_FILE,
-    Stream,
+    RowStream,
     Target,
     check_names,
-    norm_settings,
     one_dtype,
     read_origin,
     with_recorded,
@@ -39,8 +38,8 @@ from megatron_chameleon.checkpoint.formats.deepspeed_files import (
     UNIVERSAL_FILES,
     ZERO_FOLDER,
     DeepSpeedFiles,
-    find_step,
-    open_files,
+    find_step_folder,
+    open_deepspeed_files,
 )
 from megatron_chameleon.checkpoint.formats.hf import (
     VQ_PREFIX,
@@ -55,14 +54,10 @@ from megatron_chameleon.checkpoint.formats.hf_config import (
     model_of_config,
     read_config,
 )
-from megatron_chameleon.checkpoint.names import (
-    MAIN_WEIGHT,
-    MOMENTS,
-    Dimensions,
-    Piece,
-    norm_groups,
-    pieces,
-)
+from megatron_chameleon.checkpoint.names.mappings import Dimensions
+from megatron_chameleon.checkpoint.names.norm_groups import norm_groups, norm_settings
+from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, MOMENTS
+from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.load import load_config, save_config
 from megatron_chameleon.config.schema import Config, ModelConfig
@@ -78,19 +73,19 @@ and takes learning rates and the like from those that have values."""
 
 def recognise(folder: Path) -> bool:
     """Whether a folder is meant to be one of this format."""
-    return find_step(folder) is not None
+    return find_step_folder(folder) is not None
 
 
-class Source:
-    """A ZeRO or universal checkpoint. See ``formats.base.Source``."""
+class Reader:
+    """A ZeRO or universal checkpoint. See ``formats.base.CheckpointReader``."""
 
     format = "deepspeed"
 
     def __init__(self, folder: Path) -> None:
-        step_folder = find_step(folder)
+        step_folder = find_step_folder(folder)
         assert step_folder is not None
         self.folder = folder
-        self._files = open_files(step_folder)
+        self._files = open_deepspeed_files(step_folder)
         self._places = (step_folder, step_folder.parent)
         self.step, self.has_optimizer = self._files.step, self._files.has_optimizer
         beside = self._beside(ORIGIN_FILE)
@@ -102,24 +97,24 @@ class Source:
         self.config: Config | None = load_config(own / OWN_CONFIG_FILE) if own else None
         self._prefix, self._is_hf = _naming(self._files)
         self.model, self.dimensions = self._hf_geometry() if self._is_hf else self._own_geometry()
-        expected = {n: s for p in pieces(self.dimensions) for n, s in self._shapes(p).items()}
+        expected = {n: s for p in tensor_rows(self.dimensions) for n, s in self._shapes(p).items()}
         found = {n: s for n, s in self._files.shapes.items() if VQ_PREFIX not in n}
         check_names(str(folder), found, expected)
         if self._is_hf:
             self._find_norm_groups()
 
-    def dtype(self, piece: Piece) -> torch.dtype:
+    def dtype(self, row: TensorRow) -> torch.dtype:
         """That the model computed with."""
-        dtypes = [self._files.dtypes[name] for name in self._names(piece)]
-        return one_dtype(str(self.folder), piece.key, dtypes)
+        dtypes = [self._files.dtypes[name] for name in self._names(row)]
+        return one_dtype(str(self.folder), row.key, dtypes)
 
-    def read(self, piece: Piece) -> torch.Tensor:
-        """One piece in megatron-core's layout; a weight in its dtype is its main weight's cast."""
-        part = piece.part or MAIN_WEIGHT
-        tensors = [self._files.read(name, part) for name in self._names(piece)]
-        named = dict(zip(piece.hf_names, tensors, strict=True)) if self._is_hf else {}
-        tensor = piece.to_megatron(named) if self._is_hf else tensors[0]
-        return tensor if piece.part else tensor.to(self.dtype(piece))
+    def read(self, row: TensorRow) -> torch.Tensor:
+        """One row in megatron-core's layout; a weight in its dtype is its main weight's cast."""
+        part = row.part or MAIN_WEIGHT
+        tensors = [self._files.read(name, part) for name in self._names(row)]
+        named = dict(zip(row.hf_names, tensors, strict=True)) if self._is_hf else {}
+        tensor = row.to_megatron(named) if self._is_hf else tensors[0]
+        return tensor if row.part else tensor.to(self.dtype(row))
 
     def tokenizer_folder(self, scratch: Path) -> Path:
         """Our tokenizer's files beside the checkpoint, or the folder that ``config.yaml`` names.
@@ -137,16 +132,16 @@ class Source:
         """The folder that has a file: the step's, or the one above it."""
         return next((place for place in self._places if (place / name).is_file()), None)
 
-    def _names(self, piece: Piece) -> list[str]:
-        """The parameters that a piece is of."""
+    def _names(self, row: TensorRow) -> list[str]:
+        """The parameters that a row is of."""
         if self._is_hf:
-            return [self._prefix + name for name in piece.hf_names]
-        layer = f"decoder.layers.{piece.layer}."
-        return [self._prefix + piece.megatron_name.replace("decoder.layers.", layer)]
+            return [self._prefix + name for name in row.hf_names]
+        layer = f"decoder.layers.{row.layer}."
+        return [self._prefix + row.megatron_name.replace("decoder.layers.", layer)]
 
-    def _shapes(self, piece: Piece) -> dict[str, tuple[int, ...]]:
-        shapes = piece.hf_shapes.values() if self._is_hf else [piece.shape]
-        return dict(zip(self._names(piece), shapes, strict=True))
+    def _shapes(self, row: TensorRow) -> dict[str, tuple[int, ...]]:
+        shapes = row.hf_shapes.values() if self._is_hf else [row.shape]
+        return dict(zip(self._names(row), shapes, strict=True))
 
     def _hf_geometry(self) -> tuple[ModelConfig, Dimensions]:
         """What ``config.json`` says; one QK-norm a head, as transformers has it."""
@@ -215,8 +210,8 @@ def _naming(files: DeepSpeedFiles) -> tuple[str, bool]:
     raise CheckpointError(str(files.folder), what, "Use a checkpoint of a whole Chameleon model")
 
 
-class Sink:
-    """Writes a universal checkpoint. See ``formats.base.Sink``."""
+class Writer:
+    """Writes a universal checkpoint. See ``formats.base.CheckpointWriter``."""
 
     holds_optimizer = True
 
@@ -229,24 +224,24 @@ class Sink:
 
     def files(self) -> dict[str, int]:
         """Files with tensors and their sizes in all, to some kilobytes a tensor."""
-        sizes = [element_count(piece.shape) for piece in self._target.weights]
+        sizes = [element_count(row.shape) for row in self._target.weights]
         size_bytes = 4 * (sum(sizes) + sum(t.numel() for t in self._encoder.values()))
         names = (UNIVERSAL_FILES[part] for part in self._parts)
         return {f"{self._folder}/{ZERO_FOLDER}/*/{name}": size_bytes for name in names}
 
-    def write(self, folder: Path, stream: Stream) -> None:
+    def write(self, folder: Path, stream: RowStream) -> None:
         """Write everything."""
         target, step_folder = self._target, folder / self._folder
         zero = step_folder / ZERO_FOLDER
         zero.mkdir(parents=True)
         dtypes: dict[str, torch.dtype] = {}
-        for piece, tensor in stream:
-            if piece.part is None:
-                dtypes |= dict.fromkeys(piece.hf_names, tensor.dtype)
+        for row, tensor in stream:
+            if row.part is None:
+                dtypes |= dict.fromkeys(row.hf_names, tensor.dtype)
                 if target.has_optimizer and tensor.dtype != torch.float32:
                     continue  # its main weight follows
-            for name, part in piece.to_hf(tensor).items():
-                self._write_part(zero / name, piece.part or MAIN_WEIGHT, part)
+            for name, part in row.to_hf(tensor).items():
+                self._write_part(zero / name, row.part or MAIN_WEIGHT, part)
         for name, tensor in self._encoder.items():
             dtypes[name] = target.main_dtype
             self._write_part(zero / name, MAIN_WEIGHT, tensor)

@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 
-from megatron_chameleon.checkpoint.names import MAIN_WEIGHT, MOMENTS
-from megatron_chameleon.checkpoint.tensor_files.pth import StoredTensor, load_places
+from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, MOMENTS
+from megatron_chameleon.checkpoint.tensor_files.pth import StoredTensor, load_without_data
 from megatron_chameleon.errors import CheckpointError
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
@@ -136,7 +136,7 @@ class DeepSpeedFiles:
                     raise CheckpointError(str(self.folder), what, "Copy the whole folder again")
 
 
-def find_step(folder: Path) -> Path | None:
+def find_step_folder(folder: Path) -> Path | None:
     """The folder of the step that is meant by a path; None: it is no DeepSpeed checkpoint.
 
     Raises:
@@ -160,7 +160,7 @@ def _is_step(folder: Path) -> bool:
     )
 
 
-def open_files(folder: Path) -> DeepSpeedFiles:
+def open_deepspeed_files(folder: Path) -> DeepSpeedFiles:
     """Find everything in a step's folder.
 
     Raises:
@@ -203,10 +203,12 @@ def _read_zero(files: DeepSpeedFiles) -> None:
     model_files, ranks = _ranks(files.folder, _MODEL), _ranks(files.folder, _OPTIMIZER)
     if 0 not in model_files:
         raise CheckpointError(str(files.folder), "no model states of rank 0", "Copy it again")
-    model = load_places(model_files[0], _ALLOWED)
+    model = load_without_data(model_files[0], _ALLOWED)
     files.step = int(model["global_steps"])
     _read_module(files, model)
-    states = [load_places(ranks[rank], _ALLOWED)["optimizer_state_dict"] for rank in sorted(ranks)]
+    states = [
+        load_without_data(ranks[rank], _ALLOWED)["optimizer_state_dict"] for rank in sorted(ranks)
+    ]
     if states:
         stage = int(states[0]["zero_stage"])
         counts = states[0]["partition_count"]
@@ -242,7 +244,7 @@ def _read_untrained(files: DeepSpeedFiles, model_files: Mapping[int, Path]) -> N
     if not untrained:
         return
     for rank in sorted(model_files):
-        model = load_places(model_files[rank], _ALLOWED)
+        model = load_without_data(model_files[rank], _ALLOWED)
         parts = {**model["module"], **(model.get("frozen_param_fragments") or {})}
         for name in untrained:
             size = torch.Size(files.shapes[name]).numel()
@@ -311,14 +313,14 @@ def _number(path: Path, value: Any) -> int:
 def _read_universal(files: DeepSpeedFiles) -> None:
     model_files = _ranks(files.folder, _MODEL)
     if 0 in model_files:
-        model = load_places(model_files[0], _ALLOWED)
+        model = load_without_data(model_files[0], _ALLOWED)
         files.step = int(model["global_steps"])
         _read_module(files, model)
     for name, folder in _parameter_folders(files.folder / ZERO_FOLDER):
         for part, file in UNIVERSAL_FILES.items():
             if not (folder / file).is_file():
                 continue
-            content = load_places(folder / file, _ALLOWED)
+            content = load_without_data(folder / file, _ALLOWED)
             tensor = content["param"] if isinstance(content, Mapping) else content
             stored = StoredTensor.find(folder / file, name, tensor)
             if part == MAIN_WEIGHT:
@@ -328,7 +330,7 @@ def _read_universal(files: DeepSpeedFiles) -> None:
                 files.dtypes.setdefault(name, torch.float32)
             files.add(name, part, stored, 0, tensor.numel())
         if (folder / "step.pt").is_file():
-            step = load_places(folder / "step.pt", _ALLOWED)
+            step = load_without_data(folder / "step.pt", _ALLOWED)
             files.step = _number(folder / "step.pt", step)
     _read_untrained(files, model_files)
 

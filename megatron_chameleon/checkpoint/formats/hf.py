@@ -19,10 +19,9 @@ from safetensors import safe_open
 
 from megatron_chameleon.checkpoint.formats.base import ORIGIN_FILE as EXPORT_FILE
 from megatron_chameleon.checkpoint.formats.base import (
-    Stream,
+    RowStream,
     Target,
     check_names,
-    norm_settings,
     one_dtype,
     read_origin,
     with_recorded,
@@ -36,11 +35,13 @@ from megatron_chameleon.checkpoint.formats.hf_config import (
     read_config,
     vqgan_of_config,
 )
-from megatron_chameleon.checkpoint.names import Dimensions, Piece, norm_groups, pieces
+from megatron_chameleon.checkpoint.names.mappings import Dimensions
+from megatron_chameleon.checkpoint.names.norm_groups import norm_groups, norm_settings
+from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.safetensors import (
-    SafetensorsFiles,
+    SafetensorsReader,
     SafetensorsWriter,
-    TensorPlan,
+    TensorSpec,
 )
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE
@@ -58,8 +59,11 @@ def recognise(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-class Source:
-    """A Hugging Face folder of a Chameleon, ours or another's. See ``formats.base.Source``."""
+class Reader:
+    """A Hugging Face folder of a Chameleon, ours or another's.
+
+    See ``formats.base.CheckpointReader``.
+    """
 
     format = "hf"
     has_optimizer = False
@@ -76,11 +80,11 @@ class Source:
         self.model = with_recorded(model, self.origin, KNOWN)
         self.step = int(self.origin.get("step", 0))
         self.fingerprint: str | None = self.origin.get("tokenizer_fingerprint")
-        self._files = SafetensorsFiles(folder)
+        self._files = SafetensorsReader(folder)
         # one QK-norm a head, as Hugging Face has it: enough to know every name and shape
         heads, key_heads = model.num_attention_heads, model.num_query_groups or 0
         per_head = Dimensions.of(model, vocab_size, heads, key_heads)
-        expected = {n: s for piece in pieces(per_head) for n, s in piece.hf_shapes.items()}
+        expected = {n: s for row in tensor_rows(per_head) for n, s in row.hf_shapes.items()}
         self._has_encoder = any(name.startswith(VQ_PREFIX) for name in self._files.shapes)
         if self._has_encoder:
             expected |= _encoder_shapes(vqgan_of_config(content, where))
@@ -102,14 +106,14 @@ class Source:
             for part in ("weight", "bias")
         )
 
-    def dtype(self, piece: Piece) -> torch.dtype:
+    def dtype(self, row: TensorRow) -> torch.dtype:
         """Of the stored tensors."""
-        dtypes = [self._files.dtypes[name] for name in piece.hf_names]
-        return one_dtype(str(self.folder), piece.key, dtypes)
+        dtypes = [self._files.dtypes[name] for name in row.hf_names]
+        return one_dtype(str(self.folder), row.key, dtypes)
 
-    def read(self, piece: Piece) -> torch.Tensor:
-        """One piece in megatron-core's layout."""
-        return piece.to_megatron({name: self._files.read(name) for name in piece.hf_names})
+    def read(self, row: TensorRow) -> torch.Tensor:
+        """One row in megatron-core's layout."""
+        return row.to_megatron({name: self._files.read(name) for name in row.hf_names})
 
     def tokenizer_folder(self, scratch: Path) -> Path:
         """Our tokenizer's files, gathered in ``scratch``.
@@ -135,8 +139,8 @@ class Source:
                     )
 
 
-class Sink:
-    """Writes a Hugging Face folder. See ``formats.base.Sink``."""
+class Writer:
+    """Writes a Hugging Face folder. See ``formats.base.CheckpointWriter``."""
 
     holds_optimizer = False
 
@@ -145,22 +149,22 @@ class Sink:
         self._target = target
         self._encoder = encoder_tensors(target.tokenizer)
         plans = [
-            TensorPlan(name, shape, target.dtypes[piece.key])
-            for piece in target.weights
-            for name, shape in piece.hf_shapes.items()
+            TensorSpec(name, shape, target.dtypes[row.key])
+            for row in target.weights
+            for name, shape in row.hf_shapes.items()
         ]
-        plans += [TensorPlan(n, tuple(t.shape), t.dtype) for n, t in self._encoder.items()]
+        plans += [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in self._encoder.items()]
         self._writer = SafetensorsWriter(plans, target.shard_bytes)
 
     def files(self) -> dict[str, int]:
         """Files with tensors and their sizes."""
         return self._writer.files
 
-    def write(self, folder: Path, stream: Stream) -> None:
+    def write(self, folder: Path, stream: RowStream) -> None:
         """Write everything."""
         self._writer.start(folder)
-        for piece, tensor in stream:
-            for name, part in piece.to_hf(tensor).items():
+        for row, tensor in stream:
+            for name, part in row.to_hf(tensor).items():
                 self._writer.write(name, part)
         for name, tensor in self._encoder.items():
             self._writer.write(name, tensor)

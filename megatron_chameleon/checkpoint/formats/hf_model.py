@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from megatron_chameleon.checkpoint.formats.base import Source
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.formats.hf import encoder_tensors
 from megatron_chameleon.checkpoint.formats.hf_config import build_config
-from megatron_chameleon.checkpoint.names import pieces
+from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 
-def read_transformers(source: Source, tokenizer: Tokenizer) -> Any:
+def read_transformers(reader: CheckpointReader, tokenizer: Tokenizer) -> Any:
     """``ChameleonForConditionalGeneration`` with a checkpoint's tensors, renamed in memory.
 
     Args:
-        source: Of any format.
+        reader: Of any format.
         tokenizer: With its image tokenizer.
 
     Raises:
@@ -27,25 +27,25 @@ def read_transformers(source: Source, tokenizer: Tokenizer) -> Any:
     """
     from transformers import ChameleonForConditionalGeneration
 
-    if not source.dimensions.q_norm_groups:
+    if not reader.dimensions.q_norm_groups:
         raise CheckpointError(
-            str(source.folder),
+            str(reader.folder),
             "the model has no QK-norm (model.qk_norm_groups is 0), and transformers' Chameleon "
             "cannot leave it out",
             "Use a model that was trained with QK-norm",
         )
     assert tokenizer.image is not None
     tensors = encoder_tensors(tokenizer)
-    for piece in pieces(source.dimensions):
-        for name, part in piece.to_hf(source.read(piece)).items():
+    for row in tensor_rows(reader.dimensions):
+        for name, part in row.to_hf(reader.read(row)).items():
             tensors[name] = part.contiguous()
     dtype = tensors["lm_head.weight"].dtype
-    config = build_config(source.model, tokenizer.vocabulary, tokenizer.image.config, dtype)
+    config = build_config(reader.model, tokenizer.vocabulary, tokenizer.image.config, dtype)
     with no_progress_bar():
         model, info = ChameleonForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
-    _check_complete(info, source.folder)
+    _check_complete(info, reader.folder)
     return model
 
 

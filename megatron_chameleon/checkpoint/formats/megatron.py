@@ -38,15 +38,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.utils.serialization import config as serialization_config
 
-from megatron_chameleon.checkpoint.formats.base import Stream, Target, check_names
-from megatron_chameleon.checkpoint.names import (
-    K_NORM,
-    Q_NORM,
-    Dimensions,
-    Piece,
-    optimizer_parts,
-    pieces,
-)
+from megatron_chameleon.checkpoint.formats.base import RowStream, Target, check_names
+from megatron_chameleon.checkpoint.names.mappings import Dimensions
+from megatron_chameleon.checkpoint.names.optimizer_state import optimizer_parts
+from megatron_chameleon.checkpoint.names.table import K_NORM, Q_NORM
+from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.state.folders import (
     STATE_FILE,
     STATE_FORMAT,
@@ -74,8 +70,8 @@ def recognise(folder: Path) -> bool:
     return any(STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir())
 
 
-class Source:
-    """A training checkpoint. See ``formats.base.Source``.
+class Reader:
+    """A training checkpoint. See ``formats.base.CheckpointReader``.
 
     Args:
         folder: A checkpoint, ``checkpoints`` or run folder; of the latter two the newest whole
@@ -103,7 +99,7 @@ class Source:
         vocab_size = self._reader.state["vocab_size"]
         self.dimensions = Dimensions.of(self.model, vocab_size, q_groups, k_groups)
         where = str(self.folder)
-        _check_tensors(where, found, list(pieces(self.dimensions)))
+        _check_tensors(where, found, list(tensor_rows(self.dimensions)))
         self.has_optimizer = self._reader.state.get("optimizer") is not False
         has_config = self._reader.state.get("training_config") is not False
         self.config: Config | None = self._reader.config if has_config else None
@@ -111,19 +107,19 @@ class Source:
         self.skipped_steps: Sequence[int] = self._reader.state.get("skipped_steps", ())
         if self.has_optimizer:
             parts = [
-                replace(piece, part=part)
-                for piece in pieces(self.dimensions)
-                for part in optimizer_parts(self.dtype(piece))
+                replace(row, part=part)
+                for row in tensor_rows(self.dimensions)
+                for part in optimizer_parts(self.dtype(row))
             ]
             _check_tensors(where, self._reader.optimizer_tensors, parts)
 
-    def dtype(self, piece: Piece) -> torch.dtype:
+    def dtype(self, row: TensorRow) -> torch.dtype:
         """Of the stored weight."""
-        return self._reader.tensors[piece.megatron_name].dtype
+        return self._reader.tensors[row.megatron_name].dtype
 
-    def read(self, piece: Piece) -> torch.Tensor:
-        """One piece, without the padding rows of the vocabulary."""
-        return self._reader.read(piece.stored_name, piece.layer)[: piece.shape[0]]
+    def read(self, row: TensorRow) -> torch.Tensor:
+        """One row, without the padding rows of the vocabulary."""
+        return self._reader.read(row.stored_name, row.layer)[: row.shape[0]]
 
     def tokenizer_folder(self, scratch: Path) -> Path:
         """The folder inside, or the path in the config.
@@ -142,60 +138,58 @@ class Source:
         return path
 
 
-def _check_tensors(where: str, found: dict[str, TensorInfo], wanted: Sequence[Piece]) -> None:
+def _check_tensors(where: str, found: dict[str, TensorInfo], wanted: Sequence[TensorRow]) -> None:
     """Compare names and shapes with the config; a vocabulary may have padding rows."""
     expected, shapes = {}, {name: info.shape for name, info in found.items()}
-    for piece in wanted:
-        name, dims = piece.stored_name, piece.dimensions
-        expected[name] = piece.shape if piece.layer is None else (dims.num_layers, *piece.shape)
+    for row in wanted:
+        name, dims = row.stored_name, row.dimensions
+        expected[name] = row.shape if row.layer is None else (dims.num_layers, *row.shape)
         rows, columns = shapes.get(name, ())[:1], shapes.get(name, ())[1:]
-        is_vocabulary = piece.layer is None and piece.shape[0] == dims.vocab_size
-        if is_vocabulary and columns == piece.shape[1:] and rows >= piece.shape[:1]:
-            shapes[name] = piece.shape
+        is_vocabulary = row.layer is None and row.shape[0] == dims.vocab_size
+        if is_vocabulary and columns == row.shape[1:] and rows >= row.shape[:1]:
+            shapes[name] = row.shape
     check_names(where, shapes, expected)
 
 
-class Sink:
-    """Writes a checkpoint without a process group. See ``formats.base.Sink``."""
+class Writer:
+    """Writes a checkpoint without a process group. See ``formats.base.CheckpointWriter``."""
 
     holds_optimizer = True
 
     def __init__(self, target: Target) -> None:
         self._target = target
         # a file for each layer, and for what is before and behind the layers
-        groups: list[tuple[int | None, list[Piece]]] = []
-        for piece in target.pieces:
-            if not groups or groups[-1][0] != piece.layer:
-                groups.append((piece.layer, []))
-            groups[-1][1].append(piece)
+        groups: list[tuple[int | None, list[TensorRow]]] = []
+        for row in target.rows:
+            if not groups or groups[-1][0] != row.layer:
+                groups.append((row.layer, []))
+            groups[-1][1].append(row)
         self._files = {f"__{i}_0.distcp": group for i, (_, group) in enumerate(groups)}
 
     def files(self) -> dict[str, int]:
         """Files with tensors and their sizes, to some bytes."""
         return {
-            file: sum(
-                element_count(piece.shape) * self._target.dtype(piece).itemsize for piece in group
-            )
+            file: sum(element_count(row.shape) * self._target.dtype(row).itemsize for row in group)
             for file, group in self._files.items()
         }
 
-    def write(self, folder: Path, stream: Stream) -> None:
+    def write(self, folder: Path, stream: RowStream) -> None:
         """Write everything; ``state.json``, which makes the checkpoint whole, last."""
         from megatron.core.dist_checkpointing.core import CheckpointingConfig
         from megatron.core.dist_checkpointing.core import save_config as save_backend
 
-        writer = _Writer(folder, thread_count=1, sync_files=False)
+        writer = _UnnamedFolderWriter(folder, thread_count=1, sync_files=False)
         writer.set_up_storage_writer(is_coordinator=True)
         tensors: dict[str, Any] = {}
         results = []
         for file, group in self._files.items():
-            items = {item.index: item for piece in group for item in self._items(piece)}
+            items = {item.index: item for row in group for item in self._items(row)}
             for item in items.values():
                 data = item.tensor_data
                 assert data is not None
                 stored = TensorStorageMetadata(data.properties, data.size, [])
                 tensors.setdefault(item.index.fqn, stored).chunks.append(data.chunk)
-            empty = [item for piece in group for item in self._empty_objects(piece)]
+            empty = [item for row in group for item in self._empty_objects(row)]
             tensors.update({item.index.fqn: BytesStorageMetadata() for item in empty})
             plan = writer.prepare_local_plan(SavePlan([*items.values(), *empty]))
             (plan,) = writer.prepare_global_plan([plan])
@@ -208,36 +202,36 @@ class Sink:
         save_backend(CheckpointingConfig(sharded_backend="torch_dist"), str(folder))
         self._write_beside(folder)
 
-    def _items(self, piece: Piece) -> Iterator[WriteItem]:
-        """A piece as chunks of rows of the stacked tensor."""
-        dtype = self._target.dtype(piece)
-        stacked = piece.layer is not None
+    def _items(self, row: TensorRow) -> Iterator[WriteItem]:
+        """A row as chunks of rows of the stacked tensor."""
+        dtype = self._target.dtype(row)
+        stacked = row.layer is not None
         layers = (self._target.dimensions.num_layers,) if stacked else ()
-        first = (piece.layer,) if stacked else ()
-        chunk_rows = max(1, CHUNK_BYTES // (element_count(piece.shape[1:]) * dtype.itemsize))
-        for start in range(0, piece.shape[0], chunk_rows):
-            rows = min(chunk_rows, piece.shape[0] - start)
-            offsets = torch.Size((*first, start, *(0 for _ in piece.shape[1:])))
-            sizes = torch.Size((*(1 for _ in layers), rows, *piece.shape[1:]))
+        first = (row.layer,) if stacked else ()
+        chunk_rows = max(1, CHUNK_BYTES // (element_count(row.shape[1:]) * dtype.itemsize))
+        for start in range(0, row.shape[0], chunk_rows):
+            rows = min(chunk_rows, row.shape[0] - start)
+            offsets = torch.Size((*first, start, *(0 for _ in row.shape[1:])))
+            sizes = torch.Size((*(1 for _ in layers), rows, *row.shape[1:]))
             yield WriteItem(
-                index=MetadataIndex(piece.stored_name, offsets),
+                index=MetadataIndex(row.stored_name, offsets),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     ChunkStorageMetadata(offsets, sizes),
                     TensorProperties(dtype=dtype),
-                    torch.Size((*layers, *piece.shape)),
+                    torch.Size((*layers, *row.shape)),
                 ),
             )
 
-    def _empty_objects(self, piece: Piece) -> Iterator[WriteItem]:
+    def _empty_objects(self, row: TensorRow) -> Iterator[WriteItem]:
         """What megatron-core keeps of each linear layer beside its weight, and misses on loading.
 
         It is Transformer Engine's FP8 state; without FP8 it is empty.
         """
-        name = piece.megatron_name.removesuffix(".weight")
+        name = row.megatron_name.removesuffix(".weight")
         is_linear = name.rpartition(".")[2].startswith("linear_")
-        if piece.layer is not None and piece.part is None and is_linear:
-            shard = f"shard_{piece.layer}_{self._target.dimensions.num_layers}"
+        if row.layer is not None and row.part is None and is_linear:
+            shard = f"shard_{row.layer}_{self._target.dimensions.num_layers}"
             index = MetadataIndex(f"{name}._extra_state/{shard}")
             yield WriteItem(index=index, type=WriteItemType.BYTE_IO)
 
@@ -266,7 +260,7 @@ class Sink:
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
-class _Writer(FileSystemWriter):
+class _UnnamedFolderWriter(FileSystemWriter):
     """torch's writer, whose metadata would name the temporary folder."""
 
     def storage_meta(self) -> None:
@@ -274,14 +268,14 @@ class _Writer(FileSystemWriter):
 
 
 class _StreamPlanner(SavePlanner):
-    """Gives torch's writer the chunks in the order of its plan, from one piece at a time."""
+    """Gives torch's writer the chunks in the order of its plan, from one row at a time."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: RowStream) -> None:
         self._stream = stream
         self._rows_left = torch.empty(0)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """The next chunk of the piece that is being written, or the first of the next piece."""
+        """The next chunk of the row that is being written, or the first of the next row."""
         if write_item.type == WriteItemType.BYTE_IO:
             empty = io.BytesIO()
             torch.save([None], empty)
@@ -289,8 +283,8 @@ class _StreamPlanner(SavePlanner):
         data = write_item.tensor_data
         assert data is not None
         if not len(self._rows_left):
-            piece, self._rows_left = next(self._stream)
-            assert piece.stored_name == write_item.index.fqn
+            row, self._rows_left = next(self._stream)
+            assert row.stored_name == write_item.index.fqn
         stacked = len(data.chunk.sizes) > self._rows_left.dim()
         rows = data.chunk.sizes[1 if stacked else 0]
         chunk, self._rows_left = self._rows_left[:rows], self._rows_left[rows:]

@@ -20,10 +20,9 @@ import torch
 
 from megatron_chameleon.checkpoint.formats.base import (
     ORIGIN_FILE,
-    Stream,
+    RowStream,
     Target,
     check_names,
-    norm_settings,
     one_dtype,
     read_json_object,
     read_origin,
@@ -36,12 +35,9 @@ from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
     read_meta_tokenizer,
     write_meta_tokenizer,
 )
-from megatron_chameleon.checkpoint.names import (
-    Dimensions,
-    Piece,
-    norm_groups,
-    pieces,
-)
+from megatron_chameleon.checkpoint.names.mappings import Dimensions
+from megatron_chameleon.checkpoint.names.norm_groups import norm_groups, norm_settings
+from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.pth import PthFile, create
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.schema import ModelConfig
@@ -73,8 +69,8 @@ def recognise(folder: Path) -> bool:
     )
 
 
-class Source:
-    """Meta's shards. See ``formats.base.Source``."""
+class Reader:
+    """Meta's shards. See ``formats.base.CheckpointReader``."""
 
     format = "meta"
     has_optimizer = False
@@ -107,18 +103,18 @@ class Source:
     def shards(self) -> int:
         return len(self._shards)
 
-    def dtype(self, piece: Piece) -> torch.dtype:
+    def dtype(self, row: TensorRow) -> torch.dtype:
         """Of the stored tensors."""
-        dtypes = [shard.tensors[p.name].dtype for p in piece.meta for shard in self._shards]
-        return one_dtype(str(self.folder), piece.key, dtypes)
+        dtypes = [shard.tensors[p.name].dtype for p in row.meta for shard in self._shards]
+        return one_dtype(str(self.folder), row.key, dtypes)
 
-    def read(self, piece: Piece) -> torch.Tensor:
-        """One piece in megatron-core's layout."""
+    def read(self, row: TensorRow) -> torch.Tensor:
+        """One row in megatron-core's layout."""
         tensors = {}
-        for name, part in zip(piece.hf_names, piece.meta, strict=True):
+        for name, part in zip(row.hf_names, row.meta, strict=True):
             shards = [shard.read(part.name) for shard in self._shards]
-            tensors[name] = part.from_shards(shards, piece.dimensions)
-        return piece.to_megatron(tensors)
+            tensors[name] = part.from_shards(shards, row.dimensions)
+        return row.to_megatron(tensors)
 
     def tokenizer_folder(self, scratch: Path) -> Path:
         """Our tokenizer's files, made in ``scratch`` from those in the folder or beside it.
@@ -189,8 +185,8 @@ class Source:
         return norm_groups(rows)
 
 
-class Sink:
-    """Writes Meta's shards. See ``formats.base.Sink``."""
+class Writer:
+    """Writes Meta's shards. See ``formats.base.CheckpointWriter``."""
 
     holds_optimizer = False
 
@@ -208,8 +204,8 @@ class Sink:
                 )
         self._target = target
         self._tensors = {
-            name: (shape, target.dtypes[piece.key])
-            for name, shape, piece in shard_tensors(dims, self._shards)
+            name: (shape, target.dtypes[row.key])
+            for name, shape, row in shard_tensors(dims, self._shards)
         }
         self._tensors[ROPE] = ((dims.head_dim // 2,), target.main_dtype)
 
@@ -220,7 +216,7 @@ class Sink:
         )
         return dict.fromkeys(shard_names(self._shards), size_bytes)
 
-    def write(self, folder: Path, stream: Stream) -> None:
+    def write(self, folder: Path, stream: RowStream) -> None:
         """Write everything."""
         dims, model = self._target.dimensions, self._target.model
         shards = [create(folder / name, self._tensors) for name in shard_names(self._shards)]
@@ -228,8 +224,8 @@ class Sink:
         freqs = (float(model.rotary_base) ** -turns).to(self._target.main_dtype)
         for shard in shards:
             shard.write(ROPE, freqs)
-        for piece, tensor in stream:
-            for part, whole in zip(piece.meta, piece.to_hf(tensor).values(), strict=True):
+        for row, tensor in stream:
+            for part, whole in zip(row.meta, row.to_hf(tensor).values(), strict=True):
                 parts = part.to_shards(whole, dims, self._shards)
                 for shard, own in zip(shards, parts, strict=True):
                     shard.write(part.name, own)
@@ -246,12 +242,12 @@ def shard_names(shards: int) -> list[str]:
     return [f"consolidated.{index:02}.pth" for index in range(shards)]
 
 
-def shard_tensors(dims: Dimensions, shards: int) -> list[tuple[str, tuple[int, ...], Piece]]:
-    """Every tensor of one shard: its name, its shape, and the piece that it is of."""
+def shard_tensors(dims: Dimensions, shards: int) -> list[tuple[str, tuple[int, ...], TensorRow]]:
+    """Every tensor of one shard: its name, its shape, and the row that it is of."""
     return [
-        (part.name, part.shape(whole, dims, shards), piece)
-        for piece in pieces(dims)
-        for part, whole in zip(piece.meta, piece.hf_shapes.values(), strict=True)
+        (part.name, part.shard_shape(whole, dims, shards), row)
+        for row in tensor_rows(dims)
+        for part, whole in zip(row.meta, row.hf_shapes.values(), strict=True)
     ]
 
 

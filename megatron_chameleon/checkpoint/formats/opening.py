@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_chameleon.checkpoint.formats import FORMATS, load_format
-from megatron_chameleon.checkpoint.formats.base import Source
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
     META_TEXT_FILE,
     read_meta_tokenizer,
@@ -12,7 +12,7 @@ from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 
 
-def open_source(path: str | Path) -> Source:
+def open_checkpoint(path: str | Path) -> CheckpointReader:
     """Open a checkpoint of any format.
 
     Args:
@@ -29,7 +29,7 @@ def open_source(path: str | Path) -> Source:
     for name in FORMATS:
         module = load_format(name)
         if module.recognise(folder):
-            return module.Source(folder)
+            return module.Reader(folder)
     raise CheckpointError(
         str(path),
         "holds no state.json or step_... folder (megatron), no config.json (hf), no params.json "
@@ -39,12 +39,12 @@ def open_source(path: str | Path) -> Source:
 
 
 def open_tokenizer(
-    source: Source, folder: str | Path | None, scratch: Path, device: str = "cpu"
+    reader: CheckpointReader, folder: str | Path | None, scratch: Path, device: str = "cpu"
 ) -> Tokenizer:
     """The tokenizer that a checkpoint was trained with.
 
     Args:
-        source: The checkpoint.
+        reader: The checkpoint.
         folder: Ours or Meta's; None takes the checkpoint's own.
         scratch: A folder that may be made, for files that are put together.
         device: Where the image tokenizer runs.
@@ -54,19 +54,19 @@ def open_tokenizer(
         CheckpointError: It is another tokenizer than the checkpoint's.
     """
     if folder is None:
-        path = source.tokenizer_folder(scratch)
+        path = reader.tokenizer_folder(scratch)
     elif (Path(folder) / META_TEXT_FILE).is_file():
         path = read_meta_tokenizer(Path(folder), scratch)
     else:
         path = Path(folder)
     tokenizer = load_tokenizer(path, device=device)
-    if source.fingerprint is not None:
-        check_fingerprint(tokenizer, source.fingerprint, str(source.folder))
-    if tokenizer.vocabulary.size != source.dimensions.vocab_size:
+    if reader.fingerprint is not None:
+        check_fingerprint(tokenizer, reader.fingerprint, str(reader.folder))
+    if tokenizer.vocabulary.size != reader.dimensions.vocab_size:
         raise CheckpointError(
             str(folder or path),
             f"has {tokenizer.vocabulary.size} tokens, the checkpoint "
-            f"{source.dimensions.vocab_size}",
+            f"{reader.dimensions.vocab_size}",
             "Give the tokenizer of the run with --tokenizer",
         )
     return tokenizer

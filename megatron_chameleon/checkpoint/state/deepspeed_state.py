@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megatron_chameleon.checkpoint.names import (
+from megatron_chameleon.checkpoint.names.optimizer_state import (
     MAIN_WEIGHT,
     MOMENTS,
     OPTIMIZER_PREFIX,

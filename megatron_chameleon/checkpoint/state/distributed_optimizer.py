@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from megatron_chameleon.checkpoint.names import (
+from megatron_chameleon.checkpoint.names.optimizer_state import (
     MAIN_WEIGHT,
     MOMENTS,
     optimizer_key,
@@ -92,8 +92,10 @@ def sharded_ranges(
         state = optimizer._get_main_param_and_optimizer_states(parameter)
         for part in optimizer_parts(parameter.dtype):
             values = state[_NAMES[part]].detach()
-            for piece in _pieces(sharded, optimizer_key(part, sharded.key), values, start, stop):
-                found[str(len(found))] = piece
+            for rectangle in _sharded_rectangles(
+                sharded, optimizer_key(part, sharded.key), values, start, stop
+            ):
+                found[str(len(found))] = rectangle
     return found
 
 
@@ -128,13 +130,13 @@ def load_ranges(
             key = optimizer_key(part, sharded.key)
             if part == MAIN_WEIGHT:
                 key = weight_key(sharded.key, torch.float32, stored)
-            for piece in _pieces(sharded, key, state[name], start, stop):
-                wanted[str(len(wanted))] = piece
+            for rectangle in _sharded_rectangles(sharded, key, state[name], start, stop):
+                wanted[str(len(wanted))] = rectangle
         filled.append((optimizer, parameter, state))
     loaded = load_sharded(checkpoint, dict(wanted), is_whole=False)
-    for key, piece in wanted.items():
-        if loaded[key].data_ptr() != piece.data.data_ptr():
-            piece.data.copy_(loaded[key])
+    for key, rectangle in wanted.items():
+        if loaded[key].data_ptr() != rectangle.data.data_ptr():
+            rectangle.data.copy_(loaded[key])
     for optimizer, parameter, state in filled:
         _set(optimizer, parameter, state, step)
 
@@ -168,7 +170,7 @@ def _owned(
                         yield optimizer, parameter, entries[id(parameter)], own.start, own.end
 
 
-def _pieces(
+def _sharded_rectangles(
     sharded: ShardedBase, key: str, values: Tensor, start: int, stop: int
 ) -> Iterator[ShardedTensor]:
     """A run of a local parameter's elements as rectangles of the whole tensor.

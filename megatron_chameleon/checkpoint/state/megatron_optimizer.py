@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_chameleon.checkpoint.names import (
+from megatron_chameleon.checkpoint.names.optimizer_state import (
     MAIN_WEIGHT,
     optimizer_key,
     weight_key,

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_chameleon.checkpoint.names import OPTIMIZER_PREFIX
+from megatron_chameleon.checkpoint.names.optimizer_state import OPTIMIZER_PREFIX
 from megatron_chameleon.checkpoint.state.folders import load_checkpoint_config, load_state
 from megatron_chameleon.checkpoint.tensor_files.pth import StoredTensor
 from megatron_chameleon.checkpoint.tensor_files.raw import empty, read_into

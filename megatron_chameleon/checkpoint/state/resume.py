@@ -199,7 +199,7 @@ def _resolved(config: Config, key: str) -> object:
     return value
 
 
-def describe_changes(checkpoint: Path | None, config: Config) -> str:
+def changed_settings(checkpoint: Path | None, config: Config) -> str:
     """What a config changes against that of a checkpoint, in a line; empty: nothing that counts."""
     if checkpoint is None or load_state(checkpoint).get("training_config") is False:
         return ""

@@ -101,7 +101,9 @@ class Saver:
         say: Takes a line for each checkpoint that is whole.
     """
 
-    def __init__(self, folder: Path, engine: CheckpointedEngine, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, engine: CheckpointedEngine, say: Callable[[str], None]
+    ) -> None:
         self._folder = folder
         self._engine = engine
         self._say = say

@@ -34,7 +34,7 @@ class StoredTensor:
 
     @classmethod
     def find(cls, path: Path, name: str, tensor: torch.Tensor) -> "StoredTensor":
-        """The place of a tensor that ``load_places`` gave.
+        """The place of a tensor that ``load_without_data`` gave.
 
         Raises:
             CheckpointError: It is not contiguous.
@@ -64,7 +64,7 @@ class StoredTensor:
         return read_into(empty((count,), self.dtype), self.path, offset, name)
 
 
-def load_places(path: Path, allowed: Sequence[Any] = ()) -> Any:
+def load_without_data(path: Path, allowed: Sequence[Any] = ()) -> Any:
     """What a file holds, with tensors that have no numbers but know their place.
 
     Args:
@@ -111,7 +111,7 @@ class PthFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         remedy = "Give a file of plain tensors, saved by torch"
-        content = load_places(path)
+        content = load_without_data(path)
         if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
             content = content["state_dict"]
         if not isinstance(content, Mapping):

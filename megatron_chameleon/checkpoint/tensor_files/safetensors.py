@@ -32,7 +32,7 @@ _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class TensorPlan:
+class TensorSpec:
     """A tensor that will be written."""
 
     name: str
@@ -52,8 +52,8 @@ class SafetensorsWriter:
         shard_bytes: Most bytes of tensors in a file; a single larger tensor gets its own.
     """
 
-    def __init__(self, plans: Sequence[TensorPlan], shard_bytes: int) -> None:
-        groups: list[list[TensorPlan]] = [[]]
+    def __init__(self, plans: Sequence[TensorSpec], shard_bytes: int) -> None:
+        groups: list[list[TensorSpec]] = [[]]
         held_bytes = 0
         for plan in plans:
             if groups[-1] and held_bytes + plan.size_bytes > shard_bytes:
@@ -69,7 +69,7 @@ class SafetensorsWriter:
             file = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
             self._lay_out(SINGLE_FILE if len(groups) == 1 else file, group)
 
-    def _lay_out(self, file: str, group: list[TensorPlan]) -> None:
+    def _lay_out(self, file: str, group: list[TensorSpec]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         # the widest first, so that every tensor is aligned
@@ -117,7 +117,7 @@ class SafetensorsWriter:
         assert not self._missing, sorted(self._missing)
 
 
-class SafetensorsFiles:
+class SafetensorsReader:
     """The tensors of a folder of safetensors files, with or without an index, read one by one.
 
     Attributes:

@@ -20,7 +20,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_chameleon.checkpoint.names import weight_key
+from megatron_chameleon.checkpoint.names.optimizer_state import weight_key
 from megatron_chameleon.checkpoint.state.megatron_optimizer import load_optimizer, sharded_optimizer
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.checkpoint.state.torch_dist import ShardedSnapshot, load_sharded

@@ -1,4 +1,4 @@
-"""The weights of a run as they are now, whole, for whoever reads checkpoints piece by piece."""
+"""The weights of a run as they are now, whole, for whoever reads checkpoints row by row."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_chameleon.checkpoint.names import Dimensions, Piece
+from megatron_chameleon.checkpoint.names.mappings import Dimensions
+from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow
 from megatron_chameleon.config.parameters import qk_norm_groups, query_groups
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.parallel.topology import Topology
@@ -48,8 +49,8 @@ def _gather(name: str, part: Tensor, dim: int, size: int) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
-class LiveSource:
-    """The model of a run in place of a checkpoint's ``Source``.
+class LiveWeightsReader:
+    """The model of a run in place of a ``CheckpointReader``.
 
     Args:
         config: The run's.
@@ -76,12 +77,12 @@ class LiveSource:
         self.step = step
         self._weights = weights
 
-    def dtype(self, piece: Piece) -> torch.dtype:
-        return self.read(piece).dtype
+    def dtype(self, row: TensorRow) -> torch.dtype:
+        return self.read(row).dtype
 
-    def read(self, piece: Piece) -> Tensor:
-        layer = "" if piece.layer is None else f"layers.{piece.layer}."
-        return self._weights[piece.megatron_name.replace("layers.", layer)]
+    def read(self, row: TensorRow) -> Tensor:
+        layer = "" if row.layer is None else f"layers.{row.layer}."
+        return self._weights[row.megatron_name.replace("layers.", layer)]
 
     def tokenizer_folder(self, scratch: Path) -> Path:
         raise NotImplementedError("the run's tokenizer is in its config")

@@ -21,7 +21,7 @@ from megatron_chameleon.errors import ChameleonError, ConfigError
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
-from megatron_chameleon.training.samples.live_weights import LiveSource, gather_weights
+from megatron_chameleon.training.samples.live_weights import LiveWeightsReader, gather_weights
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.session import Answer
@@ -99,8 +99,8 @@ class Sampler:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._config.tokenizer.path, device=device)
         tokenizer = self._tokenizer
-        source = LiveSource(self._config, tokenizer.vocabulary.size, weights, step)
-        session = Session(read_transformers(source, tokenizer).to(device), tokenizer, step)
+        reader = LiveWeightsReader(self._config, tokenizer.vocabulary.size, weights, step)
+        session = Session(read_transformers(reader, tokenizer).to(device), tokenizer, step)
         answers = []
         for prompt in logging.sample_prompts:
             options = GenerationOptions(

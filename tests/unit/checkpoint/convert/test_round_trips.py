@@ -8,10 +8,10 @@ import torch
 
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.formats.meta import model_params
-from megatron_chameleon.checkpoint.formats.opening import open_source
-from megatron_chameleon.checkpoint.names import Dimensions
+from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
+from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
-from megatron_chameleon.checkpoint.tensor_files.safetensors import SafetensorsFiles
+from megatron_chameleon.checkpoint.tensor_files.safetensors import SafetensorsReader
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.tokenizer.folder import fingerprint
 from meta_files import MetaModel, load_shards, random_shards, same_shards, write_meta
@@ -23,7 +23,7 @@ def test_hf_megatron_hf(tiny_checkpoint: Path, tiny_tokenizer: Path, tmp_path: P
     convert(tiny_checkpoint, first, "hf")
     convert(first, between, "megatron")
     convert(between, second, "hf", shard_bytes=100_000)
-    old, new = SafetensorsFiles(first), SafetensorsFiles(second)
+    old, new = SafetensorsReader(first), SafetensorsReader(second)
     assert old.shapes == new.shapes
     assert all(torch.equal(old.read(name), new.read(name)) for name in old.shapes)
     names = {"config.json", "generation_config.json", "tokenizer.json", "processor_config.json"}
@@ -114,9 +114,9 @@ def test_groups_are_kept_although_their_norms_are_equal(
             tensors[name] = tensors[name][:, :1].expand_as(tensors[name]).contiguous()
     source = write_checkpoint(tmp_path / "step_00000007", model, tensors, tiny_tokenizer)
     convert(source, tmp_path / "hf", "hf")
-    assert open_source(tmp_path / "hf").model.qk_norm_groups == 4
+    assert open_checkpoint(tmp_path / "hf").model.qk_norm_groups == 4
     (tmp_path / "hf/chameleon.json").unlink()
-    assert open_source(tmp_path / "hf").model.qk_norm_groups == 1
+    assert open_checkpoint(tmp_path / "hf").model.qk_norm_groups == 1
 
 
 def test_a_cast_to_fp32_and_back_is_exact(tiny_tokenizer: Path, tmp_path: Path) -> None:

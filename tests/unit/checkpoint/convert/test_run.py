@@ -11,10 +11,11 @@ import torch
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.formats import hf
 from megatron_chameleon.checkpoint.formats.hf_config import vocabulary_map
-from megatron_chameleon.checkpoint.names import Dimensions, pieces
+from megatron_chameleon.checkpoint.names.mappings import Dimensions
+from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
 from megatron_chameleon.checkpoint.state.integrity import SUMS_FILE
 from megatron_chameleon.checkpoint.tensor_files.safetensors import (
-    SafetensorsFiles,
+    SafetensorsReader,
     SafetensorsWriter,
 )
 from megatron_chameleon.errors import CheckpointError, ConfigError
@@ -146,7 +147,7 @@ def test_shards_and_index_hold_the_same_tensors(tiny_checkpoint: Path, tmp_path:
     for file in files:
         # The header comes on top; 500 names of 50 letters are far below 50,000 bytes.
         assert (tmp_path / "many" / file).stat().st_size < 150_000
-    first, second = SafetensorsFiles(tmp_path / "one"), SafetensorsFiles(tmp_path / "many")
+    first, second = SafetensorsReader(tmp_path / "one"), SafetensorsReader(tmp_path / "many")
     assert first.shapes.keys() == second.shapes.keys() == index["weight_map"].keys()
     for name in first.shapes:
         assert torch.equal(first.read(name), second.read(name))
@@ -159,7 +160,7 @@ def file_header_bytes(path: Path) -> int:
 
 def test_bf16_casts_the_transformer_only(tiny_checkpoint: Path, tmp_path: Path) -> None:
     result = convert(tiny_checkpoint, tmp_path / "hf", "hf", dtype="bf16")
-    stored = SafetensorsFiles(tmp_path / "hf")
+    stored = SafetensorsReader(tmp_path / "hf")
     expected = random_tensors(model_config(), PADDED_VOCAB_SIZE)["output_layer.weight"].bfloat16()
     assert torch.equal(stored.read("lm_head.weight"), expected[:VOCAB_SIZE])
     assert stored.read("model.vqmodel.quantize.embedding.weight").dtype == torch.float32
@@ -167,7 +168,7 @@ def test_bf16_casts_the_transformer_only(tiny_checkpoint: Path, tmp_path: Path) 
     assert result.largest_change is not None
     change, name = result.largest_change
     dims = Dimensions.of(model_config(), VOCAB_SIZE, 2, 2)
-    assert name in {piece.key for piece in pieces(dims)}
+    assert name in {row.key for row in tensor_rows(dims)}
     assert 2**-9 < change <= 2**-8  # half a step of 8 significant bits, seen in 60,000 numbers
 
 

@@ -11,7 +11,10 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 
-from megatron_chameleon.checkpoint.state.distributed_optimizer import _pieces, rectangles
+from megatron_chameleon.checkpoint.state.distributed_optimizer import (
+    _sharded_rectangles,
+    rectangles,
+)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4)])
@@ -57,7 +60,7 @@ def layer_of_three(tensor: torch.Tensor) -> ShardedBase:
 
 
 @pytest.mark.parametrize("describe", [whole, in_two_halves, layer_of_three])
-def test_pieces_lie_where_the_parameter_does(
+def test_rectangles_lie_where_the_parameter_does(
     describe: Callable[[torch.Tensor], ShardedBase],
 ) -> None:
     """Two data-parallel ranks' runs put together are the parameter, at its place in the whole."""
@@ -71,9 +74,9 @@ def test_pieces_lie_where_the_parameter_does(
         found = torch.full_like(expected, -1.0)
         for start, stop in ((0, border), (border, 24)):
             values = local.flatten()[start:stop]
-            for piece in _pieces(sharded, "key", values, start, stop):
-                assert (piece.key, piece.replica_id) == ("key", (0, 0, 0))
-                place = piece.global_slice()
+            for rectangle in _sharded_rectangles(sharded, "key", values, start, stop):
+                assert (rectangle.key, rectangle.replica_id) == ("key", (0, 0, 0))
+                place = rectangle.global_slice()
                 assert (found[place] == -1).all(), "written twice"
-                found[place] = piece.data
+                found[place] = rectangle.data
         assert torch.equal(found, expected), border

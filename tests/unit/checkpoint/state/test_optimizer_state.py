@@ -11,10 +11,14 @@ import torch
 
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.convert.verify import verify
-from megatron_chameleon.checkpoint.formats.base import best_piece
-from megatron_chameleon.checkpoint.formats.deepspeed_files import find_step, open_files
-from megatron_chameleon.checkpoint.formats.opening import open_source
-from megatron_chameleon.checkpoint.names import MOMENTS, optimizer_parts, pieces
+from megatron_chameleon.checkpoint.formats.base import most_precise_row
+from megatron_chameleon.checkpoint.formats.deepspeed_files import (
+    find_step_folder,
+    open_deepspeed_files,
+)
+from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
+from megatron_chameleon.checkpoint.names.optimizer_state import MOMENTS, optimizer_parts
+from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
 from megatron_chameleon.checkpoint.state import resume
 from megatron_chameleon.checkpoint.state.integrity import SUMS_FILE
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
@@ -53,14 +57,14 @@ def universal(bf16_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def assert_same_state(first: Path, second: Path) -> None:
     """Weights, main weights and moments, bit for bit."""
-    old, new = open_source(first), open_source(second)
+    old, new = open_checkpoint(first), open_checkpoint(second)
     assert old.has_optimizer
     assert new.has_optimizer
     compared = 0
-    for piece in pieces(old.dimensions):
-        assert old.dtype(piece) == new.dtype(piece)
-        for part in (None, *optimizer_parts(old.dtype(piece))):
-            wanted = replace(piece, part=part)
+    for row in tensor_rows(old.dimensions):
+        assert old.dtype(row) == new.dtype(row)
+        for part in (None, *optimizer_parts(old.dtype(row))):
+            wanted = replace(row, part=part)
             assert torch.equal(old.read(wanted), new.read(wanted)), wanted.key
             compared += 1
     assert compared in (3 * (3 + 3 * 10), 4 * (3 + 3 * 10))
@@ -150,7 +154,7 @@ def test_a_missing_moment_is_named(tiny_tokenizer: Path, tmp_path: Path) -> None
     weights = {name: tensor.bfloat16() for name, tensor in main.items()}
     source = write_checkpoint(tmp_path / "step_00000007", model_config(), weights, tiny_tokenizer)
     with pytest.raises(CheckpointError, match=r"tensor optimizer\.state\.fp32_param\.\S+ is miss"):
-        open_source(source)
+        open_checkpoint(source)
 
 
 def test_others_training_goes_on_with_any_batch_size(
@@ -240,11 +244,11 @@ def test_names_behind_a_wrapper_are_read(universal: Path, tmp_path: Path) -> Non
         path.rename(path.with_name(f"module.{path.name}"))
     for path in (copy / "global_step7").glob("*_states.pt"):
         path.unlink()
-    step = find_step(copy)
+    step = find_step_folder(copy)
     assert step is not None
-    assert open_files(step).step == 7
-    source = open_source(copy)
-    first = next(pieces(source.dimensions))
+    assert open_deepspeed_files(step).step == 7
+    source = open_checkpoint(copy)
+    first = next(tensor_rows(source.dimensions))
     assert source.dtype(first) == torch.float32  # nothing there says bf16
     expected = random_tensors(model_config(), VOCAB_SIZE)["embedding.word_embeddings.weight"]
-    assert torch.equal(source.read(best_piece(source, first, torch.float32)), expected)
+    assert torch.equal(source.read(most_precise_row(source, first, torch.float32)), expected)

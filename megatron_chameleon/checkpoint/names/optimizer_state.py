@@ -1,0 +1,41 @@
+"""The names under which a training checkpoint stores the optimizer's state."""
+
+from collections.abc import Collection
+
+import torch
+
+OPTIMIZER_PREFIX = "optimizer."
+MAIN_WEIGHT = "fp32_param"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def optimizer_key(part: str, name: str) -> str:
+    """The name under which a checkpoint stores a part of a weight's optimizer state.
+
+    Args:
+        part: ``MAIN_WEIGHT`` or one of ``MOMENTS``.
+        name: The weight's name.
+    """
+    return f"{OPTIMIZER_PREFIX}state.{part}.{name}"
+
+
+def weight_key(name: str, dtype: torch.dtype, stored: Collection[str]) -> str:
+    """The name under which a checkpoint stores a weight most precisely.
+
+    This is the fp32 main weight where fp32 is wanted and the checkpoint has one.
+
+    Args:
+        name: The weight's name.
+        dtype: The dtype in which the weight is wanted.
+        stored: All names in the checkpoint.
+    """
+    main = optimizer_key(MAIN_WEIGHT, name)
+    return main if dtype == torch.float32 and main in stored else name
+
+
+def optimizer_parts(dtype: torch.dtype) -> tuple[str, ...]:
+    """The parts of optimizer state for a weight of this dtype.
+
+    An fp32 weight is its own main weight, so only the moments remain.
+    """
+    return MOMENTS if dtype == torch.float32 else (MAIN_WEIGHT, *MOMENTS)
