@@ -25,7 +25,7 @@ class Gpu:
     """Between nodes, in each direction, for each GPU."""
     bf16_efficiency: float
     """Share of the peak that the matrix products of a whole training step reach; calibrated, see
-    ``plan_published.py``."""
+    ``published_runs.yaml``."""
     fp8_efficiency: float
     gpus_per_node: int = 8
 

@@ -1,7 +1,7 @@
 """How long a step takes under a layout: matrix products, memory traffic, messages and bubbles.
 
 Everything is counted from the config; what cannot be counted are the few shares in ``gpus.py`` and
-below, calibrated on some published runs and tested on others (``plan_published.py``).
+below, calibrated on some published runs and tested on others (``published_runs.yaml``).
 """
 
 import math
