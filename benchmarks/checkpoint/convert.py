@@ -38,7 +38,7 @@ from megatron_chameleon.tokenizer.common.vocabulary import (
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
-from megatron_chameleon.tokenizer.text.model_file import build_model
+from megatron_chameleon.tokenizer.text.model_file import build_sentencepiece_model
 
 VOCABULARY, IMAGE_CODES = 65536, 8192
 POOL_ELEMENTS = 2**26
@@ -63,7 +63,7 @@ def write_tokenizer(folder: Path) -> Path:
     names += [f"<0x{byte:02X}>" for byte in range(256)]
     names += [f"▁{number}" for number in range(VOCABULARY - len(names))]
     folder.mkdir(parents=True)
-    (folder / "text.model").write_bytes(build_model(names, {}, set(controls)))
+    (folder / "text.model").write_bytes(build_sentencepiece_model(names, {}, set(controls)))
     Vocabulary.from_tokens(names).save(folder)
     save_vqgan(Vqgan(VqganConfig()), folder)
     return folder

@@ -32,7 +32,7 @@ import psutil
 
 from megatron_chameleon.data.token_files.reader import open_token_file
 from megatron_chameleon.tokenizer.folder import load_tokenizer
-from megatron_chameleon.tokenizer.text.fast import FastTextEncoder, make_encoder
+from megatron_chameleon.tokenizer.text.fast import FastTextEncoder, make_text_encoder
 from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
 MB = 1e6
@@ -127,7 +127,7 @@ def peer(script: Path, corpus: Path, tokenizer: Path, output: Path, workers: int
 def encoder_alone(corpus: Path, tokenizer_folder: Path, limit_bytes: int) -> tuple[str, float]:
     """The encoder's name and its CPU seconds a byte of text, in batches as preprocessing has."""
     tokenizer = load_tokenizer(tokenizer_folder, images=False)
-    encoder = make_encoder(tokenizer.text, FastTextEncoder.name)
+    encoder = make_text_encoder(tokenizer.text, FastTextEncoder.name)
     texts, size = [], 0
     with corpus.open(encoding="utf-8") as file:
         for line in file:

@@ -35,7 +35,7 @@ from megatron_chameleon.inference.options import Execution, GenerationOptions
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
-from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
+from megatron_chameleon.tokenizer.text.tokenizer import TextTokenizer
 
 PromptPart = str | Image.Image | TextPart | ImagePart | ControlToken
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
     from megatron_chameleon.tokenizer.folder import Tokenizer, fingerprint, load_tokenizer
     from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
-    from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
+    from megatron_chameleon.tokenizer.text.tokenizer import TextTokenizer
 
 __all__ = [
     "ImageTokenizer",
@@ -27,7 +27,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     homes = {
         "ImageTokenizer": "image.tokenizer",
-        "TextTokenizer": "text.encoder",
+        "TextTokenizer": "text.tokenizer",
         "Vocabulary": "common.vocabulary",
     }
     if name not in __all__:

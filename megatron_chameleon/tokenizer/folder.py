@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
-from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE, TextTokenizer
+from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer
 
 if TYPE_CHECKING:  # text alone does without torch
     import torch

@@ -48,7 +48,7 @@ from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE
 from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES, Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
-from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE
+from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE
 
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 VQ_PREFIX = "model.vqmodel."

@@ -19,8 +19,8 @@ from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Voca
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, save_vqgan
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
-from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE, TextTokenizer
 from megatron_chameleon.tokenizer.text.model_file import sentencepiece_from_huggingface
+from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer
 
 META_TEXT_FILE, VQGAN_FILE, VQGAN_CONFIG_FILE = "text_tokenizer.json", "vqgan.ckpt", "vqgan.yaml"
 _KEPT = (TEXT_MODEL_FILE, VOCABULARY_FILE, IMAGE_CONFIG_FILE)

@@ -33,10 +33,10 @@ from megatron_chameleon.data.inputs.records import (
     Block,
     Fault,
     FileSlice,
-    Rows,
-    Samples,
+    ParquetRows,
+    TarSamples,
 )
-from megatron_chameleon.data.inputs.shards import plan_spans
+from megatron_chameleon.data.inputs.shards import plan_ranges
 from megatron_chameleon.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -53,7 +53,7 @@ def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
             line.
     """
     inputs = find_inputs(paths)
-    for block in read_blocks(inputs, plan_spans(inputs)):
+    for block in read_blocks(inputs, plan_ranges(inputs)):
         for item in parse_block(block):
             if isinstance(item, Fault):
                 raise item.error
@@ -69,9 +69,9 @@ def parse_block(block: Block) -> Iterator[Document | Fault]:
     payload = block.payload
     if isinstance(payload, Fault):
         yield payload
-    elif isinstance(payload, Samples):
+    elif isinstance(payload, TarSamples):
         yield from _parse_samples(block, payload)
-    elif isinstance(payload, Rows):
+    elif isinstance(payload, ParquetRows):
         yield from _parse_rows(block, payload)
     else:
         yield from _parse_lines(block, payload)
@@ -110,7 +110,7 @@ def _stem(path: str) -> str:
 # WebDataset
 
 
-def _parse_samples(block: Block, payload: Samples) -> Iterator[Document | Fault]:
+def _parse_samples(block: Block, payload: TarSamples) -> Iterator[Document | Fault]:
     for record, sample in enumerate(payload.samples, start=block.record + 1):
         try:
             yield _tar_document(sample, block.path, record)
@@ -151,7 +151,7 @@ def _suffixes(sample: dict[str, Any]) -> list[str]:
 # Parquet
 
 
-def _parse_rows(block: Block, payload: Rows) -> Iterator[Document | Fault]:
+def _parse_rows(block: Block, payload: ParquetRows) -> Iterator[Document | Fault]:
     import pyarrow
 
     with pyarrow.ipc.open_stream(payload.stream) as stream:

@@ -1,61 +1,67 @@
-"""Inputs cut into blocks of whole records, each with the position to go on from behind it.
+"""Cuts the inputs into blocks of whole records; each block knows the position that follows it.
 
-The process that reads hands blocks to those that encode. Where the blocks are cut changes no byte
-of the output. A block of lines holds about a megabyte, and no more than ``BLOCK_IMAGES`` images, so
-that a relaunch does not repeat much. Positions count bytes of lines after decompression, samples of
-a tar and rows of a parquet file; to go on within a compressed file, what is before is decompressed
-and thrown away.
+The reading process hands blocks to the processes that encode them. Where the blocks are cut does
+not change a byte of the output. A block of lines holds about a megabyte and at most
+``BLOCK_IMAGES`` images, so that a relaunch repeats little work. Positions count bytes of lines
+after decompression, samples of a tar, and rows of a parquet file. To resume inside a compressed
+file, everything before the position is decompressed and thrown away.
 
-A file that breaks off gives its whole records and then a ``Fault``.
+A file that breaks off yields its whole records and then a ``Fault``.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from megatron_chameleon.data.inputs.files import Input, Span
-from megatron_chameleon.data.inputs.lines import line_pieces
-from megatron_chameleon.data.inputs.parquet import parquet_pieces
+from megatron_chameleon.data.inputs.files import InputFile, InputRange
+from megatron_chameleon.data.inputs.lines import line_blocks
+from megatron_chameleon.data.inputs.parquet import parquet_blocks
 from megatron_chameleon.data.inputs.records import BROKEN_FILE, Block, Fault, Position
-from megatron_chameleon.data.inputs.tar import tar_pieces
+from megatron_chameleon.data.inputs.tar import tar_blocks
 from megatron_chameleon.errors import DataError
 
 
 def read_blocks(
-    inputs: Sequence[Input], spans: Sequence[Span], position: Position | None = None
+    inputs: Sequence[InputFile], ranges: Sequence[InputRange], position: Position | None = None
 ) -> Iterator[Block]:
-    """The blocks of all spans from a position on.
+    """Read the blocks of all ranges, starting at a position.
+
+    Args:
+        inputs: All input files.
+        ranges: The parts of them to read, in order.
+        position: Where to resume; None starts at the first range.
 
     Raises:
-        DataError: When a file cannot be opened, or a disk or network fails.
+        DataError: If a file cannot be opened, or a disk or network fails.
     """
     position = position or Position()
-    before = sum(span.size_bytes for span in spans[: position.span])
-    for number, span in enumerate(spans[position.span :], start=position.span):
-        item = inputs[span.input]
-        here = position if number == position.span else Position(number)
+    before = sum(part.size_bytes for part in ranges[: position.range_index])
+    for index, part in enumerate(ranges[position.range_index :], start=position.range_index):
+        item = inputs[part.input]
+        start = position if index == position.range_index else Position(index)
         try:
             with item.open() as file:
-                yield from _blocks_of(item, span, file, number, here, before)
+                yield from _blocks_of_range(item, part, file, start, before)
         except OSError as error:
-            what = f"cannot read on ({' '.join(str(error).split())})"
-            raise DataError(item.path, what, "Check the disk or network, then go on") from error
-        before += span.size_bytes
+            what = f"reading failed in mid-file ({' '.join(str(error).split())})"
+            remedy = "Check the disk or network, then run the same command again"
+            raise DataError(item.path, what, remedy) from error
+        before += part.size_bytes
 
 
-def _blocks_of(
-    item: Input, span: Span, file: IO[bytes], number: int, here: Position, before: int
+def _blocks_of_range(
+    item: InputFile, part: InputRange, file: IO[bytes], start: Position, before: int
 ) -> Iterator[Block]:
-    """The blocks of one span, from ``here`` on."""
+    """The blocks of one range from ``start`` on; ``before`` counts the bytes of earlier ranges."""
     if item.kind == "lines":
-        pieces = line_pieces(item, span, file, here)
+        found = line_blocks(item, part, file, start)
     elif item.kind == "tar":
-        pieces = tar_pieces(item, file, here.record)
+        found = tar_blocks(item, file, start.record)
     else:
-        pieces = parquet_pieces(item, span, file, here.record)
-    first_byte = span.start if item.kind == "lines" else 0
-    for piece in pieces:
-        read_bytes = before + max(piece.read_bytes - first_byte, 0)
-        after = Position(number, piece.offset, piece.record_after, read_bytes)
-        if isinstance(piece.payload, Fault) and piece.payload.reason == BROKEN_FILE:
-            after = Position(number + 1, read_bytes=before + span.size_bytes)
-        yield Block(item.path, span.input, piece.record, after, piece.payload)
+        found = parquet_blocks(item, part, file, start.record)
+    first_byte = part.start if item.kind == "lines" else 0
+    for block in found:
+        read_bytes = before + max(block.read_bytes - first_byte, 0)
+        after = Position(start.range_index, block.offset, block.record_after, read_bytes)
+        if isinstance(block.payload, Fault) and block.payload.reason == BROKEN_FILE:
+            after = Position(start.range_index + 1, read_bytes=before + part.size_bytes)
+        yield Block(item.path, part.input, block.record, after, block.payload)

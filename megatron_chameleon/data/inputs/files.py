@@ -1,10 +1,10 @@
-"""Which files are read, and in which order.
+"""Finds the input files and puts them in order.
 
 An input is a local path, a glob, or a URL of any file system that fsspec knows (``s3://``,
-``gs://``, ``hf://``, ...; some need a package of their own). A glob's files come in the order of
-their names. The suffix tells the kind:
+``gs://``, ``hf://``, ...; some need a package of their own). The files of a glob are sorted by
+name. The suffix says what kind of file it is:
 
-- ``.jsonl``, ``.json``, ``.ndjson``: a document a line
+- ``.jsonl``, ``.json``, ``.ndjson``: one document per line
 - ``.tar``: WebDataset
 - ``.parquet``: OBELICS-style, or a column ``text`` or ``messages``
 
@@ -28,19 +28,20 @@ SUFFIXES = ".jsonl, .json, .ndjson or .tar (each also with .gz or .zst), or .par
 
 
 @dataclass(frozen=True)
-class Input:
+class InputFile:
     """One file of documents."""
 
     path: str
-    """As it was given, or as its glob names it."""
+    """As the user gave it, or as the glob found it."""
     kind: str
     """lines, tar or parquet."""
     compression: str | None
     """gzip, zstd or None."""
     size_bytes: int
-    """As it lies on the disk."""
+    """Size on disk, before decompression."""
     signature: str
-    """Changes with the file, as far as the file system tells: size and time, or an etag."""
+    """Changes when the file changes, as far as the file system can tell: its size and time, or an
+    etag."""
 
     @property
     def is_remote(self) -> bool:
@@ -48,52 +49,53 @@ class Input:
 
     @property
     def name(self) -> str:
-        """The file's name without folders."""
+        """The file's name without its folders."""
         return self.path.rsplit("/", 1)[-1]
 
     def open(self) -> IO[bytes]:
-        """The bytes of the file as they lie there; seekable.
+        """Open the file for reading its bytes, still compressed; the result is seekable.
 
         Raises:
-            DataError: When it cannot be opened.
+            DataError: If it cannot be opened.
         """
         try:
             if not self.is_remote:
                 return Path(self.path).open("rb")
             file: IO[bytes] = fsspec.open(self.path, "rb").open()
             return file
-        except Exception as error:  # each file system has its own
+        except Exception as error:  # each file system raises its own
             raise _cannot_open(self.path, error) from error
 
 
 @dataclass(frozen=True)
-class Span:
-    """The part of one input that is read: the records that start in [start, stop)."""
+class InputRange:
+    """The part of one input to read: the records that start in [start, stop)."""
 
     input: int
-    """Its number in the list of inputs."""
+    """Index in the list of inputs."""
     start: int = 0
-    """Bytes of the file for uncompressed lines; rows for parquet; 0 for others."""
+    """Bytes of the file for uncompressed lines; rows for parquet; 0 for other kinds."""
     stop: int | None = None
-    """None: to the end."""
+    """None: up to the end."""
     size_bytes: int = 0
-    """Its share of the file, for the progress line."""
+    """Bytes of the file on disk that belong to this part; for the progress line."""
 
 
-def find_inputs(words: Sequence[str | Path]) -> list[Input]:
-    """All files, in order.
+def find_inputs(words: Sequence[str | Path]) -> list[InputFile]:
+    """Find the files that paths, globs and URLs name, in order.
 
     Raises:
-        DataError: When one is missing, a folder, or of no known kind, or a glob matches nothing.
+        DataError: If a file is missing, is a folder or has an unknown suffix, or a glob matches
+            nothing.
     """
-    found: list[Input] = []
+    found: list[InputFile] = []
     for word in map(str, words):
         if "://" in word:
             found += _remote(word)
         elif Path(word).exists() or not glob.has_magic(word):
             found.append(_local(word))
         else:
-            found_paths = glob.glob(word, recursive=True)  # noqa: PTH207  # paths may be absolute
+            found_paths = glob.glob(word, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
             paths = [path for path in sorted(found_paths) if not Path(path).is_dir()]
             if not paths:
                 raise DataError(word, "matches no file", "Check the pattern")
@@ -101,16 +103,18 @@ def find_inputs(words: Sequence[str | Path]) -> list[Input]:
     return found
 
 
-def _local(path: str) -> Input:
-    kind, compression = _kind(path)
+def _local(path: str) -> InputFile:
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "no such file"
-        raise DataError(path, what, f"Give files of documents: {SUFFIXES}")
+        raise DataError(path, what, f"Pass a file of documents: {SUFFIXES}")
+    kind, compression = _kind(path)
     status = Path(path).stat()
-    return Input(path, kind, compression, status.st_size, f"{status.st_size} {status.st_mtime_ns}")
+    return InputFile(
+        path, kind, compression, status.st_size, f"{status.st_size} {status.st_mtime_ns}"
+    )
 
 
-def _remote(url: str) -> list[Input]:
+def _remote(url: str) -> list[InputFile]:
     try:
         system, path = fsspec.core.url_to_fs(url)
         if glob.has_magic(path):
@@ -118,21 +122,21 @@ def _remote(url: str) -> list[Input]:
         else:
             paths = [path] if system.isfile(path) else []
         details = [system.info(found) for found in paths]
-    except Exception as error:  # each file system has its own
+    except Exception as error:  # each file system raises its own
         raise _cannot_open(url, error) from error
     details = [detail for detail in details if detail.get("type") != "directory"]
     if not details:
-        raise DataError(url, "no such file", f"Give files of documents: {SUFFIXES}")
+        raise DataError(url, "no such file", f"Pass a file of documents: {SUFFIXES}")
     return [_remote_input(system, url, detail) for detail in details]
 
 
-def _remote_input(system: Any, url: str, detail: dict[str, Any]) -> Input:
+def _remote_input(system: Any, url: str, detail: dict[str, Any]) -> InputFile:
     path = system.unstrip_protocol(detail["name"]) if glob.has_magic(url) else url
     kind, compression = _kind(path)
     size = int(detail.get("size") or 0)
     known = [detail.get(key) for key in ("etag", "ETag", "mtime", "LastModified", "created")]
     mark = next((str(value) for value in known if value), "")
-    return Input(path, kind, compression, size, f"{size} {mark}")
+    return InputFile(path, kind, compression, size, f"{size} {mark}")
 
 
 def _kind(path: str) -> tuple[str, str | None]:
@@ -144,19 +148,19 @@ def _kind(path: str) -> tuple[str, str | None]:
         words = words[:-1]
     kind = KINDS.get(words[-1]) if len(words) > 1 else None
     if kind is None or (kind == "parquet" and compression):
-        raise DataError(path, "the suffix is of no known kind", f"Use {SUFFIXES}")
+        raise DataError(path, "unknown kind of file", f"Pass a {SUFFIXES} file")
     return kind, compression
 
 
 def _cannot_open(path: str, error: Exception) -> DataError:
     cause = " ".join(str(error).split()) or type(error).__name__
-    remedy = "Check the path and the rights"
+    remedy = "Check the path and its permissions"
     if isinstance(error, ImportError | ValueError) and "://" in path:
         remedy = "Install the package that fsspec needs for this kind of URL"
     return DataError(path, f"cannot be opened ({cause})", remedy)
 
 
-def signature_of(inputs: Sequence[Input]) -> str:
+def signature_of(inputs: Sequence[InputFile]) -> str:
     """A digest of the names and signatures of all inputs."""
     digest = hashlib.sha256()
     for item in inputs:

@@ -1,17 +1,17 @@
-"""Lines of plain and compressed files, about a megabyte of whole ones at a time."""
+"""Reads plain and compressed files of lines, about a megabyte of whole lines at a time."""
 
 from collections.abc import Iterator
 from typing import IO
 
-from megatron_chameleon.data.inputs.files import Input, Span
+from megatron_chameleon.data.inputs.files import InputFile, InputRange
 from megatron_chameleon.data.inputs.records import (
     BLOCK_IMAGES,
     BROKEN_DOCUMENT,
     BROKEN_FILE,
     BrokenFile,
     Fault,
+    FileBlock,
     FileSlice,
-    Piece,
     Position,
     decompressed,
     tell,
@@ -20,45 +20,47 @@ from megatron_chameleon.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE_BYTES = 64 << 20
-"""Room for a document with embedded images; a longer line is none."""
+"""Enough for a document with embedded images; a longer line cannot be a document."""
 _IMAGE_MARKS = b'"image"'
-"""Twice in an image part, as type and as key."""
+"""Occurs twice in each image part: as its type and as its key."""
 
 
-def line_pieces(item: Input, span: Span, file: IO[bytes], here: Position) -> Iterator[Piece]:
-    """Lines of the span from ``here`` on."""
-    offset, record = here.offset, here.record
+def line_blocks(
+    item: InputFile, part: InputRange, file: IO[bytes], start: Position
+) -> Iterator[FileBlock]:
+    """The lines of a range, from a position on."""
+    offset, record = start.offset, start.record
     if offset is None:
-        offset, record = _first_line(file, span.start) if span.start else (0, 0)
+        offset, record = _first_line(file, part.start) if part.start else (0, 0)
     is_plain = item.compression is None
     chunks = _plain(file, offset) if is_plain else _unpacked(item, file, offset)
-    for start, content in _cut_lines(chunks, offset, span.stop):
+    for begin, content in _cut_lines(chunks, offset, part.stop):
         if not isinstance(content, bytes):
             fault = _fault(f"{item.path}:{record + 1}", content)
-            yield Piece(fault, record, record + 1, start, tell(file, item))
+            yield FileBlock(fault, record, record + 1, begin, tell(file, item))
             record += 1
             continue
-        for piece in _few_images(content):
-            lines = piece.count(b"\n") + (not piece.endswith(b"\n"))
-            end = start + len(piece)
-            payload = FileSlice(start, len(piece)) if is_plain and not item.is_remote else piece
+        for lines in _split_by_images(content):
+            count = lines.count(b"\n") + (not lines.endswith(b"\n"))
+            end = begin + len(lines)
+            payload = FileSlice(begin, len(lines)) if is_plain and not item.is_remote else lines
             read = end if is_plain else tell(file, item)
-            yield Piece(payload, record, record + lines, end, read)
-            start, record = end, record + lines
+            yield FileBlock(payload, record, record + count, end, read)
+            begin, record = end, record + count
 
 
 def _fault(where: str, error: "BrokenFile | TooLong") -> Fault:
     if isinstance(error, BrokenFile):
         what = f"the file breaks off here, the rest of it is lost ({error})"
         return Fault(DataError(where, what, "Copy or write the file again"), BROKEN_FILE)
-    what = f"a line of more than {LONGEST_LINE_BYTES >> 20} MiB"
-    return Fault(DataError(where, what, "Write one document a line"), BROKEN_DOCUMENT)
+    what = f"the line is longer than {LONGEST_LINE_BYTES >> 20} MiB"
+    return Fault(DataError(where, what, "Write one document per line"), BROKEN_DOCUMENT)
 
 
 def _first_line(file: IO[bytes], start: int) -> tuple[int, int]:
-    """Where the first line begins that starts at ``start`` or behind it, and how many are before.
+    """The offset of the first line that starts at or after ``start``, and how many lines precede.
 
-    The line that covers the byte before belongs to the span before.
+    The line that covers the byte before ``start`` belongs to the previous range.
     """
     file.seek(0)
     record, left = 0, start - 1
@@ -73,15 +75,15 @@ def _first_line(file: IO[bytes], start: int) -> tuple[int, int]:
 
 
 class TooLong:
-    """In the place of a line of more than ``LONGEST_LINE_BYTES``."""
+    """Stands for a line longer than ``LONGEST_LINE_BYTES``."""
 
 
 def _cut_lines(
     chunks: Iterator[bytes], offset: int, stop: int | None
 ) -> Iterator[tuple[int, bytes | BrokenFile | TooLong]]:
-    """Whole lines from ``offset`` on, about ``BLOCK_BYTES`` of them at a time, with their offset.
+    """Whole lines from ``offset`` on, about ``BLOCK_BYTES`` at a time, each batch with its offset.
 
-    A line that is too long, and the end of a broken file, come with the offset behind them.
+    A line that is too long, and the end of a broken file, come with the offset that follows them.
     """
     rest, more = b"", True
     while more and (stop is None or offset < stop):
@@ -100,7 +102,7 @@ def _cut_lines(
 
 
 def _fill(rest: bytes, chunks: Iterator[bytes]) -> tuple[bytes, bool, BrokenFile | None]:
-    """``rest`` and at least one more chunk; whether there may be more; how the file broke off."""
+    """``rest`` plus at least one chunk, whether more may follow, and how the file broke off."""
     parts, size = [rest], len(rest)
     while size < BLOCK_BYTES or len(parts) == 1:
         try:
@@ -120,7 +122,7 @@ def _plain(file: IO[bytes], offset: int) -> Iterator[bytes]:
         yield chunk
 
 
-def _unpacked(item: Input, file: IO[bytes], offset: int) -> Iterator[bytes]:
+def _unpacked(item: InputFile, file: IO[bytes], offset: int) -> Iterator[bytes]:
     for chunk in decompressed(item, file):
         if offset < len(chunk):
             yield chunk[offset:]
@@ -128,7 +130,7 @@ def _unpacked(item: Input, file: IO[bytes], offset: int) -> Iterator[bytes]:
 
 
 def _skip_line(chunks: Iterator[bytes], offset: int, buffer: bytes) -> tuple[int, bytes]:
-    """Go on to behind the end of a line that is too long."""
+    """Skip the rest of a line that is too long: the offset after it, and the bytes read beyond."""
     while True:
         offset += len(buffer)
         try:
@@ -140,8 +142,8 @@ def _skip_line(chunks: Iterator[bytes], offset: int, buffer: bytes) -> tuple[int
             return offset + end, buffer[end:]
 
 
-def _few_images(content: bytes) -> Iterator[bytes]:
-    """Whole lines with no more than ``BLOCK_IMAGES`` images together, if a line has no more."""
+def _split_by_images(content: bytes) -> Iterator[bytes]:
+    """Split lines into batches of at most ``BLOCK_IMAGES`` images; a line is never split."""
     if content.count(_IMAGE_MARKS) <= 2 * BLOCK_IMAGES:
         yield content
         return

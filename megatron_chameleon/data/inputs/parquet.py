@@ -1,34 +1,49 @@
-"""Parquet: parallel lists ``images`` and ``texts`` (OBELICS), a column ``text`` or ``messages``."""
+"""Reads parquet: lists ``images`` and ``texts`` (OBELICS), or a column ``text`` or ``messages``."""
 
 from collections.abc import Iterator
 from typing import IO, Any
 
-from megatron_chameleon.data.inputs.files import Input, Span
-from megatron_chameleon.data.inputs.records import BROKEN_FILE, Fault, Piece, Rows
+from megatron_chameleon.data.inputs.files import InputFile, InputRange
+from megatron_chameleon.data.inputs.records import BROKEN_FILE, Fault, FileBlock, ParquetRows
 from megatron_chameleon.errors import DataError
 
 INTERLEAVED_ROWS = 16
 TEXT_ROWS = 256
 
 
-def parquet_pieces(item: Input, span: Span, file: IO[bytes], done: int) -> Iterator[Piece]:
-    """Record batches of the span's rows from the ``done``-th row of the file on."""
+def parquet_blocks(
+    item: InputFile, part: InputRange, file: IO[bytes], done: int
+) -> Iterator[FileBlock]:
+    """Record batches of a range's rows.
+
+    Args:
+        item: The file.
+        part: Which rows of it to read.
+        file: The open file.
+        done: Rows of the file to skip, because an earlier run has read them.
+    """
     import pyarrow
 
-    row = max(done, span.start)
+    row = max(done, part.start)
     try:
         with _open(file) as parquet:
             columns = _columns(item, parquet.schema_arrow.names)
             rows = parquet.metadata.num_rows
-            stop = rows if span.stop is None else min(span.stop, rows)
+            stop = rows if part.stop is None else min(part.stop, rows)
             for batch in _batches(parquet, columns, row, stop):
                 end = row + batch.num_rows
-                yield Piece(_rows(batch), row, end, end, item.size_bytes * end // max(rows, 1))
+                yield FileBlock(
+                    _to_stream(batch), row, end, end, item.size_bytes * end // max(rows, 1)
+                )
                 row = end
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk, not the content
             raise
-        yield _fault(item, f"broken after row {row}: the rest is lost ({_cause(error)})", row)
+        yield _fault(
+            item,
+            f"the file is damaged after row {row}, the rest of it is lost ({_cause(error)})",
+            row,
+        )
     except DataError as error:
         yield _fault(item, error.what, row, error.remedy)
 
@@ -36,42 +51,44 @@ def parquet_pieces(item: Input, span: Span, file: IO[bytes], done: int) -> Itera
 def _open(file: IO[bytes]) -> Any:
     import pyarrow.parquet
 
-    # pages are checked and decoded as they come, no column as a whole
+    # pages are checked and decoded one by one; a whole column might not fit in memory
     return pyarrow.parquet.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
 
 
-def _fault(item: Input, what: str, row: int, remedy: str = "Copy or write the file again") -> Piece:
+def _fault(
+    item: InputFile, what: str, row: int, remedy: str = "Copy or write the file again"
+) -> FileBlock:
     fault = Fault(DataError(item.path, what, remedy), BROKEN_FILE)
-    return Piece(fault, row, row, row, item.size_bytes)
+    return FileBlock(fault, row, row, row, item.size_bytes)
 
 
-def _rows(batch: Any) -> Rows:
+def _to_stream(batch: Any) -> ParquetRows:
     import pyarrow
 
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
-    return Rows(sink.getvalue().to_pybytes())
+    return ParquetRows(sink.getvalue().to_pybytes())
 
 
 def _cause(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _columns(item: Input, names: list[str]) -> list[str]:
+def _columns(item: InputFile, names: list[str]) -> list[str]:
     wanted: tuple[str, ...] = ("images", "texts") if {"images", "texts"} & set(names) else ("text",)
     if "messages" in names and not set(wanted) & set(names):
         wanted = ("messages",)
     missing = [name for name in wanted if name not in names]
     if missing:
-        what = f"no column {' and '.join(missing)} (it has {', '.join(names)[:200]})"
+        what = f"has no column {' and '.join(missing)} (it has {', '.join(names)[:200]})"
         remedy = "Write the parallel list columns images and texts, or a column text or messages"
         raise DataError(item.path, what, remedy)
     return [name for name in ("id", "source", *wanted) if name in names]
 
 
 def _batches(parquet: Any, columns: list[str], start: int, stop: int) -> Iterator[Any]:
-    """The rows [start, stop), group by group, so that groups before them are not read."""
+    """The rows [start, stop), group by group: groups before them are not read."""
     size = INTERLEAVED_ROWS if "images" in columns else TEXT_ROWS
     first = 0
     for group in range(parquet.metadata.num_row_groups):
@@ -87,11 +104,15 @@ def _batches(parquet: Any, columns: list[str], start: int, stop: int) -> Iterato
         first += count
 
 
-def row_borders(item: Input, start: int, stop: int | None) -> tuple[int, int | None] | None:
+def row_borders(item: InputFile, start: int, stop: int | None) -> tuple[int, int | None] | None:
     """The rows of the row groups that begin in the bytes [start, stop) of a file.
 
-    Row groups are taken as equally large. A file that cannot be opened belongs to whoever has its
-    first byte.
+    Row groups are assumed to be equally large. A file that cannot be opened belongs to the shard
+    that has its first byte.
+
+    Returns:
+        The first row and the row after the last one (None: the end of the file); None if no row
+        group begins there.
     """
     import pyarrow
 

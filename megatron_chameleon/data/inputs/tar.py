@@ -1,21 +1,21 @@
-"""WebDataset tars: the files of one key are one sample.
+"""Reads WebDataset tars: the files that share a key are one sample.
 
-The key is a file's path up to the first dot of its name, the rest is the suffix. A tar is read as a
-stream, so that it may be compressed or remote.
+The key is a file's path up to the first dot of its name; the rest is the suffix. A tar is read as a
+stream, so it may be compressed or remote.
 """
 
 import tarfile
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from megatron_chameleon.data.inputs.files import Input
+from megatron_chameleon.data.inputs.files import InputFile
 from megatron_chameleon.data.inputs.records import (
     BLOCK_IMAGES,
     BROKEN_FILE,
     BrokenFile,
     Fault,
-    Piece,
-    Samples,
+    FileBlock,
+    TarSamples,
     decompressed,
     tell,
 )
@@ -24,11 +24,11 @@ from megatron_chameleon.errors import DataError
 BLOCK_SAMPLES = BLOCK_IMAGES
 BLOCK_BYTES = 16 << 20
 LARGEST_FILE_BYTES = 128 << 20
-"""Of one file in a tar; a larger one is no image and no caption."""
+"""Bytes of one file in a tar; a larger file is neither an image nor a caption."""
 
 
 class _Stream:
-    """What ``tarfile`` reads a stream from."""
+    """Gives ``tarfile`` the ``read`` method that it needs, over an iterator of chunks."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -45,10 +45,11 @@ class _Stream:
         return data[:size]
 
 
-def tar_pieces(item: Input, file: IO[bytes], done: int) -> Iterator[Piece]:
-    """Blocks of samples from the ``done``-th on.
+def tar_blocks(item: InputFile, file: IO[bytes], done: int) -> Iterator[FileBlock]:
+    """Blocks of the samples that follow the first ``done`` ones.
 
-    A sample is a dict: suffix to bytes, and ``__key__``. A suffix that occurs twice keeps the last.
+    A sample is a dict of suffixes to bytes, plus ``__key__``. If a suffix occurs twice, the last
+    file is kept.
     """
     stream = file if item.compression is None else _Stream(decompressed(item, file))
     count, size, waiting = 0, 0, []
@@ -66,14 +67,14 @@ def tar_pieces(item: Input, file: IO[bytes], done: int) -> Iterator[Piece]:
                 size += sum(len(value) for value in sample.values())
         if waiting and (sample is None or len(waiting) == BLOCK_SAMPLES or size > BLOCK_BYTES):
             before = count - len(waiting)
-            yield Piece(Samples(waiting), before, count, count, tell(file, item))
+            yield FileBlock(TarSamples(waiting), before, count, count, tell(file, item))
             size, waiting = 0, []
         if sample is None:
             break
     if broken is not None:
-        what = f"the tar is broken after sample {count}, the rest of it is lost ({broken})"
+        what = f"the tar is damaged after sample {count}, the rest of it is lost ({broken})"
         error = DataError(item.path, what, "Copy or write the tar again")
-        yield Piece(Fault(error, BROKEN_FILE), count, count, count, item.size_bytes)
+        yield FileBlock(Fault(error, BROKEN_FILE), count, count, count, item.size_bytes)
 
 
 def _samples(stream: Any) -> Iterator[dict[str, Any]]:
@@ -94,7 +95,7 @@ def _samples(stream: Any) -> Iterator[dict[str, Any]]:
 
 
 def _files(stream: Any) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file; the content of one that is too large is cut off."""
+    """Name and content of each file; the content of a file that is too large is cut off."""
     try:
         with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
             for member in tar:
@@ -105,6 +106,6 @@ def _files(stream: Any) -> Iterator[tuple[str, bytes]]:
                     if len(content) < min(member.size, LARGEST_FILE_BYTES):
                         raise BrokenFile("unexpected end of data")
                     yield member.name, content
-                vars(tar)["members"] = []  # it would keep them all
+                vars(tar)["members"] = []  # otherwise tarfile keeps every member
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise BrokenFile(" ".join(str(error).split())) from error

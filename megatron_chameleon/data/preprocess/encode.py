@@ -21,7 +21,7 @@ from megatron_chameleon.data.token_files.format import TOKEN_SPAN, TokenBlock, t
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_image_tokenizer, load_tokenizer
-from megatron_chameleon.tokenizer.text.fast import EXACT, make_encoder
+from megatron_chameleon.tokenizer.text.fast import EXACT, make_text_encoder
 
 
 def load_for_encoding(folder: str | Path) -> Tokenizer:
@@ -47,7 +47,7 @@ class EncodeOptions:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedDocument:
     """A document that is left out, and why."""
 
     id: str
@@ -64,11 +64,11 @@ class EncodedBlock:
     """What a block of records became."""
 
     tokens: TokenBlock
-    dropped: list[Dropped] = field(default_factory=list)
+    dropped: list[DroppedDocument] = field(default_factory=list)
     after: Position = field(default_factory=Position)
 
 
-class Encoder:
+class DocumentEncoder:
     """Encodes documents; keeps tokenizers and threads between blocks.
 
     Args:
@@ -80,7 +80,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, options: EncodeOptions | None = None) -> None:
         self.tokenizer = tokenizer
         self.options = options or EncodeOptions()
-        self._text = make_encoder(tokenizer.text, self.options.text_encoder)
+        self._text = make_text_encoder(tokenizer.text, self.options.text_encoder)
         self._images: ImageEncoder | None = None
         self._dtype = token_dtype(tokenizer.vocabulary.size)
 
@@ -96,21 +96,21 @@ class Encoder:
 
     def encode(
         self, items: Iterable[Document | Fault], input_number: int = 0
-    ) -> tuple[TokenBlock, list[Dropped]]:
+    ) -> tuple[TokenBlock, list[DroppedDocument]]:
         """Encode documents, in order; those with a fault are left out and listed.
 
         Args:
             items: Documents of one input, and faults in the place of others.
             input_number: Number of the input.
         """
-        dropped: dict[int, Dropped] = {}
+        dropped: dict[int, DroppedDocument] = {}
         documents: dict[int, Document] = {}
         for place, item in enumerate(items):
             if isinstance(item, Fault):
                 dropped[place] = self._dropped_record(item)
             elif fault := fault_of(item):
                 names = item.id, self._source(item.source), item.where
-                dropped[place] = Dropped(*names, BROKEN_DOCUMENT, fault)
+                dropped[place] = DroppedDocument(*names, BROKEN_DOCUMENT, fault)
             else:
                 documents[place] = item
         codes: list[list[np.ndarray]] = []
@@ -124,14 +124,14 @@ class Encoder:
     def _source(self, source: str) -> str:
         return source if self.options.source is None else self.options.source
 
-    def _dropped_record(self, fault: Fault) -> Dropped:
+    def _dropped_record(self, fault: Fault) -> DroppedDocument:
         error, source = fault.error, self._source(fault.source)
-        return Dropped(fault.id, source, error.where, fault.reason, error.what)
+        return DroppedDocument(fault.id, source, error.where, fault.reason, error.what)
 
     # Images
 
     def _encode_images(
-        self, documents: dict[int, Document], dropped: dict[int, Dropped]
+        self, documents: dict[int, Document], dropped: dict[int, DroppedDocument]
     ) -> list[list[np.ndarray]]:
         """The codes of each document's images; moves those with a fault to ``dropped``."""
         parts = {
@@ -159,7 +159,7 @@ class Encoder:
                 continue
             document = documents.pop(place)
             names = document.id, self._source(document.source), document.where
-            dropped[place] = Dropped(*names, fault.reason, f"{fault.where}: {fault.what}")
+            dropped[place] = DroppedDocument(*names, fault.reason, f"{fault.where}: {fault.what}")
         return codes
 
     def _image_encoder(self, document: Document, images: int) -> ImageEncoder:
@@ -186,7 +186,7 @@ class Encoder:
 
     # Tokens
 
-    def _text_only(self, documents: Sequence[Document]) -> "_Tokens":
+    def _text_only(self, documents: Sequence[Document]) -> "_EncodedDocuments":
         """Documents with one text each, or several."""
         if any(len(document.content) != 1 for document in documents):
             return self._mixed(documents, [[] for _ in documents])
@@ -200,11 +200,11 @@ class Encoder:
         tokens[is_text] = token_ids
         tokens[ends - lengths] = self.tokenizer.vocabulary.bos
         tokens[ends - 1] = self.tokenizer.vocabulary.eos
-        return _Tokens(tokens, lengths, [[] for _ in documents], [[] for _ in documents])
+        return _EncodedDocuments(tokens, lengths, [[] for _ in documents], [[] for _ in documents])
 
     def _mixed(
         self, documents: Sequence[Document], codes: Sequence[Sequence[np.ndarray]]
-    ) -> "_Tokens":
+    ) -> "_EncodedDocuments":
         """Any documents, with the codes of each one's images."""
         vocabulary = self.tokenizer.vocabulary
         parts = [part for document in documents for part in document.content]
@@ -243,10 +243,10 @@ class Encoder:
             all_images.append(images)
             all_answers.append(answers)
         tokens = np.concatenate(pieces) if pieces else np.empty(0)
-        return _Tokens(tokens.astype(self._dtype), lengths, all_images, all_answers)
+        return _EncodedDocuments(tokens.astype(self._dtype), lengths, all_images, all_answers)
 
     def _block(
-        self, documents: Sequence[Document], input_number: int, tokens: "_Tokens"
+        self, documents: Sequence[Document], input_number: int, tokens: "_EncodedDocuments"
     ) -> TokenBlock:
         numbers: dict[str, int] = {}
         of_documents = [
@@ -267,24 +267,24 @@ class Encoder:
         )
 
 
-Spans = list[list[tuple[int, int]]]
+TokenSpans = list[list[tuple[int, int]]]
 """First token and number of tokens of what is in each document."""
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class _EncodedDocuments:
     """Encoded documents."""
 
     token_ids: np.ndarray
     """Of all, one after the other."""
     lengths: Sequence[int] | np.ndarray
-    images: Spans
-    answers: Spans
+    images: TokenSpans
+    answers: TokenSpans
 
 
-def _spans(spans: Spans) -> np.ndarray:
+def _spans(spans: TokenSpans) -> np.ndarray:
     return np.array([span for document in spans for span in document], dtype=TOKEN_SPAN)
 
 
-def _counts(spans: Spans) -> np.ndarray:
+def _counts(spans: TokenSpans) -> np.ndarray:
     return np.array([len(document) for document in spans], dtype=np.int64)

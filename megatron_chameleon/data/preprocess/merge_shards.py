@@ -9,7 +9,11 @@ Killed anywhere, the same command goes on after the last shard that was copied w
 
 from pathlib import Path
 
-from megatron_chameleon.data.preprocess.progress import describe, find_shards, shard_prefix
+from megatron_chameleon.data.preprocess.progress import (
+    describe_token_file,
+    find_shards,
+    shard_prefix,
+)
 from megatron_chameleon.data.token_files.format import (
     ANSWER_RECORD,
     ANSWERS_SUFFIX,
@@ -42,7 +46,7 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
     if count < 2:
         if file_of(prefix, ".json").is_file() and not partial_folder(prefix).is_dir():
             info = read_info(prefix)
-            print(f"{describe(info, Path(prefix))}; no shards are left to merge")
+            print(f"{describe_token_file(info, Path(prefix))}; no shards are left to merge")
             return info
         remedy = "Make them with: chameleon preprocess ... --shard I/N"
         raise DataError(str(prefix), "no shards lie here", remedy)
@@ -51,7 +55,7 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
     if merged is not None:
         if not keep:
             _remove(shards)
-        print(f"{describe(merged, Path(prefix))}; an earlier run has merged them")
+        print(f"{describe_token_file(merged, Path(prefix))}; an earlier run has merged them")
         return merged
     infos = [_read_shard(shard) for shard in shards]
     _check_same(shards, infos)
@@ -69,7 +73,7 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
         info = writer.commit()
     if not keep:
         _remove(shards)
-    print(f"{describe(info, Path(prefix))}, of {count} shards")
+    print(f"{describe_token_file(info, Path(prefix))}, of {count} shards")
     return info
 
 

@@ -44,7 +44,7 @@ def find_shards(prefix: str | Path) -> int:
     return counts[0] if counts else 0
 
 
-class Report:
+class ProgressReport:
     """Progress on stderr, each second on a terminal and each ten in a log; a summary on stdout.
 
     Args:
@@ -87,7 +87,7 @@ class Report:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         elapsed = time.monotonic() - self.started
         rates = self._rates(state, self.total_bytes - self.start_bytes, elapsed)
-        print(f"{describe(info, path)}, {duration(elapsed)} at {rates}")
+        print(f"{describe_token_file(info, path)}, {duration(elapsed)} at {rates}")
 
     def _rates(self, state: WriterState, read_bytes: int, seconds: float) -> str:
         seconds = max(seconds, 1e-9)
@@ -100,7 +100,7 @@ class Report:
         return f"{text}{read_bytes / seconds / 1e6:.2f} MB/s"
 
 
-def describe(info: TokenFileInfo, path: Path) -> str:
+def describe_token_file(info: TokenFileInfo, path: Path) -> str:
     """A line about a token file, without what made it."""
     share = 100 * info.image_tokens / max(info.tokens, 1)
     dropped = f"{sum(info.dropped.values())} dropped"

@@ -14,21 +14,21 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_chameleon.data.documents.conversations import IMAGE_FITS
 from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.data.inputs.blocks import read_blocks
-from megatron_chameleon.data.inputs.files import Input, Span, find_inputs, signature_of
+from megatron_chameleon.data.inputs.files import InputFile, InputRange, find_inputs, signature_of
 from megatron_chameleon.data.inputs.records import Block, Fault, Position
-from megatron_chameleon.data.inputs.shards import plan_spans
+from megatron_chameleon.data.inputs.shards import plan_ranges
 from megatron_chameleon.data.preprocess.encode import EncodedBlock, EncodeOptions
 from megatron_chameleon.data.preprocess.progress import (
-    Report,
+    ProgressReport,
     count_reasons,
-    describe,
+    describe_token_file,
     shard_prefix,
 )
 from megatron_chameleon.data.preprocess.workers import encode_blocks
@@ -45,7 +45,7 @@ from megatron_chameleon.data.token_files.modality_balance import describe_answer
 from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX, TokenFileWriter
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
-from megatron_chameleon.tokenizer.text.fast import EXACT, choose_encoder
+from megatron_chameleon.tokenizer.text.fast import EXACT, choose_text_encoder
 
 SAVE_SECONDS = 10.0
 LEAST_JUDGED_RECORDS = 100
@@ -122,12 +122,12 @@ def preprocess(
     for done in {output, str(prefix)} if not options.restart else ():
         finished = _finished(done, job)
         if finished is not None:
-            print(f"{describe(finished, Path(done))}; an earlier run has written it")
+            print(f"{describe_token_file(finished, Path(done))}; an earlier run has written it")
             return finished
     names = [item.path for item in files]
     fit = options.image_fit
     with TokenFileWriter(output, tokenizer, job, names, options.restart, fit) as writer:
-        run = _Run(files, plan_spans(files, options.shard), writer, options)
+        run = _Run(files, plan_ranges(files, options.shard), writer, options)
         if not writer.state.finishing:
             run.write(tokenizer, encode_options)
         info = writer.commit()
@@ -160,7 +160,7 @@ def _check_options(prefix: str | Path, options: PreprocessOptions) -> None:
         raise ConfigError("--output", what, "Give a path such as data/train")
 
 
-def _check_output(files: Sequence[Input], output: str) -> None:
+def _check_output(files: Sequence[InputFile], output: str) -> None:
     written = {
         file_of(output, suffix).resolve()
         for suffix in (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, ".json", DROPPED_SUFFIX)
@@ -186,7 +186,7 @@ def _device(name: str) -> str:
 
 
 def _digest(
-    files: Sequence[Input],
+    files: Sequence[InputFile],
     tokenizer: Tokenizer,
     options: PreprocessOptions,
     encode_options: EncodeOptions,
@@ -213,19 +213,19 @@ class _Run:
 
     def __init__(
         self,
-        files: Sequence[Input],
-        spans: Sequence[Span],
+        files: Sequence[InputFile],
+        ranges: Sequence[InputRange],
         writer: TokenFileWriter,
         options: PreprocessOptions,
     ) -> None:
         self.files = files
-        self.spans = spans
+        self.ranges = ranges
         self.writer = writer
         self.options = options
-        self.total_bytes = sum(span.size_bytes for span in spans)
+        self.total_bytes = sum(part.size_bytes for part in ranges)
         known = writer.state.position.get("position")
-        self.position = Position(**known) if known else Position()
-        self.report = Report(self.total_bytes, writer.state, self.position.read_bytes)
+        self.position = Position.from_json(known) if known else Position()
+        self.report = ProgressReport(self.total_bytes, writer.state, self.position.read_bytes)
         self.first_bad: list[str] = []
         self._started = self._saved = time.monotonic()
         if known:
@@ -236,9 +236,9 @@ class _Run:
 
     def write(self, tokenizer: Tokenizer, encode_options: EncodeOptions) -> None:
         """Encode everything that is left, and save it."""
-        blocks = read_blocks(self.files, self.spans, self.position)
+        blocks = read_blocks(self.files, self.ranges, self.position)
         texts, blocks = _first_texts(blocks)
-        choice = choose_encoder(tokenizer.text, texts)
+        choice = choose_text_encoder(tokenizer.text, texts)
         if choice.why:
             print(f"preprocess: text by sentencepiece, as {choice.why}", file=sys.stderr)
         encode_options = replace(encode_options, text_encoder=choice.name)
@@ -271,7 +271,7 @@ class _Run:
         here = self.position.read_bytes - self.report.start_bytes
         self.writer.save(
             {
-                "position": asdict(self.position),
+                "position": self.position.to_json(),
                 "read_bytes": self.position.read_bytes,
                 "total_bytes": self.total_bytes,
                 "bytes_per_second": here / max(now - self._started, 1e-9),

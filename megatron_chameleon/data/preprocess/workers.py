@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from megatron_chameleon.data.inputs.records import Block
-from megatron_chameleon.data.preprocess.encode import EncodedBlock, EncodeOptions, Encoder
+from megatron_chameleon.data.preprocess.encode import DocumentEncoder, EncodedBlock, EncodeOptions
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 
@@ -39,7 +39,7 @@ def encode_blocks(
     if workers == 1:
         with warnings.catch_warnings():
             _ignore_image_warnings()
-            encoder = Encoder(tokenizer, options)
+            encoder = DocumentEncoder(tokenizer, options)
             for block in blocks:
                 yield encoder.encode_block(block)
         return
@@ -76,7 +76,7 @@ class _Worker:
 
     folder: str = ""
     options: EncodeOptions = EncodeOptions()
-    encoder: Encoder | None = None
+    encoder: DocumentEncoder | None = None
 
     @classmethod
     def start(cls, folder: str, options: EncodeOptions) -> None:
@@ -89,7 +89,9 @@ class _Worker:
     def encode(cls, block: Block) -> EncodedBlock:
         # loaded here, because an error in start() would only break the pool
         if cls.encoder is None:
-            cls.encoder = Encoder(load_tokenizer(Path(cls.folder), images=False), cls.options)
+            cls.encoder = DocumentEncoder(
+                load_tokenizer(Path(cls.folder), images=False), cls.options
+            )
         return cls.encoder.encode_block(block)
 
 

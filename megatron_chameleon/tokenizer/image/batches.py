@@ -114,10 +114,10 @@ def training_batch(images: ImageSet, config: ImageTrainingConfig, seed: int, ste
     pixels_BCHW = to_pixels(images.draw(config.batch_size, rng))
     if config.rotate_degrees == config.shift == config.scale == 0:
         return pixels_BCHW
-    return move(pixels_BCHW, config, rng)
+    return augment(pixels_BCHW, config, rng)
 
 
-def move(pixels_BCHW: Tensor, config: ImageTrainingConfig, rng: np.random.Generator) -> Tensor:
+def augment(pixels_BCHW: Tensor, config: ImageTrainingConfig, rng: np.random.Generator) -> Tensor:
     """Rotate, scale and shift each image a little; what comes in repeats the border."""
     count = pixels_BCHW.shape[0]
     angle = np.deg2rad(rng.uniform(-config.rotate_degrees, config.rotate_degrees, count))

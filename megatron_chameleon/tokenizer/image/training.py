@@ -83,7 +83,7 @@ def train_image_tokenizer(
         torch.manual_seed(seed)
         trainer = _Trainer(config, seed, device)
         trainer.fit(images, report)
-        result = measure(trainer.model, images, config.training.batch_size)
+        result = measure_reconstruction(trainer.model, images, config.training.batch_size)
     images.write_dropped(output)
     details = {"training": asdict(config.training), "seed": seed, "result": asdict(result)}
     save_vqgan(trainer.model, output, details)
@@ -91,7 +91,7 @@ def train_image_tokenizer(
 
 
 @torch.inference_mode()
-def measure(model: Vqgan, images: ImageSet, batch_size: int) -> ImageTrainingResult:
+def measure_reconstruction(model: Vqgan, images: ImageSet, batch_size: int) -> ImageTrainingResult:
     """Reconstruction quality and codebook use over the first images of the set."""
     model.eval()
     device = next(model.parameters()).device
@@ -167,7 +167,7 @@ class _Trainer:
         batches = -(-len(weight_KD) // (self.config.batch_size * self.model.config.codes_per_image))
         for _ in range(batches):
             pixels_BCHW = to_pixels(images.draw(self.config.batch_size, rng)).to(self.device)
-            vectors.append(_rows(self.model.latents(pixels_BCHW)))
+            vectors.append(_latent_rows(self.model.latents(pixels_BCHW)))
         rows_MD = torch.cat(vectors)
         weight_KD.copy_(rows_MD[torch.tensor(rng.permutation(len(rows_MD))[: len(weight_KD)])])
 
@@ -221,7 +221,7 @@ class _Trainer:
         """Move codebook vectors that nothing chose to latents of the batch, Adam state included."""
         unused = (self.uses_K == 0).nonzero().flatten()
         self.uses_K.zero_()
-        rows_MD = _rows(latents_BDhw)
+        rows_MD = _latent_rows(latents_BDhw)
         unused = unused[: len(rows_MD)]
         rng = np.random.default_rng([self.seed, step, 1])  # a stream of its own
         chosen = torch.tensor(rng.permutation(len(rows_MD))[: len(unused)], device=self.device)
@@ -273,7 +273,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _rows(latents_BDhw: Tensor) -> Tensor:
+def _latent_rows(latents_BDhw: Tensor) -> Tensor:
     """Latent vectors one under the other: [B * N, D]."""
     return latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
 

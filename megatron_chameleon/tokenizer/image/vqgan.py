@@ -208,7 +208,7 @@ class Level(nn.Module):
         return x_BCHW
 
 
-class Encoder(nn.Module):
+class VqganEncoder(nn.Module):
     """Pixels [B, 3, H, W] to latents [B, z_channels, h, w]."""
 
     def __init__(self, config: VqganConfig) -> None:
@@ -234,7 +234,7 @@ class Encoder(nn.Module):
         return self.conv_out(functional.silu(self.norm_out(self.mid(x_BCHW))))
 
 
-class Decoder(nn.Module):
+class VqganDecoder(nn.Module):
     """Latents [B, z_channels, h, w] to pixels [B, 3, H, W]; ``up.0``, the full size, runs last."""
 
     def __init__(self, config: VqganConfig) -> None:
@@ -306,13 +306,13 @@ class VqganOutput:
 
 
 class Vqgan(nn.Module):
-    """Encoder, codebook and decoder. Pixels are in [-1, 1]."""
+    """VqganEncoder, codebook and decoder. Pixels are in [-1, 1]."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = VqganEncoder(config)
+        self.decoder = VqganDecoder(config)
         self.quantize = Codebook(config.codebook_size, config.embed_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)

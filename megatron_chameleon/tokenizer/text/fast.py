@@ -1,6 +1,6 @@
 """Text to token ids in bulk, by the fastest library whose ids are sentencepiece's.
 
-    encoder = choose_encoder(tokenizer.text, texts)   # compares on these texts first
+    encoder = choose_text_encoder(tokenizer.text, texts)   # compares on these texts first
     token_ids, offsets = encoder.encode(texts)
 
 gigatoken is several times as fast as sentencepiece and gives the same ids, but for texts that spell
@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_chameleon.tokenizer.text.encoder import TextTokenizer, without_surrogates
-from megatron_chameleon.tokenizer.text.model_file import SAMPLES, rename_control_pieces
+from megatron_chameleon.tokenizer.text.model_file import HARD_TEXTS, rename_control_pieces
+from megatron_chameleon.tokenizer.text.tokenizer import TextTokenizer, without_surrogates
 
 FAST, EXACT = "gigatoken", "sentencepiece"
 _NO_CHARACTER = "\ufffe"
@@ -86,14 +86,14 @@ class FastTextEncoder:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TextEncoderChoice:
     """Which library encodes, and why it is not the fast one."""
 
     name: str
     why: str = ""
 
 
-def choose_encoder(tokenizer: TextTokenizer, texts: Sequence[str]) -> Choice:
+def choose_text_encoder(tokenizer: TextTokenizer, texts: Sequence[str]) -> TextEncoderChoice:
     """Compare the fast library with sentencepiece on texts, and on some that are hard.
 
     Args:
@@ -101,17 +101,17 @@ def choose_encoder(tokenizer: TextTokenizer, texts: Sequence[str]) -> Choice:
         texts: The texts at hand.
     """
     controls = [name for i, name in enumerate(tokenizer.tokens) if not tokenizer.is_text(i)]
-    hard = [*SAMPLES, " ".join(controls[:: max(1, len(controls) // 100)]), "a\u2581b", ""]
+    hard = [*HARD_TEXTS, " ".join(controls[:: max(1, len(controls) // 100)]), "a\u2581b", ""]
     tried = [*texts, *hard]
     try:
         fast, offsets = FastTextEncoder(tokenizer).encode(tried)
     except ImportError:
-        return Choice(EXACT, "gigatoken is not installed")
+        return TextEncoderChoice(EXACT, "gigatoken is not installed")
     except ValueError as error:
-        return Choice(EXACT, f"gigatoken does not read the model ({error})")
+        return TextEncoderChoice(EXACT, f"gigatoken does not read the model ({error})")
     exact, expected = ExactTextEncoder(tokenizer).encode(tried)
     if np.array_equal(fast, exact) and np.array_equal(offsets, expected):
-        return Choice(FAST)
+        return TextEncoderChoice(FAST)
     different = (
         text
         for i, text in enumerate(tried)
@@ -119,9 +119,9 @@ def choose_encoder(tokenizer: TextTokenizer, texts: Sequence[str]) -> Choice:
             fast[offsets[i] : offsets[i + 1]], exact[expected[i] : expected[i + 1]]
         )
     )
-    return Choice(EXACT, f"gigatoken gives other ids for {next(different)[:40]!r}")
+    return TextEncoderChoice(EXACT, f"gigatoken gives other ids for {next(different)[:40]!r}")
 
 
-def make_encoder(tokenizer: TextTokenizer, name: str) -> TextEncoder:
-    """The encoder that ``choose_encoder`` chose."""
+def make_text_encoder(tokenizer: TextTokenizer, name: str) -> TextEncoder:
+    """The encoder that ``choose_text_encoder`` chose."""
     return FastTextEncoder(tokenizer) if name == FAST else ExactTextEncoder(tokenizer)

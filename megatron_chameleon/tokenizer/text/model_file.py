@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
+from megatron_chameleon.tokenizer.text.tokenizer import TextTokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 _BPE = 2
-SAMPLES = (
+HARD_TEXTS = (
     "The quick brown fox, 3,141.59 and  two spaces\tand a tab.\nA new line; naïve café — “quotes”",
     " leading space, trailing space ",
     "def f(x):\n    return {'a': [1, 2, 3], \"b\": x ** 2}\n",
@@ -55,14 +55,14 @@ def sentencepiece_from_huggingface(path: Path) -> bytes:
         ranks.setdefault(left + right, rank)
     unknown = model.get("unk_token") or "<unk>"
     bytes_ = bool(model.get("byte_fallback"))
-    proto = build_model(
+    proto = build_sentencepiece_model(
         names, ranks, controls, unknown, byte_fallback=bytes_, add_prefix=_adds_prefix(content)
     )
     _compare(proto, path, names, controls, remedy)
     return proto
 
 
-def build_model(
+def build_sentencepiece_model(
     names: Sequence[str],
     ranks: Mapping[str, int],
     controls: Collection[str],
@@ -191,7 +191,7 @@ def _compare(proto: bytes, path: Path, names: list[str], controls: set[str], rem
     theirs.no_truncation()
     theirs.encode_special_tokens = True  # in text they are text, as with sentencepiece
     learned = [name for name in names if name not in controls][:: max(1, len(names) // 2000)]
-    texts = [*SAMPLES, " ".join(learned).replace("▁", " ")]
+    texts = [*HARD_TEXTS, " ".join(learned).replace("▁", " ")]
     for text in texts:
         expected = theirs.encode(text, add_special_tokens=False).ids
         found = ours.encode(text)

@@ -27,7 +27,7 @@ from megatron_chameleon.tokenizer.common.vocabulary import (
     control_names,
 )
 from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, read_vqgan_config
-from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE, TextTokenizer
+from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer
 
 BYTE_PIECES = 256
 CHARACTER_COVERAGE = 0.99995

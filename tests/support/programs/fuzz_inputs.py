@@ -33,7 +33,7 @@ from megatron_chameleon.data.documents.schema import Document, ImageError, Image
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import find_inputs
 from megatron_chameleon.data.inputs.records import Fault
-from megatron_chameleon.data.inputs.shards import plan_spans
+from megatron_chameleon.data.inputs.shards import plan_ranges
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import load_tokenizer
@@ -117,7 +117,7 @@ def read_tokens(prefix: Path) -> None:
 
 def read_input(path: Path) -> None:
     inputs = find_inputs([path])
-    for block in read_blocks(inputs, plan_spans(inputs)):
+    for block in read_blocks(inputs, plan_ranges(inputs)):
         for item in parse_block(block):
             assert isinstance(item, Document | Fault)
             parts = [] if isinstance(item, Fault) else item.content

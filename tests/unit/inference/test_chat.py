@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from megatron_chameleon.data.documents.schema import Document, parse_line
-from megatron_chameleon.data.preprocess.encode import Encoder
+from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import chat_prompt
 from megatron_chameleon.inference.session import Session
@@ -39,7 +39,7 @@ def test_a_prompt_is_the_beginning_of_the_document_that_answers_it(
     ]
     (token_ids,) = session.encode([chat_prompt(parse(tmp_path, *turns), session.tokenizer)])
     answered = parse(tmp_path, *turns, ("assistant", "seven"))
-    block, _ = Encoder(session.tokenizer).encode([answered])
+    block, _ = DocumentEncoder(session.tokenizer).encode([answered])
     answer = int(block.answers["start"][-1])
     assert block.token_ids[:answer].tolist() == token_ids
     assert token_ids[-1] == session.tokenizer.vocabulary.separator

@@ -11,7 +11,7 @@ from PIL import Image
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart, parse_line
-from megatron_chameleon.data.preprocess.encode import EncodeOptions, Encoder
+from megatron_chameleon.data.preprocess.encode import DocumentEncoder, EncodeOptions
 from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file, read_info
 from megatron_chameleon.data.views.audit import audit_step, count_trained, format_audit
@@ -41,7 +41,7 @@ def parse(record, folder="folder", number=1):
 def encode(records, tokenizer, folder="folder", **options):
     """The block, the token ids of each document and what was dropped."""
     documents = [parse(record, folder, number) for number, record in enumerate(records, start=1)]
-    block, dropped = Encoder(tokenizer, EncodeOptions(**options)).encode(documents)
+    block, dropped = DocumentEncoder(tokenizer, EncodeOptions(**options)).encode(documents)
     return block, np.split(block.token_ids, np.cumsum(block.lengths)[:-1]), dropped
 
 

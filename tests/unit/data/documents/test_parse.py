@@ -91,7 +91,7 @@ def test_truncated_tar_says_after_which_sample(tmp_path):
     files = {f"{i}.{kind}": b"x" * 5000 for i in range(3) for kind in ("png", "txt")}
     path = write_tar(tmp_path / "s.tar", files)
     path.write_bytes(path.read_bytes()[: 5 * 5632 + 1000])  # 5632 bytes: header + padded content
-    with pytest.raises(DataError, match=r"s\.tar: the tar is broken after sample 2, .* \(unexp"):
+    with pytest.raises(DataError, match=r"s\.tar: the tar is damaged after sample 2, .* \(unexp"):
         list(read_documents([path]))
 
 
@@ -141,7 +141,7 @@ def test_parquet_images_as_bytes_and_paths(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"images": [["i"]]}, r"o\.parquet: no column texts \(it has images\)"),
+        ({"images": [["i"]]}, r"o\.parquet: has no column texts \(it has images\)"),
         ({"images": [["i"]], "texts": [[None, "x"]]}, r"o\.parquet:1: 1 images beside 2 texts"),
         ({"images": [["i"]], "texts": [["x"]]}, r"images\[0\] and texts\[0\] are both there"),
         ({"images": [["i", None]], "texts": [[None, None]]}, r"texts\[1\] are both null"),
@@ -160,16 +160,18 @@ def test_parquet_of_another_shape(tmp_path, columns, message):
 def test_truncated_parquet(tmp_path):
     path = write_parquet(tmp_path / "o.parquet", images=[["i"]], texts=[[None]])
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(DataError, match=r"o\.parquet: broken after row 0: the rest is lost"):
+    with pytest.raises(
+        DataError, match=r"o\.parquet: the file is damaged after row 0, the rest of it is lost"
+    ):
         list(read_documents([path]))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none.jsonl", r"none\.jsonl: no such file\. Give files of documents"),
+        ("none.jsonl", r"none\.jsonl: no such file\. Pass a file of documents"),
         ("folder.jsonl", r"folder\.jsonl: is a folder"),
-        ("words.csv", r"words\.csv: the suffix is of no known kind\. Use \.jsonl"),
+        ("words.csv", r"words\.csv: unknown kind of file\. Pass a \.jsonl"),
     ],
 )
 def test_what_is_no_file_of_documents(tmp_path, name, message):

@@ -1,4 +1,4 @@
-"""Blocks: going on behind any of them gives the rest; what breaks off gives what was whole."""
+"""Blocks: resuming after any of them gives the rest; a broken file gives its whole records."""
 
 import gzip
 import io
@@ -10,12 +10,11 @@ import pyarrow.parquet
 import pytest
 
 from megatron_chameleon.data.documents.parse import parse_block
-from megatron_chameleon.data.inputs import lines as line_blocks
-from megatron_chameleon.data.inputs import records
+from megatron_chameleon.data.inputs import lines, records
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import find_inputs
 from megatron_chameleon.data.inputs.records import BLOCK_IMAGES, Fault, Position
-from megatron_chameleon.data.inputs.shards import plan_spans
+from megatron_chameleon.data.inputs.shards import plan_ranges
 from mixed_corpus import write_corpus
 
 LINES = b"".join(b'{"text": "%d"}\n' % i for i in range(20_000))
@@ -23,11 +22,11 @@ LINES = b"".join(b'{"text": "%d"}\n' % i for i in range(20_000))
 
 def blocks_of(*paths, position=None):
     inputs = find_inputs(paths)
-    return list(read_blocks(inputs, plan_spans(inputs), position))
+    return list(read_blocks(inputs, plan_ranges(inputs), position))
 
 
-def described(blocks):
-    """What the documents of blocks are, without what they were read into."""
+def contents(blocks):
+    """The documents and faults of blocks, in a form that can be compared."""
     items = [item for block in blocks for item in parse_block(block)]
     return [
         (str(item.error), item.reason)
@@ -39,21 +38,21 @@ def described(blocks):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(line_blocks, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(records, "READ_BYTES", 512)
 
 
-def test_going_on_behind_any_block_gives_the_rest(tmp_path, small_blocks):
+def test_resuming_after_any_block_gives_the_rest(tmp_path, small_blocks):
     paths = write_corpus(tmp_path, 40)
     paths[2].write_bytes(paths[2].read_bytes()[:30_000])  # a broken tar in the middle
     paths[4].write_bytes(paths[4].read_bytes()[:-40])
     blocks = blocks_of(*paths)
-    whole = described(blocks)
+    whole = contents(blocks)
     assert len(blocks) > 20 and sum(reason == "broken file" for _, reason, *_ in whole) == 2
     for number, block in enumerate(blocks, start=1):
-        after = Position(**json.loads(json.dumps(vars(block.after))))
+        after = Position.from_json(json.loads(json.dumps(block.after.to_json())))
         rest = blocks_of(*paths, position=after)
-        assert described(blocks[:number]) + described(rest) == whole
+        assert contents(blocks[:number]) + contents(rest) == whole
 
 
 def test_read_bytes_end_at_the_size_of_the_input(tmp_path, small_blocks):
@@ -103,18 +102,18 @@ def test_not_compressed_at_all(tmp_path):
 
 
 def test_line_that_is_too_long_is_one_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(line_blocks, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(line_blocks, "LONGEST_LINE_BYTES", 5000)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(lines, "LONGEST_LINE_BYTES", 5000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "1"}\n{"text": "' + "x" * 20_000 + '"}\n{"text": "3"}\n')
     items = [item for block in blocks_of(path) for item in parse_block(block)]
     assert [getattr(item, "record", None) for item in items] == [1, None, 3]
-    assert str(items[1].error).startswith(f"{path}:2: a line of more than 0 MiB")
+    assert str(items[1].error).startswith(f"{path}:2: the line is longer than 0 MiB")
 
 
 def test_zip_bomb_needs_no_memory(tmp_path, monkeypatch):
-    """2 GiB of one line in 2 MB: nothing of it may be kept."""
-    monkeypatch.setattr(line_blocks, "LONGEST_LINE_BYTES", 1 << 20)
+    """A single line of 256 MiB, packed into a few hundred KB: none of it may be kept."""
+    monkeypatch.setattr(lines, "LONGEST_LINE_BYTES", 1 << 20)
     part = gzip.compress(b"x" * (1 << 24))
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(part * 16 + gzip.compress(b'\n{"text": "2"}\n'))

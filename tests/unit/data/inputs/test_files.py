@@ -1,4 +1,4 @@
-"""Which files are read, and which part of them is a shard's."""
+"""Which files are read, and which part of them belongs to a shard."""
 
 import fsspec
 import pyarrow
@@ -7,8 +7,8 @@ import pytest
 
 from megatron_chameleon.data.documents.parse import parse_block, read_documents
 from megatron_chameleon.data.inputs.blocks import read_blocks
-from megatron_chameleon.data.inputs.files import Span, find_inputs, signature_of
-from megatron_chameleon.data.inputs.shards import plan_spans
+from megatron_chameleon.data.inputs.files import InputRange, find_inputs, signature_of
+from megatron_chameleon.data.inputs.shards import plan_ranges
 from megatron_chameleon.errors import DataError
 
 
@@ -49,15 +49,15 @@ def test_kind_by_suffix(tmp_path, name, kind, compression):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "jsonl", "a.gz", "a.parquet.gz", "tar"])
-def test_kinds_that_are_none(tmp_path, name):
+def test_unknown_kinds(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(DataError, match=r"the suffix is of no known kind\. Use \.jsonl, \.json"):
+    with pytest.raises(DataError, match=r"unknown kind of file\. Pass a \.jsonl, \.json"):
         find_inputs([tmp_path / name])
 
 
 @pytest.fixture
 def memory():
-    """Files of a remote kind."""
+    """A remote file system, in memory."""
     system = fsspec.filesystem("memory")
     yield system
     system.store.clear()
@@ -108,7 +108,7 @@ def test_shards_one_after_the_other_are_the_whole(files, count):
     inputs = find_inputs(files)
     found = []
     for index in range(count):
-        for block in read_blocks(inputs, plan_spans(inputs, (index, count))):
+        for block in read_blocks(inputs, plan_ranges(inputs, (index, count))):
             found += parse_block(block)
     assert [int(text.split()[0]) for text in texts(found)] == list(range(24))
     whole = list(read_documents(files))
@@ -121,12 +121,12 @@ def test_shards_have_about_the_same_size(write_lines):
     inputs = find_inputs(paths)
     total = sum(item.size_bytes for item in inputs)
     for index in range(7):
-        spans = plan_spans(inputs, (index, 7))
-        assert abs(sum(span.size_bytes for span in spans) - total / 7) <= 1
-        assert all(span.start < inputs[span.input].size_bytes for span in spans)
+        ranges = plan_ranges(inputs, (index, 7))
+        assert abs(sum(part.size_bytes for part in ranges) - total / 7) <= 1
+        assert all(part.start < inputs[part.input].size_bytes for part in ranges)
 
 
 def test_one_shard_reads_all(files):
     inputs = find_inputs(files)
     sizes = [item.size_bytes for item in inputs]
-    assert plan_spans(inputs) == [Span(i, 0, None, size) for i, size in enumerate(sizes)]
+    assert plan_ranges(inputs) == [InputRange(i, 0, None, size) for i, size in enumerate(sizes)]

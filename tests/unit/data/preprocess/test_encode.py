@@ -8,7 +8,7 @@ from PIL import Image
 
 from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
 from megatron_chameleon.data.inputs.records import Fault
-from megatron_chameleon.data.preprocess.encode import EncodeOptions, Encoder
+from megatron_chameleon.data.preprocess.encode import DocumentEncoder, EncodeOptions
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 
@@ -19,7 +19,7 @@ def document(*content, source="source", record=1):
 
 def encode(documents, tokenizer, **options):
     """The token ids of each document, what was dropped, and the block."""
-    block, dropped = Encoder(tokenizer, EncodeOptions(**options)).encode(documents)
+    block, dropped = DocumentEncoder(tokenizer, EncodeOptions(**options)).encode(documents)
     return np.split(block.token_ids, np.cumsum(block.lengths)[:-1]), dropped, block
 
 
@@ -104,7 +104,7 @@ def test_sources_are_numbered_and_can_be_replaced(tokenizer, content):
 
 
 def test_no_documents_are_no_tokens(tokenizer):
-    block, _ = Encoder(tokenizer).encode([])
+    block, _ = DocumentEncoder(tokenizer).encode([])
     assert len(block.token_ids) == len(block.lengths) == len(block.images) == 0
 
 

@@ -10,7 +10,7 @@ from megatron_chameleon.cli.preprocess import parse_shard
 from megatron_chameleon.data.inputs.records import Block, Position
 from megatron_chameleon.data.preprocess import workers as module
 from megatron_chameleon.data.preprocess.encode import EncodedBlock, EncodeOptions
-from megatron_chameleon.data.preprocess.progress import Report
+from megatron_chameleon.data.preprocess.progress import ProgressReport
 from megatron_chameleon.data.preprocess.run import PreprocessOptions, preprocess
 from megatron_chameleon.data.token_files.writer import WriterState
 from megatron_chameleon.errors import ConfigError, DataError
@@ -112,7 +112,7 @@ def test_killed_worker_is_no_traceback():
 
 def test_progress_line(capsys):
     state = WriterState(documents=400, tokens=6000, images=20, dropped={"empty image": 3})
-    report = Report(4_000_000, WriterState())
+    report = ProgressReport(4_000_000, WriterState())
     report.update(state, 1_000_000)
     assert capsys.readouterr().err == ""  # too early
     report.started, report.printed = report.started - 20, report.printed - 20
@@ -124,7 +124,7 @@ def test_progress_line(capsys):
 
 def test_rates_of_a_resumed_run_are_its_own(capsys):
     before = WriterState(documents=300, tokens=5000, images=20)
-    report = Report(4_000_000, before, start_bytes=500_000)
+    report = ProgressReport(4_000_000, before, start_bytes=500_000)
     report.started, report.printed = report.started - 10, report.printed - 20
     report.update(WriterState(documents=400, tokens=6000, images=20), 1_000_000)
     line = capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
-from megatron_chameleon.data.preprocess.encode import Encoder
+from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.data.views.audit import audit_step, count_kinds, format_audit, kinds_of
 from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
 from megatron_chameleon.errors import ConfigError
@@ -20,7 +20,7 @@ def config(tmp_path, token_file, numbered, tokenizer, picture):
     image = ImagePart(str(tmp_path / picture("i.png")))
     content = [[TextPart(f"a handwritten seven {i}"), image] for i in range(12)]
     documents = [Document(str(i), "s", tuple(parts), "f:1") for i, parts in enumerate(content)]
-    block, _ = Encoder(tokenizer).encode(documents)
+    block, _ = DocumentEncoder(tokenizer).encode(documents)
     token_file(np.split(block.token_ids, np.cumsum(block.lengths)[:-1]), "pairs")
     token_file(numbered([30, 9, 14, 70]), "text")
     config = Config()

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
-from megatron_chameleon.data.preprocess.encode import Encoder
+from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file
 from megatron_chameleon.data.views.token_file_page import (
     segments,
@@ -18,7 +18,7 @@ from megatron_chameleon.data.views.token_file_page import (
 
 
 def encoded(tokenizer, *content):
-    tokens, _ = Encoder(tokenizer).encode([Document("id", "s", content, "f:1")])
+    tokens, _ = DocumentEncoder(tokenizer).encode([Document("id", "s", content, "f:1")])
     return tokens.token_ids
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.tokenizer.common.corpus import ImageEntry, find_images
-from megatron_chameleon.tokenizer.image.batches import ImageSet, move, training_batch
+from megatron_chameleon.tokenizer.image.batches import ImageSet, augment, training_batch
 from megatron_chameleon.tokenizer.image.config import (
     ImageTokenizerConfig,
     ImageTrainingConfig,
@@ -164,7 +164,7 @@ def test_images_are_drawn_by_weight(photos: Path) -> None:
 
 def test_no_augmentation_moves_nothing_and_a_shift_moves_that_far() -> None:
     pixels = torch.rand(4, 3, 8, 8)
-    still = move(pixels, ImageTrainingConfig(), np.random.default_rng(0))
+    still = augment(pixels, ImageTrainingConfig(), np.random.default_rng(0))
     torch.testing.assert_close(still, pixels, rtol=0, atol=1e-5)
 
     class Largest(np.random.Generator):
@@ -172,11 +172,11 @@ def test_no_augmentation_moves_nothing_and_a_shift_moves_that_far() -> None:
             return np.full(size, high)  # type: ignore[call-overload]
 
     rng = Largest(np.random.PCG64())
-    shifted = move(pixels, ImageTrainingConfig(shift=0.25), rng)
+    shifted = augment(pixels, ImageTrainingConfig(shift=0.25), rng)
     torch.testing.assert_close(shifted[:, :, :6, :6], pixels[:, :, 2:, 2:], rtol=0, atol=1e-5)
-    turned = move(pixels, ImageTrainingConfig(rotate_degrees=90), rng)
+    turned = augment(pixels, ImageTrainingConfig(rotate_degrees=90), rng)
     torch.testing.assert_close(turned.rot90(-1, (2, 3)), pixels, rtol=0, atol=1e-5)
-    larger = move(pixels, ImageTrainingConfig(scale=0.5), rng)
+    larger = augment(pixels, ImageTrainingConfig(scale=0.5), rng)
     assert (larger - pixels).abs().max() > 0.1
 
 

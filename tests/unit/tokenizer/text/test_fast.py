@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from megatron_chameleon.tokenizer.text import fast as fast_text
-from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
 from megatron_chameleon.tokenizer.text.fast import (
     ExactTextEncoder,
     FastTextEncoder,
-    choose_encoder,
-    make_encoder,
+    choose_text_encoder,
+    make_text_encoder,
 )
+from megatron_chameleon.tokenizer.text.tokenizer import TextTokenizer
 from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
 CORPUS = [
@@ -62,9 +62,9 @@ def test_single_texts_with_noncharacters(tokenizer):
 
 
 def test_fast_one_is_chosen_when_it_agrees(tokenizer):
-    choice = choose_encoder(tokenizer, random_texts(tokenizer))
+    choice = choose_text_encoder(tokenizer, random_texts(tokenizer))
     assert (choice.name, choice.why) == ("gigatoken", "")
-    assert isinstance(make_encoder(tokenizer, choice.name), FastTextEncoder)
+    assert isinstance(make_text_encoder(tokenizer, choice.name), FastTextEncoder)
 
 
 def test_sentencepiece_is_chosen_when_it_does_not(tokenizer, monkeypatch):
@@ -77,14 +77,16 @@ def test_sentencepiece_is_chosen_when_it_does_not(tokenizer, monkeypatch):
         return token_ids, offsets
 
     monkeypatch.setattr(FastTextEncoder, "encode", wrong)
-    choice = choose_encoder(tokenizer, ["one", "two"])
+    choice = choose_text_encoder(tokenizer, ["one", "two"])
     assert choice.name == "sentencepiece" and choice.why == "gigatoken gives other ids for 'two'"
-    assert isinstance(make_encoder(tokenizer, choice.name), ExactTextEncoder)
+    assert isinstance(make_text_encoder(tokenizer, choice.name), ExactTextEncoder)
 
 
 def test_sentencepiece_is_chosen_when_there_is_no_other(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    assert choose_encoder(tokenizer, ["x"]).why == "gigatoken is not installed"
+    assert choose_text_encoder(tokenizer, ["x"]).why == "gigatoken is not installed"
     monkeypatch.undo()
     monkeypatch.setattr(fast_text, "rename_control_pieces", lambda model, prefix: b"no model")
-    assert choose_encoder(tokenizer, ["x"]).why.startswith("gigatoken does not read the model (")
+    assert choose_text_encoder(tokenizer, ["x"]).why.startswith(
+        "gigatoken does not read the model ("
+    )

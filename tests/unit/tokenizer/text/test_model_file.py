@@ -12,12 +12,12 @@ from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.tokenizer.huggingface import fast_tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
-from megatron_chameleon.tokenizer.text.encoder import TextTokenizer
 from megatron_chameleon.tokenizer.text.model_file import (
-    SAMPLES,
-    build_model,
+    HARD_TEXTS,
+    build_sentencepiece_model,
     sentencepiece_from_huggingface,
 )
+from megatron_chameleon.tokenizer.text.tokenizer import TextTokenizer
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_ids_and_kinds_come_back(exported: Path, tiny_tokenizer: Path) -> None:
     new = TextTokenizer(sentencepiece_from_huggingface(exported))
     assert new.tokens == old.tokens
     assert Vocabulary.from_tokens(new.tokens) == Vocabulary.load(tiny_tokenizer)
-    for text in SAMPLES:
+    for text in HARD_TEXTS:
         assert new.encode(text) == old.encode(text)
         assert new.decode(new.encode(text)) == text.replace("▁", " ")
     kinds = [(old.is_text(i), old.is_byte(i)) for i in range(old.size)]
@@ -72,7 +72,7 @@ def test_a_prefix_is_added_where_it_is_asked_for() -> None:
     names = ["<s>", "<pad>", "</s>", "<unk>", "▁", "a", "▁a"]
     plain, prefixed = (
         TextTokenizer(
-            build_model(
+            build_sentencepiece_model(
                 names, {"▁a": 0}, {"<s>", "<pad>", "</s>"}, byte_fallback=False, add_prefix=add
             )
         )

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
-from megatron_chameleon.tokenizer.text.encoder import TEXT_MODEL_FILE, TextTokenizer
+from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer
 from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
 IMAGE_CODES = 32
