@@ -27,6 +27,7 @@ setup(
         "megatron_chameleon": [
             "py.typed",
             "config/presets/*.yaml",
+            "planner/*.yaml",
             "tokenizer/image/presets/*.yaml",
         ]
     },
@@ -48,6 +49,7 @@ setup(
         "pyarrow",
         "matplotlib",
         "rich",
+        "scipy",  # Wilson's interval of people's judgements
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],

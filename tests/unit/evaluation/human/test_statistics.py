@@ -1,8 +1,10 @@
 """Majorities, intervals and Krippendorff's alpha, against published values."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy import stats
 
 from megatron_chameleon.evaluation.human.statistics import (
     Level,
@@ -59,8 +61,24 @@ def test_alpha_without_disagreement_in_labels_is_not_defined() -> None:
 
 @pytest.mark.parametrize(("count", "total"), [(0, 20), (7, 445), (78, 20_000), (20, 20)])
 def test_wilson(count: int, total: int) -> None:
-    expected = binomtest(count, total).proportion_ci(0.95, "wilson")
-    assert wilson_interval(count, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    """The interval contains the shares that a normal test at the same level does not reject."""
+    z = NormalDist().inv_cdf(0.975)
+    for end in wilson_interval(count, total):
+        distance = abs(count / total - end)
+        assert distance == pytest.approx(z * np.sqrt(end * (1 - end) / total), abs=1e-12)
+    low, high = wilson_interval(count, total)
+    assert 0 <= low < high <= 1
+
+
+def test_wilson_of_a_published_example() -> None:
+    """Newcombe (1998), "Two-sided confidence intervals for the single proportion", table I."""
+    for count, total, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert wilson_interval(count, total) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_bootstrap_of_a_mean_is_about_two_standard_errors_wide() -> None:
@@ -70,3 +88,19 @@ def test_bootstrap_of_a_mean_is_about_two_standard_errors_wide() -> None:
     assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.008)
     again = bootstrap_interval(400, lambda rows: float(values[rows].mean()), 2000, 3)
     assert again == (low, high)
+
+
+def test_bootstrap_draws_what_scipy_draws() -> None:
+    points = np.repeat([1.0, 0.5, 0.0], [435, 362, 251])
+    expected = stats.bootstrap(
+        (points,), np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    found = bootstrap_interval(len(points), lambda rows: float(points[rows].mean()), 1000, 1)
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_bootstrap_where_scipy_has_no_interval() -> None:
+    """A single item, and a statistic that some resamples leave undefined."""
+    assert bootstrap_interval(1, lambda rows: 0.25, 10) == (0.25, 0.25)
+    counts = np.array([[3, 0], [3, 0], [0, 3]])
+    assert bootstrap_interval(3, lambda rows: alpha(counts[rows]), 50) == (1.0, 1.0)
