@@ -1,8 +1,12 @@
-"""Start the real command in a process of its own, or in several."""
+"""Run the real command: in a process of its own, in several, or forked from a warm server."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from places import PROGRAMS, SUPPORT
 
@@ -25,17 +29,51 @@ def command(*words: object, processes: int = 1) -> list[str]:
     return [*start, "-m", "megatron_chameleon", *(str(word) for word in words)]
 
 
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """The command server of this test process; it ends with this process's end of the pipe."""
+    return subprocess.Popen(
+        [sys.executable, SUPPORT / "command_server.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
 def run_chameleon(
     *words: object, processes: int = 1, succeeds: bool = True, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
-    result = subprocess.run(
-        command(*words, processes=processes),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        env=environment(**variables),
-    )
+    """Run the command to its end, in processes that the command server forks.
+
+    Args:
+        words: What follows ``chameleon``.
+        processes: Ranks of the job; each gets the variables that torchrun would set.
+        succeeds: Whether an exit code other than 0 fails the test.
+        variables: Of the environment, in addition.
+    """
+    with tempfile.TemporaryDirectory(prefix="chameleon-") as folder:
+        outputs = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
+        for path in outputs.values():
+            Path(path).touch()
+        request = {
+            "words": [str(word) for word in words],
+            "processes": processes,
+            "environment": environment(**variables),
+            "folder": str(Path.cwd()),
+            "timeout": TIMEOUT_SECONDS,
+            **outputs,
+        }
+        server = _server()
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, "the command server has ended"
+        texts = {name: Path(path).read_text(errors="replace") for name, path in outputs.items()}
+    code = json.loads(answer)
+    assert code is not None, f"no end after {TIMEOUT_SECONDS} s: {texts['stderr'][-4000:]}"
+    result = subprocess.CompletedProcess(request["words"], code, **texts)
     if succeeds:
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+        assert code == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result

@@ -1,0 +1,142 @@
+"""A process that has imported the libraries once and forks the real command on request.
+
+Starting Python and importing PyTorch, megatron-core and transformers costs 6 to 16 seconds per
+process; a fork costs a moment. ``run_command.run_chameleon`` starts one such server per test
+process and sends it requests. Tests of launchers start processes of their own instead.
+
+A request is one line of JSON on standard input: ``words`` behind ``chameleon``, ``processes``,
+``environment``, ``folder`` (the working directory), ``stdout`` and ``stderr`` (paths), and
+``timeout`` in seconds. The answer is one line with the exit code, or null after the timeout.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+IMPORTS = (
+    "megatron_chameleon.checkpoint.convert.run",
+    "megatron_chameleon.checkpoint.formats.hf",
+    "megatron_chameleon.data.preprocess.run",
+    "megatron_chameleon.inference.session",
+    "megatron_chameleon.tokenizer.image.training",
+    "megatron_chameleon.tokenizer.text.training",
+    "megatron_chameleon.training.loop",
+    "megatron_chameleon.training.engines.megatron",
+)
+GRACE_SECONDS = 30
+"""As torchrun gives to the other processes after one has failed."""
+
+
+def serve() -> None:
+    """Answer requests until standard input ends."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
+    for module in IMPORTS:
+        importlib.import_module(module)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing that a library prints may be taken for an answer
+    for line in sys.stdin:
+        code = run(json.loads(line))
+        answers.write(json.dumps(code) + "\n")
+        answers.flush()
+
+
+def run(request: dict[str, Any]) -> int | None:
+    """Fork the processes of one request and wait for all of them."""
+    port = _free_port()
+    running = [_fork(request, rank, port) for rank in range(request["processes"])]
+    deadline = time.monotonic() + request["timeout"]
+    codes: list[int] = []
+    while running:
+        for child in list(running):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                running.remove(child)
+                codes.append(os.waitstatus_to_exitcode(status))
+                if codes[-1] and running:  # torchrun ends the others too
+                    _signal(running, signal.SIGTERM)
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if running and time.monotonic() > deadline:
+            _signal(running, signal.SIGKILL)
+            for child in running:
+                os.waitpid(child, 0)
+            return next(filter(None, codes), None)
+        time.sleep(0.005)
+    if request["processes"] > 1:
+        return int(any(codes))  # torchrun's own exit code
+    return codes[0]
+
+
+def _signal(children: list[int], number: int) -> None:
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, number)
+
+
+def _fork(request: dict[str, Any], rank: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            os.setpgid(child, child)
+        return child
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(request[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+        _enter(request, rank, port)
+        code = _main(request["words"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # not the server's clean-up
+
+
+def _enter(request: dict[str, Any], rank: int, port: int) -> None:
+    """Set the variables that torchrun would set, and the working directory."""
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    if request["processes"] > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["processes"]}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in (place | meeting).items()})
+    sys.argv = [str(Path(sys.executable).with_name("chameleon")), *request["words"]]
+
+
+def _main(words: list[str]) -> int:
+    """Run the command; its exit code, a crash's traceback included."""
+    import torch
+
+    from megatron_chameleon.cli.main import main
+
+    torch.set_num_threads(1)
+    try:
+        main(words)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    serve()
