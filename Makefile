@@ -1,5 +1,5 @@
 # make demo: from nothing to a trained small Chameleon and its report (runs/digits/report/index.html)
-# make test: every test        make check: formatting, lint and types
+# make test: every test       make test-fast: the unit tests       make check: formatting, lint and types
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ RUN ?= runs/digits
 SEED ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-fast check format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/demo: setup.py constraints.txt
@@ -26,9 +26,17 @@ demo: $(VENV)/demo
 # tests/slurm start a SLURM cluster of two nodes on this machine; they need its daemons (slurm-wlm, munge) and root
 SLURM := $(shell command -v slurmctld >/dev/null && command -v munged >/dev/null && [ "$$(id -u)" = 0 ] && echo yes)
 
+# Files of tests are spread over the cores, but what measures time runs alone.
+SPREAD := -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 test: $(VENV)/installed
 	@[ -n "$(SLURM)" ] || echo "tests/slurm are left out: they need slurm-wlm and root"
-	$(BIN)/python -m pytest tests $(if $(SLURM),,--ignore tests/slurm)
+	$(BIN)/python -m pytest tests $(SPREAD) -m "not serial" $(if $(SLURM),,--ignore tests/slurm)
+	$(BIN)/python -m pytest tests -m serial $(if $(SLURM),,--ignore tests/slurm)
+
+test-fast: $(VENV)/installed
+	@echo "Left out: tests/integration, tests/parity, tests/slurm, and unit tests marked slow or serial"
+	$(BIN)/python -m pytest tests/unit $(SPREAD) -m "not slow and not serial"
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

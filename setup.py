@@ -67,6 +67,7 @@ setup(
         "test": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",  # two tests at a time on two cores
             "scikit-learn",
             "tensorboard",
             "wandb",

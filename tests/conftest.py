@@ -15,6 +15,16 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of one file on one worker, for they share what is expensive to make.
+
+    All of tests/slurm is one group: there is one cluster.
+    """
+    for item in items:
+        group = "slurm" if "slurm" in item.path.parts else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def chameleon() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run_chameleon

@@ -11,6 +11,8 @@ import pytest
 from places import PROGRAMS
 from run_command import TIMEOUT_SECONDS, environment
 
+pytestmark = pytest.mark.serial  # it times ranks, and a hang is called one after 4 s
+
 SCRIPT = PROGRAMS / "train_with_stall.py"
 
 

@@ -20,6 +20,8 @@ from megatron_chameleon.parallel.launch import leave_process_group
 from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.parallel.topology import create_topology
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 VOCAB = 62
 

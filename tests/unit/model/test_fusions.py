@@ -176,6 +176,7 @@ def gradient_norms(engine: MegatronEngine, step: int) -> dict[str, float]:
     return {name: x for name, x in metrics.items() if name.startswith(("loss", "grad_norm"))}
 
 
+@pytest.mark.slow
 def test_compiled_kernels_compute_the_same_and_masks_are_the_seeds(topology: Topology) -> None:
     plain, fused = (make_engine(topology, on, 0.0) for on in (False, True))
     expected = gradient_norms(plain, 1)

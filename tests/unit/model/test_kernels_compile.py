@@ -10,6 +10,8 @@ from megatron_chameleon.parallel import platform
 from places import REPOSITORY
 from run_command import environment
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 KERNELS = (
     "loss forward",

@@ -11,11 +11,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.training.faults import hang
 from megatron_chameleon.training.faults.hang import HangWatch, locate, summarize
+
+pytestmark = pytest.mark.serial  # processes that must act within seconds
 
 # A process that is busy for longer than its limit, saves for longer, and then hangs: in Python, or
 # in C code that keeps the interpreter, for which PyDLL is known.

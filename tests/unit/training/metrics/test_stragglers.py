@@ -10,6 +10,8 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.metrics import stragglers
 from megatron_chameleon.training.metrics.stragglers import StepClock, StragglerMonitor, Window
 
+pytestmark = pytest.mark.serial  # it times ranks
+
 
 @pytest.mark.parametrize(
     ("seconds", "slow"),
