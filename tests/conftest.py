@@ -15,6 +15,7 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of one file on one worker, for they share what is expensive to make.
 

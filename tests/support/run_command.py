@@ -8,16 +8,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-from places import PROGRAMS, SUPPORT
+from places import PROGRAMS, REPOSITORY, SUPPORT
 
 TIMEOUT_SECONDS = 240
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """One thread per process, the helpers on the path, none of the caller's launcher variables."""
+    """The variables of a test's process: one thread, and none of the caller's launcher variables.
+
+    This checkout comes first on the path, then the helpers.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k not in names}
-    path = os.pathsep.join(map(str, (SUPPORT, PROGRAMS)))
+    path = os.pathsep.join(map(str, (REPOSITORY, SUPPORT, PROGRAMS)))
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
 
 
