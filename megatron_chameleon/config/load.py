@@ -1,23 +1,20 @@
 """Read a config: defaults < preset < YAML file < ``section.key=value``.
 
-A file's section ``variables`` may hold values of one's own, to be used as ``${variables.name}``.
-OmegaConf reads the YAML, the overrides and ``${...}``; this file turns the result into the
-dataclasses of ``schema.py`` and reports every unknown key and every value of a wrong type at once,
-each with the nearest name.
+A file's section ``variables`` may define values of your own, to be used as ``${variables.name}``.
+OmegaConf reads the YAML, the overrides and ``${...}``. ``build.py`` turns the result into the
+dataclasses of ``schema.py`` and finds every unknown key and every value of the wrong type at once.
 """
 
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_chameleon.config.build import Builder, Mistake
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError, ConfigErrors, first_line
 
@@ -30,12 +27,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a training config.
 
     Args:
-        path: A YAML file. Its key ``preset`` may name a file of ``presets/`` that lies underneath.
+        path: A YAML file. Its key ``preset`` may name a file of ``presets/``, whose values then
+            apply wherever the file itself sets none.
         overrides: Words of the form ``section.key=value``, the value in YAML.
 
     Raises:
         ConfigError: The file, the preset or an override cannot be read.
-        ConfigErrors: One or more keys are unknown or values are of a wrong type.
+        ConfigErrors: Keys are unknown, or values have the wrong type.
     """
     path = Path(path)
     own, words = read_yaml(path), _read_overrides(overrides)
@@ -47,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def find_config(name: str | Path) -> Path:
-    """The path of a config: ``name`` itself, or the preset that is called so.
+    """The path of a config: ``name`` itself if it is a file, or the preset of that name.
 
     Raises:
         ConfigError: It is neither.
@@ -63,14 +61,14 @@ def find_config(name: str | Path) -> Path:
 
 
 def find_preset(path: Path, overrides: Sequence[str] = ()) -> str | None:
-    """The name of the preset that lies under a config, or that it is; None for none."""
+    """The name of the preset that a config builds on, or that it is itself; None without one."""
     own = path.stem if path.parent == PRESETS else None
     preset = _read_overrides(overrides).get("preset", read_yaml(path).get("preset", own))
     return None if preset is None else str(preset)
 
 
 def load_dataclass(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
-    """Read a YAML file, and overrides over it, into a dataclass.
+    """Read a YAML file into a dataclass; overrides replace its values.
 
     Args:
         cls: A dataclass of dataclasses, lists and scalars.
@@ -79,13 +77,13 @@ def load_dataclass(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
 
     Raises:
         ConfigError: The file or an override cannot be read.
-        ConfigErrors: One or more keys are unknown or values are of a wrong type.
+        ConfigErrors: Keys are unknown, or values have the wrong type.
     """
     return _resolve(cls, [read_yaml(path), _read_overrides(overrides)], str(path), overrides)
 
 
 def _resolve(cls: type[T], layers: Sequence[DictConfig], where: str, overrides: Sequence[str]) -> T:
-    """The dataclass of all layers, each over those before it; the last are the overrides."""
+    """The dataclass of all layers merged: a later layer wins. The last one are the overrides."""
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except OmegaConfBaseException as error:
@@ -93,21 +91,25 @@ def _resolve(cls: type[T], layers: Sequence[DictConfig], where: str, overrides: 
     assert isinstance(merged, dict)
     for key in ("preset", "variables"):
         merged.pop(key, None)
-    problems: list[ConfigError] = []
-    config = _build(cls, merged, "", where, problems)
-    if problems:
-        raise ConfigErrors([_name_override(problem, where, overrides) for problem in problems])
+    builder = Builder()
+    config = builder.build(cls, merged)
+    if builder.mistakes:
+        raise ConfigErrors([_locate(mistake, where, overrides) for mistake in builder.mistakes])
     assert isinstance(config, cls)
     return config
 
 
-def _name_override(problem: ConfigError, where: str, overrides: Sequence[str]) -> ConfigError:
-    """The problem with the override that caused it, if one did, in place of file and key."""
-    key = problem.where.removeprefix(f"{where}: ")
+def _locate(mistake: Mistake, where: str, overrides: Sequence[str]) -> ConfigError:
+    """The mistake with the override that caused it, if one did, or with the file."""
+    place = where if mistake.names_key else f"{where}: {mistake.key}"
     for word in overrides:
-        if f"{word.partition('=')[0]}.".startswith(f"{key}."):
-            return ConfigError(word, problem.what, problem.remedy)
-    return problem
+        key = word.partition("=")[0]
+        if f"{key}.".startswith(f"{mistake.key}.") or mistake.key.startswith(
+            (f"{key}.", f"{key}[")
+        ):
+            place = word
+            break
+    return ConfigError(place, mistake.what, mistake.remedy)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -124,7 +126,7 @@ def read_yaml(path: Path) -> DictConfig:
     """A YAML file whose top level is a mapping.
 
     Raises:
-        ConfigError: It is not there, no YAML or no mapping.
+        ConfigError: The file does not exist, is not valid YAML or is not a mapping.
     """
     if not path.is_file():
         raise ConfigError(str(path), "no such config file", "Give the path of a YAML file")
@@ -145,7 +147,7 @@ def _read_overrides(words: Sequence[str]) -> DictConfig:
         key, equals, _ = word.partition("=")
         if not equals or not key.strip() or " " in key:
             raise ConfigError(
-                word, "not of the form section.key=value", "Write for example training.steps=100"
+                word, "not of the form section.key=value", "Write, for example, training.steps=100"
             )
     try:
         return OmegaConf.from_dotlist(list(words))
@@ -163,54 +165,3 @@ def _preset_path(name: str, where: str) -> Path:
             f"{where}: preset", f"no preset is called {name!r}", f"Use one of: {', '.join(names)}"
         )
     return path
-
-
-def _build(cls: type, values: Any, prefix: str, where: str, problems: list[ConfigError]) -> Any:
-    """An instance of ``cls``; what is wrong with ``values`` is added to ``problems``."""
-    place = f"{where}: {prefix.rstrip('.') or 'top level'}"
-    if not isinstance(values, dict):
-        if values is not None:
-            what = f"{values!r} is not a mapping"
-            problems.append(ConfigError(place, what, "Write its keys indented underneath"))
-        return cls()
-    hints = typing.get_type_hints(cls)
-    known = {}
-    for key, value in values.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
-            names = f"Did you mean {near[0]}?" if near else f"The keys are {', '.join(hints)}"
-            problems.append(
-                ConfigError(f"{where}: {prefix}{key}", "unknown config key", names.rstrip("?"))
-            )
-            continue
-        known[key] = _convert(hints[key], value, f"{prefix}{key}", where, problems)
-    return cls(**known)
-
-
-def _convert(hint: Any, value: Any, key: str, where: str, problems: list[ConfigError]) -> Any:
-    """``value`` as ``hint`` says: a dataclass, a list of them, or an optional scalar."""
-    if dataclasses.is_dataclass(hint):
-        assert isinstance(hint, type)
-        return _build(hint, value, f"{key}.", where, problems)
-    if typing.get_origin(hint) is list:
-        if not isinstance(value, list):
-            problems.append(ConfigError(f"{where}: {key}", f"{value!r} is no list", "Write a list"))
-            return []
-        item = typing.get_args(hint)[0]
-        return [_convert(item, v, f"{key}[{i}]", where, problems) for i, v in enumerate(value)]
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if float in allowed and number:
-        return float(value)
-    if float in allowed and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if int in allowed and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if type(value) in allowed:
-        return value
-    names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-    problems.append(ConfigError(f"{where}: {key}", f"{value!r} is not {names}", f"Give {names}"))
-    return value

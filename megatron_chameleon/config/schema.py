@@ -6,30 +6,41 @@ looks for combinations that cannot work.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from megatron_chameleon.config.constraints import (
+    Between,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOf,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+)
 
 
 @dataclass
 class ModelConfig:
     """The transformer. Source: paper, section 2.3."""
 
-    num_layers: int = 4
-    hidden_size: int = 128
-    ffn_hidden_size: int = 344
+    num_layers: PositiveInt = 4
+    hidden_size: PositiveInt = 128
+    ffn_hidden_size: PositiveInt = 344
     """Width of the SwiGLU feed-forward (of each of its two halves)."""
-    num_attention_heads: int = 4
+    num_attention_heads: PositiveInt = 4
     num_query_groups: int | None = None
     """Key/value heads (GQA); null means as many as attention heads."""
-    seq_length: int = 256
+    seq_length: PositiveInt = 256
     """Tokens of one training sequence, and the longest context of generation."""
-    norm_order: str = "pre"
+    norm_order: Annotated[str, OneOf("pre", "swin")] = "pre"
     """pre: ``x + f(norm(x))`` (7B); swin: ``x + norm(f(x))`` (34B)."""
     qk_norm_groups: int | None = None
     """Groups of heads that share one QK-norm weight and bias; null: one a head; 0: no QK-norm."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: Share = 0.0
     """Dropout after attention and after feed-forward."""
-    layernorm_epsilon: float = 1e-5
-    rotary_base: int = 10000
-    init_method_std: float = 0.02
+    layernorm_epsilon: PositiveFloat = 1e-5
+    rotary_base: PositiveInt = 10000
+    init_method_std: PositiveFloat = 0.02
 
 
 @dataclass
@@ -46,7 +57,7 @@ class SourceConfig:
     """Path of the files without .bin and .idx."""
     weight: float = 1.0
     """Share of the tokens within its stage's list; the weights of a list need not sum to 1."""
-    image_first: float | None = None
+    image_first: Share | None = None
     """Share of the text-image pairs with the image first; null leaves them as they were written."""
     repeat: bool | int = True
     """true: its documents come again, in another order, as often as they are needed; false: once; a
@@ -67,18 +78,18 @@ class DataConfig:
     reset_attention: bool = False
     """Whether documents are isolated: those packed into one sequence attend to themselves only, and
     a text is not cut unless it is longer than a sequence."""
-    loss_on: str = "auto"
+    loss_on: Annotated[str, OneOf("auto", "answers", "all")] = "auto"
     """auto: on the answers of conversations, and on all of other documents; answers: the same, and
     a source that holds anything but conversations is refused; all: on everything, prompts too."""
-    packing_reserve: float = 0.002
+    packing_reserve: Annotated[float, Between(0, 0.5)] = 0.002
     """Share of the tokens of 2,048 sequences that is left free, so that unevenly spread images
     fit."""
-    stage1_fraction: float = 0.8
+    stage1_fraction: Share = 0.8
     """Share of the steps that belong to stage 1."""
-    stage1_tokens: int | None = None
+    stage1_tokens: PositiveInt | None = None
     """Consumed tokens, padding included, at which stage 2 begins, in place of
     ``stage1_fraction``."""
-    stage2_share: float = 0.5
+    stage2_share: Share = 0.5
     """Share of stage 2 that its own sources get; those of stage 1 keep the rest, in proportion."""
 
 
@@ -86,23 +97,23 @@ class DataConfig:
 class ParallelConfig:
     """The layout over the processes; data parallelism takes what is left of the world size."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Split the optimizer state over the data-parallel ranks (ZeRO-1)."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Parts of the model that each pipeline stage holds (interleaved schedule); null: one."""
-    context_parallel_size: int = 1
+    context_parallel_size: PositiveInt = 1
     """Split each sequence over so many ranks; needs Transformer Engine."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs; needs GPUs."""
     overlap_param_gather: bool = False
     """Gather the distributed optimizer's weights while the forward pass runs; needs GPUs."""
-    recompute_granularity: str | None = None
+    recompute_granularity: Annotated[str, OneOf("selective", "full")] | None = None
     """null, selective (attention only) or full (each layer)."""
-    recompute_num_layers: int = 1
+    recompute_num_layers: PositiveInt = 1
     """Layers of one recomputed block, with full recompute."""
 
 
@@ -110,42 +121,42 @@ class ParallelConfig:
 class OptimizerConfig:
     """AdamW. Source: paper, section 2.3."""
 
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     """Peak learning rate."""
-    min_lr: float = 0.0
-    lr_warmup_steps: int = 0
-    lr_decay_style: str = "exponential"
+    min_lr: NonNegativeFloat = 0.0
+    lr_warmup_steps: NonNegativeInt = 0
+    lr_decay_style: Annotated[str, OneOf("exponential", "cosine", "constant")] = "exponential"
     """exponential (pretraining), cosine (fine-tuning) or constant."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
-    adam_eps: float = 1e-5
-    clip_grad: float = 1.0
+    adam_eps: PositiveFloat = 1e-5
+    clip_grad: NonNegativeFloat = 1.0
     """Largest global norm of the gradient; 0 leaves it as it is."""
 
 
 @dataclass
 class TrainingConfig:
-    steps: int = 100
+    steps: PositiveInt = 100
     """Optimizer updates of the whole run."""
-    seed: int = 1
-    micro_batch_size: int = 1
+    seed: NonNegativeInt = 1
+    micro_batch_size: PositiveInt = 1
     """Sequences of one forward and backward pass on one data-parallel rank."""
-    global_batch_size: int = 1
+    global_batch_size: PositiveInt = 1
     """Sequences of one optimizer update over the whole job."""
-    dtype: str = "fp32"
+    dtype: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
     """fp32 or bf16 (with fp32 main weights)."""
-    z_loss: float = 1e-5
+    z_loss: NonNegativeFloat = 1e-5
     """Weight of ``log(Z)^2``, Z the normaliser of the output softmax."""
-    nonfinite: str = "stop"
+    nonfinite: Annotated[str, OneOf("stop", "skip", "rollback")] = "stop"
     """What follows a loss or gradient that is not finite, which is found before the update: stop;
     skip: leave the update out and go on; rollback: load the newest checkpoint, replay, and leave
     the update out when that step comes again."""
-    nonfinite_limit: int = 3
+    nonfinite_limit: NonNegativeInt = 3
     """How many steps of the whole run may be left out for that; the run then stops."""
     skip_steps: list[int] = field(default_factory=list)
     """Steps, counted from 1, whose update is left out in any case."""
-    hang_seconds: float = 480.0
+    hang_seconds: NonNegativeFloat = 480.0
     """A step, or waiting for its data, that takes longer ends the job with the stacks of all ranks;
     loading, saving and sampling, and a step after one of them, may take four times as long. 0: no
     limit. The default comes before NCCL's own limit of ten minutes."""
@@ -187,20 +198,20 @@ class Fp8Config:
     Source: Transformer Engine's recipes, whose defaults these are; megatron-core's differ.
     """
 
-    format: str | None = None
+    format: Annotated[str, OneOf("hybrid", "e4m3")] | None = None
     """null: no FP8; hybrid: E4M3 forward and E5M2 for gradients; e4m3: E4M3 for all."""
-    recipe: str = "delayed"
+    recipe: Annotated[str, OneOf("delayed", "tensorwise")] = "delayed"
     """delayed: scales from the largest values of earlier steps; tensorwise: from the tensor itself
     (current scaling)."""
-    margin: int = 0
+    margin: NonNegativeInt = 0
     """Scales are divided by 2^margin (delayed scaling)."""
-    amax_history_len: int = 1024
+    amax_history_len: PositiveInt = 1024
     """Steps that delayed scaling looks back."""
-    amax_compute_algo: str = "max"
+    amax_compute_algo: Annotated[str, OneOf("max", "most_recent")] = "max"
     """max: of the whole history; most_recent: the last step's."""
-    num_layers_at_start_in_bf16: int = 0
+    num_layers_at_start_in_bf16: NonNegativeInt = 0
     """First layers that stay in bf16 (tensorwise only)."""
-    num_layers_at_end_in_bf16: int = 0
+    num_layers_at_end_in_bf16: NonNegativeInt = 0
     """Last layers that stay in bf16 (tensorwise only)."""
     emulate: bool = False
     """Quantise and dequantise in the same places on a machine without FP8, to see a recipe's effect
@@ -209,11 +220,11 @@ class Fp8Config:
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int = 0
+    every_steps: NonNegativeInt = 0
     """Save every so many steps; 0 saves at the end only."""
-    keep_last: int = 2
+    keep_last: PositiveInt = 2
     """How many checkpoints stay; older ones are deleted after a newer one is whole."""
-    keep_every: int = 0
+    keep_every: NonNegativeInt = 0
     """Checkpoints whose step is a multiple of this stay for good; 0: none."""
     async_save: bool = False
     """Train on while a checkpoint is written; the host's memory then holds a second copy of what
@@ -234,24 +245,24 @@ class SamplePromptConfig:
 @dataclass
 class LoggingConfig:
     run_dir: str = "runs/default"
-    every_steps: int = 10
+    every_steps: PositiveInt = 10
     """Steps between two progress lines; ``metrics.jsonl`` has every step."""
     tensorboard: bool = False
     """Write event files into the run folder's ``tensorboard/``."""
     wandb_project: str | None = None
     """Weights & Biases' project; offline where no key is set. null: none."""
-    sample_every_steps: int = 0
+    sample_every_steps: NonNegativeInt = 0
     """Let the model answer ``sample_prompts`` every so many steps, into ``samples/``; 0: never."""
     sample_prompts: list[SamplePromptConfig] = field(default_factory=list)
-    sample_max_tokens: int | None = None
+    sample_max_tokens: PositiveInt | None = None
     """Tokens of a sample; null fills the context."""
 
 
 @dataclass
 class EngineConfig:
-    name: str = "megatron"
+    name: Annotated[str, OneOf("megatron", "deepspeed")] = "megatron"
     """megatron or deepspeed."""
-    zero_stage: int = 1
+    zero_stage: Annotated[int, OneOf(0, 1, 2, 3)] = 1
     """DeepSpeed: split over the data-parallel ranks nothing (0), optimizer state (1), gradients too
     (2), weights too (3)."""
     offload_optimizer: bool = False

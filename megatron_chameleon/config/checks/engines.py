@@ -9,9 +9,6 @@ from megatron_chameleon.errors import ConfigError
 def check_engine(config: Config) -> Iterator[ConfigError]:
     """Everything in the section ``engine`` that cannot work with the rest."""
     engine, parallel = config.engine, config.parallel
-    if not 0 <= engine.zero_stage <= 3:
-        what = f"{engine.zero_stage} is no ZeRO stage"
-        yield ConfigError("engine.zero_stage", what, "Use 0, 1, 2 or 3")
     if engine.name != "deepspeed":
         for key in ("offload_optimizer", "offload_param"):
             if getattr(engine, key):

@@ -13,9 +13,6 @@ def check_reporting(config: Config) -> Iterator[ConfigError]:
     yield from _check_profile(config)
     if config.logging.sample_every_steps:
         yield from _check_samples(config)
-    most = config.logging.sample_max_tokens
-    if most is not None and most < 1:
-        yield ConfigError("logging.sample_max_tokens", f"{most} is below 1", "Give more, or null")
 
 
 def _check_profile(config: Config) -> Iterator[ConfigError]:

@@ -95,7 +95,7 @@ def test_token_files_of_another_tokenizer(copy: Path, refused) -> None:
     [
         (
             ["model.hiden_size=3"],
-            "model.hiden_size=3: unknown config key. Did you mean hidden_size.",
+            "model.hiden_size=3: Unknown key. Did you mean `model.hidden_size`?",
         ),
         (["training.global_batch_size=7"], "7 does not divide by micro_batch_size 2 x data"),
         (["tokenizer.path=/none"], "no such folder"),

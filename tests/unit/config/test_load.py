@@ -73,11 +73,41 @@ def test_every_unknown_key_and_wrong_type_in_one_go_with_the_nearest_name(tmp_pa
     with pytest.raises(ConfigErrors) as caught:
         load_config(path)
     assert caught.value.lines() == [
-        f"{path}: model.hiden_size: unknown config key. Did you mean hidden_size.",
-        f"{path}: model.num_layers: 'two' is not int. Give int.",
-        f"{path}: trainning: unknown config key. Did you mean training.",
-        f"{path}: parallel.sequence_parallel: 1 is not bool. Give bool.",
+        f"{path}: model.hiden_size: Unknown key. Did you mean `model.hidden_size`?",
+        f"{path}: model.num_layers must be a whole number (got 'two'). Correct the value, or "
+        "remove it to use the default, 4.",
+        f"{path}: trainning: Unknown key. Did you mean `training`?",
+        f"{path}: parallel.sequence_parallel must be true or false (got 1). Correct the value, or "
+        "remove it to use the default, false.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=abc", "optimizer.lr must be a number (got 'abc'). Correct the value, or"),
+        ("model.num_query_groups=x", "must be a whole number or null (got 'x')"),
+        ("tokenizer.path=3", "tokenizer.path must be a string (got 3). Correct the value."),
+        ("training.skip_steps=[1,x]", "training.skip_steps[1] must be a whole number (got 'x')"),
+        ("data.stage1=[{prefix: a, repeat: x}]", "must be true, false or a whole number (got 'x')"),
+        ("data.stage1=[{prefix: a, image_first: x}]", "must be a number or null (got 'x')"),
+        ("model.zzz=1", "model.zzz: Unknown key. Use one of num_layers, hidden_size,"),
+    ],
+)
+def test_a_mistake_is_named_in_plain_words(tmp_path: Path, override: str, message: str) -> None:
+    key, _, value = override.partition("=")
+    section, _, name = key.partition(".")
+    path = write(tmp_path, f"{section}: {{{name}: {value}}}")
+    with pytest.raises(ConfigErrors) as caught:
+        load_config(path)
+    (line,) = caught.value.lines()
+    assert line.startswith(f"{path}: {key}")
+    assert message in line
+    with pytest.raises(ConfigErrors, match=r"must be|Unknown key") as caught:
+        load_config(write(tmp_path, "{}"), [override])
+    (line,) = caught.value.lines()
+    assert line.startswith(f"{override}: ")
+    assert message.removeprefix(f"{key}: ") in line
 
 
 @pytest.mark.parametrize(
@@ -85,8 +115,12 @@ def test_every_unknown_key_and_wrong_type_in_one_go_with_the_nearest_name(tmp_pa
     [
         ("a: [1", [], "not valid YAML"),
         ("[1, 2]", [], "the top level is not a mapping"),
-        ("model: 3", [], "model: 3 is not a mapping"),
-        ("data: {stage1: 5}", [], "data.stage1: 5 is no list"),
+        ("model: 3", [], "model must be a mapping (got 3). Write its keys indented below it."),
+        (
+            "data: {stage1: 5}",
+            [],
+            "data.stage1 must be a list (got 5). Write it as [first, second].",
+        ),
         (
             "preset: chameleon_8b",
             [],
@@ -94,7 +128,7 @@ def test_every_unknown_key_and_wrong_type_in_one_go_with_the_nearest_name(tmp_pa
         ),
         ("logging: {run_dir: '${nowhere.x}'}", [], "nowhere"),
         ("{}", ["training.steps"], "training.steps: not of the form section.key=value"),
-        ("{}", ["trainin.steps=3"], "trainin.steps=3: unknown config key. Did you mean training"),
+        ("{}", ["trainin.steps=3"], "trainin.steps=3: Unknown key. Did you mean `training`?"),
     ],
 )
 def test_one_line_says_what_is_wrong(

@@ -66,7 +66,7 @@ def test_overrides_may_stand_before_options_and_after(corpus: Path) -> None:
         (["image", "none"], "error: none: no such file. Give an existing file.\n"),
         (
             ["image", ".", "model.codebok=3"],
-            "model.codebok=3: unknown config key. Did you mean codebook_size.\n",
+            "model.codebok=3: Unknown key. Did you mean `model.codebook_size`?\n",
         ),
     ],
 )

@@ -93,17 +93,25 @@ def test_a_config_that_works_is_let_through() -> None:
         (change("training", "z_loss", -1.0), 1, "training.z_loss: -1.0 is not 0 or more"),
         (change("tokenizer", "path", ""), 1, "tokenizer.path: not set"),
         (change("data", "stage1", []), 1, "data.stage1: no sources"),
-        (change("data", "stage1", [SourceConfig("a", -1.0)]), 1, "-1.0 is no number above 0"),
-        (change("data", "stage2", [SourceConfig("a", float("inf"))]), 1, "inf is no number above"),
+        (change("data", "stage1", [SourceConfig("a", -1.0)]), 1, "-1.0 is not positive and finite"),
+        (
+            change("data", "stage2", [SourceConfig("a", float("inf"))]),
+            1,
+            "inf is not positive and",
+        ),
         (change("data", "stage1_fraction", 1.5), 1, "1.5 is not between 0 and 1"),
         (change("data", "stage1", [SourceConfig("")]), 1, "data.stage1[0].prefix: not set"),
         (change("data", "stage2", [SourceConfig("a", 1.0, 7.0)]), 1, "data.stage2[0].image_first"),
-        (change("data", "stage1", [SourceConfig("a", 0.0)]), 1, "0.0 is no number above 0. Give a"),
-        (change("data", "stage1", [SourceConfig("a", repeat=0)]), 1, "0 is no number of epochs"),
+        (
+            change("data", "stage1", [SourceConfig("a", 0.0)]),
+            1,
+            "0.0 is not positive and finite. Give a weight above 0, or remove",
+        ),
+        (change("data", "stage1", [SourceConfig("a", repeat=0)]), 1, "0 is not a number of epochs"),
         (
             change("data", "stage2", [SourceConfig("a", name="x"), SourceConfig("b", name="x")]),
             1,
-            "data.stage2[1].name: 'x' is the name of data.stage2[0] too. Give each source a name",
+            "data.stage2[1].name: 'x' is also the name of data.stage2[0]. Give each source a name",
         ),
         (change("data", "packing_reserve", 0.6), 1, "0.6 is not between 0 and 0.5"),
         (change("data", "stage1_tokens", 0), 1, "data.stage1_tokens: 0 is not above 0"),
@@ -168,7 +176,7 @@ def test_every_zero_stage_is_let_through(stage: int) -> None:
     [
         (
             change("engine", "zero_stage", 4),
-            "engine.zero_stage: 4 is no ZeRO stage. Use 0, 1, 2 or 3.",
+            "engine.zero_stage: 4 is not one of 0, 1, 2, 3. Choose one of them.",
         ),
         (
             change("engine", "offload_param", True),

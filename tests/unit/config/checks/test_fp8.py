@@ -58,7 +58,7 @@ def test_the_papers_models_have_shapes_for_fp8(preset: str, tensor_size: int, tm
     [
         (
             {"fp8.format": "mxfp8"},
-            "fp8.format: 'mxfp8' is not one of null, hybrid, e4m3. Choose one of them.",
+            "fp8.format: 'mxfp8' is not one of hybrid, e4m3. Choose one of them, or null.",
         ),
         (
             {"fp8.recipe": "blockwise"},
@@ -70,9 +70,9 @@ def test_the_papers_models_have_shapes_for_fp8(preset: str, tensor_size: int, tm
         ),
         (
             {"fp8.amax_history_len": 0},
-            "fp8.amax_history_len: 0 is not above 0. Give a number above 0.",
+            "fp8.amax_history_len: 0 is not above 0. Use a number above 0.",
         ),
-        ({"fp8.margin": -1}, "fp8.margin: -1 is not 0 or more. Give a number 0 or more."),
+        ({"fp8.margin": -1}, "fp8.margin: -1 is not 0 or more. Use 0 or more."),
         (
             {"fp8.margin": 17},
             "fp8.margin: 17 is above 16: E4M3 spans 2^18, and nothing would be left. Use 0, "

@@ -221,7 +221,7 @@ SAMPLES = {"logging.sample_every_steps": 5}
             "5 needs whole weights, which ZeRO 3 takes apart",
         ),
         ({**SAMPLES, "model.qk_norm_groups": 0}, "whose Chameleon has QK-norm always"),
-        ({"logging.sample_max_tokens": 0}, "logging.sample_max_tokens: 0 is below 1"),
+        ({"logging.sample_max_tokens": 0}, "logging.sample_max_tokens: 0 is not above 0"),
         ({"logging.sample_every_steps": -1}, "logging.sample_every_steps: -1 is not 0 or more"),
     ],
 )

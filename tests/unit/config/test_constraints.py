@@ -1,0 +1,72 @@
+"""Constraints at the fields: which values break one, and what is said about it."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_chameleon.config import schema
+from megatron_chameleon.config.constraints import (
+    OneOf,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    field_constraints,
+    find_violations,
+)
+
+
+@dataclass
+class Part:
+    weight: PositiveFloat = 1.0
+    share: Share | None = None
+
+
+@dataclass
+class Whole:
+    parts: list[Part] = field(default_factory=list)
+    count: PositiveInt = 1
+    order: Annotated[str, OneOf("pre", "swin")] = "pre"
+    kind: Annotated[str, OneOf("a", "b")] | None = None
+    free: int = -1
+
+
+def test_the_defaults_of_the_schema_break_nothing() -> None:
+    assert list(find_violations(schema.Config())) == []
+
+
+def test_every_violation_is_found_in_the_order_of_the_fields() -> None:
+    whole = Whole([Part(), Part(0.0, 1.5)], count=0, order="post", kind="c")
+    assert [str(violation) for violation in find_violations(whole)] == [
+        "parts[1].weight: 0.0 is not above 0. Use a number above 0.",
+        "parts[1].share: 1.5 is not between 0 and 1. Use a number between 0 and 1, or null.",
+        "count: 0 is not above 0. Use a number above 0.",
+        "order: 'post' is not one of pre, swin. Choose one of them.",
+        "kind: 'c' is not one of a, b. Choose one of them, or null.",
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1, 1.1])
+def test_what_is_no_share(value: float) -> None:
+    assert len(list(find_violations(Part(share=value)))) == 1
+
+
+def test_null_is_refused_where_the_type_has_none() -> None:
+    whole = Whole(order=None)  # type: ignore[arg-type]
+    assert [violation.where for violation in find_violations(whole)] == ["order"]
+
+
+def test_constraints_can_be_read_from_the_fields() -> None:
+    found = {
+        name: (str(constraint), nullable)
+        for name, (constraint, nullable) in field_constraints(schema.ParallelConfig).items()
+    }
+    assert found["tensor_model_parallel_size"] == ("above 0", False)
+    assert found["recompute_granularity"] == ("one of selective, full", True)
+    assert "sequence_parallel" not in found
+
+
+def test_omegaconf_still_reads_the_schema() -> None:
+    config = OmegaConf.merge(OmegaConf.structured(schema.Config), {"model": {"num_layers": 7}})
+    assert OmegaConf.to_object(config).model == schema.ModelConfig(num_layers=7)
