@@ -1,4 +1,4 @@
-"""The work of one part's process."""
+"""The work of the process that runs one part."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# part -> module below this folder, function, and the seconds that it gets by default; in this order
+# part -> module below this folder, function, and default time limit in seconds; in running order
 PARTS: dict[str, tuple[str, str, int]] = {
     "ceilings": ("kernels.ceilings", "run", 60),
     "reference": ("models.parity", "run_reference", 180),
@@ -25,12 +25,12 @@ PARTS: dict[str, tuple[str, str, int]] = {
     "images": ("models.images", "run", 300),
 }
 NEEDS = {"parity": "reference"}
-"""What runs before a part, on the CPU."""
+"""part -> the part that runs before it, on the CPU."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a part's process is told; it is pickled."""
+    """The settings of the process of a part; they are pickled."""
 
     part: str
     tiny: bool
@@ -40,7 +40,7 @@ class Job:
 
 
 def run_job(job: Job) -> None:
-    """Run a part; what it raises outside its rows becomes a row."""
+    """Run a part. An exception outside its rows becomes a row of its own."""
     warnings.simplefilter("ignore")
     from benchmarks.gpu.common import Context, Row, explain
 
@@ -57,7 +57,7 @@ def run_job(job: Job) -> None:
 
 
 def report_machine(path: Path) -> None:
-    """Write what the figures were measured on, in a process of its own: it opens the device."""
+    """Write a description of the machine. It opens the device, so it runs in its own process."""
     import torch
 
     found: dict[str, object] = {

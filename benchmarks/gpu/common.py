@@ -1,4 +1,4 @@
-"""What the parts share: rows, times, memory, and a process group of one."""
+"""Shared by all parts: result rows, timing, memory, and a process group of one process."""
 
 import contextlib
 import gc
@@ -24,19 +24,19 @@ Figures = dict[str, float | int | str]
 
 
 class NeedsGpuError(Exception):
-    """This machine lacks what the row measures; the text says what."""
+    """The machine lacks what the row measures; the text says what is missing."""
 
 
 class LeftOutError(Exception):
-    """The row is not measured; the text says why."""
+    """The row is not measured, for the reason that the text gives."""
 
 
 class ToleranceError(Exception):
-    """Figures were measured and are out of tolerance.
+    """The figures of a row were measured, and one exceeds its tolerance.
 
     Args:
-        figures: Of the row.
-        text: What is out of tolerance.
+        figures: All figures of the row.
+        text: Says which figure exceeds its tolerance.
     """
 
     def __init__(self, figures: Figures, text: str) -> None:
@@ -51,16 +51,16 @@ class Row:
     part: str
     name: str
     state: str
-    """ok, failed, out of memory, left out, or needs a GPU."""
+    """One of ok, failed, out of memory, left out, and needs a GPU."""
     figures: Figures = field(default_factory=dict)
     peak_gib: float | None = None
-    """Largest memory in use: on a GPU what torch allocated, on a CPU the resident set."""
+    """Peak memory: on a GPU what torch allocated, on a CPU the resident set size."""
     seconds: float = 0.0
-    """Wall time of the row, building included."""
+    """Wall time of the row, including the time to build the model."""
     note: str = ""
 
     def line(self) -> str:
-        """As it is printed while the parts run."""
+        """The text that is printed for the row while the parts run."""
         figures = [f"{name} {format_figure(value)}" for name, value in self.figures.items()]
         if self.peak_gib is not None:
             figures.append(f"peak {self.peak_gib:.2f} GiB")
@@ -71,13 +71,13 @@ class Row:
 
 @dataclass
 class Context:
-    """What a part is told.
+    """The settings and files that a part receives.
 
     Args:
-        part: Its name.
-        tiny: Sizes at which a CPU runs the same code in seconds.
-        rows: File of JSON lines that rows are appended to.
-        work: Folder for what one part leaves for another.
+        part: Name of the part.
+        tiny: Whether to use sizes at which a CPU runs the same code in seconds.
+        rows: File of JSON lines to which rows are appended.
+        work: Folder for files that one part leaves for another.
         ceilings: Figures of the part ``ceilings``, by row and figure.
     """
 
@@ -88,23 +88,23 @@ class Context:
     ceilings: dict[str, Figures]
 
     def ceiling(self, row: str, figure: str) -> float | None:
-        """A measured ceiling; None where it was not measured."""
+        """A measured ceiling, or None if it was not measured."""
         value = self.ceilings.get(row, {}).get(figure)
         return None if value is None else float(value)
 
     def row(
         self, name: str, measure: Callable[[], Figures], note: str = "", *, peak: bool = True
     ) -> Figures | None:
-        """Measure one row and write it; what it raises becomes its text.
+        """Measure one row and write it. An exception becomes the text of the row.
 
         Args:
-            name: Of the row.
-            measure: Gives its figures.
-            note: What they are of.
-            peak: Whether its memory says something.
+            name: Name of the row.
+            measure: Returns the figures of the row.
+            note: Describes the figures.
+            peak: Whether the peak memory of the row is meaningful.
 
         Returns:
-            The figures, None if there are none.
+            The figures, or None if there are none.
         """
         result = Row(self.part, name, "ok", note=note)
         start = time.perf_counter()
@@ -126,7 +126,7 @@ class Context:
 
 
 def explain(row: Row, error: Exception) -> None:
-    """Put what was raised into a row."""
+    """Put an exception into a row."""
     states = {
         NeedsGpuError: "needs a GPU",
         LeftOutError: "left out",
@@ -143,25 +143,25 @@ def explain(row: Row, error: Exception) -> None:
 
 
 def need_gpu(what: str) -> None:
-    """Refuse a row that this machine cannot measure."""
+    """Raise if this machine has no GPU; ``what`` says why the row needs one."""
     if not platform.has_gpu():
         raise NeedsGpuError(what)
 
 
 def layers_by() -> str:
-    """Whose layers the engine's model has on this machine."""
+    """Name the library whose layers the engine's model has on this machine."""
     return f"layers by {'Transformer Engine' if platform.has_transformer_engine() else 'torch'}"
 
 
 def need_fp8() -> None:
-    """Refuse FP8 on a machine without it; it is never emulated here."""
+    """Raise on a machine without FP8, which is never emulated here."""
     if obstacle := platform.fp8_obstacle():
         raise NeedsGpuError(f"FP8 {obstacle}")
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[Topology]:
-    """Training's process groups, of this process alone."""
+    """The process groups of training, for this process alone."""
     prepare_megatron()
     join_process_group(Launch("alone", 0, 1, 0))
     try:
@@ -182,13 +182,16 @@ def time_calls(
     warmup: int = 3,
     setup: Callable[[], Any] | None = None,
 ) -> list[float]:
-    """Seconds of each call after those that do not count: CUDA events on a GPU, else the clock.
+    """Time calls of a function: by CUDA events on a GPU, otherwise by the clock.
 
     Args:
-        call: What is timed.
-        repeats: Calls that count.
-        warmup: Calls that do not.
-        setup: Makes the argument of each call, untimed.
+        call: The function to time.
+        repeats: Number of timed calls.
+        warmup: Number of calls before them that are not timed.
+        setup: Makes the argument of each call and is not timed.
+
+    Returns:
+        Seconds of each timed call.
     """
     seconds = []
     for number in range(warmup + repeats):
@@ -214,7 +217,7 @@ def _time_call(call: Callable[..., Any], arguments: tuple) -> float:
 
 
 def median_and_spread(seconds: list[float]) -> tuple[float, str]:
-    """The median, and how far the fastest and the slowest lie from it."""
+    """The median, and how far the fastest and the slowest call are from it."""
     median = statistics.median(seconds)
     low, high = (value / median - 1 for value in (min(seconds), max(seconds)))
     return median, f"{low:+.1%} {high:+.1%} of {len(seconds)}"
@@ -230,7 +233,7 @@ def reset_peak() -> None:
     if platform.has_gpu():
         torch.cuda.reset_peak_memory_stats()
         return
-    # 5 sets VmHWM back to the present resident set; a system that refuses keeps the process's peak
+    # 5 resets VmHWM to the current resident set; a system that refuses keeps the process's peak
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

@@ -1,11 +1,12 @@
-"""Compile the Triton kernels for an H100 or H200, on any machine, and say what they take.
+"""Compile the Triton kernels for an H100 or H200, on any machine, and print their resources.
 
     python -m benchmarks.gpu.compile_kernels                        # needs triton, no GPU
     python -W ignore -m benchmarks.gpu.compile_kernels --time       # on a GPU, some minutes
 
-Registers a thread, bytes spilled, shared memory, the widest loads and stores, and how many threads
-a multiprocessor holds by its registers. Exit code 1 where a kernel spills. ``--time`` measures the
-kernels at other tile sizes and numbers of warps than those that their constants say.
+The output has registers per thread, bytes spilled, shared memory, the widest loads and stores, and
+the number of threads for which a multiprocessor has enough registers. The exit code is 1 if a
+kernel spills. ``--time`` measures the kernels at tile sizes and numbers of warps that differ from
+their constants.
 """
 
 import argparse
@@ -27,26 +28,26 @@ from triton.compiler import ASTSource
 from megatron_chameleon.model.kernels import cross_entropy, norm_rope
 
 SM_90 = GPUTarget("cuda", 90, 32)
-REGISTERS_OF_A_MULTIPROCESSOR, MOST_THREADS = 65_536, 2048
+REGISTERS_PER_MULTIPROCESSOR, MAX_THREADS = 65_536, 2048
 LOGITS = {"bf16": ("*bf16", 2), "fp32": ("*fp32", 4)}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as it is launched."""
+    """A kernel with the arguments of one kind of launch."""
 
     name: str
     kernel: Any
     types: dict[str, str]
-    """Of the arguments that are not constants."""
+    """Types of the arguments that are not constants."""
     constants: dict[str, Any]
     unaligned: frozenset[str]
-    """Arguments that are not multiples of 16."""
+    """Arguments whose values are not multiples of 16."""
     num_warps: int
 
 
 def loss_variants() -> Iterator[Variant]:
-    """65,536 columns on one, two and eight ranks are whole blocks; another vocabulary is not."""
+    """65,536 columns on one, two and eight ranks fill whole blocks; other vocabularies do not."""
     for dtype, (pointer, size) in LOGITS.items():
         for masked, what in ((False, "whole blocks"), (True, "odd vocabulary")):
             unaligned = frozenset({"columns", "row_stride", "blocks"} if masked else {"blocks"})
@@ -76,7 +77,7 @@ def loss_variants() -> Iterator[Variant]:
 
 
 def norm_rope_variants() -> Iterator[Variant]:
-    """Heads of the 7B on one GPU, and the one key head that each of eight ranks has of the 34B."""
+    """The heads of the 7B on one GPU, and the one key head of the 34B on each of eight ranks."""
     strides = ("stride_s", "stride_b", "stride_n")
     counts = ("positions", "batch", "heads", "first_head", "heads_per_group")
     pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
@@ -113,7 +114,7 @@ def norm_rope_variants() -> Iterator[Variant]:
 
 
 def compile_variant(variant: Variant) -> Any:
-    """Triton's compiled kernel for compute capability 9.0."""
+    """Compile a kernel for compute capability 9.0."""
     names = variant.kernel.arg_names
     types = {**variant.types, **dict.fromkeys(variant.constants, "constexpr")}
     aligned = [
@@ -129,7 +130,7 @@ def compile_variant(variant: Variant) -> Any:
 
 
 def figures(compiled: Any, variant: Variant) -> dict[str, Any]:
-    """What the assembler says of the machine code."""
+    """Read the resources of a kernel from its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -138,7 +139,7 @@ def figures(compiled: Any, variant: Variant) -> dict[str, Any]:
     registers, local = (int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "LOCAL"))
     stack = int(re.findall(r"STACK:(\d+)", usage)[-1])
     threads = 32 * variant.num_warps
-    programs = REGISTERS_OF_A_MULTIPROCESSOR // (-(-registers // 8) * 8 * threads)
+    programs = REGISTERS_PER_MULTIPROCESSOR // (-(-registers // 8) * 8 * threads)
     return {
         "registers": registers,
         "spilled bytes": local + stack,
@@ -146,7 +147,7 @@ def figures(compiled: Any, variant: Variant) -> dict[str, Any]:
         "loads": _widest(code, "LDG"),
         "stores": _widest(code, "STG"),
         "maxima that keep NaN": compiled.asm["ptx"].count("max.NaN.f32"),
-        "threads": min(programs * threads, MOST_THREADS // threads * threads),
+        "threads": min(programs * threads, MAX_THREADS // threads * threads),
     }
 
 
@@ -155,7 +156,7 @@ def _tool(*words: str) -> str:
 
 
 def _widest(code: str, instruction: str) -> str:
-    """How often the widest of a kind of instruction stands in the code, and its bits."""
+    """Count the widest instructions of a kind, and give their width in bits."""
     modifiers = re.findall(rf"\b{instruction}\.([A-Z0-9.]+)", code)
     widths = [[int(part) for part in m.split(".") if part in ("64", "128")] for m in modifiers]
     bits = [max(width, default=32) for width in widths]
@@ -168,7 +169,7 @@ def time_shapes() -> int:
     from benchmarks.gpu.kernels.kernel_shapes import sweep
 
     if not torch.cuda.is_available():
-        print("error: --time: this machine has no GPU. Leave it out.", file=sys.stderr)
+        print("error: --time: this machine has no GPU. Leave --time out.", file=sys.stderr)
         return 2
     for line in sweep(torch.device("cuda"), tiny=False):
         print(line, flush=True)
@@ -177,8 +178,10 @@ def time_shapes() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="no less: it takes seconds")
-    parser.add_argument("--time", action="store_true", help="time other tile sizes, on a GPU")
+    parser.add_argument("--quick", action="store_true", help="no effect: the script takes seconds")
+    parser.add_argument(
+        "--time", action="store_true", help="time the kernels at other tile sizes (needs a GPU)"
+    )
     if parser.parse_args().time:
         return time_shapes()
     print(f"triton {triton.__version__}, compute capability 9.0; a thread has up to 255 registers")

@@ -1,8 +1,8 @@
-"""How figures are printed."""
+"""Formatting of figures."""
 
 
 def format_figure(value: float | int | str) -> str:
-    """Three or four digits; text as it is."""
+    """Format a number with three or four digits; text stays as it is."""
     if isinstance(value, str) or value == 0:
         return str(value)
     if isinstance(value, int):

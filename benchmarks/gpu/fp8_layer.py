@@ -1,11 +1,12 @@
-"""Transformer Engine's FP8 linear layer against the emulation of it, on one GPU.
+"""Compare Transformer Engine's FP8 linear layer with its emulation, on one GPU.
 
-python -m benchmarks.gpu.fp8_layer
+    python -m benchmarks.gpu.fp8_layer
 
-Both get the same weights, inputs and output gradients for a few steps of two micro-batches. Printed
-are the relative differences of output, input gradient and weight gradient, and whether scales and
-amax histories are equal bit for bit. Exit code 1 if they are not, or if a product is farther away
-than LIMIT. Needs a GPU of compute capability 8.9 or higher and Transformer Engine.
+Both get the same weights, inputs and output gradients for a few steps of two micro-batches. The
+script prints the relative differences of output, input gradient and weight gradient, and whether
+scales and amax histories are equal bit for bit. The exit code is 1 if they are not, or if a product
+differs by more than LIMIT. It needs a GPU of compute capability 8.9 or higher and Transformer
+Engine.
 """
 
 import argparse
@@ -26,12 +27,12 @@ from megatron_chameleon.model.fp8_linear import (
 from megatron_chameleon.parallel import platform
 
 LIMIT = 1e-2
-"""Relative: outputs are rounded to bf16 (2^-9), and the forward product of Transformer Engine sums
-in fewer than fp32's bits (its ``use_split_accumulator`` is off there)."""
+"""Relative. Outputs are rounded to bf16 (2^-9), and Transformer Engine sums the forward product
+with fewer bits than fp32 has (its ``use_split_accumulator`` is off there)."""
 
 
 def build_pair(fp8: Fp8Config, size: int) -> tuple[Any, Any, Any]:
-    """Transformer Engine's layer with its recipe, and the emulated one with the same weights."""
+    """Build Transformer Engine's layer, its recipe, and an emulated layer of the same weights."""
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe as recipes
 
@@ -66,7 +67,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def recipes() -> Iterator[Fp8Config]:
-    """What is compared."""
+    """The recipes that are compared."""
     for format_ in ("hybrid", "e4m3"):
         for algo, length, margin in (("max", 4, 0), ("max", 1024, 1), ("most_recent", 16, 0)):
             yield Fp8Config(
@@ -82,7 +83,7 @@ def recipes() -> Iterator[Fp8Config]:
 def differences(
     fp8: Fp8Config, size: int, tokens: int, steps: int
 ) -> tuple[dict[str, float], bool]:
-    """The largest differences of one recipe, and whether scales and histories are equal."""
+    """Measure the largest differences of one recipe, and whether scales and histories are equal."""
     import transformer_engine.pytorch as te
 
     real, recipe, emulated = build_pair(fp8, size)
@@ -116,7 +117,7 @@ def differences(
 
 
 def compare(fp8: Fp8Config, size: int, tokens: int, steps: int) -> bool:
-    """Print the differences of one recipe; whether they are small."""
+    """Print the differences of one recipe, and return whether all are within the limit."""
     worst, equal = differences(fp8, size, tokens, steps)
     text = ", ".join(f"{name} {value:.2e}" for name, value in worst.items())
     delayed = fp8.recipe == "delayed"
@@ -126,7 +127,10 @@ def compare(fp8: Fp8Config, size: int, tokens: int, steps: int) -> bool:
 
 
 def states_are_equal(real: Any, emulated: Any) -> bool:
-    """Transformer Engine keeps unused entries for outputs and input gradients behind these."""
+    """Compare scales and histories.
+
+    Transformer Engine has unused entries for outputs and input gradients after these.
+    """
     meta, state = real.fp8_meta, emulated.get_extra_state()
     forward, backward = meta["scaling_fwd"], meta["scaling_bwd"]
     scale = torch.cat([forward.scale[:2], backward.scale[:1]]).cpu()
@@ -134,7 +138,10 @@ def states_are_equal(real: Any, emulated: Any) -> bool:
     if not torch.equal(scale, state["scale"]):
         print(f"  scales: Transformer Engine {scale.tolist()}, here {state['scale'].tolist()}")
     if not torch.equal(history, state["amax_history"]):
-        print(f"  histories: {history.tolist()}, here {state['amax_history'].tolist()}")
+        print(
+            f"  histories: Transformer Engine {history.tolist()}, "
+            f"here {state['amax_history'].tolist()}"
+        )
     return torch.equal(scale, state["scale"]) and torch.equal(history, state["amax_history"])
 
 

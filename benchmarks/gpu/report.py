@@ -1,4 +1,4 @@
-"""The results as JSON and as markdown tables; this file imports nothing that is measured."""
+"""Write the results as JSON and as Markdown tables, without importing anything that is measured."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ def write_results(folder: Path, head: dict[str, Any], rows: list[Row]) -> None:
     """Write ``results.json`` and ``results.md``, each as a whole.
 
     Args:
-        folder: It exists.
+        folder: An existing folder.
         head: Machine, versions and command, and the parts with their state.
-        rows: As ``common.Row`` writes them.
+        rows: Rows as ``common.Row`` writes them.
     """
     _replace(folder / "results.json", json.dumps({**head, "rows": rows}, indent=1) + "\n")
     _replace(folder / "results.md", markdown(head, rows))
@@ -28,7 +28,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def markdown(head: dict[str, Any], rows: list[Row]) -> str:
-    """Each part's tables: rows with other figures than those before them begin a new one."""
+    """The tables of all parts; a row with different figures from those before starts a new one."""
     lines = ["# GPU benchmark", "", f"`{head['command']}`, {head['started']}", ""]
     lines += [f"- {name}: {value}" for name, value in head["machine"].items()]
     lines += ["", "MFU and TFLOP/s: `megatron_chameleon/planner/flops.py`; peaks: `gpus.py`.", ""]

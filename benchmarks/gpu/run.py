@@ -4,12 +4,12 @@
     python -W ignore -m benchmarks.gpu.run --output runs/gpu --only train,loss --seconds 300
     python -W ignore -m benchmarks.gpu.run --output /tmp/dry --device cpu --tiny   # a dry run
 
-Each part runs in a process of its own, within its seconds: one that fails, crashes, runs out of
-memory or of time leaves its rows, and the others still run. A row that this machine cannot measure
-says so; nothing is replaced. Rows are appended to OUTPUT/rows.jsonl as they are measured,
-``results.json`` and ``results.md`` are written after every part. The ceilings (matrix products,
-memory) are always measured first: figures are given as shares of them. Exit code 1 where a row
-failed.
+Each part runs in its own process within its own time limit. If a part fails, crashes, or runs out
+of memory or time, its rows are kept and the other parts still run. A row that this machine cannot
+measure says so, and nothing is measured in its place. Rows are appended to OUTPUT/rows.jsonl as
+they are measured. ``results.json`` and ``results.md`` are written after every part. The ceilings
+(matrix products, memory) are always measured first, because figures are given as shares of them.
+The exit code is 1 if a row failed.
 """
 
 import argparse
@@ -40,9 +40,15 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--only", metavar="NAME,...", help=f"parts out of {', '.join(CHOICES)}")
-    parser.add_argument("--seconds", type=float, help="of each part (default: each its own)")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use tiny sizes, to check that everything runs"
+    )
+    parser.add_argument(
+        "--only", metavar="NAME,...", help=f"run only these parts of {', '.join(CHOICES)}"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="time limit of each part (default: each part has its own)"
+    )
     args = parser.parse_args()
     args.parts = args.only.split(",") if args.only else CHOICES
     if unknown := [name for name in args.parts if name not in CHOICES]:
@@ -62,8 +68,11 @@ def fail(where: str, what: str, remedy: str) -> NoReturn:
 
 
 def prepare_device(device: str) -> Any:
-    """The way to start processes: afresh where there is a GPU, which a fork cannot use; on a CPU by
-    fork, with the imports done once."""
+    """Choose how processes start.
+
+    With a GPU they start afresh, because a forked process cannot use it. On a CPU they are forked,
+    so that imports are done once.
+    """
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         for module, _, _ in PARTS.values():
@@ -78,8 +87,10 @@ def prepare_device(device: str) -> Any:
 
 
 def run_process(start: Any, target: Callable[[Any], None], argument: Any, seconds: float) -> str:
-    """Run a function in a process of its own; returns ok, crashed or out of time."""
-    process = start.Process(target=target, args=(argument,))  # no daemon: compilers start workers
+    """Run a function in its own process, and return ok, crashed or out of time."""
+    process = start.Process(
+        target=target, args=(argument,)
+    )  # not a daemon: compilers start worker processes
     process.start()
     try:
         process.join(seconds)
@@ -111,12 +122,12 @@ def describe_machine(start: Any, work: Path) -> dict[str, Any]:
 
 
 class Run:
-    """The parts' rows and states, written after every part.
+    """The rows and states of the parts, which are written after every part.
 
     Args:
         args: From ``read_arguments``.
         start: From ``prepare_device``.
-        work: A folder for what the parts leave for each other.
+        work: A folder for files that parts leave for each other.
     """
 
     def __init__(self, args: argparse.Namespace, start: Any, work: Path) -> None:
@@ -137,7 +148,7 @@ class Run:
         return [row for line in lines if (row := read_row(line)) is not None]
 
     def run(self, part: str) -> None:
-        """Run a part within its seconds, and what it needs before it."""
+        """Run a part within its time limit, after the part that it needs."""
         if needed := NEEDS.get(part):
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -168,7 +179,7 @@ class Run:
     def _add_row(self, part: str, state: str, note: str) -> None:
         row = {"part": part, "name": "the rest of the part", "state": state.split(" with")[0]}
         row |= {"figures": {}, "peak_gib": None, "seconds": 0.0, "note": note}
-        # a line of its own, also where the process was ended in the middle of one
+        # begin a new line, because the process may have been killed in the middle of one
         with self._rows.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(row) + "\n")
         print(f"{part:10} {row['name']}: {row['note']}", flush=True)
@@ -193,7 +204,9 @@ def main() -> None:
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail("--output", f"{args.output} cannot be made ({error.strerror})", "Name another folder")
+        fail(
+            "--output", f"{args.output} cannot be created ({error.strerror})", "Name another folder"
+        )
     if (args.output / "rows.jsonl").exists():
         fail("--output", f"{args.output} has the rows of another run", "Name another folder")
     start = prepare_device(args.device)
@@ -210,7 +223,7 @@ def main() -> None:
         states[row["state"]] += 1
     print(", ".join(f"{count} {state}" for state, count in states.items()))
     print((args.output / "results.md").read_text(encoding="utf-8"))
-    print(f"{args.output / 'results.md'} and results.json have the figures")
+    print(f"The figures are in {args.output / 'results.md'} and results.json")
     sys.exit(1 if bad else 0)
 
 

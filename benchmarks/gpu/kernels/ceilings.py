@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: matrix products and memory."""
+"""Measure the limits of this machine: the speed of its matrix products and of its memory."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def bf16_product(size: int) -> Callable[[], torch.Tensor]:
 
 
 def fp8_product(size: int) -> Callable[[], torch.Tensor]:
-    """E4M3 with one scale a tensor, summed as Transformer Engine's forward products are."""
+    """E4M3 with one scale per tensor, summed like Transformer Engine's forward products."""
     need_fp8()
     device = platform.device()
     a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
@@ -41,7 +41,7 @@ def product(size: int, multiply: Callable[[], torch.Tensor]) -> Figures:
 
 
 def copy(count: int) -> Figures:
-    """A copy reads and writes every byte."""
+    """Measure a copy, which reads and writes every byte."""
     source = torch.ones(count, dtype=torch.uint8, device=platform.device())
     target = torch.empty_like(source)
     times = time_calls(lambda: target.copy_(source), repeats=20, warmup=5)

@@ -34,27 +34,27 @@ CHOICES: dict[str, tuple[Any, dict[str, tuple[int, ...]]]] = {
         },
     ),
 }
-"""Kernel -> module, and values of its constants."""
+"""kernel -> module, and the values to try for its constants."""
 
 
 def sweep(device: torch.device, *, tiny: bool) -> Iterator[str]:
-    """A line for each choice of constants; the present one is marked."""
+    """Yield one line for each choice of constants; the current choice is marked."""
     for name, (call, moved_bytes) in calls(device, tiny).items():
         module, choices = CHOICES[name]
-        present = {constant: getattr(module, constant) for constant in choices}
+        current = {constant: getattr(module, constant) for constant in choices}
         for values in list(product(*choices.values()))[: 1 if tiny else None]:
             chosen = dict(zip(choices, values, strict=True))
             with mock.patch.multiple(module, **chosen):
                 times = time_calls(call, repeats=1 if tiny else 20, warmup=1 if tiny else 3)
             seconds, _ = median_and_spread(times)
             rate = moved_bytes / seconds / 1e9
-            mark = " (present)" if chosen == present else ""
+            mark = " (current)" if chosen == current else ""
             what = ", ".join(f"{constant} {value}" for constant, value in chosen.items())
             yield f"{name}: {what}: {seconds * 1e3:.3f} ms, {rate:,.0f} GB/s{mark}"
 
 
 def calls(device: torch.device, tiny: bool) -> dict[str, tuple[Callable[[], object], int]]:
-    """What is timed, and the bytes that it must move."""
+    """The timed functions, each with the number of bytes that it must move."""
     tokens, vocab, length, batch, heads = (4, 64, 4, 1, 2) if tiny else (8192, 65_536, 4096, 8, 32)
     generator = torch.Generator(device).manual_seed(1)
 
@@ -63,7 +63,7 @@ def calls(device: torch.device, tiny: bool) -> dict[str, tuple[Callable[[], obje
 
     logits = random(tokens, vocab)
     labels = torch.randint(vocab, (tokens,), generator=generator, device=device)
-    # factor 0: the gradient is 0 then, and a second call works on it like the first
+    # with factor 0 the gradient is 0, and a second call works on it like the first
     row = torch.zeros(tokens, device=device)
     x, grad = random(length, batch, heads, 3 * 128)[..., :128], random(length, batch, heads, 128)
     weight, angles = random(1, 128), random(length, 64, dtype=torch.float32)

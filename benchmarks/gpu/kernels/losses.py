@@ -1,4 +1,4 @@
-"""The loss: against float64 (part ``parity``), and its time and memory (part ``loss``)."""
+"""The loss: its accuracy against float64 (part ``parity``), its time and memory (part ``loss``)."""
 
 from collections.abc import Callable
 
@@ -30,8 +30,8 @@ from megatron_chameleon.parallel import platform
 Z_LOSS = 1e-5
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOSS_TOLERANCE = 1e-3
-"""Relative, between losses of the same bf16 logits, with and without the z-loss, which is 1e-5 x
-log(Z)^2, log(Z) of some 15 at 65,536 entries."""
+"""Relative, between losses of the same bf16 logits with and without the z-loss. The z-loss is
+1e-5 x log(Z)^2, and log(Z) is about 15 at 65,536 entries."""
 
 
 def run(context: Context) -> None:
@@ -53,7 +53,7 @@ def run(context: Context) -> None:
 
 
 def ours(logits: Tensor, labels: Tensor, parts: LossParts = vocab_parallel_cross_entropy) -> Tensor:
-    """As the engine computes it."""
+    """The loss as the engine computes it."""
     group = parallel_state.get_tensor_model_parallel_group()
     cross_entropy, log_z, _ = parts(logits, labels, group)
     return (cross_entropy + Z_LOSS * log_z.square()).sum()
@@ -99,8 +99,8 @@ def draw(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def loss_figures(context: Context, loss: Loss, tokens: int, vocab: int) -> Figures:
-    """Forward and backward over bf16 logits; some losses overwrite them, so each call gets fresh
-    ones."""
+    """Measure forward and backward over bf16 logits. Some losses overwrite the logits, so each call
+    gets a new copy."""
     source, labels = draw(tokens, vocab, torch.bfloat16)
     values = []
 
@@ -116,21 +116,21 @@ def loss_figures(context: Context, loss: Loss, tokens: int, vocab: int) -> Figur
     added = added_gib(call, source.clone().requires_grad_())
     figures: Figures = {"ms": seconds * 1e3, "spread": spread, "GiB beyond the logits": added}
     if bandwidth := context.ceiling("copy", "GB/s"):
-        # logits read forward and backward, their gradient written: bf16
+        # bf16 logits are read forward and backward, and their gradient is written
         floor = 3 * source.numel() * source.element_size() / bandwidth / 1e9
         figures |= {"floor ms": floor * 1e3, "of the floor": floor / seconds}
     expected = float(torch_loss(source, labels))
-    figures["loss a token"] = float(values[-1]) / tokens
+    figures["loss per token"] = float(values[-1]) / tokens
     if abs(float(values[-1]) / expected - 1) > LOSS_TOLERANCE:
         raise ToleranceError(figures, f"the loss is {float(values[-1])}, torch's is {expected}")
     return figures
 
 
 def added_gib(call: Callable[[Tensor], None], logits: Tensor) -> float:
-    """By how much a call raises the memory in use."""
+    """Measure by how many GiB a call raises the memory in use."""
     free_memory()
     reset_peak()
-    before = peak_gib() or 0.0  # just reset: what is in use now
+    before = peak_gib() or 0.0  # the peak was just reset, so this is the memory in use
     call(logits)
     return (peak_gib() or 0.0) - before
 
@@ -138,7 +138,7 @@ def added_gib(call: Callable[[Tensor], None], logits: Tensor) -> float:
 def parity_figures(
     loss: Loss, tokens: int, vocab: int, dtype: torch.dtype, tolerance: float
 ) -> Figures:
-    """A loss of ours and its gradient against float64 on the CPU."""
+    """Compare one of our losses and its gradient with float64 on the CPU."""
     logits, labels = draw(tokens, vocab, dtype)
     exact = logits.cpu().double().flatten(0, 1).requires_grad_()
     log_z = exact.logsumexp(-1)
@@ -156,5 +156,5 @@ def parity_figures(
         "tolerance": tolerance,
     }
     if max(float(figures["loss error"]), float(figures["gradient rms error"])) > tolerance:
-        raise ToleranceError(figures, "the loss or its gradient is beyond the tolerance")
+        raise ToleranceError(figures, "the loss or its gradient exceeds the tolerance")
     return figures

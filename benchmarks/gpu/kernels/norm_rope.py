@@ -1,4 +1,4 @@
-"""QK-norm and rotary embedding of one layer's queries and keys: separately, and in our kernel."""
+"""QK-norm and rotary embedding of a layer's queries and keys: separately, and in our kernel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,16 +25,16 @@ from megatron_chameleon.model.norm_rope import RotaryTables, norm_rope
 from megatron_chameleon.parallel import platform
 
 TOLERANCE = 2e-2
-"""Relative root mean square, result and gradients, of bf16 against float64: the separate operations
-round to 2^-9 several times."""
+"""Relative root mean square error of result and gradients, bf16 against float64. The separate
+operations round to 2^-9 several times."""
 
 
 @dataclass
 class Inputs:
-    """Of queries; keys of the 7B have the same shape."""
+    """Queries and their parameters; the keys of the 7B have the same shape."""
 
     x: Tensor
-    """[S, B, N, D], a part of the columns of one product, as in training."""
+    """[S, B, N, D], a part of the columns of one matrix product, as in training."""
     weight: Tensor
     bias: Tensor
     """[groups, D]"""
@@ -47,11 +47,11 @@ class Inputs:
 
 
 Operation = Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]
-"""The result for given x, weight and bias."""
+"""Computes the result for x, weight and bias."""
 
 
 def run(context: Context) -> None:
-    # so many sequences that the GPU takes longer than Python takes to launch the kernels
+    # enough sequences that the GPU takes longer than Python takes to launch the kernels
     shape = (16, 1, 4, 16) if context.tiny else (4096, 8, 32, 128)
     length, batch, heads, head_size = shape
     operations: dict[str, Operation] = {
@@ -91,7 +91,7 @@ def draw(length: int, batch: int, heads: int, head_size: int, groups: int) -> In
 def separate(
     inputs: Inputs, x: Tensor, weight: Tensor, bias: Tensor, *, fused_rotation: bool
 ) -> Tensor:
-    """As ``HeadLayerNorm`` and megatron-core compute it."""
+    """The operations of ``HeadLayerNorm`` and megatron-core."""
     if fused_rotation:
         need_gpu("Transformer Engine's rotation is a CUDA kernel")
         if not platform.has_transformer_engine():
@@ -139,11 +139,11 @@ def measure(
     seconds, spread = median_and_spread(times)
     figures |= {"ms": seconds * 1e3, "spread": spread}
     if bandwidth := context.ceiling("copy", "GB/s"):
-        # of queries and of keys: read and written forward; read with the gradient, written backward
+        # queries and keys: read and written forward, read with the gradient and written backward
         floor = 2 * 5 * inputs.grad.numel() * inputs.grad.element_size() / bandwidth / 1e9
         figures |= {"floor ms": floor * 1e3, "of the floor": floor / seconds}
     if float(figures["rms error"]) > TOLERANCE:
-        raise ToleranceError(figures, "the result or a gradient is beyond the tolerance")
+        raise ToleranceError(figures, "the result or a gradient exceeds the tolerance")
     return figures
 
 

@@ -1,7 +1,7 @@
-"""What each fused kernel gains: a slice of the 7B with the fusions switched one by one.
+"""The gain of each fused kernel: some layers of the 7B with the fusions switched one by one.
 
-``of the baseline`` is the ratio of tokens a second to the first row's, within one process. The last
-row repeats the first: what it differs by is noise.
+``of the baseline`` is the ratio of tokens per second to the first row's, within one process. The
+last row repeats the first one, so their difference is noise.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def run(context: Context) -> None:
 
 
 def variants() -> dict[str, dict[str, bool]]:
-    """Name -> fusions that are switched on or off; the others stay as the machine chooses."""
+    """name -> the fusions that are switched on or off; the others stay as the machine chooses."""
     ours = [name for name in NAMES if name not in KNOWN_TO_PAY]
     return {
         "as chosen": {},
@@ -58,14 +58,14 @@ def figures_of(
     switches: Mapping[str, bool],
     baseline: dict[str, float],
 ) -> Figures:
-    """Whole training steps.
+    """Measure whole training steps.
 
     Args:
-        context: Of the part.
-        topology: Of this process.
-        layers: Of the slice.
+        context: The part's context.
+        topology: The process groups of this process.
+        layers: Number of layers of the model.
         switches: From ``variants``.
-        baseline: Empty at first; keeps the tokens a second of the first row.
+        baseline: Empty at first; stores the tokens per second of the first row.
     """
     for name in switches:
         if what := obstacle(name):

@@ -1,4 +1,4 @@
-"""Configs, engines and batches of random or learnable sequences, without a tokenizer or files."""
+"""Configs, engines, and batches of random or learnable sequences, without tokenizer or files."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ RECIPES = {
 
 
 def preset_config(preset: str, tiny: bool, layers: int) -> Config:
-    """A preset at another depth; tiny: its settings at sizes for a CPU."""
+    """A preset with another number of layers; with ``tiny``, its settings at sizes for a CPU."""
     config = load_config(find_config(preset))
     if tiny:
         config.model = dataclasses.replace(
@@ -48,7 +48,7 @@ def preset_config(preset: str, tiny: bool, layers: int) -> Config:
 
 
 def with_recipe(config: Config, recipe: str) -> Config:
-    """The config in bf16 with one of ``RECIPES``."""
+    """Set a config to bf16 and one of ``RECIPES``, and return it."""
     config.training.dtype = "bf16"
     config.fp8 = dataclasses.replace(RECIPES[recipe] or Fp8Config())
     return config
@@ -59,7 +59,7 @@ def vocab_size(tiny: bool) -> int:
 
 
 def make_batch(ids: torch.Tensor) -> Batch:
-    """A batch of token ids [samples, seq_length + 1]."""
+    """Make a batch of token ids [samples, seq_length + 1]."""
     tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     return Batch(
         tokens=tokens,
@@ -76,7 +76,7 @@ def random_batch(vocab: int, samples: int, seq_length: int) -> Batch:
 
 
 def counting_batches(vocab: int, samples: int, seq_length: int, count: int) -> list[Batch]:
-    """Sequences that count in steps of 1 to 8: something to learn within 50 steps."""
+    """Sequences that count in strides of 1 to 8, which a model can learn within 50 steps."""
     generator = torch.Generator().manual_seed(1)
     places = torch.arange(seq_length + 1)
     batches = []
@@ -89,10 +89,10 @@ def counting_batches(vocab: int, samples: int, seq_length: int, count: int) -> l
 
 @contextlib.contextmanager
 def weights_drawn_on_the_device() -> Iterator[None]:
-    """First weights of the same scale from the device's generator.
+    """Draw first weights of the same scale from the device's generator.
 
-    The project draws them on the CPU, the same under every layout; for 7B parameters that takes a
-    minute of a GPU's time, and speed does not depend on the numbers.
+    The project draws them on the CPU, so that they are the same under every layout. For 7B
+    parameters the GPU would wait a minute for that, and speed does not depend on the numbers.
     """
 
     def draw(model: nn.Module, *, std: float, **unused: Any) -> None:
@@ -107,10 +107,10 @@ def weights_drawn_on_the_device() -> Iterator[None]:
 
 @contextlib.contextmanager
 def bf16_gradients() -> Iterator[None]:
-    """16 bytes a parameter: bf16 weights and gradients, fp32 main weights and moments.
+    """Use 16 bytes per parameter: bf16 weights and gradients, fp32 main weights and moments.
 
     The engine itself keeps gradients in fp32 (18 bytes). megatron-core's precision-aware optimizer
-    reads bf16 gradients without an fp32 copy; it needs Transformer Engine's Adam and the
+    reads bf16 gradients without an fp32 copy. It needs Transformer Engine's Adam and the
     distributed optimizer.
     """
     ddp, settings = megatron_engine.DistributedDataParallelConfig, optimizer.MegatronOptimizerConfig
@@ -140,7 +140,7 @@ def bf16_gradients() -> Iterator[None]:
 
 @contextlib.contextmanager
 def head_size(size: int) -> Iterator[None]:
-    """Heads of this size, where hidden size / heads is another: one rank's part of a layer."""
+    """Set the head size, which is not hidden size / heads in one rank's part of a layer."""
     original = chameleon.transformer_config
 
     def transformer_config(config: Config) -> Any:
@@ -153,13 +153,13 @@ def head_size(size: int) -> Iterator[None]:
 
 
 def build_engine(config: Config, vocab: int, topology: Topology) -> MegatronEngine:
-    """The project's engine, its weights drawn on the device."""
+    """Build the project's engine with weights that are drawn on the device."""
     with weights_drawn_on_the_device():
         return MegatronEngine(config, vocab, topology)
 
 
 class Lazy:
-    """Builds on first use, within the row that needs it, and can be emptied."""
+    """A value that is built on first use, within the row that needs it, and that can be freed."""
 
     def __init__(self, build: Callable[[], Any]) -> None:
         self._build = build

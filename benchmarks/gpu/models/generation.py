@@ -1,12 +1,13 @@
-"""Generation by the project's decoder over transformers' model with random weights.
+"""Generation by the project's decoder, with transformers' model and random weights.
 
-A step cannot be faster than reading every parameter once: 2 bytes x parameters / measured memory
-bandwidth. Caches are not counted. Modes: a step launched one by one, replayed as a CUDA graph, and
-that with its layers compiled, without and with tuning of the matrix products.
+A step cannot be faster than reading every parameter once, which takes 2 bytes x parameters /
+measured memory bandwidth. Caches are not counted. The modes are: the kernels of a step launched one
+by one, a step replayed as a CUDA graph, and a graph with compiled layers, without and with tuning
+of the matrix products.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,7 +71,7 @@ def run(context: Context) -> None:
         context.row(
             f"text, batch {batch}, {tokens} tokens, {mode}",
             lambda: generator().text_figures(batch, tokens, mode),
-            "prefill taken out by a shorter answer",
+            "prefill is subtracted by means of a shorter answer",
         )
 
     def image(batch: int, guidance: str, mode: str) -> None:
@@ -82,20 +83,8 @@ def run(context: Context) -> None:
 
     for mode in ("eager", "graph", "graph, compiled"):
         text(1, mode)
-    for batch, vocabulary in ((1, True), (32, True), (1, False), (32, False)):
-        over = "the vocabulary" if vocabulary else "the codes"
-        context.row(
-            f"choice over {over}, batch {batch}",
-            lambda batch=batch, vocabulary=vocabulary: generator().choice_figures(
-                batch, vocabulary
-            ),
-            "top_p and draw, launched one by one",
-        )
-    for batch, length in ((1, 64), (2, 64)) if context.tiny else ((1, 1024), (1, 4000), (32, 512)):
-        context.row(
-            f"prefill, batch {batch}, {length:,} tokens",
-            lambda batch=batch, length=length: generator().prefill_figures(batch, length),
-        )
+    measure_choices(context, generator)
+    measure_prefill(context, generator)
     for guidance in GUIDANCE:
         image(1, guidance, "eager" if context.tiny else "graph, compiled")
     for mode in ("graph", "graph, compiled"):
@@ -105,8 +94,30 @@ def run(context: Context) -> None:
     text(1, last)
 
 
+def measure_choices(context: Context, generator: Callable[[], "Generator"]) -> None:
+    """Rows of the choice of the next token alone."""
+    for batch, vocabulary in ((1, True), (32, True), (1, False), (32, False)):
+        over = "the vocabulary" if vocabulary else "the codes"
+        context.row(
+            f"choice over {over}, batch {batch}",
+            lambda batch=batch, vocabulary=vocabulary: generator().choice_figures(
+                batch, vocabulary
+            ),
+            "top_p and draw, kernels launched one by one",
+        )
+
+
+def measure_prefill(context: Context, generator: Callable[[], "Generator"]) -> None:
+    """Rows of the pass over the prompt."""
+    for batch, length in ((1, 64), (2, 64)) if context.tiny else ((1, 1024), (1, 4000), (32, 512)):
+        context.row(
+            f"prefill, batch {batch}, {length:,} tokens",
+            lambda batch=batch, length=length: generator().prefill_figures(batch, length),
+        )
+
+
 class Generator:
-    """The 7B in transformers, its vocabulary and its token classes on this device."""
+    """The 7B as transformers' model, with its vocabulary and token classes, on this device."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -122,7 +133,7 @@ class Generator:
         self.model = build_transformers(self._model_config, vocab)
         self.parameters = count_parameters(self._model_config, vocab)
         self._text: dict[int, Sequence[int]] = {}
-        """First tokens of the eager answer, by batch."""
+        """The eager answer's tokens, by batch size."""
 
     def text_figures(self, batch: int, tokens: int, mode: str) -> Figures:
         decoder = self._decoder(batch, 1, GenerationOptions(images=False), mode)
@@ -132,7 +143,7 @@ class Generator:
         figures: Figures = {"first answer s": time.perf_counter() - begin}
         self._compare(batch, answer[0], mode, figures)
         if len(answer[0]) <= SHORT_TOKENS:
-            raise LeftOutError(f"the answer ended by itself after {len(answer[0])} tokens")
+            raise LeftOutError(f"the answer ended after {len(answer[0])} tokens")
         repeats = 3 if decoder.execution.graph else 1
         long, short = (
             median_and_spread(
@@ -146,7 +157,7 @@ class Generator:
         return self._figures(batch, (long - short) / steps, {"steps": steps, **figures})
 
     def _compare(self, batch: int, answer: Sequence[int], mode: str, figures: Figures) -> None:
-        """A graph must draw what single launches draw; compiled code rounds otherwise."""
+        """Require a graph to draw the tokens of single launches; compiled code may differ."""
         if mode == "eager":
             self._text[batch] = answer
         expected = self._text.get(batch)
@@ -158,19 +169,19 @@ class Generator:
         )
         figures["tokens as eager"] = same
         if mode == "graph" and same < len(expected):
-            raise ToleranceError(figures, f"token {same} is not that of single launches")
+            raise ToleranceError(figures, f"token {same} differs from that of single launches")
 
     def image_figures(self, batch: int, codes: int, guidance: str, mode: str) -> Figures:
         options = GenerationOptions(force=Force.IMAGE, **GUIDANCE[guidance])
         decoder = self._decoder(batch, codes, options, mode)
         self._answer(decoder, codes + 2)
         times = time_calls(lambda: self._answer(decoder, codes + 2), repeats=1, warmup=0)
-        figures: Figures = {"s a block": times[0], "images/s": batch / times[0]}
+        figures: Figures = {"s per block": times[0], "images/s": batch / times[0]}
         return self._figures(batch, times[0] / (codes + 2), {"steps": codes + 2, **figures})
 
     @torch.inference_mode()
     def prefill_figures(self, batch: int, length: int) -> Figures:
-        """Prompts of one length, which need no mask."""
+        """Measure the prefill of prompts of one length, which need no mask."""
         decoder = self._decoder(batch, 1, GenerationOptions(), "eager")
         decoder.context.reserve(length + 1)
         prompts = [[self._prompt(length)] * batch]
@@ -216,7 +227,7 @@ class Generator:
         return collect(decoder.stream(prompts, [max_new_tokens] * decoder.batch, draws))
 
     def _figures(self, batch: int, seconds: float, others: Figures) -> Figures:
-        figures: Figures = {"tokens/s": batch / seconds, "ms a step": seconds * 1e3, **others}
+        figures: Figures = {"tokens/s": batch / seconds, "ms per step": seconds * 1e3, **others}
         if bandwidth := self._context.ceiling("copy", "GB/s"):
             width = next(self.model.parameters()).element_size()
             limit = width * self.parameters / bandwidth / 1e9
@@ -225,8 +236,10 @@ class Generator:
 
 
 def build_transformers(model: Any, vocab: int) -> Any:
-    """transformers' Chameleon in bf16 with random weights on this device; a tiny image tokenizer,
-    which is not called."""
+    """Build transformers' Chameleon in bf16 with random weights on this device.
+
+    Its image tokenizer is tiny, because it is not called.
+    """
     from transformers import ChameleonForConditionalGeneration
 
     config = transformers_config(model, vocab)

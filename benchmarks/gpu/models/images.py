@@ -1,7 +1,7 @@
-"""The image tokenizer: images a second, encoded and decoded, with random weights.
+"""The image tokenizer: images per second, encoded and decoded, with random weights.
 
 By torch's counter the paper's network takes 0.554 TFLOP to encode an image of 512 x 512 pixels and
-1.005 to decode one: 500 images a second are 277 and 502 TFLOP/s.
+1.005 TFLOP to decode one, so 500 images per second are 277 and 502 TFLOP/s.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Mode:
     compiler: str | None = None
 
     def build(self, model: Vqgan) -> Vqgan:
-        """A copy of the network in this mode."""
+        """Copy the network and set the copy to this mode."""
         order = torch.channels_last if self.channels_last else torch.contiguous_format
         built = deepcopy(model).convolve_in(self.dtype, order)
         return built if self.compiler is None else built.compile_networks(self.compiler)
@@ -58,7 +58,7 @@ def run(context: Context) -> None:
     for name, mode in modes.items():
         built: list[Vqgan] = []
         batches = (4, 2) if context.tiny else (32, 8, 1)
-        for batch in batches[: 1 if mode.compiler else None]:  # each compiles for a minute
+        for batch in batches[: 1 if mode.compiler else None]:  # each takes a minute to compile
             for what in ("encode", "decode"):
                 context.row(
                     f"{what} {shape.resolution}x{shape.resolution}, batch {batch}, {name}",
@@ -85,9 +85,9 @@ def one_of(built: list[Vqgan], mode: Mode, model: Vqgan) -> Vqgan:
 
 
 def measure_codes(model: Vqgan, tiny: bool) -> Callable[[Vqgan], Figures]:
-    """What gives the share of codes that are those of fp32 without TF32.
+    """Return a function that gives the share of codes equal to those of fp32 without TF32.
 
-    The codebook of the model is spread as its latents are, so that many codes are chosen.
+    The codebook of the model is spread like its latents, so that many codes are chosen.
     """
     device, shape = platform.device(), model.config
     size, count = shape.resolution, 2 if tiny else 8
@@ -111,7 +111,7 @@ def measure_codes(model: Vqgan, tiny: bool) -> Callable[[Vqgan], Figures]:
 
 @torch.inference_mode()
 def figures_of(context: Context, model: Vqgan, what: str, batch: int) -> Figures:
-    """fp32 convolutions use TF32, torch's default on a GPU."""
+    """Measure one direction. fp32 convolutions use TF32, torch's default on a GPU."""
     shape, device = model.config, platform.device()
     if what == "encode":
         size = (batch, shape.in_channels, shape.resolution, shape.resolution)
@@ -139,7 +139,7 @@ def figures_of(context: Context, model: Vqgan, what: str, batch: int) -> Figures
 
 
 def tokenizer_figures(context: Context, model: Vqgan) -> Figures:
-    """Through ``ImageTokenizer``: resizing on the host, copies, codes back."""
+    """Measure ``ImageTokenizer``: resizing on the host, and copies to and from the device."""
     import numpy as np
     from PIL import Image
 

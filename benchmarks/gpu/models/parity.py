@@ -1,6 +1,6 @@
-"""Numerics on this device against this project's own CPU reference in float64 and fp32.
+"""Compare numerics on this device with this project's own CPU reference in float64 and fp32.
 
-``reference`` runs on the CPU, where no GPU can be seen, and leaves its tensors for ``parity``.
+The part ``reference`` runs on the CPU with no GPU visible, and leaves its tensors for ``parity``.
 """
 
 import dataclasses
@@ -33,20 +33,22 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 PASSES = 4
-"""Before delayed scaling's last pass: its first scales are 1."""
+"""Passes with FP8, because the first scales of delayed scaling are 1."""
 STEPS = 50
 TRAINING_VOCAB = 256
 
-# Relative root mean squares: of the output, of the worst gradient.
-# bf16: results are rounded to 2^-9; a layer chains some ten roundings forward, twice as many
+# Relative root mean square errors of the output and of the worst gradient.
+# bf16: results are rounded to 2^-9. A layer chains about ten roundings forward, and twice as many
 # backward.
-# FP8: Gaussian operands give 3.7% a product forward and 5.9% backward (E4M3 2.6%, E5M2 5.3% an
-# operand); a layer chains four products, whose errors add up as squares: x2; twice that as room.
+# FP8: Gaussian operands give 3.7% per product forward and 5.9% backward (E4M3 2.6%, E5M2 5.3% per
+# operand). A layer chains four products, whose errors add up as squares, which gives a factor of 2.
+# The tolerance is twice that.
 LAYER_TOLERANCES = {"bf16": (0.01, 0.02), "FP8 delayed": (0.15, 0.25), "FP8 current": (0.15, 0.25)}
 
-# Relative, of the mean loss of the last ten of 50 steps against fp32 on the CPU. fp32: Transformer
-# Engine's fp32 products are TF32's (11 bits). bf16: 8 bits, updates that amplify. FP8: the 2% that
-# emulated FP8 was held to after 200 steps, and the noise of a short steep curve.
+# Relative difference of the mean loss of the last ten of 50 steps from fp32 on the CPU.
+# fp32: Transformer Engine's fp32 products use TF32 (11 bits).
+# bf16: 8 bits, and updates amplify differences.
+# FP8: the 2% that emulated FP8 was held to after 200 steps, plus the noise of a short steep curve.
 CURVE_TOLERANCES = {"fp32": 0.01, "bf16": 0.02, "FP8 delayed": 0.05, "FP8 current": 0.05}
 
 
@@ -64,10 +66,10 @@ def run(context: Context) -> None:
             context.row(
                 f"layer, {recipe}",
                 lambda recipe=recipe: layer_figures(context, topology, recipe),
-                f"against float64 on the CPU, relative; {layers_by()}",
+                f"relative to float64 on the CPU; {layers_by()}",
             )
         tokens, vocab = (64, 512) if context.tiny else (512, 65_536)
-        # fp32: sums of 65,536 exponentials, each rounded to 2^-24; bf16: the gradient's own 2^-9
+        # fp32: sums of 65,536 exponentials, each rounded to 2^-24; bf16: gradients rounded to 2^-9
         for name, loss, dtype, tolerance in (
             ("loss, fp32", ours, torch.float32, 1e-5),
             ("loss, bf16", ours, torch.bfloat16, 4e-3),
@@ -77,7 +79,7 @@ def run(context: Context) -> None:
             context.row(
                 f"{name} logits, {tokens} x {vocab:,}",
                 partial(parity_figures, loss, tokens, vocab, dtype, tolerance),
-                "against float64 on the CPU, relative",
+                "relative to float64 on the CPU",
             )
         for name in CURVE_TOLERANCES:
             context.row(
@@ -88,21 +90,21 @@ def run(context: Context) -> None:
         context.row(
             "FP8 against its emulation",
             lambda: emulation_figures(topology),
-            "worst of all recipes",
+            "the worst of all recipes",
         )
 
 
 def layer_config(tiny: bool) -> Config:
-    """One layer of the 7B on a short sequence: float64 on a CPU takes its time."""
+    """One layer of the 7B and a short sequence, because float64 on a CPU is slow."""
     model = preset_config("chameleon_7b", tiny, 1).model
     model.hidden_dropout, model.seq_length = 0.0, min(model.seq_length, 512)
     return Config(model=model)
 
 
 def layer_tensors(config: Config, topology: Topology, dtype: str) -> dict[str, Tensor]:
-    """Output and gradients of a block of one layer and the final norm, for inputs of the seed.
+    """Output and gradients of one layer and the final norm, for inputs drawn from the seed.
 
-    Weights are those of bf16 in any dtype.
+    Weights are rounded to bf16 in every dtype.
     """
     config.training.dtype = dtype
     (model,) = build_model(config, 128, topology)
@@ -118,7 +120,7 @@ def layer_tensors(config: Config, topology: Topology, dtype: str) -> dict[str, T
     result = {}
     for _ in range(PASSES if config.fp8.format else 1):
         model.zero_grad()
-        model.set_is_first_microbatch()  # else the FP8 weights of the first pass's scales stay
+        model.set_is_first_microbatch()  # otherwise the first pass's FP8 weights stay
         inputs = x.to(target, copy=True).requires_grad_()
         rope = model.rotary_pos_emb(config.model.seq_length)
         output = model.decoder(inputs, None, rotary_pos_emb=rope)
@@ -126,7 +128,7 @@ def layer_tensors(config: Config, topology: Topology, dtype: str) -> dict[str, T
         result = {"output": output, "gradient of the input": inputs.grad}
         matrices = {n: w.grad for n, w in weights.items() if "norm" not in n}
         result |= {f"gradient of {name}": gradient for name, gradient in matrices.items()}
-        # together: without RoPE that of the keys' bias is zero, so it is mostly rounding by itself
+        # together: by itself the gradient of the keys' bias (zero without RoPE) is mostly rounding
         norms = [weight.grad.flatten() for name, weight in weights.items() if "norm" in name]
         result["gradient of the norms"] = torch.cat(norms)
     return {name: value.detach().cpu().double() for name, value in result.items()}
@@ -152,7 +154,7 @@ def layer_figures(context: Context, topology: Topology, recipe: str) -> Figures:
         "worst": worst,
     }
     if rms["output"] > output_limit or rms[worst] > gradient_limit:
-        raise ToleranceError(figures, "a relative root mean square is beyond its tolerance")
+        raise ToleranceError(figures, "a relative root mean square error exceeds its tolerance")
     return figures
 
 
@@ -167,7 +169,7 @@ def training_config(tiny: bool) -> Config:
 
 
 def training_curve(config: Config, topology: Topology) -> list[float]:
-    """The losses of a short run from the seed's weights."""
+    """The losses of a short run that starts from the weights of the seed."""
     engine = MegatronEngine(config, TRAINING_VOCAB, topology)
     samples, length = config.training.micro_batch_size, config.model.seq_length
     batches = counting_batches(TRAINING_VOCAB, samples, length, STEPS)
@@ -189,16 +191,16 @@ def curve_figures(context: Context, topology: Topology, name: str) -> Figures:
         "CPU's end": reference,
         "difference": abs(end / reference - 1),
         "tolerance": CURVE_TOLERANCES[name],
-        "largest of a step": float((found / expected - 1).abs().max()),
+        "largest of any step": float((found / expected - 1).abs().max()),
     }
     if abs(end / reference - 1) > CURVE_TOLERANCES[name]:
-        raise ToleranceError(figures, "the losses at the end differ beyond the tolerance")
+        raise ToleranceError(figures, "the losses at the end differ by more than the tolerance")
     return figures
 
 
 def emulation_figures(topology: Topology) -> Figures:
-    """``fp8_layer.py``'s comparison over its recipes."""
-    need_gpu("Transformer Engine's FP8 is compared")
+    """Run the comparison of ``fp8_layer.py`` over its recipes."""
+    need_gpu("the row compares Transformer Engine's FP8")
     need_fp8()
     from benchmarks.gpu import fp8_layer
 

@@ -1,8 +1,8 @@
-"""Training speed: slices of the 7B and the line through them, the whole 7B, one rank of the 34B.
+"""Training speed: some layers of the 7B and the line through them, all of it, a rank of the 34B.
 
-Operations are counted as ``megatron_chameleon/planner/flops.py`` does: three times the forward
-matrix products, attention over the full square, recomputation not counted. MFU is against the data
-sheet's dense peak of the matrix products' own precision (``planner/gpus.py``).
+Operations are counted as in ``megatron_chameleon/planner/flops.py``: three times the forward matrix
+products, attention over the full square, recomputation not counted. MFU refers to the data sheet's
+dense peak of the precision of the matrix products (``planner/gpus.py``).
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def run_slices(context: Context) -> None:
 def run_shard(context: Context) -> None:
     """Part ``shard34b``: the layers of one of eight tensor-parallel ranks, without communication.
 
-    As without sequence parallelism: norms and residuals are of the whole hidden size.
+    Norms and residuals have the whole hidden size, as without sequence parallelism.
     """
     vocab = vocab_size(context.tiny)
 
@@ -94,11 +94,11 @@ def run_shard(context: Context) -> None:
 
 
 def shard_of(model: ModelConfig) -> ModelConfig:
-    """Heads, groups and feed-forward of one rank; its head size is set by ``head_size``."""
+    """Set heads, groups and feed-forward size to one rank's; ``head_size`` sets the head size."""
     model.num_attention_heads //= SHARD_RANKS
     model.num_query_groups = (model.num_query_groups or SHARD_RANKS) // SHARD_RANKS
     model.ffn_hidden_size //= SHARD_RANKS
-    model.qk_norm_groups = 1  # a rank's 8 heads lie within one of the 4 groups of 16
+    model.qk_norm_groups = 1  # the 8 heads of a rank are within one of the 4 groups of 16
     return model
 
 
@@ -111,7 +111,7 @@ def measure_line(
     build: Build,
     flops: Flops,
 ) -> None:
-    """Two depths, each with embedding and head, and the straight line through them."""
+    """Measure two depths, each with embedding and head, and extrapolate along a straight line."""
     for recipe in ("bf16", "FP8 delayed", "FP8 current"):
         found: dict[tuple[int, int], Figures | None] = {}
         for layers in depths:
@@ -130,7 +130,7 @@ def measure_line(
             engine.clear()
         for size in micro_batches:
             context.row(
-                f"{name}, {whole} layers by a straight line, micro-batch {size}, {recipe}",
+                f"{name}, {whole} layers along the line, micro-batch {size}, {recipe}",
                 lambda size=size, found=found, recipe=recipe: line_figures(
                     context, [(d, found[d, size]) for d in depths], whole, flops(whole), recipe
                 ),
@@ -148,7 +148,7 @@ def build_or_refuse(build: Build, layers: int, recipe: str) -> MegatronEngine:
 def step_figures(
     context: Context, engine: MegatronEngine, micro_batch_size: int, flops: float, recipe: str
 ) -> Figures:
-    """Whole training steps of one micro-batch, optimizer and metrics included."""
+    """Measure whole training steps of one micro-batch, with optimizer and metrics."""
     config = engine.config
     config.training.micro_batch_size = config.training.global_batch_size = micro_batch_size
     vocab = engine.parts[0].vocab_size
@@ -177,23 +177,23 @@ def line_figures(
         need_fp8()
     (few, short), (many, long) = found
     if short is None or long is None:
-        raise LeftOutError("it needs both depths, and they were not measured")
-    tokens = float(short["tokens a step"])
+        raise LeftOutError("it needs both depths, which were not measured")
+    tokens = float(short["tokens per step"])
     first, second = (tokens / float(each["tokens/s"]) for each in (short, long))
     layer = (second - first) / (many - few)
     if layer <= 0:
         times = f"{first * 1e3:.3g} and {second * 1e3:.3g} ms"
-        raise LeftOutError(f"{few} and {many} layers took {times}: no line goes through noise")
+        raise LeftOutError(f"{few} and {many} layers took {times}: too noisy for a line")
     figures = speed(context, int(tokens), first + (whole - few) * layer, flops, recipe)
     return {
         **figures,
-        "ms a layer": layer * 1e3,
+        "ms per layer": layer * 1e3,
         "ms beside the layers": (first - few * layer) * 1e3,
     }
 
 
 def speed(context: Context, tokens: int, seconds: float, flops: float, recipe: str) -> Figures:
-    """Beside the data sheet's peak and beside the measured matrix product of the same precision."""
+    """Compare a rate with the data sheet's peak and the measured product of the same precision."""
     fp8 = recipe != "bf16"
     rate = tokens / seconds
     figures: Figures = {"tokens/s": rate, "ms": seconds * 1e3, "TFLOP/s": rate * flops / 1e12}
@@ -202,7 +202,7 @@ def speed(context: Context, tokens: int, seconds: float, flops: float, recipe: s
         figures["MFU"] = rate * flops / gpu.peak_flops("bf16", fp8)
     if ceiling := context.ceiling("fp8 matmul" if fp8 else "bf16 matmul", "TFLOP/s"):
         figures["of the matmul"] = rate * flops / 1e12 / ceiling
-    return {**figures, "tokens a step": tokens}
+    return {**figures, "tokens per step": tokens}
 
 
 def run_whole(context: Context) -> None:
@@ -217,7 +217,7 @@ def run_whole(context: Context) -> None:
         for recipe, width, recompute in cases:
             words = f"{recompute} recompute" if recompute else "no recompute"
             context.row(
-                f"7B whole, micro-batch 1, {recipe}, {width} bytes a parameter, {words}",
+                f"7B whole, micro-batch 1, {recipe}, {width} bytes per parameter, {words}",
                 lambda recipe=recipe, width=width, recompute=recompute: whole_figures(
                     context, topology, recipe, width, recompute
                 ),
@@ -249,11 +249,11 @@ def whole_figures(
 
 
 def check_memory(config: Config, vocab: int, width: int) -> float:
-    """GiB that the planner predicts; leaves the row out where the device clearly has less."""
+    """Return the GiB that the planner predicts; leave the row out if the device lacks them."""
     parameters = count_parameters(config.model, vocab)
     needed = (predict_memory(config, vocab, 1).total - (18 - width) * parameters) / GIB
     if platform.has_gpu():
         free = torch.cuda.mem_get_info()[0] / GIB
         if needed > 1.05 * free:
-            raise LeftOutError(f"it needs some {needed:.0f} GiB, and {free:.0f} GiB are free")
+            raise LeftOutError(f"it needs about {needed:.0f} GiB, and {free:.0f} GiB are free")
     return needed
