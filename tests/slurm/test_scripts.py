@@ -45,4 +45,4 @@ def test_a_script_without_its_words_says_so(slurm: Cluster, venv: str, tmp_path:
     for name, job in jobs.items():
         assert slurm.wait_until_ended(job, 60) == "FAILED"
         text = (tmp_path / name).read_text()
-        assert "error: " in text and " Give the words of chameleon " in text
+        assert "error: " in text and " Pass the arguments of chameleon " in text
