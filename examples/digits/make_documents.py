@@ -1,12 +1,12 @@
-"""Handwritten digits as documents: captioned pairs, sums told in pictures, text, held-out pairs.
-
-The 1,797 digits are real: scikit-learn's ``load_digits`` (UCI, 8 x 8 pixels), scaled up. A fifth is
-held out, always the same one, and appears in heldout.jsonl only.
+"""Make documents of handwritten digits: captioned pairs, sums with pictures, text, held-out pairs.
 
     python examples/digits/make_documents.py --output runs/digits/data
 
-The first digit in each caption, a word or a numeral, names the picture: a model's captions can be
-scored by reading them. ``label`` in a document says it too; training does not see it.
+The 1,797 digits are real. They come from scikit-learn's ``load_digits`` (UCI, 8 x 8 pixels) and are
+scaled up. The same fifth of them is always held out and appears only in heldout.jsonl.
+
+The first digit in each caption, a word or a numeral, names the picture. A model's captions can thus
+be scored by reading them. ``label`` in a document has the digit too, but training does not see it.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SHAPES = (
     "has a loop at the top",
 )
 CANONICAL = ("a handwritten {word}", "the digit {word}", "this is the number {word}")
-"""The phrasings that prompts use."""
+"""The phrasings that are used in prompts."""
 CAPTIONS = (
     *CANONICAL,
     "{a} {word}",
@@ -73,21 +73,21 @@ HELD_OUT_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a digit, as it lies in the output folder."""
+    """A picture of a digit in the output folder."""
 
     id: str
     label: int
     path: str
     """Relative to the output folder."""
     variant: int
-    """0 is the digit as it was written, others are turned, shifted and scaled a little."""
+    """0 is the original digit; other variants are slightly rotated, shifted and scaled."""
 
 
 # Pictures
 
 
 def write_pictures(output: Path, variants: int, size: int, seed: int) -> tuple[list[Picture], ...]:
-    """Write all pictures; returns those to train on and those held out."""
+    """Write all pictures, and return those for training and those that are held out."""
     digits = load_digits()
     order = np.random.RandomState(SPLIT_SEED).permutation(len(digits.target))
     held_out = set(order[: round(HELD_OUT_SHARE * len(order))].tolist())
@@ -112,13 +112,13 @@ def write_pictures(output: Path, variants: int, size: int, seed: int) -> tuple[l
 
 
 def render(pixels: np.ndarray, size: int) -> Image.Image:
-    """Black ink on white, RGB, [size, size], from ink of 0 to 16, [8, 8]."""
+    """Render a digit in black on white, RGB, [size, size], from ink in [0, 16], [8, 8]."""
     grey = np.round(255 - pixels * (255 / 16)).astype(np.uint8)
     return Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
 
 
 def vary(image: Image.Image, draw: random.Random) -> Image.Image:
-    """Turn by up to 10 degrees, scale by up to 10%, shift by up to a sixteenth of the width."""
+    """Rotate by up to 10 degrees, scale by up to 10%, shift by up to a sixteenth of the width."""
     angle = math.radians(draw.uniform(-10, 10))
     scale = draw.uniform(0.9, 1.1)
     size, shift = image.width, image.width / 16
@@ -155,7 +155,7 @@ def document(identity: str, source: str, *content: str | Picture, **extra: Any) 
 def pairs(
     pictures: Iterable[Picture], templates: tuple[str, ...], source: str, draw: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """A picture and its caption, either first in half of the documents."""
+    """Documents of a picture and its caption; each of the two comes first in half of them."""
     for picture in pictures:
         content: list[str | Picture] = [caption(draw.choice(templates), picture.label), picture]
         if draw.random() < 0.5:
@@ -164,7 +164,7 @@ def pairs(
 
 
 def sums(pictures: list[Picture], count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
-    """A sum with pictures of its digits and the result in words."""
+    """Documents of a sum, with pictures of its digits and the result in words."""
     for number in range(count):
         left, right = draw.choice(pictures), draw.choice(pictures)
         total = left.label + right.label
@@ -178,7 +178,7 @@ def sums(pictures: list[Picture], count: int, draw: random.Random) -> Iterator[d
 
 
 def texts(count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
-    """One to four sentences about numbers, without a picture."""
+    """Documents of one to four sentences about numbers, without pictures."""
     kinds = (counting, arithmetic, comparison, spelling, shape)
     for number in range(count):
         sentences = [draw.choice(kinds)(draw) for _ in range(draw.randint(1, 4))]
@@ -224,7 +224,7 @@ def shape(draw: random.Random) -> str:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> int:
-    """Write a text file whole or not at all; returns the number of lines."""
+    """Write a text file completely or not at all, and return the number of its lines."""
     partial = path.with_name(path.name + ".partial")
     count = 0
     with partial.open("w", encoding="utf-8") as file:
@@ -246,7 +246,7 @@ def write_documents(output: Path, args: argparse.Namespace) -> None:
         "sums": list(sums(training, args.sums, draws["sums"])),
         "text": list(texts(args.texts, draws["text"])),
         "quality": list(pairs(clean, CANONICAL, "quality", draws["q"])),
-        # Always the picture and the first phrasing: each held-out digit is scored the same way.
+        # The picture always comes first, with the first phrasing, so that all are scored alike.
         "heldout": [
             document(p.id, "heldout", p, caption(CANONICAL[0], p.label), label=p.label)
             for p in heldout
@@ -270,14 +270,16 @@ def write_documents(output: Path, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the documents of the digits demo.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--variants", type=int, default=8, help="pictures of a training digit")
+    parser.add_argument("--variants", type=int, default=8, help="pictures per training digit")
     parser.add_argument("--size", type=int, default=16, help="width and height in pixels")
-    parser.add_argument("--sums", type=int, default=4000, help="documents in sums.jsonl")
-    parser.add_argument("--texts", type=int, default=4000, help="documents in text.jsonl")
-    parser.add_argument("--seed", type=int, default=1, help="of all but the held-out split")
+    parser.add_argument("--sums", type=int, default=4000, help="number of documents in sums.jsonl")
+    parser.add_argument("--texts", type=int, default=4000, help="number of documents in text.jsonl")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of everything except the held-out split"
+    )
     args = parser.parse_args(argv)
     if args.variants < 1 or args.size < 8 or args.sums < 1 or args.texts < 1:
-        parser.error("--variants, --sums and --texts are at least 1, --size is at least 8")
+        parser.error("--variants, --sums and --texts must be at least 1, and --size at least 8")
     write_documents(args.output, args)
 
 

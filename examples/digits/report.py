@@ -2,9 +2,10 @@
 
     python examples/digits/report.py runs/digits
 
-Reads RUN/exported (or RUN's newest checkpoint), RUN/data/heldout.jsonl and RUN/metrics.jsonl;
-writes RUN/report.json, RUN/report/index.html and RUN/report/overview.png. The judge of generated
-images is an SVM that was fitted on the real training digits and never saw the model.
+The script reads RUN/exported (or RUN's newest checkpoint), RUN/data/heldout.jsonl and
+RUN/metrics.jsonl. It writes RUN/report.json, RUN/report/index.html and RUN/report/overview.png. The
+judge of generated images is a support vector machine (SVM) that was fitted on the real training
+digits and never saw the model.
 """
 
 import argparse
@@ -32,12 +33,12 @@ from megatron_chameleon.inference.session import CAPTION_OPTIONS, Session
 
 CLASSES = 10
 LAST_STEPS = 20
-"""Steps whose mean is called the final loss."""
+"""The final loss is the mean over this number of last steps."""
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Held-out images, what they show and what the model said."""
+    """Held-out images, the digits that they show, and the model's captions."""
 
     images: list[Image.Image]
     labels: list[int]
@@ -47,7 +48,7 @@ class Captions:
 
 @dataclass(frozen=True)
 class Drawings:
-    """Generated images, what was asked for and what the judge sees."""
+    """Generated images, the digits that were asked for, and those that the judge sees."""
 
     images: list[Image.Image]
     labels: list[int]
@@ -55,7 +56,7 @@ class Drawings:
 
 
 class Judge:
-    """Classifies digits by an RBF-SVM on 8x8 pixels, scikit-learn's setting for this data set."""
+    """Classifies digits with an RBF-SVM on 8x8 pixels, scikit-learn's setting for this data set."""
 
     def __init__(self) -> None:
         digits = load_digits()
@@ -64,21 +65,21 @@ class Judge:
         self._svm = SVC(kernel="rbf", gamma=0.001).fit(digits.data[train], digits.target[train])
 
     def classify(self, images: Sequence[Image.Image]) -> list[int]:
-        """The digits in images of any size, black ink on white."""
+        """Classify images of any size, with black ink on white."""
         return [int(digit) for digit in self._svm.predict(np.stack([to_8x8(i) for i in images]))]
 
 
 def to_8x8(image: Image.Image) -> np.ndarray:
-    """An image as the data set has them: 64 amounts of ink in [0, 16], each the mean of a box."""
+    """Convert an image to 64 amounts of ink in [0, 16], each the mean of a box, like the data."""
     small = image.convert("L").resize((8, 8), Image.Resampling.BOX)
     return 16 - np.asarray(small, dtype=np.float64).ravel() * (16 / 255)
 
 
 def read_heldout(file: Path) -> tuple[list[Image.Image], list[int]]:
-    """Images and labels of the held-out digits.
+    """Read the images and labels of the held-out digits.
 
     Raises:
-        DataError: The file is missing or a line lacks its image or label.
+        DataError: The file is missing, or a line has no image or no label.
     """
     images, labels = [], []
     try:
@@ -99,13 +100,13 @@ def read_heldout(file: Path) -> tuple[list[Image.Image], list[int]]:
 
 
 def caption_heldout(session: Session, images: list[Image.Image], labels: list[int]) -> Captions:
-    """Caption every held-out image, the likeliest token each time."""
+    """Caption every held-out image, always with the most likely token."""
     texts = session.caption(images, options=CAPTION_OPTIONS)
     return Captions(images, labels, texts, [first_digit(text) for text in texts])
 
 
 def draw_digits(session: Session, judge: Judge, each: int, options: GenerationOptions) -> Drawings:
-    """Draw every digit ``each`` times from its text and let the judge look."""
+    """Draw every digit ``each`` times from its text, and classify the drawings with the judge."""
     labels = [digit for digit in range(CLASSES) for _ in range(each)]
     prompts = [caption(CANONICAL[i % len(CANONICAL)], digit) for i, digit in enumerate(labels)]
     images = session.draw(prompts, options)
@@ -113,14 +114,14 @@ def draw_digits(session: Session, judge: Judge, each: int, options: GenerationOp
 
 
 def reconstruct(session: Session, images: list[Image.Image]) -> list[Image.Image]:
-    """Through the image tokenizer and back."""
+    """Encode images with the image tokenizer and decode them again."""
     tokenizer = session.tokenizer.image
     assert tokenizer is not None
     return tokenizer.decode(tokenizer.encode(images))
 
 
 def psnr_db(images: Sequence[Image.Image], again: Sequence[Image.Image]) -> float:
-    """Peak signal-to-noise ratio over all pixels in decibels; 255 is the peak."""
+    """Peak signal-to-noise ratio over all pixels, in decibels; the peak is 255."""
     pairs = zip(images, again, strict=True)
     differences = [
         np.asarray(a.resize(b.size, Image.Resampling.LANCZOS), float) - np.asarray(b, float)
@@ -131,7 +132,7 @@ def psnr_db(images: Sequence[Image.Image], again: Sequence[Image.Image]) -> floa
 
 
 def training_numbers(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Steps, time, speed and final losses of a run's metrics."""
+    """Steps, time, speed and final losses from the metrics of a run."""
 
     def values(key: str) -> np.ndarray:
         return series(records, key)[1]
@@ -201,9 +202,13 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description="Measure the trained digits model.")
     parser.add_argument("run", type=Path, help="the run folder, for example runs/digits")
-    parser.add_argument("--each", type=int, default=10, help="drawings of each digit (default: 10)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of drawings (default: 0.7)")
-    parser.add_argument("--top-p", type=float, default=0.9, help="of drawings (default: 0.9)")
+    parser.add_argument("--each", type=int, default=10, help="drawings per digit (default: 10)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, help="temperature for drawings (default: 0.7)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=0.9, help="top-p for drawings (default: 0.9)"
+    )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     options = GenerationOptions(

@@ -1,4 +1,4 @@
-"""The figures of the digits report, and the one HTML file that holds them all."""
+"""The plots of the digits report, and the single HTML file that contains all of them."""
 
 import base64
 import html
@@ -29,14 +29,14 @@ WRONG_SHOWN, RIGHT_SHOWN = 24, 24
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches that needs no display."""
+    """An empty figure, sized in inches, that needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def draw_losses(axes: Axes, records: Records) -> None:
-    """Text and image loss over the steps: raw values pale, the mean of the last 20 on top."""
+    """Plot text and image loss over the steps: raw values pale, the mean of the last 20 on top."""
     for key, color in (("loss_text", COLORS[0]), ("loss_image", COLORS[1])):
         steps, values = series(records, key)
         axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
@@ -52,7 +52,7 @@ def draw_losses(axes: Axes, records: Records) -> None:
                 va="center",
                 fontsize=9,
             )
-    axes.set_title("Loss by modality (nats a token)", loc="left", fontsize=11, color=INK)
+    axes.set_title("Loss by modality (nats per token)", loc="left", fontsize=11, color=INK)
     axes.set_xlabel("step", fontsize=9, color=PALE)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
@@ -60,7 +60,7 @@ def draw_losses(axes: Axes, records: Records) -> None:
 
 
 def draw_confusion(axes: Axes, table: Sequence[Sequence[int]], title: str, said: str) -> None:
-    """Counts by what it is (rows) and what was seen (columns); the last column is no digit."""
+    """Draw counts by true digit (rows) and recognised digit (columns); the last column is none."""
     counts = np.array(table)
     if not counts[:, -1].any():
         counts = counts[:, :-1]
@@ -81,7 +81,7 @@ def draw_confusion(axes: Axes, table: Sequence[Sequence[int]], title: str, said:
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], side: int = 32) -> Image.Image:
-    """Images as tiles of ``side`` pixels, row by row, on white."""
+    """Arrange images as tiles of ``side`` pixels, row by row, on white."""
     width = max(len(row) for row in rows) * (side + GAP) - GAP
     page = Image.new("RGB", (width, len(rows) * (side + GAP) - GAP), "white")
     for y, row in enumerate(rows):
@@ -94,7 +94,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], side: int = 32) -> Image.Image:
 def digit_columns(
     captions: "Captions", again: Sequence[Image.Image], drawings: "Drawings", drawn_rows: int
 ) -> list[list[Image.Image]]:
-    """A column a digit: a held-out image, its reconstruction, then generated ones."""
+    """One column per digit: a held-out image, its reconstruction, then generated images."""
     first = [captions.labels.index(digit) for digit in range(10)]
     places = [[i for i, label in enumerate(drawings.labels) if label == d] for d in range(10)]
     drawn = [
@@ -105,7 +105,7 @@ def digit_columns(
 
 
 def draw_sheet(axes: Axes, page: Image.Image, title: str) -> None:
-    """A sheet of the tiles of ``digit_columns``, its first rows named."""
+    """Draw the sheet of ``digit_columns``, with names for its first rows."""
     axes.imshow(page, interpolation="nearest")
     tile = page.width / 10
     names = ["held out", "through the\ntokenizer", "drawn from\ntext"]
@@ -125,7 +125,7 @@ def write_overview(
     drawings: "Drawings",
     again: Sequence[Image.Image],
 ) -> None:
-    """One picture of the whole run: losses, images in a column a digit, both confusion matrices."""
+    """Write one picture of the run: losses, images by digit, and both confusion matrices."""
     figure = new_figure(13, 7)
     grid = figure.add_gridspec(2, 2, width_ratios=[1.25, 1], height_ratios=[1, 1])
     draw_losses(figure.add_subplot(grid[0, 0]), records)
@@ -148,7 +148,7 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
 
 
 def save_whole(file: Path, content: bytes) -> None:
-    """Write a file under another name first, so that it is never seen half."""
+    """Write under another name first, so that nobody sees an incomplete file."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_bytes(content)
     partial.replace(file)
@@ -186,7 +186,7 @@ def write_page(
     again: Sequence[Image.Image],
     config: str,
 ) -> None:
-    """One HTML file that needs nothing beside it."""
+    """Write one HTML file that needs no other files."""
     losses = new_figure(9, 3.6)
     draw_losses(losses.subplots(), records)
     images = new_figure(9, 9.5)
@@ -195,30 +195,33 @@ def write_page(
     body = [
         "<h1>Digits, drawn and read by one model</h1>",
         _how(
-            f"One transformer, {numbers['model_step']:,} steps on text and image tokens in one",
-            "stream. It captions images it never saw and draws images from text.",
+            f"One transformer was trained for {numbers['model_step']:,} steps on one stream of",
+            "text and image tokens. It captions images that it never saw and draws from text.",
         ),
         _number_cards(numbers),
         "<h2>Losses</h2>",
         _how(
-            "The mean cross-entropy of each step's text tokens and image codes. Pale: each step;",
-            "strong: the mean of the last 20. Text falls lower, because captions have few forms;",
-            "image codes keep the freedom of handwriting, which no training removes.",
+            "The mean cross-entropy of the text tokens and of the image codes of each step. Pale",
+            "lines show each step, strong lines the mean of the last 20. The text loss falls",
+            "lower, because captions have few forms. Handwriting varies, so the loss of image",
+            "codes stays higher however long the model is trained.",
         ),
         _figure(losses),
         "<h2>Images</h2>",
         _how(
-            "A column a digit. First a held-out image, then the same image encoded into codes and",
-            "decoded: what is lost there the model cannot draw. Below: drawn from text alone.",
+            "One column per digit. The first row has held-out images. The second row has the same",
+            "images encoded into codes and decoded again: the model cannot draw details that are",
+            "lost there. The rows below are drawn from text alone.",
         ),
         _figure(images),
-        "<h2>What is taken for what</h2>",
+        "<h2>Which digits are confused</h2>",
         _how(
-            "Rows are the true digit, columns what the caption says (left) or what an SVM sees in",
-            "the drawing (right); all right would be a diagonal. The SVM was fitted on the real",
-            "training digits; of the real held-out images it gets",
-            f"{numbers['judge_accuracy_on_real_images']:.1%} right, of the same images through the",
-            f"image tokenizer {numbers['judge_accuracy_on_reconstructions']:.1%}.",
+            "Rows are the true digits. Columns are what the caption says (left), or what a",
+            "support vector machine (SVM) sees in the drawing (right). If all were right, only the",
+            "diagonal would be filled. The SVM was fitted on the real training digits. It gets",
+            f"{numbers['judge_accuracy_on_real_images']:.1%} of the real held-out images right,",
+            f"and {numbers['judge_accuracy_on_reconstructions']:.1%} of the same images after",
+            "encoding and decoding by the image tokenizer.",
         ),
         _figure(_matrices(tables)),
         *_caption_sections(captions),
@@ -243,10 +246,10 @@ def _caption_sections(captions: "Captions") -> list[str]:
     right = [i for i, d in enumerate(captions.digits) if d == captions.labels[i]]
     wrong = [i for i, d in enumerate(captions.digits) if d != captions.labels[i]]
     return [
-        f"<h2>Captions, wrong ({len(wrong)})</h2>",
-        _how("Held-out image and caption, the likeliest token each time."),
+        f"<h2>Wrong captions ({len(wrong)})</h2>",
+        _how("Held-out images with their captions, always with the most likely token."),
         _gallery(captions, wrong[:WRONG_SHOWN]),
-        f"<h2>Captions, right ({len(right)})</h2>",
+        f"<h2>Right captions ({len(right)})</h2>",
         _gallery(captions, right[:: max(1, len(right) // RIGHT_SHOWN)][:RIGHT_SHOWN]),
     ]
 
@@ -262,7 +265,7 @@ def _number_cards(numbers: Mapping[str, Any]) -> str:
         (f"{numbers['reconstruction_psnr_db']:.1f} dB", "PSNR of the image tokenizer"),
         (f"{numbers['steps']:,}", "steps"),
         (f"{numbers['train_seconds'] / 60:.1f} min", "training"),
-        (_or_dash(numbers["tokens_per_second"], ",.0f"), "tokens a second (median)"),
+        (_or_dash(numbers["tokens_per_second"], ",.0f"), "tokens per second (median)"),
         (_or_dash(numbers["final_loss_text"], ".3f"), "final text loss"),
         (_or_dash(numbers["final_loss_image"], ".3f"), "final image loss"),
     )

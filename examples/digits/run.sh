@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# The whole demo: data, tokenizers, token files, training, export, report. Each command below can be run alone.
+# The whole demo: data, tokenizers, token files, training, export and report.
+# Each command below can also be run on its own.
+#
 # Usage: bash examples/digits/run.sh [RUN_FOLDER]
-# SEED=1 is the seed of all that is drawn. QUICK=1 runs the same commands in a minute or two and learns nothing.
+#
+# SEED=1 is the seed of everything that is drawn at random. QUICK=1 runs the same commands in a
+# minute or two; the model then learns nothing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RUN=${1:-runs/digits}
@@ -17,29 +21,29 @@ fi
 started=$SECONDS
 say() { printf '\n== %s  (%ss)\n' "$1" "$((SECONDS - started))"; }
 
-say "1. Data: handwritten digits, captions, sums and plain text"
+say "1. Data: make handwritten digits with captions, sums and plain text"
 python $HERE/make_documents.py --output "$RUN/data" --seed "$SEED" "${data[@]}"
 
-say "2. Tokenizers: one vocabulary for text and image codes"
+say "2. Tokenizers: train one vocabulary for text and image codes"
 chameleon tokenizer text "$RUN"/data/{pairs,sums,text,quality}.jsonl \
     --output "$RUN/tokenizer" --vocab-size 512 --image-codes 64
 OMP_NUM_THREADS=2 chameleon tokenizer image "$RUN/data/train_images" \
     --output "$RUN/tokenizer" --config digits --seed "$SEED" "${image[@]}"
 
-say "3. Token files"
+say "3. Token files: turn the documents into tokens"
 for name in pairs sums text quality; do
     chameleon preprocess "$RUN/data/$name.jsonl" --tokenizer "$RUN/tokenizer" \
         --output "$RUN/tokens/$name" --workers 2
 done
 
-say "4. Training: two processes, tensor and sequence parallel"
+say "4. Training: two processes with tensor and sequence parallelism"
 torchrun --standalone --nproc-per-node 2 -m megatron_chameleon train $HERE/train.yaml \
     training.seed="$SEED" variables.inputs="$RUN" logging.run_dir="$RUN" "${train[@]}"
 
-say "5. Export to Hugging Face"
+say "5. Export: convert the checkpoint to the Hugging Face format"
 rm -rf "$RUN/exported"
 chameleon convert "$RUN/checkpoints" "$RUN/exported" --to hf
 
-say "6. Report: captions, drawings and figures"
+say "6. Report: measure captions and drawings"
 OMP_NUM_THREADS=2 python $HERE/report.py "$RUN" --seed "$SEED"
 say "Done: open $RUN/report/index.html"

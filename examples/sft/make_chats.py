@@ -1,14 +1,14 @@
-"""Conversations about handwritten digits, for fine-tuning the model of the digits demo.
+"""Make conversations about handwritten digits, for fine-tuning the model of the digits demo.
 
     python examples/sft/make_chats.py --pictures runs/digits/data --output runs/sft/data
 
-Reads the pictures that the demo has made, and writes conversations of three kinds, and questions
-about held-out digits that no training file has:
+The script reads the pictures that the demo made. It writes three kinds of conversations, and
+questions about held-out digits that are in no training file:
 
-- questions.jsonl: a picture and a question, which says the form of the answer: a word or a numeral
-- drawings.jsonl: a request in words, answered by a picture
+- questions.jsonl: a picture and a question that asks for an answer in a word or in a numeral
+- drawings.jsonl: a request in words that is answered by a picture
 - dialogues.jsonl: a question about a picture, then a request for another digit
-- heldout.jsonl: questions without their answers; ``label`` and ``form`` say what is right
+- heldout.jsonl: questions without answers; ``label`` and ``form`` determine the right answer
 """
 
 import argparse
@@ -30,7 +30,7 @@ Part = dict[str, str]
 
 
 def answer(label: int, form: str) -> str:
-    """What is right, to the letter."""
+    """The exact right answer."""
     return WORDS[label] if form == "word" else str(label)
 
 
@@ -83,7 +83,7 @@ def heldout(pictures: list[tuple[str, int]], draw: random.Random) -> Iterator[di
 
 
 def read_pictures(file: Path, output: Path) -> list[tuple[str, int]]:
-    """Path, relative to ``output``, and label of each picture of a file of captioned ones."""
+    """Read the paths (relative to ``output``) and labels of the pictures in a file of pairs."""
     found = []
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -94,9 +94,13 @@ def read_pictures(file: Path, output: Path) -> list[tuple[str, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make conversations about handwritten digits.")
-    parser.add_argument("--pictures", type=Path, required=True, metavar="DIR", help="of the demo")
+    parser.add_argument(
+        "--pictures", type=Path, required=True, metavar="DIR", help="the data folder of the demo"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--count", type=int, default=4000, help="conversations of each kind")
+    parser.add_argument(
+        "--count", type=int, default=4000, help="number of conversations of each kind"
+    )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
-"""Ask a model the held-out questions and for drawings, and count what is right.
+"""Ask a model held-out questions and ask it for drawings, and count the right answers.
 
     PYTHONPATH=examples/digits python examples/sft/measure.py runs/sft/exported --data runs/sft/data
 
-Every question is asked as a conversation, at temperature 0, and whether the answer is text or an
-image is the model's choice. The judge of drawings is the demo's: an SVM that never saw the model.
+Every question is asked as a conversation, at temperature 0. The model itself chooses whether to
+answer with text or with an image. The judge of drawings is the demo's SVM, which never saw the
+model.
 """
 
 import argparse
@@ -27,13 +28,13 @@ def ask(session: Session, documents: list[Document], options: GenerationOptions)
 
 
 def said(found: Answer) -> str | None:
-    """The text of an answer that is nothing else."""
+    """The text of an answer that consists of text alone; otherwise None."""
     content = found.content
     return content[0].strip() if len(content) == 1 and isinstance(content[0], str) else None
 
 
 def measure_questions(session: Session, file: Path, count: int) -> dict[str, float]:
-    """Shares of the held-out questions that are answered in the asked form, and right."""
+    """Shares of held-out questions that are answered in the requested form, and exactly right."""
     lines = file.read_bytes().splitlines()[:count]
     records = [json.loads(line) for line in lines]
     documents = [parse_line(line, file, n) for n, line in enumerate(lines, start=1)]
@@ -42,11 +43,11 @@ def measure_questions(session: Session, file: Path, count: int) -> dict[str, flo
     pairs = list(zip(texts, records, strict=True))
     form = sum(text in FORMS[record["form"]] for text, record in pairs)
     right = sum(text == answer(record["label"], record["form"]) for text, record in pairs)
-    return {"asked form": form / len(pairs), "right, to the letter": right / len(pairs)}
+    return {"requested form": form / len(pairs), "exactly right": right / len(pairs)}
 
 
 def measure_drawings(session: Session, each: int, seed: int) -> dict[str, float]:
-    """Shares of the requests that are answered by an image alone, and by one that is right."""
+    """Shares of requests that are answered by an image alone, and by one of the right digit."""
     labels = [digit for digit in range(CLASSES) for _ in range(each)]
     texts = [request(DRAW[i % len(DRAW)], label) for i, label in enumerate(labels)]
     documents = [Document("", "", (TextPart(text),), "request") for text in texts]
@@ -57,16 +58,20 @@ def measure_drawings(session: Session, each: int, seed: int) -> dict[str, float]
     images = [(image, label) for image, label in drawn if isinstance(image, Image.Image)]
     judged = Judge().classify([image for image, _ in images]) if images else []
     right = sum(seen == label for seen, (_, label) in zip(judged, images, strict=True))
-    return {"an image": len(images) / len(labels), "the asked digit": right / len(labels)}
+    return {"an image": len(images) / len(labels), "the requested digit": right / len(labels)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a fine-tuned digits model.")
     parser.add_argument("model", help="a checkpoint, run folder or exported folder")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="of make_chats.py")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the figures (JSON)")
-    parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--drawings", type=int, default=10, help="of each digit")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="the output folder of make_chats.py"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="also write the figures to this JSON file"
+    )
+    parser.add_argument("--questions", type=int, default=200, help="number of questions to ask")
+    parser.add_argument("--drawings", type=int, default=10, help="drawings per digit")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     session = Session.load(args.model)

@@ -134,4 +134,4 @@ def test_corpus_is_the_text_of_the_training_documents(digits):
 def test_options_that_cannot_work(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         make(tmp_path, "--size", "4")
-    assert caught.value.code == 2 and "--size is at least 8" in capsys.readouterr().err
+    assert caught.value.code == 2 and "and --size at least 8" in capsys.readouterr().err
