@@ -27,7 +27,7 @@ demo: $(VENV)/demo
 SLURM := $(shell command -v slurmctld >/dev/null && command -v munged >/dev/null && [ "$$(id -u)" = 0 ] && echo yes)
 
 # Files of tests are spread over the cores, but what measures time runs alone.
-SPREAD := -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/installed
 	@[ -n "$(SLURM)" ] || echo "tests/slurm are left out: they need slurm-wlm and root"

@@ -15,15 +15,20 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the tests of one file on one worker, for they share what is expensive to make.
 
-    All of tests/slurm is one group: there is one cluster.
+    All of tests/slurm counts as one file: there is one cluster. Files start in the order of their
+    names, so that the long ones, which are not unit tests, come first.
     """
-    for item in items:
-        group = "slurm" if "slurm" in item.path.parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
