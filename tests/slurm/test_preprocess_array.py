@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from megatron_chameleon.data.token_files.writer import read_writer_state
+from megatron_chameleon.data.token_files.writer_state import read_writer_state
 from mixed_corpus import write_corpus, write_pairs, write_tokenizer
 from places import REPOSITORY
 from run_command import run_chameleon
@@ -65,9 +65,10 @@ def test_killed_tasks_go_on_and_merge_to_the_files_of_an_unbroken_run(
     assert [text.count("command: srun") for text in logs] == [1, 2, 2]
     assert re.search(r"shard 2/3 +unfinished", status), status
     refused = run_chameleon("preprocess", "--output", output, "--merge", succeeds=False)
-    assert refused.returncode == 2 and "web.shard-2-of-3: unfinished" in refused.stderr, (
-        refused.stderr
-    )
+    assert (
+        refused.returncode == 2
+        and "web.shard-2-of-3: the token file is unfinished" in refused.stderr
+    ), refused.stderr
 
     again = slurm.submit(REPOSITORY, "--array=2", *words, SHARDS=str(SHARDS), **variables)
     assert slurm.wait_until_ended(again, SECONDS) == "COMPLETED"

@@ -16,7 +16,7 @@ from megatron_chameleon.data.token_files.format import (
     partial_folder,
     read_info,
 )
-from megatron_chameleon.data.token_files.writer import WriterState, read_writer_state
+from megatron_chameleon.data.token_files.writer_state import WriterState, read_writer_state
 from megatron_chameleon.errors import DataError
 
 _SHARD = re.compile(r"\.shard-(\d+)-of-(\d+)\.[a-z]+(?:\.jsonl)?")

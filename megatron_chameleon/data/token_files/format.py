@@ -1,29 +1,31 @@
-"""What a token file is: names, layouts and the sidecar.
+"""What a token file is: its files, their layouts and the sidecar.
 
-``indexed.py`` reads it, ``token_writer.py`` writes it.
+``reader.py`` reads token files, ``writer.py`` writes them.
 
     PREFIX.bin        the token ids of all documents, one after the other, uint16 or int32
     PREFIX.idx        Megatron's index: header, length and byte offset of each document
-    PREFIX.documents  a ``DOCUMENT_RECORD`` record of 24 bytes for each document
-    PREFIX.images     an ``IMAGE_RECORD`` record of 8 bytes for each image
-    PREFIX.answers    an ``ANSWER_RECORD`` record of 16 bytes for each answer of a conversation
-    PREFIX.json       the sidecar ``TokenFileInfo``: totals, names of sources and inputs, tokenizer
+    PREFIX.documents  a ``DOCUMENT_RECORD`` of 24 bytes for each document
+    PREFIX.images     an ``IMAGE_RECORD`` of 8 bytes for each image
+    PREFIX.answers    an ``ANSWER_RECORD`` of 16 bytes for each answer of a conversation
+    PREFIX.json       the sidecar ``TokenFileInfo``: totals, names of corpora and inputs, tokenizer
 
-Everything is little endian and memory-mapped: opening a token file reads the sidecar and no more,
-whatever the number of documents. The images of document ``d`` are the records
-``first_image[d]`` to ``first_image[d + 1]``. PREFIX.answers is there if a document is a
-conversation: of such a one only the tokens of its answers are trained, of any other all.
-PREFIX.dropped.jsonl is for people: what was left out.
+All numbers are little-endian, and the files are memory-mapped: opening a token file reads the
+sidecar and nothing else, whatever the number of documents. The images of document ``d`` are the
+records ``first_image[d]`` to ``first_image[d + 1]``. PREFIX.answers exists if at least one document
+is a conversation. Training uses only the answers of a conversation, but all tokens of any other
+document. PREFIX.dropped.jsonl is for people: it lists the documents that were left out.
 
-Layout of the .idx: 9 bytes ``MMIDIDX\\0\\0``, uint64 version 1, uint8 dtype code, uint64 sequences,
-uint64 document boundaries, then int32 length and int64 byte offset of each sequence, and int64
-document boundaries (the first is 0). Here one sequence is one document.
+Layout of the .idx: 9 bytes ``MMIDIDX\\0\\0``, uint64 version 1, uint8 dtype code, uint64 number of
+sequences, uint64 number of document boundaries, then the int32 length and the int64 byte offset of
+each sequence, and the int64 document boundaries, of which the first is 0. Here each document is one
+sequence.
 
 Source of the .idx: megatron/core/datasets/indexed_dataset.py.
 """
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -34,41 +36,43 @@ from megatron_chameleon.errors import DataError
 
 FORMAT = "megatron_chameleon.tokens/2"
 ANSWERS_FORMAT = "megatron_chameleon.tokens/3"
-"""With PREFIX.answers: who does not know it would train prompts too."""
+"""With PREFIX.answers. The number tells older readers, which would train on prompts too."""
 REMEDY = "Write the files with: chameleon preprocess INPUTS --tokenizer DIR --output PREFIX"
 REQUIRED_SUFFIXES = (".bin", ".idx", ".documents", ".images")
-"""The files that a token file always has, beside the sidecar."""
+"""The files that every token file has besides its sidecar."""
 ANSWERS_SUFFIX = ".answers"
-"""The file that it has if it holds conversations."""
+"""The file that it has only if it holds conversations."""
 
 IDX_HEADER = struct.Struct("<9sQBQQ")
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32"}
 IDX_DTYPES[8] = "uint16"
-"""Megatron's codes; ours are uint16 and int32."""
+"""Megatron's codes for types of tokens; we write uint16 and int32."""
 
 DOCUMENT_RECORD = np.dtype(
     [("first_image", "<u8"), ("record", "<u8"), ("input", "<u4"), ("corpus", "<u4")]
 )
-"""``first_image``: images of all documents before it. ``record``: line, row or sample of the input,
-from 1. ``input`` and ``corpus``: positions in the lists of the sidecar."""
+"""``first_image``: number of images in all earlier documents. ``record``: line, row or sample of
+the input, counted from 1. ``input`` and ``corpus``: positions in the sidecar's ``inputs`` and
+``sources``."""
 
 TOKEN_SPAN = np.dtype([("start", "<u4"), ("length", "<u4")])
-"""Tokens in a row: position in their document, and how many."""
+"""Consecutive tokens: the position of the first in its document, and how many they are."""
 
 IMAGE_RECORD = TOKEN_SPAN
-"""From the begin-image token to the end-image token, both included."""
+"""An image from its begin token to its end token, both included."""
 
 ANSWER_RECORD = np.dtype([("start", "<u8"), ("length", "<u8")])
-"""Tokens of an answer, the ``</s>`` behind it included. ``start`` is counted from the first token
-of the file, so that the answers of a document are found by one binary search."""
+"""An answer, including the ``</s>`` after it. ``start`` is counted from the file's first token, so
+that one binary search finds the answers of a document."""
 
 MOST_CORPORA = 1 << 16
+"""Different corpus names that a token file can hold."""
 
 
 @dataclass
 class CorpusTotals:
-    """What one source has in a token file."""
+    """What one corpus has in a token file."""
 
     documents: int = 0
     tokens: int = 0
@@ -83,6 +87,11 @@ class CorpusTotals:
     answer_images: int = 0
     answer_image_tokens: int = 0
 
+    def add(self, other: "CorpusTotals") -> None:
+        """Add the totals of further documents."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 @dataclass(frozen=True)
 class TokenFileInfo:
@@ -90,40 +99,40 @@ class TokenFileInfo:
 
     tokenizer_fingerprint: str
     tokenizer: str
-    """Path of the tokenizer folder as it was given, a convenience for ``chameleon inspect``."""
+    """Path of the tokenizer folder as it was given; ``chameleon inspect`` looks there."""
     vocab_size: int
     dtype: str
     """uint16 or int32."""
     documents: int
     tokens: int
     image_tokens: int
-    """Image codes and their begin and end tokens."""
+    """Image codes with their begin and end tokens."""
     images: int
     bin_bytes: int
     sources: dict[str, CorpusTotals] = field(default_factory=dict)
-    """Totals by source; the order is that of the numbers in PREFIX.documents."""
+    """Totals by corpus name, in the order of the numbers in PREFIX.documents."""
     inputs: list[str] = field(default_factory=list)
-    """Files that were read; the order is that of the numbers in PREFIX.documents."""
+    """Files that were read, in the order of the numbers in PREFIX.documents."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Number of dropped documents by reason; PREFIX.dropped.jsonl lists them."""
     job: str = ""
-    """Digest of inputs, tokenizer and options: the same command need not run again."""
+    """Digest of inputs, tokenizer and options; tells whether a command has done its work."""
     answers: int = 0
-    """Records of PREFIX.answers; 0 where there is no such file."""
+    """Number of records in PREFIX.answers; 0 if there is no such file."""
     longest_conversation: int = 0
-    """In tokens; 0 where there is none."""
+    """In tokens; 0 if there is no conversation."""
     image_fit: str = "crop"
-    """How images became square, see ``conversations.IMAGE_FITS``."""
+    """How images became square: see ``IMAGE_FITS`` in data/documents/conversations.py."""
     format: str = FORMAT
 
     def total(self, name: str) -> int:
-        """The sum of a field of ``CorpusTotals`` over all sources."""
+        """The sum of a field of ``CorpusTotals`` over all corpora."""
         return sum(getattr(totals, name) for totals in self.sources.values())
 
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """Consecutive documents as token ids, with what the side files say of them."""
+    """Consecutive documents as token ids, with what the side files record about them."""
 
     token_ids: np.ndarray
     """All documents one after the other, [tokens] in the dtype of the file."""
@@ -132,7 +141,7 @@ class TokenBlock:
     images: np.ndarray
     """``IMAGE_RECORD`` [images], in the order of the documents."""
     image_counts: np.ndarray
-    """Images of each document, int64 [documents]."""
+    """Number of images of each document, int64 [documents]."""
     records: np.ndarray
     """Line, row or sample of each document, int64 [documents]."""
     corpus_names: list[str]
@@ -140,26 +149,26 @@ class TokenBlock:
     corpus_numbers: np.ndarray
     """Position in ``corpus_names`` of each document, int64 [documents]."""
     input: int = 0
-    """Number of the input that they come from."""
+    """Number of the input that the documents come from."""
     answers: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=TOKEN_SPAN))
     """``TOKEN_SPAN`` [answers], in the order of the documents."""
     answer_counts: np.ndarray | None = None
-    """Answers of each document, int64 [documents]; None for none."""
+    """Number of answers of each document, int64 [documents]; None if there are no answers."""
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """uint16 for up to 65,536 ids, the paper's number; megatron-core's rule stops short of it."""
+    """uint16 for up to 65,536 ids, the paper's number, for which megatron-core would take int32."""
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
 def file_of(prefix: str | Path, suffix: str) -> Path:
-    """PREFIX with a suffix; a prefix may have dots of its own."""
+    """The path PREFIX + suffix, where the prefix may contain dots itself."""
     path = Path(prefix)
     return path.with_name(path.name + suffix)
 
 
 def partial_folder(prefix: str | Path) -> Path:
-    """Where an unfinished token file grows."""
+    """The folder in which an unfinished token file grows."""
     return file_of(prefix, ".partial")
 
 
@@ -167,26 +176,29 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
     """Read the sidecar of a token file.
 
     Raises:
-        DataError: When one of the files is missing, or the sidecar is none.
+        DataError: A file is missing, or the .json is not a sidecar of ours.
     """
     missing = [
         suffix for suffix in (".bin", ".idx", ".json") if not file_of(prefix, suffix).is_file()
     ]
     if ".json" in missing and partial_folder(prefix).is_dir():
         remedy = "Finish it with the same `chameleon preprocess` command"
-        raise DataError(str(prefix), f"unfinished, {partial_folder(prefix)} is there", remedy)
+        what = f"the token file is unfinished: {partial_folder(prefix)} still exists"
+        raise DataError(str(prefix), what, remedy)
     if missing == [".json"]:
         raise DataError(
-            str(prefix), "the token file is incomplete, its .json (written last) is missing", REMEDY
+            str(prefix),
+            "the token file is incomplete: its .json, which is written last, is missing",
+            REMEDY,
         )
     if missing:
-        raise DataError(str(prefix), f"no token file here, {' and '.join(missing)} missing", REMEDY)
+        raise DataError(str(prefix), f"no token file here: {_listed(missing)} missing", REMEDY)
     try:
         record: Any = json.loads(file_of(prefix, ".json").read_text(encoding="utf-8"))
         known = {entry.name for entry in fields(TokenFileInfo)}
         if record["format"] not in (FORMAT, ANSWERS_FORMAT):
             known_formats = f"{FORMAT!r} and {ANSWERS_FORMAT!r}"
-            what = f"the format is {record['format']!r}, this version reads {known_formats}"
+            what = f"the format is {record['format']!r}, but this version reads {known_formats}"
             raise DataError(f"{prefix}.json", what, REMEDY)
         values = {key: value for key, value in record.items() if key in known}
         values["sources"] = {
@@ -201,17 +213,22 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
         ) from error
     missing = [suffix for suffix in files_of(info) if not file_of(prefix, suffix).is_file()]
     if missing:
-        raise DataError(str(prefix), f"{' and '.join(missing)} missing", REMEDY)
+        raise DataError(str(prefix), f"{_listed(missing)} missing", REMEDY)
     return info
 
 
 def files_of(info: TokenFileInfo) -> tuple[str, ...]:
-    """Suffixes of the files that belong to a token file, beside the sidecar."""
+    """Suffixes of the files that belong to a token file, besides the sidecar."""
     return (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX) if info.answers else REQUIRED_SUFFIXES
 
 
+def _listed(suffixes: Sequence[str]) -> str:
+    """Such as ".bin and .idx are"."""
+    return f"{' and '.join(suffixes)} {'is' if len(suffixes) == 1 else 'are'}"
+
+
 def _check_info(info: TokenFileInfo) -> None:
-    """What the reader relies on; the numbers are checked against the files by ``indexed.py``."""
+    """Check what the reader relies on; ``reader.py`` compares the numbers with the files."""
     numbers = ("vocab_size", "documents", "tokens", "image_tokens", "images", "bin_bytes")
     for name in (*numbers, "answers", "longest_conversation"):
         value = getattr(info, name)
@@ -225,8 +242,8 @@ def _check_info(info: TokenFileInfo) -> None:
     if info.dtype not in ("uint16", "int32"):
         raise ValueError(f"dtype is {info.dtype!r}")
     if not isinstance(info.inputs, list) or not all(isinstance(name, str) for name in info.inputs):
-        raise ValueError("inputs is no list of names")
+        raise ValueError("inputs is not a list of names")
     if not all(isinstance(count, int) for count in info.dropped.values()):
-        raise ValueError("dropped is no table of numbers")
+        raise ValueError("dropped is not a table of numbers")
     if info.bin_bytes != info.tokens * np.dtype(info.dtype).itemsize:
         raise ValueError(f"{info.bin_bytes} bytes for {info.tokens} tokens of {info.dtype}")

@@ -1,18 +1,18 @@
-"""Reading token files: PREFIX.bin and PREFIX.idx as Megatron's, with the side files beside them.
+"""Reads token files: PREFIX.bin and PREFIX.idx as Megatron's, with the side files beside them.
 
-    file = open_token_file(PREFIX, tokenizer)   # checks that it is whole and the tokenizer's
+    file = open_token_file(PREFIX, tokenizer)   # checks that it is whole and fits the tokenizer
     file.read(document, start, length)          # token ids
     file.lengths                                # tokens of each document, memory-mapped
     file.image_spans(document)                  # where its images are: IMAGE_RECORD [images]
     file.answer_spans(document)                 # where its answers are, if it is a conversation
-    file.origin(document)                       # its source, and the file and line it came from
+    file.origin(document)                       # its corpus, and the file and line it came from
 
-``token_format.py`` has the layouts. Opening takes the same time and memory for ten documents and
-for 10^9: nothing is scanned, the checks are of sizes and of the two ends. A damaged number in the
-middle shows when its document is read, or at once with ``TokenFile.verify``.
+``format.py`` describes the layouts. Opening takes the same time and memory for ten documents and
+for 10^9: nothing is scanned, and the checks look at the sizes and at both ends. A damaged number in
+the middle is found when its document is read, or by ``TokenFile.verify``, which looks at them all.
 
-megatron-core reads the two files; the checks in front of it are ours, because it asserts on broken
-files, or reads beyond their end.
+megatron-core reads the .bin and .idx. The checks in front of it are ours, because it asserts on
+broken files, or reads beyond their end.
 """
 
 import bisect
@@ -26,20 +26,18 @@ from megatron_chameleon.data.token_files.format import (
     ANSWER_RECORD,
     ANSWERS_SUFFIX,
     DOCUMENT_RECORD,
-    IDX_DTYPES,
-    IDX_HEADER,
-    IDX_MAGIC,
     IMAGE_RECORD,
     TokenBlock,
     TokenFileInfo,
     read_info,
     token_dtype,
 )
+from megatron_chameleon.data.token_files.index_file import CHUNK_DOCUMENTS, check_index
 from megatron_chameleon.data.token_files.writer import TokenFileWriter
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
-# megatron-core warns at import, several times, that Transformer Engine is not there
+# megatron-core warns at import, several times, that Transformer Engine is missing
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -57,7 +55,6 @@ __all__ = [
     "token_dtype",
 ]
 
-_CHUNK_DOCUMENTS = 1 << 20
 _REMEDY = "Copy the file again or run chameleon preprocess again"
 
 
@@ -66,15 +63,15 @@ class Origin:
     """Where a document came from."""
 
     corpus_name: str
-    """Name of its corpus."""
+    """Name of the corpus."""
     input: str
-    """The file; empty where it is not known."""
+    """The file; empty if it is not known."""
     record: int
     """Line, row or sample in it, from 1."""
 
 
 class TokenFile:
-    """A whole token file, memory-mapped. Made by ``open_token_file``."""
+    """A complete token file, memory-mapped. ``open_token_file`` makes it."""
 
     def __init__(self, prefix: str, info: TokenFileInfo) -> None:
         self.prefix = prefix
@@ -88,7 +85,7 @@ class TokenFile:
         """``DOCUMENT_RECORD`` [documents], memory-mapped."""
         self.images: np.ndarray = np.empty(0, dtype=IMAGE_RECORD)
         """``IMAGE_RECORD`` [images], memory-mapped."""
-        if info.images:  # an empty file cannot be mapped
+        if info.images:  # an empty file cannot be memory-mapped
             self.images = np.memmap(f"{prefix}.images", dtype=IMAGE_RECORD, mode="r")
         self.answers: np.ndarray = np.empty(0, dtype=ANSWER_RECORD)
         """``ANSWER_RECORD`` [answers], memory-mapped."""
@@ -109,33 +106,39 @@ class TokenFile:
         return self._dataset.index.sequence_pointers
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
-        """Token ids of one document or of a part of it, [length] in the dtype of the file,
-        read-only.
+        """Read one document or a part of it.
 
         Args:
             document: Its position in the file.
             start: First token.
             length: Number of tokens; None reads to the end.
 
+        Returns:
+            Its token ids, [length] in the dtype of the file, read-only.
+
         Raises:
-            DataError: When the index names bytes that are not there.
+            DataError: The index names bytes that the .bin does not have.
         """
         assert 0 <= document < len(self), f"document {document} of {len(self)}"
         tokens, offset = int(self.lengths[document]), int(self.offsets[document])
         if tokens < 0 or offset < 0 or offset + tokens * self._itemsize > self.info.bin_bytes:
-            what = f"{tokens} tokens from byte {offset} on, the .bin has {self.info.bin_bytes}"
-            raise DataError(f"{self.prefix}.idx", f"document {document} has {what}", _REMEDY)
+            what = f"document {document} has {tokens} tokens from byte {offset} on, but the .bin "
+            what += f"ends at byte {self.info.bin_bytes}"
+            raise DataError(f"{self.prefix}.idx", what, _REMEDY)
         available = tokens - start
         length = available if length is None else length
-        # megatron-core would go on into the next document
+        # megatron-core would read on into the next document
         assert start >= 0 and 0 <= length <= available, f"tokens {start}+{length} of {tokens}"
         return self._dataset.get(document, start, length)
 
     def image_spans(self, document: int) -> np.ndarray:
-        """Where the images of a document are: ``IMAGE_RECORD`` [images], a view.
+        """Find the images of a document.
+
+        Returns:
+            ``IMAGE_RECORD`` [images], a view of ``images``.
 
         Raises:
-            DataError: When PREFIX.documents names images that are not there.
+            DataError: PREFIX.documents names images that do not exist.
         """
         assert 0 <= document < len(self), f"document {document} of {len(self)}"
         first = int(self.documents["first_image"][document])
@@ -143,24 +146,30 @@ class TokenFile:
         if document + 1 < len(self):
             last = int(self.documents["first_image"][document + 1])
         if not first <= last <= self.info.images:
-            what = f"document {document} has images {first} to {last} of {self.info.images}"
+            what = f"document {document} has the images {first} to {last} of {self.info.images}"
             raise DataError(f"{self.prefix}.documents", what, _REMEDY)
         return self.images[first:last]
 
     def image_counts(self, first: int, stop: int) -> np.ndarray:
-        """How many images each of these documents has, int64 [stop - first]; negative where
-        PREFIX.documents is damaged."""
+        """Count the images of the documents ``first`` to ``stop`` - 1.
+
+        Returns:
+            int64 [stop - first]; negative where PREFIX.documents is damaged.
+        """
         borders = self.documents["first_image"][first : stop + 1].astype(np.int64)
         if stop == len(self):
             borders = np.append(borders, self.info.images)
         return np.diff(borders)
 
     def answer_spans(self, document: int) -> np.ndarray:
-        """Where the answers of a conversation are: int64 [answers, 2], position in the document and
-        number of tokens; of any other document there are none.
+        """Find the answers of a conversation.
+
+        Returns:
+            int64 [answers, 2], each with its position in the document and its number of tokens.
+            A document that is not a conversation has none.
 
         Raises:
-            DataError: When PREFIX.answers names tokens that are not there.
+            DataError: PREFIX.answers names tokens beyond the end of the document.
         """
         assert 0 <= document < len(self), f"document {document} of {len(self)}"
         begin = int(self.offsets[document]) // self._itemsize
@@ -169,12 +178,12 @@ class TokenFile:
         starts, lengths = (found[name].astype(np.int64) for name in ("start", "length"))
         starts -= begin
         if ((starts < 0) | (lengths < 1) | (lengths > tokens - starts)).any():
-            what = f"document {document} has {tokens} tokens, and ends before its answer"
+            what = f"document {document} has {tokens} tokens and ends before its answer does"
             raise DataError(f"{self.prefix}{ANSWERS_SUFFIX}", what, _REMEDY)
         return np.stack([starts, lengths], axis=1)
 
     def are_conversations(self, first: int, stop: int) -> np.ndarray:
-        """Which of these documents have answers: bool [stop - first]."""
+        """Which of the documents ``first`` to ``stop`` - 1 have answers: bool [stop - first]."""
         flags = np.zeros(stop - first, dtype=bool)
         if self.info.answers and first < stop:
             begins = self.offsets[first:stop] // self._itemsize
@@ -190,30 +199,30 @@ class TokenFile:
         return self.answers[first : bisect.bisect_left(starts, end, lo=first)]
 
     def origin(self, document: int) -> Origin:
-        """The source of a document, and the file and line that it came from.
+        """The corpus of a document, and the file and line that it came from.
 
         Raises:
-            DataError: When PREFIX.documents names a source or an input that is not there.
+            DataError: PREFIX.documents names a corpus or an input that the sidecar does not list.
         """
         assert 0 <= document < len(self), f"document {document} of {len(self)}"
         record = self.documents[document]
-        source, number = int(record["corpus"]), int(record["input"])
-        if source >= len(self._corpus_names) or number >= max(len(self.info.inputs), 1):
-            what = f"document {document} names source {source} and input {number}"
-            what += f", the .json has {len(self._corpus_names)} and {len(self.info.inputs)}"
+        corpus, number = int(record["corpus"]), int(record["input"])
+        if corpus >= len(self._corpus_names) or number >= max(len(self.info.inputs), 1):
+            what = f"document {document} names source {corpus} and input {number}, but the .json "
+            what += f"lists {len(self._corpus_names)} and {len(self.info.inputs)}"
             raise DataError(f"{self.prefix}.documents", what, _REMEDY)
         name = self.info.inputs[number] if self.info.inputs else ""
-        return Origin(self._corpus_names[source], name, int(record["record"]))
+        return Origin(self._corpus_names[corpus], name, int(record["record"]))
 
     def verify(self) -> None:
-        """Look at every number of the .idx and the side files, in constant memory.
+        """Check every number of the .idx and the side files, in constant memory.
 
         Raises:
-            DataError: The first document that does not fit.
+            DataError: A number does not fit; the error names the first such document.
         """
         offset = 0
-        for start in range(0, len(self), _CHUNK_DOCUMENTS):
-            chunk = slice(start, start + _CHUNK_DOCUMENTS)
+        for start in range(0, len(self), CHUNK_DOCUMENTS):
+            chunk = slice(start, start + CHUNK_DOCUMENTS)
             lengths = self.lengths[chunk].astype(np.int64)
             ends = offset + np.cumsum(lengths) * self._itemsize
             expected = ends - lengths * self._itemsize
@@ -223,10 +232,10 @@ class TokenFile:
             self._verify_images(start, lengths)
             self._verify_answers(start, lengths, int(expected[0]) // self._itemsize)
         if self.info.answers and self.answers["start"][-1] >= self.info.tokens:
-            what = f"its last answer begins behind the {self.info.tokens} tokens of all documents"
+            what = f"its last answer begins after the {self.info.tokens} tokens of all documents"
             raise DataError(f"{self.prefix}{ANSWERS_SUFFIX}", what, _REMEDY)
         if offset != self.info.bin_bytes:
-            what = f"names {offset} bytes of tokens, the .bin has {self.info.bin_bytes}"
+            what = f"names {offset} bytes of tokens, but the .bin has {self.info.bin_bytes}"
             raise DataError(f"{self.prefix}.idx", what, _REMEDY)
 
     def _verify_images(self, start: int, lengths: np.ndarray) -> None:
@@ -247,7 +256,7 @@ class TokenFile:
         room = np.repeat(lengths, counts)
         wrong = images["start"].astype(np.int64) + images["length"] > room
         document = np.repeat(np.arange(count), counts)
-        _refuse(f"{self.prefix}.images", wrong, start, "ends before its image", document)
+        _refuse(f"{self.prefix}.images", wrong, start, "ends before its image does", document)
 
     def _verify_answers(self, start: int, lengths: np.ndarray, begin: int) -> None:
         ends = begin + np.cumsum(lengths)
@@ -264,6 +273,8 @@ class TokenFile:
 def _refuse(
     path: str, wrong: np.ndarray, start: int, what: str, document: np.ndarray | None = None
 ) -> None:
+    """Report the first wrong entry, whose document is ``start`` plus its own or ``document``'s
+    number."""
     if wrong.any():
         first = int(np.argmax(wrong))
         first = start + (first if document is None else int(document[first]))
@@ -271,86 +282,47 @@ def _refuse(
 
 
 def open_token_file(prefix: str | Path, tokenizer: Tokenizer | None) -> TokenFile:
-    """Open a token file after checking that it is whole and belongs to the tokenizer.
+    """Open a token file after checking that it is complete and belongs to the tokenizer.
 
     Args:
         prefix: Path of the files without .bin and .idx.
-        tokenizer: The tokenizer that must have written them; None skips that check.
+        tokenizer: The tokenizer that must have written the file; None skips that check.
 
     Raises:
-        DataError: When a file is missing, broken, truncated or empty, or the tokenizer is another
-            one.
+        DataError: A file is missing, broken, truncated or empty, or another tokenizer wrote it.
     """
     info = read_info(prefix)
     _check_tokenizer(str(prefix), info, tokenizer)
-    _check_index(f"{prefix}.idx", info)
-    expected = {
-        ".bin": info.tokens * np.dtype(info.dtype).itemsize,
-        ".documents": info.documents * DOCUMENT_RECORD.itemsize,
-        ".images": info.images * IMAGE_RECORD.itemsize,
-    }
-    if info.answers:
-        expected[ANSWERS_SUFFIX] = info.answers * ANSWER_RECORD.itemsize
-    for suffix, size in expected.items():
-        found = Path(f"{prefix}{suffix}").stat().st_size
-        if found != size:
-            content = {".bin": f"{info.tokens} tokens", ".images": f"{info.images} images"}
-            content[ANSWERS_SUFFIX] = f"{info.answers} answers"
-            named = content.get(suffix, f"{info.documents} documents")
-            what = f"{found} bytes, its .json names {named}, {size} bytes"
-            raise DataError(f"{prefix}{suffix}", what, _REMEDY)
+    check_index(f"{prefix}.idx", info)
+    _check_sizes(str(prefix), info)
     return TokenFile(str(prefix), info)
 
 
 def _check_tokenizer(prefix: str, info: TokenFileInfo, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
         return
-    remedy = "Name the tokenizer it was written with, or run chameleon preprocess again"
+    remedy = "Name the tokenizer that it was written with, or run chameleon preprocess again"
     if info.vocab_size != tokenizer.vocabulary.size:
-        ours = f"{tokenizer.folder} has {tokenizer.vocabulary.size}"
-        raise DataError(
-            prefix, f"written for a vocabulary of {info.vocab_size} ids, {ours}", remedy
-        )
+        what = f"written for a vocabulary of {info.vocab_size} ids, but {tokenizer.folder} has "
+        raise DataError(prefix, f"{what}{tokenizer.vocabulary.size}", remedy)
     if info.tokenizer_fingerprint != tokenizer.fingerprint:
-        theirs = f"written with a tokenizer of fingerprint {info.tokenizer_fingerprint[:12]}"
-        ours = f"{tokenizer.folder} has {tokenizer.fingerprint[:12]}"
-        raise DataError(prefix, f"{theirs}, {ours}", remedy)
+        what = f"written with a tokenizer of fingerprint {info.tokenizer_fingerprint[:12]}, but "
+        what += f"that of {tokenizer.folder} is {tokenizer.fingerprint[:12]}"
+        raise DataError(prefix, what, remedy)
 
 
-def _check_index(path: str, info: TokenFileInfo) -> None:
-    """Check the header, the size and both ends of an .idx against the sidecar."""
-    size = Path(path).stat().st_size
-    with Path(path).open("rb") as file:
-        head = file.read(IDX_HEADER.size)
-        if len(head) < IDX_HEADER.size:
-            raise DataError(
-                path, f"{size} bytes, shorter than the header of {IDX_HEADER.size}", _REMEDY
-            )
-        magic, version, code, sequences, boundaries = IDX_HEADER.unpack(head)
-        if magic != IDX_MAGIC or version != 1:
-            what = f"starts with {head[:17]!r}, not with the header of a Megatron .idx, version 1"
-            raise DataError(path, what, _REMEDY)
-        if IDX_DTYPES.get(code) != info.dtype:
-            found = IDX_DTYPES.get(code, f"unknown code {code}")
-            raise DataError(path, f"holds {found} tokens, its .json says {info.dtype}", _REMEDY)
-        expected = IDX_HEADER.size + 12 * sequences + 8 * boundaries
-        if size != expected:
-            what = f"{size} bytes, its header names {sequences} documents, {expected} bytes"
-            raise DataError(path, what, _REMEDY)
-        if sequences != info.documents or boundaries != sequences + 1:
-            what = f"holds {sequences} documents, its .json says {info.documents}"
-            raise DataError(path, what, _REMEDY)
-        if sequences == 0:
-            raise DataError(
-                path, "holds 0 documents", "Run chameleon preprocess on inputs that have some"
-            )
-        file.seek(IDX_HEADER.size + 4 * (sequences - 1))
-        length = int.from_bytes(file.read(4), "little", signed=True)
-        file.seek(IDX_HEADER.size + 12 * sequences - 8)
-        offset, first = np.frombuffer(file.read(16), dtype="<i8")
-        file.seek(size - 8)
-        last = int.from_bytes(file.read(8), "little", signed=True)
-    end = int(offset) + length * np.dtype(info.dtype).itemsize
-    if end != info.bin_bytes or first != 0 or last != sequences:
-        what = f"its last document ends at byte {end}, its .json says {info.bin_bytes}"
-        raise DataError(path, what, _REMEDY)
+def _check_sizes(prefix: str, info: TokenFileInfo) -> None:
+    """Compare the size of each file with the numbers in the sidecar."""
+    contents = [
+        (".bin", info.tokens, np.dtype(info.dtype).itemsize, "tokens"),
+        (".documents", info.documents, DOCUMENT_RECORD.itemsize, "documents"),
+        (".images", info.images, IMAGE_RECORD.itemsize, "images"),
+    ]
+    if info.answers:
+        contents.append((ANSWERS_SUFFIX, info.answers, ANSWER_RECORD.itemsize, "answers"))
+    for suffix, count, itemsize, noun in contents:
+        found = Path(f"{prefix}{suffix}").stat().st_size
+        if found != count * itemsize:
+            what = f"has {found} bytes; its .json names {count} {noun}, which take "
+            what += f"{count * itemsize}"
+            raise DataError(f"{prefix}{suffix}", what, _REMEDY)

@@ -1,24 +1,22 @@
-"""Writes a token file, in one go or over several runs that may be killed anywhere.
+"""Writes a token file, in one go or over several runs that may be killed at any moment.
 
-Everything grows in the folder PREFIX.partial, until ``commit`` puts it in place; an older token
-file under PREFIX stays until then. ``save`` makes what was added so far survive: it writes
-state.json, with whatever the caller needs to go on. A writer that is opened with the same ``job``
-cuts the files back to the state and goes on from there. A writer that never saved leaves nothing.
+The files grow in the folder PREFIX.partial until ``commit`` puts them in place; an older token file
+of the same prefix stays untouched until then. ``save`` makes what has been added so far survive a
+kill: it writes state.json, together with whatever the caller needs to continue. A writer that is
+opened with the same ``job`` cuts the files back to that state and continues from there. A writer
+that never saved leaves nothing behind.
 
-The .idx is written here and not by megatron-core's builder, because that one holds the lengths of
-all documents as Python numbers; the bytes are the same.
+``partial_files.py`` looks after the growing files, ``writer_state.py`` counts what they hold, and
+``index_file.py`` completes the .idx.
 """
 
-import errno
-import fcntl
 import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +26,7 @@ from megatron_chameleon.data.token_files.format import (
     ANSWERS_SUFFIX,
     DOCUMENT_RECORD,
     FORMAT,
-    IDX_DTYPES,
     IDX_HEADER,
-    IDX_MAGIC,
     IMAGE_RECORD,
     MOST_CORPORA,
     REQUIRED_SUFFIXES,
@@ -39,78 +35,40 @@ from megatron_chameleon.data.token_files.format import (
     TokenBlock,
     TokenFileInfo,
     file_of,
-    partial_folder,
     token_dtype,
+)
+from megatron_chameleon.data.token_files.index_file import CHUNK_DOCUMENTS, finish_index
+from megatron_chameleon.data.token_files.partial_files import PartialFiles
+from megatron_chameleon.data.token_files.writer_state import (
+    STATE_FILE,
+    WriterState,
+    read_writer_state,
 )
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.common.files import write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 DROPPED_SUFFIX = ".dropped.jsonl"
-STATE = "state.json"
 MERGE_JOB_SUFFIX = " merge"
-"""At the end of a job that puts finished shards together."""
-_BUFFER_BYTES = 1 << 20
-_CHUNK_DOCUMENTS = 1 << 20
-
-
-@dataclass
-class WriterState:
-    """state.json: what the files of PREFIX.partial hold, and where the caller goes on."""
-
-    job: str = ""
-    documents: int = 0
-    tokens: int = 0
-    image_tokens: int = 0
-    images: int = 0
-    answers: int = 0
-    longest_conversation: int = 0
-    dropped_bytes: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    sources: dict[str, CorpusTotals] = field(default_factory=dict)
-    finishing: bool = False
-    """All is written, only the files may not be in their places yet."""
-    position: dict[str, Any] = field(default_factory=dict)
-    """The caller's: where in the input to go on."""
-
-
-def read_writer_state(prefix: str | Path) -> WriterState | None:
-    """The state of an unfinished token file; None where there is none.
-
-    Raises:
-        DataError: When there is one that cannot be read.
-    """
-    path = partial_folder(prefix) / STATE
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["sources"] = {
-            name: CorpusTotals(**totals) for name, totals in record["sources"].items()
-        }
-        return WriterState(**record)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        cause = " ".join(str(error).split())
-        raise DataError(
-            str(path), f"cannot be read ({cause})", "Begin anew with --restart"
-        ) from error
+"""At the end of the ``job`` of a writer that puts finished shards together."""
 
 
 class TokenFileWriter:
-    """Writes one token file; a context. Leaving it without ``commit`` keeps what was saved.
+    """Writes one token file; use it as a context. Leaving it without ``commit`` keeps what was
+    saved.
 
     Args:
         prefix: Path of the files without .bin and .idx.
         tokenizer: The tokenizer of the token ids that will be added.
-        job: What makes the content, as a digest: an unfinished token file of the same job is gone
-            on with. Empty: begin anew.
+        job: A digest of everything that determines the content. The writer continues an unfinished
+            token file of the same job. An empty one always starts from the beginning.
         inputs: Names of the files that the documents come from.
-        restart: Begin anew, whatever is there.
+        restart: Start from the beginning, whatever an earlier run has left.
         image_fit: How the images became square; for the sidecar.
 
     Raises:
         DataError: From any method, when the disk does not take the files; from ``__enter__``, when
-            another process is writing here or what is there cannot be gone on with.
+            another process is writing here or an unfinished token file cannot be continued.
     """
 
     def __init__(
@@ -128,12 +86,15 @@ class TokenFileWriter:
         self.tokenizer = tokenizer
         self.inputs = inputs or []
         self.state = WriterState(job)
-        self.folder = partial_folder(prefix)
+        self._partial = PartialFiles(prefix)
         self._dtype = np.dtype(token_dtype(tokenizer.vocabulary.size))
-        self._files: dict[str, IO[bytes]] = {}
         self._corpus_numbers: dict[str, int] = {}
-        self._lock: int | None = None
         self._keep = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the files grow: PREFIX.partial."""
+        return self._partial.folder
 
     @property
     def documents(self) -> int:
@@ -152,81 +113,54 @@ class TokenFileWriter:
         return self.state.dropped
 
     def path(self, suffix: str) -> Path:
-        """A finished file."""
+        """The path of a finished file."""
         return file_of(self.prefix, suffix)
-
-    def _partial(self, suffix: str) -> Path:
-        return self.folder / f"tokens{suffix}"
 
     # Opening and leaving
 
     def __enter__(self) -> "TokenFileWriter":
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            self._resume()
-            self._corpus_numbers = {name: i for i, name in enumerate(self.state.sources)}
-            if not self.state.finishing:
-                self._open_files()
-        except BaseException as error:
-            self._release_lock()
-            if isinstance(error, OSError):
-                raise self._cannot_write(error) from error
+            with self._disk_errors():
+                self._partial.lock()
+                self._resume()
+                self._corpus_numbers = {name: i for i, name in enumerate(self.state.sources)}
+                if not self.state.finishing:
+                    self._open_files()
+        except BaseException:
+            self._partial.unlock()
             raise
         return self
 
     def _resume(self) -> None:
+        """Take over the state of an unfinished token file of the same job."""
         if self.restart or not self.state.job:
             return
         saved = read_writer_state(self.prefix)
         if saved is None:
             return
         if saved.job != self.state.job:
-            what = f"{saved.documents} documents of other inputs, options or tokenizer lie here"
-            remedy = "Finish them with their own command, or begin anew with --restart"
+            what = f"its {saved.documents} documents come from other inputs, other options or "
+            what += "another tokenizer"
+            remedy = "Finish them with their own command, or start again with --restart"
             raise DataError(str(self.folder), what, remedy)
         self.state, self._keep = saved, True
 
-    def _take_lock(self) -> None:
-        self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            what = "another process is writing this token file"
-            raise DataError(
-                str(self.prefix), what, "Wait for it, or choose another --output"
-            ) from error
-
-    def _release_lock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
     def _open_files(self) -> None:
-        """Cut each file back to what the state says, and go on at its end."""
-        for suffix, size in self._sizes().items():
-            path = self._partial(suffix)
-            path.touch()
-            if path.stat().st_size < size:
-                what = f"{path.stat().st_size} bytes, its state.json names {size}"
-                raise DataError(str(path), what, "Begin anew with --restart")
-            os.truncate(path, size)
-            self._files[suffix] = path.open("r+b", buffering=_BUFFER_BYTES)
-            self._files[suffix].seek(size)
-        if self._files[".idx"].tell() == 0:
-            self._files[".idx"].write(bytes(IDX_HEADER.size))  # filled in at the end
-
-    def _sizes(self) -> dict[str, int]:
         state = self.state
-        header = IDX_HEADER.size if self._keep else 0
-        return {
-            ".bin": state.tokens * self._dtype.itemsize,
-            ".idx": header + 4 * state.documents,
-            ".documents": DOCUMENT_RECORD.itemsize * state.documents,
-            ".images": IMAGE_RECORD.itemsize * state.images,
-            ANSWERS_SUFFIX: ANSWER_RECORD.itemsize * state.answers,
-            DROPPED_SUFFIX: state.dropped_bytes,
-        }
+        header_bytes = IDX_HEADER.size if self._keep else 0
+        self._partial.open(
+            {
+                ".bin": state.tokens * self._dtype.itemsize,
+                ".idx": header_bytes + 4 * state.documents,
+                ".documents": DOCUMENT_RECORD.itemsize * state.documents,
+                ".images": IMAGE_RECORD.itemsize * state.images,
+                ANSWERS_SUFFIX: ANSWER_RECORD.itemsize * state.answers,
+                DROPPED_SUFFIX: state.dropped_bytes,
+            }
+        )
+        if self._partial.file(".idx").tell() == 0:
+            # ``commit`` fills in the header.
+            self._partial.file(".idx").write(bytes(IDX_HEADER.size))
 
     def __exit__(
         self,
@@ -234,14 +168,10 @@ class TokenFileWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for file in self._files.values():
-            try:
-                file.close()
-            except OSError:  # a full disk fails once more here; the first error counts
-                file.raw.close()  # type: ignore[attr-defined]
+        self._partial.close_anyhow()
         if not self._keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._release_lock()
+            self._partial.remove()
+        self._partial.unlock()
 
     # Adding
 
@@ -257,7 +187,7 @@ class TokenFileWriter:
 
         Args:
             token_ids: int [tokens] in [0, vocab_size), from ``<s>`` to ``</s>``.
-            images: How many images are in it.
+            images: Number of images in the document.
             corpus_name: Name of the corpus that it comes from.
             record: Its line, row or sample in the input.
             answers: First token and number of tokens of each answer, if it is a conversation.
@@ -296,159 +226,74 @@ class TokenFileWriter:
         documents["first_image"] = self.state.images + ends - block.image_counts
         documents["record"], documents["input"] = block.records, block.input
         documents["corpus"] = numbers[block.corpus_numbers]
-        try:
-            self._files[".bin"].write(block.token_ids.data)
-            self._files[".idx"].write(block.lengths.astype("<i4").tobytes())
-            self._files[".documents"].write(documents.tobytes())
-            self._files[".images"].write(block.images.tobytes())
-            self._files[ANSWERS_SUFFIX].write(self._located(block).tobytes())
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        self._count(block)
+        with self._disk_errors():
+            self._partial.file(".bin").write(block.token_ids.data)
+            self._partial.file(".idx").write(block.lengths.astype("<i4").tobytes())
+            self._partial.file(".documents").write(documents.tobytes())
+            self._partial.file(".images").write(block.images.tobytes())
+            self._partial.file(ANSWERS_SUFFIX).write(self._answer_records(block).tobytes())
+        self.state.add_block(block)
 
-    def _located(self, block: TokenBlock) -> np.ndarray:
-        """The answers of a block with their places in the file: ``ANSWER_RECORD`` [answers]."""
-        located = np.empty(len(block.answers), dtype=ANSWER_RECORD)
+    def _answer_records(self, block: TokenBlock) -> np.ndarray:
+        """The answers of a block, counted from the start of the file: ``ANSWER_RECORD``
+        [answers]."""
+        records = np.empty(len(block.answers), dtype=ANSWER_RECORD)
         begins = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
         counts = 0 if block.answer_counts is None else block.answer_counts
-        located["start"] = self.state.tokens + np.repeat(begins, counts) + block.answers["start"]
-        located["length"] = block.answers["length"]
-        return located
+        records["start"] = self.state.tokens + np.repeat(begins, counts) + block.answers["start"]
+        records["length"] = block.answers["length"]
+        return records
 
     def _number_of(self, corpus_name: str) -> int:
+        """The number of a corpus in this file; a new one is added to the totals."""
         if corpus_name not in self._corpus_numbers:
             if len(self._corpus_numbers) == MOST_CORPORA:
                 what = f"more than {MOST_CORPORA} different sources, such as {corpus_name[:60]!r}"
-                remedy = "A source is the name of a corpus: give all documents one with --source"
+                remedy = "A source is the name of a corpus. Give all documents one with --source"
                 raise DataError(str(self.prefix), what, remedy)
             self._corpus_numbers[corpus_name] = len(self._corpus_numbers)
             self.state.sources[corpus_name] = CorpusTotals()
         return self._corpus_numbers[corpus_name]
 
-    def _count(self, block: TokenBlock) -> None:
-        source_of_image = np.repeat(block.corpus_numbers, block.image_counts)
-        counts = np.zeros_like(block.lengths, dtype=np.int64)
-        counts += 0 if block.answer_counts is None else block.answer_counts
-        source_of_answer = np.repeat(block.corpus_numbers, counts)
-        is_chat = counts > 0
-        of_chat = np.repeat(is_chat, block.image_counts)
-        is_answer = self._images_of_answers(block, counts)
-        size = len(block.corpus_names)
-
-        def totals(numbers: np.ndarray, values: np.ndarray | None = None) -> list[int]:
-            return [int(n) for n in np.bincount(numbers, values, minlength=size)]
-
-        columns = (
-            totals(block.corpus_numbers),
-            totals(block.corpus_numbers, block.lengths),
-            totals(source_of_image),
-            totals(source_of_image, block.images["length"]),
-            totals(block.corpus_numbers[is_chat]),
-            totals(block.corpus_numbers[is_chat], block.lengths[is_chat]),
-            totals(source_of_image[of_chat], block.images["length"][of_chat]),
-            totals(source_of_answer),
-            totals(source_of_answer, block.answers["length"]),
-            totals(source_of_image[is_answer]),
-            totals(source_of_image[is_answer], block.images["length"][is_answer]),
-        )
-        for name, *values in zip(block.corpus_names, *columns, strict=True):
-            source = self.state.sources[name]
-            for column, value in zip(fields(CorpusTotals), values, strict=True):
-                setattr(source, column.name, getattr(source, column.name) + value)
-        longest = int(block.lengths[is_chat].max(initial=0))
-        self.state.longest_conversation = max(self.state.longest_conversation, longest)
-        self.state.answers += len(block.answers)
-        self.state.documents += len(block.lengths)
-        self.state.tokens += len(block.token_ids)
-        self.state.images += len(block.images)
-        self.state.image_tokens += int(block.images["length"].sum())
-
-    def _images_of_answers(self, block: TokenBlock, answer_counts: np.ndarray) -> np.ndarray:
-        """Which images are in an answer: bool [images]."""
-        begins = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
-        answers = np.repeat(begins, answer_counts) + block.answers["start"]
-        images = np.repeat(begins, block.image_counts) + block.images["start"]
-        before = np.searchsorted(answers, images, side="right") - 1
-        ends = np.append(answers + block.answers["length"], 0)  # the last for images before all
-        return images < ends[before]
-
     def add_file(self, prefix: str | Path, info: TokenFileInfo) -> None:
-        """Append a whole token file. Its tokens are copied by the kernel, not read.
+        """Append a whole token file. The kernel copies its tokens; they are not read.
 
         Args:
             prefix: A finished token file of the same tokenizer.
             info: Its sidecar.
         """
         numbers = np.array([self._number_of(name) for name in info.sources], dtype="<u4")
-        try:
-            self._append(".bin", file_of(prefix, ".bin"), 0, info.bin_bytes)
-            self._append(".idx", file_of(prefix, ".idx"), IDX_HEADER.size, 4 * info.documents)
-            self._append(
-                ".images", file_of(prefix, ".images"), 0, IMAGE_RECORD.itemsize * info.images
-            )
+        copied = (
+            (".bin", 0, info.bin_bytes),
+            (".idx", IDX_HEADER.size, 4 * info.documents),
+            (".images", 0, IMAGE_RECORD.itemsize * info.images),
+        )
+        with self._disk_errors():
+            for suffix, start, size in copied:
+                self._partial.append_from(suffix, file_of(prefix, suffix), start, size)
             if info.answers:
                 answers = np.fromfile(file_of(prefix, ANSWERS_SUFFIX), ANSWER_RECORD)
                 answers["start"] += self.state.tokens
-                self._files[ANSWERS_SUFFIX].write(answers.tobytes())
+                self._partial.file(ANSWERS_SUFFIX).write(answers.tobytes())
             if info.dropped:
-                listed = file_of(prefix, DROPPED_SUFFIX)
-                size = listed.stat().st_size
-                self._append(DROPPED_SUFFIX, listed, 0, size)
+                dropped = file_of(prefix, DROPPED_SUFFIX)
+                size = dropped.stat().st_size
+                self._partial.append_from(DROPPED_SUFFIX, dropped, 0, size)
                 self.state.dropped_bytes += size
             with file_of(prefix, ".documents").open("rb") as file:
-                while len(records := np.fromfile(file, DOCUMENT_RECORD, _CHUNK_DOCUMENTS)):
+                while len(records := np.fromfile(file, DOCUMENT_RECORD, CHUNK_DOCUMENTS)):
                     records["first_image"] += self.state.images
                     records["corpus"] = numbers[records["corpus"]]
-                    self._files[".documents"].write(records.tobytes())
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        self._count_file(info)
-
-    def _append(self, suffix: str, path: Path, start: int, size: int) -> None:
-        file = self._files[suffix]
-        file.flush()
-        with path.open("rb") as source:
-            source.seek(start)
-            while size:
-                try:
-                    copied = os.copy_file_range(source.fileno(), file.fileno(), size)
-                except OSError as error:
-                    if error.errno not in (
-                        errno.EXDEV,
-                        errno.EINVAL,
-                        errno.ENOSYS,
-                        errno.EOPNOTSUPP,
-                    ):
-                        raise
-                    copied = os.sendfile(file.fileno(), source.fileno(), None, size)
-                if not copied:
-                    raise OSError(errno.EIO, f"{path} has become shorter")
-                size -= copied
-        file.seek(0, os.SEEK_END)
-
-    def _count_file(self, info: TokenFileInfo) -> None:
-        state = self.state
-        for name, totals in info.sources.items():
-            for key, value in asdict(totals).items():
-                setattr(state.sources[name], key, getattr(state.sources[name], key) + value)
-        for reason, count in info.dropped.items():
-            state.dropped[reason] = state.dropped.get(reason, 0) + count
-        state.documents += info.documents
-        state.tokens += info.tokens
-        state.images += info.images
-        state.image_tokens += info.image_tokens
-        state.answers += info.answers
-        state.longest_conversation = max(state.longest_conversation, info.longest_conversation)
+                    self._partial.file(".documents").write(records.tobytes())
+        self.state.add_file(info)
 
     def drop(self, identity: str, corpus_name: str, where: str, reason: str, detail: str) -> None:
         """Count and list one document that is left out."""
         self.state.dropped[reason] = self.state.dropped.get(reason, 0) + 1
         record = {"id": identity, "source": corpus_name, "where": where, "reason": reason}
         line = (json.dumps({**record, "detail": detail}) + "\n").encode()
-        try:
-            self._files[DROPPED_SUFFIX].write(line)
-        except OSError as error:
-            raise self._cannot_write(error) from error
+        with self._disk_errors():
+            self._partial.file(DROPPED_SUFFIX).write(line)
         self.state.dropped_bytes += len(line)
 
     # Saving and finishing
@@ -457,87 +302,53 @@ class TokenFileWriter:
         """Make everything added so far survive a kill, or a crash of the machine.
 
         Args:
-            position: Where the caller goes on; JSON.
+            position: Where the caller continues; JSON.
         """
         self.state.position = dict(position)
-        try:
-            for file in self._files.values():
-                file.flush()
-                os.fdatasync(file.fileno())
+        with self._disk_errors():
+            self._partial.sync()
             self._keep = True
-            write_text(self.folder / STATE, json.dumps(asdict(self.state)))
-        except OSError as error:
-            raise self._cannot_write(error) from error
+            write_text(self.folder / STATE_FILE, json.dumps(asdict(self.state)))
 
     def discard(self) -> None:
         """Leave nothing behind but an older token file."""
         self._keep = False
 
     def commit(self) -> TokenFileInfo:
-        """Put the new files in the place of old ones. Until here, old ones are untouched.
+        """Put the new files in the place of old ones, which are untouched until here.
 
-        Killed in between, it is finished by the next writer of the same job.
+        If the process is killed in between, the next writer of the same job finishes the move.
         """
         info = self._info()
-        try:
+        with self._disk_errors():
             if not self.state.finishing:
-                self._finish_index()
+                index = self._partial.file(".idx")
+                finish_index(index, self._partial.path(".idx"), self.state.documents, self._dtype)
                 text = json.dumps(asdict(info), indent=2) + "\n"
-                write_text(self._partial(".json"), text)
+                write_text(self._partial.path(".json"), text)
                 if self.state.job:
                     self.state.finishing = True
                     self.save(self.state.position)
-                for file in self._files.values():
-                    file.close()
+                self._partial.close()
             self._put_in_place()
-        except OSError as error:
-            raise self._cannot_write(error) from error
         self._keep = False
         return info
 
-    def _finish_index(self) -> None:
-        """The header, byte offsets and document boundaries of the .idx."""
-        file, documents = self._files[".idx"], self.state.documents
-        file.flush()
-        # cut off what a kill in this place left behind
-        os.truncate(file.fileno(), IDX_HEADER.size + 4 * documents)
-        code = next(code for code, name in IDX_DTYPES.items() if name == self._dtype.name)
-        header = IDX_HEADER.pack(IDX_MAGIC, 1, code, documents, documents + 1)
-        with self._partial(".idx").open("r+b") as index:
-            index.write(header)
-        offset = 0
-        with self._partial(".idx").open("rb") as index:
-            index.seek(IDX_HEADER.size)
-            for start in range(0, documents, _CHUNK_DOCUMENTS):
-                count = min(_CHUNK_DOCUMENTS, documents - start)
-                lengths = np.fromfile(index, dtype="<i4", count=count).astype("<i8")
-                ends = offset + np.cumsum(lengths) * self._dtype.itemsize
-                file.write((ends - lengths * self._dtype.itemsize).tobytes())
-                offset = int(ends[-1])
-        for start in range(0, documents + 1, _CHUNK_DOCUMENTS):
-            stop = min(start + _CHUNK_DOCUMENTS, documents + 1)
-            file.write(np.arange(start, stop, dtype="<i8").tobytes())
-        file.flush()
-
     def _put_in_place(self) -> None:
-        # from here to the last line the files are incomplete, and say so
-        if self._partial(".json").exists():
+        # Without its .json, which is written last, the token file is known to be incomplete.
+        if self._partial.path(".json").exists():
             self.path(".json").unlink(missing_ok=True)
         for suffix in REQUIRED_SUFFIXES:
-            self._move(suffix)
-        for suffix, is_there in (
-            (ANSWERS_SUFFIX, self.state.answers),
-            (DROPPED_SUFFIX, self.state.dropped),
+            self._partial.move_into_place(suffix)
+        for suffix, is_needed in (
+            (ANSWERS_SUFFIX, self.state.answers > 0),
+            (DROPPED_SUFFIX, bool(self.state.dropped)),
         ):
-            if is_there:
-                self._move(suffix)
+            if is_needed:
+                self._partial.move_into_place(suffix)
             else:
                 self.path(suffix).unlink(missing_ok=True)
-        self._move(".json")
-
-    def _move(self, suffix: str) -> None:
-        if self._partial(suffix).exists() or not self.path(suffix).exists():
-            self._partial(suffix).replace(self.path(suffix))
+        self._partial.move_into_place(".json")
 
     def _info(self) -> TokenFileInfo:
         state = self.state
@@ -561,8 +372,12 @@ class TokenFileWriter:
             format=ANSWERS_FORMAT if state.answers else FORMAT,
         )
 
-    def _cannot_write(self, error: OSError) -> DataError:
-        remedy = "Choose an --output on a disk that is writable and has room"
-        return DataError(
-            str(self.prefix), f"cannot write the token file ({error.strerror})", remedy
-        )
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Report a disk that does not take the files as an error of --output."""
+        try:
+            yield
+        except OSError as error:
+            what = f"cannot write the token file ({error.strerror})"
+            remedy = "Choose an --output on a disk that is writable and has room"
+            raise DataError(str(self.prefix), what, remedy) from error

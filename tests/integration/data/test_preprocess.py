@@ -184,7 +184,9 @@ def test_bad_documents_stop_the_run_only_where_they_are_too_many(
     assert not output.with_suffix(".json").exists()
     assert "unfinished" in chameleon("preprocess", "--status", "--output", output)
     line = refused("inspect", output)
-    assert line.startswith(f"error: {output}: unfinished, {output}.partial is there. Finish it")
+    assert line.startswith(
+        f"error: {output}: the token file is unfinished: {output}.partial still exists. Finish it"
+    )
     printed = chameleon(*arguments, "--max-bad", 0.03)  # goes on at the end
     assert "147 documents" in printed and "4 dropped (1 broken document, 1 corrupt" in printed
     last = json.loads(contents(tmp_path / "out", "t")[".dropped.jsonl"].splitlines()[-1])
@@ -206,8 +208,9 @@ def test_unfinished_work_of_another_command_is_not_thrown_away(
     refused(*arguments, "--max-bad", 0)
     documents.touch()
     assert refused(*arguments) == (
-        f"error: {tmp_path}/t.partial: 147 documents of other inputs, options or tokenizer "
-        "lie here. Finish them with their own command, or begin anew with --restart."
+        f"error: {tmp_path}/t.partial: its 147 documents come from other inputs, other "
+        "options or another tokenizer. Finish them with their own command, or start again with "
+        "--restart."
     )
     assert "147 documents" in chameleon(*arguments, "--restart")
     assert not (tmp_path / "t.partial").exists()

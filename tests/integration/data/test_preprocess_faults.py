@@ -1,6 +1,7 @@
 """Kills, ranks of MPI and damaged inputs; the scripts beside this file do more of each."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 from fuzz_inputs import fuzz
 from kill_preprocess import contents, kill_and_compare
 from megatron_chameleon.data.preprocess.run import PreprocessOptions, preprocess
-from megatron_chameleon.data.token_files import writer as token_writer
 from megatron_chameleon.data.token_files.reader import TokenFileWriter
 from megatron_chameleon.errors import DataError
 from mixed_corpus import write_corpus, write_tokenizer
@@ -63,7 +63,7 @@ def test_killed_between_any_two_steps_of_the_end(
         monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
     for name in ("truncate", "fdatasync"):
         monkeypatch.setattr(os, name, counted(getattr(os, name)))
-    monkeypatch.setattr(token_writer.shutil, "rmtree", counted(token_writer.shutil.rmtree))
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
     try:
         preprocess(*inputs, tmp_path / "killed", options)
     except Killed:

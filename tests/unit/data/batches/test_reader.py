@@ -177,10 +177,10 @@ def test_every_missing_file_at_once(config, tokenizer, tmp_path):
     config.data.stage1[0].prefix = str(tmp_path / "nothing")
     config.data.stage2[0].prefix = str(tmp_path / "none")
     assert [line.split(". ")[0] for line in lines_of(config, tokenizer)] == [
-        f"data.stage1[0].prefix: {tmp_path}/nothing: no token file here, .bin and .idx and .json "
-        "missing",
-        f"data.stage2[0].prefix: {tmp_path}/none: no token file here, .bin and .idx and .json "
-        "missing",
+        f"data.stage1[0].prefix: {tmp_path}/nothing: no token file here: .bin and .idx and .json "
+        "are missing",
+        f"data.stage2[0].prefix: {tmp_path}/none: no token file here: .bin and .idx and .json "
+        "are missing",
     ]
 
 

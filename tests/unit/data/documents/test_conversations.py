@@ -272,15 +272,19 @@ def test_damaged_answers(tmp_path, tokenizer, records, write, start, length):
     path.write_bytes(np.array([start, length], dtype="<u8").tobytes())
     file = open_token_file(tmp_path / "chat", tokenizer)
     if start == 1:
-        with pytest.raises(DataError, match=r"chat\.answers: document 0 has \d+ tokens, and ends"):
+        with pytest.raises(
+            DataError, match=r"chat\.answers: document 0 has \d+ tokens and ends before"
+        ):
             file.answer_spans(0)
         with pytest.raises(DataError, match=r"chat\.answers: document 0 has answers that do not"):
             file.verify()
     else:
-        with pytest.raises(DataError, match=r"chat\.answers: its last answer begins behind"):
+        with pytest.raises(DataError, match=r"chat\.answers: its last answer begins after"):
             file.verify()
     path.write_bytes(b"short")
-    with pytest.raises(DataError, match=r"chat\.answers: 5 bytes, its \.json names 1 answers, 16"):
+    with pytest.raises(
+        DataError, match=r"chat\.answers: has 5 bytes; its \.json names 1 answers, which take 16\."
+    ):
         open_token_file(tmp_path / "chat", tokenizer)
     path.unlink()
     with pytest.raises(DataError, match=r"chat: \.answers missing"):
@@ -405,11 +409,11 @@ def test_long_conversations_are_left_out_and_counted(tmp_path, tokenizer, record
 
 
 def test_a_rare_modality_is_told(tmp_path, tokenizer, records, write, config):
-    assert "1.0% of the trained tokens are of images" in rare_modality(1000, 10)
-    assert "2.0% of the trained tokens are of text" in rare_modality(1000, 980)
+    assert "only 1.0% of the trained tokens are of images" in rare_modality(1000, 10)
+    assert "only 2.0% of the trained tokens are of text" in rare_modality(1000, 980)
     assert rare_modality(1000, 30) == rare_modality(1000, 0) == rare_modality(0, 0) == ""
     write(records)
     assert BatchReader(config, tokenizer).warnings() == []
     write(records[:1])
     (warning,) = BatchReader(config, tokenizer).warnings()
-    assert warning.startswith("data, stage 1: 0.0% of the trained tokens are of images")
+    assert warning.startswith("data, stage 1: only 0.0% of the trained tokens are of images")

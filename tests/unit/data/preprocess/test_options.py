@@ -12,7 +12,7 @@ from megatron_chameleon.data.preprocess import workers as module
 from megatron_chameleon.data.preprocess.encode import EncodedBlock, EncodeOptions
 from megatron_chameleon.data.preprocess.progress import ProgressReport
 from megatron_chameleon.data.preprocess.run import PreprocessOptions, preprocess
-from megatron_chameleon.data.token_files.writer import WriterState
+from megatron_chameleon.data.token_files.writer_state import WriterState
 from megatron_chameleon.errors import ConfigError, DataError
 
 

@@ -103,7 +103,9 @@ def test_sidecar_is_gone_before_anything_is_replaced(
         writer.add(numbered([3])[0], 0)
         writer.commit()
     assert not (tmp_path / "tokens.json").exists()
-    with pytest.raises(DataError, match=r"incomplete, its \.json \(written last\) is missing"):
+    with pytest.raises(
+        DataError, match=r"incomplete: its \.json, which is written last, is missing"
+    ):
         open_token_file(tmp_path / "tokens", tokenizer)
 
 
@@ -119,12 +121,14 @@ def test_unwritable_output(tmp_path, tokenizer):
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".documents", ".images"])
 def test_missing_file(written, tmp_path, suffix):
     (tmp_path / f"tokens{suffix}").unlink()
-    with pytest.raises(DataError, match=rf"tokens: .*\{suffix} missing\. Write"):
+    with pytest.raises(DataError, match=rf"tokens: .*\{suffix} is missing\. Write"):
         open_token_file(tmp_path / "tokens", None)
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(DataError, match=r"no token file here, \.bin and \.idx and \.json missing"):
+    with pytest.raises(
+        DataError, match=r"no token file here: \.bin and \.idx and \.json are missing"
+    ):
         open_token_file(tmp_path / "tokens", None)
 
 
@@ -137,7 +141,7 @@ def patch(path, offset, content):
 def test_truncated_bin_says_bytes_found_and_expected(written, tmp_path):
     os.truncate(tmp_path / "tokens.bin", 20)
     with pytest.raises(
-        DataError, match=r"tokens\.bin: 20 bytes, its \.json names 16 tokens, 32 by"
+        DataError, match=r"tokens\.bin: has 20 bytes; its \.json names 16 tokens, which take 32\."
     ):
         open_token_file(tmp_path / "tokens", None)
 
@@ -145,8 +149,8 @@ def test_truncated_bin_says_bytes_found_and_expected(written, tmp_path):
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (20, r"20 bytes, shorter than the header of 34"),
-        (60, r"60 bytes, its header names 3 documents, 102 bytes"),
+        (20, r"has 20 bytes, fewer than its header of 34"),
+        (60, r"has 60 bytes; its header names 3 documents, which take 102\."),
     ],
 )
 def test_truncated_idx(written, tmp_path, size, message):
@@ -159,9 +163,9 @@ def test_truncated_idx(written, tmp_path, size, message):
     ("offset", "content", "message"),
     [
         (0, b"TNTIDX", r"starts with b'TNTIDX.*, not with the header of a Megatron \.idx"),
-        (9, struct.pack("<Q", 2), r"not with the header of a Megatron \.idx, version 1"),
-        (17, b"\x04", r"holds int32 tokens, its \.json says uint16"),
-        (17, b"\x63", r"holds unknown code 99 tokens, its \.json says uint16"),
+        (9, struct.pack("<Q", 2), r"not with the header of a Megatron \.idx of version 1"),
+        (17, b"\x04", r"holds int32 tokens, but its \.json says uint16"),
+        (17, b"\x63", r"holds unknown code 99 tokens, but its \.json says uint16"),
     ],
 )
 def test_header_of_another_kind(written, tmp_path, offset, content, message):
@@ -178,10 +182,13 @@ def edit_sidecar(tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"documents": 4}, r"holds 3 documents, its \.json says 4"),
-        ({"format": "tokens/9"}, r"tokens\.json: the format is 'tokens/9', this version reads"),
+        ({"documents": 4}, r"holds 3 documents, but its \.json says 4"),
+        ({"format": "tokens/9"}, r"tokens\.json: the format is 'tokens/9', but this version reads"),
         ({"vocab_size": 300}, r"written for a vocabulary of 300 ids, .* has 340\. Name the tok"),
-        ({"tokenizer_fingerprint": "f" * 64}, r"a tokenizer of fingerprint ffffffffffff, .* has "),
+        (
+            {"tokenizer_fingerprint": "f" * 64},
+            r"a tokenizer of fingerprint ffffffffffff, but that of .* is [0-9a-f]{12}\.",
+        ),
     ],
 )
 def test_sidecar_that_does_not_fit(written, tokenizer, tmp_path, changes, message):
@@ -206,7 +213,7 @@ def test_no_documents(tmp_path, tokenizer):
 
 def test_other_tokenizer_of_the_same_size(written, tokenizer, tmp_path):
     other = dataclasses.replace(tokenizer, fingerprint="0" * 64)
-    with pytest.raises(DataError, match=r"has 000000000000\. Name the tokenizer"):
+    with pytest.raises(DataError, match=r"is 000000000000\. Name the tokenizer"):
         open_token_file(tmp_path / "tokens", other)
 
 
@@ -260,9 +267,19 @@ def test_side_files_say_where_images_and_documents_come_from(with_images, tokeni
         (".idx", 34, struct.pack("<i", 10**9), r"document 0 has 1000000000 tokens from byte 0"),
         (".idx", 34, struct.pack("<i", -1), r"document 0 has -1 tokens"),
         (".idx", 34 + 16, struct.pack("<q", 10**15), r"document 0 has \d+ tokens from byte 1000"),
-        (".documents", 24, struct.pack("<Q", 99), r"document 0 has images 0 to 99 of 6"),
-        (".documents", 20, struct.pack("<I", 9), r"document 0 names source 9 and input 0, the .js"),
-        (".documents", 16, struct.pack("<I", 9), r"document 0 names source 0 and input 9"),
+        (".documents", 24, struct.pack("<Q", 99), r"document 0 has the images 0 to 99 of 6"),
+        (
+            ".documents",
+            20,
+            struct.pack("<I", 9),
+            r"document 0 names source 9 and input 0, but the \.json",
+        ),
+        (
+            ".documents",
+            16,
+            struct.pack("<I", 9),
+            r"document 0 names source 0 and input 9, but the \.json",
+        ),
     ],
 )
 def test_damaged_number_shows_when_its_document_is_read(

@@ -1,0 +1,92 @@
+"""How far an unfinished token file is: ``state.json`` in the folder PREFIX.partial."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_chameleon.data.token_files.format import (
+    CorpusTotals,
+    TokenBlock,
+    TokenFileInfo,
+    partial_folder,
+)
+from megatron_chameleon.data.token_files.totals import answers_of_documents, totals_of_block
+from megatron_chameleon.errors import DataError
+
+STATE_FILE = "state.json"
+
+
+@dataclass
+class WriterState:
+    """What the files of PREFIX.partial hold, and where the caller continues."""
+
+    job: str = ""
+    documents: int = 0
+    tokens: int = 0
+    image_tokens: int = 0
+    images: int = 0
+    answers: int = 0
+    longest_conversation: int = 0
+    """In tokens."""
+    dropped_bytes: int = 0
+    """Length of the list of dropped documents."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Number of dropped documents by reason."""
+    sources: dict[str, CorpusTotals] = field(default_factory=dict)
+    """Totals by corpus name."""
+    finishing: bool = False
+    """Everything is written; only some files may not have been moved to their final place."""
+    position: dict[str, Any] = field(default_factory=dict)
+    """Chosen by the caller: where in the input to continue."""
+
+    def add_block(self, block: TokenBlock) -> None:
+        """Count the documents of a block."""
+        for name, totals in totals_of_block(block).items():
+            self.sources[name].add(totals)
+        is_conversation = answers_of_documents(block) > 0
+        longest = int(block.lengths[is_conversation].max(initial=0))
+        self.longest_conversation = max(self.longest_conversation, longest)
+        self.answers += len(block.answers)
+        self.documents += len(block.lengths)
+        self.tokens += len(block.token_ids)
+        self.images += len(block.images)
+        self.image_tokens += int(block.images["length"].sum())
+
+    def add_file(self, info: TokenFileInfo) -> None:
+        """Count the documents of a whole token file, given its sidecar."""
+        for name, totals in info.sources.items():
+            self.sources[name].add(totals)
+        for reason, count in info.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        self.longest_conversation = max(self.longest_conversation, info.longest_conversation)
+        self.answers += info.answers
+        self.documents += info.documents
+        self.tokens += info.tokens
+        self.images += info.images
+        self.image_tokens += info.image_tokens
+
+
+def read_writer_state(prefix: str | Path) -> WriterState | None:
+    """Read the state of an unfinished token file.
+
+    Returns:
+        The state; None if no unfinished token file has been saved under this prefix.
+
+    Raises:
+        DataError: The file exists and cannot be read.
+    """
+    path = partial_folder(prefix) / STATE_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["sources"] = {
+            name: CorpusTotals(**totals) for name, totals in record["sources"].items()
+        }
+        return WriterState(**record)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        cause = " ".join(str(error).split())
+        raise DataError(
+            str(path), f"cannot be read ({cause})", "Start again with --restart"
+        ) from error
