@@ -1,11 +1,11 @@
-"""How much memory and time a conversion of the full-size 7B takes, beside ``cp`` of the same bytes.
+"""Memory and time of converting the full-size 7B, compared with ``cp`` of the same bytes.
 
     python -m benchmarks.checkpoint.convert --work /scratch            # 3 x 13.5 GB of disk
     python -m benchmarks.checkpoint.convert --work /scratch --layers 4
 
-Writes a random 7B (real names and shapes, bf16) as a Hugging Face folder, copies it, converts it to
-megatron and back with the real command, and compares the two folders. Each command runs in a
-process of its own, whose largest resident size is the kernel's (``ru_maxrss``).
+The script writes a random 7B (real names and shapes, bf16) as a Hugging Face folder, copies it,
+converts it to megatron and back with the real command, and compares the two folders. Each command
+runs in its own process, and the kernel reports its peak resident set size (``ru_maxrss``).
 """
 
 import argparse
@@ -46,7 +46,7 @@ IMPORTS = (
     "import megatron_chameleon.checkpoint.convert.run, megatron_chameleon.checkpoint.formats.hf"
 )
 
-# in a small process between: ru_maxrss of a process counts that of the one it was forked from
+# a small process in between, because ru_maxrss includes that of the process it was forked from
 MEASURE = """
 import os, sys
 pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
@@ -57,7 +57,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """A vocabulary of the paper's size whose learned pieces are numbers, and an untrained VQGAN."""
+    """Write a vocabulary of the paper's size, its pieces numbers, and an untrained VQGAN."""
     controls = [BOS, PAD, EOS, *control_names(IMAGE_CODES)]
     names = [BOS, PAD, EOS, UNK, *control_names(IMAGE_CODES)]
     names += [f"<0x{byte:02X}>" for byte in range(256)]
@@ -70,7 +70,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def random_stream(found: list[TensorRow]) -> Iterator[tuple[TensorRow, torch.Tensor]]:
-    """Every row with numbers of its own: a window of one pool of random numbers."""
+    """Fill every row with different numbers, from windows of one pool of random numbers."""
     generator = torch.Generator().manual_seed(1)
     pool = torch.randn(POOL_ELEMENTS, generator=generator).mul_(0.02).bfloat16()
     for row in found:
@@ -81,7 +81,7 @@ def random_stream(found: list[TensorRow]) -> Iterator[tuple[TensorRow, torch.Ten
 
 
 def write_model(folder: Path, tokenizer: Path, layers: int) -> None:
-    """A random 7B as a Hugging Face folder, streaming."""
+    """Write a random 7B as a Hugging Face folder, one tensor at a time."""
     model = ModelConfig(
         num_layers=layers,
         hidden_size=4096,
@@ -107,7 +107,7 @@ def write_model(folder: Path, tokenizer: Path, layers: int) -> None:
 
 
 def measure(*words: str) -> tuple[float, float, float]:
-    """Seconds, seconds of CPU time and largest resident size in GiB of a command."""
+    """Run a command and measure seconds, seconds of CPU time, and peak resident size in GiB."""
     started = time.monotonic()
     line = subprocess.run([sys.executable, "-S", "-c", MEASURE, *words], stdout=subprocess.PIPE)
     if line.returncode:
@@ -122,7 +122,7 @@ def folder_bytes(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="a folder with room")
+    parser.add_argument("--work", type=Path, required=True, help="a folder with enough disk space")
     parser.add_argument("--layers", type=int, default=32)
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.work))

@@ -1,9 +1,10 @@
-"""What a checkpoint costs a run: how long the training waits, and how fast the steps beside it are.
+"""The cost of a checkpoint: how long training waits for it, and how fast the steps meanwhile are.
 
     python -W ignore -m benchmarks.checkpoint.save
 
-Steps without a save, steps while one is written (asynchronous), and whole synchronous saves take
-turns. One process with one thread, random tokens; the writing threads have the other core.
+Steps without a save, steps while one is written (asynchronous), and whole synchronous saves
+alternate. Training is one process with one thread and random tokens. The threads that write have
+the other core.
 """
 
 import argparse
@@ -29,8 +30,8 @@ class Bench:
     """An engine, its steps and its saves.
 
     Args:
-        size: Of the model.
-        folder: Where checkpoints go.
+        size: Size of the model.
+        folder: Folder for the checkpoints.
     """
 
     def __init__(self, size: Size, folder: Path) -> None:
@@ -43,21 +44,21 @@ class Bench:
         self._steps = 0
 
     def step(self) -> float:
-        """Seconds of a training step."""
+        """Run a training step and return its seconds."""
         start = time.perf_counter()
         self._steps += 1
         self.engine.train_step(self._steps, self._batches)
         return time.perf_counter() - start
 
     def save(self, *, is_async: bool) -> float:
-        """Seconds that the training waits for a save."""
+        """Save, and return the seconds that training waits."""
         self.config.checkpoint.async_save = is_async
         start = time.perf_counter()
         self._saver.save(self._steps, {})
         return time.perf_counter() - start
 
     def steps_beside_a_save(self) -> list[float]:
-        """Seconds of the steps until the checkpoint is whole, with what its end takes."""
+        """Train until the checkpoint is complete, and return the seconds of each step."""
         seconds = []
         while self._saver._pending is not None:
             start = time.perf_counter()
@@ -68,7 +69,7 @@ class Bench:
 
 
 def measure(bench: Bench, rounds: int) -> None:
-    """Print the table."""
+    """Measure and print the table."""
     plain, beside, waits, synchronous = [], [], [], []
     bench.step()
     bench.save(is_async=False)
@@ -80,10 +81,10 @@ def measure(bench: Bench, rounds: int) -> None:
     step = statistics.median(plain)
     print(f"a step without a save: {step:.3f} s")
     print(f"a step while a checkpoint is written: {statistics.median(beside):.3f} s,", end=" ")
-    print(f"{statistics.median(beside) / step:.2f} of it; the mean: {_mean_ratio(beside, plain)}")
+    print(f"{statistics.median(beside) / step:.2f} of that; by means {_mean_ratio(beside, plain)}")
     print(f"the training waits {statistics.median(waits):.3f} s for the copy of an async save,")
     print(f"and {statistics.median(synchronous):.3f} s for a synchronous save")
-    print(f"{len(beside)} steps beside {rounds} saves")
+    print(f"{len(beside)} steps during {rounds} saves")
 
 
 def _mean_ratio(beside: list[float], plain: list[float]) -> str:
@@ -92,7 +93,9 @@ def _mean_ratio(beside: list[float], plain: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="use a tiny model, to check that the script runs"
+    )
     parser.add_argument("--work", type=Path, default=None, help="a folder on the disk to measure")
     args = parser.parse_args()
     size, rounds = (QUICK, 1) if args.quick else (SIZE, 5)

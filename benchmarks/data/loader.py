@@ -1,14 +1,14 @@
-"""Tokens a second that one process reads as batches, against megatron-core's GPTDataset.
+"""Tokens per second that one process reads as batches, against megatron-core's GPTDataset.
 
     python -W ignore -m benchmarks.data.loader  # 64M tokens in a temporary folder, a minute
-    python -W ignore -m benchmarks.data.loader --quick  # tiny sizes: does it run?
+    python -W ignore -m benchmarks.data.loader --quick  # tiny sizes, as a check
 
-The corpus has the recipe's proportions: texts of some 800 tokens, pairs of an image (1,026 tokens)
-and 45 of text, interleaved documents. Ours reads batches of the mixture through ``BatchReader``, as
-training does: planning, packing, masks and tensors. GPTDataset reads the texts alone, shuffled and
-cut into windows, with its masks and position ids; it has no images to keep whole. Both
-read from the page cache. The yardstick is what a step of the 7B eats on one H200: 16,000 tokens a
-second, of which a loader should give 20 times as much.
+The corpus has the recipe's proportions of texts of about 800 tokens, pairs of an image (1,026
+tokens) and 45 tokens of text, and interleaved documents. Our loader reads batches of the mixture
+through ``BatchReader``, as training does, with planning, packing, masks and tensors. GPTDataset
+reads only the texts, shuffled and cut into windows, with its masks and position ids. It has no
+images to keep whole. Both read from the page cache. A step of the 7B consumes 16,000 tokens per
+second on one H200. A loader should deliver 20 times as many.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary, control_n
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 STEP_TOKENS_PER_SECOND = 16_000
-"""Floor of a 7B step in bf16 on one H200."""
+"""Tokens per second of a 7B step in bf16 on one H200, at least."""
 WEIGHTS = {"text": 2.9, "pairs": 1.5, "interleaved": 0.4}
 
 
@@ -42,11 +42,11 @@ WEIGHTS = {"text": 2.9, "pairs": 1.5, "interleaved": 0.4}
 class Size:
     seq_length: int
     image_codes: int
-    """Of one image, and of the codebook."""
+    """Number of codes of one image, and of the codebook."""
     tokens: int
-    """Of each source."""
+    """Tokens of each source."""
     samples: int
-    """That are read."""
+    """Batches that are read."""
 
 
 FULL = Size(seq_length=4096, image_codes=1024, tokens=20_000_000, samples=8192)
@@ -54,7 +54,7 @@ QUICK = Size(seq_length=128, image_codes=16, tokens=50_000, samples=64)
 
 
 def tokenizer_of(size: Size) -> Tokenizer:
-    """A vocabulary as large as the paper's, and nothing that could encode."""
+    """Write a vocabulary as large as the paper's, without any encoder."""
     codes = min(8192, 8 * size.image_codes)
     names = ["<s>", "<pad>", "</s>", "<unk>", *control_names(codes)]
     names += [f"w{i}" for i in range((1 << 16) - len(names))]
@@ -63,7 +63,7 @@ def tokenizer_of(size: Size) -> Tokenizer:
 
 
 def documents(kind: str, size: Size, vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, int]]:
-    """Token ids and number of images of each document."""
+    """Yield the token ids and the number of images of each document."""
     draw = np.random.default_rng(len(kind))
     words = draw.integers(vocabulary.image_placeholder + 1, vocabulary.size, 1 << 20)
     image = np.concatenate(
@@ -86,7 +86,7 @@ def documents(kind: str, size: Size, vocabulary: Vocabulary) -> Iterator[tuple[n
 
 
 def write_corpus(folder: Path, size: Size, tokenizer: Tokenizer) -> Config:
-    """Token files of all kinds, and a config that mixes them."""
+    """Write token files of all kinds, and return a config that mixes them."""
     config = Config()
     config.model.seq_length = size.seq_length
     for kind, weight in WEIGHTS.items():
@@ -108,7 +108,7 @@ def read_ours(reader: BatchReader, size: Size) -> int:
 
 
 def open_gpt_dataset(prefix: Path, size: Size, vocabulary: Vocabulary) -> GPTDataset:
-    """megatron-core's data set over one token file, with its index built."""
+    """Open megatron-core's data set over one token file, and build its index."""
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=size.seq_length,
@@ -126,7 +126,7 @@ def open_gpt_dataset(prefix: Path, size: Size, vocabulary: Vocabulary) -> GPTDat
 
 
 class _EndOfDocument:
-    """What GPTDataset asks of a tokenizer."""
+    """The attributes of a tokenizer that GPTDataset reads."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.eod = self.eos = vocabulary.eos
@@ -153,10 +153,16 @@ def rate(read: Callable[[], int], clock: Callable[[], float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument("--repeats", type=int, default=3, help="the best of so many counts")
-    parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use too")
-    parser.add_argument("--profile", action="store_true", help="where ours spends its time")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="number of repeats, of which the best counts"
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU time, for a machine that others also use"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="show where our loader spends its time"
+    )
     args = parser.parse_args()
     size = QUICK if args.quick else FULL
     clock = time.process_time if args.cpu_time else time.perf_counter
@@ -184,7 +190,7 @@ def report(
     repeats: int,
     clock: Callable[[], float],
 ) -> None:
-    """A fresh reader for each repeat: nothing is planned or packed before."""
+    """Make a new reader for each repeat, so that nothing is planned or packed in advance."""
     peer = open_gpt_dataset(folder / "text", size, tokenizer.vocabulary)
     ours: list[float] = []
     isolated: list[float] = []

@@ -1,15 +1,16 @@
 """Speed and memory of text preprocessing, against the encoder alone and Megatron-LM's script.
 
     python -W ignore -m benchmarks.data.preprocess --work DIR             # 100 MB and 1 GB; minutes
-    python -W ignore -m benchmarks.data.preprocess --quick                # tiny sizes: does it run?
+    python -W ignore -m benchmarks.data.preprocess --quick                # tiny sizes, as a check
     python -W ignore -m benchmarks.data.preprocess --work DIR --peer PATH/tools/preprocess_data.py
 
-The text is that of the installed packages' documentation, shuffled and repeated with numbers that
-differ. Every command runs with the same workers and the same sentencepiece model. Speed is text in
-MB a CPU second of all processes together, so that other users of the machine do not count; a run on
-the first fifth of the text is taken off, and with it what it takes to start. The encoder alone gets
-texts that are parsed and in memory. Memory is the largest resident size of all processes together.
-The peer is Megatron-LM's tools/preprocess_data.py; its ids are compared with ours.
+The text is the documentation of the installed packages, shuffled, and repeated with different
+numbers in it. Every command runs with the same number of workers and the same sentencepiece model.
+Speed is MB of text per CPU second of all processes together, so that other users of the machine do
+not matter. A run on the first fifth of the text is subtracted, and with it the time for starting.
+The encoder alone gets texts that are parsed and in memory. Memory is the peak resident size of all
+processes together. The peer is Megatron-LM's tools/preprocess_data.py. Its ids are compared with
+ours.
 """
 
 import argparse
@@ -37,12 +38,12 @@ from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
 MB = 1e6
 MEMORY_RATIO_BYTES = 10
-"""The larger input has so many times the bytes of the smaller."""
+"""The ratio of the bytes of the larger input to those of the smaller."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one command took."""
+    """Time and memory of one command."""
 
     cpu_seconds: float
     wall_seconds: float
@@ -50,7 +51,7 @@ class Run:
 
 
 def installed_texts() -> Iterator[str]:
-    """Documentation strings of the installed packages, in an order of their own."""
+    """The documentation strings of the installed packages, shuffled."""
     paths = sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
     random.Random(0).shuffle(paths)
     for path in paths:
@@ -61,7 +62,7 @@ def installed_texts() -> Iterator[str]:
 
 
 def write_corpus(path: Path, size_bytes: int) -> None:
-    """JSON Lines of about so many bytes; documents of 200 to 20,000 characters."""
+    """Write JSON Lines of about the given size, in documents of 200 to 20,000 characters."""
     rng = random.Random(1)
     texts: list[str] = []
     have = written = 0
@@ -74,7 +75,7 @@ def write_corpus(path: Path, size_bytes: int) -> None:
         for number in itertools.count():
             text = texts[number % len(texts)]
             round_ = number // len(texts)
-            if round_:  # no text comes twice as it was
+            if round_:  # no text is repeated unchanged
                 text = re.sub(r"\d+|\bthe\b", lambda _: str(rng.randrange(10**6)), text)
             line = json.dumps({"id": str(number), "text": text}, ensure_ascii=False) + "\n"
             file.write(line)
@@ -84,7 +85,7 @@ def write_corpus(path: Path, size_bytes: int) -> None:
 
 
 def run(*command: object, **variables: str) -> Run:
-    """Run a command and its children; what they take together."""
+    """Run a command, and measure it together with its child processes."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     process = psutil.Popen([str(word) for word in command], env=environment, stdout=-3, stderr=-1)
@@ -105,7 +106,7 @@ def _resident_bytes(process: psutil.Popen) -> int:
     try:
         for each in (process, *process.children(recursive=True)):
             total += each.memory_info().rss
-    except psutil.Error:  # one of them has ended meanwhile
+    except psutil.Error:  # one of them has ended in the meantime
         pass
     return total
 
@@ -125,7 +126,7 @@ def peer(script: Path, corpus: Path, tokenizer: Path, output: Path, workers: int
 
 
 def encoder_alone(corpus: Path, tokenizer_folder: Path, limit_bytes: int) -> tuple[str, float]:
-    """The encoder's name and its CPU seconds a byte of text, in batches as preprocessing has."""
+    """Name the encoder and measure its CPU seconds per byte of text, in preprocessing's batches."""
     tokenizer = load_tokenizer(tokenizer_folder, images=False)
     encoder = make_text_encoder(tokenizer.text, FastTextEncoder.name)
     texts, size = [], 0
@@ -149,7 +150,7 @@ def text_bytes(corpus: Path) -> int:
 
 
 def check_ids(ours_prefix: Path, peer_prefix: Path) -> int:
-    """Compare the documents: ours have ``<s>`` in front, the peer's end with ``</s>`` too."""
+    """Count documents that differ. Ours begin with ``<s>``; those of both end with ``</s>``."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     own, theirs = open_token_file(ours_prefix, None), IndexedDataset(f"{peer_prefix}_text_document")
@@ -164,7 +165,7 @@ def compare_speed(args: argparse.Namespace, corpus: Path, tokenizer: Path) -> No
     work, workers = args.work, args.workers
     start = first_part(corpus, work / "start.jsonl")
     size, rest = text_bytes(corpus), text_bytes(corpus) - text_bytes(start)
-    print(f"{size / MB:.0f} MB of text, {workers} workers, MB a CPU second")
+    print(f"{size / MB:.0f} MB of text, {workers} workers, MB per CPU second")
     for repeat in range(args.repeats):
         begin = ours(start, tokenizer, work / "start", workers)
         name, alone = encoder_alone(corpus, tokenizer, args.encoder_bytes)
@@ -173,21 +174,21 @@ def compare_speed(args: argparse.Namespace, corpus: Path, tokenizer: Path) -> No
         limit = 2 / (alone + alone_after) / MB
         speed = rest / MB / (whole.cpu_seconds - begin.cpu_seconds)
         line = f"  {repeat + 1}: ours {speed:.1f}, {name} alone {limit:.1f}, ratio "
-        line += f"{speed / limit:.2f}; with the start {size / MB / whole.cpu_seconds:.1f}, "
-        print(f"{line}by the clock {size / MB / whole.wall_seconds:.1f} MB/s", flush=True)
+        line += f"{speed / limit:.2f}; including the start {size / MB / whole.cpu_seconds:.1f}, "
+        print(f"{line}in wall time {size / MB / whole.wall_seconds:.1f} MB/s", flush=True)
         if args.peer:
             begin = peer(args.peer, start, tokenizer, work / "start", workers)
             theirs = peer(args.peer, corpus, tokenizer, work / "peer", workers)
             their_speed = rest / MB / (theirs.cpu_seconds - begin.cpu_seconds)
             wall = theirs.wall_seconds / whole.wall_seconds
             line = f"     peer {their_speed:.1f}: ours is {speed / their_speed:.1f} times as fast, "
-            line += f"{theirs.cpu_seconds / whole.cpu_seconds:.1f} times with the start, "
-            line += f"{wall:.1f} times by the clock; "
+            line += f"{theirs.cpu_seconds / whole.cpu_seconds:.1f} times including the start, "
+            line += f"{wall:.1f} times in wall time; "
             print(f"{line}{check_ids(work / 'ours', work / 'peer')} documents differ", flush=True)
 
 
 def first_part(corpus: Path, path: Path) -> Path:
-    """The first fifth of the lines."""
+    """Write the first fifth of the lines to a file."""
     limit, written = corpus.stat().st_size / 5, 0
     with corpus.open("rb") as source, path.open("wb") as target:
         for line in source:
@@ -213,13 +214,15 @@ def compare_memory(args: argparse.Namespace, corpus: Path, tokenizer: Path) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument(
-        "--work", type=Path, help="folder for texts and tokens (default: temporary)"
+        "--quick", action="store_true", help="use tiny sizes, to check that the script runs"
     )
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: trained here)")
-    parser.add_argument("--input", type=Path, help="JSON Lines with text (default: made here)")
-    parser.add_argument("--peer", type=Path, help="Megatron-LM's tools/preprocess_data.py")
+    parser.add_argument(
+        "--work", type=Path, help="folder for texts and tokens (default: a temporary folder)"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: train one)")
+    parser.add_argument("--input", type=Path, help="JSON Lines with text (default: make them)")
+    parser.add_argument("--peer", type=Path, help="path of Megatron-LM's tools/preprocess_data.py")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--megabytes", type=int, default=100)

@@ -1,13 +1,16 @@
-"""Time and memory of Chameleon's loss, z-loss included, against megatron-core's cross-entropy.
+"""Time and memory of Chameleon's loss with z-loss, against megatron-core's cross-entropy.
 
     python -W ignore -m benchmarks.training.loss           # 2^28 logits in two shapes; some minutes
-    python -W ignore -m benchmarks.training.loss --quick   # tiny sizes: does it run?
+    python -W ignore -m benchmarks.training.loss --quick   # tiny sizes, as a check
 
-Both compute a forward and a backward pass over the same logits in a process group of one. Time:
-medians of repeats that take turns in one process, after one that does not count; each repeat gets
-fresh logits, whose copying is not timed, because both losses overwrite fp32 logits. Memory: a fresh
-process for each; the growth of its peak resident set size (``VmHWM``) over what it had with the
-logits made. The two losses are compared before anything is timed. One thread.
+Both compute a forward and a backward pass over the same logits in a process group of one process,
+with one thread. The two losses are compared before anything is timed.
+
+- Time is the median of repeats that alternate in one process, after one that is not counted. Each
+  repeat gets a new copy of the logits, because both losses overwrite fp32 logits. Making the copy
+  is not timed.
+- Memory is measured in a new process for each loss. It is the growth of the peak resident set size
+  (``VmHWM``) after the logits were made.
 """
 
 import argparse
@@ -39,9 +42,9 @@ class Case:
     dtype: str
 
     def draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits [tokens, 1, vocabulary], labels and loss mask [tokens, 1]."""
+        """Draw logits [tokens, 1, vocabulary], labels and loss mask [tokens, 1]."""
         torch.manual_seed(0)
-        # in place: no temporary may raise the peak that the memory is measured from
+        # in place, because a temporary would raise the peak from which memory is measured
         logits = torch.empty(self.tokens, 1, self.vocab_size, dtype=DTYPES[self.dtype])
         logits.normal_(std=3.0)
         labels = torch.randint(self.vocab_size, (self.tokens, 1))
@@ -52,7 +55,7 @@ QUICK = Case(256, 64, "fp32")
 
 
 def ours(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """As ``MegatronEngine`` computes it."""
+    """The loss as ``MegatronEngine`` computes it."""
     group = parallel_state.get_tensor_model_parallel_group()
     cross_entropy, log_z, _ = vocab_parallel_cross_entropy(logits, labels, group)
     return ((cross_entropy + Z_LOSS * log_z.square()) * mask).sum()
@@ -67,14 +70,14 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {"ours": ours, "megatron": mega
 
 
 def step(name: str, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> float:
-    """Forward and backward; returns the loss."""
+    """Run forward and backward, and return the loss."""
     loss = LOSSES[name](logits.requires_grad_(), labels, mask)
     torch.autograd.grad(loss, logits)
     return loss.item()
 
 
 def measure_times(case: Case, repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each loss; refuses if the two are not the same function."""
+    """Measure the median seconds of each loss, and exit if the two losses differ."""
     source, labels, mask = case.draw()
     values: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
@@ -87,22 +90,22 @@ def measure_times(case: Case, repeats: int, clock: Callable[[], float]) -> dict[
                 seconds[name].append(clock() - start)
             del logits
     z_term = Z_LOSS * source.float().logsumexp(-1).square().sum().item()
-    # sums of fp32 losses over the tokens, each exact to about 1e-7
+    # sums over the tokens of fp32 losses, each of which is exact to about 1e-7
     if abs(values["ours"] - z_term - values["megatron"]) > 1e-5 * values["megatron"]:
         raise SystemExit(f"the losses differ: {values}, z-loss {z_term}")
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def peak_bytes() -> int:
-    """The largest resident set size of this process so far."""
+    """The peak resident set size of this process so far."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if line.startswith("VmHWM:")]
     return int(line.split()[1]) * 1024
 
 
 def print_memory(name: str, case: Case) -> None:
-    """The work of a fresh process: print the bytes that one pass adds to the peak."""
-    step(name, *Case(8, 8, case.dtype).draw())  # what loads on first use is not the loss's
+    """Print the bytes that one pass adds to the peak. This runs in a new process."""
+    step(name, *Case(8, 8, case.dtype).draw())  # load first what is loaded on first use
     arguments = case.draw()
     before = peak_bytes()
     step(name, *arguments)
@@ -110,7 +113,7 @@ def print_memory(name: str, case: Case) -> None:
 
 
 def measure_memory(case: Case) -> dict[str, int]:
-    """Bytes beyond the logits of each loss, each in a process of its own."""
+    """Measure the bytes of each loss beyond its logits, each in its own process."""
     found = {}
     for name in LOSSES:
         words = [str(case.tokens), str(case.vocab_size), case.dtype]
@@ -132,7 +135,7 @@ def measure_memory(case: Case) -> dict[str, int]:
 
 def report(case: Case, repeats: int, clock: Callable[[], float]) -> None:
     seconds, memory = measure_times(case, repeats, clock), measure_memory(case)
-    # below a MiB the resident set shows pages of the allocator, not the loss
+    # below a MiB, the resident set shows pages of the allocator rather than the loss
     measurable = min(memory.values()) > MIB
     memory_ratio = f"{memory['ours'] / memory['megatron']:6.3f}" if measurable else "     -"
     title = f"{case.tokens:,} tokens x {case.vocab_size:,} {case.dtype}"
@@ -147,10 +150,12 @@ def report(case: Case, repeats: int, clock: Callable[[], float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use too")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU time, for a machine that others also use"
+    )
     parser.add_argument("--memory-of", choices=LOSSES, help=argparse.SUPPRESS)
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()

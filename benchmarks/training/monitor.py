@@ -1,11 +1,12 @@
-"""What the monitor costs: its share of a training step's CPU time.
+"""The cost of the monitor: its share of the CPU time of a training step.
 
     python -W ignore -m benchmarks.training.monitor
 
-The time inside each of the monitor's functions is added up over the steps, which finds a hundredth
-of a step on a machine whose steps vary by more. Steps without the monitor's hooks take turns with
-these, as a check, and because they measure the norm of all gradients by megatron-core's function:
-what the norms by group take beyond that is the monitor's cost. One thread, random tokens.
+The time inside each of the monitor's functions is added up over the steps. This can detect a
+hundredth of a step on a machine whose steps vary by more. Steps without the monitor's hooks
+alternate with these, as a check. They also measure the norm of all gradients with megatron-core's
+function, and the time that the norms by group take beyond it is the monitor's cost. The script uses
+one thread and random tokens.
 """
 
 import argparse
@@ -45,7 +46,7 @@ FUNCTIONS: dict[tuple[type, str], str] = {
 
 
 class Clock:
-    """Adds up the CPU time of the monitor's functions, from when it is made."""
+    """Adds up the CPU time of the monitor's functions from its creation on."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys([*FUNCTIONS.values(), WHOLE], 0.0)
@@ -65,7 +66,7 @@ class Clock:
 
 
 def without_hooks(engine: MegatronEngine, clock: Clock) -> MegatronEngine:
-    """The engine with nothing but the losses and the norm of all gradients measured."""
+    """Reduce an engine's measurements to the losses and the norm of all gradients."""
     for part in engine.parts:
         for module in part.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -83,7 +84,7 @@ def _is_ours(hook: Any) -> bool:
 
 
 def run(engine: MegatronEngine, batches: Sequence[Batch], first: int, steps: int) -> float:
-    """CPU seconds of so many steps."""
+    """Run a number of steps and return their CPU seconds."""
     start = time.process_time()
     for step in range(first, first + steps):
         engine.train_step(step + 1, [batches[step % len(batches)]])
@@ -107,9 +108,11 @@ def measure(name: str, size: Size, topology: Topology, clock: Clock, blocks: int
                 inside[words] += clock.seconds[words] - before[words]
     total = sum(found["with"])
     count = count_parameters(size.model, size.vocab_size)
-    print(f"{name}: {count:,} parameters, {total / blocks / steps:.3f} CPU seconds a step")
+    print(f"{name}: {count:,} parameters, {total / blocks / steps:.3f} CPU seconds per step")
     whole = inside.pop(WHOLE)
-    print(f"  {GROUPS} and as a whole {inside[GROUPS] / total:.3%}, as a whole {whole / total:.3%}")
+    print(
+        f"  {GROUPS} and in total {inside[GROUPS] / total:.3%}, in total only {whole / total:.3%}"
+    )
     inside[GROUPS] -= whole
     for words, seconds in inside.items():
         print(f"  {words:24} {seconds / total:7.3%}")
@@ -120,12 +123,12 @@ def measure(name: str, size: Size, topology: Topology, clock: Clock, blocks: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny size")
+    parser.add_argument("--quick", action="store_true", help="use a tiny model")
     parser.add_argument("--blocks", type=int, default=7)
     args = parser.parse_args()
     sizes, blocks = (QUICK, 1) if args.quick else (SIZES, args.blocks)
     torch.set_num_threads(1)
-    clock = Clock()  # before any hook holds one of the functions
+    clock = Clock()  # before any hook refers to one of the functions
     prepare_megatron()
     join_process_group(Launch("alone", 0, 1, 0))
     try:

@@ -2,14 +2,16 @@
 
     python -W ignore -m benchmarks.training.train_step          # 10.5M parameters, minutes
     python -W ignore -m benchmarks.training.train_step --dtypes bf16 --profile ours
-    python -W ignore -m benchmarks.training.train_step --quick  # tiny sizes: does it run?
+    python -W ignore -m benchmarks.training.train_step --quick  # tiny sizes, as a check
 
-Both start from the same weights, see the same batches, compute the same loss (z-loss included),
-clip to the same norm and update by torch's AdamW; their losses over the first steps are compared
-before anything is timed. Then blocks of steps take turns; medians over the blocks are printed.
-transformers runs its text model and its output layer; its image tokenizer is never called. In bf16
-our engine keeps fp32 main weights; transformers runs under autocast over fp32 weights (bf16, as its
-Trainer does) and, as ``bf16-weights``, with weights and AdamW in bf16, which trains worse.
+Both start from the same weights, see the same batches, compute the same loss (with z-loss), clip to
+the same norm and update with torch's AdamW. Their losses over the first steps are compared before
+anything is timed. Then blocks of steps alternate, and the medians over the blocks are printed.
+transformers runs its text model and its output layer; its image tokenizer is never called.
+
+In bf16 our engine keeps fp32 main weights. transformers runs under autocast over fp32 weights
+(``bf16``, as its Trainer does), and with weights and AdamW in bf16 (``bf16-weights``), which trains
+worse.
 """
 
 import argparse
@@ -43,7 +45,7 @@ from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.training.engines.megatron import MegatronEngine
 
 COMPARED_STEPS = 3
-# relative difference of the losses over these steps. fp32: rounding; bf16: 8 bits of mantissa
+# largest relative difference of the losses over these steps: rounding, in bf16 to 8 bits
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-3}
 
 Step = Callable[[int], float]
@@ -54,7 +56,7 @@ class Size:
     model: ModelConfig
     vocab_size: int
     samples: int
-    """Sequences of one step."""
+    """Number of sequences per step."""
 
 
 FULL = Size(ModelConfig(8, 256, 688, 4, seq_length=256), 8192, 4)
@@ -75,7 +77,7 @@ def make_config(size: Size, dtype: str) -> Config:
 
 
 def draw_batches(size: Size, count: int) -> list[Batch]:
-    """Random ids; what the model learns does not matter here."""
+    """A batch of random ids, because it does not matter here what the model learns."""
     generator = torch.Generator().manual_seed(1)
     shape = (count, size.samples, size.model.seq_length + 1)
     ids = torch.randint(size.vocab_size, shape, generator=generator)
@@ -106,7 +108,7 @@ def make_ours(
 
 
 def transformers_config(model: ModelConfig, vocab_size: int) -> Any:
-    """transformers' config of a model of ours, with a tiny image tokenizer, which is not called."""
+    """transformers' config for one of our models. Its image tokenizer is tiny and is not called."""
     from transformers import ChameleonConfig
 
     vqgan = {"resolution": 16, "base_channels": 32, "num_embeddings": 8, "embed_dim": 8}
@@ -121,7 +123,7 @@ def transformers_config(model: ModelConfig, vocab_size: int) -> Any:
         rms_norm_eps=model.layernorm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": float(model.rotary_base)},
         swin_norm=model.norm_order == "swin",
-        pad_token_id=None,  # else its embedding would get no gradient
+        pad_token_id=None,  # otherwise its embedding would get no gradient
         vocabulary_map={"<image>": 0},
         vq_config={**vqgan, "latent_channels": 8, "channel_multiplier": [1, 1]},
         attn_implementation="sdpa",
@@ -129,7 +131,7 @@ def transformers_config(model: ModelConfig, vocab_size: int) -> Any:
 
 
 def make_transformers(size: Size, source: nn.Module) -> nn.Module:
-    """transformers' model in fp32 with the weights of ours."""
+    """Build transformers' model in fp32 with the weights of our model."""
     from transformers import ChameleonForConditionalGeneration
 
     model = size.model
@@ -151,7 +153,7 @@ def make_transformers(size: Size, source: nn.Module) -> nn.Module:
 def transformers_step(
     model: nn.Module, config: Config, batches: Sequence[Batch], autocast: bool
 ) -> Step:
-    """A plain training loop's step over transformers' model."""
+    """A step of a plain training loop over transformers' model."""
     values, z_loss = config.optimizer, config.training.z_loss
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     decayed = [p for n, p in named if "norm" not in n]
@@ -171,7 +173,9 @@ def transformers_step(
             hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
             logits = model.lm_head(hidden)
         logits = logits.float()
-        log_z = logits.logsumexp(-1)  # once for both terms: cheaper than torch's cross_entropy
+        log_z = logits.logsumexp(
+            -1
+        )  # once for both terms, which is cheaper than torch's cross_entropy
         losses = log_z - logits.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)
         (losses + z_loss * log_z.square()).mean().backward()
         nn.utils.clip_grad_norm_([p for _, p in named], values.clip_grad)
@@ -184,7 +188,7 @@ def transformers_step(
 def make_steps(
     size: Size, dtype: str, batches: Sequence[Batch], topology: Topology
 ) -> dict[str, Step]:
-    """The step functions of one comparison, from the same weights and checked against ours."""
+    """Make the step functions of one comparison from the same weights, and check their losses."""
     config = make_config(size, dtype)
     ours, model = make_ours(size, config, batches, topology)
     reference = make_transformers(size, model)
@@ -207,7 +211,7 @@ def make_steps(
 def measure(
     steps: dict[str, Step], blocks: int, block_steps: int, clock: Callable[[], float]
 ) -> dict[str, float]:
-    """Median seconds of a step, over blocks that take turns; one block each does not count."""
+    """Median seconds per step over alternating blocks, without the first block of each."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     number = COMPARED_STEPS
     for block in range(blocks + 1):
@@ -222,7 +226,7 @@ def measure(
 
 
 def profile(step: Step) -> None:
-    """Print where one implementation's time goes."""
+    """Print where one implementation spends its time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -234,12 +238,18 @@ def profile(step: Step) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes")
     parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--block-steps", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCES, default=list(TOLERANCES))
-    parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use too")
-    parser.add_argument("--profile", metavar="NAME", help="ours, or another name of the table")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU time, for a machine that others also use"
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help="implementation to profile: ours, or another name in the table",
+    )
     args = parser.parse_args()
     size, blocks = (QUICK, 1) if args.quick else (FULL, args.blocks)
     clock = time.process_time if args.cpu_time else time.perf_counter
@@ -251,7 +261,7 @@ def main() -> None:
         batches = draw_batches(size, 8)
         tokens = size.samples * size.model.seq_length
         count = count_parameters(size.model, size.vocab_size)
-        print(f"{count:,} parameters, {tokens:,} tokens a step, one thread")
+        print(f"{count:,} parameters, {tokens:,} tokens per step, one thread")
         for dtype in args.dtypes:
             steps = make_steps(size, dtype, batches, topology)
             if args.profile:
@@ -261,7 +271,8 @@ def main() -> None:
             for name, value in seconds.items():
                 words = "ours" if name == "ours" else f"transformers {name}"
                 ratio = value / seconds["ours"]
-                print(f"  {words:26} {tokens / value:8.0f} tokens/s   ours is {ratio:.3f} times it")
+                speed = f"{tokens / value:8.0f} tokens/s"
+                print(f"  {words:26} {speed}   ours is {ratio:.3f} times as fast")
     finally:
         leave_process_group()
 

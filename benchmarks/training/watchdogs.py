@@ -1,11 +1,11 @@
-"""What the watchdogs of a run cost: their share of a training step's CPU time.
+"""The cost of the watchdogs of a run: their share of the CPU time of a training step.
 
     python -W ignore -m benchmarks.training.watchdogs
 
-Each is called many times by itself, as often as the loop calls it, on one process; the ranks'
-comparison includes its collective, and is divided by the ten steps that it serves. The check of
-values that are not finite is timed against the old way too: megatron-core's step in its parts
-against ``optimizer.step()``. One thread, random tokens.
+Each watchdog is called many times on its own, as often as the loop calls it, on one process. The
+comparison of ranks includes its collective and is divided by the ten steps that it serves. The
+check for values that are not finite is also timed against an update without it: the parts of
+megatron-core's step against ``optimizer.step()``. The script uses one thread and random tokens.
 """
 
 import argparse
@@ -36,7 +36,7 @@ WINDOW_STEPS = 10
 
 
 def cpu_seconds(action: Callable[[], object], calls: int) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     start = time.process_time()
     for _ in range(calls):
         action()
@@ -46,7 +46,7 @@ def cpu_seconds(action: Callable[[], object], calls: int) -> float:
 def watchdog_seconds(
     config: Config, topology: Topology, engine: MegatronEngine, calls: int
 ) -> dict[str, float]:
-    """CPU seconds a step of each watchdog on a healthy run."""
+    """CPU seconds per step of each watchdog on a healthy run."""
     clock = StepClock()
 
     def time_step() -> None:
@@ -66,13 +66,15 @@ def watchdog_seconds(
             "step clock": cpu_seconds(time_step, calls),
             "values": cpu_seconds(lambda: guard.check(1, metrics, engine, [], saves=False), calls),
         }
-    print(f"  the hang watch's thread winds its timer every two seconds, in {timer * 1e6:.0f} us")
+    print(
+        f"  the hang watch's thread restarts its timer every two seconds, in {timer * 1e6:.0f} us"
+    )
     window = cpu_seconds(lambda: _gather([1.0, 0.0], topology), calls)
     return {**found, "ranks compared": window / WINDOW_STEPS}
 
 
 def update_ratio(engine: MegatronEngine, rounds: int) -> float:
-    """CPU time of our update over megatron-core's own; they take turns."""
+    """CPU time of our update over that of megatron-core's own, alternating."""
 
     def ours() -> None:
         _, squares = engine._measure_gradients()
@@ -94,7 +96,7 @@ def measure(name: str, size: Size, topology: Topology, folder: Path, calls: int)
     run(engine, batches, 0, 3)
     step = run(engine, batches, 3, 9) / 9
     count = count_parameters(size.model, size.vocab_size)
-    print(f"{name}: {count:,} parameters, {step:.3f} CPU seconds a step")
+    print(f"{name}: {count:,} parameters, {step:.3f} CPU seconds per step")
     found = watchdog_seconds(config, topology, engine, calls)
     for words, seconds in found.items():
         print(f"  {words:16} {seconds * 1e6:7.1f} us  {seconds / step:8.4%}")
@@ -104,7 +106,7 @@ def measure(name: str, size: Size, topology: Topology, folder: Path, calls: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny size")
+    parser.add_argument("--quick", action="store_true", help="use a tiny model")
     args = parser.parse_args()
     sizes, calls = (QUICK, 20) if args.quick else (SIZES, CALLS)
     torch.set_num_threads(1)

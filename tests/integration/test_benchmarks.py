@@ -32,7 +32,7 @@ GPU = (
         ("training.monitor", ["attention logits", "together"]),
         ("planner.plan", ["Llama-2 70B FP8", "held out: "]),
         ("data.loader", ["ours, the recipe's mixture", "GPTDataset, text alone"]),
-        ("data.preprocess", ["MB a CPU second", "gigatoken alone", "memory: "]),
+        ("data.preprocess", ["MB per CPU second", "gigatoken alone", "memory: "]),
         ("checkpoint.save", ["a step while a checkpoint is written", "for a synchronous save"]),
         ("training.train_step", ["fp32: losses of 3 steps agree", "bf16-weights"]),
         ("training.watchdogs", ["hang watch", "together", "checked before over unchecked"]),
