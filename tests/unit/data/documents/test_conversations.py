@@ -273,7 +273,7 @@ def test_damaged_answers(tmp_path, tokenizer, records, write, start, length):
     file = open_token_file(tmp_path / "chat", tokenizer)
     if start == 1:
         with pytest.raises(
-            DataError, match=r"chat\.answers: document 0 has \d+ tokens and ends before"
+            DataError, match=r"chat\.answers: document 0 has \d+ tokens and ends before its"
         ):
             file.answer_spans(0)
         with pytest.raises(DataError, match=r"chat\.answers: document 0 has answers that do not"):
@@ -287,7 +287,7 @@ def test_damaged_answers(tmp_path, tokenizer, records, write, start, length):
     ):
         open_token_file(tmp_path / "chat", tokenizer)
     path.unlink()
-    with pytest.raises(DataError, match=r"chat: \.answers missing"):
+    with pytest.raises(DataError, match=r"chat: \.answers is missing"):
         open_token_file(tmp_path / "chat", tokenizer)
 
 
