@@ -1,4 +1,4 @@
-"""In which values two configs differ."""
+"""Find the values in which two configs differ."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,9 +10,10 @@ ABSENT = "(absent)"
 
 
 def find_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The values that differ, by ``section.key`` in the order of the schema.
+    """The old and the new value of each key that differs, in the order of the schema.
 
-    What one of the two lists lacks is ``(absent)`` there, such as ``data.stage1[2].prefix``.
+    Keys are written ``section.key``, or ``data.stage1[2].prefix`` in lists. Where one config lacks
+    an entry of a list that the other has, its values are ``(absent)``.
     """
     before, after = dict(_flatten(old)), dict(_flatten(new))
     return {

@@ -1,4 +1,4 @@
-"""How many parameters a config has, by part: plain arithmetic, without torch."""
+"""Count the parameters of a config, part by part: plain arithmetic, without torch."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from megatron_chameleon.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of the whole model; those of a layer are given once."""
+    """Parameters of each part of the model; the parts of a layer are counted for one layer."""
 
     embeddings: int
-    """Of the input; the output layer has as many of its own."""
+    """Of the input embeddings. The output layer has its own, as many again."""
     attention: int
     feed_forward: int
     norms: int
@@ -25,12 +25,12 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """Parameters of the model."""
+        """Parameters of the whole model."""
         return 2 * self.embeddings + self.num_layers * self.layer + self.final_norm
 
 
 def parameter_counts(model: ModelConfig, vocab_size: int) -> ParameterCounts:
-    """The parameters of each part."""
+    """Count the parameters of each part."""
     head_size = model.hidden_size // model.num_attention_heads
     key_heads = query_groups(model)
     norm_groups = qk_norm_groups(model)
@@ -46,15 +46,15 @@ def parameter_counts(model: ModelConfig, vocab_size: int) -> ParameterCounts:
 
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters of the whole model, embeddings, norms and QK-norms included."""
+    """Parameters of the whole model, including embeddings, norms and QK-norms."""
     return parameter_counts(model, vocab_size).total
 
 
 def query_groups(model: ModelConfig) -> int:
-    """Key/value heads: as many as attention heads where the config names none."""
+    """Key/value heads: as many as attention heads if the config sets none."""
     return model.num_query_groups or model.num_attention_heads
 
 
 def qk_norm_groups(model: ModelConfig) -> int:
-    """Groups of heads with a QK-norm weight of their own; 0 without QK-norm."""
+    """Groups of heads that have their own QK-norm weight; 0 without QK-norm."""
     return model.num_attention_heads if model.qk_norm_groups is None else model.qk_norm_groups

@@ -1,6 +1,6 @@
 """Find config values that cannot work together, before any process group or model exists.
 
-Every rule adds a ``ConfigError`` with the numbers and the remedy; all of them are raised together.
+Every rule yields a ``ConfigError`` with the numbers and the remedy. All are raised together.
 """
 
 import math
@@ -16,11 +16,11 @@ from megatron_chameleon.config.schema import Config, ParallelConfig, SourceConfi
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
 _SIZES = ("model.", "parallel.", "training.")
-"""Sections whose values the combinations divide by, so that they must be right first."""
+"""Sections that other checks divide by. Their values must be valid before those checks run."""
 
 
 def check_config(config: Config, world_size: int) -> None:
-    """Raise for everything in ``config`` that cannot work on ``world_size`` processes.
+    """Refuse a config that cannot work on ``world_size`` processes.
 
     Raises:
         ConfigErrors: One entry per problem.
@@ -33,16 +33,16 @@ def check_config(config: Config, world_size: int) -> None:
 
 
 def _check_combinations(config: Config, world_size: int) -> list[ConfigError]:
-    """Values that are fine alone and do not fit each other."""
+    """Problems of values that are valid on their own but do not fit each other."""
     problems = [*_check_model(config), *_check_parallel(config), *check_engine(config)]
     problems += check_fusions(config)
-    if not problems:  # a layout is suggested only for a model that can exist
+    if not problems:  # suggesting a layout only makes sense for a model that can exist
         problems = [*check_layout(config, world_size), *check_fp8(config)]
     return [*problems, *_check_schedule(config), *_check_data(config), *check_reporting(config)]
 
 
 def smallest_world_size(parallel: ParallelConfig) -> int:
-    """Processes of one copy of the model, for a check before any were started."""
+    """The number of processes of one copy of the model, for checks before any have started."""
     sizes = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -66,7 +66,7 @@ def _check_model(config: Config) -> Iterator[ConfigError]:
         yield ConfigError("model.hidden_size", what, f"Use a multiple of {heads}")
     elif (model.hidden_size // heads) % 2:
         what = f"{model.hidden_size} / {heads} heads gives an odd head size"
-        yield ConfigError("model.hidden_size", what, "RoPE needs an even one: change either")
+        yield ConfigError("model.hidden_size", what, "Change either: RoPE needs an even size")
     if groups < 1 or heads % groups:
         what = f"{groups} does not divide num_attention_heads {heads}"
         yield ConfigError("model.num_query_groups", what, _divisors(heads))
@@ -81,18 +81,20 @@ def _check_model(config: Config) -> Iterator[ConfigError]:
 
 
 def _check_parallel(config: Config) -> Iterator[ConfigError]:
-    """Settings that do not depend on the number of processes."""
+    """Check the settings that do not depend on the number of processes."""
     parallel = config.parallel
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
         what = "true gathers the weights of the distributed optimizer, which is off"
-        remedy = "Set parallel.use_distributed_optimizer=true or this to false"
+        remedy = "Set parallel.use_distributed_optimizer=true, or this to false"
         yield ConfigError("parallel.overlap_param_gather", what, remedy)
     elif parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         what = "true needs overlap_grad_reduce, which is off"
         yield ConfigError("parallel.overlap_param_gather", what, "Set both to true")
     if parallel.recompute_num_layers > 1 and parallel.recompute_granularity != "full":
-        what = f"{parallel.recompute_num_layers} belongs to recompute_granularity full"
-        yield ConfigError("parallel.recompute_num_layers", what, "Set it to 1, or recompute fully")
+        what = f"{parallel.recompute_num_layers} works only with recompute_granularity full"
+        yield ConfigError(
+            "parallel.recompute_num_layers", what, "Set it to 1, or recompute_granularity to full"
+        )
     if parallel.context_parallel_size > 1 and config.data.reset_attention:
         what = "true does not work with context_parallel_size above 1"
         remedy = "Set it to false, or parallel.context_parallel_size to 1"
@@ -106,10 +108,10 @@ def _check_schedule(config: Config) -> Iterator[ConfigError]:
         yield ConfigError("optimizer.lr_warmup_steps", what, f"Use at most {steps - 1}")
     if config.optimizer.min_lr > config.optimizer.lr:
         what = f"{config.optimizer.min_lr} is above lr {config.optimizer.lr}"
-        yield ConfigError("optimizer.min_lr", what, "Use a smaller one")
+        yield ConfigError("optimizer.min_lr", what, "Use at most that")
     for step in config.training.skip_steps:
         if not 1 <= step <= steps:
-            what = f"{step} is no step of the {steps}"
+            what = f"{step} is not one of the {steps} steps"
             yield ConfigError("training.skip_steps", what, f"Give steps from 1 to {steps}")
 
 

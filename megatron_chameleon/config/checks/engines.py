@@ -1,4 +1,4 @@
-"""Which other settings each training engine can work with."""
+"""Check which other settings each training engine can work with."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,12 @@ from megatron_chameleon.errors import ConfigError
 
 
 def check_engine(config: Config) -> Iterator[ConfigError]:
-    """Everything in the section ``engine`` that cannot work with the rest."""
+    """Everything in the section ``engine`` that cannot work with the rest of the config."""
     engine, parallel = config.engine, config.parallel
     if engine.name != "deepspeed":
         for key in ("offload_optimizer", "offload_param"):
             if getattr(engine, key):
-                what = f"true needs engine.name deepspeed, and it is {engine.name}"
+                what = f"true needs engine.name deepspeed, but it is {engine.name}"
                 yield ConfigError(f"engine.{key}", what, "Set it to false, or change the engine")
         return
     for key, meaning in (
@@ -25,14 +25,14 @@ def check_engine(config: Config) -> Iterator[ConfigError]:
             yield ConfigError(f"parallel.{key}", what, "Set it to 1, or use engine.name=megatron")
     for key in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
         if getattr(parallel, key):
-            what = "true is for the megatron engine; with deepspeed engine.zero_stage does this"
+            what = "true is for the megatron engine; with deepspeed, engine.zero_stage does this"
             remedy = "Set it to false, and engine.zero_stage to 1 or more"
             yield ConfigError(f"parallel.{key}", what, remedy)
     if engine.offload_param and engine.zero_stage != 3:
-        what = f"true needs engine.zero_stage 3, and it is {engine.zero_stage}"
+        what = f"true needs engine.zero_stage 3, but it is {engine.zero_stage}"
         yield ConfigError("engine.offload_param", what, "Set it to false, or the stage to 3")
     if engine.offload_optimizer and engine.zero_stage == 0:
-        what = "true needs engine.zero_stage of 1 or more, and it is 0"
+        what = "true needs engine.zero_stage of 1 or more, but it is 0"
         yield ConfigError("engine.offload_optimizer", what, "Set it to false, or the stage to 1")
     if config.fp8.format:
         what = f"{config.fp8.format} is not supported by the deepspeed engine"

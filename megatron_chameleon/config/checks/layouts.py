@@ -1,4 +1,4 @@
-"""Which layouts over the processes a config can have, and the nearest to one that cannot be."""
+"""Check the layout over the processes, and suggest the nearest ones that work."""
 
 import dataclasses
 import itertools
@@ -12,11 +12,11 @@ SUGGESTIONS = 3
 
 
 def check_layout(config: Config, world_size: int) -> Iterator[ConfigError]:
-    """What of the layout cannot work, and then the nearest layouts that can.
+    """Problems of the layout, followed by the nearest layouts that work.
 
     Args:
-        config: Its single values were checked.
-        world_size: Processes of the job.
+        config: A config whose single values are valid.
+        world_size: Number of processes of the job.
     """
     problems = list(layout_problems(config, world_size))
     layouts = nearest_layouts(config, world_size) if problems else []
@@ -26,17 +26,20 @@ def check_layout(config: Config, world_size: int) -> Iterator[ConfigError]:
     names = "; ".join(_describe(layout) for layout in layouts)
     if len(problems) == 1:
         problem = problems[0]
-        remedy = f"{problem.remedy}, or take the nearest layout that works: {names}"
+        remedy = f"{problem.remedy}, or use the nearest layout that works: {names}"
         yield ConfigError(problem.where, problem.what, remedy)
         return
     yield from problems
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     what = f"{_describe(config.parallel)} does not work on {processes}"
-    yield ConfigError("parallel", what, f"The nearest layouts that do: {names}")
+    yield ConfigError("parallel", what, f"Use one of the nearest layouts that do: {names}")
 
 
 def nearest_layouts(config: Config, world_size: int) -> list[ParallelConfig]:
-    """Layouts that work on so many processes, by their distance in doublings of TP and PP."""
+    """Up to three layouts that work on ``world_size`` processes, the nearest first.
+
+    The distance is counted in doublings of the tensor, pipeline and context parallel sizes.
+    """
     asked = config.parallel
 
     def distance(layout: ParallelConfig) -> tuple[float, int]:
@@ -78,7 +81,7 @@ def _describe(parallel: ParallelConfig) -> str:
 
 
 def check_vocabulary(vocab_size: int, config: Config) -> Iterator[ConfigError]:
-    """What of a tokenizer's size the layout cannot split; it is never padded."""
+    """Whether the layout can split a tokenizer's vocabulary, which is never padded."""
     tp = config.parallel.tensor_model_parallel_size
     if vocab_size % tp:
         what = f"its {vocab_size} tokens do not divide by tensor_model_parallel_size {tp}"
@@ -87,7 +90,7 @@ def check_vocabulary(vocab_size: int, config: Config) -> Iterator[ConfigError]:
 
 
 def layout_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
-    """What of the layout cannot work, without looking for others; see ``check_layout``."""
+    """Problems of the layout, without a search for others; see ``check_layout``."""
     yield from _check_tensor(config)
     yield from _check_pipeline(config)
     yield from _check_context(config)
@@ -106,11 +109,13 @@ def _check_tensor(config: Config) -> Iterator[ConfigError]:
             what = f"{value} does not divide by tensor_model_parallel_size {tp}"
             yield ConfigError(f"model.{key}", what, f"Use a multiple of {tp} or another layout")
     if parallel.sequence_parallel and tp == 1:
-        what = "true needs tensor_model_parallel_size of 2 or more, and it is 1"
+        what = "true needs tensor_model_parallel_size of 2 or more, but it is 1"
         yield ConfigError("parallel.sequence_parallel", what, "Set it to false")
     elif parallel.sequence_parallel and model.seq_length % (tp * parallel.context_parallel_size):
         what = f"{model.seq_length} does not divide by tensor_model_parallel_size {tp}"
-        yield ConfigError("model.seq_length", what, "Sequence parallelism needs a multiple")
+        yield ConfigError(
+            "model.seq_length", what, "Use a multiple, which sequence parallelism needs"
+        )
 
 
 def _check_pipeline(config: Config) -> Iterator[ConfigError]:
@@ -128,7 +133,7 @@ def _check_pipeline(config: Config) -> Iterator[ConfigError]:
         return
     key = "parallel.virtual_pipeline_model_parallel_size"
     if pp == 1:
-        what = f"{vpp} needs pipeline_model_parallel_size of 2 or more, and it is 1"
+        what = f"{vpp} needs pipeline_model_parallel_size of 2 or more, but it is 1"
         yield ConfigError(key, what, "Set it to null")
     elif vpp < 2 or layers // pp % vpp:
         each = layers // pp
@@ -167,7 +172,7 @@ def _check_data(config: Config, world_size: int) -> Iterator[ConfigError]:
         yield ConfigError("training.global_batch_size", what, f"Use {near}")
     elif parallel.virtual_pipeline_model_parallel_size and (batch // chunk) % pp:
         what = (
-            f"{batch} gives {batch // chunk} micro-batches, and the interleaved schedule of {pp} "
+            f"{batch} gives {batch // chunk} micro-batches, but the interleaved schedule of {pp} "
             f"stages needs a multiple of {pp}"
         )
         yield ConfigError("training.global_batch_size", what, f"Use a multiple of {chunk * pp}")

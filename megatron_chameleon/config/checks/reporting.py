@@ -1,4 +1,4 @@
-"""What the trace and the samples of a run ask of the rest of its config."""
+"""Check what the trace and the samples of a run need of the rest of its config."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ FORCES = (None, "image", "text")
 
 
 def check_reporting(config: Config) -> Iterator[ConfigError]:
-    """What of ``logging`` and ``training.profile_steps`` cannot work with the rest."""
+    """Everything in ``logging`` and ``training.profile_steps`` that cannot work with the rest."""
     yield from _check_profile(config)
     if config.logging.sample_every_steps:
         yield from _check_samples(config)
@@ -18,8 +18,10 @@ def check_reporting(config: Config) -> Iterator[ConfigError]:
 def _check_profile(config: Config) -> Iterator[ConfigError]:
     steps, last = config.training.profile_steps, config.training.steps
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= last):
-        what = f"{steps} is no first and last step between 1 and training.steps {last}"
-        yield ConfigError("training.profile_steps", what, "Write for example [10, 12], or []")
+        what = f"{steps} is not a first and last step between 1 and training.steps {last}"
+        yield ConfigError(
+            "training.profile_steps", what, "Write, for example, [10, 12], or [] for no trace"
+        )
 
 
 def _check_samples(config: Config) -> Iterator[ConfigError]:
@@ -28,18 +30,20 @@ def _check_samples(config: Config) -> Iterator[ConfigError]:
     every = logging.sample_every_steps
     later = "Set it to 0, and use `chameleon generate` on a checkpoint"
     if not logging.sample_prompts:
-        what = f"{every}, and logging.sample_prompts is empty"
-        yield ConfigError(key, what, "List a prompt, such as {text: a cat, force: image}, or set 0")
+        what = f"{every}, but logging.sample_prompts is empty"
+        yield ConfigError(
+            key, what, "List a prompt, such as {text: a cat, force: image}, or set it to 0"
+        )
     if pp > 1:
         what = (
-            f"{every} needs the whole model in one stage, and pipeline_model_parallel_size is {pp}"
+            f"{every} needs the whole model in one stage, but pipeline_model_parallel_size is {pp}"
         )
         yield ConfigError(key, what, later)
     if config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
-        yield ConfigError(key, f"{every} needs whole weights, which ZeRO 3 takes apart", later)
+        yield ConfigError(key, f"{every} needs whole weights, but ZeRO 3 splits them", later)
     if config.model.qk_norm_groups == 0:
-        what = f"{every} generates with transformers, whose Chameleon has QK-norm always"
-        yield ConfigError(key, what, "Set it to 0: model.qk_norm_groups is 0")
+        what = f"{every} generates with transformers, whose Chameleon always has QK-norm"
+        yield ConfigError(key, what, "Set it to 0, because model.qk_norm_groups is 0")
     for i, prompt in enumerate(logging.sample_prompts):
         if prompt.force not in FORCES:
             what = f"{prompt.force!r} is not one of null, image, text"

@@ -41,7 +41,7 @@ def test_a_config_that_works_is_let_through() -> None:
             change("training", "global_batch_size", 6),
             4,
             "training.global_batch_size: 6 does not divide by micro_batch_size 1 x data parallel 4 "
-            "= 4. Use 4 or 8, or take the nearest layout that works: ",
+            "= 4. Use 4 or 8, or use the nearest layout that works: ",
         ),
         (
             change("parallel", "tensor_model_parallel_size", 2),
@@ -87,7 +87,7 @@ def test_a_config_that_works_is_let_through() -> None:
         (
             change("training", "skip_steps", [101]),
             1,
-            "skip_steps: 101 is no step of the 100. Give ste",
+            "skip_steps: 101 is not one of the 100 steps. Gi",
         ),
         (change("optimizer", "min_lr", 1.0), 1, "1.0 is above lr 0.0001"),
         (change("training", "z_loss", -1.0), 1, "training.z_loss: -1.0 is not 0 or more"),
@@ -180,7 +180,7 @@ def test_every_zero_stage_is_let_through(stage: int) -> None:
         ),
         (
             change("engine", "offload_param", True),
-            "engine.offload_param: true needs engine.zero_stage 3, and it is 1.",
+            "engine.offload_param: true needs engine.zero_stage 3, but it is 1.",
         ),
         (
             change("parallel", "pipeline_model_parallel_size", 2),
@@ -197,7 +197,7 @@ def test_every_zero_stage_is_let_through(stage: int) -> None:
         ),
         (
             change("parallel", "use_distributed_optimizer", True),
-            "true is for the megatron engine; with deepspeed engine.zero_stage does this. Set it "
+            "true is for the megatron engine; with deepspeed, engine.zero_stage does this. Set it "
             "to false, and engine.zero_stage to 1 or more.",
         ),
         (
@@ -219,7 +219,7 @@ def test_what_deepspeed_cannot_do(edit: Callable[[Config], None], message: str) 
 def test_zero_0_offloads_nothing_and_has_no_bf16() -> None:
     lines = problems(deepspeed(zero_stage=0, offload_optimizer=True))
     assert lines == [
-        "engine.offload_optimizer: true needs engine.zero_stage of 1 or more, and it is 0. Set it "
+        "engine.offload_optimizer: true needs engine.zero_stage of 1 or more, but it is 0. Set it "
         "to false, or the stage to 1."
     ]
     config = deepspeed(zero_stage=0)
@@ -234,6 +234,6 @@ def test_deepspeed_keys_with_the_other_engine(key: str) -> None:
     config = good()
     setattr(config.engine, key, True)
     assert problems(config) == [
-        f"engine.{key}: true needs engine.name deepspeed, and it is megatron. Set it to false, or "
+        f"engine.{key}: true needs engine.name deepspeed, but it is megatron. Set it to false, or "
         "change the engine."
     ]

@@ -85,8 +85,8 @@ def test_the_papers_models_have_shapes_for_fp8(preset: str, tensor_size: int, tm
         ),
         (
             {"fp8.num_layers_at_start_in_bf16": 1},
-            "fp8.num_layers_at_start_in_bf16: 1, but delayed scaling has all layers in FP8. Set it "
-            "to 0, or fp8.recipe=tensorwise.",
+            "fp8.num_layers_at_start_in_bf16: 1, but delayed scaling runs all layers in FP8. Set "
+            "it to 0, or fp8.recipe=tensorwise.",
         ),
         (
             {"fp8.recipe": "tensorwise", "fp8.num_layers_at_end_in_bf16": 5},
@@ -95,22 +95,23 @@ def test_the_papers_models_have_shapes_for_fp8(preset: str, tensor_size: int, tm
         ),
         (
             {"model.seq_length": 250, "training.micro_batch_size": 2},
-            "model.seq_length: 250 x micro_batch_size 2 = 500 tokens are no multiple of 16. FP8 "
-            "needs one on each rank: use 256.",
+            "model.seq_length: 250 x micro_batch_size 2 = 500 tokens are not a multiple of 16. "
+            "Use 256, because FP8 needs a multiple on each rank.",
         ),
         (
             {"model.ffn_hidden_size": 344},
-            "model.ffn_hidden_size: 344 is no multiple of 16. FP8 needs a multiple of 16, such as "
-            "352.",
+            "model.ffn_hidden_size: 344 is not a multiple of 16. Use a multiple of 16 with FP8, "
+            "such as 352.",
         ),
         (
             {"model.hidden_size": 120, "model.num_query_groups": 4},
-            "model.hidden_size: 120 is no multiple of 16. FP8 needs a multiple of 16, such as 128.",
+            "model.hidden_size: 120 is not a multiple of 16. Use a multiple of 16 with FP8, such "
+            "as 128.",
         ),
         (
             {"model.hidden_size": 112, "model.num_attention_heads": 8, "model.num_query_groups": 2},
-            "model.num_query_groups: 2: 168 rows of queries, keys and values is no multiple of 16. "
-            "FP8 needs a multiple of 16, such as 160.",
+            "model.num_query_groups: 2 gives 168 rows of queries, keys and values, which is not a "
+            "multiple of 16. Use a multiple of 16 with FP8, such as 160.",
         ),
     ],
 )
@@ -121,10 +122,10 @@ def test_what_cannot_work_is_refused(values: dict[str, Any], message: str) -> No
 def test_each_rank_needs_the_shapes() -> None:
     values = {**TENSOR_2, "model.seq_length": 252, "model.ffn_hidden_size": 336}
     assert problems(values, 2) == [
-        "model.seq_length: 252 / 2 x micro_batch_size 1 = 126 tokens are no multiple of 8. FP8 "
-        "needs one on each rank: use 256.",
-        "model.ffn_hidden_size: 336 is no multiple of 16 on each of 2 tensor-parallel ranks. FP8 "
-        "needs a multiple of 32, such as 320.",
+        "model.seq_length: 252 / 2 x micro_batch_size 1 = 126 tokens are not a multiple of 8. Use "
+        "256, because FP8 needs a multiple on each rank.",
+        "model.ffn_hidden_size: 336 is not a multiple of 16 on each of 2 tensor-parallel ranks. "
+        "Use a multiple of 32 with FP8, such as 320.",
     ]
 
 

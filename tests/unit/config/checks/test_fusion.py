@@ -26,7 +26,7 @@ def test_fused_gradients_need_the_megatron_engine() -> None:
     check_config(config, 1)
     config.fusion.gradient_accumulation_fusion = True
     assert problems(config) == [
-        "fusion.gradient_accumulation_fusion: true adds to megatron-core's gradient buffers, and "
+        "fusion.gradient_accumulation_fusion: true adds to megatron-core's gradient buffers, but "
         "the deepspeed engine has its own. Set it to null or false, or engine.name=megatron."
     ]
 
@@ -38,7 +38,7 @@ def test_fused_gradients_need_transformer_engines_layers() -> None:
     config.fusion.gradient_accumulation_fusion = True
     (line,) = problems(config)
     assert line == (
-        "fusion.gradient_accumulation_fusion: true is done by Transformer Engine's layers, and "
+        "fusion.gradient_accumulation_fusion: true needs Transformer Engine's layers, but "
         "fp8.emulate has layers of its own. Set it to null or false, or fp8.emulate=false."
     )
     config.fp8.emulate = False
@@ -51,8 +51,8 @@ def test_the_rotary_embedding_is_applied_once() -> None:
     check_config(config, 1)
     config.fusion.apply_rope_fusion = True
     assert problems(config) == [
-        "fusion.apply_rope_fusion: true has no work: qk_norm_rope_fusion true applies the rotary "
-        "embedding in its own kernel. Set one of the two to null or false."
+        "fusion.apply_rope_fusion: true has no effect, because qk_norm_rope_fusion applies the "
+        "rotary embedding too. Set one of the two to null or false."
     ]
 
 
@@ -62,4 +62,4 @@ def test_without_a_qk_norm_there_is_none_to_fuse() -> None:
     config.model.qk_norm_groups = 0
     (line,) = problems(config)
     assert line.startswith("fusion.qk_norm_rope_fusion: true fuses the QK-norm, which model.qk_nor")
-    assert line.endswith("apply_rope_fusion fuses the rotary embedding alone.")
+    assert line.endswith("apply_rope_fusion fuses only the rotary embedding.")

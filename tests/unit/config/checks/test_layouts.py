@@ -64,7 +64,7 @@ def test_a_layout_that_works_says_nothing() -> None:
                 "global_batch_size": 6,
             },
             4,
-            "6 gives 6 micro-batches, and the interleaved schedule of 4 stages needs a multiple",
+            "6 gives 6 micro-batches, but the interleaved schedule of 4 stages needs a multiple",
         ),
         ({"context_parallel_size": 2, "seq_length": 66}, 2, "66 does not divide by 2 x context"),
         ({"sequence_parallel": True}, 1, "parallel.sequence_parallel: true needs"),
@@ -84,15 +84,15 @@ def test_the_nearest_layouts_are_named() -> None:
     """16 processes, TP 16 does not fit 8 heads: TP 8 is one doubling away, then TP 4 or PP 2."""
     config = config_of(tensor_model_parallel_size=16)
     assert lines(config, 16)[-1] == (
-        "parallel: tensor 16 x pipeline 1 does not work on 16 processes. The nearest layouts that "
-        "do: tensor 8 x pipeline 1; tensor 4 x pipeline 1; tensor 8 x pipeline 2."
+        "parallel: tensor 16 x pipeline 1 does not work on 16 processes. Use one of the nearest "
+        "layouts that do: tensor 8 x pipeline 1; tensor 4 x pipeline 1; tensor 8 x pipeline 2."
     )
 
 
 def test_one_problem_is_one_line() -> None:
     assert lines(config_of(pipeline_model_parallel_size=8), 8) == [
         "model.num_layers: 12 layers do not divide by 8 pipeline stages. Use one of 1, 2, 3, 4, 6, "
-        "12, or take the nearest layout that works: tensor 1 x pipeline 4; tensor 1 x pipeline 2; "
+        "12, or use the nearest layout that works: tensor 1 x pipeline 4; tensor 1 x pipeline 2; "
         "tensor 2 x pipeline 4."
     ]
 

@@ -208,19 +208,19 @@ SAMPLES = {"logging.sample_every_steps": 5}
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"training.profile_steps": [5]}, "training.profile_steps: [5] is no first and last step"),
-        ({"training.profile_steps": [5, 101]}, "is no first and last step between 1 and"),
-        ({"training.profile_steps": [3, 2]}, "Write for example [10, 12], or []"),
-        (SAMPLES, "logging.sample_every_steps: 5, and logging.sample_prompts is empty. List"),
+        ({"training.profile_steps": [5]}, "training.profile_steps: [5] is not a first and last"),
+        ({"training.profile_steps": [5, 101]}, "is not a first and last step between 1 and"),
+        ({"training.profile_steps": [3, 2]}, "Write, for example, [10, 12], or [] for no trace."),
+        (SAMPLES, "logging.sample_every_steps: 5, but logging.sample_prompts is empty. List"),
         (
             {**SAMPLES, "parallel.pipeline_model_parallel_size": 2},
-            "5 needs the whole model in one stage, and pipeline_model_parallel_size is 2. Set it",
+            "5 needs the whole model in one stage, but pipeline_model_parallel_size is 2. Set it",
         ),
         (
             {**SAMPLES, "engine.name": "deepspeed", "engine.zero_stage": 3},
-            "5 needs whole weights, which ZeRO 3 takes apart",
+            "5 needs whole weights, but ZeRO 3 splits them. Set it to 0",
         ),
-        ({**SAMPLES, "model.qk_norm_groups": 0}, "whose Chameleon has QK-norm always"),
+        ({**SAMPLES, "model.qk_norm_groups": 0}, "whose Chameleon always has QK-norm"),
         ({"logging.sample_max_tokens": 0}, "logging.sample_max_tokens: 0 is not above 0"),
         ({"logging.sample_every_steps": -1}, "logging.sample_every_steps: -1 is not 0 or more"),
     ],
