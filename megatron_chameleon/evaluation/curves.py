@@ -1,8 +1,8 @@
-"""Read the metrics of runs and draw their curves.
+"""Reads the metrics of runs and draws their curves.
 
-``metrics.jsonl`` has one object a step. A run that was resumed may have some steps twice: the last
-record of a step is the one that counts. A crash may leave half a last line: it is left out.
-Anything else that is broken is an error.
+``metrics.jsonl`` has one JSON object per step. A resumed run may have some steps twice: the last
+record of a step counts. An incomplete last line, left by a crash, is ignored. Any other broken line
+is an error.
 """
 
 import json
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 DEFAULT_KEYS = ("loss_text", "loss_image", "grad_norm", "learning_rate")
 LABELS = {
-    "loss": "loss (nats a token)",
-    "loss_text": "text loss (nats a token)",
-    "loss_image": "image loss (nats a token)",
+    "loss": "loss (nats per token)",
+    "loss_text": "text loss (nats per token)",
+    "loss_image": "image loss (nats per token)",
     "z_loss": "z-loss",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
-    "tokens_per_second": "tokens a second",
-    "step_seconds": "seconds a step",
+    "tokens_per_second": "tokens per second",
+    "step_seconds": "seconds per step",
     "output_norm": "output norm",
     "max_logit": "largest logit",
 }
@@ -36,7 +36,7 @@ COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a run, one a step, in the order of the steps.
+    """The records of a run, one per step, in the order of the steps.
 
     Args:
         path: A run folder or a ``metrics.jsonl``.
@@ -50,7 +50,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise DataError(
-            str(file), f"cannot be read ({error.strerror})", "Give a run folder or a metrics.jsonl"
+            str(file), f"cannot be read ({error.strerror})", "Pass a run folder or a metrics.jsonl"
         ) from error
     records: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
@@ -60,10 +60,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             records[int(record["step"])] = record
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # no newline after it: the process died while writing it
+            if number == len(lines):  # no newline follows: the process died while it wrote
                 break
             raise DataError(
-                f"{file}:{number}", f"no record of a step ({error})", "Mend or remove the line"
+                f"{file}:{number}", f"not the record of a step ({error})", "Fix or remove the line"
             ) from error
     if not records:
         raise DataError(str(file), "has no records yet", "Wait for the first step")
@@ -71,14 +71,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a key, both [points]; steps where it is null or missing are left out."""
+    """Steps and values of a key, both [points], without steps where it is null or missing."""
     points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last ``window`` values, or over what there is at the start: [points]."""
+    """Mean over the last ``window`` values, or over fewer at the start: [points]."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
@@ -88,10 +88,10 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def draw_curve(
     axes: "Axes", runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, window: int = 1
 ) -> None:
-    """Draw one key of every run into a panel; smoothed values over pale raw ones.
+    """Draw one key of every run into a panel: smoothed values over pale raw values.
 
     Raises:
-        DataError: No run has a value of that key.
+        DataError: No run has a value for that key.
     """
     found = False
     for color, (name, records) in zip(_colors(len(runs)), runs.items(), strict=True):
@@ -105,7 +105,7 @@ def draw_curve(
     if not found:
         names = sorted({k for records in runs.values() for r in records for k in r})
         raise DataError(
-            f"--keys {key}", "no run has a value of it", f"Use one of: {', '.join(names)}"
+            f"--keys {key}", "no run has a value for it", f"Use one of: {', '.join(names)}"
         )
     axes.set_title(LABELS.get(key, key), loc="left", fontsize=10)
     axes.set_xlabel("step", fontsize=9)
@@ -113,7 +113,7 @@ def draw_curve(
 
 
 def style(axes: "Axes") -> None:
-    """The look of all panels: two spines, a pale grid, small ticks."""
+    """Give a panel the common look: two spines, a pale grid and small ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e2e8f0", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -125,10 +125,10 @@ def draw_curves(
     keys: Sequence[str] = DEFAULT_KEYS,
     window: int = 1,
 ) -> "Figure":
-    """One panel a key, one line a run.
+    """Draw one panel per key, with one line per run.
 
     Args:
-        runs: Records by the name that the legend shows.
+        runs: The records of each run, by the name that the legend shows.
         keys: Keys of the records.
         window: Steps of the running mean; 1 draws the values as they are.
     """

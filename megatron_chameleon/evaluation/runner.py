@@ -1,8 +1,8 @@
-"""Runs tasks one after the other and writes what they found.
+"""Runs tasks one after the other and writes their results.
 
-OUTPUT/answers.jsonl    every answer of the model, as it comes: a killed evaluation goes on from it
+OUTPUT/answers.jsonl    every answer of the model, as it arrives: a killed evaluation is resumed
 OUTPUT/samples.jsonl    every item: prompt, answer, reference, scores
-OUTPUT/results.json     every figure, with its error, the settings, and the paper's beside it
+OUTPUT/results.json     every figure with its error and settings, beside the paper's figure
 """
 
 import json
@@ -40,48 +40,52 @@ def load_tasks(
     seed: int = 1,
     batch_size: int = 32,
 ) -> dict[str, TaskRunner]:
-    """Find the tasks and read their items, before a model is opened.
+    """Find the tasks and read their items, before a model is loaded.
 
     Args:
-        names: Of the catalogue, or paths of YAML files.
-        data: Folder of local data.
-        limit: Items of a task; None takes all.
-        seed: Of everything that is drawn.
+        names: Tasks of the catalogue, or paths of YAML files.
+        data: The folder of local data.
+        limit: Ask only so many items of each task; None asks all.
+        seed: Seed of everything that is drawn.
         batch_size: Prompts that are answered together.
 
     Returns:
-        What runs each task, by its name.
+        The function that runs each task, by the task's name.
 
     Raises:
         ConfigError: A task is unknown or named twice, or a package is missing.
         DataError: Data are missing or broken.
     """
-    runs: dict[str, TaskRunner] = {}
+    runners: dict[str, TaskRunner] = {}
     options = {"limit": limit, "seed": seed, "batch_size": batch_size}
-    for name in names:
-        info = find_task(name)
-        if info is None and not name.endswith((".yaml", ".yml")):
-            known = ", ".join(task.name for task in TASKS)
-            raise ConfigError("--tasks", f"no task {name!r}", f"Use {known}, or a FILE.yaml")
-        if info is None:
-            task = item_files.read_task_file(Path(name), data)
-            run = _items_runner(task, options)
-            name = task.name
-        elif info.kind == "harness":
-            harness.check_harness(name)
-            harness.check_data(info, data)
-            run = _harness_runner(info, data, options)
-        else:
-            run = _items_runner(_read(info, data), options)
-        if name in runs:
-            raise ConfigError("--tasks", f"{name} stands twice", "Name each task once")
-        runs[name] = run
-    return runs
+    for given in names:
+        name, runner = _load_task(given, data, options)
+        if name in runners:
+            raise ConfigError("--tasks", f"{name} occurs twice", "Name each task once")
+        runners[name] = runner
+    return runners
 
 
-def _read(info: TaskInfo, data: Path | None) -> items.ItemTask:
+def _load_task(name: str, data: Path | None, options: dict[str, Any]) -> tuple[str, TaskRunner]:
+    """The task's own name, and the function that runs it."""
+    info = find_task(name)
+    if info is not None and info.kind == "harness":
+        harness.check_harness(name)
+        harness.check_data(info, data)
+        return name, _harness_runner(info, data, options)
+    if info is not None:
+        return name, _items_runner(_read_items(info, data), options)
+    if name.endswith((".yaml", ".yml")):
+        task = item_files.read_task_file(Path(name), data)
+        return task.name, _items_runner(task, options)
+    known = ", ".join(task.name for task in TASKS)
+    raise ConfigError("--tasks", f"there is no task {name!r}", f"Use {known}, or a FILE.yaml")
+
+
+def _read_items(info: TaskInfo, data: Path | None) -> items.ItemTask:
     if data is None:
-        raise ConfigError(info.name, "its images are on no hub", "Give their folder with --data")
+        what = "the hub does not have the images of this task"
+        raise ConfigError(info.name, what, "Pass their folder with --data")
     if info.kind == "caption":
         cider.check_cider(info.name)
         return item_files.read_captions(info, data / info.data)
@@ -101,24 +105,24 @@ def _harness_runner(info: TaskInfo, data: Path | None, options: dict[str, Any]) 
 def run_tasks(
     session: "Session",
     checkpoint: str,
-    runs: dict[str, TaskRunner],
+    runners: dict[str, TaskRunner],
     output: Path,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Run tasks and write ``results.json`` and ``samples.jsonl``, anew after each.
+    """Run tasks; after each task, write ``results.json`` and ``samples.jsonl`` again.
 
     Args:
         session: The model.
-        checkpoint: Its path, for the results.
-        runs: What ``load_tasks`` returns.
-        output: The folder; answers that it has are not asked again.
-        progress: Gets a line after each batch.
+        checkpoint: The model's path, which the results repeat.
+        runners: What ``load_tasks`` returns.
+        output: The folder to write to. Answers that are already there are not asked again.
+        progress: Called with a line of text after each batch.
 
     Returns:
         The content of ``results.json``.
 
     Raises:
-        DataError: The folder is another model's, or in use, or an item cannot be asked.
+        DataError: The folder belongs to another model or is in use, or an item cannot be asked.
     """
     model = model_fingerprint(session)
     results: dict[str, Any] = {
@@ -135,10 +139,10 @@ def run_tasks(
     lines: list[str] = []
     with AnswerCache(output, model) as answers:
         if len(answers):
-            progress(f"{len(answers)} answers are there already: {answers.path}")
-        for name, run in runs.items():
+            progress(f"{len(answers)} answers exist already: {answers.path}")
+        for name, run_task in runners.items():
             report = partial(_report, progress, name)
-            result = run(Asker(session, answers, report))
+            result = run_task(Asker(session, answers, report))
             results["tasks"][name] = result.summary()
             lines += [
                 json.dumps({"task": name, **asdict(scored_item)}, ensure_ascii=False)

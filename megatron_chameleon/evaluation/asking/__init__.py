@@ -1,1 +1,1 @@
-"""Asking a model: answers, likelihoods, and the files that keep them."""
+"""Asks a model: answers, likelihoods, and the files that store them."""

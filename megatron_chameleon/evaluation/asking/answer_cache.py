@@ -1,7 +1,8 @@
-"""Answers of a model, kept as they come: an evaluation that was killed goes on from them.
+"""Stores a model's answers as they arrive, so that a killed evaluation can be resumed.
 
-``answers.jsonl`` has a header that names the model, then one object an answer, a key and a value. A
-key is the hash of what was asked. Half a last line, of a process that died, is cut off.
+``answers.jsonl`` has a header that names the model, then one JSON object per answer, with a key and
+a value. The key is the hash of what was asked. If the last line is incomplete because a process
+died while it wrote, that line is removed.
 """
 
 import fcntl
@@ -25,13 +26,13 @@ FORMAT = "megatron_chameleon.answers/1"
 
 
 def fingerprint(value: Any) -> str:
-    """Hash of a JSON value: 16 hexadecimal digits, the same in every process."""
+    """A hash of a JSON value: 16 hexadecimal digits, the same in every process."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:16]
 
 
 def model_fingerprint(session: "Session") -> str:
-    """Hash of the first weights of every tensor, their names and shapes, and the tokenizer."""
+    """A hash of the tokenizer and of every tensor's name, shape and first 1,024 weights."""
     digest = hashlib.sha256(session.tokenizer.fingerprint.encode())
     for name, tensor in sorted(session.model.state_dict().items()):
         head = tensor.flatten()[:1024].detach().to("cpu", torch.float32)
@@ -41,15 +42,15 @@ def model_fingerprint(session: "Session") -> str:
 
 
 class AnswerCache:
-    """The answers in a folder, for one process at a time; use it in a ``with`` statement.
+    """The answers in a folder. One process at a time may use it, in a ``with`` statement.
 
     Args:
-        folder: It is made if it is not there.
-        model: What ``model_fingerprint`` says.
+        folder: Where ``answers.jsonl`` lies. It is created if it does not exist.
+        model: The model's fingerprint, from ``model_fingerprint``.
 
     Raises:
-        DataError: Another evaluation is at work in the folder, its answers are another model's, or
-            a file can't be read or written.
+        DataError: Another evaluation uses the folder, its answers belong to another model, or a
+            file cannot be read or written.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
@@ -60,7 +61,7 @@ class AnswerCache:
             folder.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] = self.path.open("a+", encoding="utf-8", errors="surrogatepass")
         except OSError as error:
-            remedy = "Give a folder that can be written"
+            remedy = "Choose a folder that you can write to"
             raise DataError(str(folder), f"cannot be used ({error.strerror})", remedy) from error
         try:
             self._lock()
@@ -90,7 +91,7 @@ class AnswerCache:
         return self._values[key]
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Keep answers: they are on the disk when this returns."""
+        """Store answers. They are on disk when this returns."""
         lines = [json.dumps({"key": k, "value": v}, ensure_ascii=False) for k, v in values.items()]
         self._write(lines)
         self._values.update(values)
@@ -103,15 +104,17 @@ class AnswerCache:
         except OSError as error:
             what = f"cannot be written ({error.strerror})"
             raise DataError(
-                str(self.path), what, "Make room, then give the command again"
+                str(self.path), what, "Free some space, then run the command again"
             ) from error
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            remedy = "Wait for it, or give another --output"
-            raise DataError(str(self.path), "another evaluation writes to it", remedy) from error
+            remedy = "Wait until it ends, or choose another --output"
+            raise DataError(
+                str(self.path), "another evaluation is writing to it", remedy
+            ) from error
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -127,10 +130,10 @@ class AnswerCache:
             self._values = {record["key"]: record["value"] for record in records}
             ours = header["format"] == FORMAT
         except (ValueError, KeyError, TypeError) as error:
-            what = f"no file of answers, or a broken one ({error})"
-            raise DataError(str(self.path), what, "Remove it, or give another --output") from error
+            what = f"not a valid file of answers ({error})"
+            raise DataError(
+                str(self.path), what, "Remove the file, or choose another --output"
+            ) from error
         if not ours or header["model"] != self._header["model"]:
-            what = (
-                f"its answers are of the model {header.get('model')}, not {self._header['model']}"
-            )
-            raise DataError(str(self.path), what, "Give another --output for another model")
+            what = f"its answers are from model {header.get('model')}, not {self._header['model']}"
+            raise DataError(str(self.path), what, "Choose another --output for this model")

@@ -1,11 +1,11 @@
-"""Ask a model many things and keep every answer: what all tasks are built on.
+"""Asks a model many things and stores every answer. All tasks are built on this.
 
     with AnswerCache(folder, model_fingerprint(session)) as answers:
         asker = Asker(session, answers)
         asker.score([("two plus two is", " four")])
         asker.write([[image, "What is it?"]], options)
 
-What has an answer is not asked again.
+Anything that already has an answer is not asked again.
 """
 
 import hashlib
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 REPORT_SECONDS = 2.0
-"""Between two lines of progress; the last one always comes."""
+"""Time between two progress lines; the last line is always reported."""
 
 
 class Asker:
-    """A model and its kept answers.
+    """A model and its stored answers.
 
     Args:
         session: The model.
-        answers: Where answers are kept.
-        progress: Gets a line after each batch.
+        answers: Where the answers are stored.
+        progress: Called with a line of text after each batch.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Asker:
         self._reported = -REPORT_SECONDS
 
     def score(self, pairs: Sequence[tuple[Sequence["PromptPart"], str]]) -> list[ContinuationScore]:
-        """Score texts behind prompts.
+        """Score texts that follow prompts.
 
         Args:
-            pairs: A prompt, which may be empty, and the text behind it. A space between the two
-                belongs to the text.
+            pairs: A prompt, which may be empty, and the text that follows it. A space between the
+                two belongs to the text.
 
         Raises:
             DataError: A text has no tokens, or an image cannot be read.
@@ -62,7 +62,7 @@ class Asker:
         return self.score_ids(encoded)
 
     def score_ids(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[ContinuationScore]:
-        """As ``score``, of token ids: the context begins with ``<s>``."""
+        """Like ``score``, for token ids. Each context begins with ``<s>``."""
         keys = [fingerprint(["score", *pair]) for pair in pairs]
         new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._answers}
         names, asked = list(new), list(new.values())
@@ -82,14 +82,14 @@ class Asker:
     def write(
         self, prompts: Sequence[Sequence["PromptPart"]], options: "GenerationOptions"
     ) -> list[str]:
-        """Answer prompts in text; the same prompt asked twice is drawn twice.
+        """Answer prompts in text. A prompt that is asked twice gets two independent answers.
 
-        A batch draws from a generator of its own and is kept whole or not at all, so a killed
-        evaluation draws what it would have drawn.
+        Each batch has its own random generator and is stored as a whole or not at all. A killed
+        evaluation therefore continues with the same random draws as if it had not been killed.
 
         Args:
             prompts: Texts and images in order.
-            options: ``batch_size`` prompts are answered together.
+            options: How to generate; ``batch_size`` prompts are answered together.
 
         Raises:
             DataError: A prompt does not fit the context, or an image cannot be read.
@@ -105,7 +105,7 @@ class Asker:
         options: "GenerationOptions",
         keep: Callable[["Answer"], list[Any]],
     ) -> list[list[Any]]:
-        """As ``write``, in text and images; ``keep`` turns an answer into the JSON that is kept."""
+        """Like ``write``, in text and images; ``keep`` turns an answer into the JSON to store."""
         return self._write(prompts, options, keep)
 
     def _write(
@@ -137,7 +137,7 @@ class Asker:
     def _fit(
         self, prompt: Sequence["PromptPart"], options: "GenerationOptions"
     ) -> list["PromptPart"]:
-        """The prompt, a text that is too long cut from the left; the answer keeps its room."""
+        """The prompt; a text that is too long loses its beginning, to leave room for the answer."""
         parts = list(prompt)
         room = self.session.context_tokens - (options.max_tokens or 1)
         if room < 2 or any(not isinstance(part, str | TextPart) for part in parts):
@@ -159,7 +159,7 @@ class Asker:
         for (prompt, text), context in zip(pairs, contexts, strict=True):
             last = prompt[-1] if prompt else None
             before = last.text if isinstance(last, TextPart) else last
-            if isinstance(before, str):  # together: a token may span the border
+            if isinstance(before, str):  # encoded together: a token may span the boundary
                 tail = self.session.tokenizer.text.encode(before)
                 whole = self.session.tokenizer.text.encode(before + text)
                 continuation = whole[len(tail) :]
@@ -167,7 +167,7 @@ class Asker:
                 continuation = self.session.tokenizer.text.encode(text)
             if not continuation:
                 raise DataError(
-                    "candidate", f"{text!r} has no tokens", "Give each candidate a text"
+                    "candidate", f"{text!r} has no tokens", "Give each candidate some text"
                 )
             encoded.append((context, continuation))
         return encoded
@@ -189,7 +189,7 @@ def _text(part: "PromptPart") -> str:
 
 
 def prompt_as_json(prompt: Sequence["PromptPart"]) -> list[Any]:
-    """A prompt as JSON; an image is its path, or the hash of its bytes or pixels."""
+    """A prompt as JSON. An image becomes its path, or a hash of its bytes or pixels."""
     described: list[Any] = []
     for part in prompt:
         if isinstance(part, str):
@@ -208,7 +208,7 @@ def prompt_as_json(prompt: Sequence["PromptPart"]) -> list[Any]:
 
 
 def cut_at_stop(text: str, until: str | Sequence[str]) -> str:
-    """The text up to the first stop string."""
+    """The text before the first of the stop strings."""
     stops = [until] if isinstance(until, str) else until
     places = [text.find(stop) for stop in stops if stop]
     return text[: min((place for place in places if place >= 0), default=len(text))]

@@ -1,10 +1,10 @@
-"""How likely a model finds continuations: what multiple choice and perplexity are scored by.
+"""How likely a model finds continuations, for multiple choice and perplexity.
 
     scores = score_continuations(session, [(context_ids, continuation_ids), ...])
 
-The probabilities are those of text: image codes can't come inside a text, so they have no share, as
-in Hugging Face's ``ChameleonForConditionalGeneration`` and in our own decoding. Letters in tensor
-names: B rows, S tokens, H hidden, N scored positions, V vocabulary.
+The probabilities are over text tokens only. Image codes cannot appear inside a text, so they get no
+probability, as in Hugging Face's ``ChameleonForConditionalGeneration`` and in our own decoding.
+Letters in tensor names: B rows, S tokens, H hidden, N scored positions, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from megatron_chameleon.inference.session import Session
 
 BATCH_TOKENS = 16_384
-"""Tokens, padding included, of a forward pass."""
+"""Tokens per forward pass, including padding."""
 BLOCK_POSITIONS = 256
-"""Positions whose logits exist at a time: 256 x 65,536 in fp32 are 64 MiB."""
+"""Positions whose logits are in memory at a time: 256 x 65,536 in fp32 take 64 MiB."""
 
 
 @dataclass(frozen=True)
 class ContinuationScore:
-    """What the model says to one continuation."""
+    """How likely the model finds one continuation."""
 
     log_likelihood: float
-    """Natural logarithm of the continuation's probability behind its context."""
+    """Natural logarithm of the continuation's probability, given its context."""
     is_greedy: bool
-    """Whether every token of it is the likeliest one."""
+    """Whether each of its tokens is the most likely one."""
 
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -38,11 +38,11 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class _SharedInputs:
-    """Inputs that some pairs share, and the targets of each: one forward pass serves them all."""
+    """Inputs that several pairs share, with each pair's targets. They need one forward pass."""
 
     inputs: tuple[int, ...]
     targets: list[tuple[int, tuple[int, ...]]]
-    """(index of the pair, its continuation)."""
+    """Per pair: (its index, its continuation)."""
 
 
 def score_continuations(
@@ -52,15 +52,19 @@ def score_continuations(
     block_positions: int = BLOCK_POSITIONS,
     report: Callable[[dict[int, ContinuationScore]], None] = lambda scores: None,
 ) -> list[ContinuationScore]:
-    """Score continuations, longest first, in batches that share a forward pass.
+    """Score continuations, longest first; each batch is one forward pass.
 
     Args:
-        session: The model; its context cuts long pairs from the left.
-        pairs: Context and continuation as token ids, neither of them empty. Image codes may stand
-            in contexts only.
-        batch_tokens: Most tokens of a forward pass, padding included; a row has at least one.
-        block_positions: Positions whose logits exist at a time.
-        report: Called after each batch with the scores by index of pair.
+        session: The model. A pair that is longer than its context loses its beginning.
+        pairs: Context and continuation as token ids, neither of them empty. Only contexts may
+            contain image codes.
+        batch_tokens: The most tokens per forward pass, including padding. A batch has at least one
+            row.
+        block_positions: Positions whose logits are in memory at a time.
+        report: Called after each batch with the scores by index of the pair.
+
+    Returns:
+        One score per pair, in the order of the pairs.
     """
     scores: dict[int, ContinuationScore] = {}
     forbidden_V = torch.zeros(session.model.lm_head.weight.shape[0], dtype=torch.bool)
@@ -74,7 +78,7 @@ def score_continuations(
 
 
 def _group_by_inputs(pairs: Sequence[Pair], context_tokens: int) -> list[_SharedInputs]:
-    """Rows of different inputs, longest first; the answers A to D to a question are one row."""
+    """One row per distinct input, longest first. The answers A to D to a question share a row."""
     rows: dict[tuple[int, ...], _SharedInputs] = {}
     for index, (context, continuation) in enumerate(pairs):
         assert context and continuation
@@ -99,7 +103,7 @@ def _score_batch(
 ) -> dict[int, ContinuationScore]:
     width = len(rows[0].inputs)
     pad = session.tokenizer.vocabulary.pad
-    # Padding stands on the right: no token of a row sees it, so it needs no mask.
+    # Padding is on the right, where no token of the row sees it, so it needs no mask.
     tokens_BS = torch.tensor([[*r.inputs, *[pad] * (width - len(r.inputs))] for r in rows])
     hidden_BSH = session.model.model(
         input_ids=tokens_BS.to(session.device), use_cache=False

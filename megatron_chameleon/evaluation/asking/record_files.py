@@ -1,4 +1,4 @@
-"""Reads the files that evaluations take: JSON, JSON Lines, parquet, CSV and YAML, into objects."""
+"""Reads the input files of evaluations: JSON, JSON Lines, Parquet, CSV and YAML."""
 
 import csv
 import json
@@ -12,29 +12,32 @@ from megatron_chameleon.errors import DataError, first_line
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a file, by its suffix: ``.jsonl``, ``.json`` (a list), ``.csv``, ``.parquet``.
+    """The records of a file, as dictionaries.
+
+    The suffix tells the format: ``.json`` (a list), ``.csv`` or ``.parquet``. Any other file is
+    read as JSON Lines.
 
     Raises:
-        DataError: It cannot be read, has no records, or one of them is no object.
+        DataError: The file cannot be read, has no records, or a record is not an object.
     """
     path = Path(path)
     try:
         records = _READERS.get(path.suffix.lower(), _json_lines)(path)
     except OSError as error:
         what = f"cannot be read ({error.strerror or first_line(error)})"
-        raise DataError(str(path), what, "Give a file that exists") from error
+        raise DataError(str(path), what, "Pass a file that exists and can be read") from error
     except UnicodeDecodeError as error:
-        raise DataError(str(path), "is no text in UTF-8", "Save it as UTF-8") from error
+        raise DataError(str(path), "is not UTF-8 text", "Save it as UTF-8") from error
     if not records:
-        raise DataError(str(path), "has no records", "Give a file with at least one")
+        raise DataError(str(path), "has no records", "Pass a file with at least one record")
     return records
 
 
 def read_json(path: str | Path) -> Any:
-    """A JSON or YAML file.
+    """The content of a JSON or YAML file.
 
     Raises:
-        DataError: It cannot be read, or it is broken.
+        DataError: The file cannot be read or is not valid.
     """
     path = Path(path)
     try:
@@ -42,23 +45,25 @@ def read_json(path: str | Path) -> Any:
         return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     except OSError as error:
         what = f"cannot be read ({error.strerror or first_line(error)})"
-        raise DataError(str(path), what, "Give a file that exists") from error
+        raise DataError(str(path), what, "Pass a file that exists and can be read") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         kind = "YAML" if path.suffix in (".yaml", ".yml") else "JSON"
-        raise DataError(str(path), f"is no {kind} ({first_line(error)})", "Mend it") from error
+        raise DataError(
+            str(path), f"is not valid {kind} ({first_line(error)})", "Fix the file"
+        ) from error
 
 
 def require_keys(record: dict[str, Any], keys: Sequence[str], where: str) -> None:
-    """Refuse a record that lacks keys.
+    """Check that a record has the keys it needs.
 
     Raises:
-        DataError: It names them, and those that are there.
+        DataError: Keys are missing. The message names them and the keys that the record has.
     """
     if missing := [key for key in keys if record.get(key) is None]:
         what = (
             f"lacks {', '.join(missing)} (it has {', '.join(map(str, record))[:200] or 'nothing'})"
         )
-        raise DataError(where, what, f"Write {', '.join(keys)} into each record")
+        raise DataError(where, what, f"Give each record the keys {', '.join(keys)}")
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -70,8 +75,8 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                what = f"not a line of JSON ({first_line(error)})"
-                raise DataError(f"{path}:{number}", what, "Mend or remove the line") from error
+                what = f"not valid JSON ({first_line(error)})"
+                raise DataError(f"{path}:{number}", what, "Fix or remove the line") from error
             records.append(_object(record, f"{path}:{number}"))
     return records
 
@@ -79,8 +84,8 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 def _json_list(path: Path) -> list[dict[str, Any]]:
     content = read_json(path)
     if not isinstance(content, list):
-        what = f"holds a {type(content).__name__}, not a list of objects"
-        raise DataError(str(path), what, "Write a list, or JSON Lines (.jsonl)")
+        what = f"contains a {type(content).__name__}, not a list of objects"
+        raise DataError(str(path), what, "Use a list of objects, or JSON Lines (.jsonl)")
     return [_object(record, f"{path}[{index}]") for index, record in enumerate(content)]
 
 
@@ -96,14 +101,15 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
-        what = f"is no parquet file ({first_line(error)})"
-        raise DataError(str(path), what, "Give a whole file") from error
+        what = f"is not a valid Parquet file ({first_line(error)})"
+        raise DataError(str(path), what, "Pass a complete Parquet file") from error
     return rows
 
 
 def _object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise DataError(where, f"a {type(record).__name__}, not an object", "Write JSON objects")
+        what = f"the record is a {type(record).__name__}, not an object"
+        raise DataError(where, what, "Use one JSON object per record")
     return record
 
 

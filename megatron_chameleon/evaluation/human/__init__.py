@@ -1,1 +1,1 @@
-"""People's judgements of answers: questionnaires, agreement, win rates and safety."""
+"""Human judgements of answers: questionnaires, agreement, win rates and safety."""

@@ -1,4 +1,4 @@
-"""The HTML of a questionnaire: one page that needs nothing else, not even a network."""
+"""The HTML of a questionnaire: one self-contained page that works without a network."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,14 @@ CHOICES: Mapping[str, Sequence[tuple[str, str]]] = {
 
 
 def form_page(kind: str, questionnaire: str, form: str, items: Sequence[Mapping[str, Any]]) -> str:
-    """The page of one annotator.
+    """The page for one annotator.
 
     Args:
         kind: ``absolute``, ``pairwise`` or ``safety``.
-        questionnaire: Its identity, which the saved file repeats.
+        questionnaire: The questionnaire's identity, which the saved file repeats.
         form: The annotator's number.
-        items: ``id``, ``prompt`` and ``answers``, as parts; images are ``data:`` URIs.
+        items: Mappings with ``id``, ``prompt`` and ``answers``. Prompts and answers are lists of
+            parts; images are ``data:`` URIs.
     """
     content = {
         "questionnaire": questionnaire,
@@ -32,7 +33,7 @@ def form_page(kind: str, questionnaire: str, form: str, items: Sequence[Mapping[
         "choices": CHOICES[kind],
         "items": items,
     }
-    # "</script>" in a text would end the script: in JSON, "<" may be written as \u003c.
+    # "</script>" in a text would end the script, so "<" is written as its JSON escape \u003c.
     data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
     return PAGE.replace("{{FORM}}", form).replace("{{DATA}}", data)
 

@@ -1,4 +1,4 @@
-"""Answers a file of prompts, for people to judge: text and images, with the prompts' categories."""
+"""Answers a file of prompts in text and images, for people to judge."""
 
 import json
 from pathlib import Path
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 ANSWERED_FILE = "documents.jsonl"
 KEPT = ("category", "modality")
-"""Further keys of a prompt, which its answer repeats."""
+"""Optional keys of a prompt that its answer repeats."""
 
 
 def read_prompts(path: Path) -> list[tuple[Document, dict[str, str]]]:
-    """Prompts and their category and modality.
+    """The prompts of a file, each with its category and modality if it has them.
 
     Raises:
-        DataError: The file is broken, or an id stands twice.
+        DataError: The file cannot be read, or an id occurs twice.
     """
     prompts = []
     seen: set[str] = set()
     for number, record in enumerate(read_records(path), start=1):
         document = parse_line(orjson.dumps(record), path, number)
         if document.id in seen:
-            remedy = "Give each prompt its own"
-            raise DataError(document.where, f"the id {document.id} stands twice", remedy)
+            remedy = "Give each prompt its own id"
+            raise DataError(document.where, f"the id {document.id} occurs twice", remedy)
         seen.add(document.id)
         about = {key: str(record[key]) for key in KEPT if record.get(key)}
         prompts.append((document, about))
@@ -45,20 +45,20 @@ def read_prompts(path: Path) -> list[tuple[Document, dict[str, str]]]:
 def answer_prompts(
     asker: Asker, path: Path, output: Path, options: "GenerationOptions", limit: int | None = None
 ) -> Path:
-    """Answer every prompt; what is answered already is not asked again.
+    """Answer every prompt. Prompts that already have an answer are not asked again.
 
     Args:
-        asker: The model and its kept answers.
-        path: Documents: what they hold is the prompt.
-        output: The folder.
-        options: How to draw.
-        limit: First prompts; None takes all.
+        asker: The model and its stored answers.
+        path: A file of documents; the content of each is the prompt.
+        output: The folder to write to.
+        options: How to generate.
+        limit: Answer only so many prompts, from the first one on; None answers all.
 
     Returns:
-        The file of answers, which ``annotate prepare`` takes.
+        The file of answers, which ``annotate prepare`` reads.
 
     Raises:
-        DataError: The file or an image is broken, or a prompt does not fit the context.
+        DataError: The file or an image cannot be read, or a prompt does not fit the context.
     """
     prompts = read_prompts(path)[:limit]
     answers = asker.answer([document.content for document, _ in prompts], options, _keep)

@@ -1,9 +1,9 @@
-"""Questionnaires: HTML forms without the models' names, a key that has them, and their answers.
+"""Questionnaires: HTML forms without the models' names, the key to them, and the judgements.
 
-    FOLDER/form_1.html ...   one an annotator: open it in a browser, judge, save the JSON
-    FOLDER/key.json          which answer stands where; keep it from the annotators
+    FOLDER/form_1.html ...   one per annotator: open it in a browser, judge, save the JSON
+    FOLDER/key.json          which answer is where; do not show it to the annotators
 
-Items stand in another order in each form, and the two answers of a pair on another side.
+Each form has its own order of items, and its own sides for the two answers of a pair.
 """
 
 import base64
@@ -31,7 +31,10 @@ KEY_FILE = "key.json"
 
 @dataclass(frozen=True)
 class AnsweredPrompt:
-    """A prompt and a model's answer to it; parts are ``{"type": "text" | "image", ...}``."""
+    """A prompt and a model's answer to it.
+
+    Both are lists of parts of the form ``{"type": "text" | "image", ...}``.
+    """
 
     id: str
     prompt: list[dict[str, str]]
@@ -46,10 +49,10 @@ class AnsweredPrompt:
 
 
 def read_answered_prompts(path: str | Path) -> list[AnsweredPrompt]:
-    """Answers as ``chameleon annotate answer`` and ``chameleon generate`` write them.
+    """Read answers as ``chameleon annotate answer`` and ``chameleon generate`` write them.
 
     Raises:
-        DataError: The file is broken, or an id stands twice in it.
+        DataError: The file cannot be read, or an id occurs twice in it.
     """
     path = Path(path)
     found: dict[str, AnsweredPrompt] = {}
@@ -62,7 +65,7 @@ def read_answered_prompts(path: str | Path) -> list[AnsweredPrompt]:
         modality = str(record.get("modality") or ("mixed-modal" if has_image else "text only"))
         name = str(record["id"])
         if name in found:
-            raise DataError(where, f"the id {name} stands twice", "Give each answer its own")
+            raise DataError(where, f"the id {name} occurs twice", "Give each answer its own id")
         found[name] = AnsweredPrompt(
             name, prompt, content, str(record.get("category") or ""), modality
         )
@@ -76,17 +79,17 @@ def write_questionnaire(
     annotators: int = 3,
     seed: int = 1,
 ) -> Path:
-    """Write the forms and their key.
+    """Write the forms of a questionnaire and their key.
 
     Args:
         kind: ``absolute``, ``pairwise`` or ``safety``.
-        models: One model's answers by its name; two for ``pairwise``, A first.
-        folder: It is made if it is not there.
-        annotators: Forms.
-        seed: Of the orders and sides.
+        models: The answers of one model by its name; for ``pairwise`` of two models, A first.
+        folder: The folder to write to. It is created if it does not exist.
+        annotators: The number of forms.
+        seed: Seed of the orders and sides.
 
     Returns:
-        The key.
+        The path of the key.
 
     Raises:
         DataError: The models did not answer the same prompts, or an image cannot be read.
@@ -97,7 +100,25 @@ def write_questionnaire(
     identity = fingerprint(
         [kind, seed, [[a.id, a.prompt, a.content] for found in answers for a in found.values()]]
     )
-    key: dict[str, Any] = {
+    key = _key(kind, identity, names, answers)
+    for annotator in range(1, annotators + 1):
+        draw = random.Random(f"{seed}-{annotator}-{identity}")
+        items, places = _form_items(identity, annotator, answers, draw)
+        key["forms"][str(annotator)] = places
+        page = form_page(kind, identity, str(annotator), items)
+        write_text(folder / f"form_{annotator}.html", page)
+    write_text(folder / KEY_FILE, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
+    return folder / KEY_FILE
+
+
+def _key(
+    kind: str,
+    identity: str,
+    names: Sequence[str],
+    answers: Sequence[Mapping[str, AnsweredPrompt]],
+) -> dict[str, Any]:
+    """The key without the places of the items in the forms, which are added form by form."""
+    return {
         "format": KEY_FORMAT,
         "questionnaire": identity,
         "kind": kind,
@@ -112,29 +133,32 @@ def write_questionnaire(
         },
         "forms": {},
     }
-    for annotator in range(1, annotators + 1):
-        draw = random.Random(f"{seed}-{annotator}-{identity}")
-        order = list(answers[0])
-        draw.shuffle(order)
-        items, places = [], {}
-        for name in order:
-            sides = [found[name] for found in answers]
-            swapped = len(sides) == 2 and draw.random() < 0.5
-            item = fingerprint([identity, annotator, name])
-            places[item] = {"item": name, "swapped": swapped}
-            shown = sides[::-1] if swapped else sides
-            items.append(
-                {
-                    "id": item,
-                    "prompt": _inline(sides[0].prompt),
-                    "answers": [_inline(side.content) for side in shown],
-                }
-            )
-        key["forms"][str(annotator)] = places
-        page = form_page(kind, identity, str(annotator), items)
-        write_text(folder / f"form_{annotator}.html", page)
-    write_text(folder / KEY_FILE, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
-    return folder / KEY_FILE
+
+
+def _form_items(
+    identity: str,
+    annotator: int,
+    answers: Sequence[Mapping[str, AnsweredPrompt]],
+    draw: random.Random,
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The items of one form in a random order, and what each of them is, for the key."""
+    order = list(answers[0])
+    draw.shuffle(order)
+    items, places = [], {}
+    for name in order:
+        sides = [found[name] for found in answers]
+        swapped = len(sides) == 2 and draw.random() < 0.5
+        item = fingerprint([identity, annotator, name])
+        places[item] = {"item": name, "swapped": swapped}
+        shown = sides[::-1] if swapped else sides
+        items.append(
+            {
+                "id": item,
+                "prompt": _inline(sides[0].prompt),
+                "answers": [_inline(side.content) for side in shown],
+            }
+        )
+    return items, places
 
 
 def _check_same(names: Sequence[str], answers: Sequence[Mapping[str, AnsweredPrompt]]) -> None:
@@ -142,41 +166,46 @@ def _check_same(names: Sequence[str], answers: Sequence[Mapping[str, AnsweredPro
         return
     first, second = answers
     if odd := sorted(set(first) ^ set(second)):
-        what = f"{len(odd)} prompts have one answer only, the first is {odd[0]}"
-        raise DataError(" and ".join(names), what, "Give two models' answers to the same prompts")
+        what = f"{len(odd)} prompts have an answer from one model only, the first is {odd[0]}"
+        raise DataError(" and ".join(names), what, "Pass two models' answers to the same prompts")
     for name in first:
         texts = [
             [part.get("text") for part in side[name].prompt if part["type"] == "text"]
             for side in answers
         ]
         if texts[0] != texts[1]:
-            what = f"the prompt {name} differs between the two"
-            raise DataError(" and ".join(names), what, "Give answers to the same prompts")
+            what = f"the prompt {name} differs between the two files"
+            raise DataError(" and ".join(names), what, "Pass answers to the same prompts")
 
 
 def read_key(path: str | Path) -> dict[str, Any]:
-    """The key of a questionnaire.
+    """Read the key of a questionnaire.
 
     Raises:
-        DataError: It is none.
+        DataError: The file is not such a key.
     """
     key = read_json(path)
     if not isinstance(key, dict) or key.get("format") != KEY_FORMAT:
-        remedy = "Give the key.json of `chameleon annotate prepare`"
-        raise DataError(str(path), "is no key of a questionnaire", remedy)
+        remedy = "Pass the key.json that `chameleon annotate prepare` wrote"
+        raise DataError(str(path), "is not the key of a questionnaire", remedy)
     return key
 
 
 def read_judgements(
     files: Sequence[str | Path], key: Mapping[str, Any] | None = None
 ) -> list[Judgement]:
-    """Judgements of forms (``.json``, with the key), or rows of ``item, annotator, label``.
+    """Read judgements from saved forms or from tables.
 
-    Rows (``.csv``, ``.jsonl``, ``.parquet``) may have ``category`` and ``modality``; their labels
-    are A, B and tie, not sides.
+    Saved forms (``.json``) need the key. Tables (``.csv``, ``.jsonl``, ``.parquet``) have the
+    columns ``item``, ``annotator`` and ``label``, and may have ``category`` and ``modality``. In a
+    pairwise table the labels are A, B and tie, not left and right.
+
+    Args:
+        files: Saved forms and tables.
+        key: What ``read_key`` returns.
 
     Raises:
-        DataError: A file is broken, belongs to another questionnaire, or needs a key.
+        DataError: A file cannot be read, belongs to another questionnaire, or needs a key.
     """
     found: list[Judgement] = []
     for file in map(Path, files):
@@ -190,17 +219,20 @@ def read_judgements(
 def _read_form(file: Path, key: Mapping[str, Any] | None) -> Iterable[Judgement]:
     content = read_json(file)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(str(file), "is no file of judgements", "Give what a form has saved")
+        raise DataError(str(file), "is not a file of judgements", "Pass a file that a form saved")
     if key is None:
-        raise DataError(str(file), "its items are known to the key only", "Give --key key.json")
+        raise DataError(str(file), "only the key says what its items are", "Add --key key.json")
     if content.get("questionnaire") != key["questionnaire"]:
-        what = f"is of the questionnaire {content.get('questionnaire')}, not {key['questionnaire']}"
-        raise DataError(str(file), what, "Give the key that was made with the form")
+        ours, theirs = key["questionnaire"], content.get("questionnaire")
+        what = f"belongs to the questionnaire {theirs}, not {ours}"
+        raise DataError(str(file), what, "Pass the key that was written with the form")
     form = str(content.get("form"))
     places = key["forms"].get(form)
     judged = content.get("judgements")
     if places is None or not isinstance(judged, dict) or not set(judged) <= set(places):
-        raise DataError(str(file), "has items that no form has", "Ask for the file again")
+        raise DataError(
+            str(file), "has items that the form does not have", "Ask for the file again"
+        )
     sides = {"left": ("A", "B"), "right": ("B", "A")}
     for item, label in judged.items():
         place = places[item]
@@ -224,11 +256,13 @@ def _read_rows(file: Path, key: Mapping[str, Any] | None) -> Iterable[Judgement]
 
 def _parts(value: Any, folder: Path, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list):
-        raise DataError(where, "`prompt` and `content` are no lists of parts", "Write lists")
+        raise DataError(where, "`prompt` and `content` must be lists of parts", "Write lists")
     parts = []
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get(part.get("type", "")), str):
-            raise DataError(where, "a part is no text and no image", "Write parts as in documents")
+            raise DataError(
+                where, "a part is neither a text nor an image", "Write parts as in documents"
+            )
         if part["type"] == "image" and not part["image"].startswith("data:"):
             part = {**part, "image": str(folder / part["image"])}
         parts.append(part)
@@ -236,7 +270,7 @@ def _parts(value: Any, folder: Path, where: str) -> list[dict[str, str]]:
 
 
 def _inline(parts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Parts whose images are ``data:`` URIs."""
+    """The same parts, with images as ``data:`` URIs."""
     shown = []
     for part in parts:
         if part["type"] == "image":
@@ -248,14 +282,14 @@ def _inline(parts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 def data_uri(image: Any) -> str:
-    """A PIL image as a PNG in a ``data:`` URI."""
+    """A ``data:`` URI with a PIL image as PNG."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def part_json(part: TextPart | ImagePart) -> dict[str, str]:
-    """A part of a prompt as a document has it."""
+    """A part of a prompt as it is written in documents."""
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
     if isinstance(part.image, bytes):

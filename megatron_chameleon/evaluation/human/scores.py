@@ -1,8 +1,8 @@
-"""Scores of people's judgements: is a task fulfilled, which answer is better, is it safe.
+"""Scores human judgements: whether a task is fulfilled, which answer is better, what is safe.
 
-Three annotators an item, as in the paper (sections 4 and 5); any number works. The majority counts.
-Where there is none, a comparison is a tie and a safety judgement is ``unsure``; an answer's
-fulfilment stays without a label.
+The paper has three annotators per item (sections 4 and 5); any number works. The label of the
+majority counts. Without a majority, a comparison is a tie, a safety judgement is ``unsure``, and a
+judgement of fulfilment has the label ``none``.
 """
 
 from collections import Counter
@@ -27,13 +27,13 @@ LABELS: Mapping[str, tuple[str, ...]] = {
     "pairwise": ("A", "tie", "B"),
     "safety": ("safe", "unsure", "unsafe"),
 }
-"""Labels of each kind of questionnaire, in their order."""
+"""The labels of each kind of questionnaire, in their natural order."""
 WITHOUT_MAJORITY = {"pairwise": "tie", "safety": "unsure", "absolute": "none"}
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one annotator says of one item."""
+    """One annotator's label for one item."""
 
     item: str
     annotator: str
@@ -50,12 +50,13 @@ def score_judgements(
     Args:
         kind: ``absolute``, ``pairwise`` or ``safety``.
         judgements: At least one.
-        bootstraps: Of the intervals.
-        seed: Of the draws.
+        bootstraps: The number of resamples for each interval.
+        seed: Seed of the resampling.
 
     Returns:
-        ``all``, then ``categories`` and ``modalities``: counts, shares, rate and intervals of each;
-        ``agreement``, ``alpha`` and the number of items with fewer annotators than others.
+        Counts, shares, win rate and intervals under ``all`` and, for each group, under
+        ``categories`` and ``modalities``; ``agreement``; ``alpha``; and ``incomplete_items``, the
+        number of items that have fewer annotators than others.
 
     Raises:
         DataError: A label is unknown, or an annotator judged an item twice.
@@ -86,7 +87,7 @@ def score_judgements(
 
 
 def collect_votes(kind: str, judgements: Iterable[Judgement]) -> dict[str, list[str]]:
-    """The labels of each item.
+    """The labels that each item received.
 
     Raises:
         DataError: A label is unknown, or an annotator judged an item twice.
@@ -100,7 +101,9 @@ def collect_votes(kind: str, judgements: Iterable[Judgement]) -> dict[str, list[
         given = votes.setdefault(judgement.item, {})
         if judgement.annotator in given:
             raise DataError(
-                where, "is judged twice", "Keep one judgement, or name annotators apart"
+                where,
+                "the item is judged twice",
+                "Keep one judgement, or name the annotators apart",
             )
         given[judgement.annotator] = judgement.label
     return {item: list(given.values()) for item, given in votes.items()}
@@ -116,13 +119,13 @@ def _figures(
 def figures_of_counts(
     kind: str, counts: Mapping[str, int], bootstraps: int = 1000, seed: int = 1
 ) -> dict[str, Any]:
-    """Shares with Wilson's intervals; for ``pairwise`` A's win rate with a bootstrap interval.
+    """Shares with Wilson's intervals and, for ``pairwise``, A's win rate with a bootstrap interval.
 
     Args:
         kind: ``absolute``, ``pairwise`` or ``safety``.
-        counts: Items by decided label.
-        bootstraps: Of the win rate's interval.
-        seed: Of the draws.
+        counts: The number of items by their decided label.
+        bootstraps: The number of resamples for the interval of the win rate.
+        seed: Seed of the resampling.
     """
     labels = LABELS[kind] + (("none",) if counts.get("none") else ())
     total = sum(counts.values())
@@ -146,8 +149,8 @@ def score_table(result: Mapping[str, Any], names: Mapping[str, str] | None = Non
     """The figures as a table.
 
     Args:
-        result: Of ``score_judgements``.
-        names: Of the models A and B.
+        result: What ``score_judgements`` returns.
+        names: The names of the models, by ``A`` and ``B``.
     """
     kind = result["kind"]
     rows = [("all", result["all"])]
@@ -162,7 +165,7 @@ def score_table(result: Mapping[str, Any], names: Mapping[str, str] | None = Non
         f"{name} {count} ({100 * count / result['items']:.1f}%)"
         for name, count in zip(("all agree", "a majority", "none"), levels.values(), strict=True)
     )
-    lines.append(f"of {result['annotators_per_item']} annotators an item: {shares}")
+    lines.append(f"of {result['annotators_per_item']} annotators per item: {shares}")
     for level, found in result["alpha"].items():
         if found["alpha"] is not None:
             low, high = found["interval"] or (float("nan"), float("nan"))

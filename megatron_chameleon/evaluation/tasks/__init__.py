@@ -1,1 +1,1 @@
-"""Benchmarks: the paper's and one's own, their items, metrics and results."""
+"""Benchmarks of the paper and of the user: their items, metrics and results."""

@@ -1,4 +1,4 @@
-"""Read what a caption says, and score it."""
+"""Reads the digit that a caption names, and scores predictions."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ _NUMBER = re.compile(rf"\b(?:({'|'.join(NUMBER_WORDS)})|([0-9]))\b", re.IGNORECA
 
 
 def first_digit(caption: str) -> int | None:
-    """The first number from 0 to 9 in a caption, as a word or a figure of its own, or None."""
+    """The first number from 0 to 9 in a caption, as a word or as a separate digit; else None."""
     match = _NUMBER.search(caption)
     if match is None:
         return None
@@ -17,11 +17,11 @@ def first_digit(caption: str) -> int | None:
 
 
 def accuracy(predictions: Sequence[int | None], labels: Sequence[int]) -> float:
-    """Share of predictions that equal their label, in [0, 1]; None is always wrong.
+    """Share of the predictions that equal their label, in [0, 1]; None is always wrong.
 
     Args:
         predictions: One for each label.
-        labels: At least one.
+        labels: The right classes; at least one.
     """
     pairs = zip(predictions, labels, strict=True)
     return sum(prediction == label for prediction, label in pairs) / len(labels)
@@ -30,12 +30,12 @@ def accuracy(predictions: Sequence[int | None], labels: Sequence[int]) -> float:
 def confusion(
     predictions: Sequence[int | None], labels: Sequence[int], classes: int
 ) -> list[list[int]]:
-    """Counts by [label][prediction]; the last column counts None.
+    """Confusion matrix: counts by [label][prediction]. The last column counts None.
 
     Args:
         predictions: In [0, classes), or None.
         labels: In [0, classes).
-        classes: Number of classes.
+        classes: The number of classes.
     """
     counts = [[0] * (classes + 1) for _ in range(classes)]
     for prediction, label in zip(predictions, labels, strict=True):

@@ -1,7 +1,7 @@
-"""The tasks that ``chameleon evaluate`` knows, with the paper's figures where it has one.
+"""The tasks that ``chameleon evaluate`` knows, with the paper's figures where there are any.
 
-Nothing heavy is imported: ``--tasks list`` answers at once. Source of the figures: arXiv
-2405.09818, tables 6 and 7.
+This module imports nothing heavy, so that ``--tasks list`` answers at once. Source of the figures:
+arXiv 2405.09818, tables 6 and 7.
 """
 
 from collections.abc import Mapping
@@ -20,20 +20,20 @@ class TaskInfo:
     kind: str
     """``harness`` (lm-evaluation-harness), ``caption``, ``vqa`` or ``file``."""
     metric: str
-    """The figure that stands in the table."""
+    """The name of the figure that the table shows."""
     shots: int
     paper: Mapping[str, float] = field(default_factory=dict)
-    """Figures of the paper's 7B and 34B: percent, or CIDEr times 100."""
+    """The paper's figures by model size, 7B and 34B: percent, or CIDEr times 100."""
     note: str = ""
-    """What the paper's figure is of, where it isn't the plain model."""
+    """How the paper's figure was obtained, if not with the pretrained model alone."""
     data: str = ""
-    """Folder below ``--data``."""
+    """The task's folder below ``--data``."""
     harness_folder: str = ""
-    """Where the harness keeps its YAML, below its ``tasks``."""
+    """The folder of its YAML files, below the harness's ``tasks``."""
     harness_tasks: str = ""
-    """The harness's names of it, as a glob; several are one figure over all their items."""
+    """The harness's names for it, as a glob. Several tasks give one figure over all their items."""
     votes: int = 1
-    """Answers drawn to a question; the most frequent counts."""
+    """Answers drawn per question; the most frequent one counts."""
 
 
 def _harness_task(
@@ -44,7 +44,7 @@ def _harness_task(
     paper: tuple[float | None, float | None],
     **more: Any,
 ) -> TaskInfo:
-    """A task of the harness."""
+    """A task of lm-evaluation-harness, with the paper's figures for the 7B and the 34B."""
     figures = {size: figure for size, figure in zip(SIZES, paper, strict=True) if figure}
     more = {"shots": 0, "data": name, **more}
     return TaskInfo(
@@ -108,7 +108,7 @@ TASKS: tuple[TaskInfo, ...] = (
 
 
 def find_task(name: str) -> TaskInfo | None:
-    """The task of that name, or None."""
+    """The task with that name, or None."""
     return next((task for task in TASKS if task.name == name), None)
 
 

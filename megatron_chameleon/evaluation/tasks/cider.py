@@ -1,8 +1,8 @@
-"""CIDEr of captions, by pycocoevalcap's scorer.
+"""CIDEr of captions, computed by the scorer of pycocoevalcap.
 
-Captions become tokens as in the COCO caption challenge: Stanford's Penn Treebank tokenizer, lower
-case, punctuation removed. It is a Java program; where there is no Java, NLTK's Treebank tokenizer
-stands in, and the results say so.
+Captions are tokenized as in the COCO caption challenge: with Stanford's Penn Treebank tokenizer, in
+lower case and without punctuation. That tokenizer is a Java program. Without Java, NLTK's Treebank
+tokenizer is used instead, and the results say so.
 """
 
 import importlib.util
@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from megatron_chameleon.errors import ConfigError
 
 PUNCTUATION = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
-"""What the challenge removes. It means to remove brackets too, but the tokenizer writes their names
-in lower case and it looks for capitals: they stay."""
+"""What the challenge removes. It is meant to remove brackets too, but it looks for their names in
+capitals, and the tokenizer writes them in lower case. So brackets stay."""
 _BRACKETS = {
     "(": "-lrb-",
     ")": "-rrb-",
@@ -27,7 +27,7 @@ _SENTENCE_END = re.compile(r"(?<![.\s]\w)(?<!\bmr)(?<!\bmrs)(?<!\bdr)(?<!\bst)\.
 
 
 def check_cider(where: str) -> None:
-    """Refuse to start without the scorer.
+    """Check that the scorer is installed.
 
     Raises:
         ConfigError: It is not installed.
@@ -39,15 +39,15 @@ def check_cider(where: str) -> None:
 
 
 def tokenizer_name() -> str:
-    """``stanford`` where there is Java, else ``nltk``."""
+    """``stanford`` if Java is installed, else ``nltk``."""
     return "stanford" if shutil.which("java") else "nltk"
 
 
 def tokenize(captions: Sequence[str], tokenizer: str) -> list[str]:
-    """Captions as tokens with a space between them.
+    """The tokens of each caption, joined by spaces.
 
     Args:
-        captions: Each of one line or more.
+        captions: Captions of one or more lines.
         tokenizer: ``stanford`` or ``nltk``.
     """
     lines = [" ".join(caption.split()) for caption in captions]
@@ -55,7 +55,7 @@ def tokenize(captions: Sequence[str], tokenizer: str) -> list[str]:
         return _stanford(lines)
     from nltk.tokenize import TreebankWordTokenizer
 
-    treebank = TreebankWordTokenizer()  # it splits off the last period only
+    treebank = TreebankWordTokenizer()  # it only splits off the last period
     return [
         " ".join(_kept(treebank.tokenize(_SENTENCE_END.sub(" .", line.lower())))) for line in lines
     ]
@@ -69,7 +69,7 @@ def _kept(tokens: Sequence[str]) -> list[str]:
 def _stanford(lines: Sequence[str]) -> list[str]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    # The program keeps lines apart, but loses empty ones at the end: they wait outside.
+    # The program loses empty lines at the end, so empty captions are not passed to it.
     filled = {str(index): [{"caption": line}] for index, line in enumerate(lines) if line}
     found = PTBTokenizer().tokenize(filled) if filled else {}
     return [found[str(index)][0] if line else "" for index, line in enumerate(lines)]
@@ -78,14 +78,14 @@ def _stanford(lines: Sequence[str]) -> list[str]:
 def cider_scores(
     answers: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenizer: str
 ) -> dict[str, float]:
-    """CIDEr-D of every image, 0 to 10; the set's score is their mean.
+    """CIDEr-D of every image, from 0 to 10. The score of the whole set is their mean.
 
-    The weights of the words come from all references together, so an image's score depends on the
-    other images, and a single image has 0.
+    The words are weighted by their frequency in all references. An image's score therefore depends
+    on the other images, and a single image always scores 0.
 
     Args:
-        answers: Caption by image.
-        references: Captions by image, at least one each.
+        answers: The caption of each image.
+        references: The reference captions of each image, at least one.
         tokenizer: ``stanford`` or ``nltk``.
     """
     from pycocoevalcap.cider.cider_scorer import CiderScorer

@@ -1,7 +1,7 @@
-"""Text benchmarks, as EleutherAI's lm-evaluation-harness defines them: prompts, scores, filters.
+"""Text benchmarks with the prompts, filters and scores of EleutherAI's lm-evaluation-harness.
 
-The harness is the extra ``eval``. A task's data comes from files below ``--data``, in the fields of
-the set on the Hugging Face hub, or without ``--data`` from the hub itself:
+The extra ``eval`` installs the harness. A task's data comes from files below ``--data``, which have
+the same fields as the data set on the Hugging Face hub, or without ``--data`` from the hub itself:
 
     DIR/piqa/validation.jsonl       DIR/mmlu/anatomy/{dev,test}.parquet
 """
@@ -23,9 +23,10 @@ from megatron_chameleon.evaluation.tasks.catalogue import TaskInfo
 from megatron_chameleon.evaluation.tasks.results import ScoredItem, TaskResult
 
 FEWSHOT_SEED = 1234
-"""The harness's own: its few-shot examples are the published ones."""
+"""The harness's own seed, so that few-shot examples are those of published results."""
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
-"""Of majority votes, as in Minerva's paper (arXiv 2206.14858); Chameleon's doesn't say its own."""
+"""How answers to a majority vote are sampled: as in the paper on Minerva (arXiv 2206.14858), since
+the one on Chameleon does not say."""
 _DATA_ERRORS = (
     OSError,
     ValueError,
@@ -35,7 +36,7 @@ _DATA_ERRORS = (
     ImportError,
     RuntimeError,
 )
-"""What the harness and its libraries raise for data that aren't there or are others."""
+"""What the harness and its libraries raise if data are missing or have other fields."""
 _NOISY = ("lm_eval", "datasets", "huggingface_hub")
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -53,9 +54,9 @@ def evaluate_harness_task(
     Args:
         asker: The model.
         info: A task of the kind ``harness``.
-        data: Folder of local files; None takes the hub's.
-        limit: Items of each of the harness's tasks; None takes all.
-        seed: Of drawn answers.
+        data: The folder of local files; None reads from the hub.
+        limit: Ask only so many items of each of the harness's tasks; None asks all.
+        seed: Seed of sampled answers.
         batch_size: Prompts that are answered together.
 
     Raises:
@@ -91,7 +92,7 @@ def evaluate_harness_task(
 
 
 def check_harness(where: str) -> None:
-    """Refuse to start without the harness.
+    """Check that the harness is installed.
 
     Raises:
         ConfigError: It is not installed.
@@ -102,23 +103,23 @@ def check_harness(where: str) -> None:
 
 
 def check_data(info: TaskInfo, data: Path | None) -> None:
-    """See that the folder of a task is there, before a model is opened.
+    """Check that the folder of a task exists, before a model is loaded.
 
     Raises:
-        DataError: It is not.
+        DataError: There is no such folder.
     """
     if data is not None and not (data / info.data).is_dir():
-        remedy = "Put its files there (docs/evaluation.md), or leave --data out: the hub has them"
+        remedy = "Put the files there (docs/evaluation.md), or omit --data to read from the hub"
         raise DataError(str(data / info.data), "no such folder", remedy)
 
 
 def _load(info: TaskInfo, data: Path | None) -> dict[str, Any]:
-    """The harness's task objects, their data read."""
+    """The harness's task objects, with their data."""
     import lm_eval.tasks
     from jinja2 import TemplateError
 
     folder = Path(lm_eval.tasks.__file__).parent / info.harness_folder
-    # Reading only this folder's YAML files takes a second; all of the harness's take twenty.
+    # Reading the YAML files of this folder takes a second; reading all of them takes twenty.
     manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
     names = [name for name in manager.all_subtasks if fnmatch(name, info.harness_tasks)]
     names = [name for name in names if not name.endswith("math500")]
@@ -138,15 +139,15 @@ def _load(info: TaskInfo, data: Path | None) -> dict[str, Any]:
     except DataError:
         raise
     except (*_DATA_ERRORS, TemplateError) as error:
-        remedy = "Give local files with --data, or a machine that reaches the hub"
+        remedy = "Pass local files with --data, or use a machine that can reach the hub"
         if data is not None:
-            remedy = "Give the fields of the set on the hub (docs/evaluation.md)"
+            remedy = "Use the fields of the data set on the hub (docs/evaluation.md)"
         what = f"its data cannot be used ({type(error).__name__}: {first_line(error)[:300]})"
         raise DataError(info.name, what, remedy) from error
 
 
 def _local(folder: Path, config: Mapping[str, Any], shots: int, alone: bool) -> dict[str, Any]:
-    """What makes a task of the harness read local files."""
+    """The settings that make a task of the harness read local files."""
     if not alone:
         folder = folder / str(config["dataset_name"])
     evaluated = config.get("test_split") or config.get("validation_split")
@@ -176,19 +177,21 @@ def find_split(folder: Path, split: str) -> Path:
     """The file of a split: ``SPLIT.jsonl``, ``.json`` or ``.parquet``.
 
     Raises:
-        DataError: There is none.
+        DataError: There is no such file.
     """
     for suffix in SUFFIXES:
         if (file := folder / f"{split}{suffix}").is_file():
             return file
-    what = f"no such file, nor with {' or '.join(SUFFIXES[1:])}"
+    what = f"no such file, nor one with {' or '.join(SUFFIXES[1:])}"
     raise DataError(
-        str(folder / f"{split}{SUFFIXES[0]}"), what, "Put the split there (docs/evaluation.md)"
+        str(folder / f"{split}{SUFFIXES[0]}"),
+        what,
+        "Put the file of the split there (docs/evaluation.md)",
     )
 
 
 def _voting(info: TaskInfo) -> dict[str, Any]:
-    """Draw ``votes`` answers to a question and score the most frequent."""
+    """The settings that draw ``votes`` answers per question and score the most frequent one."""
     until = ["Q:", "\n\n"] if "gsm8k" in info.harness_tasks else ["Problem:"]
     first: dict[str, Any] = {
         "repeats": info.votes,
@@ -208,7 +211,7 @@ def _voting(info: TaskInfo) -> dict[str, Any]:
 
 
 def vote_on_math(doc: Mapping[str, Any], results: Sequence[Sequence[str]]) -> dict[str, int]:
-    """1 where the most frequent final answer, as the harness normalises it, is the right one."""
+    """1 if the most frequent final answer, normalised by the harness, is right; else 0."""
     from lm_eval.tasks.minerva_math.utils import (
         get_unnormalized_answer,
         is_equiv,
@@ -216,12 +219,12 @@ def vote_on_math(doc: Mapping[str, Any], results: Sequence[Sequence[str]]) -> di
     )
 
     answers = [normalize_final_answer(get_unnormalized_answer(text)) for text in results[0]]
-    most = Counter(answers).most_common(1)[0][0]  # of a tie, the one drawn first
+    most = Counter(answers).most_common(1)[0][0]  # in a tie, the one that was drawn first
     return {"exact_match": int(is_equiv(most, doc["answer"]))}
 
 
 def _scored_items(task: str, logged: Sequence[Mapping[str, Any]]) -> Iterator[ScoredItem]:
-    """One scored item for each item; the figures of several filters become ``metric,filter``."""
+    """One scored item per item. With several filters, figures are named ``metric,filter``."""
     items: dict[int, list[Mapping[str, Any]]] = {}
     for entry in logged:
         items.setdefault(entry["doc_id"], []).append(entry)
@@ -251,7 +254,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' progress bars and notes."""
+    """Silence the progress bars and messages of the libraries."""
     import datasets
     from tqdm import tqdm
 

@@ -1,7 +1,7 @@
-"""The model as EleutherAI's lm-evaluation-harness asks it (``lm_eval.api.model.LM``).
+"""The model interface that EleutherAI's lm-evaluation-harness calls (``lm_eval.api.model.LM``).
 
-The harness makes the prompts and reads the answers; likelihoods and texts come from ``Asker``,
-which keeps them.
+The harness writes the prompts and scores the answers. ``Asker`` provides likelihoods and texts, and
+stores them.
 """
 
 from typing import Any
@@ -16,15 +16,15 @@ from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
 
 ANSWER_TOKENS = 256
-"""Of a task that doesn't say: the harness's own default."""
+"""Longest answer if a task does not say: the harness's own default."""
 
 
 class ChameleonLM(TemplateLM):
     """A model for the harness.
 
     Args:
-        asker: The model and its kept answers.
-        seed: Of answers that are drawn.
+        asker: The model and its stored answers.
+        seed: Seed of answers that are sampled.
         batch_size: Prompts that are answered together.
     """
 
@@ -42,20 +42,20 @@ class ChameleonLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """``<s>``, which stands in front of every document."""
+        """``<s>``, which begins every document."""
         return self._vocabulary.bos
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids, ``<s>`` in front unless told not to."""
+        """Token ids, with ``<s>`` in front unless ``add_special_tokens`` is False."""
         token_ids = self._asker.session.tokenizer.text.encode(string)
         return token_ids if add_special_tokens is False else [self._vocabulary.bos, *token_ids]
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of a continuation, and whether it is the greedy one."""
+        """Log-likelihood of each continuation, and whether greedy decoding would write it."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
@@ -64,7 +64,7 @@ class ChameleonLM(TemplateLM):
         empty = next((text for text, _, continuation in requests if not continuation), None)
         if empty is not None:
             what = f"the candidate {empty[1]!r} has no tokens"
-            raise DataError("task", what, "Give each candidate a text")
+            raise DataError("task", what, "Give each candidate some text")
         pairs = [(context, continuation) for _, context, continuation in requests]
         return [(s.log_likelihood, s.is_greedy) for s in self._asker.score_ids(pairs)]
 
@@ -88,9 +88,9 @@ class ChameleonLM(TemplateLM):
         return [sum(next(scores).log_likelihood for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Answers in text, cut where a stop string begins.
+        """Answers in text, cut off where a stop string begins.
 
-        Requests of one kind of drawing are answered together.
+        Requests with the same generation options are answered together.
         """
         texts: dict[int, str] = {}
         kinds: dict[GenerationOptions, list[int]] = {}

@@ -1,8 +1,8 @@
-"""Reads the items of image-to-text tasks and of tasks of the user's own.
+"""Reads the items of image-to-text tasks and of the user's own tasks.
 
 DIR/coco/dataset_coco.json                         Karpathy's splits
 DIR/coco/val2014/COCO_val2014_000000391895.jpg     and the images, as the JSON names them
-DIR/vqav2/*val2014_questions.json, *val2014_annotations.json, the same of train2014
+DIR/vqav2/*val2014_questions.json, *val2014_annotations.json, and the same for train2014
 DIR/vqav2/{train,val}2014/COCO_val2014_000000262148.jpg
 """
 
@@ -25,7 +25,7 @@ from megatron_chameleon.evaluation.tasks.items import (
 )
 
 CAPTION_TOKENS = 30
-"""The paper's cap (section 5.2)."""
+"""The paper's limit (section 5.2)."""
 VQA_TOKENS = 10
 FILE_KEYS = (
     *("name", "data", "metric", "shots", "examples", "prompt", "max_tokens", "stop"),
@@ -34,15 +34,15 @@ FILE_KEYS = (
 
 
 def read_captions(info: TaskInfo, folder: Path) -> ItemTask:
-    """The test split of Karpathy's JSON; examples come from its train split.
+    """Read the test split of Karpathy's JSON. Examples come from its training split.
 
     Raises:
-        DataError: A file or image is missing, or the JSON is another one.
+        DataError: A file or image is missing, or the JSON is not one of Karpathy's.
     """
     file = _only(folder, "dataset_*.json")
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise DataError(str(file), "has no list `images`", "Give one of Karpathy's split files")
+        raise DataError(str(file), "has no list `images`", "Pass one of Karpathy's split files")
     splits: dict[str, list[Item]] = {"test": [], "train": []}
     for index, record in enumerate(content["images"]):
         where = f"{file}: image {index}"
@@ -53,11 +53,11 @@ def read_captions(info: TaskInfo, folder: Path) -> ItemTask:
         path = folder / record.get("filepath", "") / record["filename"]
         captions = tuple(str(sentence["raw"]).strip() for sentence in record["sentences"])
         if not captions:
-            raise DataError(where, "has no sentences", "Remove it")
+            raise DataError(where, "has no sentences", "Remove the image from the file")
         image = (check_image(path, where) if split == "test" else image_part(str(path), "", where),)
         splits[split].append(Item(record["filename"], image, captions))
     if not splits["test"]:
-        raise DataError(str(file), "has no images of the split `test`", "Give the whole file")
+        raise DataError(str(file), "has no images of the split `test`", "Pass the complete file")
     return ItemTask(
         *(info.name, info.metric, splits["test"], info.shots, splits["train"]),
         max_tokens=CAPTION_TOKENS,
@@ -66,9 +66,9 @@ def read_captions(info: TaskInfo, folder: Path) -> ItemTask:
 
 
 def read_vqa(info: TaskInfo, folder: Path) -> ItemTask:
-    """VQAv2's validation questions; examples come from the training questions.
+    """Read VQAv2's validation questions. Examples come from its training questions.
 
-    The test splits have no public annotations.
+    The annotations of the test splits are not public.
 
     Raises:
         DataError: A file or image is missing or broken.
@@ -89,7 +89,7 @@ def _vqa_items(folder: Path, split: str) -> list[Item]:
     for kind, file in files.items():
         content = read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get(kind), list):
-            raise DataError(str(file), f"has no list `{kind}`", "Give VQAv2's own file")
+            raise DataError(str(file), f"has no list `{kind}`", "Pass VQAv2's own file")
         lists[kind] = content[kind]
     answers = {}
     for index, record in enumerate(lists["annotations"]):
@@ -103,7 +103,7 @@ def _vqa_items(folder: Path, split: str) -> list[Item]:
         require_keys(record, ("question_id", "image_id", "question"), where)
         if not answers.get(record["question_id"]):
             what = f"question {record['question_id']} has no answers in {files['annotations'].name}"
-            raise DataError(where, what, "Give the two files of one split")
+            raise DataError(where, what, "Pass the two files of the same split")
         name = f"COCO_{split}_{int(record['image_id']):012d}.jpg"
         image = image_part(str(folder / split / name), "", where)
         if split == "val2014":
@@ -117,32 +117,40 @@ def _vqa_items(folder: Path, split: str) -> list[Item]:
 
 
 def read_task_file(path: Path, data: Path | None) -> ItemTask:
-    """A task of the user's own.
+    """Read one of the user's own tasks.
 
     Args:
-        path: Its YAML.
-        data: Where its files are; None is the YAML's own folder.
+        path: The YAML file of the task.
+        data: The folder of its files; None means the folder of the YAML file.
 
     Raises:
-        ConfigError: A key is unknown or has no meaning.
+        ConfigError: A key is unknown, or its value cannot be used.
         DataError: A file is missing or broken.
     """
     spec = read_json(path)
     if not isinstance(spec, dict):
-        raise ConfigError(str(path), "holds no keys", f"Write {', '.join(FILE_KEYS)}")
+        raise ConfigError(str(path), "has no keys", f"Write {', '.join(FILE_KEYS)}")
     for key in spec:
         if key not in FILE_KEYS:
-            raise ConfigError(str(path), f"unknown key `{key}`", f"Use {', '.join(FILE_KEYS)}")
+            raise ConfigError(
+                str(path), f"unknown key `{key}`", f"Use one of: {', '.join(FILE_KEYS)}"
+            )
     metric = str(spec.get("metric", "exact_match"))
     if metric not in METRICS:
-        raise ConfigError(str(path), f"metric {metric!r} is unknown", f"Use {', '.join(METRICS)}")
+        raise ConfigError(
+            str(path), f"unknown metric {metric!r}", f"Use one of: {', '.join(METRICS)}"
+        )
     for key, least in (("shots", 0), ("max_tokens", 1)):
         if key in spec and (not isinstance(spec[key], int) or spec[key] < least):
-            raise ConfigError(str(path), f"{key} is {spec[key]!r}", f"Give a number from {least}")
+            raise ConfigError(
+                str(path), f"{key} is {spec[key]!r}", f"Use a whole number from {least} on"
+            )
     folder = data or path.parent
     prompt = str(spec.get("prompt", ""))
     if "data" not in spec:
-        raise ConfigError(str(path), "lacks the key `data`", "Name the file of items")
+        raise ConfigError(
+            str(path), "lacks the key `data`", "Set it to the name of the file of items"
+        )
     items = _own_items(folder / str(spec["data"]), metric, prompt)
     shots = int(spec.get("shots", 0))
     examples: Sequence[Item] = items
@@ -159,7 +167,11 @@ def read_task_file(path: Path, data: Path | None) -> ItemTask:
 
 
 def _own_items(file: Path, metric: str, prompt: str) -> list[Item]:
-    """Documents with ``answers``, or whose last text is the answer; for a choice, ``choices``."""
+    """The items of a file of documents.
+
+    The key ``answers`` or the document's last text holds the answer; the key ``choices`` holds the
+    candidates.
+    """
     items = []
     for number, record in enumerate(read_records(file), start=1):
         document = parse_line(orjson.dumps(record), file, number)
@@ -168,15 +180,15 @@ def _own_items(file: Path, metric: str, prompt: str) -> list[Item]:
         if not references:
             last = parts.pop() if parts else None
             if not isinstance(last, TextPart) or not last.text.strip():
-                what = "neither `answers` nor a last text that is the answer"
-                raise DataError(document.where, what, "Write `answers`: a list of texts")
+                what = "has neither `answers` nor a last text that is the answer"
+                raise DataError(document.where, what, "Add `answers`, a list of texts")
             references = (last.text,)
         if prompt:
             parts.append(TextPart(prompt))
         choices = tuple(map(str, record.get("choices") or ()))
         if metric in CHOICE_METRICS and not set(references) <= set(choices):
             what = f"{references[0]!r} is not among its {len(choices)} `choices`"
-            raise DataError(document.where, what, "Write the candidates, the answer among them")
+            raise DataError(document.where, what, "List all candidates, including the answer")
         items.append(Item(document.id, tuple(parts), references, choices))
     _check_ids(items, file)
     return items
@@ -189,7 +201,7 @@ def _references(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if isinstance(answers, str):
         return (answers,)
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-        raise DataError(where, "`answers` is no list of texts", "Write at least one text")
+        raise DataError(where, "`answers` must be a list of texts", "Write at least one text")
     return tuple(answers)
 
 
@@ -197,13 +209,15 @@ def _check_ids(items: Sequence[Item], file: Path) -> None:
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
-            raise DataError(str(file), f"the id {item.id} stands twice", "Give each item its own")
+            raise DataError(
+                str(file), f"the id {item.id} occurs twice", "Give each item its own id"
+            )
         seen.add(item.id)
 
 
 def _only(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        what = f"{len(found)} files {pattern}"
-        raise DataError(str(folder), what, "Put exactly one there (docs/evaluation.md)")
+        what = f"has {len(found)} files {pattern}"
+        raise DataError(str(folder), what, "Put exactly one such file there (docs/evaluation.md)")
     return found[0]

@@ -1,7 +1,7 @@
-"""Tasks whose prompts are ours: items from files, answered or chosen from, and scored.
+"""Tasks whose prompts we write: the model answers items or chooses among candidates.
 
-Three kinds of files: captions in Karpathy's JSON, VQAv2's two JSON files, and tasks of the user's
-own, a YAML beside documents (docs/evaluation.md).
+The items come from three kinds of files: captions in Karpathy's JSON, the two JSON files of VQAv2,
+and the user's own tasks, a YAML file beside documents (docs/evaluation.md).
 """
 
 import random
@@ -25,33 +25,33 @@ Part = TextPart | ImagePart
 
 @dataclass(frozen=True)
 class Item:
-    """A question."""
+    """One question."""
 
     id: str
     prompt: tuple[Part, ...]
     references: tuple[str, ...]
-    """Right answers; of a choice, the right candidate. The first one stands in examples."""
+    """Right answers or, with choices, the right candidate. Examples show the first one."""
     choices: tuple[str, ...] = ()
-    """Candidates; empty where the model writes the answer."""
+    """Candidates; empty if the model writes the answer itself."""
 
 
 @dataclass(frozen=True)
 class ItemTask:
-    """Items and how they are asked and scored."""
+    """Items, and how they are asked and scored."""
 
     name: str
     metric: str
-    """A key of ``SCORERS``, ``CIDEr``, or for choices ``acc`` or ``acc_norm``."""
+    """A key of ``SCORERS``, ``CIDEr``, or ``acc`` or ``acc_norm`` for choices."""
     items: Sequence[Item]
     shots: int = 0
     examples: Sequence[Item] = ()
-    """What shots are drawn from."""
+    """The items that few-shot examples are drawn from."""
     max_tokens: int = 30
     stop: str = "\n"
     separator: str = "\n"
-    """Between the examples."""
+    """Text between two examples."""
     prefix: str = ""
-    """Between prompt and answer: a space that belongs to the answer's first token."""
+    """Text between prompt and answer: a space that belongs to the answer's first token."""
     paper: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -69,7 +69,7 @@ def _first_digit(answer: str, references: Sequence[str]) -> float:
 
 
 def _words(answer: str, references: Sequence[str]) -> float:
-    """Share of the reference's words that the answer has; the best reference counts."""
+    """Share of a reference's words that the answer contains; the best reference counts."""
     said = set(re.findall(r"\w+", answer.lower()))
     shares = [
         len(said & words) / len(words)
@@ -97,13 +97,13 @@ def evaluate_items(
     seed: int = 1,
     batch_size: int = 32,
 ) -> TaskResult:
-    """Ask a task's items.
+    """Ask the items of a task and score the answers.
 
     Args:
         asker: The model.
-        task: Items in a fixed order.
-        limit: First items; None takes all.
-        seed: Of the examples that are drawn for each item.
+        task: The items, in a fixed order.
+        limit: Ask only so many items, from the first one on; None asks all.
+        seed: Seed for drawing the examples of each item.
         batch_size: Prompts that are answered together.
 
     Raises:
@@ -164,7 +164,7 @@ def _score(metric: str, items: Sequence[Item], texts: Sequence[str]) -> list[dic
 def _choose(
     asker: Asker, items: Sequence[Item], prompts: Sequence[Sequence[Part]], prefix: str
 ) -> list[ScoredItem]:
-    """The likeliest candidate: as it is (``acc``), and by byte of its text (``acc_norm``)."""
+    """The likeliest candidate, by its log-likelihood (``acc``) and per byte (``acc_norm``)."""
     pairs = [
         (prompt, prefix + choice)
         for item, prompt in zip(items, prompts, strict=True)
@@ -190,19 +190,19 @@ def _choose(
 
 
 def _with_examples(task: ItemTask, item: Item, seed: int) -> list[Part]:
-    """The item's prompt behind ``shots`` examples, drawn for this item alone."""
+    """The item's prompt after ``shots`` examples, which are drawn for this item."""
     parts: list[Part] = []
     pool = [example for example in task.examples if example.id != item.id]
     if len(pool) < task.shots:
-        what = f"{len(pool)} items to draw {task.shots} examples from"
-        raise DataError(task.name, what, "Give more training items, or fewer shots")
+        what = f"there are {len(pool)} items to draw {task.shots} examples from"
+        raise DataError(task.name, what, "Add training items, or use fewer shots")
     for example in random.Random(f"{seed}-{item.id}").sample(pool, task.shots):
         parts += [*example.prompt, TextPart(task.prefix + example.references[0] + task.separator)]
     return _joined([*parts, *item.prompt])
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:
-    """Neighbouring texts as one, so that tokens may span their border."""
+    """The same parts with adjacent texts joined, so that a token may span their boundary."""
     joined: list[Part] = []
     for part in parts:
         if joined and isinstance(part, TextPart) and isinstance(joined[-1], TextPart):
@@ -213,11 +213,11 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
 
 
 def check_image(path: Path, where: str) -> ImagePart:
-    """An image that is there.
+    """An image part, if the image exists.
 
     Raises:
-        DataError: It is not.
+        DataError: There is no such file.
     """
     if not path.is_file():
-        raise DataError(where, f"its image {path} does not exist", "Put the images below --data")
+        raise DataError(where, f"the image {path} does not exist", "Put the images below --data")
     return ImagePart(str(path))

@@ -1,4 +1,4 @@
-"""What a task found: items with their scores, and the figures over them."""
+"""Results of a task: the scored items, and the figures over all of them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,21 @@ from megatron_chameleon.evaluation.asking.answer_cache import fingerprint
 
 @dataclass(frozen=True)
 class ScoredItem:
-    """One item of a task."""
+    """One item of a task with the model's answer and its scores."""
 
     id: str
     prompt: Any
-    """Text, or parts as ``asking.prompt_as_json`` gives them."""
+    """A text, or parts as ``prompt_as_json`` returns them."""
     answer: Any
-    """The model's text, or the scores of the candidates."""
+    """The model's text, or the log-likelihoods of the candidates."""
     reference: Any
     scores: Mapping[str, float]
-    """By name of the figure."""
+    """The item's score by the name of the figure."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task's figures."""
+    """What a task measured."""
 
     name: str
     metric: str
@@ -33,10 +33,10 @@ class TaskResult:
     paper: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     scale: float = 100.0
-    """Of the table: percent, and CIDEr times 100 as the field prints it."""
+    """Factor from scores to figures: percent, and CIDEr times 100 as it is usually reported."""
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """Mean and standard error of every score, in the scale of the table."""
+        """Mean and standard error of every score, multiplied by ``scale``."""
         names = sorted({name for scored_item in self.scored_items for name in scored_item.scores})
         found = {}
         for name in names:
@@ -66,7 +66,7 @@ class TaskResult:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and its standard error from the sample's variance; 0 for a single value."""
+    """The mean and its standard error, from the sample variance; 0 for a single value."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, 0.0
@@ -75,10 +75,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The figures beside the paper's, one task a line.
+    """A table of the figures beside the paper's, one line per task.
 
     Args:
-        results: ``TaskResult.summary`` by task.
+        results: ``TaskResult.summary()`` of each task, by its name.
     """
     width = max(len(name) for name in [*results, "task"])
     lines = [

@@ -1,8 +1,8 @@
-"""VQA accuracy, as the VQA challenge's own script computes it, its answer normalisation included.
+"""VQA accuracy as the script of the VQA challenge computes it, with its answer normalisation.
 
-Source: Antol et al. 2015 (arXiv 1505.00468), section 3; the challenge's evaluation script, oddities
-kept: answers are normalised only where the annotators don't all say the same, and the pattern that
-strips periods strips at most 32 of them, none before a digit.
+Sources: Antol et al. 2015 (arXiv 1505.00468), section 3; the evaluation script of the challenge.
+Its oddities are kept. Answers are normalised only if the annotators disagree, and the pattern that
+removes periods removes at most 32 of them, and none before a digit.
 """
 
 import re
@@ -27,19 +27,19 @@ you've
 
 
 def _spellings(word: str) -> list[str]:
-    """The ways to write a contraction with one apostrophe forgotten."""
+    """A contraction with one of its apostrophes missing, in every possible way."""
     places = [index for index, letter in enumerate(word) if letter == "'"]
     return [word[:place] + word[place + 1 :] for place in places]
 
 
 CONTRACTIONS = {
     **{wrong: word for word in _CONTRACTED.split() for wrong in _spellings(word)},
-    "somebody'd": "somebodyd",  # the script has this one the wrong way round
+    "somebody'd": "somebodyd",  # the script has this pair the wrong way round
 }
 
 
 def normalise(answer: str) -> str:
-    """An answer without punctuation and articles, numbers in figures, contractions written out."""
+    """An answer without punctuation and articles, with digits and with complete contractions."""
     words = [DIGITS.get(word, word) for word in _without_punctuation(answer).lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
@@ -54,11 +54,13 @@ def _without_punctuation(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Mean over the annotators left out of min(others who said it / 3, 1).
+    """Accuracy of an answer, in [0, 1].
+
+    Each annotator is left out in turn, and min(others who gave this answer / 3, 1) is averaged.
 
     Args:
-        answer: The model's.
-        references: The annotators', ten in VQAv2.
+        answer: The model's answer.
+        references: The annotators' answers, ten in VQAv2.
     """
     said = [_one_line(reference) for reference in references]
     given = _one_line(answer)

@@ -39,7 +39,7 @@ def test_results_and_samples_are_written_and_kept(
     kept = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join(kept[:3]))  # killed after the first batch
     evaluate(*words, "--batch-size", 2)
-    assert "2 answers are there already" in capsys.readouterr().err
+    assert "2 answers exist already" in capsys.readouterr().err
     assert answers.read_text() == "".join(kept)
     assert (own / "out/samples.jsonl").read_text().splitlines() == samples
 
@@ -52,8 +52,11 @@ def test_the_list_needs_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("gone", "--tasks", "piqq", "--output", "o"), "error: --tasks: no task 'piqq'. Use piqa,"),
-        (("gone", "--tasks", "piqa,piqa", "--output", "o"), "error: --tasks: piqa stands twice."),
+        (
+            ("gone", "--tasks", "piqq", "--output", "o"),
+            "error: --tasks: there is no task 'piqq'. Use piqa,",
+        ),
+        (("gone", "--tasks", "piqa,piqa", "--output", "o"), "error: --tasks: piqa occurs twice."),
         (("gone", "--tasks", "piqa"), "error: --output: is missing."),
         (("--tasks", "piqa", "--output", "o"), "error: CHECKPOINT: is missing."),
         (
@@ -61,7 +64,10 @@ def test_the_list_needs_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> Non
             "error: --limit: 0 is below",
         ),
         (("gone", "--tasks", "piqa", "--output", "o", "--data", "d"), "error: d/piqa: no such fol"),
-        (("gone", "--tasks", "vqav2", "--output", "o"), "error: vqav2: its images are on no hub."),
+        (
+            ("gone", "--tasks", "vqav2", "--output", "o"),
+            "error: vqav2: the hub does not have the images of this task.",
+        ),
         (("gone", "--tasks", "x.yaml", "--output", "o"), "error: x.yaml: cannot be read (No such"),
         (("gone", "--tasks", "own.yaml", "--output", "o"), "error: gone: "),
     ],

@@ -14,7 +14,7 @@ from tiny_model import model_config, tiny_tokenizer  # noqa: F401
 
 @pytest.fixture(scope="session")
 def session(tiny_tokenizer: Path) -> Session:  # noqa: F811
-    """A model of random weights, made in memory; tests that change it put it back."""
+    """A model with random weights, made in memory. Tests that change it restore it."""
     from transformers import ChameleonForConditionalGeneration
 
     from megatron_chameleon.checkpoint.formats.hf_config import build_config
@@ -28,7 +28,7 @@ def session(tiny_tokenizer: Path) -> Session:  # noqa: F811
     torch.manual_seed(1)
     model = ChameleonForConditionalGeneration(config)
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # probabilities far from one another
+        model.lm_head.weight.mul_(20)  # so that probabilities differ clearly
     return Session(model, tokenizer, step=7)
 
 

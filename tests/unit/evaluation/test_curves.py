@@ -29,7 +29,7 @@ def test_the_last_record_of_a_step_wins(tmp_path: Path) -> None:
     assert read_metrics(file) == read_metrics(tmp_path)
 
 
-def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     file = write(tmp_path / "m.jsonl", {"step": 1, "loss": 5.0}, '{"step": 2, "lo', end="")
     assert [r["step"] for r in read_metrics(file)] == [1]
 
@@ -37,13 +37,13 @@ def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("broken", ['{"step": 2, "lo', '{"loss": 1}', "[]", '{"step": null}'])
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, broken: str) -> None:
     file = write(tmp_path / "m.jsonl", {"step": 1}, broken, {"step": 3})
-    with pytest.raises(DataError, match=r"m\.jsonl:2: no record of a step"):
+    with pytest.raises(DataError, match=r"m\.jsonl:2: not the record of a step"):
         read_metrics(file)
 
 
 def test_a_broken_last_line_that_was_finished_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "m.jsonl", {"step": 1}, "{}")
-    with pytest.raises(DataError, match=r"m\.jsonl:2: no record of a step"):
+    with pytest.raises(DataError, match=r"m\.jsonl:2: not the record of a step"):
         read_metrics(file)
 
 
@@ -54,7 +54,7 @@ def test_no_file_and_no_records_are_refused(tmp_path: Path) -> None:
         read_metrics(write(tmp_path / "m.jsonl", end=""))
 
 
-def test_nulls_are_left_out_of_a_series() -> None:
+def test_a_series_has_no_nulls() -> None:
     records = [{"step": 1, "x": 2.0}, {"step": 2, "x": None}, {"step": 4}, {"step": 5, "x": 3.0}]
     steps, values = series(records, "x")
     assert (steps.tolist(), values.tolist()) == ([1, 5], [2.0, 3.0])
@@ -67,7 +67,7 @@ def test_smoothing_is_the_mean_over_the_last_values() -> None:
     assert smooth(values, 100).tolist() == [1, 2, 3, 4]
 
 
-def test_one_panel_a_key_and_one_line_a_run() -> None:
+def test_one_panel_per_key_and_one_line_per_run() -> None:
     runs = {
         "a": [{"step": i, "loss": float(i), "grad_norm": 1.0} for i in range(5)],
         "b": [{"step": i, "loss": 2.0 * i, "grad_norm": None} for i in range(5)],
@@ -81,6 +81,6 @@ def test_one_panel_a_key_and_one_line_a_run() -> None:
 
 def test_an_unknown_key_names_what_there_is() -> None:
     with pytest.raises(
-        DataError, match=r"--keys los: no run has a value of it\. Use one of: loss, step"
+        DataError, match=r"--keys los: no run has a value for it\. Use one of: loss, step"
     ):
         draw_curves({"a": [{"step": 1, "loss": 1.0}]}, ["los"])

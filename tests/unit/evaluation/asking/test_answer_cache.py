@@ -1,4 +1,4 @@
-"""Kept answers: a killed evaluation goes on, and never from another model's answers."""
+"""Stored answers: a killed evaluation is resumed, and never from another model's answers."""
 
 from pathlib import Path
 
@@ -29,10 +29,10 @@ def test_half_a_last_line_is_cut_off(tmp_path: Path) -> None:
     [
         (
             '{"format": "megatron_chameleon.answers/1", "model": "other"}\n',
-            "are of the model other",
+            "its answers are from model other, not m",
         ),
-        ("not json\n", "no file of answers, or a broken one"),
-        ('{"format": "x"}\n', "are of the model None"),
+        ("not json\n", "not a valid file of answers"),
+        ('{"format": "x"}\n', "its answers are from model None, not m"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -43,7 +43,10 @@ def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> 
 
 
 def test_two_evaluations_do_not_write_to_one_folder(tmp_path: Path) -> None:
-    with AnswerCache(tmp_path, "m"), pytest.raises(DataError, match="another evaluation writes"):
+    with (
+        AnswerCache(tmp_path, "m"),
+        pytest.raises(DataError, match="another evaluation is writing to it"),
+    ):
         AnswerCache(tmp_path, "m")
 
 
@@ -64,13 +67,13 @@ def drawn(**more: object) -> GenerationOptions:
     return GenerationOptions(**options)  # type: ignore[arg-type]
 
 
-def test_a_killed_evaluation_draws_what_it_would_have_drawn(
+def test_a_resumed_evaluation_draws_what_it_would_have_drawn(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [["a three"], ["a three"], ["a four"], ["a five"]]
     with AnswerCache(tmp_path / "whole", "m") as answers:
         whole = Asker(session, answers).write(prompts, drawn())
-    assert whole[0] != whole[1], "the same prompt twice is drawn twice"
+    assert whole[0] != whole[1], "a prompt that is asked twice gets two answers"
     lines = (tmp_path / "whole/answers.jsonl").read_text().split("\n")
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed/answers.jsonl").write_text("\n".join(lines[:4]) + '\n{"key"')  # 3 of 4
@@ -84,7 +87,7 @@ def test_a_killed_evaluation_draws_what_it_would_have_drawn(
     monkeypatch.setattr(session, "generate", count)
     with AnswerCache(tmp_path / "killed", "m") as answers:
         assert Asker(session, answers).write(prompts, drawn()) == whole
-    assert asked == [2], "the batch that was whole is not asked again"
+    assert asked == [2], "the complete batch is not asked again"
 
 
 def test_scores_are_not_asked_twice(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:

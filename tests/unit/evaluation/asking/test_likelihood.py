@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, against Hugging Face's own forward of one text at a time."""
+"""Log-likelihoods of continuations, against Hugging Face's forward pass of one text at a time."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def encode(session: Session, context: str, continuation: str) -> tuple[list[int]
 
 
 def alone(session: Session, context: list[int], continuation: list[int]) -> ContinuationScore:
-    """transformers' forward masks image codes by itself."""
+    """The score of one pair alone; the forward pass of transformers masks image codes itself."""
     token_ids = torch.tensor([context + continuation])
     with torch.inference_mode():
         logits = session.model(input_ids=token_ids).logits[0, len(context) - 1 : -1].float()
@@ -54,7 +54,7 @@ def test_long_contexts_lose_their_beginning(session: Session) -> None:
     assert score.log_likelihood == pytest.approx(expected, rel=1e-5)
 
 
-def test_candidates_behind_the_same_inputs_share_a_forward(
+def test_candidates_with_the_same_inputs_share_a_forward_pass(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = []

@@ -1,4 +1,4 @@
-"""Forms: blind, shuffled, self-contained; their answers come back under the models' names."""
+"""Forms are blind, shuffled and self-contained; judgements return under the models' names."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def pair(tmp_path: Path) -> Path:
     return tmp_path / "judged"
 
 
-def test_forms_stand_alone_and_name_no_model(pair: Path) -> None:
+def test_forms_are_self_contained_and_name_no_model(pair: Path) -> None:
     pages = [pair / f"form_{number}.html" for number in (1, 2, 3)]
     contents = [payload(page) for page in pages]
     assert len({tuple(i["answers"][0][0]["text"] for i in c["items"]) for c in contents}) == 3
@@ -65,7 +65,7 @@ def test_forms_stand_alone_and_name_no_model(pair: Path) -> None:
         pictures = [p["image"] for i in content["items"] for p in i["prompt"] if "image" in p]
         assert len(pictures) == 3 and all(p.startswith("data:image/png;base64,") for p in pictures)
     lefts = [item["answers"][0][0]["text"].split()[0] for c in contents for item in c["items"]]
-    assert 3 < lefts.count("ours") < 15, "sides are drawn"
+    assert 3 < lefts.count("ours") < 15, "sides are random"
 
 
 def test_the_same_seed_makes_the_same_forms(pair: Path, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_the_same_seed_makes_the_same_forms(pair: Path, tmp_path: Path) -> None:
 
 
 def fill(form: Path, choose: Any) -> Path:
-    """What the page saves, had an annotator chosen so."""
+    """What the page would save if an annotator chose like this."""
     content = payload(form)
     saved = {
         "format": "megatron_chameleon.judgements/1",
@@ -93,7 +93,7 @@ def fill(form: Path, choose: Any) -> Path:
     return file
 
 
-def test_judgements_come_back_under_the_models_names(pair: Path) -> None:
+def test_judgements_return_under_the_models_names(pair: Path) -> None:
     def prefers_ours(item: dict[str, Any]) -> str:
         return "left" if item["answers"][0][0]["text"].startswith("ours") else "right"
 
@@ -157,22 +157,24 @@ def test_mistakes(pair: Path, tmp_path: Path) -> None:
     ours, theirs = (
         read_answered_prompts(tmp_path / f"{name}.jsonl") for name in ("ours", "theirs")
     )
-    with pytest.raises(DataError, match="1 prompts have one answer only, the first is 5"):
+    with pytest.raises(
+        DataError, match="1 prompts have an answer from one model only, the first is 5"
+    ):
         write_questionnaire("pairwise", {"a": ours, "b": theirs[:5]}, tmp_path / "x")
     key = read_key(pair / "key.json")
     saved = fill(pair / "form_1.html", lambda item: "tie")
-    with pytest.raises(DataError, match="its items are known to the key only"):
+    with pytest.raises(DataError, match=r"only the key says what its items are\. Add --key"):
         read_judgements([saved])
-    with pytest.raises(DataError, match="is of the questionnaire"):
+    with pytest.raises(DataError, match=r"belongs to the questionnaire \w+, not x"):
         read_judgements([saved], {**key, "questionnaire": "x"})
-    with pytest.raises(DataError, match="is no key"):
+    with pytest.raises(DataError, match="is not the key of a questionnaire"):
         read_key(saved)
     saved.write_text(saved.read_text().replace('"judgements": {', '"judgements": {"x": "tie", '))
-    with pytest.raises(DataError, match="has items that no form has"):
+    with pytest.raises(DataError, match="has items that the form does not have"):
         read_judgements([saved], key)
     (tmp_path / "twice.jsonl").write_text((tmp_path / "ours.jsonl").read_text() * 2)
-    with pytest.raises(DataError, match="the id 0 stands twice"):
+    with pytest.raises(DataError, match="the id 0 occurs twice"):
         read_answered_prompts(tmp_path / "twice.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"id": 1, "prompt": "text", "content": []}\n')
-    with pytest.raises(DataError, match="are no lists of parts"):
+    with pytest.raises(DataError, match="must be lists of parts"):
         read_answered_prompts(tmp_path / "bad.jsonl")

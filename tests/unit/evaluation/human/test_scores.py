@@ -1,4 +1,4 @@
-"""The paper's figures of human evaluation and safety, recomputed from its counts."""
+"""The paper's figures for human evaluation and safety, recomputed from its counts."""
 
 import pytest
 
@@ -21,7 +21,7 @@ LABELS = ("A", "tie", "B")
 
 
 def votes(outcome: tuple[int, ...], agree: tuple[int, ...]) -> list[list[str]]:
-    """Three votes on each of 1,048 items that give these outcomes and agreements."""
+    """Three votes on each of 1,048 items, with these outcomes and levels of agreement."""
     wins, ties, losses = outcome
     unanimous, _, disagree = agree
     decided = ["A"] * wins + ["tie"] * (ties - disagree) + ["B"] * losses
@@ -103,7 +103,7 @@ def test_categories_and_modalities_are_counted_apart() -> None:
 def test_mistakes() -> None:
     with pytest.raises(DataError, match="item 0, annotator 0: the label 'left' is unknown"):
         score_judgements("pairwise", judge([["left"]]))
-    with pytest.raises(DataError, match="is judged twice"):
+    with pytest.raises(DataError, match="the item is judged twice"):
         score_judgements("pairwise", judge([["A"]]) * 2)
 
 
@@ -121,7 +121,7 @@ def test_mistakes() -> None:
         ("", False),
     ],
 )
-def test_refusals_are_told_by_their_wording(text: str, refuses: bool) -> None:
+def test_refusals_are_recognized_by_their_wording(text: str, refuses: bool) -> None:
     assert looks_like_refusal(text) == refuses
 
 

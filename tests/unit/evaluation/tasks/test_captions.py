@@ -1,4 +1,4 @@
-"""Reading digits out of captions."""
+"""Digits that captions name."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""CIDEr and its tokens."""
+"""CIDEr and its tokenization."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""The harness's tasks on small local files: what is asked, and the scores to the item."""
+"""The harness's tasks on small local files: what is asked, and the score of every item."""
 
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_shots_come_from_the_training_file(asker: Asker, tmp_path: Path) -> None
         ]
 
     write(tmp_path / "hellaswag/validation.jsonl", records("Seen", 2))
-    with pytest.raises(DataError, match=r"hellaswag/train\.jsonl: no such file, nor with"):
+    with pytest.raises(DataError, match=r"hellaswag/train\.jsonl: no such file, nor one with"):
         run(asker, "hellaswag_10shot", tmp_path)
     write(tmp_path / "hellaswag/train.jsonl", records("Shot", 12))
     (sample,) = run(asker, "hellaswag_10shot", tmp_path, limit=1).scored_items
@@ -145,8 +145,8 @@ def test_all_answers_to_a_problem_vote(
     ("content", "message"),
     [
         ("", "has no records"),
-        ('{"goal": "a"', r"validation\.jsonl:1: not a line of JSON"),
-        ("[1]\n", r"validation\.jsonl:1: a list, not an object"),
+        ('{"goal": "a"', r"validation\.jsonl:1: not valid JSON"),
+        ("[1]\n", r"validation\.jsonl:1: the record is a list, not an object"),
         ('{"question": "a"}\n', "piqa: its data cannot be used"),
     ],
 )

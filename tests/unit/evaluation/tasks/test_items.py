@@ -1,4 +1,4 @@
-"""Image-to-text tasks and tasks of one's own: files, prompts, scores and mistakes."""
+"""Image-to-text tasks and the user's own tasks: files, prompts, scores and mistakes."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def vqa_files(folder: Path) -> Path:
 
 
 def say(asker: Asker, monkeypatch: pytest.MonkeyPatch, *answers: str) -> list:
-    """Put answers into the model's mouth; returns what it was asked."""
+    """Make the model give these answers, and return what it is asked."""
     asked: list = []
 
     def write(prompts: list, options: Any) -> list[str]:
@@ -167,11 +167,11 @@ def read_own(folder: Path, record: dict[str, Any], **spec: Any) -> ItemTask:
     ("record", "spec", "message"),
     [
         ({"text": "a", "answer": "b"}, {"metrik": "acc"}, "unknown key `metrik`"),
-        ({"text": "a", "answer": "b"}, {"metric": "bleu"}, "metric 'bleu' is unknown"),
+        ({"text": "a", "answer": "b"}, {"metric": "bleu"}, "unknown metric 'bleu'"),
         ({"text": "a", "answer": "b"}, {"shots": -1}, "shots is -1"),
         ({"text": "a", "answer": "b"}, {"metric": "acc"}, "'b' is not among its 0 `choices`"),
-        ({"text": " "}, {}, "neither `answers` nor a last text"),
-        ({"text": "a", "answers": [1]}, {}, "`answers` is no list of texts"),
+        ({"text": " "}, {}, "has neither `answers` nor a last text"),
+        ({"text": "a", "answers": [1]}, {}, "`answers` must be a list of texts"),
         ({"answers": ["b"]}, {}, "none of the keys content, text and messages"),
         ({"text": "a", "answer": "b"}, {"data": "gone.jsonl"}, "gone.jsonl: cannot be read"),
     ],
@@ -184,16 +184,16 @@ def test_mistakes_in_own_tasks(
 
 
 def test_mistakes_in_published_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"0 files dataset_\*\.json"):
+    with pytest.raises(DataError, match=r"has 0 files dataset_\*\.json"):
         read_captions(CAPTION, tmp_path)
     (karpathy(tmp_path) / "val2014/3.jpg").unlink()
-    with pytest.raises(DataError, match=r"image 3: its image .*3\.jpg does not exist"):
+    with pytest.raises(DataError, match=r"image 3: the image .*3\.jpg does not exist"):
         read_captions(CAPTION, tmp_path)
     (tmp_path / "dataset_coco.json").write_text("[]")
     with pytest.raises(DataError, match="has no list `images`"):
         read_captions(CAPTION, tmp_path)
     (tmp_path / "dataset_coco.json").write_text("{")
-    with pytest.raises(DataError, match="is no JSON"):
+    with pytest.raises(DataError, match="is not valid JSON"):
         read_captions(CAPTION, tmp_path)
     vqa_files(tmp_path / "vqa")
     name = "v2_OpenEnded_val2014_annotations.json"
@@ -204,8 +204,8 @@ def test_mistakes_in_published_files(tmp_path: Path) -> None:
 
 def test_too_few_examples_are_an_error(asker: Asker, tmp_path: Path) -> None:
     task = read_own(tmp_path, {"text": "a", "answer": "b"}, shots=1)
-    with pytest.raises(DataError, match="0 items to draw 1 examples from"):
+    with pytest.raises(DataError, match="there are 0 items to draw 1 examples from"):
         evaluate_items(asker, task)
-    with pytest.raises(ConfigError, match="holds no keys"):
+    with pytest.raises(ConfigError, match="has no keys"):
         (tmp_path / "task.yaml").write_text("just text")
         read_task_file(tmp_path / "task.yaml", None)
