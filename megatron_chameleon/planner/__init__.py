@@ -1,2 +1,1 @@
-"""``chameleon plan``: memory and time of the layouts by arithmetic, and the published runs behind
-it."""
+"""``chameleon plan``: estimates memory and time of layouts, and compares with published runs."""

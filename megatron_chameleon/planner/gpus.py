@@ -1,4 +1,4 @@
-"""The GPUs that the planner knows and by whose peaks a run's MFU is counted: one table, no torch.
+"""The GPUs that the planner knows. A run's MFU uses their peaks too. No torch is imported.
 
 Source: NVIDIA's data sheets of the A100 SXM, H100 SXM and H200 (dense peaks, without sparsity), and
 of the DGX systems for the links.
@@ -13,19 +13,19 @@ class Gpu:
 
     name: str
     memory_gib: float
-    """What a process sees as total memory."""
+    """Total memory as a process sees it."""
     fp32_tflops: float
     bf16_tflops: float
     fp8_tflops: float | None
-    """None: no FP8 matrix products."""
+    """None if the GPU has no FP8 matrix products."""
     memory_gb_per_second: float
     nvlink_gb_per_second: float
     """Within a node, in each direction."""
     network_gb_per_second: float
-    """Between nodes, in each direction, for each GPU."""
+    """Between nodes, in each direction, per GPU."""
     bf16_efficiency: float
-    """Share of the peak that the matrix products of a whole training step reach; calibrated, see
-    ``published_runs.yaml``."""
+    """Share of the peak that the matrix products of a whole training step reach; calibrated on a
+    run of ``published_runs.yaml``."""
     fp8_efficiency: float
     gpus_per_node: int = 8
 
@@ -34,7 +34,7 @@ class Gpu:
 
         Args:
             dtype: fp32 or bf16.
-            fp8: Whether they run in FP8 where the GPU has it.
+            fp8: Whether they run in FP8, if the GPU supports it.
         """
         if fp8 and self.fp8_tflops:
             return self.fp8_tflops * 1e12
@@ -49,9 +49,9 @@ GPUS = {
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The table's entry for what CUDA calls a device; None where the peaks would be guessed.
+    """The entry of the table for CUDA's name of a device; None if its peaks are not known.
 
-    The PCIe and NVL variants of the H100 have other peaks and are not in the table.
+    The PCIe and NVL variants of the H100 have different peaks and are not in the table.
     """
     words = device_name.upper().replace("-", " ").split()
     if ("PCIE" in words and "H100" in words) or "NVL" in words:

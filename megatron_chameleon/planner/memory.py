@@ -1,10 +1,9 @@
-"""How much memory a layout needs on the fullest of its processes: plain arithmetic, no torch.
+"""How much memory a layout needs on the process that needs most: plain arithmetic, no torch.
 
-What a layer keeps for its backward pass is counted tensor by tensor, as megatron-core's layers in
-Chameleon's shape save them; ``tests/unit/planner/test_memory.py`` counts the bytes that a
-real model saves and compares. Source of the method: Korthikanti et al. (arXiv 2205.05198), sections
-4 and 5, whose layer has no gate, no grouped queries, no QK-norm and writes its attention scores
-out.
+What a layer keeps for its backward pass is counted tensor by tensor, as megatron-core's layers save
+it for Chameleon's architecture. ``tests/unit/planner/test_memory.py`` compares it with the bytes
+that a real model saves. The method follows Korthikanti et al. (arXiv 2205.05198), sections 4 and 5.
+Their layer has no gate, no grouped queries and no QK-norm, and it stores its attention scores.
 """
 
 import math
@@ -20,17 +19,17 @@ from megatron_chameleon.config.schema import Config
 
 GIB = 2**30
 RESERVED_GIB = 4.0
-"""CUDA's context, NCCL's and cuBLAS's buffers, Transformer Engine's workspaces."""
+"""The CUDA context, buffers of NCCL and cuBLAS, and workspaces of Transformer Engine."""
 FRAGMENTATION = 0.06
-"""Share of the activations that the allocator loses between its blocks."""
+"""Memory that the allocator loses between its blocks, as a share of the activations."""
 LOGIT_BYTES = 6
-"""The output layer's bf16 logits and the loss's fp32 copy (fp32: one buffer of 4, worked on in
-place)."""
+"""Bytes per logit: 2 for the output layer's bf16 logits and 4 for the loss's fp32 copy. In fp32
+there is one buffer of 4 bytes, and the loss works in place."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one process."""
+    """Estimated memory of one process, in bytes."""
 
     weights: float
     gradients: float
@@ -46,15 +45,15 @@ class MemoryEstimate:
 
 
 def predict_memory(config: Config, vocab_size: int, world_size: int) -> MemoryEstimate:
-    """The memory of the fullest process.
+    """The memory of the process that needs most.
 
-    The first pipeline stage has most activations in flight, the last one the logits; both are
-    looked at.
+    The first pipeline stage keeps the most activations and the last one has the logits, so the
+    larger of the two is returned.
 
     Args:
-        config: With the layout that is asked about; the megatron engine.
-        vocab_size: Tokens of the vocabulary.
-        world_size: Processes of the job.
+        config: A config for the megatron engine, with the layout in question.
+        vocab_size: The number of tokens in the vocabulary.
+        world_size: The number of processes.
     """
     last = config.parallel.pipeline_model_parallel_size - 1
     stages = [stage_memory(config, vocab_size, world_size, stage) for stage in {0, last}]
@@ -62,7 +61,7 @@ def predict_memory(config: Config, vocab_size: int, world_size: int) -> MemoryEs
 
 
 def stage_memory(config: Config, vocab_size: int, world_size: int, stage: int) -> MemoryEstimate:
-    """The memory of a process of one pipeline stage; see ``predict_memory``."""
+    """The memory of one process of a pipeline stage; see ``predict_memory``."""
     parallel, bf16 = config.parallel, config.training.dtype == "bf16"
     pp, cp = parallel.pipeline_model_parallel_size, parallel.context_parallel_size
     data = world_size // (parallel.tensor_model_parallel_size * pp * cp)
@@ -84,7 +83,7 @@ def stage_memory(config: Config, vocab_size: int, world_size: int, stage: int) -
 
 
 def stage_parameters(config: Config, vocab_size: int, stage: int) -> float:
-    """Parameters of one process of a pipeline stage."""
+    """The number of parameters that one process of a pipeline stage holds."""
     counts = parameter_counts(config.model, vocab_size)
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -95,9 +94,10 @@ def stage_parameters(config: Config, vocab_size: int, stage: int) -> float:
 
 
 def micro_batches_in_flight(config: Config, data_size: int, stage: int) -> float:
-    """Micro-batches whose activations a stage keeps at once, in units of all its layers.
+    """How many micro-batches' activations a stage keeps at the same time.
 
-    1F1B: as many as stages from here to the end. The interleaved schedule keeps a few parts more.
+    The unit is one micro-batch in all layers of the stage. With the 1F1B schedule, it is the number
+    of stages from this one to the last. The interleaved schedule keeps slightly more.
     """
     parallel, training = config.parallel, config.training
     pp, vpp = (
@@ -112,7 +112,7 @@ def micro_batches_in_flight(config: Config, data_size: int, stage: int) -> float
 
 
 def local_sequence(config: Config) -> float:
-    """Tokens of a sequence that a process works on outside of sequence parallelism."""
+    """Tokens of each sequence on one process, where sequence parallelism does not divide them."""
     return config.model.seq_length / config.parallel.context_parallel_size
 
 
@@ -120,9 +120,9 @@ def stage_activations(config: Config, layers: int, in_flight: float = 1) -> floa
     """Bytes that the layers of one stage keep for their backward passes.
 
     Args:
-        config: Its recomputation is considered.
-        layers: Layers of the stage.
-        in_flight: Micro-batches that are kept at once.
+        config: The config, with its layout and recomputation.
+        layers: The number of layers in the stage.
+        in_flight: The number of micro-batches kept at the same time.
     """
     parallel = config.parallel
     tokens = config.training.micro_batch_size * local_sequence(config)
@@ -136,55 +136,56 @@ def stage_activations(config: Config, layers: int, in_flight: float = 1) -> floa
 
 
 def layer_bytes_per_token(config: Config, fused_norms: bool = True) -> float:
-    """Bytes that a layer keeps for its backward pass, for each token of the micro-batch.
+    """Bytes that a layer keeps for its backward pass, per token of the micro-batch.
 
     Args:
-        config: With its layout.
-        fused_norms: False for torch's norms and dropout on CPUs, which keep more: the norms their
-            inputs and normalised inputs in fp32, dropout masks as wide as what they mask.
+        config: The config, with its layout.
+        fused_norms: False for torch's norms and dropout on CPUs, which keep more: the norms keep
+            their inputs and their normalised inputs in fp32, and the dropout masks are as wide as
+            what they mask.
     """
     model, parallel = config.model, config.parallel
     tp, split, width = parallel.tensor_model_parallel_size, _sequence_split(config), _width(config)
     hidden, heads = model.hidden_size, model.num_attention_heads
     head_size, keys = hidden // heads, query_groups(model) * (hidden // heads)
     linear = 1 if config.fp8.format and not config.fp8.emulate else width
-    # On hidden vectors: the inputs of both norms and of both column-parallel layers (in the Swin
-    # order the norms' inputs are the branches, and the layers' the residual stream).
+    # Hidden vectors: the inputs of both norms and of both column-parallel layers. (In the Swin
+    # order, the norms' inputs are the branches, and the layers' inputs are the residual stream.)
     stream = 2 * hidden * linear + 2 * norm_bytes(config, fused_norms)
     if model.hidden_dropout > 0:
         stream += 2 * hidden * (1 if fused_norms else width)
-    # In attention: what the query-key-value layer wrote, which the values are a view of; queries
-    # and keys after RoPE; the output, which the projection takes.
+    # Attention: the output of the query-key-value layer, of which the values are a view; queries
+    # and keys after RoPE; the output of attention, which is the input of the projection.
     attention: float = width * ((hidden + 2 * keys) + (hidden + keys) + hidden)
     attention += linear * hidden if linear != width else 0  # the projection's own FP8 copy
     if parallel.recompute_granularity != "selective":
         attention += 4 * heads  # the softmax's normalisers
     attention += _qk_norm_bytes(config, hidden, keys)
-    # RoPE's tables, which each layer makes for queries and keys, are for positions, not tokens.
+    # RoPE's tables, which each layer makes for queries and keys, have a row per position.
     tables = 4 * head_size * width / config.training.micro_batch_size
-    # In the feed-forward: gate and value; the gate's activation; the value again, to which
-    # megatron-core adds an offset of 0; their product, which the last layer takes.
+    # Feed-forward: gate and value; the gate's activation; the value again, since megatron-core adds
+    # an offset of 0 to it; their product, which is the input of the last layer.
     feed_forward = model.ffn_hidden_size * (4 * width + linear)
     return stream / split + tables + (attention + feed_forward) / tp
 
 
 def norm_bytes(config: Config, fused: bool = True) -> float:
-    """Bytes that a norm of hidden vectors keeps for each token."""
+    """Bytes per token that a norm of hidden vectors keeps."""
     return config.model.hidden_size * (_width(config) if fused else 8) + 4
 
 
 def _qk_norm_bytes(config: Config, queries: int, keys: int) -> float:
-    """What QK-norm keeps, for each token, of so many numbers of queries and of keys."""
+    """Bytes per token that QK-norm keeps, for queries and keys of these widths."""
     model = config.model
     groups, width = qk_norm_groups(model), _width(config)
     if not groups:
         return 0.0
     heads = model.num_attention_heads + query_groups(model)
     found = 2.0 * width * heads  # the statistics
-    if groups > 1:  # the normalised vectors are multiplied by their groups' weights
+    if groups > 1:  # the normalised vectors, which each group's weight multiplies
         found += width * (queries + keys)
     if query_groups(model) < model.num_attention_heads:
-        found += width * queries  # queries that share keys are copied out of the layer's output
+        found += width * queries  # queries that share keys are copied from the layer's output
     return found
 
 
@@ -195,12 +196,13 @@ def _layer_parameters(counts: ParameterCounts, tp: int) -> float:
 def output_bytes(
     config: Config, vocab_size: int, logit_bytes: int, fused_norms: bool = True
 ) -> float:
-    """What the final norm, the output layer and the loss keep of a micro-batch.
+    """Bytes that the final norm, the output layer and the loss keep for a micro-batch.
 
     Args:
-        config: With its layout.
-        vocab_size: Tokens of the vocabulary.
-        logit_bytes: Of one logit, in bf16; in fp32 there is one buffer, worked on in place.
+        config: The config, with its layout.
+        vocab_size: The number of tokens in the vocabulary.
+        logit_bytes: Bytes per logit in bf16. In fp32 there is one buffer, and the loss works in
+            place.
         fused_norms: See ``layer_bytes_per_token``.
     """
     width = _width(config)
@@ -212,7 +214,7 @@ def output_bytes(
 
 
 def _fp8_copies(config: Config, layers: int) -> float:
-    """Transformer Engine's FP8 weights and their transposes, one byte each."""
+    """Bytes of Transformer Engine's FP8 weights and their transposes, one byte per number."""
     if not config.fp8.format or config.fp8.emulate:
         return 0.0
     counts = parameter_counts(config.model, vocab_size=1)
@@ -221,9 +223,10 @@ def _fp8_copies(config: Config, layers: int) -> float:
 
 
 def _sequence_split(config: Config) -> int:
-    """Parts that sequence parallelism cuts norms, residuals and their dropout into."""
+    """How many parts sequence parallelism divides norms, residuals and their dropout into."""
     return config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
 
 
 def _width(config: Config) -> int:
+    """Bytes per number in the training format."""
     return 2 if config.training.dtype == "bf16" else 4

@@ -1,4 +1,4 @@
-"""What ``chameleon plan`` prints: tables for people, one JSON object for scripts."""
+"""The output of ``chameleon plan``: tables for people, or one JSON object for scripts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +16,8 @@ from megatron_chameleon.planner.search import (
 from megatron_chameleon.planner.time import uses_fp8
 
 CONVENTION = (
-    "Model FLOPs: all weight matrices and the output layer, attention over the full square "
-    "although a causal kernel computes half of it, backward = 2 x forward, without recomputation."
+    "Model FLOPs count all weight matrices, the output layer, and attention over the full square, "
+    "although a causal kernel computes half of it; backward = 2 x forward, without recomputation."
 )
 MEMORY_WORDS = {
     "weights": "weights",
@@ -44,10 +44,11 @@ SHOWN_PROBLEMS = 5
 
 
 def check_any_fits(result: LayoutSearchResult) -> None:
-    """Refuse a result without a layout.
+    """Check that at least one layout fits.
 
     Raises:
-        ConfigError: It says what comes nearest, or what the trainer refuses.
+        ConfigError: None does. The message names the layout that comes closest, or the most
+            frequent reason why the trainer refuses layouts.
     """
     if result.fitting:
         return
@@ -58,23 +59,25 @@ def check_any_fits(result: LayoutSearchResult) -> None:
             f"no layout on {request.gpus} GPUs passes the trainer's checks "
             f"({reason}: {count} times)"
         )
-        raise ConfigError("--gpus", what, "Use another number of GPUs, or another global batch")
+        raise ConfigError(
+            "--gpus", what, "Use a different number of GPUs or a different global batch size"
+        )
     smallest = min(result.too_large, key=lambda plan: plan.memory.total)
     what = (
         f"no layout fits on {request.gpus} x {request.gpu.name}: the smallest, "
         f"{describe_layout(smallest.config)}, needs {_gib(smallest.memory.total)} of "
         f"{request.gpu.memory_gib:.1f} GiB ({_largest(smallest.memory)})"
     )
-    raise ConfigError("--gpus", what, "Use more GPUs, or larger ones")
+    raise ConfigError("--gpus", what, "Use more GPUs, or GPUs with more memory")
 
 
 def as_text(result: LayoutSearchResult, top: int, every: bool) -> str:
-    """The tables.
+    """The result as tables.
 
     Args:
-        plans: With at least one that fits.
-        top: Rows of the ranking.
-        every: Rank all layouts, not only the best of each TP x PP.
+        result: A result with at least one layout that fits.
+        top: The number of rows in the ranking.
+        every: Rank all layouts, not only the best one of each TP x PP.
     """
     request, best = result.request, result.fitting[0]
     shown = (result.fitting if every else best_of_each(result.fitting))[:top]
@@ -91,7 +94,7 @@ def as_text(result: LayoutSearchResult, top: int, every: bool) -> str:
 
 
 def as_json(result: LayoutSearchResult, top: int) -> dict[str, Any]:
-    """The same for scripts; sizes in GiB, times in seconds."""
+    """The result for scripts, with sizes in GiB and times in seconds."""
     request = result.request
     return {
         "gpu": request.gpu.name,
@@ -146,7 +149,8 @@ def _heading(request: PlanRequest) -> str:
         f"{request.gpus} x {request.gpu.name} ({request.gpu.memory_gib:.1f} GiB), {precision}, "
         f"global batch {batch:,} x {length:,}, {request.tokens / 1e12:.3g}T tokens in all\n"
         f"{CONVENTION}\n"
-        "Predicted, without failures and restarts; how good that is: docs/parallelism.md"
+        "All figures are predictions without failures and restarts. docs/parallelism.md compares "
+        "such predictions with published runs."
     )
 
 
@@ -190,7 +194,7 @@ def _own(plan: LayoutPlan) -> str:
 
 
 def _details(plan: LayoutPlan) -> str:
-    """Where the fastest plan's memory and time go, and how to train with it."""
+    """Where the memory and time of a plan go, and how to train with it."""
     total, seconds = plan.memory.total, plan.step.total
     memory = [
         [MEMORY_WORDS[name], _gib(size), f"{size / total:.1%}"]
@@ -203,13 +207,13 @@ def _details(plan: LayoutPlan) -> str:
     return (
         f"1: {describe_layout(plan.config)}\n\n"
         f"{_table(['memory', 'GiB', ''], memory)}\n\n"
-        f"{_table(['a step', 'seconds', ''], [*time, ['together', f'{seconds:.4f}', '']])}\n\n"
+        f"{_table(['part of a step', 'seconds', ''], [*time, ['total', f'{seconds:.4f}', '']])}\n\n"
         f"chameleon train CONFIG {' '.join(plan.overrides())}"
     )
 
 
 def _too_large(result: LayoutSearchResult) -> str:
-    """The next ones that would be faster, with what they lack."""
+    """Layouts that would be faster but do not fit, with the memory that they need."""
     if not result.too_large:
         return ""
     limit = result.request.gpu.memory_gib
@@ -219,17 +223,17 @@ def _too_large(result: LayoutSearchResult) -> str:
         for plan in best_of_each(result.too_large)[:SHOWN_PROBLEMS]
     ]
     count = len(result.too_large)
-    heading = f"{count:,} would be faster and do not fit; the fastest of each TP x PP:"
+    heading = f"{count:,} layouts would be faster but do not fit; the fastest of each TP x PP:"
     return "\n".join([heading, *lines])
 
 
 def _refused(result: LayoutSearchResult) -> str:
-    """What the trainer would not take, the most frequent first."""
+    """Why the trainer refuses layouts, the most frequent reason first."""
     if not result.refused:
         return ""
     lines = [f"  {count:,} x {reason}" for reason, count in result.refused.most_common()]
     total = sum(result.refused.values())
-    return "\n".join([f"{total:,} the trainer refuses:", *lines[:SHOWN_PROBLEMS]])
+    return "\n".join([f"The trainer refuses {total:,} layouts:", *lines[:SHOWN_PROBLEMS]])
 
 
 def _largest(memory: MemoryEstimate) -> str:

@@ -1,11 +1,12 @@
-"""Which layouts a config can have on so many GPUs, how fast each would be, and what does not fit.
+"""Which layouts a config can have on a number of GPUs, how fast each is, and which do not fit.
 
     chameleon plan chameleon_7b --gpus 64 --gpu h100
 
-Tried are all sizes of tensor (within a node), pipeline and interleaved parallelism, the micro-batch
-sizes and the kinds of recomputation; sequence parallelism is on where tensor parallelism is, the
-distributed optimizer and its overlaps always, context parallelism as the config has it. What the
-trainer refuses is not offered: the checks are the same. Nothing here imports torch.
+The search tries all sizes of tensor parallelism (within a node), pipeline parallelism and
+interleaving, all micro-batch sizes and all kinds of recomputation. Sequence parallelism is on
+whenever tensor parallelism is; the distributed optimizer and its overlaps are always on; context
+parallelism stays as the config has it. The trainer's own checks decide which layouts are valid.
+Nothing here imports torch.
 """
 
 import dataclasses
@@ -32,12 +33,12 @@ from megatron_chameleon.planner.time import (
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 RECOMPUTE = (None, "selective", "full")
-SECONDS_A_DAY = 86_400
+SECONDS_PER_DAY = 86_400
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is planned for."""
+    """What to plan: a config on a number of GPUs of one kind."""
 
     config: Config
     vocab_size: int
@@ -46,14 +47,14 @@ class PlanRequest:
 
     @property
     def tokens(self) -> int:
-        """Of the whole run."""
+        """Tokens of the whole run."""
         training = self.config.training
         return training.steps * training.global_batch_size * self.config.model.seq_length
 
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """One layout with its prediction."""
+    """One layout with its estimated memory and time."""
 
     request: PlanRequest
     config: Config
@@ -67,7 +68,7 @@ class LayoutPlan:
 
     @property
     def data_size(self) -> int:
-        """Data-parallel ranks."""
+        """The number of data-parallel ranks."""
         parallel = self.config.parallel
         return self.request.gpus // (
             parallel.tensor_model_parallel_size
@@ -77,7 +78,7 @@ class LayoutPlan:
 
     @property
     def speed(self) -> float:
-        """Tokens a second on each GPU."""
+        """Tokens per second on each GPU."""
         return tokens_per_second_per_gpu(self.config, self.request.gpus, self.step.total)
 
     @property
@@ -87,21 +88,21 @@ class LayoutPlan:
 
     @property
     def mfu(self) -> float:
-        """Share of the peak of the format that the matrix products run in."""
+        """Model FLOPs utilization: share of the peak of the format of the matrix products."""
         peak = self.request.gpu.peak_flops(self.config.training.dtype, uses_fp8(self.config))
         return self.tflops * 1e12 / peak
 
     @property
     def days(self) -> float:
-        """Of the whole run, without a failure."""
-        return self.request.tokens / (self.speed * self.request.gpus) / SECONDS_A_DAY
+        """Days of the whole run, without failures."""
+        return self.request.tokens / (self.speed * self.request.gpus) / SECONDS_PER_DAY
 
     @property
     def gpu_hours(self) -> float:
         return self.days * 24 * self.request.gpus
 
     def overrides(self) -> list[str]:
-        """The words that give ``chameleon train`` this layout."""
+        """The overrides that make ``chameleon train`` use this layout."""
         names = (
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
@@ -123,21 +124,21 @@ class LayoutSearchResult:
 
     request: PlanRequest
     fitting: list[LayoutPlan]
-    """Fastest first; of each layout and micro-batch the least recomputation that fits."""
+    """Fastest first. Each layout and micro-batch size has the least recomputation that fits."""
     too_large: list[LayoutPlan]
-    """Faster than the fastest that fits, or fastest of all where none fits; fastest first."""
+    """Fastest first. If any layout fits, only those that are faster than the fastest of them."""
     refused: Counter[str]
-    """What the trainer would say, with how many layouts each refusal ended."""
+    """The trainer's reasons for refusing layouts, and how many layouts each one excluded."""
     own: LayoutPlan | None
-    """The layout that the config has, if the trainer takes it."""
+    """The config's own layout, if the trainer accepts it."""
 
 
 def search_layouts(request: PlanRequest) -> LayoutSearchResult:
     """Search the layouts of a config.
 
     Raises:
-        ConfigError: The config cannot be planned for: another engine, FP8 on a GPU without it.
-        ConfigErrors: Values that have nothing to do with the layout are wrong.
+        ConfigError: The planner does not know the config's engine, or the GPU has no FP8.
+        ConfigErrors: Values that do not depend on the layout are wrong.
     """
     _check_request(request)
     fitting, rest, refused = [], [], Counter[str]()
@@ -160,7 +161,7 @@ def search_layouts(request: PlanRequest) -> LayoutSearchResult:
 
 
 def _rank(plan: LayoutPlan) -> tuple[float, float]:
-    """The fastest first; what is as fast within a thousandth, by its memory."""
+    """Sort key: the fastest first; layouts within a thousandth of each other by their memory."""
     return -round(math.log(plan.speed), 3), plan.memory.total
 
 
@@ -177,12 +178,12 @@ def best_of_each(plans: Sequence[LayoutPlan]) -> list[LayoutPlan]:
 def _check_request(request: PlanRequest) -> None:
     config = request.config
     if config.engine.name != "megatron":
-        what = f"{config.engine.name}, and the planner knows the megatron engine only"
+        what = f"is {config.engine.name}, but the planner only knows the megatron engine"
         raise ConfigError("engine.name", what, "Set engine.name=megatron")
     if uses_fp8(config) and request.gpu.fp8_tflops is None:
-        what = f"{config.fp8.format}, and {request.gpu.name} has no FP8"
+        what = f"is {config.fp8.format}, but {request.gpu.name} has no FP8"
         raise ConfigError("fp8.format", what, "Set fp8.format=null, or plan for h100 or h200")
-    # without its layout: that is what is looked for
+    # Without its layout, which is what the search looks for.
     neutral = ParallelConfig(context_parallel_size=config.parallel.context_parallel_size)
     training = dataclasses.replace(config.training, micro_batch_size=1)
     neutral_config = dataclasses.replace(config, parallel=neutral, training=training)
@@ -190,7 +191,7 @@ def _check_request(request: PlanRequest) -> None:
 
 
 def _layouts(request: PlanRequest) -> Iterator[Config]:
-    """Every layout that is looked at, in no order, the impossible ones too."""
+    """Every layout to consider, including impossible ones, in no particular order."""
     layers = request.config.model.num_layers
     cp = request.config.parallel.context_parallel_size
     sizes = [size for size in range(1, request.gpus + 1) if request.gpus % size == 0]
@@ -242,7 +243,7 @@ def _yaml(value: object) -> str:
 
 
 def describe_layout(config: Config) -> str:
-    """``TP 2 x PP 4 x VPP 2, micro-batch 1, full recomputation``."""
+    """A layout in words: ``TP 2 x PP 4 x VPP 2, micro-batch 1, full recomputation``."""
     parallel = config.parallel
     words = [f"TP {parallel.tensor_model_parallel_size}"]
     words.append(f"PP {parallel.pipeline_model_parallel_size}")
@@ -256,6 +257,6 @@ def describe_layout(config: Config) -> str:
 
 
 def largest_parts(memory: MemoryEstimate, count: int = 2) -> Sequence[tuple[str, float]]:
-    """The parts that need most of the memory, largest first."""
+    """The parts that need the most memory, largest first."""
     parts = sorted(vars(memory).items(), key=lambda part: -part[1])
     return parts[:count]

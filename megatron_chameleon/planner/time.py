@@ -1,7 +1,7 @@
 """How long a step takes under a layout: matrix products, memory traffic, messages and bubbles.
 
-Everything is counted from the config; what cannot be counted are the few shares in ``gpus.py`` and
-below, calibrated on some published runs and tested on others (``published_runs.yaml``).
+Everything is computed from the config, except for a few shares in ``gpus.py`` and below. Those are
+calibrated on some published runs and tested on others (``published_runs.yaml``).
 """
 
 import math
@@ -22,33 +22,33 @@ from megatron_chameleon.planner.memory import local_sequence, stage_parameters
 ATTENTION_EFFICIENCY = 0.5
 """Share of the bf16 peak that a fused causal attention kernel reaches on the half it computes."""
 ATTENTION_BACKWARD = 2.5
-"""A fused kernel's backward pass computes the scores again: five products where forward has two."""
+"""A fused kernel's backward pass recomputes the scores: five products instead of forward's two."""
 MEMORY_EFFICIENCY = 0.85
 LINK_EFFICIENCY = 0.75
-"""Share of a link's bandwidth that large collectives reach, within and between nodes."""
+"""Share of a link's bandwidth that large collectives reach, within nodes and between them."""
 MESSAGE_SECONDS = 20e-6
-"""What a message costs beside its bytes: its launch and the wait for the other side."""
+"""Cost of a message apart from its bytes: its launch and the wait for the other side."""
 OVERHEAD = 0.05
-"""Share of a step that is none of the rest: launches, waiting for the slowest, data, logging."""
+"""Share of a step for everything else: launches, waiting for the slowest rank, data, logging."""
 LOSS_BYTES = 44
-"""Bytes that the loss reads and writes for each logit, forward and backward."""
+"""Bytes that the loss reads and writes per logit, forward and backward."""
 OPTIMIZER_BYTES = 50
-"""Bytes that clipping and AdamW read and write for each parameter they hold in fp32."""
+"""Bytes that clipping and AdamW read and write per parameter that they hold in fp32."""
 
 
 @dataclass(frozen=True)
 class Software:
-    """What differs between implementations; the default is this project."""
+    """What differs between training systems. The defaults describe this project."""
 
     fused: bool = False
-    """SwiGLU, RoPE and dropout each run as one kernel."""
+    """Whether SwiGLU, RoPE and dropout each run as one kernel."""
     tensor_overlap: float = 0.0
-    """Share of the tensor-parallel messages that hides behind matrix products."""
+    """Share of the tensor-parallel messages that overlaps with matrix products."""
 
 
 @dataclass(frozen=True)
 class StepTimeEstimate:
-    """Seconds of one optimizer update, by what they are spent on; the parts add up."""
+    """Estimated seconds of one optimizer update, by what they are spent on. The parts add up."""
 
     matrices: float
     attention: float
@@ -69,7 +69,7 @@ class StepTimeEstimate:
 
 @dataclass(frozen=True)
 class _LayerTime:
-    """Seconds of one layer and micro-batch, forward and backward, of one process."""
+    """Seconds that one process needs for one layer and micro-batch, forward and backward."""
 
     matrices: float
     attention: float
@@ -85,14 +85,14 @@ class _LayerTime:
 def predict_step(
     config: Config, vocab_size: int, world_size: int, gpu: Gpu, software: Software | None = None
 ) -> StepTimeEstimate:
-    """The parts of a step's time.
+    """Predict the time of a step, part by part.
 
     Args:
-        config: With the layout that is asked about; the megatron engine.
-        vocab_size: Tokens of the vocabulary.
-        world_size: Processes of the job.
-        gpu: All of them run on this.
-        software: None: this project.
+        config: A config for the megatron engine, with the layout in question.
+        vocab_size: The number of tokens in the vocabulary.
+        world_size: The number of processes.
+        gpu: The GPU that each process has.
+        software: The training system; None means this project.
     """
     parallel, training = config.parallel, config.training
     software = software or Software()
@@ -106,7 +106,7 @@ def predict_step(
     layer, logits = _layer_time(config, gpu, software), _logit_time(config, vocab_size, gpu)
     layers = math.ceil(config.model.num_layers / pp)
     last_layers = config.model.num_layers - layers * (pp - 1)
-    # the slowest stage sets the pace; the output layer may make it the last one
+    # The slowest stage sets the pace. The output layer may make the last stage the slowest.
     slowest_is_last = last_layers * layer.total + logits > layers * layer.total
     paced = last_layers if slowest_is_last else layers
     paced_logits = logits if slowest_is_last else 0.0
@@ -129,7 +129,7 @@ def predict_step(
 
 
 def tokens_per_second_per_gpu(config: Config, world_size: int, step_seconds: float) -> float:
-    """Trained tokens a second on each GPU."""
+    """Trained tokens per second on each GPU."""
     tokens = config.training.global_batch_size * config.model.seq_length
     return tokens / step_seconds / world_size
 
@@ -167,7 +167,7 @@ def _layer_time(config: Config, gpu: Gpu, software: Software) -> _LayerTime:
 
 
 def _elementwise_bytes(config: Config, software: Software) -> float:
-    """Bytes of the forward pass outside of matrix products and attention, a token and layer."""
+    """Bytes per token and layer that move outside matrix products and attention, forward."""
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
     split = tp if parallel.sequence_parallel else 1
@@ -181,13 +181,13 @@ def _elementwise_bytes(config: Config, software: Software) -> float:
     norm_passes = 0 if model.qk_norm_groups == 0 else 2
     heads = (rope_passes + norm_passes) * (hidden + keys)
     found = width * (stream / split + (heads + gate_passes * model.ffn_hidden_size) / tp)
-    if uses_fp8(config):  # casts of four inputs, each written plain and transposed
+    if uses_fp8(config):  # casts of four inputs, each written twice: plain and transposed
         found += (2 + 2) * (2 * hidden / split + (hidden + model.ffn_hidden_size) / tp)
     return found
 
 
 def _logit_time(config: Config, vocab_size: int, gpu: Gpu) -> float:
-    """Output layer and loss of one micro-batch."""
+    """Seconds of the output layer and the loss, per micro-batch."""
     tp = config.parallel.tensor_model_parallel_size
     tokens = config.training.micro_batch_size * local_sequence(config)
     flops = (1 + BACKWARD) * tokens * output_flops(config.model, vocab_size) / tp
@@ -196,9 +196,9 @@ def _logit_time(config: Config, vocab_size: int, gpu: Gpu) -> float:
 
 
 def _collective_seconds(config: Config, gpu: Gpu, tokens: float) -> float:
-    """One gathering or scattering of a micro-batch's hidden vectors over the tensor ranks.
+    """Seconds to gather or scatter a micro-batch's hidden vectors once over the tensor ranks.
 
-    An all-reduce, without sequence parallelism, is two of them.
+    Without sequence parallelism, an all-reduce takes twice as long.
     """
     tp = config.parallel.tensor_model_parallel_size
     if tp == 1:
@@ -211,9 +211,9 @@ def _collective_seconds(config: Config, gpu: Gpu, tokens: float) -> float:
 
 
 def _pipeline_messages(config: Config, gpu: Gpu, world_size: int, count: float) -> float:
-    """Hidden vectors that wait for the link between stages, forward and backward.
+    """Seconds that a step waits for messages between pipeline stages, forward and backward.
 
-    An interleaved pipeline sends them while it computes, and pays for their number only.
+    An interleaved pipeline sends them while it computes, so that only their number costs time.
     """
     parallel = config.parallel
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
@@ -234,10 +234,10 @@ def _pipeline_messages(config: Config, gpu: Gpu, world_size: int, count: float) 
 def _data_messages(
     config: Config, vocab_size: int, gpu: Gpu, data: int, micro_batch_seconds: float
 ) -> float:
-    """What of the gradients' reduction and the weights' gathering does not hide.
+    """Seconds of gradient reduction and weight gathering that do not overlap with computation.
 
-    With overlap it hides behind the backward pass of the last micro-batch and the forward pass of
-    the first.
+    With overlap, they run during the backward pass of the last micro-batch and the forward pass of
+    the first one.
     """
     parallel = config.parallel
     size = data * parallel.context_parallel_size
@@ -246,7 +246,7 @@ def _data_messages(
     tp = parallel.tensor_model_parallel_size
     parameters = stage_parameters(config, vocab_size, 0)
     share = (size - 1) / size
-    # a node's network cards serve the groups that its ranks belong to, tp of them
+    # tp groups share the network cards of a node
     network = gpu.network_gb_per_second * max(1.0, gpu.gpus_per_node / tp)
     within = tp * size <= gpu.gpus_per_node
     link = gpu.nvlink_gb_per_second

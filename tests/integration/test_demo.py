@@ -1,4 +1,4 @@
-"""The demo's script from beginning to end, with a model that has no time to learn."""
+"""The demo's script from beginning to end, with too few steps for the model to learn."""
 
 import json
 import os
@@ -42,13 +42,13 @@ def test_the_report_has_every_figure(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     assert all(isinstance(report[name], int | float) for name in REPORTED)
     assert (report["steps"], report["heldout_images"], report["generated_images"]) == (20, 359, 100)
-    assert 0 <= report["caption_accuracy"] < 0.5, "20 steps cannot teach it to read"
+    assert 0 <= report["caption_accuracy"] < 0.5, "20 steps are too few to learn to read"
     assert report["judge_accuracy_on_real_images"] > 0.95
 
 
-def test_the_page_stands_alone(run: Path) -> None:
+def test_the_page_is_self_contained(run: Path) -> None:
     page = (run / "report" / "index.html").read_text()
-    for heading in ("Losses", "Images", "What is taken for what", "Captions, wrong", "Config"):
+    for heading in ("Losses", "Images", "Which digits are confused", "Captions, wrong", "Config"):
         assert f"<h2>{heading}" in page
     assert 'src="http' not in page and "src='http" not in page
     assert (run / "report" / "overview.png").read_bytes().startswith(b"\x89PNG")
@@ -59,7 +59,7 @@ def test_held_out_digits_are_in_no_token_file(run: Path) -> None:
         assert "heldout" not in (run / "data" / f"{name}.jsonl").read_text()
 
 
-def test_the_run_folder_holds_what_the_guide_says(run: Path) -> None:
+def test_the_run_folder_has_what_the_guide_says(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.yaml", "command.txt", "environment.json", "metrics.jsonl"}
     assert names >= {"checkpoints", "data", "exported", "report", "report.json", "tokenizer"}

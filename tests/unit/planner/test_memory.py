@@ -13,7 +13,7 @@ from megatron_chameleon.training.engines.megatron import MegatronEngine
 from megatron_chameleon.training.engines.objective import summed_loss
 
 VOCAB_SIZE = 512
-# token ids, masks, RoPE's angles and the like, which the formulas leave out
+# The formulas leave out token ids, masks, RoPE's angles and the like.
 TOLERANCE = 1e-2
 
 
@@ -39,7 +39,7 @@ def forward(engine: MegatronEngine) -> torch.Tensor:
 
 
 def saved_bytes(config: Config, topology: Topology) -> int:
-    """What autograd keeps of a forward pass: every storage once, without the weights."""
+    """Bytes that autograd keeps of a forward pass: every storage once, without the weights."""
     engine = MegatronEngine(config, VOCAB_SIZE, topology)
     weights = {p.untyped_storage().data_ptr() for p in engine.parts[0].parameters()}
     storages = {}
@@ -47,7 +47,9 @@ def saved_bytes(config: Config, topology: Topology) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage  # kept, so that no other gets its address
+            storages[storage.data_ptr()] = (
+                storage  # kept alive, so that no other storage gets its address
+            )
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -71,13 +73,13 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("values", CASES.values(), ids=CASES.keys())
 def test_activations(topology: Topology, values: dict[str, Any]) -> None:
-    """Two sizes tell the bytes of a layer from those of the output."""
+    """Two model sizes separate the bytes of a layer from those of the output."""
     small, large = (make_config(layers, **values) for layers in (2, 3))
     tokens = 2 * 128
     few, many = saved_bytes(small, topology), saved_bytes(large, topology)
     layer = plan_memory.layer_bytes_per_token(small, fused_norms=False)
     assert tokens * layer == pytest.approx(many - few, rel=1e-3)
-    # after the loss one fp32 buffer is left of the logits
+    # after the loss, one fp32 buffer of the logits is left
     output = plan_memory.output_bytes(small, VOCAB_SIZE, logit_bytes=4, fused_norms=False)
     assert output == pytest.approx(few - 2 * (many - few), rel=TOLERANCE)
 
@@ -100,7 +102,7 @@ def test_weights_gradients_and_optimizer(topology: Topology, dtype: str) -> None
     found = plan_memory.stage_memory(config, VOCAB_SIZE, 1, 0)
     assert found.weights == sum(p.nbytes for p in engine.parts[0].parameters())
     buffers = sum(buffer.grad_data.nbytes for buffer in engine.chunks[0].buffers)
-    assert found.gradients == pytest.approx(buffers, rel=TOLERANCE)  # they are padded
+    assert found.gradients == pytest.approx(buffers, rel=TOLERANCE)  # the buffers are padded
     inner = engine.optimizer.optimizer
     state = sum(t.nbytes for s in inner.state.values() for t in s.values() if t.numel() > 1)
     if dtype == "bf16":
@@ -109,7 +111,7 @@ def test_weights_gradients_and_optimizer(topology: Topology, dtype: str) -> None
 
 
 def test_stages_of_a_pipeline() -> None:
-    """The first stage has all micro-batches in flight, the last one the logits."""
+    """The first stage keeps all micro-batches in flight; the last one has the logits."""
     config = make_config(8, pipeline_model_parallel_size=4, global_batch_size=16)
     first, last = (plan_memory.stage_memory(config, VOCAB_SIZE, 4, stage) for stage in (0, 3))
     assert first.activations == 4 * last.activations
@@ -127,7 +129,7 @@ def test_every_share_is_divided_by_its_parallelism() -> None:
     whole = plan_memory.stage_memory(make_config(), VOCAB_SIZE, 1, 0)
     values = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     half = plan_memory.stage_memory(make_config(**values), VOCAB_SIZE, 2, 0)
-    # norms are on both ranks, and so are RoPE's tables
+    # both ranks have the norms and RoPE's tables
     assert half.weights == pytest.approx(whole.weights / 2, rel=0.02)
     assert half.activations == pytest.approx(whole.activations / 2, rel=0.02)
     split = make_config(use_distributed_optimizer=True)

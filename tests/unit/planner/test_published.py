@@ -1,4 +1,4 @@
-"""The planner beside published speeds: the goal is a median error under 15%."""
+"""The planner compared with published speeds: the goal is a median error below 15%."""
 
 from pathlib import Path
 
@@ -19,13 +19,13 @@ def runs() -> list[PublishedRun]:
     return read_published_runs()
 
 
-def test_the_median_error_of_rows_that_nothing_was_fitted_to(runs: list[PublishedRun]) -> None:
+def test_the_median_error_of_runs_that_nothing_was_fitted_to(runs: list[PublishedRun]) -> None:
     held_out = [run for run in runs if not run.calibration]
     assert len(held_out) >= 20
     assert median_error(held_out) < 0.15
 
 
-def test_one_row_for_each_efficiency_and_no_more(runs: list[PublishedRun]) -> None:
+def test_one_run_for_each_efficiency_and_no_more(runs: list[PublishedRun]) -> None:
     used = [(run.gpu, run.fp8) for run in runs if run.calibration]
     assert sorted(used) == [("a100", False), ("h100", False), ("h100", True)]
     assert all(abs(run.error()) < 0.02 for run in runs if run.calibration)
@@ -33,7 +33,7 @@ def test_one_row_for_each_efficiency_and_no_more(runs: list[PublishedRun]) -> No
     assert all(getattr(GPUS["h100"], name) == getattr(GPUS["h200"], name) for name in same)
 
 
-def test_the_convention_is_the_one_of_the_published_rows(runs: list[PublishedRun]) -> None:
+def test_the_convention_is_that_of_the_published_runs(runs: list[PublishedRun]) -> None:
     """llm-foundry and NeMo give MFU or TFLOP/s beside tokens per second."""
     by_name = {(run.name, run.gpu): run for run in runs}
     assert abs(by_name["MPT-7b, 2048", "h100"].published_mfu() - 0.4644) < 0.002

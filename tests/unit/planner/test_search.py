@@ -1,4 +1,4 @@
-"""The planner offers what the trainer takes, ranks it, and says why the rest is out."""
+"""The planner offers what the trainer accepts, ranks it, and says what is wrong with the rest."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ def result() -> LayoutSearchResult:
     return search_layouts(PlanRequest(preset("34b"), VOCAB_SIZE, 64, GPUS["h100"]))
 
 
-def test_the_trainer_takes_every_plan(result: LayoutSearchResult) -> None:
+def test_the_trainer_accepts_every_plan(result: LayoutSearchResult) -> None:
     assert len(result.fitting) > 10
     for plan in result.fitting:
         check_config(plan.config, 64)
@@ -49,7 +49,7 @@ def test_every_plan_fits_and_the_fastest_is_first(result: LayoutSearchResult) ->
     assert all(plan.speed > speeds[0] for plan in result.too_large)
 
 
-def test_no_more_recomputation_than_it_takes_to_fit(result: LayoutSearchResult) -> None:
+def test_no_more_recomputation_than_is_needed_to_fit(result: LayoutSearchResult) -> None:
     recomputed = [p for p in result.fitting if p.config.parallel.recompute_granularity == "full"]
     assert recomputed
     for plan in recomputed[:3]:
@@ -92,8 +92,8 @@ def test_the_text_names_the_convention_the_split_and_what_does_not_fit(
         "attention over the full square",
         "9.2T tokens",
         "The config's own layout, TP 1 x PP 1, micro-batch 1",
-        "would be faster and do not fit",
-        "the trainer refuses",
+        "would be faster but do not fit",
+        "The trainer refuses",
         "chameleon train CONFIG parallel.tensor_model_parallel_size=",
     ):
         assert words in text
@@ -117,8 +117,12 @@ def test_no_layout_passes_the_checks() -> None:
 @pytest.mark.parametrize(
     ("overrides", "gpu", "message"),
     [
-        (["engine.name=deepspeed"], "h100", "engine.name: deepspeed, and the planner knows the"),
-        (["fp8.format=hybrid"], "a100", "fp8.format: hybrid, and a100 has no FP8. Set"),
+        (
+            ["engine.name=deepspeed"],
+            "h100",
+            "engine.name: is deepspeed, but the planner only knows the megatron engine",
+        ),
+        (["fp8.format=hybrid"], "a100", "fp8.format: is hybrid, but a100 has no FP8. Set"),
         (["model.num_layers=0"], "h100", "model.num_layers: 0 is not above 0"),
     ],
 )
@@ -134,7 +138,7 @@ def test_a_vocabulary_that_the_tensor_ranks_cannot_split() -> None:
     assert any("its 65537 tokens do not divide" in reason for reason in result.refused)
 
 
-def test_flops_are_six_a_weight_and_the_full_square_of_attention() -> None:
+def test_flops_are_six_per_weight_and_the_full_square_of_attention() -> None:
     model = preset("7b").model
     looked_up = VOCAB_SIZE * model.hidden_size
     norms = count_parameters(model, 0) - 32 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -144,7 +148,7 @@ def test_flops_are_six_a_weight_and_the_full_square_of_attention() -> None:
 
 
 def test_more_of_everything_is_never_faster() -> None:
-    """Bubble, recomputation and messages each cost time; FP8 and a newer GPU save it."""
+    """Bubbles, recomputation and messages cost time; FP8 and a newer GPU save time."""
 
     def seconds(*overrides: str, gpu: str = "h100", name: str = "7b") -> float:
         return predict_step(preset(name, *overrides), VOCAB_SIZE, 64, GPUS[gpu]).total
