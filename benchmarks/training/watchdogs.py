@@ -29,6 +29,7 @@ from megatron_chameleon.training.engines.megatron import MegatronEngine
 from megatron_chameleon.training.faults.hang import HangWatch
 from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard
 from megatron_chameleon.training.metrics.stragglers import StepClock, _gather
+from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.skipped_steps import SkippedSteps
 
 CALLS = 2000
@@ -54,17 +55,18 @@ def watchdog_seconds(
         clock.stop()
         clock.take()
 
-    skips = SkippedSteps()
-    guard = NonFiniteGuard(config, None, None, topology, skips, None, lambda: None)  # type: ignore[arg-type]
+    inputs = RunInputs(config, None, None, None, SkippedSteps(), "never")  # type: ignore[arg-type]
+    guard = NonFiniteGuard(inputs, engine, topology, finish_saves=lambda: None, say=print)
     metrics = {"loss": 1.0, "grad_norm": 1.0}
-    with HangWatch(config, 0, 1) as watch:
+    logs = Path(config.logging.run_dir) / "logs"
+    with HangWatch(config.training.hang_seconds, logs, 0, 1) as watch:
         timer = cpu_seconds(lambda: faulthandler.dump_traceback_later(1000, exit=True), calls)
         endless = iter(lambda: 0, 1)
         steps = watch.steps(endless, 0)
         found = {
             "hang watch": cpu_seconds(lambda: next(steps), calls),
             "step clock": cpu_seconds(time_step, calls),
-            "values": cpu_seconds(lambda: guard.check(1, metrics, engine, [], saves=False), calls),
+            "values": cpu_seconds(lambda: guard.check(1, metrics, [], before_save=False), calls),
         }
     print(
         f"  the hang watch's thread restarts its timer every two seconds, in {timer * 1e6:.0f} us"

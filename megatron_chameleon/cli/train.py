@@ -31,21 +31,22 @@ def run(args: argparse.Namespace) -> None:
     launch = find_launch()
     try:
         config = load_config(args.config, args.overrides)
-        from megatron_chameleon.training import loop
+        from megatron_chameleon.training.loop import train
+        from megatron_chameleon.training.prepare import dry_run_text, prepare_run
 
         world_size = launch.world_size
         if args.dry_run and launch.launcher == "alone":
             # checked as if as many processes had been started as it wants
             world_size = smallest_world_size(config.parallel)
-        job = loop.prepare(config, world_size, args.resume)
+        inputs = prepare_run(config, world_size, args.resume)
         if launch.rank == 0:
-            for line in (*paper.warnings(config), *job.reader.warnings()):
+            for line in (*paper.warnings(config), *inputs.reader.warnings()):
                 print(f"warning: {line}", file=sys.stderr)
         if args.dry_run:
             if launch.rank == 0:
-                print(loop.dry_run_text(job, launch))
+                print(dry_run_text(inputs, launch))
             return
-        finished = loop.train(job, launch)
+        finished = train(inputs, launch)
     except ChameleonError:
         if not args.debug and is_reported_by_rank_0(launch):
             sys.exit(2)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_chameleon.model.tensor_shards import take_shard
+
 
 def initialize_weights(
     model: nn.Module, *, seed: int, std: float, num_layers: int, rank: int, size: int
@@ -73,7 +75,4 @@ def _draw_part(
     whole = torch.empty(shape).normal_(0.0, std, generator=generator)
     if size == 1 or dim < 0:
         return whole
-    if name.endswith("linear_fc1.weight"):  # a rank's part is its gate rows, then its up rows
-        gate, up = whole.chunk(2, dim=0)
-        return torch.cat([gate.chunk(size, dim=0)[rank], up.chunk(size, dim=0)[rank]])
-    return whole.chunk(size, dim=dim)[rank]
+    return take_shard(whole, name, dim, rank, size)

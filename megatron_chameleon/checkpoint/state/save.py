@@ -120,6 +120,12 @@ class Saver:
         finally:
             self._deletions.shutdown()
 
+    def is_due(self, step: int) -> bool:
+        """Whether the config wants a checkpoint after this step, counted from 1."""
+        config = self._engine.config
+        every = config.checkpoint.every_steps
+        return step == config.training.steps or (every > 0 and step % every == 0)
+
     def save(self, step: int, extra: dict[str, Any]) -> None:
         """Begin a checkpoint, after the one before is whole; without ``async_save``, end it too.
 

@@ -1,12 +1,13 @@
-"""A job that hangs writes down where each rank stands, and ends so that it is started again.
+"""Report where each rank of a hanging run stands, and end the run so that it is started again.
 
-A thread looks every two seconds what this process has been doing, and for how long. Past the limit
-it writes the stacks of all threads into ``logs/hang-rank00003.txt``. One rank then reads the files
-of all, says in a line who is not waiting for the others, and every rank ends with ``EXIT_CODE``.
+Every two seconds, a thread checks what this process is doing and for how long. Past the limit it
+writes the stacks of all threads to ``logs/hang-rank00003.txt``. One rank then reads the files of
+all ranks and reports in one line which of them do not wait for the others. Every rank ends with
+``EXIT_CODE``.
 
-That thread needs the interpreter. Where it is blocked (a page of a mapped file on a dead server,
-say), faulthandler's timer, which the thread winds up again each time it looks, prints the stacks on
-standard error and ends the process with exit code 1.
+That thread needs the interpreter, which may be blocked too, for example by a page of a mapped file
+on a dead server. So the thread restarts faulthandler's timer at every check. If the timer runs out,
+faulthandler prints the stacks on standard error and ends the process with exit code 1.
 """
 
 import faulthandler
@@ -24,19 +25,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.training.metrics.stragglers import StepClock
 
 T = TypeVar("T")
 
 EXIT_CODE = 124
-"""As ``timeout`` has it; to ``slurm/common.sh`` a process that died, so the job is requeued."""
+"""The exit code of ``timeout``. ``slurm/common.sh`` takes the process for dead and requeues the
+job."""
 PATIENCE = 4
-"""Times the limit that loading, saving, sampling, and a step after one of them may take."""
+"""How many times the limit loading, saving, sampling, and a step after one of them may take."""
 PREFIX = "hang-rank"
 SUMMARY = "hang.txt"
-# Innermost lines in which a rank waits for others, or for its GPU, which then waits for others
+# What the innermost line contains where a rank waits for other ranks, or for its GPU, which then
+# waits for other ranks.
 _WAITS = (".wait(", ".item()", ".tolist()", "synchronize(")
 
 
@@ -44,15 +46,16 @@ class HangWatch:
     """Watches this process while it is entered.
 
     Args:
-        config: ``training.hang_seconds`` and the run folder are read.
+        limit_seconds: How long a step may take; 0 switches the watch off.
+        folder: Where the reports are written.
         rank: Of this process.
-        world_size: Of the job.
+        world_size: Number of processes of the run.
     """
 
-    def __init__(self, config: Config, rank: int, world_size: int) -> None:
-        self._limit = config.training.hang_seconds
-        self._grace = min(60.0, self._limit)  # of faulthandler's timer behind this watch
-        self._folder = Path(config.logging.run_dir) / "logs"
+    def __init__(self, limit_seconds: float, folder: Path, rank: int, world_size: int) -> None:
+        self._limit = limit_seconds
+        self._grace = min(60.0, self._limit)  # how much later than this watch faulthandler acts
+        self._folder = folder
         self._rank, self._world_size = rank, world_size
         self._state = ("starting", 0, time.monotonic(), self._limit * PATIENCE)
         self._after_long = True
@@ -60,12 +63,12 @@ class HangWatch:
         self._thread: threading.Thread | None = None
         self._main = threading.get_ident()
         self.clock: StepClock | None = None
-        """Tells what part of a step the engine is in."""
+        """The engine's, which knows in which part of a step the process is."""
 
     def __enter__(self) -> "HangWatch":
         if self._limit:
             if self._rank == 0:
-                _put_away(self._folder)
+                _archive_reports(self._folder)
             self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
             self._thread.start()
         return self
@@ -77,13 +80,13 @@ class HangWatch:
             faulthandler.cancel_dump_traceback_later()
 
     def begin(self, doing: str, step: int, *, is_long: bool = False) -> None:
-        """From now on the process does something else.
+        """Note what the process does from now on.
 
         Args:
-            doing: What, for people.
+            doing: A few words for the report.
             step: Counted from 1; 0 before the first.
-            is_long: Whether it may take ``PATIENCE`` times as long, and so may the step behind it,
-                in which the other ranks wait for those that did it.
+            is_long: Whether this may take ``PATIENCE`` times as long. So may the step after it, in
+                which the other ranks wait for those that did it.
         """
         limit = self._limit * (PATIENCE if is_long or self._after_long else 1)
         if is_long or doing == "step":
@@ -122,30 +125,31 @@ class HangWatch:
             faulthandler.dump_traceback_later(limit + self._grace, exit=True)
 
     def _report(self, doing: str, step: int, elapsed: float) -> None:
-        """Write this rank's file, let one rank speak for all, and end the process."""
-        # the file system may hang too
+        """Write this rank's file, let one rank report for all, and end the process."""
+        # The file system may hang too.
         faulthandler.dump_traceback_later(self._grace + 15, exit=True)
-        own = self._describe(doing, step, elapsed)
+        own = self._own_report(doing, step, elapsed)
         path = self._folder / f"{PREFIX}{self._rank:05d}.txt"
         self._folder.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             file.write(json.dumps(own) + "\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        # The ranks began to wait at about the same time. Whoever ends first takes the others along
-        # (torchrun, srun), so those who do not speak wait longer.
+        # The ranks began to wait at about the same time. When one ends, the launcher (torchrun,
+        # srun) ends the others, so the ranks that do not report wait longer.
         time.sleep(2 + min(5.0, self._limit / 10))
         if self._rank != 0:
             time.sleep(3)
-        if _claim(self._folder / SUMMARY):
+        if _is_first_to_create(self._folder / SUMMARY):
             text = f"error: {summarize(read_reports(self._folder), self._world_size, self._folder)}"
             (self._folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
+            # Not a logger: the thread that hangs may hold its lock.
             print(text, file=sys.stderr, flush=True)
         elif self._rank == 0:
             time.sleep(3)
         os._exit(EXIT_CODE)
 
-    def _describe(self, doing: str, step: int, elapsed: float) -> dict[str, Any]:
+    def _own_report(self, doing: str, step: int, elapsed: float) -> dict[str, Any]:
         if doing == "step" and self.clock is not None:
             doing = self.clock.phase
         frame = sys._current_frames().get(self._main)
@@ -167,7 +171,7 @@ def locate(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is, as ``file:line in function``, and whether it waits for other ranks.
 
     Args:
-        frame: Its innermost.
+        frame: Its innermost frame.
     """
     if frame is None:
         return "nowhere", False
@@ -180,62 +184,62 @@ def locate(frame: FrameType | None) -> tuple[str, bool]:
 
 
 def _is_library(filename: str) -> bool:
-    """Of Python or torch, where nearly everything waits in the end."""
+    """Whether a file belongs to Python or torch, in which nearly every wait ends."""
     is_python = filename.startswith(sysconfig.get_path("stdlib")) and "-packages/" not in filename
     return is_python or "/torch/" in filename
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """The first lines of all ranks' files, by rank."""
+    """The first lines of all ranks' files, in the order of the ranks."""
     reports = []
     for path in sorted(folder.glob(f"{PREFIX}*.txt")):
         try:
             reports.append(json.loads(path.read_text(encoding="utf-8").partition("\n")[0]))
         except (OSError, ValueError):
-            continue  # being written
+            continue  # it is being written
     return reports
 
 
 def summarize(reports: Sequence[dict[str, Any]], world_size: int, folder: Path) -> TrainingError:
-    """Who keeps the others waiting, and what to do.
+    """Which ranks keep the others waiting, and what to do.
 
     Args:
         reports: Of the ranks that could write one.
-        world_size: Of the job.
+        world_size: Number of processes of the run.
         folder: Where the files are.
     """
     free = [report for report in reports if not report["waits_for_others"]]
     known = {report["rank"] for report in reports}
     silent = [rank for rank in range(world_size) if rank not in known]
     words = [
-        f"rank {report['rank']} on {report['host']} does not wait for others, but is at "
+        f"rank {report['rank']} on {report['host']} does not wait for others but is at "
         f"{report['where']} ({report['doing']}, step {report['step']})"
         for report in free[:4]
     ]
     if len(free) > 4:
-        words.append(f"so are {len(free) - 4} more")
+        words.append(f"{len(free) - 4} more ranks do not wait either")
     if silent:
         shown = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
-        words.append(f"no stacks of rank {shown}, which may be frozen or gone")
+        words.append(f"no stacks from rank {shown}, which may be frozen or dead")
     waiting = [report for report in reports if report["waits_for_others"]]
     if waiting:
         first = waiting[0]
         words.append(
-            f"{len(waiting)} of {world_size} wait in a collective, as rank {first['rank']} at "
-            f"{first['where']} ({first['doing']})"
+            f"{len(waiting)} of {world_size} ranks wait in a collective, such as rank "
+            f"{first['rank']} at {first['where']} ({first['doing']})"
         )
     step = max(report["step"] for report in reports)
     seconds = max(report["seconds"] for report in reports)
     what = f"nothing moved for {seconds:.0f} s: {'; '.join(words)}"
     remedy = (
-        f"Look at the stacks in {folder}/{PREFIX}*.txt; the same command goes on from the last "
-        "checkpoint, and training.hang_seconds is the limit"
+        f"Look at the stacks in {folder}/{PREFIX}*.txt. The same command resumes from the last "
+        "checkpoint; training.hang_seconds sets the limit"
     )
     return TrainingError(f"step {step}", what, remedy)
 
 
-def _claim(path: Path) -> bool:
-    """Whether this process is the first to ask."""
+def _is_first_to_create(path: Path) -> bool:
+    """Create a file; returns False if another process already has."""
     try:
         path.touch(exist_ok=False)
     except FileExistsError:
@@ -243,8 +247,8 @@ def _claim(path: Path) -> bool:
     return True
 
 
-def _put_away(folder: Path) -> None:
-    """Move the files of an earlier hang into a folder of their own."""
+def _archive_reports(folder: Path) -> None:
+    """Move the reports of an earlier hang into a folder of their own."""
     found = [*folder.glob(f"{PREFIX}*.txt"), *folder.glob(SUMMARY)]
     if found:
         place = folder / f"hang-before-{time.strftime('%Y%m%dT%H%M%S')}"

@@ -1,354 +1,243 @@
-"""A loss or gradient that is not finite: find where it came from, and do what the config says.
+"""Act on a loss or a gradient that is not finite, as ``training.nonfinite`` says.
 
-Both engines find it before the update, by the loss and the gradients' norm, which every step
-computes anyway. Only then is looked for its origin: the ranks do the step's forward and backward
-passes again, with hooks that see each gradient before it is summed over the ranks. The batch and
-the dropout masks are the same, so a fault of data or model shows again, on the ranks where it
-arises; one that does not show again points at a machine.
+Both engines see it before the update, by the loss and by the norm of the gradients, which every
+step computes anyway, and leave the update out. The guard then lets ``nonfinite_origin.py`` look for
+the cause, records it in ``nonfinite.jsonl``, and stops the run, skips the step or rolls back.
 """
 
 import json
 import math
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from megatron_chameleon.checkpoint.state.folders import list_checkpoints, load_state, step_of
-from megatron_chameleon.config.schema import Config
-from megatron_chameleon.data.batches.reader import Batch, BatchReader
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.errors import ChameleonError, TrainingError
-from megatron_chameleon.model.initialization import named_global_parameters
-from megatron_chameleon.parallel.collectives import all_gather, broadcast
+from megatron_chameleon.parallel.collectives import broadcast
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.training.engines.base import TrainingEngine
-from megatron_chameleon.training.faults.weights import describe_names, name_broken_weights
+from megatron_chameleon.training.faults.nonfinite_origin import (
+    RankFindings,
+    describe_findings,
+    find_origin,
+    first_bad_layer,
+    list_suspect_samples,
+)
+from megatron_chameleon.training.faults.weights import name_broken_weights
 from megatron_chameleon.training.run.folder import checkpoints_folder
-from megatron_chameleon.training.run.skipped_steps import NONFINITE_FILE, SkippedSteps
-
-SHOWN_SAMPLES = 4
+from megatron_chameleon.training.run.inputs import RunInputs
+from megatron_chameleon.training.run.skipped_steps import NONFINITE_FILE, Outcome
 
 
 class Rollback(Exception):
     """The run is to go back to a checkpoint; raised on every rank."""
 
-    def __init__(self, checkpoint: Path, words: str) -> None:
-        super().__init__(words)
+    def __init__(self, checkpoint: Path, text: str) -> None:
+        super().__init__(text)
         self.checkpoint = checkpoint
 
 
-@dataclass(frozen=True)
-class RankFinding:
-    """What one rank found."""
-
-    rank: int
-    data_rank: int
-    host: str
-    losses: list[int]
-    """Its micro-batches, from 0, whose loss was not finite."""
-    weights: list[str]
-    """Its weights that are not finite."""
-    gradients: dict[str, list[int]]
-    """Its gradients that are not finite in the repeated pass, and in which micro-batches."""
-
-    @property
-    def micro_batches(self) -> set[int]:
-        """Those to blame."""
-        return set(self.losses) or {n for numbers in self.gradients.values() for n in numbers}
-
-
 class NonFiniteGuard:
-    """Watches the values of each step, on every rank.
+    """Checks the values of each step, on every rank.
 
     Args:
-        config: A checked config.
-        tokenizer: Of the data.
-        reader: The run's; only its history is read.
+        inputs: The run's. Steps that are not finite are added to its ``skipped_steps``.
+        engine: The run's.
         topology: The place of this process.
-        skips: The run's, which it adds to.
-        resume_from: The checkpoint that the process began with.
         finish_saves: Waits until no checkpoint is being written; called before a rollback.
+        say: Takes a line for the user when an update was left out.
     """
 
     def __init__(
         self,
-        config: Config,
-        tokenizer: Tokenizer,
-        reader: BatchReader,
+        inputs: RunInputs,
+        engine: TrainingEngine,
         topology: Topology,
-        skips: SkippedSteps,
-        resume_from: Path | None,
+        *,
         finish_saves: Callable[[], None],
+        say: Callable[[str], None],
     ) -> None:
-        self.skips = skips
-        self._finish_saves = finish_saves
-        self._config, self._tokenizer, self._reader = config, tokenizer, reader
-        self._topology, self._resume_from = topology, resume_from
+        self._inputs, self._engine, self._topology = inputs, engine, topology
+        self._skipped = inputs.skipped_steps
+        self._training = inputs.config.training
+        self._finish_saves, self._say = finish_saves, say
 
     def check(
         self,
         step: int,
         metrics: Mapping[str, Any],
-        engine: TrainingEngine,
         micro_batches: Sequence[Batch],
         *,
-        saves: bool,
-    ) -> str:
-        """Look at the values of a step, counted from 1. A collective, and all ranks find the same.
+        before_save: bool,
+    ) -> None:
+        """Check the values of the step that the engine has just done.
+
+        A collective; every rank comes to the same result.
 
         Args:
-            step: Just done.
-            metrics: As the engine gave them.
-            engine: Just after the step.
-            micro_batches: The step's.
-            saves: Whether a checkpoint follows, so that the weights are looked at too.
-
-        Returns:
-            What to tell the owner, if the step's update was left out; else nothing.
+            step: Counted from 1.
+            metrics: Those of the step.
+            micro_batches: Those of the step.
+            before_save: Whether a checkpoint follows. The weights are then checked too.
 
         Raises:
             TrainingError: The run must stop.
-            Rollback: It is to go on from a checkpoint.
+            Rollback: It is to continue from a checkpoint.
         """
-        skipped = metrics.get("skipped", False)
-        if skipped:
-            self.skips.done.add(step)
-            if self.skips.is_due(step):
-                told = step in self.skips.told
-                why = "as training.skip_steps says" if told else "as it was before"
-                return f"step {step}: its update was left out, {why}"
-        # a step without a label that counts has no loss, and nothing that could be wrong with it
+        is_skipped = metrics.get("skipped", False)
+        if is_skipped:
+            self._skipped.done.add(step)
+            if step in self._skipped:
+                reason = "training.skip_steps lists it"
+                if step not in self._skipped.configured:
+                    reason = "it was not finite before"
+                self._say(f"step {step}: its update was left out, because {reason}")
+                return
+        # A step in which no label counts has no loss: None is not a fault.
         values = {name: metrics[name] for name in ("loss", "grad_norm")}
         bad = [name for name, value in values.items() if not math.isfinite(value or 0.0)]
-        if not bad:
-            broken = name_broken_weights(engine.named_parameters()) if saves else ""
-            if broken:
-                raise stop_error(step, f"weights not finite: {broken}")
-            return ""
-        problem = f"{bad[0]} is {values[bad[0]]}"
-        if not skipped:
-            raise stop_error(step, problem)
-        return self._handle(step, problem, metrics, engine, micro_batches)
+        if bad:
+            problem = f"{bad[0]} is {values[bad[0]]}"
+            if not is_skipped:
+                raise stop_error(step, problem)
+            self._handle(step, problem, metrics, micro_batches)
+        elif before_save and (names := name_broken_weights(self._engine.named_parameters())):
+            raise stop_error(step, f"weights not finite: {names}")
 
     def _handle(
         self,
         step: int,
         problem: str,
         metrics: Mapping[str, Any],
-        engine: TrainingEngine,
         micro_batches: Sequence[Batch],
-    ) -> str:
-        training = self._config.training
-        findings = _find(step, engine, micro_batches, self._topology)
-        broken = any(finding.weights for finding in findings)
-        action, target = training.nonfinite, None
-        found = sorted(self.skips.found)
-        if action != "stop" and len(found) >= training.nonfinite_limit:
-            action = "limit"
-        elif action == "skip" and broken:
-            action = "broken weights"
-        elif action == "rollback":
-            self._finish_saves()
-            target = self._newest_checkpoint(step)
-            action = action if target else "no checkpoint"
-        words = problem
+    ) -> None:
+        """Find the origin, record it, and do what the config says."""
+        findings = find_origin(step, self._engine, micro_batches, self._topology)
+        outcome, checkpoint = self._decide(step, findings)
+        text = problem
         if self._topology.rank == 0:
-            layer = _first_bad_layer(metrics["layer_output_norms"])
-            record = {"step": step, "problem": problem, "action": action, "first_bad_layer": layer}
-            words = self._write(record, findings)
-        # nobody ends before rank 0 has written: a launcher would end it too
-        words = broadcast(words)
-        if action not in ("skip", "rollback"):
-            raise stop_error(step, words, action, found, training.nonfinite_limit)
-        self.skips.found.add(step)
-        place = f"{len(found) + 1} of at most {training.nonfinite_limit}"
-        if target is None:
-            return f"warning: step {step}: {words}; its update was left out ({place})"
-        text = f"warning: step {step}: {words}; back to {target}, and without this step ({place})"
-        raise Rollback(target, text)
+            layer = first_bad_layer(metrics["layer_output_norms"])
+            text = self._record(step, problem, outcome, layer, findings)
+        # No rank ends before rank 0 has written: the launcher would end rank 0 too.
+        text = broadcast(text)
+        found, limit = sorted(self._skipped.found), self._training.nonfinite_limit
+        if not outcome.leaves_out:
+            raise stop_error(step, text, outcome, found, limit)
+        self._skipped.found.add(step)
+        count = f"{len(found) + 1} of at most {limit}"
+        if checkpoint is None:
+            self._say(f"warning: step {step}: {text}; its update was left out ({count})")
+            return
+        raise Rollback(
+            checkpoint,
+            f"warning: step {step}: {text}; back to {checkpoint}, this step will be left out "
+            f"({count})",
+        )
 
-    def _write(self, record: Mapping[str, Any], findings: Sequence[RankFinding]) -> str:
-        """Rank 0: the line of ``nonfinite.jsonl``, and the same in words."""
-        path = Path(self._config.logging.run_dir) / NONFINITE_FILE
-        samples = []
-        try:  # the other ranks go on, whatever goes wrong here
-            samples = self._samples(record["step"], findings)
-            ranks = [asdict(f) for f in findings if f.micro_batches or f.weights]
-            content = {**record, "time": time.time(), "ranks": ranks, "samples": samples}
+    def _decide(self, step: int, findings: Sequence[RankFindings]) -> tuple[Outcome, Path | None]:
+        """What becomes of the step, and the checkpoint to go back to. A collective."""
+        policy = self._training.nonfinite
+        if policy == "stop":
+            return Outcome.STOP, None
+        if len(self._skipped.found) >= self._training.nonfinite_limit:
+            return Outcome.LIMIT_REACHED, None
+        if policy == "skip":
+            has_broken_weights = any(finding.weights for finding in findings)
+            return Outcome.BROKEN_WEIGHTS if has_broken_weights else Outcome.SKIP, None
+        self._finish_saves()
+        checkpoint = None
+        if self._topology.rank == 0:
+            checkpoint = find_rollback_checkpoint(step, self._inputs)
+        checkpoint = broadcast(checkpoint)
+        return Outcome.ROLLBACK if checkpoint else Outcome.NO_CHECKPOINT, checkpoint
+
+    def _record(
+        self,
+        step: int,
+        problem: str,
+        outcome: Outcome,
+        layer: str | None,
+        findings: Sequence[RankFindings],
+    ) -> str:
+        """Rank 0: append a line to ``nonfinite.jsonl``; returns the same in words."""
+        path = Path(self._inputs.config.logging.run_dir) / NONFINITE_FILE
+        samples: list[dict[str, Any]] = []
+        try:  # the other ranks wait for this one, whatever goes wrong here
+            reader = self._inputs.reader_after(step - 1)
+            samples = list_suspect_samples(step, reader, findings, self._topology.data_size)
+            record = {
+                "step": step,
+                "problem": problem,
+                "action": outcome.value,
+                "first_bad_layer": layer,
+                "time": time.time(),
+                "ranks": [asdict(f) for f in findings if f.micro_batches or f.weights],
+                "samples": samples,
+            }
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(content) + "\n")
+                file.write(json.dumps(record) + "\n")
             place = f"documents in {path}"
         except (ChameleonError, OSError) as error:
             place = f"{path} could not be written: {error}"
-        return _describe(record["problem"], record["first_bad_layer"], findings, samples, place)
+        return describe_findings(problem, layer, findings, samples, place)
 
-    def _newest_checkpoint(self, step: int) -> Path | None:
-        """The checkpoint to go back to from this step, the same on every rank."""
-        newest: Path | None = None
-        if self._topology.rank == 0:
-            begun = self._resume_from
-            state = load_state(begun) if begun is not None else {}
-            if state.get("optimizer") is False:  # weights alone have no moments to go back to
-                begun, state = None, {}
-            # the folder may hold later ones too, if this run began from an older one
-            steps = range(state.get("step", 0) + 1, step)
-            saved = list_checkpoints(checkpoints_folder(self._config))
-            found = [path for path in saved if step_of(path) in steps]
-            newest = found[-1] if found else begun
-        return broadcast(newest)
 
-    def _samples(self, step: int, findings: Sequence[RankFinding]) -> list[dict[str, Any]]:
-        """The samples of the micro-batches to blame, or of the whole step if none is known."""
-        size = self._topology.data_size
-        # the run's own reader is reading ahead
-        reader = BatchReader(self._config, self._tokenizer, self._reader.state(), step - 1)
-        places = {(f.data_rank, number) for f in findings for number in f.micro_batches}
-        indices: list[int] = []
-        for data_rank in range(size):
-            micro_batches = reader.indices_for(step, data_rank, size)
-            for number, samples in enumerate(micro_batches):
-                if not places or (data_rank, number) in places:
-                    indices += samples
-        return [{"sample": i, "documents": _documents(reader, i)} for i in sorted(indices)]
+def find_rollback_checkpoint(step: int, inputs: RunInputs) -> Path | None:
+    """The newest checkpoint of this run from before a step; None if there is none.
+
+    Args:
+        step: The one that is not finite, counted from 1.
+        inputs: The run's.
+    """
+    start = inputs.checkpoint
+    state = load_state(start) if start is not None else {}
+    if state.get("optimizer") is False:  # bare weights have no moments to go back to
+        start, state = None, {}
+    # A run that started from an older checkpoint may have later ones of its past in the folder.
+    steps = range(state.get("step", 0) + 1, step)
+    saved = list_checkpoints(checkpoints_folder(inputs.config))
+    found = [path for path in saved if step_of(path) in steps]
+    return found[-1] if found else start
 
 
 def stop_error(
-    step: int, words: str, action: str = "stop", found: Sequence[int] = (), limit: int = 0
+    step: int,
+    problem: str,
+    outcome: Outcome = Outcome.STOP,
+    left_out: Sequence[int] = (),
+    limit: int = 0,
 ) -> TrainingError:
     """Why a run stops, and what to do.
 
     Args:
         step: Counted from 1.
-        words: What was found.
-        action: stop, or why the policy's other way cannot be gone.
-        found: Steps that were left out before.
-        limit: How many may be.
+        problem: What was found.
+        outcome: One after which the run stops.
+        left_out: Steps that were left out before because they were not finite.
+        limit: How many may be left out.
     """
     look = "look at output_norm and max_logit in metrics.jsonl before this step"
-    remedies = {
-        "stop": f"Resume from the last checkpoint with a lower optimizer.lr, and {look}",
-        "limit": f"Resume from a checkpoint before step {min(found, default=step)} with a lower "
-        f"optimizer.lr, or raise training.nonfinite_limit, and {look}",
-        "broken weights": "Resume from the last checkpoint: the same command goes on",
-        "no checkpoint": f"Start again with training.skip_steps=[{step}], and save more often "
-        "(checkpoint.every_steps)",
-    }
-    before = f"{len(found)} step{'s were' if len(found) != 1 else ' was'} left out before"
-    numbers = f" ({', '.join(map(str, found))})" if found else ""
-    reasons = {
-        "limit": f"; {before}{numbers}, and training.nonfinite_limit is {limit}",
-        "broken weights": "; leaving out the update cannot mend the weights",
-        "no checkpoint": "; there is no checkpoint to go back to",
-    }
-    return TrainingError(f"step {step}", f"{words}{reasons.get(action, '')}", remedies[action])
-
-
-def _find(
-    step: int, engine: TrainingEngine, micro_batches: Sequence[Batch], topology: Topology
-) -> list[RankFinding]:
-    """What each rank finds, by rank. A collective."""
-    losses = [
-        number
-        for number, loss in enumerate(engine.monitor.last_losses)
-        if not torch.isfinite(loss).item()
-    ]
-    weights = [n for n, w in engine.named_parameters() if not torch.isfinite(w).all().item()]
-    with _watch_gradients(engine) as gradients:
-        engine.repeat_pass(step, micro_batches)
-    own = RankFinding(
-        topology.rank, topology.data_rank, socket.gethostname(), losses, weights, gradients
-    )
-    return all_gather(own)
-
-
-@contextmanager
-def _watch_gradients(engine: TrainingEngine) -> Iterator[dict[str, list[int]]]:
-    """Gives the names of gradients that are not finite, with the numbers of their micro-batches.
-
-    A parameter has a gradient a micro-batch, in their order; the hooks see it before it is added to
-    those of others. Where the matrix product has added it to the buffer (fused accumulation), what
-    they see is an empty dummy: then the buffer is looked at, and only the first micro-batch that
-    broke it is known.
-    """
-    found: dict[str, list[int]] = {}
-    seen: dict[str, int] = {}
-
-    def look(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
-        number = seen.get(name, 0)
-        seen[name] = number + 1
-        in_buffer = getattr(parameter, "grad_added_to_main_grad", False)
-        if in_buffer and name in found:
-            return
-        values = parameter.main_grad if in_buffer else gradient  # type: ignore[attr-defined]
-        if not torch.isfinite(values).all().item():
-            found.setdefault(name, []).append(number)
-
-    handles = [
-        parameter.register_hook(partial(look, name, parameter))
-        for part in engine.parts
-        for name, parameter in named_global_parameters(part)
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first_bad_layer(norms: Sequence[float | None]) -> str | None:
-    """The first layer whose output was not finite on some rank, by its name in the model."""
-    numbers = (i for i, norm in enumerate(norms) if norm is not None and not math.isfinite(norm))
-    first = next(numbers, None)
-    return None if first is None else f"decoder.layers.{first}"
-
-
-def _documents(reader: BatchReader, index: int) -> list[dict[str, Any]]:
-    """The parts of documents of a sample, as ``chameleon data audit`` names them."""
-    sample = reader.sample(index)
-    parts = sample.packed.parts
-    return [
-        {
-            "source": sample.source_names[source],
-            "document": int(parts.document[i]),
-            "tokens": [int(parts.start[i]), int(parts.stop[i])],
-        }
-        for i, source in enumerate(sample.packed.source.tolist())
-    ]
-
-
-def _describe(
-    problem: str,
-    layer: str | None,
-    findings: Sequence[RankFinding],
-    samples: Sequence[Mapping[str, Any]],
-    place: str,
-) -> str:
-    """Everything in a line of bounded length; the file has the rest."""
-    words = [f"{problem} (first in the output of {layer})" if layer else problem]
-    bad = [f.rank for f in findings if f.losses]
-    if bad:
-        words.append(f"loss not finite on {_numbers('rank', bad)}")
-    if any(f.weights for f in findings):
-        words.append(f"weights not finite: {describe_names([f.weights for f in findings])}")
-    if any(f.gradients for f in findings):
-        names = describe_names([list(f.gradients) for f in findings])
-        words.append(f"gradients not finite: {names}")
-    elif not bad:
-        words.append("not found again when the pass was repeated: suspect a machine")
-    if samples:
-        words.append(_numbers("sample", [sample["sample"] for sample in samples]))
-    return f"{', '.join(words)} ({place})"
-
-
-def _numbers(noun: str, numbers: Sequence[int]) -> str:
-    shown = ", ".join(str(number) for number in numbers[:SHOWN_SAMPLES])
-    more = len(numbers) - SHOWN_SAMPLES
-    return f"{noun}{'s' if len(numbers) > 1 else ''} {shown}{f' and {more} more' * (more > 0)}"
+    reason = ""
+    remedy = f"Resume from the last checkpoint with a lower optimizer.lr, and {look}"
+    match outcome:
+        case Outcome.LIMIT_REACHED:
+            count = f"{len(left_out)} step{'s were' if len(left_out) != 1 else ' was'}"
+            numbers = f" ({', '.join(map(str, left_out))})" if left_out else ""
+            reason = f"; {count} left out before{numbers}, and training.nonfinite_limit is {limit}"
+            remedy = (
+                f"Resume from a checkpoint before step {min(left_out, default=step)} with a lower "
+                f"optimizer.lr, or raise training.nonfinite_limit, and {look}"
+            )
+        case Outcome.BROKEN_WEIGHTS:
+            reason = "; leaving out the update cannot repair the weights"
+            remedy = "Run the same command to resume from the last checkpoint"
+        case Outcome.NO_CHECKPOINT:
+            reason = "; there is no checkpoint to go back to"
+            remedy = (
+                f"Start again with training.skip_steps=[{step}], and save more often "
+                "(checkpoint.every_steps)"
+            )
+    return TrainingError(f"step {step}", f"{problem}{reason}", remedy)

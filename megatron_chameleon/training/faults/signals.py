@@ -1,12 +1,13 @@
-"""A signal asks a run to save and stop: a time limit that comes near, or a preemption.
+"""Signals that ask a run to save and stop: a time limit is near, or the job is preempted.
 
-    kill -USR1 PID     # of any rank: all of them stop after the same step, saved
+    kill -USR1 PID     # of any rank: all ranks save and stop after the same step
 
-SLURM sends one to every process of a job step (``--signal=USR1@300``, ``scancel --signal=TERM``),
-those that a rank has started included: they must go on, since the rank may need them to save. So
-the signals are blocked, which processes inherit and a handler is not.
+SLURM sends such a signal to every process of a job step (``--signal=USR1@300``, ``scancel
+--signal=TERM``), which includes the processes that a rank has started. Those must live on, since
+the rank may need them to save. So the signals are blocked here: a new process inherits blocked
+signals, but not a handler.
 
-The run then ends with ``EXIT_CODE``, which tells whoever started it to start it again.
+The run then ends with ``EXIT_CODE``, which tells whatever started it to start it again.
 """
 
 import signal
@@ -19,19 +20,19 @@ from megatron_chameleon.parallel import platform
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: saved and not finished; the same command goes on."""
+"""EX_TEMPFAIL of sysexits.h: the run was saved before its end; the same command resumes it."""
 
 
-class Interruption:
-    """Notes the signals of this process while it is entered; ``agreed`` makes them the job's."""
+class StopSignals:
+    """Notes the signals of this process while it is entered; ``agreed`` asks all ranks."""
 
     def __init__(self) -> None:
         self._received = 0
         self._handlers: dict[signal.Signals, Any] = {}
         self._mask: set[int] = set()
 
-    def __enter__(self) -> "Interruption":
-        # threads that are there already do not block them: one that gets a signal calls the handler
+    def __enter__(self) -> "StopSignals":
+        # Threads that exist already do not block the signals: one that gets a signal runs this.
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         return self
@@ -39,8 +40,8 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         self._take_pending()
         if self._received:
-            # The ranks do not end at once, and where one has ended SLURM signals the others: they
-            # are to end with the same exit code.
+            # The ranks do not end at the same moment. When one has ended, SLURM signals the
+            # others, and these must still end with the same exit code.
             return
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._handlers.items():
@@ -54,7 +55,7 @@ class Interruption:
             self._received = found.si_signo
 
     def agreed(self) -> str | None:
-        """The name of a signal that any rank has received, the same on every rank; else None.
+        """The name of a signal that any rank has received, or None; the same on every rank.
 
         A collective: every rank calls it after every step.
         """

@@ -1,4 +1,4 @@
-"""Name the weights that are not finite, when a run cannot go on because of them."""
+"""Name the weights that are not finite, for an error that ends a run."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,30 +13,38 @@ Weights = Iterable[tuple[str, Tensor]]
 
 
 def check_loaded_weights(weights: Weights, checkpoint: Path) -> None:
-    """Refuse a checkpoint with a weight that is not finite. A collective.
+    """Refuse a checkpoint that holds a weight that is not finite. A collective.
+
+    Args:
+        weights: Those that this rank has loaded, under their names in the whole model.
+        checkpoint: Where they are from.
 
     Raises:
-        CheckpointError: On every rank, with the weights and ranks.
+        CheckpointError: On every rank; it names the weights and the ranks.
     """
-    words = name_broken_weights(weights)
-    if words:
-        raise CheckpointError(str(checkpoint), f"not finite: {words}", "Use an older checkpoint")
+    names = name_broken_weights(weights)
+    if names:
+        raise CheckpointError(str(checkpoint), f"not finite: {names}", "Use an older checkpoint")
 
 
 def name_broken_weights(weights: Weights) -> str:
-    """The weights with a NaN or an infinity; empty where all are finite.
+    """The weights that hold a NaN or an infinity; empty if all are finite.
 
-    A collective: every rank calls it and gets the same words.
+    A collective: every rank calls it and gets the same text.
 
     Args:
-        weights: This rank's, with their names in the whole model.
+        weights: This rank's, under their names in the whole model.
     """
     found = [name for name, weight in weights if not torch.isfinite(weight).all().item()]
-    return describe_names(all_gather(found))
+    return summarize_names(all_gather(found))
 
 
-def describe_names(everywhere: Sequence[Sequence[str]]) -> str:
-    """The first of each rank, four at most, and how many there are."""
+def summarize_names(everywhere: Sequence[Sequence[str]]) -> str:
+    """The first name of each rank, four at most, and how many more there are.
+
+    Args:
+        everywhere: Names by rank.
+    """
     firsts = [f"{names[0]} on rank {rank}" for rank, names in enumerate(everywhere) if names]
     count = sum(len(names) for names in everywhere)
     shown = firsts[:4]

@@ -1,13 +1,14 @@
-"""Which steps of a run leave out their update: told by the config, or found not finite.
+"""The steps of a run that make no update: listed in the config, or found not finite.
 
-A checkpoint keeps them under ``skipped_steps`` in its ``state.json``, and ``nonfinite.jsonl`` of
-the run folder has those that were found since. So a run that is resumed, or replayed after a
+A checkpoint keeps them under ``skipped_steps`` in its ``state.json``; ``nonfinite.jsonl`` in the
+run folder holds those that were found since. So a run that is resumed, or replayed after a
 rollback, leaves out the same steps again.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +17,60 @@ from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError, DataError
 
 NONFINITE_FILE = "nonfinite.jsonl"
-LEFT_OUT = ("skip", "rollback")
-"""Actions of ``nonfinite.jsonl`` after which a step is left out."""
+
+
+class Outcome(Enum):
+    """What became of a step that was not finite; the value is its ``action`` in the file."""
+
+    SKIP = "skip"
+    """Its update was left out and the run goes on."""
+    ROLLBACK = "rollback"
+    """The run goes back to a checkpoint, and leaves the step out when it comes again."""
+    STOP = "stop"
+    """The run ends, because the config says so."""
+    LIMIT_REACHED = "limit"
+    """The run ends: ``training.nonfinite_limit`` steps have been left out already."""
+    BROKEN_WEIGHTS = "broken weights"
+    """The run ends: weights are not finite, and leaving out an update does not repair them."""
+    NO_CHECKPOINT = "no checkpoint"
+    """The run ends: it is to roll back, and there is no checkpoint."""
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the run goes on without the step."""
+        return self in (Outcome.SKIP, Outcome.ROLLBACK)
 
 
 @dataclass
 class SkippedSteps:
-    """The steps, counted from 1, whose update is left out."""
+    """The steps, counted from 1, that make no update."""
 
-    told: frozenset[int] = frozenset()
-    """By ``training.skip_steps``."""
+    configured: frozenset[int] = frozenset()
+    """Those of ``training.skip_steps``."""
     found: set[int] = field(default_factory=set)
-    """Not finite, in the whole run."""
+    """Those that were not finite, over the whole run."""
     done: set[int] = field(default_factory=set)
-    """Left out so far."""
+    """Those that were left out so far."""
 
-    def is_due(self, step: int) -> bool:
-        """Whether this step's update is to be left out."""
-        return step in self.told or step in self.found
+    def __contains__(self, step: int) -> bool:
+        """Whether the step's update is to be left out."""
+        return step in self.configured or step in self.found
 
-    def rewind(self, step: int) -> None:
-        """Forget what was done after ``step`` updates; it will be done again."""
-        self.done = {done for done in self.done if done <= step}
+    def rewind(self, steps_done: int) -> None:
+        """Forget which steps after ``steps_done`` were left out: they will be done again."""
+        self.done = {step for step in self.done if step <= steps_done}
 
     def count_updates(self, step: int) -> int:
         """Updates among the first ``step`` steps."""
         return step - len(self.done)
 
     def to_save(self) -> list[int]:
-        """For ``state.json``: what was left out, and what was found and comes again."""
+        """The entry of ``state.json``: steps that were left out, and those that will be."""
         return sorted(self.done | self.found)
 
 
-def open_skips(config: Config, checkpoint: Path | None) -> SkippedSteps:
-    """The skipped steps of a run that begins, or goes on after a checkpoint.
+def find_skipped_steps(config: Config, checkpoint: Path | None) -> SkippedSteps:
+    """The skipped steps of a run that begins, or that is resumed from a checkpoint.
 
     Args:
         config: A checked config.
@@ -57,27 +78,26 @@ def open_skips(config: Config, checkpoint: Path | None) -> SkippedSteps:
 
     Raises:
         CheckpointError: The checkpoint's list is damaged.
-        DataError: ``nonfinite.jsonl`` is.
+        DataError: ``nonfinite.jsonl`` is damaged.
     """
-    told = frozenset(config.training.skip_steps)
+    configured = frozenset(config.training.skip_steps)
     if checkpoint is None:
-        return SkippedSteps(told)
+        return SkippedSteps(configured)
     state = load_state(checkpoint)
-    if state.get("optimizer") is False:  # weights alone: the run begins
-        return SkippedSteps(told)
+    if state.get("optimizer") is False:  # bare weights: a new run begins
+        return SkippedSteps(configured)
     saved = set(_saved_steps(state, checkpoint))
     logged = _logged_steps(Path(config.logging.run_dir) / NONFINITE_FILE)
-    return SkippedSteps(
-        told, (saved | logged) - told, {step for step in saved if step <= state["step"]}
-    )
+    done = {step for step in saved if step <= state["step"]}
+    return SkippedSteps(configured, (saved | logged) - configured, done)
 
 
 def count_updates(checkpoint: Path, step: int) -> int:
-    """Updates behind a checkpoint: AdamW's step, which its bias correction needs.
+    """Updates before a checkpoint: AdamW's step, which its bias correction needs.
 
     Args:
         checkpoint: A whole one.
-        step: Its step, those without an update included.
+        step: Its step, which counts steps without an update too.
 
     Raises:
         CheckpointError: The list of skipped steps is damaged.
@@ -89,13 +109,15 @@ def count_updates(checkpoint: Path, step: int) -> int:
 def _saved_steps(state: Mapping[str, Any], checkpoint: Path) -> list[int]:
     steps = state.get("skipped_steps") or []
     if not isinstance(steps, list) or not all(type(step) is int and step > 0 for step in steps):
-        what = f"skipped_steps in its state.json is {steps!r}, no list of steps"
-        raise CheckpointError(str(checkpoint), what, "Use another step")
+        what = f"skipped_steps in its state.json is {steps!r}, which is not a list of steps"
+        raise CheckpointError(str(checkpoint), what, "Use another checkpoint")
     return steps
 
 
 def _logged_steps(path: Path) -> set[int]:
+    """The steps that ``nonfinite.jsonl`` says were left out."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    left_out = [outcome.value for outcome in Outcome if outcome.leaves_out]
     found = set()
     for number, line in enumerate(lines, start=1):
         try:
@@ -104,8 +126,8 @@ def _logged_steps(path: Path) -> set[int]:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break  # a crash cut it off
-            what = "no line with step and action"
-            raise DataError(f"{path}:{number}", what, "Mend or remove that line") from error
-        if action in LEFT_OUT:
+            what = "the line is not a JSON object with step and action"
+            raise DataError(f"{path}:{number}", what, "Fix or remove that line") from error
+        if action in left_out:
             found.add(step)
     return found

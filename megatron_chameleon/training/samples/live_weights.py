@@ -11,6 +11,7 @@ from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow
 from megatron_chameleon.config.parameters import qk_norm_groups, query_groups
 from megatron_chameleon.config.schema import Config, ModelConfig
+from megatron_chameleon.model.tensor_shards import join_shards
 from megatron_chameleon.parallel.topology import Topology
 
 
@@ -43,10 +44,7 @@ def _gather(name: str, part: Tensor, dim: int, size: int) -> Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
     parts = [torch.empty_like(part) for _ in range(size)]
     torch.distributed.all_gather(parts, part.contiguous(), group=group)
-    if name.endswith("linear_fc1.weight"):  # a rank's part is its gate rows, then its up rows
-        halves = [half for place in (0, 1) for half in (part.chunk(2)[place] for part in parts)]
-        return torch.cat(halves)
-    return torch.cat(parts, dim=dim)
+    return join_shards(parts, name, dim)
 
 
 class LiveWeightsReader:

@@ -14,8 +14,9 @@ from megatron.core import parallel_state
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.parallel.launch import find_launch, join_process_group, leave_process_group
 from megatron_chameleon.parallel.megatron_setup import prepare_megatron
-from megatron_chameleon.training.faults.signals import Interruption
-from megatron_chameleon.training.loop import prepare, train_joined
+from megatron_chameleon.training.faults.signals import StopSignals
+from megatron_chameleon.training.loop import train_joined
+from megatron_chameleon.training.prepare import prepare_run
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
         resume = words.pop(words.index("--resume") + 1) if "--resume" in words else "auto"
         overrides = [word for word in words if word != "--resume"]
         config = load_config(config_file, [*overrides, f"logging.run_dir={run}"])
-        train_joined(prepare(config, launch.world_size, resume), Interruption())
+        train_joined(prepare_run(config, launch.world_size, resume), StopSignals())
         parallel_state.destroy_model_parallel()
     leave_process_group()
 

@@ -25,8 +25,10 @@ from megatron_chameleon.config.load import load_config
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.parallel.megatron_setup import prepare_megatron
-from megatron_chameleon.training import loop
-from megatron_chameleon.training.faults.signals import Interruption
+from megatron_chameleon.training import open_run
+from megatron_chameleon.training.faults.signals import StopSignals
+from megatron_chameleon.training.loop import train_joined
+from megatron_chameleon.training.prepare import prepare_run
 
 PARAMETER = "decoder.layers.1.mlp.linear_fc2.weight"
 
@@ -105,20 +107,20 @@ def tensors(engine: Any) -> Iterator[Tensor]:
 def run_job(job: Job, output: Path) -> None:
     config = load_config(job["config"], [f"{key}={value}" for key, value in job["set"].items()])
     made: list[Faulty] = []
-    build_engine = loop.build_engine
+    build_engine = open_run.build_engine
 
     def build_faulty(*args: Any) -> Any:
         engine = build_engine(*args)
         made.append(Faulty(engine, sys.modules[type(engine).__module__], job["fault"]))
         return engine
 
-    loop.build_engine = build_faulty
+    open_run.build_engine = build_faulty
     result: dict[str, Any] = {"error": None}
     try:
-        prepared = loop.prepare(config, job["processes"], job.get("resume", "auto"))
+        inputs = prepare_run(config, job["processes"], job.get("resume", "auto"))
         prepare_megatron()
-        with Interruption() as interruption:
-            result["finished"] = loop.train_joined(prepared, interruption)
+        with StopSignals() as stop_signals:
+            result["finished"] = train_joined(inputs, stop_signals)
     except ChameleonError as error:
         result["error"] = str(error)
     if torch.distributed.get_rank() == 0:

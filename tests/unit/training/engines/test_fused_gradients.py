@@ -18,7 +18,7 @@ from megatron_chameleon.model import chameleon
 from megatron_chameleon.model.backend import LocalBackend
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.megatron import MegatronEngine
-from megatron_chameleon.training.faults.nonfinite import _watch_gradients
+from megatron_chameleon.training.faults.nonfinite_origin import watch_gradients
 
 VOCAB_SIZE = 96
 
@@ -113,10 +113,10 @@ def test_losses_and_norms_are_those_of_unfused_layers(
 def test_the_guard_finds_the_micro_batch_that_broke_a_buffer(topology: Topology) -> None:
     engine = make_engine(topology, fused=True)
     batches = make_batches(broken=1)
-    with _watch_gradients(engine) as found:
+    with watch_gradients(engine) as found:
         engine.repeat_pass(1, batches)
     assert found["output_layer.weight"] == [1]  # its own gradient, of each micro-batch
     assert found["decoder.layers.1.mlp.linear_fc2.weight"] == [1]  # the buffer stays broken
-    with _watch_gradients(engine) as found:
+    with watch_gradients(engine) as found:
         engine.repeat_pass(1, make_batches())
     assert not found

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_chameleon.config.schema import Config
 from megatron_chameleon.training.faults import hang
 from megatron_chameleon.training.faults.hang import HangWatch, locate, summarize
 
@@ -24,12 +23,10 @@ pytestmark = pytest.mark.serial  # processes that must act within seconds
 # in C code that keeps the interpreter, for which PyDLL is known.
 PROCESS = """
 import ctypes, sys, time
-from megatron_chameleon.config.schema import Config
+from pathlib import Path
 from megatron_chameleon.training.faults.hang import HangWatch
 
-config = Config()
-config.logging.run_dir, config.training.hang_seconds = sys.argv[1], 0.5
-with HangWatch(config, 0, 1) as watch:
+with HangWatch(0.5, Path(sys.argv[1]) / "logs", 0, 1) as watch:
     for _ in watch.steps(iter(range(1, 9)), 0):
         time.sleep(0.2)
     watch.begin("saving", 8, is_long=True)
@@ -63,14 +60,11 @@ def test_a_process_whose_interpreter_is_blocked(tmp_path: Path) -> None:
     result = run(tmp_path, "frozen")
     assert (result.returncode, result.stdout) == (1, "healthy\n")
     assert "Timeout (0:00:0" in result.stderr
-    assert 'File "<string>", line 17 in <module>' in result.stderr
+    assert 'File "<string>", line 15 in <module>' in result.stderr
 
 
 def test_no_limit_needs_no_thread(tmp_path: Path) -> None:
-    config = Config()
-    config.training.hang_seconds = 0
-    config.logging.run_dir = str(tmp_path)
-    with HangWatch(config, 0, 1):
+    with HangWatch(0, tmp_path, 0, 1):
         assert "hang-watch" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -143,22 +137,22 @@ def test_the_summary_names_who_does_not_wait() -> None:
     )
     words = str(summarize(reports, 8, Path("logs")))
     assert words == (
-        "step 7: nothing moved for 480 s: rank 3 on n3 does not wait for others, but is at "
-        "data/batches/reader.py:9 in read (waiting for data, step 7); no stacks of rank 6, 7, "
-        "which may be frozen or gone; 5 of 8 wait in a collective, as rank 0 at "
+        "step 7: nothing moved for 480 s: rank 3 on n3 does not wait for others but is at "
+        "data/batches/reader.py:9 in read (waiting for data, step 7); no stacks from rank 6, "
+        "7, which may be frozen or dead; 5 of 8 ranks wait in a collective, such as rank 0 at "
         "d/ddp.py:5 in sync (a). Look "
-        "at the stacks in logs/hang-rank*.txt; the same command goes on from the last checkpoint, "
-        "and training.hang_seconds is the limit."
+        "at the stacks in logs/hang-rank*.txt. The same command resumes from the last checkpoint; "
+        "training.hang_seconds sets the limit."
     )
 
 
 def test_the_summary_stays_short() -> None:
     reports = [report(rank, "x.py:1 in f", waits=False) for rank in range(1000)]
     words = str(summarize(reports, 2000, Path("logs")))
-    assert "so are 996 more; no stacks of rank 1000, 1001, 1002" in words
+    assert "996 more ranks do not wait either; no stacks from rank 1000, 1001, 1002" in words
     assert len(words) < 900
 
 
 def test_one_rank_speaks(tmp_path: Path) -> None:
-    assert hang._claim(tmp_path / "hang.txt")
-    assert not hang._claim(tmp_path / "hang.txt")
+    assert hang._is_first_to_create(tmp_path / "hang.txt")
+    assert not hang._is_first_to_create(tmp_path / "hang.txt")

@@ -16,8 +16,11 @@ from megatron_chameleon.checkpoint.state.folders import STATE_FORMAT
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training.faults import nonfinite
-from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard, RankFinding
+from megatron_chameleon.training.faults import nonfinite_origin
+from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard, find_rollback_checkpoint
+from megatron_chameleon.training.faults.nonfinite_origin import RankFindings, describe_findings
+from megatron_chameleon.training.run import inputs as inputs_module
+from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.skipped_steps import SkippedSteps
 
 
@@ -41,9 +44,9 @@ class StubReader:
 
     def sample(self, index: int) -> Any:
         tensor = torch.tensor
-        pieces = SimpleNamespace(document=tensor([index]), start=tensor([0]), stop=tensor([9]))
+        parts = SimpleNamespace(document=tensor([index]), start=tensor([0]), stop=tensor([9]))
         return SimpleNamespace(
-            packed=SimpleNamespace(pieces=pieces, source=tensor([0])), names=["web"]
+            packed=SimpleNamespace(parts=parts, source=tensor([0])), source_names=["web"]
         )
 
 
@@ -51,13 +54,13 @@ def check(
     folder: Path, monkeypatch: pytest.MonkeyPatch, weight: float = 0.0, **options: Any
 ) -> str:
     """``NonFiniteGuard.check`` at step 3; options: values, saves, policy, found and told."""
-    monkeypatch.setattr(nonfinite, "BatchReader", StubReader)
+    monkeypatch.setattr(inputs_module, "BatchReader", StubReader)
     config = Config()
     config.logging.run_dir = str(folder)
     config.training.nonfinite = options.get("policy", "stop")
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, weight)
-    monkeypatch.setattr(nonfinite, "named_global_parameters", nn.Module.named_parameters)
+    monkeypatch.setattr(nonfinite_origin, "named_global_parameters", nn.Module.named_parameters)
     engine = SimpleNamespace(
         parts=[model],
         named_parameters=model.named_parameters,
@@ -65,13 +68,22 @@ def check(
         repeat_pass=lambda step, batches: model(torch.ones(1, 1)).sum().backward(),
     )
     values = {"loss": 1.0, "grad_norm": 1.0, "layer_output_norms": [1.0, math.nan]}
-    skips = SkippedSteps(frozenset(options.get("told", ())), set(options.get("found", ())))
+    skipped = SkippedSteps(frozenset(options.get("told", ())), set(options.get("found", ())))
+    inputs = RunInputs(config, None, StubReader(), None, skipped, "auto")  # type: ignore
+    lines: list[str] = []
     topology = Topology(1, 0, 0, 1, 0, 1, 0, 1)
-    guard = NonFiniteGuard(config, None, StubReader(), topology, skips, None, lambda: None)  # type: ignore
+    guard = NonFiniteGuard(
+        inputs,
+        engine,  # type: ignore
+        topology,
+        finish_saves=lambda: None,
+        say=lines.append,
+    )
     metrics = {**values, **options.get("values", {})}
-    words = guard.check(3, metrics, engine, [], saves=options.get("saves", False))  # type: ignore
-    assert skips.done == ({3} if metrics.get("skipped") else set())
-    return words
+    guard.check(3, metrics, [], before_save=options.get("saves", False))
+    assert skipped.done == ({3} if metrics.get("skipped") else set())
+    assert len(lines) <= 1
+    return "".join(lines)
 
 
 BAD = {"loss": math.nan, "skipped": True}
@@ -83,8 +95,14 @@ BAD = {"loss": math.nan, "skipped": True}
         ({}, ""),
         ({"values": {"loss": None, "grad_norm": 0.0}}, ""),  # no label counts
         ({"weight": math.nan}, ""),  # the weights are looked at before a save
-        ({"values": BAD, "told": [3]}, "step 3: its update was left out, as training.skip_steps"),
-        ({"values": BAD, "found": [3]}, "step 3: its update was left out, as it was before"),
+        (
+            {"values": BAD, "told": [3]},
+            "step 3: its update was left out, because training.skip_steps lists it",
+        ),
+        (
+            {"values": BAD, "found": [3]},
+            "step 3: its update was left out, because it was not finite before",
+        ),
         (
             {"values": BAD, "policy": "skip", "found": [1]},
             "warning: step 3: loss is nan (first in the output of decoder.layers.1), loss not "
@@ -108,7 +126,10 @@ def test_a_run_goes_on(
         ({"values": BAD}, "step 3: loss is nan (first in the output of decoder.layers.1)"),
         ({"values": {**BAD, "loss": math.inf}}, "step 3: loss is inf (first"),
         ({"values": {**BAD, "loss": 1.0, "grad_norm": math.nan}}, "step 3: grad_norm is nan "),
-        ({"values": BAD, "policy": "skip", "weight": math.nan}, "cannot mend the weights. Resume"),
+        (
+            {"values": BAD, "policy": "skip", "weight": math.nan},
+            "cannot repair the weights. Run the same",
+        ),
         ({"values": BAD, "policy": "rollback"}, "no checkpoint to go back to. Start again with"),
         ({"values": BAD, "policy": "skip", "found": [1, 2, 9]}, "3 steps were left out before (1"),
     ],
@@ -139,9 +160,9 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_fault_that_does_not_come_again() -> None:
-    findings = [RankFinding(rank, 0, "node1", [], [], {}) for rank in range(2)]
+    findings = [RankFindings(rank, 0, "node1", [], [], {}) for rank in range(2)]
     samples = [{"sample": index} for index in range(8)]
-    words = nonfinite._describe("grad_norm is nan", None, findings, samples, "documents in file")
+    words = describe_findings("grad_norm is nan", None, findings, samples, "documents in file")
     assert words == (
         "grad_norm is nan, not found again when the pass was repeated: suspect a machine, "
         "samples 0, 1, 2, 3 and 4 more (documents in file)"
@@ -159,12 +180,10 @@ def test_the_checkpoint_to_go_back_to(tmp_path: Path) -> None:
     converted = tmp_path / "weights"
     converted.mkdir()
     (converted / "state.json").write_text(json.dumps({**state, "optimizer": False}))
-    topology = Topology(1, 0, 0, 1, 0, 1, 0, 1)
 
     def find(step: int, begun: Path | None) -> str | None:
-        skips = SkippedSteps()
-        guard = NonFiniteGuard(config, None, StubReader(), topology, skips, begun, lambda: None)  # type: ignore
-        found = guard._newest_checkpoint(step)
+        inputs = RunInputs(config, None, StubReader(), begun, SkippedSteps(), "auto")  # type: ignore
+        found = find_rollback_checkpoint(step, inputs)
         return found and found.name
 
     older = tmp_path / "checkpoints" / "step_00000020"

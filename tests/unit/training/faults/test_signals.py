@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_chameleon.training.faults.signals import SIGNALS, Interruption
+from megatron_chameleon.training.faults.signals import SIGNALS, StopSignals
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +29,19 @@ def job_of_one() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
 def test_a_signal_is_noted_and_named(name: str) -> None:
-    with Interruption() as interruption:
-        assert interruption.agreed() is None
+    with StopSignals() as stop_signals:
+        assert stop_signals.agreed() is None
         os.kill(os.getpid(), signal.Signals[name])
         deadline = time.monotonic() + 10  # another thread may get it, and this one a moment later
-        while not interruption.agreed() and time.monotonic() < deadline:
+        while not stop_signals.agreed() and time.monotonic() < deadline:
             pass
-        assert interruption.agreed() == name
-        assert interruption.agreed() == name, "it is not forgotten"
+        assert stop_signals.agreed() == name
+        assert stop_signals.agreed() == name, "it is not forgotten"
 
 
 def test_processes_that_were_started_meanwhile_survive() -> None:
     script = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"
-    with Interruption():
+    with StopSignals():
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stdout == "alive\n"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -50,7 +50,7 @@ def test_processes_that_were_started_meanwhile_survive() -> None:
 
 def test_a_run_that_was_not_interrupted_leaves_the_signals_as_they_were() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    with Interruption():
+    with StopSignals():
         assert signal.getsignal(signal.SIGUSR1) != before
     assert signal.getsignal(signal.SIGUSR1) == before
     assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -58,9 +58,9 @@ def test_a_run_that_was_not_interrupted_leaves_the_signals_as_they_were() -> Non
 
 def test_a_second_signal_does_not_end_an_interrupted_run() -> None:
     """Else one rank's early end would change the exit code of the others."""
-    with Interruption() as interruption:
+    with StopSignals() as stop_signals:
         os.kill(os.getpid(), signal.SIGUSR1)
-        interruption.agreed()
+        stop_signals.agreed()
     assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     signal.sigtimedwait(SIGNALS, 0)

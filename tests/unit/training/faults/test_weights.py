@@ -40,4 +40,4 @@ def test_a_checkpoint_with_a_weight_that_is_not_finite() -> None:
     ],
 )
 def test_the_words_stay_in_a_line(everywhere: list[list[str]], words: str) -> None:
-    assert failure.describe_names(everywhere) == words
+    assert failure.summarize_names(everywhere) == words

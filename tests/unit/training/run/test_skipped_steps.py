@@ -8,7 +8,7 @@ import pytest
 from megatron_chameleon.checkpoint.state.folders import STATE_FORMAT
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError, DataError
-from megatron_chameleon.training.run.skipped_steps import count_updates, open_skips
+from megatron_chameleon.training.run.skipped_steps import count_updates, find_skipped_steps
 
 
 def make(folder: Path, step: int, told: list[int] | None = None, **state: object) -> Config:
@@ -23,8 +23,8 @@ def make(folder: Path, step: int, told: list[int] | None = None, **state: object
 
 def test_a_new_run_is_told_only(tmp_path: Path) -> None:
     config = make(tmp_path, 10, told=[4, 7])
-    skips = open_skips(config, None)
-    assert [step for step in range(1, 10) if skips.is_due(step)] == [4, 7]
+    skips = find_skipped_steps(config, None)
+    assert [step for step in range(1, 10) if step in skips] == [4, 7]
     assert (skips.found, skips.done, skips.count_updates(3)) == (set(), set(), 3)
 
 
@@ -34,7 +34,7 @@ def test_a_resumed_run_remembers(tmp_path: Path) -> None:
     lines += [{"step": 9, "action": "stop"}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "nonfinite.jsonl").write_text(text + '{"step": 13, "act')  # a crash cut it off
-    skips = open_skips(config, tmp_path)
+    skips = find_skipped_steps(config, tmp_path)
     assert skips.found == {5, 8, 11}
     assert skips.done == {5, 8}, "step 2 had its update, and is behind the run"
     assert (count_updates(tmp_path, 10), skips.count_updates(10)) == (8, 8)
@@ -46,14 +46,16 @@ def test_a_resumed_run_remembers(tmp_path: Path) -> None:
 
 def test_weights_alone_have_no_past(tmp_path: Path) -> None:
     config = make(tmp_path, 10, skipped_steps=[5], optimizer=False)
-    assert open_skips(config, tmp_path).to_save() == []
+    assert find_skipped_steps(config, tmp_path).to_save() == []
 
 
 def test_damage(tmp_path: Path) -> None:
     config = make(tmp_path, 10, skipped_steps=[5, "x"])
     with pytest.raises(CheckpointError, match=r"skipped_steps in its state.json is \[5, 'x'\]"):
-        open_skips(config, tmp_path)
+        find_skipped_steps(config, tmp_path)
     config = make(tmp_path, 10)
     (tmp_path / "nonfinite.jsonl").write_text('{"step": 3}\n{"step": 4, "action": "skip"}\n')
-    with pytest.raises(DataError, match=r"nonfinite.jsonl:1: no line with step and action"):
-        open_skips(config, tmp_path)
+    with pytest.raises(
+        DataError, match=r"nonfinite.jsonl:1: the line is not a JSON object with step and action"
+    ):
+        find_skipped_steps(config, tmp_path)

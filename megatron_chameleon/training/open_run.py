@@ -1,0 +1,127 @@
+"""A run that is open: its model is built, its data is being read, its files are being written."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from types import TracebackType
+
+from megatron_chameleon.checkpoint.state.resume import changed_settings, load
+from megatron_chameleon.checkpoint.state.save import Saver
+from megatron_chameleon.data.batches.reader import Batch, read_ahead
+from megatron_chameleon.model.fusions import fusion_names
+from megatron_chameleon.parallel.topology import create_topology
+from megatron_chameleon.training.engines.base import build_engine
+from megatron_chameleon.training.faults.hang import HangWatch
+from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard
+from megatron_chameleon.training.faults.signals import StopSignals
+from megatron_chameleon.training.faults.weights import check_loaded_weights
+from megatron_chameleon.training.prepare import describe_run
+from megatron_chameleon.training.run.folder import checkpoints_folder
+from megatron_chameleon.training.run.inputs import RunInputs
+from megatron_chameleon.training.run.reporter import Reporter
+from megatron_chameleon.training.samples.sampler import Sampler
+
+
+class Run:
+    """Everything that the training loop works with, on one rank.
+
+    Entering it builds the model, loads the checkpoint and opens data and files. Leaving it waits
+    for the last checkpoint and closes them. Every rank does both, and calls every method.
+
+    Args:
+        inputs: From ``prepare_run``.
+        stop_signals: Entered by the caller.
+    """
+
+    def __init__(self, inputs: RunInputs, stop_signals: StopSignals) -> None:
+        self.inputs, self.config = inputs, inputs.config
+        self.stop_signals = stop_signals
+
+    def __enter__(self) -> "Run":
+        config, vocab_size = self.config, self.inputs.tokenizer.vocabulary.size
+        start = self.inputs.checkpoint
+        self.topology = create_topology(config.parallel)
+        with ExitStack() as stack:
+            self.watch = stack.enter_context(
+                HangWatch(
+                    limit_seconds=config.training.hang_seconds,
+                    folder=Path(config.logging.run_dir) / "logs",
+                    rank=self.topology.rank,
+                    world_size=self.topology.world_size,
+                )
+            )
+            self.watch.begin("building the model", 0, is_long=True)
+            self.engine = build_engine(config, vocab_size, self.topology)
+            self.watch.clock = self.engine.clock
+            self.sampler = Sampler(config, self.topology)
+            # What a rollback closes and opens again has a stack of its own.
+            self._restarted = stack.enter_context(ExitStack())
+            self._open_after(self._load(start) if start else 0)
+            if changes := changed_settings(start, config):
+                self.reporter.say(f"changed since {start}: {changes}")
+            self._opened = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._opened.__exit__(kind, error, traceback)
+
+    def _open_after(self, steps_done: int) -> None:
+        """Open reporter, data and saver for the steps after ``steps_done``."""
+        config, inputs, topology = self.config, self.inputs, self.topology
+        self._steps_done = steps_done
+        reporter = Reporter(config, inputs.tokenizer.vocabulary.size, topology, steps_done)
+        self.reporter = self._restarted.enter_context(closing(reporter))
+        self.reporter.say(f"{topology}; {describe_run(inputs)}; starts at step {steps_done}")
+        if fused := fusion_names(config):
+            self.reporter.say(f"fused kernels: {', '.join(fused)}")
+        self._batches = self._restarted.enter_context(
+            read_ahead(inputs.reader, steps_done, topology.data_rank, topology.data_size)
+        )
+        self.saver = self._restarted.enter_context(
+            Saver(checkpoints_folder(config), self.engine, self.reporter.say)
+        )
+        self.guard = NonFiniteGuard(
+            inputs, self.engine, topology, finish_saves=self.saver.wait, say=self.reporter.say
+        )
+
+    def _load(self, checkpoint: Path) -> int:
+        """Fill the engine from a checkpoint; returns the steps that lie behind it."""
+        self.watch.begin("loading", 0, is_long=True)
+        steps_done = load(checkpoint, self.engine)
+        check_loaded_weights(self.engine.named_parameters(), checkpoint)
+        return steps_done
+
+    def steps(self) -> Iterator[tuple[int, list[Batch]]]:
+        """Each step that is still to do, counted from 1, with this rank's micro-batches."""
+        return self.watch.steps(self._batches, self._steps_done)
+
+    def skips(self, step: int) -> bool:
+        """Whether the step's update is left out: the config says so, or it was not finite."""
+        return step in self.inputs.skipped_steps
+
+    def save(self, step: int) -> None:
+        """Start saving a checkpoint, unless no step so far has made an update.
+
+        Before the first update AdamW has no moments to save.
+        """
+        if self.inputs.skipped_steps.count_updates(step):
+            self.watch.begin("saving", step, is_long=True)
+            self.saver.save(step, self.inputs.checkpoint_entries(step))
+
+    def sample(self, step: int) -> None:
+        """Let the model write its samples."""
+        self.watch.begin("sampling", step, is_long=True)
+        if line := self.sampler.sample(step, self.engine.named_parameters()):
+            self.reporter.say(line)
+
+    def roll_back_to(self, checkpoint: Path) -> None:
+        """Continue from an earlier checkpoint, as if the steps after it had not been done."""
+        self._restarted.close()
+        steps_done = self._load(checkpoint)
+        self.inputs = self.inputs.rewound_to(steps_done)
+        self._open_after(steps_done)

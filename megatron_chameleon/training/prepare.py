@@ -1,0 +1,98 @@
+"""Check everything that a run needs before it starts, and describe the run in a line.
+
+Nothing here builds a model, so a missing file or a config that does not fit is reported within
+seconds; ``chameleon train --dry-run`` stops after it.
+"""
+
+from pathlib import Path
+
+from megatron_chameleon.checkpoint.state.resume import check_fits, find_resume, find_sound
+from megatron_chameleon.config.checks.check import check_config
+from megatron_chameleon.config.checks.layouts import check_vocabulary
+from megatron_chameleon.config.load import format_config
+from megatron_chameleon.config.parameters import count_parameters
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.data.mixture.mixture_history import stage1_steps
+from megatron_chameleon.model.backend import machine_problems
+from megatron_chameleon.parallel.launch import Launch
+from megatron_chameleon.tokenizer.folder import load_tokenizer
+from megatron_chameleon.training.engines.base import check_installed
+from megatron_chameleon.training.run.folder import check_run_folder, checkpoints_folder
+from megatron_chameleon.training.run.inputs import RunInputs
+from megatron_chameleon.training.run.open_data import open_reader
+from megatron_chameleon.training.run.skipped_steps import find_skipped_steps
+from megatron_chameleon.training.run.trackers import check_trackers
+from megatron_chameleon.training.samples.sampler import check_samples
+
+
+def prepare_run(config: Config, world_size: int, resume: str) -> RunInputs:
+    """Check the config, the tokenizer, the data and the checkpoint of a run.
+
+    Args:
+        config: As loaded.
+        world_size: Number of processes of the run.
+        resume: ``auto``, ``never`` or the path of a checkpoint.
+
+    Raises:
+        ChameleonError: Something is missing or does not fit.
+    """
+    check_config(config, world_size)
+    check_installed(config)
+    check_trackers(config)
+    check_run_folder(Path(config.logging.run_dir))
+    tokenizer = load_tokenizer(config.tokenizer.path, images=False)
+    for problem in check_vocabulary(tokenizer.vocabulary.size, config):
+        raise problem
+    check_samples(config)
+    checkpoint = find_resume(checkpoints_folder(config), resume)
+    if checkpoint is not None:
+        check_fits(checkpoint, config, tokenizer.fingerprint)
+    reader = open_reader(config, tokenizer, checkpoint)
+    skipped_steps = find_skipped_steps(config, checkpoint)
+    return RunInputs(config, tokenizer, reader, checkpoint, skipped_steps, resume)
+
+
+def refresh_inputs(inputs: RunInputs, world_size: int) -> RunInputs:
+    """Choose the checkpoint again, now that this run holds the lock. A collective.
+
+    An earlier run may have saved another checkpoint while it was ending, and the files of the
+    chosen one may turn out to be damaged. In both cases the run is prepared again.
+
+    Raises:
+        ChameleonError: As ``prepare_run`` does, or because no checkpoint is sound.
+    """
+    folder = checkpoints_folder(inputs.config)
+    checkpoint = find_resume(folder, inputs.resume)
+    if checkpoint is not None:
+        checkpoint = find_sound(folder, checkpoint, inputs.resume)
+    if checkpoint == inputs.checkpoint:
+        return inputs
+    return prepare_run(inputs.config, world_size, str(checkpoint or inputs.resume))
+
+
+def describe_run(inputs: RunInputs) -> str:
+    """The number of parameters, of tokens per step and of steps, in a line."""
+    config = inputs.config
+    parameters = count_parameters(config.model, inputs.tokenizer.vocabulary.size)
+    tokens = config.training.global_batch_size * config.model.seq_length
+    stage2 = config.training.steps - stage1_steps(config)
+    stages = f", {stage2:,} of them in stage 2" if config.data.stage2 else " in one stage"
+    return (
+        f"{parameters:,} parameters; {tokens:,} tokens per step; {config.training.steps:,} steps"
+        f"{stages}"
+    )
+
+
+def dry_run_text(inputs: RunInputs, launch: Launch) -> str:
+    """What ``--dry-run`` prints: the resolved config, and what the run would do."""
+    start = f"resumes from {inputs.checkpoint}" if inputs.checkpoint else "starts from step 0"
+    lines = [
+        f"{format_config(inputs.config)}\n{describe_run(inputs)}; {start}; {launch.launcher}",
+        "Dry run passed: config, tokenizer, data and checkpoint are ready.",
+    ]
+    # A login node may lack what the config needs; that does not make the config wrong.
+    lines += [
+        f"But this machine cannot run it: {problem.where}: {problem.what}."
+        for problem in machine_problems(inputs.config)
+    ]
+    return "\n".join(lines)

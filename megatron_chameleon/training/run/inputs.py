@@ -1,0 +1,53 @@
+"""What a run is made from: config, tokenizer, data and checkpoint, once they have been checked."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.data.batches.reader import BatchReader
+from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.training.run.skipped_steps import SkippedSteps
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything that a run reads, found and checked before a model is built."""
+
+    config: Config
+    tokenizer: Tokenizer
+    reader: BatchReader
+    """The run's own reader, which may be reading ahead."""
+    checkpoint: Path | None
+    """Where the run starts; None for step 0 and random weights."""
+    skipped_steps: SkippedSteps
+    resume: str
+    """``auto``, ``never`` or a path, as the user asked for it."""
+
+    def reader_after(self, steps_done: int) -> BatchReader:
+        """A second reader of the same data, at the step after ``steps_done``."""
+        return BatchReader(self.config, self.tokenizer, self.reader.state(), steps_done)
+
+    def rewound_to(self, steps_done: int) -> "RunInputs":
+        """The inputs for doing the steps after ``steps_done`` once more."""
+        self.skipped_steps.rewind(steps_done)
+        return replace(self, reader=self.reader_after(steps_done))
+
+    def consumed(self, step: int) -> dict[str, int]:
+        """The step, and how many samples and tokens the run has read by its end."""
+        samples = self.reader.history.first_sample(step)
+        tokens = samples * self.config.model.seq_length
+        return {"step": step, "consumed_samples": samples, "consumed_tokens": tokens}
+
+    def checkpoint_entries(self, step: int) -> dict[str, object]:
+        """What ``state.json`` records besides the step and the format.
+
+        The tokenizer's fingerprint keeps a checkpoint from being used with another tokenizer. The
+        other entries let a resumed run read the data from where this one stopped.
+        """
+        return {
+            "vocab_size": self.tokenizer.vocabulary.size,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            **self.consumed(step),
+            "data": self.reader.state(),
+            "skipped_steps": self.skipped_steps.to_save(),
+        }
