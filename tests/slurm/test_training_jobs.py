@@ -70,7 +70,7 @@ def test_signals_and_a_preemption_save_and_requeue_over_two_nodes(
     assert text.count("ended with exit code 0") == 1
     assert "command: srun chameleon train" in text
     rank0 = (tiny.folder / "signals-logs" / f"chameleon-7b-{job}-rank0.log").read_text()
-    assert f"SIGUSR1: stopped after step {first}; the same command goes on" in rank0
+    assert f"SIGUSR1: stopped after step {first}; the same command resumes the run" in rank0
     assert f"starts at step {first}" in rank0
     assert "SIGTERM: stopped after step" in rank0
 

@@ -133,8 +133,8 @@ class NonFiniteGuard:
             return
         raise Rollback(
             checkpoint,
-            f"warning: step {step}: {text}; back to {checkpoint}, this step will be left out "
-            f"({count})",
+            f"warning: step {step}: {text}; the run goes back to {checkpoint} and leaves this step "
+            f"out ({count})",
         )
 
     def _decide(self, step: int, findings: Sequence[RankFindings]) -> tuple[Outcome, Path | None]:

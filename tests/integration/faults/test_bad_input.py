@@ -123,7 +123,10 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(
     main(["train", str(copy / "train.yaml"), "--dry-run", *layout])
     text = capsys.readouterr().out
     assert "hidden_size: 32" in text
-    assert "parameters; 512 tokens a step; 20 steps, of which stage 2 has 4" in text
+    assert "parameters; 512 tokens per step; 20 steps, 4 of them in stage 2" in text
+    assert text.splitlines()[-1] == (
+        "Dry run passed: config, tokenizer, data and checkpoint are ready."
+    )
     assert not (copy / "run").exists()
 
 

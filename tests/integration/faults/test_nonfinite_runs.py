@@ -212,7 +212,7 @@ def test_what_cannot_go_on(runs: Runs) -> None:
     broken, early = runs.result("broken")["error"], runs.result("too-early")["error"]
     assert "loss is nan (first in the output of decoder.layers.1), " in broken
     assert f"weights not finite: {FC2} on rank 1, " in broken
-    assert "; leaving out the update cannot mend the weights. Resume from the last" in broken
+    assert "; leaving out the update cannot repair the weights. Run the same command to" in broken
     assert "; there is no checkpoint to go back to. Start again with training.skip_steps=[2]" in (
         early
     )

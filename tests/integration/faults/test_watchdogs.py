@@ -61,10 +61,10 @@ def test_the_hang_ends_the_job_with_all_stacks(run: Ended) -> None:
     assert "exitcode  : 124" in run.stderr
     (error,) = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert error.startswith("error: step 6: nothing moved for ")
-    assert "; 1 of 2 wait in a collective, as rank 0 at distributed/" in error
-    assert " does not wait for others, but is at programs/train_with_stall.py:" in error
+    assert "; 1 of 2 ranks wait in a collective, such as rank 0 at distributed/" in error
+    assert " does not wait for others but is at programs/train_with_stall.py:" in error
     assert " in stuck_in_the_model (forward and backward, step 6); " in error
-    assert f"Look at the stacks in {run.folder}/logs/hang-rank*.txt; the same command" in error
+    assert f"Look at the stacks in {run.folder}/logs/hang-rank*.txt. The same command" in error
     assert (run.folder / "logs" / "hang.txt").read_text() == error + "\n"
     for rank, phase, waits in ((0, "gradient reduction and update", True), (1, None, False)):
         text = (run.folder / "logs" / f"hang-rank{rank:05d}.txt").read_text()

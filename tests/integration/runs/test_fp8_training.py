@@ -124,6 +124,6 @@ def test_a_dry_run_checks_a_gpus_config_and_says_what_is_missing(tiny, capsys) -
     run_dir = f"logging.run_dir={tiny.folder / 'dry'}"
     main(["train", str(tiny.config), run_dir, "fp8.format=hybrid", "--dry-run"])
     last = capsys.readouterr().out.splitlines()[-1]
-    assert (
-        last == "but not on this machine: fp8.format: hybrid needs a GPU, and this machine has none"
+    assert last == (
+        "But this machine cannot run it: fp8.format: hybrid needs a GPU, and this machine has none."
     )
