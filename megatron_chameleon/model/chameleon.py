@@ -1,7 +1,7 @@
-"""Config -> transformer: megatron-core's ``GPTModel`` in Chameleon's shape.
+"""Build the model: megatron-core's ``GPTModel`` in Chameleon's shape.
 
-The model is read here, how it is laid out over processes is not: megatron-core's layers split
-themselves by the config.
+This file says what the model is. How it is split over processes does not show here, because
+megatron-core's layers split themselves according to the config.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ from megatron_chameleon.config.parameters import qk_norm_groups
 from megatron_chameleon.config.schema import Config, Fp8Config
 from megatron_chameleon.model.backend import select_backend
 from megatron_chameleon.model.fp8_linear import set_up_delayed_scaling
+from megatron_chameleon.model.fused_qk_norm import fuse_qk_norm
 from megatron_chameleon.model.fusions import select_fusions
 from megatron_chameleon.model.initialization import initialize_weights
 from megatron_chameleon.model.layers import block_spec
@@ -24,22 +25,22 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
 
-# fp64 is no choice of a config: megatron-core's clipping has no fp64, but gradients are exact in it
+# A config cannot choose fp64, which megatron-core cannot clip; tests use it for exact gradients.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class ChameleonModel(GPTModel):
-    """``GPTModel`` that returns, given labels, the parts of Chameleon's loss for each token."""
+    """``GPTModel`` that, given labels, returns the parts of Chameleon's loss for each token."""
 
     def __init__(self, *args: Any, loss_fusion: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loss_parts = select_loss_parts(loss_fusion)
-        set_up_delayed_scaling(self.decoder)  # of emulated FP8
+        set_up_delayed_scaling(self.decoder)  # for emulated FP8
 
     def compute_language_model_loss(
         self, labels: Tensor, logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy, log(Z) and the largest logit.
+        """Cross-entropy, log(Z) and the largest logit of each position.
 
         Args:
             labels: [B, S] token ids.
@@ -54,7 +55,7 @@ class ChameleonModel(GPTModel):
 
 
 def build_model(config: Config, vocab_size: int, topology: Topology) -> list[ChameleonModel]:
-    """Build this rank's parts of the model on its device, with the first weights of the seed.
+    """Build this rank's parts of the model on its device, with the initial weights for the seed.
 
     Args:
         config: A checked config.
@@ -62,10 +63,10 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> list[Cha
         topology: From ``create_topology``.
 
     Returns:
-        One part, or as many as ``virtual_pipeline_model_parallel_size`` says, all with the same
+        One part, or ``virtual_pipeline_model_parallel_size`` parts. All share one
         ``TransformerConfig``.
     """
-    seed_random(config.training.seed, 0, 0, topology)  # megatron-core wants its streams to exist
+    seed_random(config.training.seed, 0, 0, topology)  # megatron-core needs its streams
     transformer = transformer_config(config)
     stages = range(topology.virtual_pipeline_size)
     return [_build_part(config, transformer, vocab_size, topology, stage) for stage in stages]
@@ -81,16 +82,18 @@ def _build_part(
     model_config = config.model
     vp_stage = stage if topology.virtual_pipeline_size > 1 else None
     fusions = select_fusions(config)
+    layers = block_spec(
+        transformer,
+        select_backend(config),
+        norm_order=model_config.norm_order,
+        qk_norm_groups=qk_norm_groups(model_config),
+        vp_stage=vp_stage,
+    )
+    if fusions.qk_norm_rope_fusion:
+        fuse_qk_norm(layers)
     model = ChameleonModel(
         config=transformer,
-        transformer_layer_spec=block_spec(
-            transformer,
-            select_backend(config),
-            swin_norm=model_config.norm_order == "swin",
-            qk_norm_groups=qk_norm_groups(model_config),
-            qk_norm_rope_fusion=fusions.qk_norm_rope_fusion,
-            vp_stage=vp_stage,
-        ),
+        transformer_layer_spec=layers,
         vocab_size=vocab_size,
         max_sequence_length=model_config.seq_length,
         pre_process=topology.is_first_part(stage),
@@ -103,7 +106,7 @@ def _build_part(
         loss_fusion=fusions.loss_fusion,
     )
     if model.pre_process:
-        model.embedding.embedding_dropout.p = 0.0  # the paper has none there, megatron-core has
+        model.embedding.embedding_dropout.p = 0.0  # unlike megatron-core, the paper has none
     initialize_weights(
         model,
         seed=config.training.seed,
@@ -116,7 +119,7 @@ def _build_part(
 
 
 def transformer_config(config: Config) -> TransformerConfig:
-    """megatron-core's config for ours. Source: paper, section 2.3; Llama 2 for the rest."""
+    """megatron-core's config for ours. Source: paper, section 2.3, and Llama 2 for the rest."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.training.dtype]
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
@@ -148,16 +151,16 @@ def transformer_config(config: Config) -> TransformerConfig:
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,  # mean over the unmasked tokens of the whole global batch
-        # initialization.py draws the weights; megatron-core only marks how each of them is split
-        init_method=_leave,
-        output_layer_init_method=_leave,
+        # initialization.py draws the weights; megatron-core only marks how each one is split
+        init_method=_keep,
+        output_layer_init_method=_keep,
         apply_rope_fusion=fusions.apply_rope_fusion,
         bias_activation_fusion=fusions.bias_activation_fusion,
         bias_dropout_fusion=fusions.bias_dropout_fusion,
         gradient_accumulation_fusion=False,  # see add_weight_gradients_in_products
         masked_softmax_fusion=False,
-        # Interleaved pipelines are exact only so: batched messages between two stages gave wrong
-        # gradients, and so did outputs that are freed while gloo still sends them.
+        # Interleaved pipelines need these to be exact. Batched messages between two stages gave
+        # wrong gradients, and so did outputs that were freed while gloo was still sending them.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not interleaved or platform.has_gpu(),
@@ -166,9 +169,9 @@ def transformer_config(config: Config) -> TransformerConfig:
 
 
 def _fp8_fields(fp8: Fp8Config) -> dict[str, Any]:
-    """All of FP8's fields: megatron-core's defaults are not Transformer Engine's.
+    """All FP8 fields, because megatron-core's defaults are not Transformer Engine's.
 
-    Emulated FP8 is none for megatron-core; it would enter Transformer Engine's context.
+    megatron-core is not told of emulated FP8, because it would enter Transformer Engine's context.
     """
     start, end = fp8.num_layers_at_start_in_bf16, fp8.num_layers_at_end_in_bf16
     return {
@@ -183,5 +186,5 @@ def _fp8_fields(fp8: Fp8Config) -> dict[str, Any]:
     }
 
 
-def _leave(weight: Tensor) -> Tensor:
+def _keep(weight: Tensor) -> Tensor:
     return weight

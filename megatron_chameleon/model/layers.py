@@ -1,13 +1,13 @@
-"""What Chameleon changes in megatron-core's layer: QK-norm, norm order.
+"""Chameleon's transformer layer: megatron-core's, with QK-norm and a choice of norm order.
 
-Dimension letters in tensor names: S sequence, B batch, N heads of this rank, D head size, H hidden.
+Dimension letters in tensor names: S sequence, B batch, N heads of this rank, D head size.
 Source: paper, section 2.3; Meta's reference inference code for QK-norm (LayerNorm with bias over
-the head dimension, before RoPE).
+the head dimension, before the rotary embedding).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core import parallel_state
@@ -32,28 +32,127 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_chameleon.model.backend import layer_backend
-from megatron_chameleon.model.norm_rope import FUSED_DTYPES, RotaryTables, norm_rope
 from megatron_chameleon.parallel.random_streams import seed_layer
 
-QK_NORM_EPSILON = 1e-5  # of the reference code; not the RMSNorm's
+QK_NORM_EPSILON = 1e-5  # the reference code's; the RMSNorms have their own
+
+Spec: TypeAlias = ModuleSpec | type
+
+
+def block_spec(
+    config: TransformerConfig,
+    backend: BackendSpecProvider,
+    *,
+    norm_order: str,
+    qk_norm_groups: int,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The spec of all layers in one part of the model, and of the final norm.
+
+    Args:
+        config: megatron-core's config.
+        backend: From ``select_backend``.
+        norm_order: "pre" (the 7B) or "swin" (the 34B).
+        qk_norm_groups: Number of groups of heads with a QK-norm weight of their own; 0 for no
+            QK-norm.
+        vp_stage: Which of this pipeline stage's parts, for interleaved pipeline parallelism.
+    """
+    layer_spec = {"pre": pre_norm_layer, "swin": swin_layer}[norm_order]
+    first = get_transformer_layer_offset(config, vp_stage)
+    layer_specs = []
+    for layer in range(first, first + get_num_layers_to_build(config, vp_stage)):
+        parts = layer_backend(backend, config, layer)
+        norm = parts.layer_norm(rms_norm=True)
+        attention = attention_spec(config, parts, qk_norm_groups)
+        layer_specs.append(layer_spec(norm, attention, feed_forward_spec(parts)))
+    return TransformerBlockSubmodules(layer_specs, layer_norm=backend.layer_norm(rms_norm=True))
+
+
+def pre_norm_layer(norm: Spec, attention: ModuleSpec, feed_forward: ModuleSpec) -> ModuleSpec:
+    """A layer with the norms before its branches, as in Llama and the 7B.
+
+    h = x + dropout(attention(norm(x)))
+    y = h + dropout(feed_forward(norm(h)))
+    """
+    return ModuleSpec(
+        module=ChameleonLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=feed_forward,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def swin_layer(norm: Spec, attention: ModuleSpec, feed_forward: ModuleSpec) -> ModuleSpec:
+    """A layer with the norms after its branches, as in Swin Transformers and the 34B.
+
+    h = x + dropout(norm(attention(x)))
+    y = h + dropout(norm(feed_forward(h)))
+    """
+    return ModuleSpec(
+        module=SwinLayer,
+        submodules=SwinLayerSubmodules(
+            self_attention=attention,
+            post_self_attn_layernorm=norm,
+            self_attn_bda=get_bias_dropout_add,
+            mlp=feed_forward,
+            post_mlp_layernorm=norm,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def attention_spec(
+    config: TransformerConfig, backend: BackendSpecProvider, qk_norm_groups: int
+) -> ModuleSpec:
+    """Causal self-attention, whose queries and keys are normalized if there are QK-norm groups."""
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=_qk_norm_spec(config.num_attention_heads, qk_norm_groups),
+            k_layernorm=_qk_norm_spec(config.num_query_groups, qk_norm_groups),
+        ),
+    )
+
+
+def _qk_norm_spec(heads: int, groups: int) -> Spec:
+    if not groups:
+        return IdentityOp
+    # There may be fewer key heads than groups: then each head has its own weight.
+    return ModuleSpec(HeadLayerNorm, params={"heads": heads, "groups": min(groups, heads)})
+
+
+def feed_forward_spec(backend: BackendSpecProvider) -> ModuleSpec:
+    """The gated feed-forward network."""
+    linears = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+    )
+    return ModuleSpec(MLP, submodules=linears)
 
 
 class HeadLayerNorm(nn.Module):
-    """LayerNorm over the head dimension, its weight and bias shared by a group of heads.
+    """QK-norm: LayerNorm over the head dimension, with a weight and bias per group of heads.
 
-    The released checkpoints have one weight and bias a model-parallel shard, so one for each group
+    The released checkpoints have one weight and bias per model-parallel shard, and so one per group
     of heads. Here every tensor-parallel rank holds all groups and uses the rows of its own heads,
-    so that groups and ranks need not fit each other; megatron-core sums the gradients over the
-    ranks, as it does for its own QK-norms, because ``qk_layernorm`` is on in its config.
+    so the number of groups does not have to match the number of ranks. megatron-core sums the
+    gradients over the ranks, as it does for its own QK-norms, because ``qk_layernorm`` is on in its
+    config.
 
     Args:
         config: The layer's config.
         hidden_size: Head size D.
         eps: Ignored: megatron-core passes the RMSNorm's.
-        heads: Heads over all tensor-parallel ranks.
+        heads: Number of heads over all tensor-parallel ranks.
         groups: A divisor of ``heads``.
-        deferred: The module's call changes nothing: its attention is a ``NormRopeSelfAttention``,
-            which normalises later, by ``with_rotation`` where it can.
     """
 
     def __init__(
@@ -64,23 +163,18 @@ class HeadLayerNorm(nn.Module):
         *,
         heads: int,
         groups: int,
-        deferred: bool = False,
     ) -> None:
         super().__init__()
         shape, dtype = (groups, hidden_size), config.params_dtype
         self.weight = nn.Parameter(torch.ones(shape, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(shape, dtype=dtype))
-        self._heads_a_group = heads // groups
+        self.heads_per_group = heads // groups
         local_heads = heads // config.tensor_model_parallel_size
         first = parallel_state.get_tensor_model_parallel_rank() * local_heads
-        self._own_heads = slice(first, first + local_heads)
-        self._deferred = deferred
+        self.own_heads = slice(first, first + local_heads)
 
     def forward(self, x_SBND: Tensor) -> Tensor:
-        return x_SBND if self._deferred else self.normalise(x_SBND)
-
-    def normalise(self, x_SBND: Tensor) -> Tensor:
-        """The norm by torch's operations."""
+        """Normalize each head, then scale and shift it by its group's weight and bias."""
         shape = x_SBND.shape[-1:]
         if len(self.weight) == 1:  # the same for all heads: one fused kernel, half of the time
             weight_D, bias_D = self.weight[0], self.bias[0]
@@ -88,103 +182,46 @@ class HeadLayerNorm(nn.Module):
         x_SBND = functional.layer_norm(x_SBND, shape, eps=QK_NORM_EPSILON)
         return x_SBND * self._of_own_heads(self.weight) + self._of_own_heads(self.bias)
 
-    def with_rotation(self, x_SBND: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """The norm and then rotary embedding, by one kernel; ``tables`` from ``RotaryTables``."""
-        return norm_rope(
-            x_SBND,
-            self.weight,
-            self.bias,
-            tables,
-            first_head=self._own_heads.start,
-            heads_per_group=self._heads_a_group,
-            epsilon=QK_NORM_EPSILON,
-        )
-
     def _of_own_heads(self, parameter_GD: Tensor) -> Tensor:
-        return parameter_GD.repeat_interleave(self._heads_a_group, dim=0)[self._own_heads]
-
-
-class NormRopeSelfAttention(SelfAttention):
-    """megatron-core's self-attention, with QK-norm and rotary embedding in one kernel.
-
-    The kernel runs in the one method between the norms' place and the rotation's that is given
-    both the heads and the angles; the angles are not handed on then. The modules, their parameters
-    and what a checkpoint holds are as without it, because the norms are only called later.
-
-    Args:
-        tables: Shared by all layers.
-    """
-
-    def __init__(self, *args: Any, tables: RotaryTables, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._tables = tables
-
-    def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
-        assert packed_seq_params is None, "the fused QK-norm counts positions from the first token"
-        return super().forward(*args, **kwargs)
-
-    def _adjust_key_value_for_inference(
-        self,
-        inference_context: Any,
-        query_SBND: Tensor,
-        key_SBND: Tensor,
-        value_SBND: Tensor,
-        angles: tuple[Tensor, Tensor] | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        dtype = query_SBND.dtype
-        if angles is not None and inference_context is None and dtype in FUSED_DTYPES:
-            query_angles_S11D, key_angles_S11D = angles
-            query_tables = self._tables.of(query_angles_S11D)
-            query_SBND = self.q_layernorm.with_rotation(query_SBND, query_tables)
-            key_tables = self._tables.of(key_angles_S11D)
-            key_SBND = self.k_layernorm.with_rotation(key_SBND, key_tables)
-            angles = None
-        else:
-            query_SBND = self.q_layernorm.normalise(query_SBND)
-            key_SBND = self.k_layernorm.normalise(key_SBND)
-        return super()._adjust_key_value_for_inference(
-            inference_context, query_SBND, key_SBND, value_SBND, angles, *args, **kwargs
-        )
-
-
-@dataclass
-class ChameleonLayerSubmodules(TransformerLayerSubmodules):
-    """megatron-core's submodules, and the norms that the Swin order puts behind each branch."""
-
-    post_self_attn_layernorm: ModuleSpec | type = IdentityOp
-    post_mlp_layernorm: ModuleSpec | type = IdentityOp
+        return parameter_GD.repeat_interleave(self.heads_per_group, dim=0)[self.own_heads]
 
 
 class ChameleonLayer(TransformerLayer):
-    """megatron-core's layer with an optional norm between each branch and its bias-dropout-add.
-
-    With them it computes ``h = x + drop(norm(attn(x)))`` and ``y = h + drop(norm(ffn(h)))``, the
-    Swin order of the 34B.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: ChameleonLayerSubmodules,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(config, submodules, *args, **kwargs)
-        self.post_self_attn_layernorm = self._build_norm(submodules.post_self_attn_layernorm)
-        self.post_mlp_layernorm = self._build_norm(submodules.post_mlp_layernorm)
-        self.self_attn_bda: Callable = _after_norm(
-            self.post_self_attn_layernorm, self.self_attn_bda
-        )
-        self.mlp_bda: Callable = _after_norm(self.post_mlp_layernorm, self.mlp_bda)
+    """megatron-core's layer, with dropout masks that depend on the layer and not on the layout."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and self.config.hidden_dropout > 0:
             seed_layer(self.layer_number)
         return super().forward(*args, **kwargs)
 
-    def _build_norm(self, spec: ModuleSpec | type) -> nn.Module:
+
+@dataclass
+class SwinLayerSubmodules(TransformerLayerSubmodules):
+    """megatron-core's submodules, and the norms after the branches."""
+
+    post_self_attn_layernorm: Spec = IdentityOp
+    post_mlp_layernorm: Spec = IdentityOp
+
+
+class SwinLayer(ChameleonLayer):
+    """A layer with a norm between each branch and the addition to the residual stream.
+
+    megatron-core calls ``self_attn_bda`` and ``mlp_bda`` there for bias, dropout and addition; this
+    layer puts its norms in front of them.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, submodules: SwinLayerSubmodules, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        self.post_self_attn_layernorm = self._build_norm(submodules.post_self_attn_layernorm)
+        self.post_mlp_layernorm = self._build_norm(submodules.post_mlp_layernorm)
+        self.self_attn_bda: Callable = _norm_first(
+            self.post_self_attn_layernorm, self.self_attn_bda
+        )
+        self.mlp_bda: Callable = _norm_first(self.post_mlp_layernorm, self.mlp_bda)
+
+    def _build_norm(self, spec: Spec) -> nn.Module:
         return build_module(
             spec,
             config=self.config,
@@ -193,98 +230,19 @@ class ChameleonLayer(TransformerLayer):
         )
 
 
-def _after_norm(norm: nn.Module, get_bias_dropout_add: Callable) -> Callable:
-    """megatron-core's bias-dropout-add factory with ``norm`` applied to the branch first."""
-    if isinstance(norm, IdentityOp):
-        return get_bias_dropout_add
+def _norm_first(norm: nn.Module, get_bias_dropout_add: Callable) -> Callable:
+    """megatron-core's factory of bias-dropout-add functions, with ``norm`` applied first."""
 
-    def get_norm_bias_dropout_add(training: bool, fused: bool) -> Callable:
+    def get_norm_dropout_add(training: bool, fused: bool) -> Callable:
         bias_dropout_add = get_bias_dropout_add(training, fused)
 
-        def norm_bias_dropout_add(
+        def norm_dropout_add(
             branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float
         ) -> Tensor:
             branch, bias = branch_and_bias
             branch = norm(branch if bias is None else branch + bias)
             return bias_dropout_add((branch, None), residual, probability)
 
-        return norm_bias_dropout_add
+        return norm_dropout_add
 
-    return get_norm_bias_dropout_add
-
-
-def block_spec(
-    config: TransformerConfig,
-    backend: BackendSpecProvider,
-    *,
-    swin_norm: bool,
-    qk_norm_groups: int,
-    qk_norm_rope_fusion: bool = False,
-    vp_stage: int | None = None,
-) -> TransformerBlockSubmodules:
-    """The spec of the layers of one part of the model.
-
-    Args:
-        config: megatron-core's config.
-        backend: From ``select_backend``.
-        swin_norm: Norms behind the branches (34B) in place of before them (7B).
-        qk_norm_groups: Groups of heads with a QK-norm weight of their own, 0 for no QK-norm.
-        qk_norm_rope_fusion: QK-norm and rotary embedding in one kernel; nothing without QK-norm.
-        vp_stage: Which of this pipeline stage's parts, with interleaved pipeline parallelism.
-    """
-    first = get_transformer_layer_offset(config, vp_stage)
-    layers = range(first, first + get_num_layers_to_build(config, vp_stage))
-    backends = [layer_backend(backend, config, layer) for layer in layers]
-    tables = RotaryTables() if qk_norm_rope_fusion and qk_norm_groups else None
-    return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(config, b, swin_norm, qk_norm_groups, tables) for b in backends],
-        layer_norm=backend.layer_norm(rms_norm=True),
-    )
-
-
-def _layer_spec(
-    config: TransformerConfig,
-    backend: BackendSpecProvider,
-    swin_norm: bool,
-    qk_norm_groups: int,
-    tables: RotaryTables | None,
-) -> ModuleSpec:
-    """``tables``: for QK-norm and rotary embedding in one kernel."""
-    norm = backend.layer_norm(rms_norm=True)
-    before, behind = (IdentityOp, norm) if swin_norm else (norm, IdentityOp)
-    fused = tables is not None
-    attention = ModuleSpec(
-        module=NormRopeSelfAttention if fused else SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal, **({"tables": tables} if fused else {})},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
-            core_attention=backend.core_attention(),
-            linear_proj=backend.row_parallel_linear(),
-            q_layernorm=_qk_norm_spec(config.num_attention_heads, qk_norm_groups, fused),
-            k_layernorm=_qk_norm_spec(config.num_query_groups, qk_norm_groups, fused),
-        ),
-    )
-    mlp = MLPSubmodules(
-        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
-    )
-    return ModuleSpec(
-        module=ChameleonLayer,
-        submodules=ChameleonLayerSubmodules(
-            input_layernorm=before,
-            self_attention=attention,
-            post_self_attn_layernorm=behind,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=before,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
-            post_mlp_layernorm=behind,
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-
-
-def _qk_norm_spec(heads: int, groups: int, deferred: bool) -> ModuleSpec | type:
-    """Key heads may be fewer than the groups: then each has its own."""
-    if not groups:
-        return IdentityOp
-    params = {"heads": heads, "groups": min(groups, heads), "deferred": deferred}
-    return ModuleSpec(HeadLayerNorm, params=params)
+    return get_norm_dropout_add

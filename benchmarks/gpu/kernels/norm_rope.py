@@ -20,8 +20,8 @@ from benchmarks.gpu.common import (
     process_group,
     time_calls,
 )
+from megatron_chameleon.model.fused_qk_norm import RotaryTables, norm_rope
 from megatron_chameleon.model.layers import QK_NORM_EPSILON
-from megatron_chameleon.model.norm_rope import RotaryTables, norm_rope
 from megatron_chameleon.parallel import platform
 
 TOLERANCE = 2e-2

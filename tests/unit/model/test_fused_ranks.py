@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.model.chameleon import build_model
-from megatron_chameleon.model.layers import NormRopeSelfAttention
+from megatron_chameleon.model.fused_qk_norm import NormRopeSelfAttention
 from megatron_chameleon.model.loss import fused_vocab_parallel_cross_entropy
 from megatron_chameleon.parallel.launch import leave_process_group
 from megatron_chameleon.parallel.megatron_setup import prepare_megatron

@@ -6,7 +6,7 @@ from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_chameleon.model.norm_rope import RotaryTables, norm_rope
+from megatron_chameleon.model.fused_qk_norm import RotaryTables, norm_rope
 from megatron_chameleon.parallel import platform
 
 pytest.importorskip("triton")
