@@ -1,7 +1,7 @@
 """The parts of a layer that depend on the machine: matrix products, norms and core attention.
 
-megatron-core calls such a choice a backend (``BackendSpecProvider``); ``select_backend`` is the one
-place that chooses. Dimension letters in tensor names: S sequence, B batch, N heads of this rank,
+megatron-core calls such a selection a backend (``BackendSpecProvider``). Only ``select_backend``
+chooses one. Dimension letters in tensor names: S sequence, B batch, N heads of this rank,
 G key/value heads of this rank, D head size.
 """
 
@@ -27,7 +27,7 @@ from megatron_chameleon.parallel import platform
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm whose gradient is summed over the tensor-parallel ranks where sequences are split."""
+    """RMSNorm whose gradient is summed over tensor-parallel ranks if they split the sequence."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -37,8 +37,8 @@ class RMSNorm(nn.RMSNorm):
 class ScaledDotProductAttention(MegatronModule):
     """Core attention by torch's fused kernel, for machines without Transformer Engine.
 
-    megatron-core's own unfused attention writes the S x S scores out; on CPUs this is about a tenth
-    faster for the whole model.
+    megatron-core's own unfused attention writes out the S x S scores. On CPUs, torch's kernel makes
+    the whole model about a tenth faster.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -78,10 +78,10 @@ class LocalBackend(LocalSpecProvider):
 
 
 class EmulatedFp8Backend(LocalBackend):
-    """Linear layers that quantise as Transformer Engine's do.
+    """Linear layers that quantise as Transformer Engine's FP8 layers do.
 
     Args:
-        fp8: The recipe.
+        fp8: The FP8 recipe.
     """
 
     def __init__(self, fp8: Fp8Config) -> None:
@@ -97,12 +97,12 @@ class EmulatedFp8Backend(LocalBackend):
 class TransformerEngineBackend(TESpecProvider):
     """Transformer Engine's linear layers, norms and attention.
 
-    Norms stay modules of their own, so that names, checkpoints and norm orders are those of the
-    other backends.
+    Norms remain modules of their own, so that names, checkpoints and norm orders are the same as
+    with the other backends.
 
     Args:
         masked: Whether attention gets a mask (``data.reset_attention``). Transformer Engine's
-            causal attention passes over a mask without a word, so torch's attention stays then.
+            causal attention silently ignores a mask, so torch's attention is used in that case.
     """
 
     def __init__(self, masked: bool) -> None:
@@ -116,7 +116,7 @@ class TransformerEngineBackend(TESpecProvider):
 
 
 def select_backend(config: Config) -> BackendSpecProvider:
-    """The backend of this machine for a config."""
+    """The backend for a config on this machine."""
     if config.fp8.format is not None and config.fp8.emulate:
         return EmulatedFp8Backend(config.fp8)
     if platform.has_transformer_engine():
@@ -127,14 +127,14 @@ def select_backend(config: Config) -> BackendSpecProvider:
 def layer_backend(
     backend: BackendSpecProvider, config: TransformerConfig, layer: int
 ) -> BackendSpecProvider:
-    """The backend of one layer: plain linear layers where the emulated recipe leaves out FP8.
+    """The backend of one layer: plain linear layers where the emulated recipe does not use FP8.
 
-    With Transformer Engine, megatron-core keeps such layers out of its FP8 context by itself.
+    With Transformer Engine, megatron-core itself keeps such layers out of its FP8 context.
 
     Args:
         backend: From ``select_backend``.
         config: megatron-core's config.
-        layer: 0-based, counted over the whole model.
+        layer: Number of the layer in the whole model, from 0.
     """
     if isinstance(backend, EmulatedFp8Backend) and is_first_last_bf16_layer(config, layer):
         return LocalBackend()
@@ -142,7 +142,7 @@ def layer_backend(
 
 
 def check_machine(config: Config) -> None:
-    """Refuse to train what this machine cannot compute; no process group needs to exist.
+    """Refuse to train what this machine cannot compute. It needs no process group.
 
     Raises:
         ConfigErrors: They say what the machine lacks.
@@ -152,7 +152,7 @@ def check_machine(config: Config) -> None:
 
 
 def machine_problems(config: Config) -> list[ConfigError]:
-    """What of a config this machine lacks the hardware or Transformer Engine for."""
+    """Settings for which this machine lacks the hardware or Transformer Engine."""
     problems = []
     fp8, cp = config.fp8, config.parallel.context_parallel_size
     if fp8.format is not None and not fp8.emulate and (obstacle := platform.fp8_obstacle()):
@@ -163,6 +163,6 @@ def machine_problems(config: Config) -> list[ConfigError]:
         problems.append(ConfigError("fp8.format", f"{fp8.format} {obstacle}", remedy))
     if cp > 1 and not platform.has_transformer_engine():
         what = f"{cp} needs a GPU with Transformer Engine, and this machine has none"
-        remedy = "Set it to 1; tensor parallelism with sequence_parallel splits sequences anywhere"
+        remedy = "Set it to 1, and split sequences by tensor parallelism with sequence_parallel"
         problems.append(ConfigError("parallel.context_parallel_size", what, remedy))
     return [*problems, *fusion_problems(config)]

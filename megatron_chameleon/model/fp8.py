@@ -1,8 +1,8 @@
-"""The numbers of FP8 training: the two formats, and how Transformer Engine chooses its scales.
+"""The arithmetic of FP8 training: the two formats, and Transformer Engine's choice of scales.
 
-A tensor ``x`` becomes ``q = cast(x * scale)`` and stands for ``q / scale``. Delayed scaling takes
-the scale from the largest magnitudes (amax) of earlier micro-batches, current scaling
-("tensorwise") from the tensor itself. ``fp8_linear.py`` has the layers that use this.
+A tensor ``x`` becomes ``q = cast(x * scale)``, which represents ``q / scale``. Delayed scaling
+computes the scale from the largest magnitudes (amax) of earlier micro-batches, and current scaling
+("tensorwise") from the tensor itself. The layers that use this are in ``fp8_linear.py``.
 
 Source: Transformer Engine 2.11: transformer_engine/common/recipe/delayed_scaling.cu and
 recipe_common.cuh, transformer_engine/pytorch/quantization.py.
@@ -26,21 +26,21 @@ def gradient_dtype(fp8: Fp8Config) -> torch.dtype:
 
 
 def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast ``x * scale``; what is beyond the format becomes its largest value, NaN stays NaN.
+    """Cast ``x * scale``. Values beyond the format become its largest value, and NaN stays NaN.
 
-    torch's own casts saturate or overflow depending on the version, hence the clamp.
+    The clamp is needed because torch's casts saturate or overflow depending on the version.
     """
     largest = LARGEST[dtype]
     return (x.float() * scale).clamp(-largest, largest).to(dtype)
 
 
 def dequantised_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
-    """``a @ b`` of two FP8 matrices, summed in fp32, with their scales taken out: fp32."""
+    """``a @ b`` of two FP8 matrices without their scales, summed and returned in fp32."""
     return (a.float() @ b.float()) * (a_scale.reciprocal() * b_scale.reciprocal())
 
 
 def amax(x: Tensor) -> Tensor:
-    """The largest magnitude, fp32 scalar. NaNs are passed over, as the kernels' ``fmaxf`` does."""
+    """The largest magnitude, an fp32 scalar. It ignores NaNs, as the kernels' ``fmaxf`` does."""
     largest = x.detach().abs().amax().float()
     if largest.isnan():
         largest = x.detach().float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax()
@@ -48,10 +48,10 @@ def amax(x: Tensor) -> Tensor:
 
 
 def current_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale that maps ``largest`` to the format's end; 1 where it is 0 or infinite.
+    """The scale that maps ``largest`` to the format's largest value; 1 if it is 0 or infinite.
 
-    Source: ``compute_scale_from_amax`` in recipe_common.cuh, with Transformer Engine's defaults (no
-    powers of two, no epsilon).
+    Source: ``compute_scale_from_amax`` in recipe_common.cuh, with Transformer Engine's
+    defaults (no powers of two, no epsilon).
     """
     usable = largest.isfinite() & (largest > 0)
     scale = _divide(LARGEST[dtype], largest)
@@ -59,24 +59,24 @@ def current_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _divide(numerator: float, largest: Tensor) -> Tensor:
-    """Rounded once, as the kernels do; ``number / tensor`` would round a reciprocal first."""
+    """Divide with one rounding, as the kernels do; ``number / tensor`` would round twice."""
     return (torch.full_like(largest, numerator) / largest).clamp(max=FP32_LARGEST)
 
 
 class DelayedScaling:
-    """Scales and amax histories of some tensors that are updated together.
+    """Scales and amax histories of tensors that are updated together.
 
     Args:
-        fp8: Margin, length of the history and how an amax is taken from it.
+        fp8: The recipe: margin, length of the history, and how an amax is computed from it.
         dtype: The FP8 format.
         count: Number N of tensors.
-        device: Where the state lies.
+        device: The device of the state.
         group: Ranks that share their largest magnitudes; None for this process alone.
 
     Attributes:
         scale: [N], for the tensors of the next micro-batch.
-        history: [``amax_history_len``, N]; row 0 collects the running micro-batch, the last row is
-            that of the newest finished one.
+        history: [``amax_history_len``, N]. Row 0 collects the running micro-batch, and the last row
+            belongs to the newest finished one.
     """
 
     def __init__(
@@ -94,15 +94,15 @@ class DelayedScaling:
         self._group = group
 
     def record(self, slot: int, x: Tensor) -> None:
-        """Take note of a tensor's largest magnitude."""
+        """Record a tensor's largest magnitude."""
         self.history[0, slot] = torch.maximum(self.history[0, slot], amax(x))
 
     def update(self) -> None:
-        """End a micro-batch: share the amaxes, set the next scales, move the histories on.
+        """End a micro-batch: share the amaxes, set the next scales, advance the histories.
 
-        A tensor that no rank saw (amax 0) keeps scale and history: that is how a weight, which is
-        quantised in the first micro-batch of a step only, gets one entry a step. A scale stays also
-        where its amax is infinite. Source: ``kernel_bulk`` in delayed_scaling.cu.
+        A tensor that no rank saw (amax 0) keeps its scale and history. A weight is quantised only
+        in the first micro-batch of a step, and so gets one entry per step. A scale also stays the
+        same if its amax is infinite. Source: ``kernel_bulk`` in delayed_scaling.cu.
         """
         last = self.history[0].clone()
         if self._group is not None and self._group.size() > 1:
@@ -114,7 +114,7 @@ class DelayedScaling:
             largest = moved.nan_to_num(nan=0.0, posinf=torch.inf).amax(0)  # fmaxf
         usable = seen & largest.isfinite() & (largest > 0)
         scale = _divide(self._scaled_largest, largest)
-        # a new tensor: products under way keep the scale they were made with
+        # a new tensor, because unfinished products still hold the scale they were computed with
         self.scale = torch.where(usable, scale, self.scale)
         moved[0] = 0
         self.history = torch.where(seen, moved, self.history)

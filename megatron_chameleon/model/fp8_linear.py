@@ -1,10 +1,10 @@
 """Linear layers that compute what Transformer Engine's FP8 layers compute, on any device.
 
-Inputs, weights and output gradients are cast to FP8 and multiplied with fp32 sums; everything else
-(collectives, parameter names, checkpoints) is megatron-core's. Slower than no FP8: they show a
-recipe's effect on the loss.
+Inputs, weights and output gradients are cast to FP8 and multiplied with fp32 sums. Everything else
+(collectives, parameter names, checkpoints) is megatron-core's. The layers are slower than without
+FP8; their purpose is to show a recipe's effect on the loss.
 
-What is quantised when, and where amaxes are shared: Transformer Engine 2.11,
+Source of what is quantised when, and of where amaxes are shared: Transformer Engine 2.11,
 transformer_engine/pytorch/module/linear.py and quantization.py, with megatron-core 0.16's
 extensions/transformer_engine.py around it.
 """
@@ -38,7 +38,7 @@ from megatron_chameleon.model.fp8 import (
 
 
 class _Fp8Product(torch.autograd.Function):
-    """``x @ weight.T`` and both of its gradients from FP8 values."""
+    """``x @ weight.T`` and both of its gradients, computed from FP8 values."""
 
     @staticmethod
     def forward(
@@ -71,11 +71,11 @@ class EmulatedFp8Linear(nn.Module):
     """What the column-parallel and the row-parallel layer below have in common.
 
     Args:
-        fp8: The recipe.
+        fp8: The FP8 recipe.
 
     Attributes:
-        is_first_microbatch: Whether the weight is quantised anew by the next forward pass; the
-            quantised weight serves all micro-batches of a step.
+        is_first_microbatch: Whether the next forward pass quantises the weight again. All
+            micro-batches of a step use the same quantised weight.
     """
 
     def __init__(self, *args: Any, fp8: Fp8Config, **kwargs: Any) -> None:
@@ -92,13 +92,13 @@ class EmulatedFp8Linear(nn.Module):
     def share_scaling(
         self, slot: int, forward: DelayedScaling, gradients: DelayedScaling, is_first: bool
     ) -> None:
-        """Use entries of delayed scaling's common state: two forward, one for the gradient.
+        """Use entries of a shared state of delayed scaling: two forward, one for the gradient.
 
         Args:
             slot: Number of this layer among those that share the state.
-            forward: Of inputs and weights.
-            gradients: Of output gradients.
-            is_first: Whether this layer's backward pass is the last.
+            forward: The scaling of inputs and weights.
+            gradients: The scaling of output gradients.
+            is_first: Whether this is the first layer, whose backward pass is the last.
         """
         self._slot, self._forward, self._gradients = slot, forward, gradients
         self._is_first_layer = is_first
@@ -116,7 +116,7 @@ class EmulatedFp8Linear(nn.Module):
     ) -> Tensor:
         """The product of ``ColumnParallelLinear.forward`` and ``RowParallelLinear.forward``.
 
-        The sequence is gathered before it is quantised: Transformer Engine quantises first, with
+        The sequence is gathered before it is quantised. Transformer Engine quantises first, with
         one scale for all ranks, which gives the same values.
         """
         assert bias is None
@@ -129,7 +129,7 @@ class EmulatedFp8Linear(nn.Module):
         return _Fp8Product.apply(input, weight, self, scale, weight_fp8, weight_scale)
 
     def input_scale(self, x: Tensor) -> Tensor:
-        """The scale for an input; recomputation repeats that of the first time."""
+        """The scale for an input. Recomputation repeats the scale of the first pass."""
         if self._forward is None:
             return current_scale(amax(x), E4M3)
         if is_checkpointing() and torch.is_grad_enabled():
@@ -142,7 +142,7 @@ class EmulatedFp8Linear(nn.Module):
         return scale
 
     def quantised_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight in FP8 and its scale, made once a step while training."""
+        """The weight in FP8 and its scale, computed once per step while training."""
         if self.training and self._weight is not None and not self.is_first_microbatch:
             return self._weight
         if self._forward is None:
@@ -164,12 +164,12 @@ class EmulatedFp8Linear(nn.Module):
         return self._gradients.scale[self._slot]
 
     def finish_backward(self) -> None:
-        """The gradients' scales move on when the backward pass of a micro-batch is through."""
+        """Update the gradients' scales once the backward pass of a micro-batch is complete."""
         if self._is_first_layer and self._gradients is not None:
             self._gradients.update()
 
     def get_extra_state(self) -> dict[str, Any] | None:
-        """Delayed scaling's state of this layer, equal on all tensor- and data-parallel ranks."""
+        """This layer's state of delayed scaling, equal on all tensor- and data-parallel ranks."""
         if self._forward is None or self._gradients is None:
             return None
         parts = self._own_parts()
@@ -180,9 +180,9 @@ class EmulatedFp8Linear(nn.Module):
         }
 
     def set_extra_state(self, state: Any) -> None:
-        """Take over a checkpoint's state; without one of this format, the scales start anew.
+        """Load a checkpoint's state. If it has none of this format, the scales start from 1.
 
-        A history of another length is cut or filled up with zeros, as Transformer Engine does
+        A history of another length is cut or padded with zeros, as in Transformer Engine
         (``adjust_amax_history_length`` in transformer_engine/pytorch/module/base.py).
         """
         if self._forward is None or not isinstance(state, dict):
@@ -208,19 +208,19 @@ class EmulatedFp8Linear(nn.Module):
 
 
 class EmulatedColumnParallelLinear(EmulatedFp8Linear, ColumnParallelLinear):
-    """megatron-core's layer with the product in FP8."""
+    """megatron-core's layer, with its matrix product in FP8."""
 
 
 class EmulatedRowParallelLinear(EmulatedFp8Linear, RowParallelLinear):
-    """megatron-core's layer with the product in FP8."""
+    """megatron-core's layer, with its matrix product in FP8."""
 
 
 def set_up_delayed_scaling(decoder: nn.Module) -> None:
-    """Give the emulated layers of a ``TransformerBlock`` their delayed scaling, if they want one.
+    """Set up delayed scaling for the emulated layers of a ``TransformerBlock`` that use it.
 
-    The forward scales move on when the block's forward pass ends, where Transformer Engine's
-    autocast context ends. So with several micro-batches a step, the history gets an entry from each
-    of them (and one from the weights).
+    The forward scales are updated when the block's forward pass ends, which is where Transformer
+    Engine's autocast context ends. So with several micro-batches per step, the history gets an
+    entry from each of them, and one per step from the weights.
     """
     layers: Any = decoder.layers
     linears = [
@@ -249,14 +249,14 @@ def set_up_delayed_scaling(decoder: nn.Module) -> None:
 def share_delayed_scaling(
     linears: Sequence[EmulatedFp8Linear], group: ProcessGroup | None = None
 ) -> DelayedScaling:
-    """Let layers share delayed scaling's state, so that one reduction serves them all.
+    """Let layers share one state of delayed scaling, so that one reduction serves them all.
 
     Args:
-        linears: In the order of the forward pass; not empty.
+        linears: The layers in the order of the forward pass; at least one.
         group: Ranks that share their largest magnitudes.
 
     Returns:
-        The scaling of inputs and weights, to be updated after each forward pass.
+        The scaling of inputs and weights. Update it after each forward pass.
     """
     fp8, device = linears[0].fp8, next(linears[0].parameters()).device
     forward = DelayedScaling(fp8, E4M3, 2 * len(linears), device, group)
@@ -267,10 +267,13 @@ def share_delayed_scaling(
 
 
 def start_fp8_step(model: nn.Module) -> None:
-    """Before the first micro-batch of each optimizer step: the weights are other ones now.
+    """Let the next forward pass quantise the weights again, because an update has changed them.
 
-    megatron-core's own call for this (``set_is_first_microbatch``) looks at ``config.fp8``, which
-    is not set here.
+    Call it before the first micro-batch of each optimizer step. megatron-core's own function for
+    this (``set_is_first_microbatch``) looks at ``config.fp8``, which is not set here.
+
+    Args:
+        model: One part of the model.
     """
     for module in model.modules():
         if isinstance(module, EmulatedFp8Linear):

@@ -1,6 +1,6 @@
-"""Which fused kernels a model uses on this machine: the one place that chooses.
+"""Choose the fused kernels that a model uses on this machine.
 
-A fusion runs by itself (``null`` in the config) only where it is known to pay.
+If the config leaves a fusion at ``null``, it is used only where it is known to pay.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from megatron_chameleon.parallel import platform
 
 @dataclass(frozen=True)
 class Fusions:
-    """What ``FusionConfig`` asks for, decided for this machine."""
+    """The choices of ``FusionConfig``, decided for this machine."""
 
     apply_rope_fusion: bool
     bias_dropout_fusion: bool
@@ -40,13 +40,16 @@ KNOWN_TO_PAY = (
     "bias_activation_fusion",
     "gradient_accumulation_fusion",
 )
-"""On by themselves where they can run: megatron-core's, which its own training has on by default.
-Ours join them once a gain is measured."""
+"""On by default where they can run. These are megatron-core's own, which its training has on by
+default. Our fusions join the list once a gain has been measured."""
 
 
 def select_fusions(config: Config) -> Fusions:
-    """Decide for this machine; a fusion that is asked for by ``true`` is taken at its word, because
-    ``check_fusions`` and ``fusion_problems`` have refused it where it cannot run."""
+    """Choose the fusions for this machine.
+
+    One that the config sets to ``true`` is chosen without checks, because ``check_fusions`` and
+    ``fusion_problems`` have already refused it where it cannot run.
+    """
     wanted = dataclasses.asdict(config.fusion)
     conflicts = fusion_conflicts(config)
     chosen = {
@@ -56,37 +59,37 @@ def select_fusions(config: Config) -> Fusions:
         for name in NAMES
     }
     if chosen["qk_norm_rope_fusion"] and wanted["apply_rope_fusion"] is None:
-        chosen["apply_rope_fusion"] = False  # the same work
+        chosen["apply_rope_fusion"] = False  # it would do the same work
     return Fusions(**chosen)
 
 
 def fusion_names(config: Config) -> list[str]:
-    """The chosen ones, for people."""
+    """The chosen fusions, as short names for people."""
     chosen = dataclasses.asdict(select_fusions(config))
     return [name.removesuffix("_fusion") for name, on in chosen.items() if on]
 
 
 def fusion_problems(config: Config) -> Iterator[ConfigError]:
-    """Fusions that the config demands and this machine cannot run."""
+    """Errors for the fusions that the config demands and this machine cannot run."""
     for name in NAMES:
         if getattr(config.fusion, name) and (what := obstacle(name)):
-            remedy = "Set it to null to have it where it can run, or to false"
+            remedy = "Set it to null to use it only where it can run, or to false"
             yield ConfigError(f"fusion.{name}", f"true {what}", remedy)
 
 
 def obstacle(name: str) -> str | None:
-    """What this machine lacks for a fusion, as the end of a sentence; None: nothing."""
+    """What this machine lacks for a fusion, as the end of a sentence; None if it lacks nothing."""
     return _OBSTACLES[name]()
 
 
 def add_weight_gradients_in_products(model: nn.Module) -> None:
-    """Let the matrix products of Transformer Engine's layers add to ``main_grad`` themselves.
+    """Let the matrix products of Transformer Engine's layers add to ``main_grad`` directly.
 
-    megatron-core's config has a switch for this, ``gradient_accumulation_fusion``. It would reach
-    megatron-core's own output layer too, which raises unless an extension of apex is installed. So
-    the switch stays off, and only the layers that can do it are told: they read their attribute in
-    each forward pass. Call it where gradient buffers are made: without ``main_grad`` the layers'
-    backward pass fails.
+    megatron-core's config has a switch for this, ``gradient_accumulation_fusion``. But it also
+    affects megatron-core's own output layer, which raises an error unless an extension of apex is
+    installed. So the switch stays off, and this function sets the attribute of the layers that
+    support it, which they read in each forward pass. Call it only where gradient buffers exist:
+    without ``main_grad`` the layers' backward pass fails.
 
     Args:
         model: One part of the model.
@@ -110,24 +113,27 @@ def _no_transformer_engine() -> str | None:
 
 
 def _no_triton() -> str | None:
-    """Triton compiles kernels by itself, and the code that starts them with the machine's C
-    compiler and Python's headers. torch.compile needs all of it on a GPU."""
+    """What Triton lacks here. torch.compile needs it, too, on a GPU.
+
+    Triton compiles the kernels itself. For the code that launches them, it needs a C compiler and
+    Python's headers.
+    """
     if no_gpu := _no_gpu():
         return no_gpu
     if not importlib.util.find_spec("triton"):
         return "needs the package triton, which is not installed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "needs a C compiler for triton, and there is neither gcc nor clang nor CC"
+        return "needs a C compiler for triton, but there is no gcc or clang, and CC is not set"
     folders = _header_folders()
     if not any((folder / "Python.h").is_file() for folder in folders):
-        return f"needs Python's headers for triton, and {folders[0]} has no Python.h"
+        return f"needs Python's headers for triton, but {folders[0]} has no Python.h"
     return None
 
 
 def _header_folders() -> list[Path]:
-    """Where the compiler looks for Python.h. Source: triton/runtime/build.py, and gcc's manual."""
+    """Where the compiler looks for Python.h. Source: triton/runtime/build.py and gcc's manual."""
     scheme = sysconfig.get_default_scheme()
-    # Debian's scheme names a folder for what is installed on top, without the headers
+    # Debian's scheme names the folder for locally installed packages, which has no headers
     paths = sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)
     named = (os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH"))
     folders = [folder for value in named for folder in value.split(os.pathsep) if folder]

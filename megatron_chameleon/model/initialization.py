@@ -1,9 +1,9 @@
-"""First weights that are the same under every layout.
+"""Initial weights that are the same under every layout.
 
-Each tensor is drawn whole from a generator keyed by the seed and the tensor's name in the whole
-model, and each rank keeps its part. So neither tensor nor pipeline nor data parallelism changes
-them. Source of the scales: GPT-2's, as megatron-core has them: N(0, std), and N(0, std / sqrt(2
-layers)) for the two matrices that write to the residual stream.
+Each tensor is drawn whole, from a generator whose seed depends on the run's seed and the tensor's
+name in the whole model, and each rank keeps its part. So tensor, pipeline and data parallelism do
+not change the weights. The scales are GPT-2's, as in megatron-core: N(0, std), and N(0, std /
+sqrt(2 layers)) for the two matrices that write to the residual stream.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from megatron_chameleon.model.tensor_shards import take_shard
 def initialize_weights(
     model: nn.Module, *, seed: int, std: float, num_layers: int, rank: int, size: int
 ) -> None:
-    """Draw the matrices of one pipeline stage; norms keep their ones and zeros.
+    """Draw the matrices of one part of the model. Norms keep their ones and zeros.
 
     Args:
-        model: A ``GPTModel`` (this rank's part).
-        seed: Of the run.
+        model: This rank's part, a ``GPTModel``.
+        seed: The run's seed.
         std: Standard deviation of the matrices.
-        num_layers: Of the whole model.
+        num_layers: Number of layers in the whole model.
         rank: Tensor-parallel rank.
         size: Tensor-parallel size.
     """
@@ -42,14 +42,14 @@ def initialize_weights(
 
 
 def named_global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a ``GPTModel`` under their names in the whole model."""
+    """The parameters of a ``GPTModel`` with their names in the whole model."""
     first_layer = _first_layer(model)
     for local_name, parameter in model.named_parameters():
         yield global_name(local_name, first_layer), parameter
 
 
 def global_name(local_name: str, first_layer: int) -> str:
-    """The name of a parameter with its layer counted from the start of the whole model."""
+    """The name of a parameter, with its layer numbered from the start of the whole model."""
     return re.sub(
         r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m.group()) + first_layer), local_name
     )

@@ -1,9 +1,10 @@
 """Cross-entropy and log(Z), Z the softmax normaliser, over logits split along the vocabulary.
 
 Chameleon's loss is ``cross_entropy + z_loss * log(Z)^2`` (paper, section 2.3). One autograd
-function gives both terms with their exact gradients: with p the softmax, d cross_entropy / d logits
-= p - onehot and d log(Z) / d logits = p. It is here twice: by torch, anywhere, and by Triton
-kernels that leave the logits in their own dtype and overwrite them with their gradient.
+function computes both terms with their exact gradients: with p the softmax, d cross_entropy /
+d logits = p - onehot and d log(Z) / d logits = p. It exists twice: with torch's operations, which
+run anywhere, and with Triton kernels, which keep the logits in their own dtype and overwrite them
+with their gradient.
 """
 
 from collections.abc import Callable
@@ -20,14 +21,14 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def select_loss_parts(fused: bool) -> LossParts:
-    """``vocab_parallel_cross_entropy``, or its fused twin, which needs Triton and a GPU."""
+    """``vocab_parallel_cross_entropy``, or its fused counterpart, which needs Triton and a GPU."""
     return fused_vocab_parallel_cross_entropy if fused else vocab_parallel_cross_entropy
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Two all-reduces and one buffer of the logits' size, as cross-entropy alone needs.
+    """Two all-reduces and one buffer of the logits' size: no more than cross-entropy alone needs.
 
-    The softmax is never written out: the backward pass divides by its sums while it multiplies by
+    The softmax is never written out. The backward pass divides by its sums while it multiplies by
     the incoming gradient, which saves a pass over the buffer.
     """
 
@@ -70,14 +71,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def _local_columns(labels: Tensor, local_size: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Each label's column in this rank's part of the vocabulary [..., 1]; where it has none."""
+    """Each label's column in this rank's part of the vocabulary, [..., 1]; and which have none."""
     first, last = _local_range(local_size, group)
     elsewhere = (labels < first).logical_or_(labels >= last)
     return (labels - first).masked_fill_(elsewhere, 0).unsqueeze(-1), elsewhere
 
 
 def _local_range(local_size: int, group: ProcessGroup) -> tuple[int, int]:
-    """The ids of this rank's part of the vocabulary, from and to."""
+    """The first id of this rank's part of the vocabulary, and the one after the last."""
     first, last = VocabUtility.vocab_range_from_per_partition_vocab_size(
         local_size, group.rank(), group.size()
     )
@@ -97,13 +98,13 @@ def vocab_parallel_cross_entropy(
 
     Returns:
         cross_entropy, log_z and max_logit, each [...], in fp32 (fp64 for fp64 logits). Gradients
-        flow through the first two; a backward pass uses up the buffer, so there can be only one.
+        flow through the first two. A backward pass overwrites the buffer, so there can be only one.
     """
     return _VocabParallelCrossEntropy.apply(logits, labels, group)
 
 
 class _FusedVocabParallelCrossEntropy(torch.autograd.Function):
-    """One gather of three numbers a token, and no buffer: the gradient takes the logits' place."""
+    """One gather of three numbers per token, and no buffer: the gradient overwrites the logits."""
 
     @staticmethod
     def forward(
@@ -135,19 +136,19 @@ class _FusedVocabParallelCrossEntropy(torch.autograd.Function):
         at_label = grad_cross_entropy.reshape(-1).contiguous()
         factor = (at_label + grad_log_z.reshape(-1)).div_(sum_exp)
         write_gradient_(rows, labels, max_logit, factor, at_label, ctx.first)
-        increment_version(rows)  # autograd then refuses a second backward pass: the logits are gone
+        increment_version(rows)  # the logits are gone: autograd must refuse a second backward pass
         return rows.view(ctx.logits_shape), None, None
 
 
 def _as_rows(logits: Tensor) -> Tensor:
-    """[..., columns] as [tokens, columns]: a view wherever one of separate rows exists."""
+    """[..., columns] as [tokens, columns]: a view where possible, with rows that do not overlap."""
     rows = logits.detach().reshape(-1, logits.size(-1))
     separate = len(rows) == 1 or rows.stride(0) >= rows.size(-1)
     return rows if rows.stride(-1) == 1 and separate else rows.contiguous()
 
 
 def _over_ranks(statistics: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Each rank's maximum, sum of exponentials and label's logit, as those of the whole row."""
+    """Combine each rank's maximum, sum of exponentials and label's logit to those of whole rows."""
     if group.size() == 1:
         max_logit, sum_exp, label_logit = statistics.unbind()
         return max_logit, sum_exp, label_logit
@@ -162,11 +163,11 @@ def _over_ranks(statistics: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor
 def fused_vocab_parallel_cross_entropy(
     logits: Tensor, labels: Tensor, group: ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``vocab_parallel_cross_entropy`` in one pass forward and one backward, by Triton.
+    """``vocab_parallel_cross_entropy`` by Triton, with one pass forward and one backward.
 
     Args:
-        logits: As there. The backward pass overwrites them with their gradient, in any dtype; fp64
-            logits go the unfused way.
+        logits: As in ``vocab_parallel_cross_entropy``. The backward pass overwrites them with their
+            gradient, in any dtype. fp64 logits are computed by the unfused function.
         labels: As there.
         group: As there.
 

@@ -1,4 +1,4 @@
-"""What the ranks of a job tell each other. Each of these functions is a collective."""
+"""Collectives on Python objects: every rank of the job must call them."""
 
 from typing import TypeVar
 
@@ -8,36 +8,36 @@ T = TypeVar("T")
 
 
 def all_gather(value: T) -> list[T]:
-    """Every rank's value in the order of the ranks, on every rank."""
+    """Every rank's value, in rank order, on every rank."""
     everywhere = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, value)
     return everywhere
 
 
 def gather_on_rank_0(value: T) -> list[T] | None:
-    """Every rank's value in the order of the ranks, on rank 0; None elsewhere."""
+    """Every rank's value, in rank order, on rank 0; None on the others."""
     is_first = torch.distributed.get_rank() == 0
     everywhere = [value] * torch.distributed.get_world_size() if is_first else None
     torch.distributed.gather_object(value, everywhere, dst=0)
     return everywhere
 
 
-def first_message(words: str | None) -> str | None:
-    """The words of the first rank that has any; None where no rank has.
+def first_message(message: str | None) -> str | None:
+    """The message of the first rank that has one, on every rank; None if no rank has one.
 
     Args:
-        words: This rank's, such as what went wrong.
+        message: This rank's, such as what went wrong.
     """
-    return next((found for found in all_gather(words) if found), None)
+    return next((found for found in all_gather(message) if found), None)
 
 
 def broadcast(value: T, source: int = 0) -> T:
     """The value of one rank, on every rank.
 
     Args:
-        value: That of rank ``source`` counts.
-        source: Who tells it.
+        value: Used on rank ``source`` only.
+        source: The rank that sends its value.
     """
-    told = [value]
-    torch.distributed.broadcast_object_list(told, src=source)
-    return told[0]
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=source)
+    return values[0]

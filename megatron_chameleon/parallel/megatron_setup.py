@@ -84,7 +84,7 @@ def prepare_megatron() -> None:
     _install_cpu_random_tracker()
     for module, names in _DEVICE_SITES.items():
         for name in names:
-            _name_cpu_in(importlib.import_module(module), name)
+            _use_cpu_in(importlib.import_module(module), name)
 
 
 def _cpu_device() -> torch.device:
@@ -95,22 +95,23 @@ def _no_synchronize(device: Any = None) -> None:
     """Do nothing: work on the CPU is done when its call returns."""
 
 
-def _name_cpu_in(module: types.ModuleType, qualified_name: str) -> None:
+def _use_cpu_in(module: types.ModuleType, qualified_name: str) -> None:
+    """Replace the device literals of a function or method by those of the CPU."""
     target: Any = module
     for part in qualified_name.split("."):
         target = inspect.getattr_static(target, part)
     function = inspect.unwrap(getattr(target, "__func__", target))
-    code, count = _replace_literals(function.__code__)
+    code, count = _with_cpu_literals(function.__code__)
     if count == 0:
         raise RuntimeError(
-            f"{module.__name__}.{qualified_name} names no CUDA device: "
-            f"megatron-core changed; review {__name__}"
+            f"{module.__name__}.{qualified_name} does not name a CUDA device: "
+            f"megatron-core has changed, so review {__name__}"
         )
     function.__code__ = code
 
 
-def _replace_literals(code: types.CodeType) -> tuple[types.CodeType, int]:
-    """Replace device literals, in nested functions too; returns the new code and their number."""
+def _with_cpu_literals(code: types.CodeType) -> tuple[types.CodeType, int]:
+    """The code with its device literals replaced, in nested functions too; and their number."""
     count = 0
 
     def replace(constant: Any) -> Any:
@@ -121,7 +122,7 @@ def _replace_literals(code: types.CodeType) -> tuple[types.CodeType, int]:
         if isinstance(constant, tuple):
             return tuple(replace(item) for item in constant)
         if isinstance(constant, types.CodeType):
-            inner, inner_count = _replace_literals(constant)
+            inner, inner_count = _with_cpu_literals(constant)
             count += inner_count
             return inner
         return constant

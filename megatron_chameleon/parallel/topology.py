@@ -20,19 +20,19 @@ class Topology:
     context_rank: int = 0
     context_size: int = 1
     virtual_pipeline_size: int = 1
-    """Parts of the model on each pipeline stage."""
+    """Number of parts of the model on each pipeline stage."""
 
     def is_first_part(self, vp_stage: int = 0) -> bool:
-        """Whether the part ``vp_stage`` of this rank has the embedding."""
+        """Whether this rank's part ``vp_stage`` has the embedding."""
         return self.pipeline_rank == 0 and vp_stage == 0
 
     def is_last_part(self, vp_stage: int = 0) -> bool:
-        """Whether the part ``vp_stage`` of this rank has the output layer."""
+        """Whether this rank's part ``vp_stage`` has the output layer."""
         last = self.virtual_pipeline_size - 1
         return self.pipeline_rank == self.pipeline_size - 1 and vp_stage == last
 
     def micro_batch_numbers(self, count: int) -> range:
-        """Where this rank's ``count`` micro-batches of a step stand among those of all ranks."""
+        """The numbers of this rank's ``count`` micro-batches among those of all ranks in a step."""
         return range(self.data_rank, count * self.data_size, self.data_size)
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Topology:
 
 
 def create_topology(parallel: ParallelConfig) -> Topology:
-    """Create megatron-core's process groups; torch.distributed must be initialised."""
+    """Create megatron-core's process groups. torch.distributed must be initialised already."""
     import torch
     from megatron.core import parallel_state
 

@@ -1,8 +1,9 @@
-"""The two passes of the loss over the logits, each one kernel.
+"""The loss in two passes over the logits, each of them one kernel.
 
-Forward reads the logits once and leaves three numbers a row; backward reads them once and writes
-the gradient over them. Nothing of the logits' size is allocated, so the least traffic is three
-times their bytes. Source for the online softmax: Milakov and Gimelshein, arXiv 1805.02867.
+Forward reads the logits once and keeps three numbers per row. Backward reads them once and
+overwrites them with their gradient. Nothing of the logits' size is allocated, so the least possible
+traffic is three times their bytes. Source of the online softmax: Milakov and Gimelshein, arXiv
+1805.02867.
 """
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 VECTOR_BYTES = 16
 """The widest load of one thread."""
 STATISTICS_LANES, STATISTICS_WARPS = 1024, 8
-"""Four loads of a thread in flight, 16 KiB a program; six programs fit a multiprocessor."""
+"""Four loads of a thread in flight, 16 KiB per program; six programs fit on a multiprocessor."""
 GRADIENT_BYTES, GRADIENT_WARPS = 8192, 4
-"""Of the logits, for each program."""
+"""Bytes of the logits for each program."""
 
 
 @triton.jit
 def _larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    """NaN if one of both is, as torch has it; ``tl.max`` would drop it."""
+    """The larger one, or NaN if either is NaN, as in torch; ``tl.max`` would drop the NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -37,10 +38,12 @@ def statistics_kernel(
     VECTOR: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
-    """One program a row. Each of LANES keeps its own maximum and sum over VECTOR neighbours at a
-    time, all of one thread: the loop has no word between threads, the end of the row has the first.
+    """One program per row. Each of LANES keeps a maximum and a sum of its own.
+
+    A lane takes VECTOR neighbouring values at a time, all in one thread. So threads communicate
+    only at the end of the row, and not within the loop.
     """
-    row = tl.program_id(0).to(tl.int64)  # row x stride is beyond int32 from 32,768 x 65,536 on
+    row = tl.program_id(0).to(tl.int64)  # row x stride exceeds int32 from 32,768 x 65,536 on
     logits_ptr += row * row_stride
     largest = tl.full([LANES], float("-inf"), tl.float32)
     total = tl.full([LANES], 0.0, tl.float32)
@@ -53,12 +56,12 @@ def statistics_kernel(
             x = tl.load(logits_ptr + at)
         x = x.to(tl.float32)
         new_largest = _larger(largest, tl.reduce(x, 1, _larger))
-        # a lane that has seen nothing but -inf: (-inf) - (-inf) is NaN, (-inf) - 0 is not
+        # If a lane has only seen -inf: (-inf) - (-inf) is NaN, and (-inf) - 0 is not.
         shifts = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         total = total * tl.exp(largest - shifts) + tl.sum(tl.exp(x - shifts[:, None]), axis=1)
         largest = new_largest
     max_logit = tl.reduce(largest, 0, _larger)
-    shift = tl.where(max_logit == float("-inf"), 0.0, max_logit)  # another rank may have more
+    shift = tl.where(max_logit == float("-inf"), 0.0, max_logit)  # finite on another rank
     sum_exp = tl.sum(total * tl.exp(largest - shift), axis=0)
 
     label = tl.load(labels_ptr + row) - first
@@ -83,7 +86,7 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
-    """One program a block of a row: exp(x - max) x factor, at the label minus its own gradient."""
+    """One program per block of a row: exp(x - max) x factor, minus ``at_label`` at the label."""
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
     start = (program % blocks) * BLOCK
@@ -92,7 +95,7 @@ def gradient_kernel(
     x = tl.load(logits_ptr + at, mask=at < columns) if MASKED else tl.load(logits_ptr + at)
     gradient = tl.exp(x.to(tl.float32) - tl.load(max_logit_ptr + row)) * tl.load(factor_ptr + row)
     label = (tl.load(labels_ptr + row) - first).to(tl.int32)
-    if (label >= start) & (label < start + BLOCK):  # one block of a row; the others compare nothing
+    if (label >= start) & (label < start + BLOCK):  # true in one block of a row
         gradient = tl.where(at == label, gradient - tl.load(at_label_ptr + row), gradient)
     gradient = gradient.to(logits_ptr.dtype.element_ty)
     if MASKED:
@@ -105,14 +108,13 @@ def row_statistics(logits: Tensor, labels: Tensor, first: int) -> Tensor:
     """The largest logit, the sum of exp(logit - largest) and the label's logit of each row.
 
     Args:
-        logits: [tokens, columns] of one rank, bf16, fp16 or fp32; neighbours in a row lie side by
-            side.
+        logits: [tokens, columns] of one rank, bf16, fp16 or fp32, with a stride of 1 in the rows.
         labels: [tokens] int64 ids of the whole vocabulary, contiguous.
         first: The id of column 0.
 
     Returns:
-        [3, tokens] in fp32. The label's logit is 0 where the label is not among the columns. NaN
-        and infinity come out as torch's amax, exp and sum have them.
+        [3, tokens] in fp32. The label's logit is 0 if the label is not among the columns. NaN and
+        infinity are treated as by torch's amax, exp and sum.
     """
     tokens, columns = logits.shape
     vector = VECTOR_BYTES // logits.element_size()
@@ -137,14 +139,14 @@ def row_statistics(logits: Tensor, labels: Tensor, first: int) -> Tensor:
 def write_gradient_(
     logits: Tensor, labels: Tensor, max_logit: Tensor, factor: Tensor, at_label: Tensor, first: int
 ) -> None:
-    """Overwrite logits with ``exp(logits - max_logit) * factor``, less ``at_label`` at the label.
+    """Overwrite logits by ``exp(logits - max_logit) * factor``, minus ``at_label`` at the label.
 
     Args:
-        logits: As ``row_statistics`` takes them.
-        labels: As there.
-        max_logit: [tokens] fp32, contiguous as the following two.
-        factor: [tokens] fp32, the gradient that reaches the softmax, divided by its sum.
-        at_label: [tokens] fp32.
+        logits: As for ``row_statistics``.
+        labels: As for ``row_statistics``.
+        max_logit: [tokens] fp32; contiguous, as are the following two.
+        factor: [tokens] fp32, the gradient that reaches the softmax, divided by the softmax's sum.
+        at_label: [tokens] fp32, the gradient of the cross-entropy.
         first: The id of column 0.
     """
     tokens, columns = logits.shape

@@ -1,8 +1,9 @@
 """LayerNorm over the head dimension and rotary embedding, each element read and written once.
 
-A row is one head of one position, D = 2 x HALF elements; the rotation turns its halves against each
-other. A program takes a tile of POSITIONS x HEADS rows. Everything is computed in fp32 and rounded
-once. Backward reads the input again and normalises it anew, so that nothing else is kept for it.
+A row is one head of one position, with D = 2 x HALF elements; the rotation pairs each element of
+the first half with one of the second. A program computes a tile of POSITIONS x HEADS rows.
+Everything is computed in fp32 and rounded once. Backward reads the input and normalises it again,
+so that nothing else has to be kept.
 """
 
 import torch
@@ -11,15 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 FORWARD_ROWS, BACKWARD_ROWS, WARPS = 32, 16, 4
-"""Rows of a tile: 8 KiB of bf16 heads of 128 forward, 4 + 4 KiB backward, where sums stay too."""
+"""Rows per tile. For bf16 heads of 128 that is 8 KiB forward, and 4 + 4 KiB backward, where the
+registers also hold the sums."""
 MOST_HEADS, MOST_POSITIONS = 8, 16
 BACKWARD_TILES = 16
-"""Tiles of a backward program, one after the other; it writes one row of sums a head."""
+"""Tiles that a backward program computes in turn; it writes one row of sums per head."""
 
 
 @triton.jit
 def _row_sum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    """Over both halves of each row, kept as [POSITIONS, HEADS, 1]."""
+    """The sum over both halves of each row, as [POSITIONS, HEADS, 1]."""
     return tl.sum(a + b, axis=2)[:, :, None]
 
 
@@ -118,7 +120,7 @@ def backward_kernel(
     HEADS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Also the sums over its positions of the gradients of weight and bias, [2, heads, D]."""
+    """The gradient of x, and sums over positions of those of weight and bias, [2, heads, D]."""
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, COLUMNS)
     inside = (column < HALF)[None, None, :]
@@ -147,7 +149,7 @@ def backward_kernel(
         cos = tl.load(cos_ptr + angle, mask=turned, other=0.0)[:, None, :]
         sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)[:, None, :]
 
-        y1, y2 = out1 * cos + out2 * sin, out2 * cos - out1 * sin  # gradients: the inverse turn
+        y1, y2 = out1 * cos + out2 * sin, out2 * cos - out1 * sin  # gradients: the inverse rotation
         x1, x2, scale = _normalise(x1, x2, inside, epsilon, HALF)
         weight_sum1 += y1 * x1
         weight_sum2 += y2 * x2
@@ -172,7 +174,7 @@ def backward_kernel(
 
 
 def tile_shape(heads: int, head_size: int, rows: int) -> tuple[int, int, int, int]:
-    """HALF, COLUMNS, POSITIONS and HEADS of a tile of so many rows, fewer where heads are few."""
+    """HALF, COLUMNS, POSITIONS and HEADS of a tile with ``rows`` rows; fewer if heads are few."""
     half = head_size // 2
     tile_heads = min(MOST_HEADS, triton.next_power_of_2(heads))
     tile_positions = min(MOST_POSITIONS, rows // tile_heads)
@@ -189,16 +191,16 @@ def forward(
     heads_per_group: int,
     epsilon: float,
 ) -> Tensor:
-    """The heads normalised, scaled by their group's weight and bias, and turned.
+    """Normalise each head, apply its group's weight and bias, and rotate it.
 
     Args:
-        x_SBND: Any strides, but 1 in the last dimension.
-        weight_GD: Of all groups, contiguous as what follows.
-        bias_GD: As the weight.
-        cos_SC: Of each position's angles, C = D / 2, fp32.
-        sin_SC: As the cosines.
-        first_head: Of the heads over all ranks, the first in x.
-        heads_per_group: Group g has the heads from g x this on.
+        x_SBND: Any strides, except for 1 in the last dimension.
+        weight_GD: The weights of all groups, contiguous like the following tensors.
+        bias_GD: The biases of all groups.
+        cos_SC: Cosines of each position's angles, C = D / 2, fp32.
+        sin_SC: Sines of each position's angles.
+        first_head: The number of x's first head among the heads of all ranks.
+        heads_per_group: Group g has the heads from g x ``heads_per_group`` on.
         epsilon: Added to the variance.
 
     Returns:
@@ -244,13 +246,13 @@ def backward(
     """The gradients of ``forward``.
 
     Args:
-        x_SBND: As there.
-        grad_SBND: The gradient of its result; any strides, but 1 in the last dimension.
-        weight_GD: As there, and so the rest: cos_SC, sin_SC, first_head, heads_per_group, epsilon.
+        x_SBND: As for ``forward``.
+        grad_SBND: The gradient of the result. Any strides, except for 1 in the last dimension.
+        weight_GD: As for ``forward``, like cos_SC, sin_SC, first_head, heads_per_group and epsilon.
 
     Returns:
-        The gradient of x, contiguous; and those of each of x's heads' weight and bias in fp32,
-        [2, N, D]. Sums are taken in a fixed order: the same input gives the same bits.
+        The gradient of x, contiguous; and, for each of x's heads, the gradients of its weight and
+        bias in fp32, [2, N, D]. Sums have a fixed order, so the same input gives the same bits.
     """
     length, batch, heads, head_size = x_SBND.shape
     half, columns, tile_positions, tile_heads = tile_shape(heads, head_size, BACKWARD_ROWS)

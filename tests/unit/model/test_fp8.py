@@ -1,4 +1,4 @@
-"""FP8's formats and scales, bit for bit by the rules of Transformer Engine's kernels."""
+"""FP8 formats and scales follow the rules of Transformer Engine's kernels bit for bit."""
 
 import math
 

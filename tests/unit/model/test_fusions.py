@@ -1,4 +1,4 @@
-"""Which fused kernels are chosen, what is refused, and that the compiled ones change nothing."""
+"""Which fusions are chosen and which are refused; and compiled ones do not change the results."""
 
 import dataclasses
 import shutil
@@ -25,7 +25,7 @@ Edit = Callable[[Config], None]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine that has everything, as far as the choice asks."""
+    """A machine that seems to have everything that the choice looks at."""
     monkeypatch.setattr(platform, "has_gpu", lambda: True)
     monkeypatch.setattr(platform, "has_transformer_engine", lambda: True)
     monkeypatch.setattr(fusions.importlib.util, "find_spec", lambda name: object())
@@ -94,10 +94,10 @@ def test_a_demand_that_the_machine_cannot_meet_is_refused() -> None:
     for name in NAMES:
         setattr(config.fusion, name, True)
     found = [str(problem) for problem in machine_problems(config)]
-    what = "true needs a GPU, and this machine has none. Set it to null to have it where it can run"
+    what = "true needs a GPU, and this machine has none. Set it to null to use it only where it can"
     assert len(found) == len(NAMES)
     for name, line in zip(NAMES, found, strict=True):
-        assert line.startswith(f"fusion.{name}: {what}, or to false"), line
+        assert line.startswith(f"fusion.{name}: {what} run, or to false"), line
 
 
 @pytest.mark.usefixtures("gpu")
@@ -107,8 +107,8 @@ def test_a_demand_that_the_machine_cannot_meet_is_refused() -> None:
         ("te", "apply_rope_fusion", "needs Transformer Engine, and it cannot be imported here"),
         ("te", "gradient_accumulation_fusion", "needs Transformer Engine, and it cannot be"),
         ("triton", "loss_fusion", "needs the package triton, which is not installed"),
-        ("compiler", "bias_dropout_fusion", "needs a C compiler for triton, and there is neither"),
-        ("headers", "bias_activation_fusion", "needs Python's headers for triton, and /nowhere"),
+        ("compiler", "bias_dropout_fusion", "needs a C compiler for triton, but there is no gcc"),
+        ("headers", "bias_activation_fusion", "needs Python's headers for triton, but /nowhere"),
         ("compiler", "qk_norm_rope_fusion", "needs a C compiler for triton"),
     ],
 )
@@ -150,7 +150,7 @@ def test_megatron_core_gets_the_choice() -> None:
     found = transformer_config(config)
     assert all(getattr(found, name) is True for name in names)
     assert found.apply_rope_fusion is False
-    # it would reach megatron-core's own output layer, which wants apex's extension for it
+    # it would affect megatron-core's own output layer, which needs apex's extension for it
     assert found.gradient_accumulation_fusion is False
 
 
@@ -165,7 +165,7 @@ def make_engine(
 
 
 def gradient_norms(engine: MegatronEngine, step: int) -> dict[str, float]:
-    """The loss and the groups' gradient norms of a step whose update changes nothing."""
+    """The loss and the groups' gradient norms of a step with learning rate 0."""
     ids = torch.randint(96, (2, 17), generator=torch.Generator().manual_seed(step))
     positions = torch.arange(16).expand(1, -1)
     batches = [

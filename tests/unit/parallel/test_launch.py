@@ -1,4 +1,4 @@
-"""Which launcher started this process, read from its variables."""
+"""The launcher that started this process is recognised by its variables."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def test_launchers(environment: dict[str, str], expected: Launch) -> None:
 
 @pytest.mark.parametrize("rank", ["x", "4", "-1"])
 def test_a_rank_outside_the_job(rank: str) -> None:
-    with pytest.raises(ConfigError, match=f"RANK={rank} and WORLD_SIZE=4 name no place in a job"):
+    with pytest.raises(ConfigError, match=f"RANK={rank} is not a rank of a job with WORLD_SIZE=4"):
         find_launch({"RANK": rank, "WORLD_SIZE": "4"})
 
 
@@ -50,7 +50,7 @@ def test_a_launcher_that_does_not_say_where_to_meet(
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv(missing)
-    match = f"{missing} is not set and torchrun does not set it. Export"
+    match = f"{missing} is not set and torchrun does not set it. Export the"
     with pytest.raises(ConfigError, match=match):
         join_process_group(Launch("torchrun", 0, 2, 0))
 
@@ -69,7 +69,7 @@ def test_srun_meets_on_the_first_node_at_a_port_of_the_step(
     variables = {"SLURM_STEP_NODELIST": "node[3-5]", "SLURM_JOB_ID": "812", "SLURM_STEP_ID": "0"}
     found = slurm_meeting_point(variables)
     assert found["MASTER_ADDR"] == "node3"
-    assert found == slurm_meeting_point(variables), "all ranks find the same"
+    assert found == slurm_meeting_point(variables), "all ranks compute the same"
     assert 15_000 <= int(found["MASTER_PORT"]) < 30_000
     other = slurm_meeting_point({**variables, "SLURM_STEP_ID": "1"})
     assert other["MASTER_PORT"] != found["MASTER_PORT"], "steps of one job may run at once"
@@ -77,7 +77,7 @@ def test_srun_meets_on_the_first_node_at_a_port_of_the_step(
 
 def test_srun_without_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    match = r"show hostnames node7` names no node.*Export MASTER_ADDR"
+    match = r"show hostnames node7` returned no node.*Export the MASTER_ADDR"
     with pytest.raises(ConfigError, match=match):
         slurm_meeting_point({"SLURM_STEP_NODELIST": "node7"})
 
@@ -86,7 +86,7 @@ def test_a_rank_waits_for_the_launcher_to_end_it() -> None:
     launch = Launch("srun", 1, 2, 1)
     assert not is_reported_by_rank_0(Launch("srun", 0, 2, 0), 30)
     assert is_reported_by_rank_0(Launch("mpich", 1, 2, 1), 30), "mpiexec ends when all have ended"
-    # in a process without other threads, which could take the signals
+    # in a process of its own, where no other thread can receive the signals
     lines = (
         "import os, signal, threading",
         "from megatron_chameleon.parallel.launch import Launch, is_reported_by_rank_0",
@@ -94,7 +94,7 @@ def test_a_rank_waits_for_the_launcher_to_end_it() -> None:
         "assert not is_reported_by_rank_0(launch, 0.01)",
         "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()",
         "assert is_reported_by_rank_0(launch, 30)",
-        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as behind an interruption",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as after an interruption",
         "os.kill(os.getpid(), signal.SIGTERM)",
         "assert is_reported_by_rank_0(launch, 30)",
     )

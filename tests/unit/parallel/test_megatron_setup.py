@@ -1,4 +1,4 @@
-"""The CPU stand-ins: only device literals change, and a moved megatron-core is noticed."""
+"""On a CPU only device literals change, and a megatron-core that has changed is noticed."""
 
 import types
 
@@ -28,7 +28,7 @@ def test_literals_are_replaced_also_in_nested_functions() -> None:
 
         return inner()[0]
 
-    code, count = megatron_setup._replace_literals(outer.__code__)
+    code, count = megatron_setup._with_cpu_literals(outer.__code__)
     assert count == 1
     assert types.FunctionType(code, {})() == "torch.FloatTensor"
 
@@ -36,15 +36,15 @@ def test_literals_are_replaced_also_in_nested_functions() -> None:
 def test_a_function_runs_on_the_cpu_afterwards() -> None:
     module = types.ModuleType("sample")
     module.names_a_device = names_a_device  # type: ignore[attr-defined]
-    megatron_setup._name_cpu_in(module, "names_a_device")
+    megatron_setup._use_cpu_in(module, "names_a_device")
     assert names_a_device().device == torch.device("cpu")
 
 
 def test_a_listed_function_without_a_device_is_refused() -> None:
     module = types.ModuleType("sample")
     module.names_no_device = names_no_device  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match=r"sample\.names_no_device names no CUDA device"):
-        megatron_setup._name_cpu_in(module, "names_no_device")
+    with pytest.raises(RuntimeError, match=r"sample\.names_no_device does not name a CUDA device"):
+        megatron_setup._use_cpu_in(module, "names_no_device")
 
 
 def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_without_a_gpu_optimizers_are_torchs_whatever_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kernel = object()  # stands for Transformer Engine's, which start on GPUs only
+    kernel = object()  # stands for Transformer Engine's, which runs on GPUs only
     monkeypatch.setattr(optimizer, "Adam", kernel)
     monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)

@@ -1,4 +1,4 @@
-"""What a machine lacks for a config, by its GPU and its packages."""
+"""A machine's GPU and packages decide which configs it can train."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Random streams: functions of (seed, step, micro-batch, layer) and hardly of the layout."""
+"""Random streams depend on (seed, step, micro-batch, layer) and, with few exceptions, not on the
+layout."""
 
 from dataclasses import replace
 
@@ -25,7 +26,7 @@ HERE = Topology(
 def draws(
     seed: int = 1, step: int = 0, micro_batch: int = 0, layer: int | None = None, **place: int
 ) -> tuple[list[float], list[float]]:
-    """Numbers of the outer stream, and of the tensor-parallel one."""
+    """Numbers from the outer stream, and from the tensor-parallel one."""
     prepare_megatron()
     seed_random(seed, step, micro_batch, replace(HERE, **place))
     with megatron_random.get_cuda_rng_tracker().fork():
@@ -73,7 +74,7 @@ def test_a_layers_numbers_do_not_depend_on_those_drawn_before() -> None:
 
 
 def test_recomputation_finds_its_stream_again() -> None:
-    """It restores the generator's state after other micro-batches have seeded it."""
+    """Recomputation restores the generator's state after other micro-batches have seeded it."""
     seed_random(1, 0, 0, HERE)
     state = torch.get_rng_state()
     seed_random(1, 0, 1, HERE)

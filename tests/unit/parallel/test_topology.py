@@ -1,4 +1,4 @@
-"""A layout's name in words."""
+"""How a layout is printed."""
 
 from dataclasses import replace
 
