@@ -38,6 +38,7 @@ setup(
         "numpy",
         "psutil",  # megatron-core's checkpoint writer hangs without it and does not declare it
         "sentencepiece",
+        "protobuf",  # sentencepiece's classes for its model file need it and do not require it
         "transformers>=5.23",
         "safetensors",
         "omegaconf",

@@ -1,23 +1,21 @@
-"""A sentencepiece model from a Hugging Face ``tokenizer.json``, for vocabularies that exist as such
-only.
+"""Makes and changes sentencepiece model files, with sentencepiece's own protobuf classes.
 
-A sentencepiece BPE merges by the score of the merged piece, Hugging Face's by the rank of the pair:
-the score of a piece is the rank of the first pair that makes it. That this gives the same ids is
-tried on texts, and a vocabulary where it does not is refused.
-Source of the field numbers: sentencepiece_model.proto.
+A vocabulary that exists only as a Hugging Face ``tokenizer.json`` is turned into a sentencepiece
+model. A sentencepiece BPE merges by the score of the merged piece, Hugging Face's by the rank of
+the pair. So the score of a piece is the rank of the first pair that makes it. Whether both then
+give the same ids is tried on texts, and a vocabulary for which they do not is refused.
 """
 
 import json
-import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.text.tokenizer import TextTokenizer
 
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
-_BPE = 2
 HARD_TEXTS = (
     "The quick brown fox, 3,141.59 and  two spaces\tand a tab.\nA new line; naïve café — “quotes”",
     " leading space, trailing space ",
@@ -26,40 +24,46 @@ HARD_TEXTS = (
     "https://example.org/a_b-c?d=e&f=%20 https://example.org <s> </s> IMGIMGAZ",
     "aaaaaaaaaa  AAAAA 1000000 McDonald's don't I'LL ...!!! ((()))",
 )
+"""Texts on which tokenizers tend to differ."""
+_REMEDY = "Pass a tokenizer folder of this project with --tokenizer"
 
 
 def sentencepiece_from_huggingface(path: Path) -> bytes:
-    """The bytes of a ``text.model``.
+    """Turn a Hugging Face tokenizer into the bytes of a ``text.model``.
 
     Args:
         path: A ``tokenizer.json`` with a BPE.
 
     Raises:
-        DataError: It is none, or sentencepiece would give other ids.
+        DataError: If the file is not such a ``tokenizer.json``, or sentencepiece would give other
+            ids.
     """
-    remedy = "Give a tokenizer folder of ours with --tokenizer"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         model = content["model"]
         if model["type"] != "BPE":
-            raise DataError(str(path), f"is a {model['type']}, not a BPE", remedy)
+            raise DataError(str(path), f"is a {model['type']}, not a BPE", _REMEDY)
         names = [name for name, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
         if sorted(model["vocab"].values()) != list(range(len(names))):
-            raise DataError(str(path), f"the {len(names)} ids have gaps", remedy)
+            raise DataError(str(path), f"the {len(names)} ids have gaps", _REMEDY)
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         controls = {token["content"] for token in content["added_tokens"] if token["special"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(str(path), f"is no tokenizer.json ({error!r})", remedy) from error
+        what = f"is not a valid tokenizer.json ({error!r})"
+        raise DataError(str(path), what, _REMEDY) from error
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(pairs):
         ranks.setdefault(left + right, rank)
-    unknown = model.get("unk_token") or "<unk>"
-    bytes_ = bool(model.get("byte_fallback"))
-    proto = build_sentencepiece_model(
-        names, ranks, controls, unknown, byte_fallback=bytes_, add_prefix=_adds_prefix(content)
+    made = build_sentencepiece_model(
+        names,
+        ranks,
+        controls,
+        model.get("unk_token") or "<unk>",
+        byte_fallback=bool(model.get("byte_fallback")),
+        add_prefix=_adds_prefix(content),
     )
-    _compare(proto, path, names, controls, remedy)
-    return proto
+    _compare(made, path, names, controls)
+    return made
 
 
 def build_sentencepiece_model(
@@ -71,109 +75,67 @@ def build_sentencepiece_model(
     byte_fallback: bool = True,
     add_prefix: bool = False,
 ) -> bytes:
-    """The bytes of a sentencepiece BPE.
+    """Build the bytes of a sentencepiece BPE.
 
     Args:
         names: Pieces by id.
-        ranks: When a piece was learned; pieces that are no merge of others have none.
-        controls: Pieces that no text spells.
-        unknown: The piece for what no other covers.
-        byte_fallback: Whether pieces such as ``<0x0A>`` are bytes.
+        ranks: The order in which pieces were learned; pieces that are not merges have no rank.
+        controls: Pieces that no text can spell.
+        unknown: The piece for everything that no other piece covers.
+        byte_fallback: Whether pieces such as ``<0x0A>`` stand for bytes.
         add_prefix: Whether a space is put before each text.
     """
-    proto = b"".join(_pieces(names, ranks, controls, unknown, byte_fallback))
-    proto += _message(2, _trainer(names, unknown, byte_fallback))
-    return proto + _message(3, _normalizer(add_prefix))
+    model = ModelProto()
+    for index, name in enumerate(names):
+        is_byte = byte_fallback and len(name) == 6 and name.startswith("<0x") and name.endswith(">")
+        piece = model.pieces.add(piece=name)
+        if name == unknown:
+            piece.type = piece.UNKNOWN
+        elif name in controls:
+            piece.type = piece.CONTROL
+        else:
+            piece.type = piece.BYTE if is_byte else piece.NORMAL
+        is_normal = piece.type == piece.NORMAL
+        piece.score = -float(ranks.get(name, len(ranks) + index)) if is_normal else 0.0
+    _fill_trainer_spec(model.trainer_spec, names, unknown, byte_fallback)
+    # Text is left as it is, but for spaces, which are marked.
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = add_prefix
+    model.normalizer_spec.remove_extra_whitespaces = False
+    model.normalizer_spec.escape_whitespaces = True
+    serialized: bytes = model.SerializeToString(deterministic=True)
+    return serialized
+
+
+def _fill_trainer_spec(spec: Any, names: Sequence[str], unknown: str, byte_fallback: bool) -> None:
+    """Tell the model which special pieces there are; all else in it only matters for training."""
+    ids = {name: index for index, name in enumerate(names)}
+    spec.model_type = TrainerSpec.BPE
+    spec.vocab_size = len(names)
+    spec.byte_fallback = byte_fallback
+    specials = {"unk": unknown, "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
+    for key, name in specials.items():
+        setattr(spec, f"{key}_id", ids.get(name, -1))
+        setattr(spec, f"{key}_piece", name)
 
 
 def rename_control_pieces(model: bytes, prefix: str) -> bytes:
-    """The same model with another name for each control piece: no text spells it by chance.
+    """Put a prefix before the name of each control piece, so that no text spells one by chance.
 
     Args:
         model: The bytes of a sentencepiece model.
         prefix: Put before each name.
     """
-    out = []
-    for field, raw, content in _fields(model):
-        if field == 1 and content is not None:
-            entries = list(_fields(content))
-            kind = next((entry[1][1] for entry in entries if entry[0] == 3), _NORMAL)
-            if kind == _CONTROL:
-                named = (
-                    _message(1, prefix.encode() + (value or b"")) if number == 1 else entry
-                    for number, entry, value in entries
-                )
-                raw = _message(1, b"".join(named))
-        out.append(raw)
-    return b"".join(out)
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes | None]]:
-    """Number, bytes as they are, and content (of strings and messages) of each field."""
-    position = 0
-    while position < len(message):
-        start = position
-        key, position = _read_varint(message, position)
-        content = None
-        if key & 7 == 2:
-            size, position = _read_varint(message, position)
-            content = message[position : position + size]
-            position += size
-        elif key & 7 == 0:
-            _, position = _read_varint(message, position)
-        else:
-            position += 4 if key & 7 == 5 else 8
-        yield key >> 3, message[start:position], content
-
-
-def _read_varint(message: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
-
-
-def _pieces(
-    names: Sequence[str],
-    ranks: Mapping[str, int],
-    controls: Collection[str],
-    unknown: str,
-    bytes_: bool,
-) -> Iterator[bytes]:
-    for index, name in enumerate(names):
-        is_byte = bytes_ and len(name) == 6 and name.startswith("<0x") and name.endswith(">")
-        if name == unknown:
-            kind = _UNKNOWN
-        elif name in controls:
-            kind = _CONTROL
-        else:
-            kind = _BYTE if is_byte else _NORMAL
-        score = -float(ranks.get(name, len(ranks) + index)) if kind == _NORMAL else 0.0
-        piece = _message(1, name.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
-        yield _message(1, piece)
-
-
-def _trainer(names: Sequence[str], unknown: str, bytes_: bool) -> bytes:
-    fields = _number(3, _BPE) + _number(4, len(names)) + _number(35, int(bytes_))
-    ids = {name: index for index, name in enumerate(names)}
-    specials = (unknown, "<s>", "</s>", "<pad>")
-    for field, name in zip((40, 41, 42, 43), specials, strict=True):
-        fields += _number(field, ids.get(name, -1))
-    for field, name in zip((45, 46, 47, 48), specials, strict=True):
-        fields += _message(field, name.encode())
-    return fields
-
-
-def _normalizer(add_prefix: bool) -> bytes:
-    """The identity; spaces are marked, and kept as they are."""
-    return _message(1, b"identity") + _number(3, int(add_prefix)) + _number(4, 0) + _number(5, 1)
+    proto = ModelProto.FromString(model)
+    for piece in proto.pieces:
+        if piece.type == piece.CONTROL:
+            piece.piece = prefix + piece.piece
+    serialized: bytes = proto.SerializeToString(deterministic=True)
+    return serialized
 
 
 def _adds_prefix(content: Mapping[str, Any]) -> bool:
-    """Whether a text begins with a space that it does not have."""
+    """Whether a ``tokenizer.json`` puts a space before each text."""
     text = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
     return (
         '"Prepend"' in text
@@ -182,17 +144,16 @@ def _adds_prefix(content: Mapping[str, Any]) -> bool:
     )
 
 
-def _compare(proto: bytes, path: Path, names: list[str], controls: set[str], remedy: str) -> None:
-    """Encode texts both ways."""
+def _compare(model: bytes, path: Path, names: list[str], controls: set[str]) -> None:
+    """Encode texts with both tokenizers and refuse the model where their ids differ."""
     import tokenizers
 
-    ours = TextTokenizer(proto, where=str(path))
+    ours = TextTokenizer(model, where=str(path))
     theirs = tokenizers.Tokenizer.from_file(str(path))
     theirs.no_truncation()
     theirs.encode_special_tokens = True  # in text they are text, as with sentencepiece
     learned = [name for name in names if name not in controls][:: max(1, len(names) // 2000)]
-    texts = [*HARD_TEXTS, " ".join(learned).replace("▁", " ")]
-    for text in texts:
+    for text in (*HARD_TEXTS, " ".join(learned).replace("▁", " ")):
         expected = theirs.encode(text, add_special_tokens=False).ids
         found = ours.encode(text)
         if found != expected:
@@ -200,26 +161,5 @@ def _compare(proto: bytes, path: Path, names: list[str], controls: set[str], rem
                 (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
                 min(len(found), len(expected)),
             )
-            raise DataError(
-                str(path),
-                f"sentencepiece would give other ids for {text[:24]!r}, from token {at} on",
-                remedy,
-            )
-
-
-def _varint(value: int) -> bytes:
-    value &= 2**64 - 1  # negative numbers are written as 64-bit two's complement
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _message(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
+            what = f"sentencepiece would give other ids for {text[:24]!r}, from token {at} on"
+            raise DataError(str(path), what, _REMEDY)

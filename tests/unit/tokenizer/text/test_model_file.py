@@ -1,5 +1,6 @@
 """A sentencepiece model made from tokenizer.json gives the same ids, or is refused."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 from megatron_chameleon.tokenizer.text.model_file import (
     HARD_TEXTS,
     build_sentencepiece_model,
+    rename_control_pieces,
     sentencepiece_from_huggingface,
 )
 from megatron_chameleon.tokenizer.text.tokenizer import TextTokenizer
@@ -57,7 +59,7 @@ def test_a_vocabulary_of_another_kind_is_refused(tmp_path: Path) -> None:
     [
         (lambda c: c["model"].update(type="WordPiece"), "is a WordPiece, not a BPE"),
         (lambda c: c["model"]["vocab"].pop("<s>"), "ids have gaps"),
-        (lambda c: c.pop("model"), r"is no tokenizer\.json"),
+        (lambda c: c.pop("model"), r"is not a valid tokenizer\.json"),
     ],
 )
 def test_other_files_are_refused(exported: Path, change, message: str) -> None:
@@ -79,3 +81,22 @@ def test_a_prefix_is_added_where_it_is_asked_for() -> None:
         for add in (False, True)
     )
     assert (plain.encode("a"), prefixed.encode("a")) == ([5], [6])
+
+
+def test_the_bytes_of_a_model_stay_the_same() -> None:
+    """Checkpoints and token files name a tokenizer by a digest of its bytes."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<0x0A>", "▁", "é", "a", "▁a"]
+    model = build_sentencepiece_model(names, {"▁a": 0}, {"<s>", "<pad>", "</s>"})
+    assert len(model) == 200
+    assert hashlib.sha256(model).hexdigest() == (
+        "fbafdbf715c8145d3a7d18fbf8ba708d6a023da10f838ed2507bdcabfacacd36"
+    )
+
+
+def test_only_control_pieces_are_renamed(tiny_tokenizer: Path) -> None:
+    old = (tiny_tokenizer / "text.model").read_bytes()
+    assert rename_control_pieces(old, "") == old  # what sentencepiece wrote, to the byte
+    before, after = TextTokenizer(old), TextTokenizer(rename_control_pieces(old, "\ufffe"))
+    for token_id, (name, new_name) in enumerate(zip(before.tokens, after.tokens, strict=True)):
+        is_control = not before.is_text(token_id) and name != "<unk>"
+        assert new_name == (f"\ufffe{name}" if is_control else name)
