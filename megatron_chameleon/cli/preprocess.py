@@ -10,6 +10,8 @@ mpiexec -n 64 chameleon preprocess ...                        # shards and merge
 import argparse
 import re
 
+from megatron_chameleon.data.documents.image_fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -68,8 +70,8 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--image-fit",
-        choices=("role", "crop", "pad"),
-        default="role",
+        choices=IMAGE_FITS,
+        default=DEFAULT_IMAGE_FIT,
         help="how images become square: with a border in prompts of conversations and cropped "
         "elsewhere (role, the default), all cropped, or all with a border",
     )
@@ -106,9 +108,9 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.errors import ConfigError
 
     if args.status:
-        from megatron_chameleon.data.preprocess.progress import print_status
+        from megatron_chameleon.data.preprocess.progress import status_table
 
-        print_status(args.output)
+        print(status_table(args.output))
         return
     if args.merge:
         from megatron_chameleon.data.preprocess.merge_shards import merge_shards
@@ -123,7 +125,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _preprocess(args: argparse.Namespace) -> None:
-    from megatron_chameleon.data.preprocess.run import PreprocessOptions, preprocess
+    from megatron_chameleon.data.preprocess.options import EncodeOptions, PreprocessOptions
+    from megatron_chameleon.data.preprocess.run import preprocess
     from megatron_chameleon.parallel.launch import find_launch
 
     options = PreprocessOptions(
@@ -131,12 +134,14 @@ def _preprocess(args: argparse.Namespace) -> None:
         shard=args.shard or (0, 1),
         max_bad=args.max_bad,
         restart=args.restart,
-        source=args.source,
-        image_cache=args.image_cache,
-        device=args.device,
-        image_fit=args.image_fit,
-        image_dtype=args.image_dtype,
         save_seconds=args.save_every,
+        encoding=EncodeOptions(
+            device=args.device,
+            image_cache=args.image_cache,
+            corpus_name=args.source,
+            image_fit=args.image_fit,
+            image_dtype=args.image_dtype,
+        ),
     )
     launch = find_launch()
     if launch.world_size > 1 and args.shard is None and launch.launcher != "torchrun":

@@ -40,7 +40,7 @@ def chat_prompt(document: Document, tokenizer: Tokenizer) -> list[ChatPart]:
     if document.roles is None:
         document = Document(
             document.id,
-            document.source,
+            document.corpus_name,
             document.content,
             document.where,
             (USER,) * len(document.content),

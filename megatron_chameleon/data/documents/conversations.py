@@ -1,13 +1,13 @@
-"""Conversations: what fine-tuning trains on, as turns of prompt and answer.
+"""Conversations, the documents of fine-tuning: turns of prompt and answer.
 
     <s> prompt <reserved08706> answer </s> prompt <reserved08706> answer </s>
 
-Each prompt ends with the separator, each answer with ``</s>``, the last one of several too: whoever
-generates stops there, and the model has one way to say that it has finished. Only answers are
-trained, their ``</s>`` included; prompts and the separators behind them are not. A system message
-stands before the first prompt, with a blank line between, and is a part of it.
+Each prompt ends with the separator and each answer with ``</s>``, wherever it stands. Generation
+stops at ``</s>``, so the model has one way to say that it has finished. Only answers are trained,
+including their ``</s>``; prompts and the separators after them are not. A system message is part of
+the first prompt: it stands before it, with a blank line in between.
 
-Images of prompts are resized whole, with a border, and images of answers are cropped.
+Images in prompts are resized as a whole, with a border; images in answers are cropped.
 
 Source: paper, section 3.2 (separator, loss on answers, padding); the reference's inference code,
 which writes ``<s>``, the prompt and ``<END-OF-TURN>`` (the id of ``<reserved08706>``) and reads the
@@ -20,23 +20,21 @@ from dataclasses import dataclass
 
 from megatron_chameleon.data.documents.schema import ASSISTANT, Document, ImagePart, TextPart
 
-IMAGE_FITS = ("role", "crop", "pad")
-"""How images become square. ``role``: padded in prompts, cropped elsewhere; or all alike."""
-
 
 @dataclass(frozen=True)
 class Turn:
-    """A part of a document that ends with a token of its own."""
+    """A part of a document that is followed by a separator or ``</s>``."""
 
     parts: tuple[TextPart | ImagePart, ...]
     is_prompt: bool = False
-    """It ends with the separator; else with ``</s>``."""
+    """Whether it ends with the separator; other turns end with ``</s>``."""
     is_answer: bool = False
-    """It is trained, and prompts are not. False for documents that are no conversation."""
+    """Whether the loss is on this turn and not on prompts. False if the document is not a
+    conversation."""
 
 
 def turns_of(document: Document) -> Iterator[Turn]:
-    """Prompts and answers in order; a document that is no conversation is one turn."""
+    """Prompts and answers in order; a document that is not a conversation is one turn."""
     if document.roles is None:
         yield Turn(document.content)
         return
@@ -48,20 +46,20 @@ def turns_of(document: Document) -> Iterator[Turn]:
 
 
 def fault_of(document: Document) -> str:
-    """Why a conversation cannot be trained, its messages being in order; empty if it can."""
+    """Why a conversation with valid messages cannot be trained on; empty if it can."""
     if document.roles is None or document.roles[-1] == ASSISTANT:
         return ""
     if ASSISTANT not in document.roles:
-        return "the conversation has no answer of the assistant"
-    return f"the conversation ends with the {document.roles[-1]}, which nobody answers"
+        return "the conversation has no assistant message"
+    return f"the conversation ends with a {document.roles[-1]} message that has no answer"
 
 
 def are_padded(document: Document, fit: str) -> list[bool]:
-    """Of each image of a document, whether it is padded to a square and not cropped.
+    """For each image of a document, whether it is padded to a square instead of cropped.
 
     Args:
         document: With or without roles.
-        fit: One of ``IMAGE_FITS``.
+        fit: One of ``image_fit.IMAGE_FITS``.
     """
     roles = document.roles or (ASSISTANT,) * len(document.content)
     return [

@@ -1,13 +1,14 @@
-"""Blocks of an input to documents, and whole inputs to documents.
+"""Turns blocks of an input, or whole inputs, into documents.
 
     from megatron_chameleon.data.documents.parse import read_documents
     for document in read_documents(["data/*.jsonl.zst", "s3://bucket/pairs-*.tar"]): ...
 
-``inputs.py`` has the kinds of file, ``blocks.py`` cuts them, ``documents.py`` has the schema.
+``inputs/files.py`` knows the kinds of file, ``inputs/blocks.py`` cuts them into blocks, and
+``schema.py`` has the schema of lines of JSON. The other kinds of record are:
 
-- WebDataset: an image and its ``.txt`` or ``.json`` caption, the image first
-- OBELICS-style parquet: parallel lists ``images`` and ``texts``, where one of the two is null
-- parquet with a column ``text``, or ``messages`` as in lines of JSON
+- WebDataset: an image and its ``.txt`` or ``.json`` caption; the image comes first
+- OBELICS-style parquet: parallel lists ``images`` and ``texts``, one of which is null at each place
+- parquet with a column ``text``, or with ``messages`` as in lines of JSON
 """
 
 import json
@@ -46,11 +47,11 @@ def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
     """Read the documents of all inputs, in order.
 
     Args:
-        paths: Files, globs or URLs, see ``inputs.py``.
+        paths: Files, globs or URLs (``inputs/files.py``).
 
     Raises:
-        DataError: When a file is missing, of no known kind, or broken; it names the file and the
-            line.
+        DataError: If a file is missing, damaged or of an unknown kind, or a document is broken. The
+            error names the file and the line.
     """
     inputs = find_inputs(paths)
     for block in read_blocks(inputs, plan_ranges(inputs)):
@@ -61,10 +62,10 @@ def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
 
 
 def parse_block(block: Block) -> Iterator[Document | Fault]:
-    """The documents of a block, and a ``Fault`` in the place of each that is none.
+    """Parse the documents of a block; each broken one is replaced by a ``Fault``.
 
     Raises:
-        DataError: When the file has become shorter meanwhile.
+        DataError: If the file has become shorter since the block was cut.
     """
     payload = block.payload
     if isinstance(payload, Fault):
@@ -93,8 +94,8 @@ def _read_slice(path: str, part: FileSlice) -> bytes:
         file.seek(part.offset)
         content = file.read(part.size)
     if len(content) < part.size:
-        what = f"ends before byte {part.offset + part.size}, it has become shorter"
-        raise DataError(path, what, "Leave inputs alone while they are read")
+        what = f"the file now ends before byte {part.offset + part.size}: it has become shorter"
+        raise DataError(path, what, "Do not change inputs while they are read")
     return content
 
 
@@ -103,7 +104,7 @@ def _name(path: str) -> str:
 
 
 def _stem(path: str) -> str:
-    """The default source of a document: the file's name up to its first dot."""
+    """The default corpus name of a document: the file's name up to its first dot."""
     return _name(path).split(".")[0]
 
 
@@ -126,8 +127,8 @@ def _tar_document(sample: dict[str, Any], path: str, record: int) -> Document:
         try:
             metadata = json.loads(sample["json"])
         except (ValueError, RecursionError) as error:
-            what = f"its .json is broken ({one_line(error)})"
-            raise DataError(where, what, "Mend or remove the sample") from error
+            what = f"its .json is not valid JSON ({one_line(error)})"
+            raise DataError(where, what, "Fix or remove the sample") from error
     caption = metadata.get("caption", metadata.get("text")) if isinstance(metadata, dict) else None
     if "txt" in sample:
         try:
@@ -138,8 +139,8 @@ def _tar_document(sample: dict[str, Any], path: str, record: int) -> Document:
         what = f"no caption among its files ({', '.join(_suffixes(sample))})"
         raise DataError(where, what, 'Add KEY.txt, or KEY.json with a "caption"')
     images = [sample[suffix] for suffix in _suffixes(sample) if suffix in IMAGE_SUFFIXES]
-    # img2dataset leaves captions whose image could not be had: such a document is dropped as one
-    # with a missing image.
+    # img2dataset leaves captions whose image could not be downloaded. Such a document counts as one
+    # with a missing image, and is dropped.
     image = ImagePart(images[0]) if images else ImagePart(f"{path}/{key}.<image>")
     return Document(key, _stem(path), (image, TextPart(caption)), where, record=record)
 
@@ -159,7 +160,7 @@ def _parse_rows(block: Block, payload: ParquetRows) -> Iterator[Document | Fault
     for position in range(records.num_rows):
         row = block.record + position + 1
         try:
-            # a text that is no UTF-8 shows here
+            # raises if a text is not UTF-8
             (record,) = records.slice(position, 1).to_pylist()
             yield _parquet_document(record, block.path, row)
         except (DataError, ValueError, pyarrow.ArrowException) as error:
@@ -171,29 +172,31 @@ def _parse_rows(block: Block, payload: ParquetRows) -> Iterator[Document | Fault
 
 def _parquet_document(record: dict[str, Any], path: str, row: int) -> Document:
     where = f"{path}:{row}"
-    identity = record_name(record, "id", f"{_name(path)}:{row}", where)
-    source = record_name(record, "source", _stem(path), where)
+    document_id = record_name(record, "id", f"{_name(path)}:{row}", where)
+    corpus_name = record_name(record, "source", _stem(path), where)
     parts: tuple[TextPart | ImagePart, ...]
     roles = None
     if "messages" in record:
         parts, roles = parse_messages(record["messages"], folder_of(path), where)
     elif "text" in record:
         if not isinstance(record["text"], str):
-            what = f"text is a {type(record['text']).__name__}, not a string"
-            raise DataError(where, what, "Write strings")
+            what = f"text must be a string, not {type(record['text']).__name__}"
+            raise DataError(where, what, "Write strings into the column")
         parts = (TextPart(record["text"]),)
     else:
         parts = _interleaved(record, path, where)
-    return Document(identity, source, parts, where, roles, row)
+    return Document(document_id, corpus_name, parts, where, roles, row)
 
 
 def _interleaved(record: dict[str, Any], path: str, where: str) -> tuple[TextPart | ImagePart, ...]:
     images, texts = record["images"] or [], record["texts"] or []
     if not isinstance(images, list) or not isinstance(texts, list):
-        what = "images and texts are no lists"
-        raise DataError(where, what, "Write two list columns, one of the two null at each place")
+        what = "images and texts must be lists"
+        raise DataError(
+            where, what, "Write two list columns; at each place one of the two must be null"
+        )
     if len(images) != len(texts) or not images:
-        what = f"{len(images)} images beside {len(texts)} texts"
+        what = f"images has {len(images)} entries, but texts has {len(texts)}"
         raise DataError(where, what, "Write two lists of the same length, at least 1")
     pairs = enumerate(zip(images, texts, strict=True))
     return tuple(_parquet_part(i, image, text, path, where) for i, (image, text) in pairs)
@@ -203,17 +206,17 @@ def _parquet_part(
     position: int, image: Any, text: Any, path: str, where: str
 ) -> TextPart | ImagePart:
     if (image is None) == (text is None):
-        both = "both null" if image is None else "both there"
+        both = "both null" if image is None else "both set"
         what = f"images[{position}] and texts[{position}] are {both}"
-        raise DataError(where, what, "Leave exactly one of the two null at each place")
+        raise DataError(where, what, "Set exactly one of the two at each place")
     if text is not None:
         if not isinstance(text, str):
-            what = f"texts[{position}] is a {type(text).__name__}"
-            raise DataError(where, what, "Write strings")
+            what = f"texts[{position}] must be a string, not {type(text).__name__}"
+            raise DataError(where, what, "Write strings into the list")
         return TextPart(text)
     if isinstance(image, dict):  # the Image feature of Hugging Face datasets
         image = image.get("bytes") or image.get("path") or b""
     if not isinstance(image, str | bytes):
-        what = f"images[{position}] is a {type(image).__name__}"
-        raise DataError(where, what, "Write paths or bytes")
+        what = f"images[{position}] must be a path or bytes, not {type(image).__name__}"
+        raise DataError(where, what, "Write paths or bytes into the list")
     return image_part(image, folder_of(path), where)

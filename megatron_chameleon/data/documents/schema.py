@@ -1,17 +1,16 @@
-"""Documents: text and images in reading order, the input of everything.
+"""Documents: text and images in reading order. Everything starts from them.
 
-A document is one line of JSON in one of four forms, told apart by its key; ``id`` and ``source``
-are optional, further keys are ignored:
+A document is one line of JSON in one of four forms, which differ in their keys. The keys ``id`` and
+``source`` (the name of the corpus) are optional, and other keys are ignored:
 
     {"content": [{"type": "text", "text": "..."}, {"type": "image", "image": "PATH or data: URI"}]}
     {"text": "..."}
     {"messages": [{"role": "user", "content": "... or parts as above"}, {"role": "assistant", ...}]}
     {"prompt": "... or parts as above", "answer": "... or parts as above"}
 
-The last two are conversations, see ``conversations.py``. A line that breaks the schema is an error
-that names file and line. An image that is missing, empty,
-too large or corrupt shows when ``ImagePart.open`` is called. ``readers.py`` has the files that
-documents come from.
+The last two are conversations (``conversations.py``). A line that breaks the schema is an error
+that names the file and the line. An image that is missing, empty, too large or corrupt is noticed
+when ``ImagePart.open`` is called. ``parse.py`` reads the other kinds of record.
 """
 
 import base64
@@ -32,17 +31,18 @@ from megatron_chameleon.errors import DataError
 _DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-"""Who speaks in a conversation."""
+"""The roles in a conversation."""
 BEHIND_SYSTEM = "\n\n"
-"""Text between a system message and the prompt that it belongs to."""
+"""Text between a system message and its prompt."""
 
 LARGEST_IMAGE_PIXELS = 1 << 26
-"""67 million, above any camera of the web's pictures; Pillow's own limit would take gigabytes."""
+"""67 million, more than the pictures of any camera have; images at Pillow's own limit would take
+gigabytes."""
 LARGEST_IMAGE_BYTES = 128 << 20
 
 
 class ImageError(DataError):
-    """An unusable image; ``reason`` says how: missing, empty, too large, corrupt."""
+    """An unusable image; ``reason`` says why: missing, empty, too large or corrupt image."""
 
     def __init__(self, where: str, what: str, remedy: str, reason: str = "corrupt image") -> None:
         super().__init__(where, what, remedy)
@@ -57,14 +57,14 @@ class TextPart:
 @dataclass(slots=True)
 class ImagePart:
     image: str | bytes
-    """Path or URL of the file, or its bytes; a data: URI that cannot be decoded stays as it is, for
-    ``open`` to refuse."""
+    """Path or URL of the file, or its bytes. A data: URI that cannot be decoded is kept as it is;
+    ``open`` refuses it."""
 
     def open(self) -> Image.Image:
         """Read and decode the whole image.
 
         Raises:
-            ImageError: When there is no such file, or it is empty, too large or corrupt.
+            ImageError: If there is no such file, or it is empty, too large or corrupt.
         """
         return self.decode(self.read())
 
@@ -72,8 +72,8 @@ class ImagePart:
         """The bytes of the image file.
 
         Raises:
-            ImageError: When there is no such file, or it is empty or too large.
-            DataError: When a disk or network fails.
+            ImageError: If there is no such file, or it is empty or too large.
+            DataError: If a disk or network fails.
         """
         data = self.image if isinstance(self.image, bytes) else self._read_file(self.image)
         if not data:
@@ -85,10 +85,10 @@ class ImagePart:
         return data
 
     def decode(self, data: bytes) -> Image.Image:
-        """The image of its bytes.
+        """Decode the bytes of an image file.
 
         Raises:
-            ImageError: When it is too large or corrupt.
+            ImageError: If the image is too large or corrupt.
         """
         try:
             image = Image.open(io.BytesIO(data))
@@ -96,7 +96,7 @@ class ImagePart:
             if pixels <= LARGEST_IMAGE_PIXELS:
                 image.load()
                 return image
-        except Exception as error:  # a broken file makes Pillow's decoders raise anything
+        except Exception as error:  # Pillow's decoders raise all kinds of exceptions
             if isinstance(error, Image.DecompressionBombError):
                 raise self._too_large(one_line(error)) from error
             # Pillow's own message for this one holds an address, different in each run
@@ -104,11 +104,11 @@ class ImagePart:
             cause = "unknown format" if unknown else one_line(error)
             what = f"the image of {len(data)} bytes cannot be decoded ({cause})"
             raise ImageError(self.name, what, "Replace or remove it") from error
-        raise self._too_large(f"{pixels} pixels, {LARGEST_IMAGE_PIXELS} are the most")
+        raise self._too_large(f"{pixels} pixels, the limit is {LARGEST_IMAGE_PIXELS}")
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """What error messages call it."""
         if isinstance(self.image, bytes):
             return "embedded image"
         return f"{self.image[:40]}..." if self.image.startswith("data:") else self.image
@@ -128,7 +128,7 @@ class ImagePart:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
             remedy = "Give the path relative to the file of documents"
             raise ImageError(self.name, "no such image file", remedy, "missing image") from error
-        except OSError as error:  # a disk that fails would otherwise drop document after document
+        except OSError as error:  # otherwise a failing disk would drop one document after another
             if error.errno == errno.ENAMETOOLONG:
                 what, remedy = "no such image file", "Write paths or data: URIs"
                 raise ImageError(self.name[:99], what, remedy, "missing image") from error
@@ -139,14 +139,15 @@ class ImagePart:
 @dataclass(slots=True)
 class Document:
     id: str
-    source: str
+    corpus_name: str
+    """The key ``source``, or the file's name up to its first dot."""
     content: tuple[TextPart | ImagePart, ...]
     where: str
-    """File and line (or key, or row) that it was read from."""
+    """The file and the line, key or row that it was read from."""
     roles: tuple[str, ...] | None = None
     """The speaker of each part of a conversation; None for other documents."""
     record: int = 0
-    """Line, sample or row of its file, from 1."""
+    """Line, sample or row of its file, counted from 1."""
 
 
 def parse_line(line: bytes, path: str | Path, number: int) -> Document:
@@ -155,10 +156,10 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Document:
     Args:
         line: UTF-8 text of one JSON object.
         path: The file or URL, for relative image paths and errors.
-        number: Its line, from 1.
+        number: The number of the line, counted from 1.
 
     Raises:
-        DataError: When it is no JSON object, or breaks the schema.
+        DataError: If the line is not a JSON object or breaks the schema.
     """
     where = f"{path}:{number}"
     record = _parse_json(line, where, number)
@@ -167,18 +168,20 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Document:
     if not found and "prompt" in record:
         found = ["prompt"]
     if len(found) != 1:
-        what = f"{' and '.join(found) or 'none'} of the keys content, text and messages"
-        what += f" (it has {', '.join(record)[:200] or 'no key'})"
-        raise DataError(where, what, "Write exactly one of the three, or prompt and answer")
+        what = f"has the keys {' and '.join(found)} at once"
+        if not found:
+            keys = ", ".join(record)[:200] or "no key"
+            what = f"has none of the keys content, text, messages and prompt (it has {keys})"
+        raise DataError(where, what, "Write content, text, messages, or prompt and answer")
     name = str(path).rsplit("/", 1)[-1]
-    identity = record_name(record, "id", f"{name}:{number}", where)
-    source = record_name(record, "source", name.split(".")[0], where)
+    document_id = record_name(record, "id", f"{name}:{number}", where)
+    corpus_name = record_name(record, "source", name.split(".")[0], where)
     roles: tuple[str, ...] | None = None
     value = record[found[0]]
     content: tuple[TextPart | ImagePart, ...]
     if found == ["text"]:
         if not isinstance(value, str):
-            what = f"text is a {type(value).__name__}, not a string"
+            what = f"text must be a string, not {type(value).__name__}"
             raise DataError(where, what, "Write it as a string")
         content = (TextPart(value),)
     elif found == ["messages"]:
@@ -190,40 +193,40 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Document:
         content, roles = parse_messages(messages, folder_of(path), where, ("prompt", "answer"))
     else:
         content = _parse_content(value, folder_of(path), where)
-    return Document(identity, source, content, where, roles, number)
+    return Document(document_id, corpus_name, content, where, roles, number)
 
 
 def _parse_json(line: bytes, where: str, number: int) -> dict[str, Any]:
     try:
         record = orjson.loads(line)
-    except orjson.JSONDecodeError:  # stricter: no lone surrogates, no NaN, no byte order mark
+    except orjson.JSONDecodeError:  # orjson refuses lone surrogates, NaN and byte order marks
         try:
             record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:
-            what = f"not a line of JSON ({one_line(error)})"
-            raise DataError(where, what, "Mend or remove the line") from error
+            what = f"the line is not valid JSON ({one_line(error)})"
+            raise DataError(where, what, "Fix or remove the line") from error
     if not isinstance(record, dict):
-        what = f"a {type(record).__name__}, not an object"
-        raise DataError(where, what, "Write one JSON object a line")
+        what = f"the line must be a JSON object, not {type(record).__name__}"
+        raise DataError(where, what, "Write one JSON object per line")
     return record
 
 
 def folder_of(path: str | Path) -> str:
-    """The folder or URL that relative paths of images in a file belong to."""
+    """The folder or URL that relative image paths in a file start from."""
     if "://" in str(path):
         return str(path).rsplit("/", 1)[0]
     return str(Path(path).parent)
 
 
 def record_name(record: dict[str, Any], key: str, default: str, where: str) -> str:
-    """The id or source of a record, as a string; ``default`` where it has none."""
+    """The id or the corpus name of a record; ``default`` if it has none."""
     value = record.get(key)
     if value is None:
         return default
     if not isinstance(value, str | int):
         raise DataError(
             where,
-            f"{key} is a {type(value).__name__}, not a string",
+            f"{key} must be a string, not {type(value).__name__}",
             "Write it as a string, or leave it out",
         )
     return str(value)
@@ -232,22 +235,22 @@ def record_name(record: dict[str, Any], key: str, default: str, where: str) -> s
 def parse_messages(
     value: Any, folder: str, where: str, names: tuple[str, ...] = ()
 ) -> tuple[tuple[TextPart | ImagePart, ...], tuple[str, ...]]:
-    """The parts of all messages, and who speaks in each.
+    """Parse messages: their parts in order, and the role of each part.
 
     Args:
-        value: Of the key ``messages``.
-        folder: Where the file of documents lies.
+        value: The value of the key ``messages``.
+        folder: The folder or URL of the file of documents.
         where: File and line, for errors.
-        names: What errors call each message; empty for their places in the list.
+        names: What errors call each message; if empty, they use its place in the list.
 
     Raises:
-        DataError: They are no messages, or not in order.
+        DataError: If these are not messages, or their order is wrong.
     """
     if not isinstance(value, list) or not value:
         raise DataError(
             where,
-            "messages is no list with at least one message",
-            "Write a list of role and content",
+            "messages must be a list with at least one message",
+            "Write a list of objects with role and content",
         )
     parts: list[TextPart | ImagePart] = []
     roles: list[str] = []
@@ -258,7 +261,7 @@ def parse_messages(
             or not isinstance(message.get("role"), str)
             or "content" not in message
         ):
-            what = f"{name} is no object with a role and content"
+            what = f"{name} must be an object with a role and content"
             raise DataError(where, what, 'Write {"role": "user", "content": ...}')
         role = message["role"]
         _check_order(role, roles[-1] if roles else None, name, where)
@@ -274,19 +277,19 @@ def parse_messages(
 
 
 def _check_order(role: str, before: str | None, name: str, where: str) -> None:
-    """Refuse a message of an unknown role, or one that cannot follow the one before it."""
+    """Refuse a message with an unknown role, or one that cannot follow the previous message."""
     if role not in (SYSTEM, USER, ASSISTANT):
-        what = f"{name} has the role {role[:40]!r}"
+        what = f"{name} has the unknown role {role[:40]!r}"
         raise DataError(where, what, "Write user, assistant or system")
     if role == SYSTEM and before is not None:
-        what = f"{name} is of the system, behind other messages"
+        what = f"{name} is a system message after other messages"
         raise DataError(where, what, "Put the one system message first")
     if role == before:
-        what = f"{name} is of the {role}, as the one before it"
-        raise DataError(where, what, "Join the two: user and assistant take turns")
+        what = f"{name} is from the {role}, like the message before it"
+        raise DataError(where, what, "Join the two, because user and assistant must take turns")
     if role == ASSISTANT and before != USER:
-        what = f"{name} is of the assistant, and no user has asked"
-        raise DataError(where, what, "Put the user's message before it")
+        what = f"{name} is from the assistant, but no user message comes before it"
+        raise DataError(where, what, "Put a user message before it")
 
 
 def _parse_content(
@@ -297,7 +300,7 @@ def _parse_content(
     if not isinstance(value, list) or not value:
         raise DataError(
             where,
-            f"{name} is no list with at least one part",
+            f"{name} must be a list with at least one part",
             "Write a list of text and image parts",
         )
     return tuple(
@@ -310,9 +313,9 @@ def _parse_part(part: Any, name: str, folder: str, where: str) -> TextPart | Ima
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "image"):
         what = (
-            f"{name} has the type {kind!r}"
+            f"{name} has the unknown type {kind!r}"
             if kind is not None
-            else f"{name} is no object with a type"
+            else f"{name} must be an object with a type"
         )
         raise DataError(
             where, what, 'Write {"type": "text", "text": ...} or {"type": "image", "image": ...}'
@@ -325,15 +328,15 @@ def _parse_part(part: Any, name: str, folder: str, where: str) -> TextPart | Ima
 
 
 def image_part(value: str | bytes, folder: str, where: str) -> ImagePart:
-    """An image from a path, a data: URI or bytes.
+    """Make an image part of a path, a data: URI or bytes.
 
     Args:
         value: A path is relative to ``folder``.
-        folder: Where the file of documents lies, a path or URL.
+        folder: The folder or URL of the file of documents.
         where: File and line, for errors.
 
     Raises:
-        DataError: When it is a link.
+        DataError: If it is a link to the web.
     """
     if isinstance(value, bytes):
         return ImagePart(value)
@@ -355,5 +358,5 @@ def image_part(value: str | bytes, folder: str, where: str) -> ImagePart:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception, fit for one line of ours."""
+    """The message of an exception on a single line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -81,7 +81,7 @@ class Fault:
     reason: str
     """A few words that are the same for all faults of a kind: they are counted."""
     id: str = ""
-    source: str = ""
+    corpus_name: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Documents to token ids: what each worker of ``chameleon preprocess`` does.
+"""Turns documents into token ids: the work of each worker of ``chameleon preprocess``.
 
-A document becomes ``<s>``, its parts in order, ``</s>``; an image becomes begin-image, its codes
-row by row, end-image. Conversations have turns, and the answers among them are marked
-(``conversations.py``). Texts and images are encoded in batches over the documents of a block.
+Texts and images are encoded in batches over all documents of a block; ``layout.py`` says which
+tokens stand where.
 """
 
 import itertools
@@ -12,38 +11,29 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_chameleon.data.documents.conversations import are_padded, fault_of, turns_of
+from megatron_chameleon.data.documents.conversations import are_padded, fault_of
 from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.documents.schema import Document, ImageError, ImagePart, TextPart
 from megatron_chameleon.data.inputs.records import BROKEN_DOCUMENT, Block, Fault, Position
 from megatron_chameleon.data.preprocess.image_codes import ImageCache, ImageEncoder
-from megatron_chameleon.data.token_files.format import TOKEN_SPAN, TokenBlock, token_dtype
+from megatron_chameleon.data.preprocess.layout import (
+    EncodedDocuments,
+    lay_out,
+    lay_out_texts,
+    span_counts,
+    span_records,
+)
+from megatron_chameleon.data.preprocess.options import EncodeOptions
+from megatron_chameleon.data.token_files.format import TokenBlock, token_dtype
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_image_tokenizer, load_tokenizer
-from megatron_chameleon.tokenizer.text.fast import EXACT, make_text_encoder
+from megatron_chameleon.tokenizer.text.fast import make_text_encoder
 
 
 def load_for_encoding(folder: str | Path) -> Tokenizer:
-    """A tokenizer with its image half if the folder has one: documents of text alone do without."""
+    """Load a tokenizer, with its image tokenizer if it has one; text alone needs none."""
     return load_tokenizer(folder, images=(Path(folder) / IMAGE_CONFIG_FILE).exists())
-
-
-@dataclass(frozen=True)
-class EncodeOptions:
-    """What, beside documents and tokenizer, encoding depends on."""
-
-    text_encoder: str = EXACT
-    """gigatoken or sentencepiece; the ids are the same."""
-    device: str = "cpu"
-    """Where images are encoded."""
-    image_cache: str | None = None
-    source: str | None = None
-    """The source of all documents, in place of what they say."""
-    image_fit: str = "role"
-    """One of ``conversations.IMAGE_FITS``."""
-    image_dtype: str = "fp32"
-    """fp32 or bf16."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +41,18 @@ class DroppedDocument:
     """A document that is left out, and why."""
 
     id: str
-    source: str
+    corpus_name: str
     where: str
+    """File and line, key or row."""
     reason: str
-    """A few words, the same for all of a kind."""
+    """A few words that are the same for all documents dropped for this reason."""
     detail: str
     """What exactly was wrong, for people."""
 
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """What a block of records became."""
+    """A block of records as tokens."""
 
     tokens: TokenBlock
     dropped: list[DroppedDocument] = field(default_factory=list)
@@ -69,12 +60,12 @@ class EncodedBlock:
 
 
 class DocumentEncoder:
-    """Encodes documents; keeps tokenizers and threads between blocks.
+    """Encodes documents; keeps the tokenizers and threads between blocks.
 
     Args:
-        tokenizer: Vocabulary and text half, with or without the image half: that one is loaded
-            when the first image comes.
-        options: See there.
+        tokenizer: Vocabulary and text tokenizer, with or without the image tokenizer: if it is
+            missing, it is loaded with the first image.
+        options: How to encode.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: EncodeOptions | None = None) -> None:
@@ -82,13 +73,13 @@ class DocumentEncoder:
         self.options = options or EncodeOptions()
         self._text = make_text_encoder(tokenizer.text, self.options.text_encoder)
         self._images: ImageEncoder | None = None
-        self._dtype = token_dtype(tokenizer.vocabulary.size)
+        self._dtype = np.dtype(token_dtype(tokenizer.vocabulary.size))
 
     def encode_block(self, block: Block) -> EncodedBlock:
         """Parse and encode a block of records.
 
         Raises:
-            DataError: When documents have images and there is no image tokenizer, or a disk or
+            DataError: If documents have images and there is no image tokenizer, or a disk or
                 network fails.
         """
         tokens, dropped = self.encode(parse_block(block), block.input)
@@ -97,80 +88,79 @@ class DocumentEncoder:
     def encode(
         self, items: Iterable[Document | Fault], input_number: int = 0
     ) -> tuple[TokenBlock, list[DroppedDocument]]:
-        """Encode documents, in order; those with a fault are left out and listed.
+        """Encode documents in order; those with a fault are left out and listed.
 
         Args:
-            items: Documents of one input, and faults in the place of others.
-            input_number: Number of the input.
+            items: Documents of one input, with a fault in the place of each unreadable one.
+            input_number: Index of the input.
         """
         dropped: dict[int, DroppedDocument] = {}
         documents: dict[int, Document] = {}
         for place, item in enumerate(items):
             if isinstance(item, Fault):
-                dropped[place] = self._dropped_record(item)
+                error, name = item.error, self._corpus_name(item.corpus_name)
+                dropped[place] = DroppedDocument(
+                    item.id, name, error.where, item.reason, error.what
+                )
             elif fault := fault_of(item):
-                names = item.id, self._source(item.source), item.where
-                dropped[place] = DroppedDocument(*names, BROKEN_DOCUMENT, fault)
+                dropped[place] = self._drop(item, BROKEN_DOCUMENT, fault)
             else:
                 documents[place] = item
         codes: list[list[np.ndarray]] = []
         if any(type(part) is ImagePart for item in documents.values() for part in item.content):
             codes = self._encode_images(documents, dropped)
         kept = list(documents.values())
-        tokens = self._mixed(kept, codes) if codes else self._text_only(kept)
-        # in the order of the input, wherever it was cut into blocks
-        return self._block(kept, input_number, tokens), [dropped[i] for i in sorted(dropped)]
+        block = self._token_block(kept, input_number, self._lay_out(kept, codes))
+        # sorted: the list must not depend on how the input was cut into blocks
+        return block, [dropped[place] for place in sorted(dropped)]
 
-    def _source(self, source: str) -> str:
-        return source if self.options.source is None else self.options.source
+    def _corpus_name(self, own: str) -> str:
+        return own if self.options.corpus_name is None else self.options.corpus_name
 
-    def _dropped_record(self, fault: Fault) -> DroppedDocument:
-        error, source = fault.error, self._source(fault.source)
-        return DroppedDocument(fault.id, source, error.where, fault.reason, error.what)
+    def _drop(self, document: Document, reason: str, detail: str) -> DroppedDocument:
+        name = self._corpus_name(document.corpus_name)
+        return DroppedDocument(document.id, name, document.where, reason, detail)
 
     # Images
 
     def _encode_images(
         self, documents: dict[int, Document], dropped: dict[int, DroppedDocument]
     ) -> list[list[np.ndarray]]:
-        """The codes of each document's images; moves those with a fault to ``dropped``."""
+        """The codes of each document's images; documents with a bad image move to ``dropped``."""
         parts = {
             place: [part for part in document.content if isinstance(part, ImagePart)]
             for place, document in documents.items()
         }
         first = next(place for place, images in parts.items() if images)
         encoder = self._image_encoder(documents[first], len(parts[first]))
-        results = iter(
-            encoder.encode(
-                [part for images in parts.values() for part in images],
-                [
-                    pad
-                    for document in documents.values()
-                    for pad in are_padded(document, self.options.image_fit)
-                ],
-            )
-        )
+        all_parts = list(itertools.chain.from_iterable(parts.values()))
+        padded = [
+            pad
+            for document in documents.values()
+            for pad in are_padded(document, self.options.image_fit)
+        ]
+        results = iter(encoder.encode(all_parts, padded))
         codes = []
         for place, images in parts.items():
             found = [next(results) for _ in images]
             fault = next((result for result in found if isinstance(result, ImageError)), None)
             if fault is None:
                 codes.append([result for result in found if isinstance(result, np.ndarray)])
-                continue
-            document = documents.pop(place)
-            names = document.id, self._source(document.source), document.where
-            dropped[place] = DroppedDocument(*names, fault.reason, f"{fault.where}: {fault.what}")
+            else:
+                detail = f"{fault.where}: {fault.what}"
+                dropped[place] = self._drop(documents.pop(place), fault.reason, detail)
         return codes
 
     def _image_encoder(self, document: Document, images: int) -> ImageEncoder:
+        """The image encoder; ``document``, which has so many images, is the first to need it."""
         if self._images is not None:
             return self._images
         tokenizer, options = self.tokenizer, self.options
         image = tokenizer.image
         if image is None:
             if not (tokenizer.folder / IMAGE_CONFIG_FILE).exists():
-                remedy = "Train one with: chameleon tokenizer image IMAGES --output FOLDER"
                 what = f"the document has {images} images, {tokenizer.folder} no image tokenizer"
+                remedy = "Train one with: chameleon tokenizer image IMAGES --output FOLDER"
                 raise DataError(document.where, what, remedy)
             image = load_image_tokenizer(
                 tokenizer.folder, tokenizer.vocabulary, options.device, options.image_dtype
@@ -186,105 +176,43 @@ class DocumentEncoder:
 
     # Tokens
 
-    def _text_only(self, documents: Sequence[Document]) -> "_EncodedDocuments":
-        """Documents with one text each, or several."""
-        if any(len(document.content) != 1 for document in documents):
-            return self._mixed(documents, [[] for _ in documents])
-        texts = [part.text for document in documents for part in document.content]  # type: ignore[union-attr]
-        token_ids, offsets = self._text.encode(texts)
-        lengths = np.diff(offsets) + 2
-        ends = np.cumsum(lengths)
-        tokens = np.empty(int(ends[-1]) if len(ends) else 0, dtype=self._dtype)
-        is_text = np.ones(len(tokens), dtype=bool)
-        is_text[ends - lengths] = is_text[ends - 1] = False
-        tokens[is_text] = token_ids
-        tokens[ends - lengths] = self.tokenizer.vocabulary.bos
-        tokens[ends - 1] = self.tokenizer.vocabulary.eos
-        return _EncodedDocuments(tokens, lengths, [[] for _ in documents], [[] for _ in documents])
-
-    def _mixed(
+    def _lay_out(
         self, documents: Sequence[Document], codes: Sequence[Sequence[np.ndarray]]
-    ) -> "_EncodedDocuments":
-        """Any documents, with the codes of each one's images."""
-        vocabulary = self.tokenizer.vocabulary
+    ) -> EncodedDocuments:
+        """The tokens of documents.
+
+        Args:
+            documents: The documents to keep.
+            codes: Of each one's images; empty if no document has an image.
+        """
         parts = [part for document in documents for part in document.content]
         texts = [part.text for part in parts if isinstance(part, TextPart)]
-        text_ids, offsets = self._text.encode(texts)
-        encoded = iter(text_ids[first:stop] for first, stop in itertools.pairwise(offsets))
-        bos, begin, end = (
-            np.array([token_id])
-            for token_id in (vocabulary.bos, vocabulary.begin_image, vocabulary.end_image)
-        )
-        ends = {True: np.array([vocabulary.separator]), False: np.array([vocabulary.eos])}
-        pieces: list[np.ndarray] = []
-        lengths, all_images, all_answers = [], [], []
-        for document, image_codes in zip(documents, codes, strict=True):
-            codes_left = iter(image_codes)
-            images: list[tuple[int, int]] = []
-            answers: list[tuple[int, int]] = []
-            pieces.append(bos)
-            length = 1
-            for turn in turns_of(document):
-                first = length
-                for part in turn.parts:
-                    if isinstance(part, TextPart):
-                        pieces.append(next(encoded))
-                        length += len(pieces[-1])
-                        continue
-                    ids = vocabulary.codes_to_token_ids(next(codes_left))
-                    pieces += [begin, ids, end]
-                    images.append((length, len(ids) + 2))
-                    length += len(ids) + 2
-                pieces.append(ends[turn.is_prompt])
-                length += 1
-                if turn.is_answer:
-                    answers.append((first, length - first))
-            lengths.append(length)
-            all_images.append(images)
-            all_answers.append(answers)
-        tokens = np.concatenate(pieces) if pieces else np.empty(0)
-        return _EncodedDocuments(tokens.astype(self._dtype), lengths, all_images, all_answers)
+        token_ids, offsets = self._text.encode(texts)
+        vocabulary = self.tokenizer.vocabulary
+        if not codes and all(len(document.content) == 1 for document in documents):
+            return lay_out_texts(token_ids, offsets, vocabulary, self._dtype)
+        each = iter(token_ids[first:stop] for first, stop in itertools.pairwise(offsets))
+        codes = codes or [[] for _ in documents]
+        return lay_out(documents, each, codes, vocabulary, self._dtype)
 
-    def _block(
-        self, documents: Sequence[Document], input_number: int, tokens: "_EncodedDocuments"
+    def _token_block(
+        self, documents: Sequence[Document], input_number: int, encoded: EncodedDocuments
     ) -> TokenBlock:
+        """The block that the token file's writer takes."""
         numbers: dict[str, int] = {}
         of_documents = [
-            numbers.setdefault(self._source(document.source), len(numbers))
+            numbers.setdefault(self._corpus_name(document.corpus_name), len(numbers))
             for document in documents
         ]
         return TokenBlock(
-            token_ids=tokens.token_ids,
-            lengths=np.array(tokens.lengths, dtype=np.int32),
-            images=_spans(tokens.images),
-            image_counts=_counts(tokens.images),
+            token_ids=encoded.token_ids,
+            lengths=np.array(encoded.lengths, dtype=np.int32),
+            images=span_records(encoded.images),
+            image_counts=span_counts(encoded.images),
             records=np.array([document.record for document in documents], dtype=np.int64),
             corpus_names=list(numbers),
             corpus_numbers=np.array(of_documents, dtype=np.int64),
             input=input_number,
-            answers=_spans(tokens.answers),
-            answer_counts=_counts(tokens.answers),
+            answers=span_records(encoded.answers),
+            answer_counts=span_counts(encoded.answers),
         )
-
-
-TokenSpans = list[list[tuple[int, int]]]
-"""First token and number of tokens of what is in each document."""
-
-
-@dataclass(frozen=True)
-class _EncodedDocuments:
-    """Encoded documents."""
-
-    token_ids: np.ndarray
-    """Of all, one after the other."""
-    lengths: Sequence[int] | np.ndarray
-    images: TokenSpans
-    answers: TokenSpans
-
-
-def _spans(spans: TokenSpans) -> np.ndarray:
-    return np.array([span for document in spans for span in document], dtype=TOKEN_SPAN)
-
-
-def _counts(spans: TokenSpans) -> np.ndarray:
-    return np.array([len(document) for document in spans], dtype=np.int64)

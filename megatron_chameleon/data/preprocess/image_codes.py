@@ -1,7 +1,8 @@
-"""Image parts to image codes: reading and decoding on threads while the network encodes.
+"""Turns image parts into image codes; threads read and decode images while the network encodes.
 
-With a cache folder the codes of an image are kept under the SHA-256 of its file's bytes, beside
-those of other tokenizers, and apart for an image that is padded; a damaged entry is made again.
+With a cache folder, the codes of an image are kept under the SHA-256 of its file's bytes. Each
+tokenizer has a folder of its own in the cache, and padded and cropped images have separate entries.
+A damaged entry is made again.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 THREADS = 2
 BATCHES_AHEAD = 2
-"""Prepared images that wait for the network, in batches: they bound the memory."""
+"""Most batches of prepared images that wait for the network; this bounds the memory."""
 
 
 class ImageCache:
@@ -31,8 +32,8 @@ class ImageCache:
 
     Args:
         folder: Any folder; several processes may share it.
-        name: Of the folder within it: the same for the same codes.
-        shape: Codes an image, and size of the codebook.
+        name: Subfolder for this tokenizer; equal names must mean equal codes.
+        shape: Codes per image, and size of the codebook.
     """
 
     def __init__(self, folder: str | Path, name: str, shape: tuple[int, int]) -> None:
@@ -43,7 +44,7 @@ class ImageCache:
         return self.folder / key[:2] / key
 
     def get(self, key: str) -> np.ndarray | None:
-        """Codes, int64 [codes_per_image]; None where there are none, or damaged ones."""
+        """The codes of an image, int64 [codes_per_image]; None if they are missing or damaged."""
         try:
             content = self._path(key).read_bytes()
         except OSError:
@@ -54,10 +55,10 @@ class ImageCache:
         return codes if codes.max(initial=0) < self.codebook_size else None
 
     def put(self, key: str, codes: np.ndarray) -> None:
-        """Keep codes.
+        """Store the codes of an image.
 
         Raises:
-            DataError: When the disk does not take them.
+            DataError: If they cannot be written.
         """
         try:
             write_bytes(self._path(key), codes.astype("<u4").tobytes())
@@ -68,7 +69,8 @@ class ImageCache:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch on one thread: codes must not depend on the number of cores, and workers add up."""
+    """Let torch use one thread: codes must not depend on the number of cores, and every core has a
+    worker already."""
     import torch
 
     before = torch.get_num_threads()
@@ -84,7 +86,7 @@ class ImageEncoder:
 
     Args:
         tokenizer: The image tokenizer, on its device.
-        cache: Where codes are kept, if anywhere.
+        cache: Where codes are kept; None keeps none.
     """
 
     def __init__(self, tokenizer: "ImageTokenizer", cache: ImageCache | None = None) -> None:
@@ -100,10 +102,10 @@ class ImageEncoder:
 
         Args:
             parts: The images.
-            padded: Of each, whether it is padded to a square; None crops all.
+            padded: For each image, whether it is padded to a square; None crops all.
 
         Raises:
-            DataError: When a disk or network fails.
+            DataError: If a disk or network fails.
         """
         results: list[np.ndarray | ImageError] = []
         waiting: list[tuple[int, str, np.ndarray]] = []
@@ -134,7 +136,7 @@ class ImageEncoder:
     def _prepared(
         self, parts: Sequence[ImagePart], padded: Sequence[bool]
     ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
-        """Key and pixels, or codes, or fault of each image, a few batches ahead."""
+        """The cache key of each image with its pixels, codes or fault, a few batches ahead."""
         ahead = BATCHES_AHEAD * self.tokenizer.batch_size
         futures: deque[Future[tuple[str, np.ndarray | ImageError]]] = deque()
         rest = zip(parts, padded, strict=True)
@@ -164,6 +166,6 @@ class ImageEncoder:
             return "", fault
         try:
             return key, prepare_image(image, self.tokenizer.resolution, pad=pad)
-        except Exception as error:  # Pillow raises whatever its parsers meet
+        except Exception as error:  # Pillow's parsers raise all kinds of exceptions
             what = f"the image cannot be prepared ({one_line(error)})"
             return "", ImageError(part.name, what, "Replace or remove it")

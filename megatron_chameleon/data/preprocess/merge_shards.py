@@ -1,12 +1,13 @@
-"""Finished shards to one token file, without looking at a token.
+"""Merges finished shards into one token file without looking at the tokens.
 
 The shards of an input, one after the other, are the whole: the result is byte for byte what one
-process would have written. Tokens and lengths are copied by the kernel (``copy_file_range``: a
-server copies on its own, where it can); only PREFIX.documents, 24 bytes a document, and
-PREFIX.answers, 16 bytes an answer, are rewritten.
-Killed anywhere, the same command goes on after the last shard that was copied whole.
+process would have written. The kernel copies tokens and lengths (``copy_file_range``; a file server
+that can do so copies without sending the data). Only PREFIX.documents, 24 bytes per document, and
+PREFIX.answers, 16 bytes per answer, are rewritten. If the command is killed at any point, the same
+command resumes after the last shard that was copied completely.
 """
 
+import logging
 from pathlib import Path
 
 from megatron_chameleon.data.preprocess.progress import (
@@ -31,31 +32,34 @@ from megatron_chameleon.data.token_files.writer import (
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 
 def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
-    """Make PREFIX of PREFIX.shard-0-of-N to PREFIX.shard-N-1-of-N.
+    """Merge PREFIX.shard-0-of-N to PREFIX.shard-N-1-of-N into PREFIX.
 
     Args:
-        prefix: The token file; an older one stays until the new one is whole.
-        keep: Leave the shards where they are.
+        prefix: The token file; an older one stays until the new one is complete.
+        keep: Whether to keep the shards.
 
     Raises:
-        DataError: When a shard is missing or unfinished, or they do not belong together.
+        DataError: If a shard is missing or unfinished, or the shards do not belong together.
     """
     count = find_shards(prefix)
     if count < 2:
         if file_of(prefix, ".json").is_file() and not partial_folder(prefix).is_dir():
             info = read_info(prefix)
-            print(f"{describe_token_file(info, Path(prefix))}; no shards are left to merge")
+            logger.info("%s; no shards are left to merge", describe_token_file(info, Path(prefix)))
             return info
         remedy = "Make them with: chameleon preprocess ... --shard I/N"
-        raise DataError(str(prefix), "no shards lie here", remedy)
+        raise DataError(str(prefix), "there are no shards here", remedy)
     shards = [shard_prefix(prefix, (index, count)) for index in range(count)]
     merged = _merged(prefix, shards)
     if merged is not None:
         if not keep:
             _remove(shards)
-        print(f"{describe_token_file(merged, Path(prefix))}; an earlier run has merged them")
+        summary = describe_token_file(merged, Path(prefix))
+        logger.info("%s; an earlier run has merged the shards", summary)
         return merged
     infos = [_read_shard(shard) for shard in shards]
     _check_same(shards, infos)
@@ -73,12 +77,12 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
         info = writer.commit()
     if not keep:
         _remove(shards)
-    print(f"{describe_token_file(info, Path(prefix))}, of {count} shards")
+    logger.info("%s, of %s shards", describe_token_file(info, Path(prefix)), count)
     return info
 
 
 def _merged(prefix: str | Path, shards: list[str]) -> TokenFileInfo | None:
-    """What these shards were merged to already, by a run that was killed while it removed them."""
+    """The token file, if an earlier run merged these shards and was killed while removing them."""
     if partial_folder(prefix).is_dir() or not file_of(prefix, ".json").is_file():
         return None
     info = read_info(prefix)
@@ -91,7 +95,7 @@ def _read_shard(shard: str) -> TokenFileInfo:
     try:
         info = read_info(shard)
     except DataError as error:
-        remedy = "Run that shard; `chameleon preprocess --status` shows all"
+        remedy = "Run that shard; `chameleon preprocess --status` shows the state of all shards"
         raise DataError(error.where, error.what, remedy) from error
     for suffix, size in (
         (".bin", info.bin_bytes),
@@ -101,7 +105,7 @@ def _read_shard(shard: str) -> TokenFileInfo:
     ):
         found = file_of(shard, suffix).stat().st_size if size or suffix != ANSWERS_SUFFIX else 0
         if found != size:
-            what = f"{found} bytes, its .json names {size}"
+            what = f"the file has {found} bytes, its .json says {size}"
             raise DataError(str(file_of(shard, suffix)), what, "Run the shard with --restart")
     return info
 
@@ -109,16 +113,16 @@ def _read_shard(shard: str) -> TokenFileInfo:
 def _check_same(shards: list[str], infos: list[TokenFileInfo]) -> None:
     for shard, info in zip(shards, infos, strict=True):
         if info.tokenizer_fingerprint != infos[0].tokenizer_fingerprint:
-            what = f"another tokenizer than that of {shards[0]}"
+            what = f"its tokenizer differs from that of {shards[0]}"
         elif info.job != infos[0].job:
-            what = f"other inputs or options than those of {shards[0]}"
+            what = f"its inputs or options differ from those of {shards[0]}"
         else:
             continue
-        raise DataError(shard, what, "Run all shards with the same command, but for --shard")
+        raise DataError(shard, what, "Run all shards with the same command, apart from --shard")
 
 
 def _remove(shards: list[str]) -> None:
-    """Remove token files, the sidecar first: what is left of one never looks whole."""
+    """Remove shards, the sidecar of each first: a half-removed shard must not look complete."""
     for shard in shards:
         for suffix in (".json", *REQUIRED_SUFFIXES, ANSWERS_SUFFIX, DROPPED_SUFFIX):
             file_of(shard, suffix).unlink(missing_ok=True)

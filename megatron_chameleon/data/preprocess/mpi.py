@@ -1,14 +1,15 @@
-"""``mpiexec -n N chameleon preprocess ...``: each rank writes a shard, the first merges them.
+"""``mpiexec -n N chameleon preprocess ...``: each rank writes a shard, and the first merges them.
 
-MPI carries no data: the ranks share the file system, and tell each other how they ended.
+MPI carries no data. The ranks share the file system and only tell each other whether they failed.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_chameleon.data.preprocess.merge_shards import merge_shards
+from megatron_chameleon.data.preprocess.options import PreprocessOptions
 from megatron_chameleon.data.preprocess.progress import find_shards
-from megatron_chameleon.data.preprocess.run import PreprocessOptions, preprocess
+from megatron_chameleon.data.preprocess.run import preprocess
 from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
 from megatron_chameleon.parallel.launch import Launch
 
@@ -23,19 +24,19 @@ def preprocess_on_ranks(
 ) -> None:
     """Preprocess on all ranks of an MPI job.
 
-    A rank that fails lets the others finish their shards: the same command goes on from there.
+    If a rank fails, the others still finish their shards, and the same command resumes from there.
 
     Args:
         inputs: As for ``preprocess``.
         tokenizer: The tokenizer folder.
         prefix: The token file.
-        options: Those of one rank; the shard is its rank's.
-        launch: What the launcher's variables say.
-        keep: Leave the shards where they are.
+        options: The options of each rank; the shard is replaced by the rank's own.
+        launch: What the launcher's environment variables say.
+        keep: Whether to keep the shards after merging them.
 
     Raises:
-        ConfigError: When mpi4py is missing or sees another world than the launcher.
-        DataError: When this rank or another one failed.
+        ConfigError: If mpi4py is missing or counts other processes than the launcher.
+        DataError: If this rank or another one failed.
     """
     try:
         from mpi4py import MPI
@@ -44,7 +45,9 @@ def preprocess_on_ranks(
         remedy = "Install megatron-chameleon[mpi], or give each process its --shard I/N"
         raise ConfigError(launch.launcher, what, remedy) from error
     world = MPI.COMM_WORLD
-    if world.size != launch.world_size:  # srun without --mpi=pmi2: each would write everything
+    if (
+        world.size != launch.world_size
+    ):  # srun without --mpi=pmi2: each process would write everything
         what = f"{launch.world_size} processes, but mpi4py sees {world.size}"
         raise ConfigError(launch.launcher, what, "Use mpiexec, or srun --mpi=pmi2")
     failure: ChameleonError | None = None
@@ -57,7 +60,9 @@ def preprocess_on_ranks(
         world.Abort(1)
         raise
     failed = [rank for rank, bad in enumerate(world.allgather(failure is not None)) if bad]
-    if not failed and world.rank == 0 and find_shards(prefix):  # else an earlier run merged them
+    if (
+        not failed and world.rank == 0 and find_shards(prefix)
+    ):  # otherwise an earlier run has merged them
         try:
             merge_shards(prefix, keep)
         except ChameleonError as error:

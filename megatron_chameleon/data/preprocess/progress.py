@@ -1,8 +1,9 @@
-"""What a preprocessing run says of itself: the progress line, the summary, the status of shards.
+"""Reports on preprocessing: the progress line, the summary, and the status of shards.
 
 Try: ``chameleon preprocess --status --output PREFIX``
 """
 
+import logging
 import re
 import sys
 import time
@@ -19,6 +20,8 @@ from megatron_chameleon.data.token_files.format import (
 from megatron_chameleon.data.token_files.writer_state import WriterState, read_writer_state
 from megatron_chameleon.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 _SHARD = re.compile(r"\.shard-(\d+)-of-(\d+)\.[a-z]+(?:\.jsonl)?")
 
 
@@ -28,10 +31,10 @@ def shard_prefix(prefix: str | Path, shard: tuple[int, int]) -> str:
 
 
 def find_shards(prefix: str | Path) -> int:
-    """Of how many shards there are files; 0 for none.
+    """Find the N of the shards ``PREFIX.shard-I-of-N``; 0 if there are no shards.
 
     Raises:
-        DataError: When there are some of different numbers of shards.
+        DataError: If there are shards with different N.
     """
     folder = Path(prefix).parent
     name = Path(prefix).name
@@ -39,18 +42,18 @@ def find_shards(prefix: str | Path) -> int:
     matches = (_SHARD.fullmatch(found.removeprefix(name)) for found in names)
     counts = sorted({int(match[2]) for match in matches if match})
     if len(counts) > 1:
-        what = f"shards of {' and of '.join(map(str, counts))} lie here"
+        what = f"there are shards of {' and of '.join(map(str, counts))} here"
         raise DataError(str(prefix), what, "Remove those that you do not want")
     return counts[0] if counts else 0
 
 
 class ProgressReport:
-    """Progress on stderr, each second on a terminal and each ten in a log; a summary on stdout.
+    """Reports progress on stderr, every second on a terminal and every ten seconds in a log.
 
     Args:
-        total_bytes: Bytes of the input, as they lie on the disk.
-        start: What was done by earlier runs.
-        start_bytes: Bytes of the input that were read by them.
+        total_bytes: Bytes of the input on disk.
+        start: What earlier runs have done.
+        start_bytes: Bytes of the input that they have read.
     """
 
     def __init__(self, total_bytes: int, start: WriterState, start_bytes: int = 0) -> None:
@@ -62,9 +65,9 @@ class ProgressReport:
         self.started = self.printed = time.monotonic()
 
     def update(self, state: WriterState, read_bytes: int) -> None:
-        """Print a line, if it is time."""
+        """Show a line if the last one is old enough."""
         now = time.monotonic()
-        if now - self.printed < self.interval_seconds:
+        if now - self.printed < self.interval_seconds or not logger.isEnabledFor(logging.INFO):
             return
         self.printed = now
         elapsed = now - self.started
@@ -73,21 +76,20 @@ class ProgressReport:
         done = 100 * read_bytes / max(self.total_bytes, 1)
         bad = sum(state.dropped.values())
         line = f"preprocess: {state.documents:,} documents, {bad:,} bad, {done:.0f}% of input, "
-        line += f"{self._rates(state, here, elapsed)}, ETA {duration(left)}"
-        print(
-            f"\r{line}\033[K" if self.terminal else line,
-            end="" if self.terminal else "\n",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
+        line += f"{self._rates(state, here, elapsed)}, ETA {format_duration(left)}"
+        if self.terminal:
+            print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
+        else:
+            logger.info(line, extra={"stderr": True})
 
     def finish(self, info: TokenFileInfo, state: WriterState, path: Path) -> None:
-        """Print the summary."""
+        """Log the summary."""
         if self.terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         elapsed = time.monotonic() - self.started
         rates = self._rates(state, self.total_bytes - self.start_bytes, elapsed)
-        print(f"{describe_token_file(info, path)}, {duration(elapsed)} at {rates}")
+        summary = describe_token_file(info, path)
+        logger.info("%s, %s at %s", summary, format_duration(elapsed), rates)
 
     def _rates(self, state: WriterState, read_bytes: int, seconds: float) -> str:
         seconds = max(seconds, 1e-9)
@@ -101,7 +103,7 @@ class ProgressReport:
 
 
 def describe_token_file(info: TokenFileInfo, path: Path) -> str:
-    """A line about a token file, without what made it."""
+    """A line about a token file."""
     share = 100 * info.image_tokens / max(info.tokens, 1)
     dropped = f"{sum(info.dropped.values())} dropped"
     if info.dropped:
@@ -117,7 +119,7 @@ def count_reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """``1:02:03`` or ``2:03``."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
@@ -135,7 +137,7 @@ class ShardStatus:
     state: str
     """done, unfinished or not begun."""
     share: float
-    """Of its input, 0 to 1."""
+    """Share of its input that has been read, 0 to 1."""
     documents: int = 0
     images: int = 0
     tokens: int = 0
@@ -148,8 +150,12 @@ class ShardStatus:
 def status_of(prefix: str | Path, name: str) -> ShardStatus:
     """How far one token file is.
 
+    Args:
+        prefix: The token file, a shard or the whole.
+        name: What the table calls it.
+
     Raises:
-        DataError: When its sidecar or state cannot be read.
+        DataError: If its sidecar or state cannot be read.
     """
     if partial_folder(prefix).is_dir():
         state = read_writer_state(prefix)
@@ -179,11 +185,11 @@ def status_of(prefix: str | Path, name: str) -> ShardStatus:
     return ShardStatus(name, "not begun", 0.0)
 
 
-def print_status(prefix: str | Path) -> None:
-    """The status of PREFIX and of all its shards, a line each, and their sum.
+def status_table(prefix: str | Path) -> str:
+    """The status of PREFIX and of all its shards, one line each, and the total of the shards.
 
     Raises:
-        DataError: When there is nothing, or something cannot be read.
+        DataError: If there is nothing, or something cannot be read.
     """
     count = find_shards(prefix)
     rows = [
@@ -195,20 +201,22 @@ def print_status(prefix: str | Path) -> None:
     if whole.state != "not begun":
         rows.insert(0, whole)
     if not rows:
-        what = "no token file and no shards, finished or not"
+        what = "there is no token file and there are no shards here, finished or not"
         raise DataError(str(prefix), what, "Check --output")
     titles = ("", "state", "input", "documents", "images", "tokens", "bad", "MB/s", "ETA", "saved")
-    table = [titles, *map(_row, rows)]
+    table = [titles, *map(_table_row, rows)]
     shards = [row for row in rows if row.name != "whole"]
     if len(shards) > 1:
-        table.append(_row(_sum(shards)))
+        table.append(_table_row(_total(shards)))
     widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
-    for row in table:
-        cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    lines = (
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in table
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def _row(status: ShardStatus) -> tuple[str, ...]:
+def _table_row(status: ShardStatus) -> tuple[str, ...]:
     eta, age = status.eta_seconds, status.saved_seconds_ago
     return (
         status.name,
@@ -216,12 +224,12 @@ def _row(status: ShardStatus) -> tuple[str, ...]:
         f"{100 * status.share:.0f}%",
         *(f"{n:,}" for n in (status.documents, status.images, status.tokens, status.bad)),
         f"{status.megabytes_per_second:.1f}" if status.megabytes_per_second else "",
-        "" if eta is None else duration(eta),
-        "" if age is None else f"{duration(age)} ago",
+        "" if eta is None else format_duration(eta),
+        "" if age is None else f"{format_duration(age)} ago",
     )
 
 
-def _sum(shards: list[ShardStatus]) -> ShardStatus:
+def _total(shards: list[ShardStatus]) -> ShardStatus:
     done = sum(shard.state == "done" for shard in shards)
     etas = [shard.eta_seconds for shard in shards if shard.eta_seconds is not None]
     return ShardStatus(

@@ -1,8 +1,8 @@
-"""Blocks encoded by processes, in the order of the blocks.
+"""Encodes blocks in worker processes and returns them in order.
 
-At most two blocks a worker are under way, so memory does not grow with the input. Each worker uses
-one thread for arithmetic: the parallelism is over blocks. Workers read local lines themselves; the
-parent only writes, and a worker whose parent was killed ends at once.
+At most two blocks per worker are in flight, so memory does not grow with the input. Each worker
+computes on one thread, because blocks are what is parallel. Workers read local files of lines
+themselves, and the parent only writes. A worker whose parent was killed exits at once.
 """
 
 import multiprocessing
@@ -17,7 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from megatron_chameleon.data.inputs.records import Block
-from megatron_chameleon.data.preprocess.encode import DocumentEncoder, EncodedBlock, EncodeOptions
+from megatron_chameleon.data.preprocess.encode import DocumentEncoder, EncodedBlock
+from megatron_chameleon.data.preprocess.options import EncodeOptions
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 
@@ -25,16 +26,16 @@ from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 def encode_blocks(
     blocks: Iterator[Block], tokenizer: Tokenizer, options: EncodeOptions, workers: int
 ) -> Iterator[EncodedBlock]:
-    """Each block encoded, in order.
+    """Encode blocks, in order.
 
     Args:
-        blocks: Read no more than two a worker ahead.
-        tokenizer: Vocabulary and text half.
+        blocks: Read at most two blocks per worker ahead of the results.
+        tokenizer: Vocabulary and text tokenizer.
         options: How to encode.
-        workers: Processes; 1 encodes in this one.
+        workers: Number of processes; 1 encodes in this process.
 
     Raises:
-        DataError: What a worker meets that is no fault of one document; or a worker died.
+        DataError: If a worker fails for a reason that is not the fault of one document, or dies.
     """
     if workers == 1:
         with warnings.catch_warnings():
@@ -67,12 +68,12 @@ def _result(block: Block, future: "Future[EncodedBlock]") -> EncodedBlock:
     except BrokenProcessPool as error:
         where = f"{block.path}:{block.record + 1}"
         what = "a worker process died at or near this document"
-        remedy = "Look for an out-of-memory kill, then use fewer --workers"
+        remedy = "Check whether the system ran out of memory, and use fewer --workers"
         raise DataError(where, what, remedy) from error
 
 
 class _Worker:
-    """What one worker process keeps between blocks; the parent never sets it."""
+    """What a worker process keeps between blocks; the parent never sets it."""
 
     folder: str = ""
     options: EncodeOptions = EncodeOptions()
@@ -80,14 +81,14 @@ class _Worker:
 
     @classmethod
     def start(cls, folder: str, options: EncodeOptions) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles Ctrl-C
         threading.Thread(target=_end_with_parent, daemon=True).start()
         _ignore_image_warnings()
         cls.folder, cls.options = folder, options
 
     @classmethod
     def encode(cls, block: Block) -> EncodedBlock:
-        # loaded here, because an error in start() would only break the pool
+        # loaded here, because an error in start() would break the pool and lose its message
         if cls.encoder is None:
             cls.encoder = DocumentEncoder(
                 load_tokenizer(Path(cls.folder), images=False), cls.options
@@ -96,7 +97,7 @@ class _Worker:
 
 
 def _end_with_parent() -> None:
-    """A worker holds both ends of its queue and would wait for ever for a parent that is gone."""
+    """Exit when the parent dies: a worker holds both ends of its queue and would wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -19,7 +19,7 @@ from places import REPOSITORY
 
 
 def run(*command):
-    """Run a command of its own process: seconds, so only where the process matters."""
+    """Run a command in its own process. That takes seconds: only where the process matters."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -57,7 +57,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture
 def documents(tmp_path):
-    """150 documents, three chunks; every third has an image, of which three are unusable."""
+    """150 documents in three chunks; every third has an image, and three of these are unusable."""
     noise = np.random.default_rng(0)
     broken = {30: None, 60: b"", 90: b"no picture"}
     lines = []
@@ -150,7 +150,7 @@ def test_shards_one_after_the_other_are_the_whole(tmp_path, tokenizer_folder, co
 def test_merge_names_what_is_missing(tmp_path, tokenizer_folder, documents, chameleon, refused):
     inputs = (documents, "--tokenizer", tokenizer_folder, "--output", tmp_path / "s")
     assert refused("preprocess", "--merge", *inputs[3:]) == (
-        f"error: {tmp_path}/s: no shards lie here. "
+        f"error: {tmp_path}/s: there are no shards here. "
         "Make them with: chameleon preprocess ... --shard I/N."
     )
     chameleon("preprocess", *inputs, "--shard", "0/2")
@@ -158,13 +158,14 @@ def test_merge_names_what_is_missing(tmp_path, tokenizer_folder, documents, cham
         "preprocess", "--merge", *inputs[3:]
     )
     chameleon("preprocess", *inputs, "--shard", "1/2", "--source", "other")
-    assert "s.shard-1-of-2: other inputs or options than those of" in refused(
+    assert "s.shard-1-of-2: its inputs or options differ from those of" in refused(
         "preprocess", "--merge", *inputs[3:]
     )
     chameleon("preprocess", *inputs, "--shard", "0/3")
     line = refused("preprocess", "--status", *inputs[3:])
     assert line == (
-        f"error: {tmp_path}/s: shards of 2 and of 3 lie here. Remove those that you do not want."
+        f"error: {tmp_path}/s: there are shards of 2 and of 3 here. "
+        "Remove those that you do not want."
     )
 
 
@@ -187,11 +188,11 @@ def test_bad_documents_stop_the_run_only_where_they_are_too_many(
     assert line.startswith(
         f"error: {output}: the token file is unfinished: {output}.partial still exists. Finish it"
     )
-    printed = chameleon(*arguments, "--max-bad", 0.03)  # goes on at the end
+    printed = chameleon(*arguments, "--max-bad", 0.03)  # resumes at the end
     assert "147 documents" in printed and "4 dropped (1 broken document, 1 corrupt" in printed
     last = json.loads(contents(tmp_path / "out", "t")[".dropped.jsonl"].splitlines()[-1])
     assert last["where"] == f"{documents}:151" and last["source"] == "documents"
-    assert last["detail"].startswith("not a line of JSON (Unterminated string")
+    assert last["detail"].startswith("the line is not valid JSON (Unterminated string")
 
 
 def test_unfinished_work_of_another_command_is_not_thrown_away(
@@ -221,7 +222,7 @@ def test_every_document_dropped(tmp_path, tokenizer_folder, refused):
     path.write_text('{"content": [{"type": "image", "image": "none.png"}]}\n' * 2)
     line = refused("preprocess", path, "--tokenizer", tokenizer_folder, "--output", output)
     assert line == (
-        f"error: {path}: all 2 documents were dropped (2 missing image), the first for {path}:1: "
+        f"error: {path}: all 2 documents were dropped (2 missing image); the first: {path}:1: "
         f"{tmp_path}/none.png: no such image file. Check the documents; paths of images are "
         "relative to the file of documents."
     )

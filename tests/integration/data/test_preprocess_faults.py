@@ -1,4 +1,4 @@
-"""Kills, ranks of MPI and damaged inputs; the scripts beside this file do more of each."""
+"""Kills, MPI ranks and damaged inputs; programs in tests/support do more of each."""
 
 import os
 import shutil
@@ -10,7 +10,8 @@ import pytest
 
 from fuzz_inputs import fuzz
 from kill_preprocess import contents, kill_and_compare
-from megatron_chameleon.data.preprocess.run import PreprocessOptions, preprocess
+from megatron_chameleon.data.preprocess.options import PreprocessOptions
+from megatron_chameleon.data.preprocess.run import preprocess
 from megatron_chameleon.data.token_files.reader import TokenFileWriter
 from megatron_chameleon.errors import DataError
 from mixed_corpus import write_corpus, write_tokenizer
@@ -35,14 +36,14 @@ def test_killed_at_random_moments(tmp_path):
 
 
 class Killed(BaseException):
-    """In the place of SIGKILL, where the moment must be exact."""
+    """Stands for SIGKILL where the moment must be exact."""
 
 
 @pytest.mark.parametrize("moment", range(24))
 def test_killed_between_any_two_steps_of_the_end(
     tmp_path, corpus, tokenizer_folder, monkeypatch, moment
 ):
-    """Each change of a file's name or size is a moment; an older output is there before."""
+    """A kill before each change of a file's name or size, with an older output in place."""
     options = PreprocessOptions(save_seconds=0)
     inputs = corpus[1:2], tokenizer_folder
     preprocess(*inputs, tmp_path / "whole", options)
@@ -87,7 +88,7 @@ def test_two_writers_of_one_file(tmp_path, tokenizer_folder, corpus):
 
 
 def test_ranks_of_mpi_write_shards_and_the_first_merges(tmp_path, corpus, tokenizer_folder):
-    """A rank fails first, as its output cannot be written; the same command goes on."""
+    """At first one rank fails, because it cannot write its output; the same command resumes."""
     words = ("preprocess", *corpus, "--tokenizer", tokenizer_folder, "--output")
     run_chameleon(*words, tmp_path / "whole" / "t")
     output = tmp_path / "ranks" / "t"
@@ -119,7 +120,7 @@ def test_ranks_of_mpi_write_shards_and_the_first_merges(tmp_path, corpus, tokeni
 
 
 def test_processes_without_mpi_are_refused(tmp_path, corpus, tokenizer_folder):
-    """As srun starts them without --mpi=pmi2: each would take itself for the only one."""
+    """As srun starts them without --mpi=pmi2: each process would believe that it is alone."""
     words = ("preprocess", corpus[1], "--tokenizer", tokenizer_folder, "--output", tmp_path / "t")
     variables = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
     result = run_chameleon(*words, succeeds=False, **variables)
@@ -133,6 +134,6 @@ def test_damaged_inputs_are_refused_or_read():
     counts, wrong, most_mib = fuzz(DAMAGED_INPUTS, first_seed=1_000_000)
     assert wrong == [] and sum(counts.values()) == DAMAGED_INPUTS
     assert most_mib < 1024
-    # the damage is real: most pictures cannot be read any more
+    # the damage is real: most pictures can no longer be read
     assert counts["png", "refused"] > counts["png", "read"]
     assert counts[".idx", "refused"] and counts[".json", "refused"]

@@ -11,7 +11,8 @@ from PIL import Image
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart, parse_line
-from megatron_chameleon.data.preprocess.encode import DocumentEncoder, EncodeOptions
+from megatron_chameleon.data.preprocess.encode import DocumentEncoder
+from megatron_chameleon.data.preprocess.options import EncodeOptions
 from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file, read_info
 from megatron_chameleon.data.views.audit import audit_step, count_trained, format_audit
@@ -85,7 +86,7 @@ class Peer:
 
 @pytest.fixture
 def records(tmp_path, picture):
-    """Conversations of every kind, and documents that are none between them."""
+    """Conversations of every kind, and other documents between them."""
     wide, tall = picture("wide.png", 1, size=(40, 16)), picture("tall.png", 2, size=(16, 24))
     return [
         {"messages": [message(USER, "a seven"), message(ASSISTANT, "and two")]},
@@ -132,20 +133,26 @@ def test_prompt_and_answer_are_a_short_way_to_write_two_messages():
 @pytest.mark.parametrize(
     ("messages", "what"),
     [
-        ([message("bot", "x")], "messages[0] has the role 'bot'. Write user, assistant or system"),
-        ([message(USER, "x")] * 2, "messages[1] is of the user, as the one before it. Join the"),
-        ([message(ASSISTANT, "x")], "messages[0] is of the assistant, and no user has asked"),
+        (
+            [message("bot", "x")],
+            "messages[0] has the unknown role 'bot'. Write user, assistant or system",
+        ),
+        (
+            [message(USER, "x")] * 2,
+            "messages[1] is from the user, like the message before it. Join the",
+        ),
+        ([message(ASSISTANT, "x")], "messages[0] is from the assistant, but no user message comes"),
         (
             [message(SYSTEM, "x"), message(ASSISTANT, "x")],
-            "messages[1] is of the assistant, and no user has asked",
+            "messages[1] is from the assistant, but no user message comes before it. Put a user",
         ),
         (
             [message(USER, "x"), message(SYSTEM, "x")],
-            "messages[1] is of the system, behind other messages. Put the one system message first",
+            "messages[1] is a system message after other messages. Put the one system message",
         ),
         ([message(USER, " \n")], "messages[0] (user) is empty. Write text or an image"),
         ([message(USER, "x"), message(ASSISTANT, text(""))], "messages[1] (assistant) is empty"),
-        ([message(USER, {"type": "audio"})], "content[0] has the type 'audio'"),
+        ([message(USER, {"type": "audio"})], "content[0] has the unknown type 'audio'"),
     ],
 )
 def test_messages_out_of_order_are_a_broken_document(messages, what):
@@ -157,7 +164,9 @@ def test_messages_out_of_order_are_a_broken_document(messages, what):
 def test_a_prompt_must_have_content():
     with pytest.raises(DataError, match=r"chat.jsonl:1: answer \(assistant\) is empty"):
         parse({"prompt": "x", "answer": ""})
-    with pytest.raises(DataError, match=r"chat.jsonl:1: prompt is no list with at least one part"):
+    with pytest.raises(
+        DataError, match=r"chat.jsonl:1: prompt must be a list with at least one part"
+    ):
         parse({"prompt": [], "answer": "x"})
 
 
@@ -171,8 +180,8 @@ def test_conversations_that_cannot_be_trained_are_listed(tmp_path, tokenizer):
     ]
     block, _, dropped = encode(records, tokenizer, tmp_path)
     assert [(bad.reason, bad.detail) for bad in dropped] == [
-        ("broken document", "the conversation has no answer of the assistant"),
-        ("broken document", "the conversation ends with the user, which nobody answers"),
+        ("broken document", "the conversation has no assistant message"),
+        ("broken document", "the conversation ends with a user message that has no answer"),
         ("missing image", f"{tmp_path}/none.png: no such image file"),
     ]
     assert len(block.lengths) == 1 and block.answer_counts.tolist() == [1]

@@ -1,4 +1,4 @@
-"""Each kind of file: what it gives, how far it says it is, and what is said of a broken one."""
+"""Each kind of file: the documents that it gives, and what is said of a broken one."""
 
 import gzip
 import io
@@ -67,7 +67,7 @@ def test_tar_pairs_an_image_with_its_caption(tmp_path):
     assert [d.id for d in documents] == ["000", "001", "002"]
     assert documents[0].content == (ImagePart(b"jpeg"), TextPart("a caption"))
     assert documents[1].content == (ImagePart(b"png"), TextPart("from json"))
-    assert documents[1].where == f"{path}:001" and documents[1].source == "shard-0"
+    assert documents[1].where == f"{path}:001" and documents[1].corpus_name == "shard-0"
     with pytest.raises(DataError, match="no such image file"):
         documents[2].content[0].open()
 
@@ -76,7 +76,7 @@ def test_tar_pairs_an_image_with_its_caption(tmp_path):
     ("files", "message"),
     [
         ({"0.png": b"x"}, r"s\.tar:0: no caption among its files \(png\)\. Add KEY\.txt"),
-        ({"0.png": b"x", "0.json": b"{"}, r"s\.tar:0: its \.json is broken"),
+        ({"0.png": b"x", "0.json": b"{"}, r"s\.tar:0: its \.json is not valid JSON"),
         ({"0.png": b"x", "0.txt": b"\xff"}, r"s\.tar:0: its \.txt is not UTF-8"),
         ({"0.png": b"x", "0.json": b'["caption"]'}, r"no caption among its files \(png, json\)"),
     ],
@@ -112,7 +112,7 @@ def test_parquet_interleaves_images_and_texts(tmp_path):
 
 
 def test_parquet_with_messages(tmp_path):
-    """Columns of structs: what a part does not have is null."""
+    """Columns of structs: keys that a part does not have are null."""
     parts = [{"type": "image", "image": "i.png"}, {"type": "text", "text": "what?"}]
     chats = [
         [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}],
@@ -126,7 +126,7 @@ def test_parquet_with_messages(tmp_path):
     (document,) = read_documents([path])
     assert document.content == (ImagePart(str(tmp_path / "i.png")), TextPart("what?"))
     path = write_parquet(tmp_path / "b.parquet", messages=chats[1:])
-    with pytest.raises(DataError, match=r"b\.parquet:1: messages\[1\] is of the user, as the one"):
+    with pytest.raises(DataError, match=r"b\.parquet:1: messages\[1\] is from the user, like the"):
         list(read_documents([path]))
 
 
@@ -142,12 +142,15 @@ def test_parquet_images_as_bytes_and_paths(tmp_path):
     ("columns", "message"),
     [
         ({"images": [["i"]]}, r"o\.parquet: has no column texts \(it has images\)"),
-        ({"images": [["i"]], "texts": [[None, "x"]]}, r"o\.parquet:1: 1 images beside 2 texts"),
-        ({"images": [["i"]], "texts": [["x"]]}, r"images\[0\] and texts\[0\] are both there"),
+        (
+            {"images": [["i"]], "texts": [[None, "x"]]},
+            r"o\.parquet:1: images has 1 entries, but texts has 2",
+        ),
+        ({"images": [["i"]], "texts": [["x"]]}, r"images\[0\] and texts\[0\] are both set"),
         ({"images": [["i", None]], "texts": [[None, None]]}, r"texts\[1\] are both null"),
-        ({"images": [[None]], "texts": [[3]]}, r"texts\[0\] is a int"),
-        ({"images": [[4]], "texts": [[None]]}, r"images\[0\] is a int"),
-        ({"images": ["i"], "texts": ["x"]}, r"images and texts are no lists"),
+        ({"images": [[None]], "texts": [[3]]}, r"texts\[0\] must be a string, not int"),
+        ({"images": [[4]], "texts": [[None]]}, r"images\[0\] must be a path or bytes, not int"),
+        ({"images": ["i"], "texts": ["x"]}, r"images and texts must be lists"),
         ({"images": [["http://x"]], "texts": [[None]]}, r"the image is a link \(http://x\)"),
     ],
 )
@@ -174,7 +177,7 @@ def test_truncated_parquet(tmp_path):
         ("words.csv", r"words\.csv: unknown kind of file\. Pass a \.jsonl"),
     ],
 )
-def test_what_is_no_file_of_documents(tmp_path, name, message):
+def test_what_is_not_a_file_of_documents(tmp_path, name, message):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "words.csv").write_text("x")
     with pytest.raises(DataError, match=message):

@@ -1,4 +1,4 @@
-"""The schema of a document: what is read from one line, and what each fault is called."""
+"""The schema of a document: what is read from one line, and what is said of each fault."""
 
 import base64
 from pathlib import Path
@@ -21,14 +21,14 @@ def test_content_keeps_its_order_and_resolves_paths():
         ' {"type": "image", "image": "sub/i.png"}, {"type": "text", "text": "y"}]}'
     )
     assert document.content == (TextPart("x"), ImagePart("folder/sub/i.png"), TextPart("y"))
-    assert (document.id, document.source, document.where) == ("a", "s", "folder/data.jsonl:3")
+    assert (document.id, document.corpus_name, document.where) == ("a", "s", "folder/data.jsonl:3")
     assert document.roles is None
 
 
 def test_text_lines_get_an_id_and_a_source():
     document = parse('{"text": "hello", "id": null}')
     assert document.content == (TextPart("hello"),)
-    assert (document.id, document.source) == ("data.jsonl:3", "data")
+    assert (document.id, document.corpus_name) == ("data.jsonl:3", "data")
 
 
 def test_chat_keeps_a_role_for_each_part():
@@ -57,20 +57,23 @@ def test_byte_order_mark_is_ignored_on_the_first_line():
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ('{"text": "half', "not a line of JSON (Unterminated string"),
-        ("[1]", "a list, not an object"),
-        ('{"txt": "x"}', "none of the keys content, text and messages (it has txt)"),
-        ('{"text": "x", "content": []}', "content and text of the keys"),
-        ('{"text": 3}', "text is a int, not a string"),
-        ('{"content": []}', "content is no list with at least one part"),
-        ('{"content": ["x"]}', "content[0] is no object with a type"),
-        ('{"content": [{"type": "audio"}]}', "content[0] has the type 'audio'"),
+        ('{"text": "half', "the line is not valid JSON (Unterminated string"),
+        ("[1]", "the line must be a JSON object, not list"),
+        ('{"txt": "x"}', "has none of the keys content, text, messages and prompt (it has txt)"),
+        ('{"text": "x", "content": []}', "has the keys content and text at once"),
+        ('{"text": 3}', "text must be a string, not int"),
+        ('{"content": []}', "content must be a list with at least one part"),
+        ('{"content": ["x"]}', "content[0] must be an object with a type"),
+        ('{"content": [{"type": "audio"}]}', "content[0] has the unknown type 'audio'"),
         ('{"content": [{"type": "text"}]}', "content[0] has no string under the key 'text'"),
         ('{"content": [{"type": "image", "image": "https://x/y.png"}]}', "the image is a link"),
-        ('{"messages": []}', "messages is no list with at least one message"),
-        ('{"messages": [{"content": "x"}]}', "messages[0] is no object with a role and content"),
-        ('{"text": "x", "id": ["a"]}', "id is a list, not a string"),
-        ("[" * 100_000, "not a line of JSON (maximum recursion depth"),
+        ('{"messages": []}', "messages must be a list with at least one message"),
+        (
+            '{"messages": [{"content": "x"}]}',
+            "messages[0] must be an object with a role and content",
+        ),
+        ('{"text": "x", "id": ["a"]}', "id must be a string, not list"),
+        ("[" * 100_000, "the line is not valid JSON (maximum recursion depth"),
     ],
 )
 def test_broken_line_names_file_and_line_and_fault(line, what):
@@ -81,9 +84,9 @@ def test_broken_line_names_file_and_line_and_fault(line, what):
     assert "\n" not in str(caught.value)
 
 
-def test_bytes_that_are_no_utf8_are_a_broken_line():
+def test_bytes_that_are_not_utf8_are_a_broken_line():
     with pytest.raises(
-        DataError, match=r"data.jsonl:3: not a line of JSON .*can't decode byte 0xff"
+        DataError, match=r"data.jsonl:3: the line is not valid JSON .*can't decode byte 0xff"
     ):
         parse_line(b'{"text": "\xff"}', PATH, 3)
 

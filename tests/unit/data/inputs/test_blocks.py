@@ -167,5 +167,5 @@ def test_parquet_of_texts(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     (block,) = blocks_of(tmp_path / "a.parquet")
     first, fault, last = parse_block(block)
-    assert (first.id, first.source, first.content[0].text, last.record) == ("7", "s", "a", 3)
-    assert fault.error.what == "text is a NoneType, not a string"
+    assert (first.id, first.corpus_name, first.content[0].text, last.record) == ("7", "s", "a", 3)
+    assert fault.error.what == "text must be a string, not NoneType"

@@ -72,7 +72,7 @@ def test_urls_with_globs_and_relative_images(memory, tmp_path, picture):
     assert first.where == "memory:///set/a.jsonl:1" and texts([second]) == ["b"]
     assert first.content[0].read() == image
     (alone,) = read_documents(["memory://set/b.jsonl"])
-    assert alone.id == "b.jsonl:1" and alone.source == "b"
+    assert alone.id == "b.jsonl:1" and alone.corpus_name == "b"
     with pytest.raises(DataError, match=r"memory://set/none\.jsonl: no such file"):
         find_inputs(["memory://set/none.jsonl"])
     with pytest.raises(DataError, match=r"nosuch://x/a\.jsonl: cannot be opened .* Install the pa"):

@@ -1,4 +1,4 @@
-"""Documents to token ids: the layout of a document, the batches behind it, what is dropped."""
+"""Documents to token ids: the layout of a document, the batching, and what is dropped."""
 
 import dataclasses
 
@@ -8,7 +8,8 @@ from PIL import Image
 
 from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
 from megatron_chameleon.data.inputs.records import Fault
-from megatron_chameleon.data.preprocess.encode import DocumentEncoder, EncodeOptions
+from megatron_chameleon.data.preprocess.encode import DocumentEncoder
+from megatron_chameleon.data.preprocess.options import EncodeOptions
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 
@@ -77,7 +78,11 @@ def test_unusable_image_drops_its_document_and_no_other(tmp_path, tokenizer, pic
         document(TextPart("three"), good, record=3),
     ]
     (first, last), (dropped,), block = encode(documents, tokenizer)
-    assert (dropped.reason, dropped.source, dropped.where) == ("empty image", "other", "file:2")
+    assert (dropped.reason, dropped.corpus_name, dropped.where) == (
+        "empty image",
+        "other",
+        "file:2",
+    )
     assert dropped.detail == f"{tmp_path / 'empty.png'}: the image has 0 bytes"
     (alone,), _, _ = encode(documents[2:], tokenizer)
     np.testing.assert_array_equal(last, alone)
@@ -86,9 +91,9 @@ def test_unusable_image_drops_its_document_and_no_other(tmp_path, tokenizer, pic
 
 
 def test_faults_are_listed_in_the_order_of_the_input(tmp_path, tokenizer):
-    """Else the list would depend on how the input was cut into blocks."""
+    """The list must not depend on how the input was cut into blocks."""
     bad = ImagePart(str(tmp_path / "none.png"))
-    fault = Fault(DataError("file:2", "no JSON", "Mend it"), "broken document", "x", "s")
+    fault = Fault(DataError("file:2", "not valid JSON", "Fix it"), "broken document", "x", "s")
     items = [document(bad, record=1), fault, document(bad, record=3), document(TextPart("a"))]
     _, dropped, _ = encode(items, tokenizer)
     assert [bad.where for bad in dropped] == ["file:1", "file:2", "file:3"]
@@ -99,7 +104,7 @@ def test_sources_are_numbered_and_can_be_replaced(tokenizer, content):
     documents = [document(*content, source=name) for name in ("x", "y", "x")]
     _, _, block = encode(documents, tokenizer)
     assert block.corpus_names == ["x", "y"] and block.corpus_numbers.tolist() == [0, 1, 0]
-    _, _, block = encode(documents, tokenizer, source="all")
+    _, _, block = encode(documents, tokenizer, corpus_name="all")
     assert block.corpus_names == ["all"] and block.corpus_numbers.tolist() == [0, 0, 0]
 
 
@@ -124,7 +129,7 @@ def test_image_cache_gives_the_same_codes(tmp_path, tokenizer, picture, monkeypa
         lambda self, images: encoded.append(len(images)) or real(self, images),
     )
     found, _, _ = encode(documents, tokenizer, image_cache=folder)
-    assert encoded == [1]  # the damaged one alone
+    assert encoded == [1]  # only the damaged one
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

@@ -1,6 +1,7 @@
-"""Options and inputs that ``preprocess`` refuses; the whole command is under integration."""
+"""Options and inputs that ``preprocess`` refuses; tests/integration runs the whole command."""
 
 import json
+import logging
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
@@ -9,9 +10,10 @@ import pytest
 from megatron_chameleon.cli.preprocess import parse_shard
 from megatron_chameleon.data.inputs.records import Block, Position
 from megatron_chameleon.data.preprocess import workers as module
-from megatron_chameleon.data.preprocess.encode import EncodedBlock, EncodeOptions
+from megatron_chameleon.data.preprocess.encode import EncodedBlock
+from megatron_chameleon.data.preprocess.options import EncodeOptions, PreprocessOptions
 from megatron_chameleon.data.preprocess.progress import ProgressReport
-from megatron_chameleon.data.preprocess.run import PreprocessOptions, preprocess
+from megatron_chameleon.data.preprocess.run import preprocess
 from megatron_chameleon.data.token_files.writer_state import WriterState
 from megatron_chameleon.errors import ConfigError, DataError
 
@@ -20,10 +22,14 @@ from megatron_chameleon.errors import ConfigError, DataError
     ("options", "message"),
     [
         ({"workers": 0}, r"--workers: 0 is less than 1\. Give the number"),
-        ({"shard": (2, 2)}, r"--shard: 2/2 is not within 0/2 to 1/2\. Count from 0"),
+        ({"shard": (2, 2)}, r"--shard: 2/2 is not within 0/2 to 1/2\. Count shards from 0"),
         ({"shard": (0, 0)}, r"--shard: 0/0 is not within"),
         ({"max_bad": 1.5}, r"--max-bad: 1\.5 is not between 0 and 1\. Give a share"),
-        ({"source": ""}, r"--source: the name is empty"),
+        ({"encoding": EncodeOptions(corpus_name="")}, r"--source: the name is empty"),
+        (
+            {"encoding": EncodeOptions(image_fit="stretch")},
+            r"--image-fit: 'stretch' is not one of role, crop, pad",
+        ),
     ],
 )
 def test_options_that_cannot_work(tmp_path, tokenizer_folder, write_lines, options, message):
@@ -40,24 +46,25 @@ def test_output_that_would_overwrite_an_input(tmp_path, tokenizer_folder, write_
 
 
 def test_output_without_a_name(tokenizer_folder, write_lines):
-    with pytest.raises(ConfigError, match=r"--output: '/' names no file"):
+    with pytest.raises(ConfigError, match=r"--output: '/' does not name a file"):
         preprocess([write_lines("d.jsonl", {"text": "x"})], tokenizer_folder, "/")
 
 
 def test_no_documents(tmp_path, tokenizer_folder, write_lines):
-    with pytest.raises(DataError, match=r"d\.jsonl: no documents\. Check"):
+    with pytest.raises(DataError, match=r"d\.jsonl: no documents found\. Check"):
         preprocess([write_lines("d.jsonl")], tokenizer_folder, tmp_path / "t")
     assert [p.name for p in tmp_path.iterdir()] == ["d.jsonl"]
 
 
-def test_no_dropped_documents_no_list_of_them(tmp_path, tokenizer_folder, write_lines, capsys):
+def test_no_dropped_documents_no_list_of_them(tmp_path, tokenizer_folder, write_lines, caplog):
+    caplog.set_level(logging.INFO)
     bad = write_lines("bad.jsonl", {"text": "x"}, {"content": [{"type": "image", "image": "no"}]})
     good = write_lines("good.jsonl", {"text": "x"})
     assert preprocess([bad], tokenizer_folder, tmp_path / "t").dropped == {"missing image": 1}
     assert (tmp_path / "t.dropped.jsonl").is_file()
     assert preprocess([good], tokenizer_folder, tmp_path / "t").dropped == {}
     assert not (tmp_path / "t.dropped.jsonl").exists()  # of the run before
-    assert "0 dropped" in capsys.readouterr().out.splitlines()[1]
+    assert "1 dropped" in caplog.messages[0] and "0 dropped" in caplog.messages[1]
 
 
 def test_text_needs_no_image_tokenizer(tmp_path, tokenizer_folder, write_lines):
@@ -103,31 +110,34 @@ def test_blocks_follow_the_results_closely(tokenizer, monkeypatch):
     assert order == list(range(10))
 
 
-def test_killed_worker_is_no_traceback():
+def test_a_killed_worker_is_an_error_of_one_line():
     future = Future()
     future.set_exception(BrokenProcessPool("a child died"))
     with pytest.raises(DataError, match=r"f\.jsonl:65: a worker process died .* fewer --workers"):
         module._result(block(64), future)
 
 
-def test_progress_line(capsys):
+def test_progress_line(caplog):
+    caplog.set_level(logging.INFO)
     state = WriterState(documents=400, tokens=6000, images=20, dropped={"empty image": 3})
     report = ProgressReport(4_000_000, WriterState())
     report.update(state, 1_000_000)
-    assert capsys.readouterr().err == ""  # too early
+    assert caplog.messages == []  # too early
     report.started, report.printed = report.started - 20, report.printed - 20
     report.update(state, 1_000_000)
-    line = capsys.readouterr().err
+    (line,) = caplog.messages
+    assert caplog.records[0].stderr  # the command line shows it there
     assert line.startswith("preprocess: 400 documents, 3 bad, 25% of input, 20 documents/s, 300 to")
-    assert line.endswith(", 1.0 images/s, 0.05 MB/s, ETA 1:00\n")
+    assert line.endswith(", 1.0 images/s, 0.05 MB/s, ETA 1:00")
 
 
-def test_rates_of_a_resumed_run_are_its_own(capsys):
+def test_rates_of_a_resumed_run_are_its_own(caplog):
+    caplog.set_level(logging.INFO)
     before = WriterState(documents=300, tokens=5000, images=20)
     report = ProgressReport(4_000_000, before, start_bytes=500_000)
     report.started, report.printed = report.started - 10, report.printed - 20
     report.update(WriterState(documents=400, tokens=6000, images=20), 1_000_000)
-    line = capsys.readouterr().err
+    (line,) = caplog.messages
     assert ", 10 documents/s, 100 tokens/s, 0.0 images/s, 0.05 MB/s, ETA 1:00" in line
 
 

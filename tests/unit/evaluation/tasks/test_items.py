@@ -172,7 +172,7 @@ def read_own(folder: Path, record: dict[str, Any], **spec: Any) -> ItemTask:
         ({"text": "a", "answer": "b"}, {"metric": "acc"}, "'b' is not among its 0 `choices`"),
         ({"text": " "}, {}, "has neither `answers` nor a last text"),
         ({"text": "a", "answers": [1]}, {}, "`answers` must be a list of texts"),
-        ({"answers": ["b"]}, {}, "none of the keys content, text and messages"),
+        ({"answers": ["b"]}, {}, "has none of the keys content, text, messages and prompt"),
         ({"text": "a", "answer": "b"}, {"data": "gone.jsonl"}, "gone.jsonl: cannot be read"),
     ],
 )

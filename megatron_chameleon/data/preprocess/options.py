@@ -1,0 +1,117 @@
+"""The options of ``chameleon preprocess``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_chameleon.data.documents.image_fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
+from megatron_chameleon.data.inputs.files import InputFile
+from megatron_chameleon.data.token_files.format import (
+    ANSWERS_SUFFIX,
+    REQUIRED_SUFFIXES,
+    file_of,
+    partial_folder,
+)
+from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX
+from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.tokenizer.text.fast import EXACT
+
+SAVE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What the encoding depends on, apart from the documents and the tokenizer."""
+
+    text_encoder: str = EXACT
+    """gigatoken or sentencepiece; both give the same ids. ``preprocess`` chooses it."""
+    device: str = "cpu"
+    """Where images are encoded: cpu or cuda. ``preprocess`` also takes auto: a GPU if there is one,
+    else the CPU."""
+    image_cache: str | None = None
+    """Folder that keeps the codes of images; None keeps none."""
+    corpus_name: str | None = None
+    """The corpus name of all documents, in place of the one in each document; None keeps those."""
+    image_fit: str = DEFAULT_IMAGE_FIT
+    """How images become square; one of ``IMAGE_FITS``."""
+    image_dtype: str = "fp32"
+    """Type of the image tokenizer's convolutions: fp32, or bf16 for a GPU."""
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """The options of ``chameleon preprocess`` apart from inputs, tokenizer and output."""
+
+    workers: int = 1
+    """Processes that encode; 1 encodes in this process."""
+    shard: tuple[int, int] = (0, 1)
+    """(I, N), 0 <= I < N: read the I-th of N stretches, and write PREFIX.shard-I-of-N."""
+    max_bad: float = 1.0
+    """Stop when more than this share of documents is bad, 0 to 1."""
+    restart: bool = False
+    """Start from the beginning and discard what an earlier run left."""
+    save_seconds: float = SAVE_SECONDS
+    """How often to save what has been written so far, so that a kill loses little work."""
+    encoding: EncodeOptions = field(default_factory=lambda: EncodeOptions(device="auto"))
+
+
+def check_options(prefix: str | Path, options: PreprocessOptions) -> None:
+    """Refuse options that cannot work.
+
+    Raises:
+        ConfigError: At the first of them.
+    """
+    if options.workers < 1:
+        what = f"{options.workers} is less than 1"
+        raise ConfigError("--workers", what, "Give the number of processes, such as 4")
+    index, count = options.shard
+    if not 0 <= index < count:
+        what = f"{index}/{count} is not within 0/{count} to {count - 1}/{count}"
+        raise ConfigError("--shard", what, "Count shards from 0")
+    if not 0 <= options.max_bad <= 1:
+        what = f"{options.max_bad} is not between 0 and 1"
+        raise ConfigError("--max-bad", what, "Give a share, such as 0.01 for one document in 100")
+    if options.encoding.image_fit not in IMAGE_FITS:
+        what = f"{options.encoding.image_fit!r} is not one of {', '.join(IMAGE_FITS)}"
+        raise ConfigError("--image-fit", what, "Choose one of them")
+    if options.encoding.corpus_name == "":
+        raise ConfigError("--source", "the name is empty", "Give a name, such as web")
+    if not Path(prefix).name:
+        what = f"{str(prefix)!r} does not name a file"
+        raise ConfigError("--output", what, "Give a path such as data/train")
+
+
+def check_output(files: Sequence[InputFile], output: str) -> None:
+    """Refuse an output that would overwrite one of its inputs.
+
+    Raises:
+        ConfigError: At the first such input.
+    """
+    suffixes = (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, ".json", DROPPED_SUFFIX)
+    written = {file_of(output, suffix).resolve() for suffix in suffixes}
+    folder = partial_folder(output).resolve()
+    for item in files:
+        path = Path(item.path).resolve()
+        if not item.is_remote and (path in written or folder in path.parents):
+            what = f"{output} would overwrite the input {item.path}"
+            raise ConfigError("--output", what, "Choose another --output")
+
+
+def find_device(name: str) -> str:
+    """Turn ``auto`` into cpu or cuda.
+
+    Args:
+        name: auto, cpu or cuda.
+
+    Raises:
+        ConfigError: If it is cuda and there is no GPU.
+    """
+    # importing torch takes seconds, which documents of text alone need not spend
+    if name == "cpu" or (name == "auto" and not any(Path("/dev").glob("nvidia[0-9]*"))):
+        return "cpu"
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ConfigError("--device", "cuda, but torch finds no GPU", "Use --device cpu")
+    return "cuda" if has_gpu else "cpu"
