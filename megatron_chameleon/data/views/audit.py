@@ -54,7 +54,7 @@ def audit_step(reader: BatchReader, step: int) -> StepAudit:
     for key, cursor in mixture.cursors.items():
         cursor = place.phase.cursors[key]
         done = cursor.base - cursor.backlog_tokens
-        if key in place.phase.amounts:
+        if key in place.phase.rates:
             done += place.phase.position(key, place.block)
         epochs[key] = max(0, done) / cursor.stream.corpus.tokens
     files = {key: cursor.stream.corpus.prefix for key, cursor in mixture.cursors.items()}

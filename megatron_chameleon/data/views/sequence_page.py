@@ -58,10 +58,8 @@ def mixture_summary(reader: BatchReader) -> str:
         lines += ["", *answers]
     for phase in mixture.phases(samples):
         end = samples if phase.end_sample is None else min(samples, phase.end_sample)
-        total = sum(phase.amounts.values())
         lines += ["", f"stage {phase.stage}, samples {phase.first_sample:,} to {end - 1:,}:"]
-        for key in phase.amounts:
-            share = phase.amounts[key] / total
+        for key, share in phase.shares().items():
             blocks = -(-(end - phase.first_sample) // phase.sequences)
             epochs = phase.position(key, blocks) / mixture.cursors[key].stream.corpus.tokens
             lines.append(f"{key:{width}} {100 * share:6.2f}% of the tokens, {epochs:,.3f} epochs")

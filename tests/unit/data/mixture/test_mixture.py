@@ -164,7 +164,7 @@ def test_an_exhausted_source_leaves_its_share_to_the_others():
             assert sum(found.values()) == 64 * 50  # full to the end
             totals = {key: totals[key] + found[key] for key in totals}
     assert totals["a"] == 2 * 300 * 10
-    assert [set(phase.amounts) for phase in mixture.phases(2000)] == [{"a", "b"}, {"a", "b"}, {"b"}]
+    assert [set(phase.rates) for phase in mixture.phases(2000)] == [{"a", "b"}, {"a", "b"}, {"b"}]
 
 
 def test_samples_end_with_the_last_source():
@@ -205,7 +205,9 @@ def test_images_that_do_not_fit_are_named():
         MixtureWeights((SourceWeight("a", 1.0),)), {"a": Cursor(stream)}, 1, 50, 0, 64
     )
     phase = mixture.locate(0).phase
-    message = r"data: samples \d+ to \d+ are to hold \d+ tokens of a, and they do not fit: images"
+    message = (
+        r"data: the \d+ tokens of a for the samples \d+ to \d+ do not fit into them, because images"
+    )
     with pytest.raises(DataError, match=message):
         for block in range(300):
             mixture.block(phase, block)
