@@ -1,3 +1,3 @@
-"""The tiny checkpoint, for the tests of this folder."""
+"""The tiny checkpoint for the tests in this folder."""
 
 from tiny_model import tiny_checkpoint, tiny_tokenizer  # noqa: F401

@@ -1,7 +1,7 @@
-"""Both engines compute the same: ZeRO 0 to 3, tensor parallelism and offload against megatron's.
-And each goes on where the other left off.
+"""Both engines compute the same, and each can resume a run of the other.
 
-All runs of one number of processes share a launch (``train_many.py``).
+ZeRO 0 to 3, tensor parallelism and offload are compared with the megatron engine. All runs with the
+same number of processes share one launch (``train_many.py``).
 """
 
 import json
@@ -17,9 +17,9 @@ from megatron_chameleon.data.preprocess.run import preprocess
 from places import PROGRAMS
 from run_command import environment
 
-# fp32 sums in another order differ by about 1e-7 relative, and 20 steps of AdamW amplify that: the
-# same bounds as between the layouts of one engine (test_layouts.py). AdamW hides gradients of a
-# wrong size, their norm does not.
+# The order of summation changes fp32 sums by about 1e-7 relative, and 20 steps of AdamW amplify
+# that. The bounds are those between layouts of one engine (test_layouts.py). AdamW hides gradients
+# of the wrong size; their norm shows them.
 TOLERANCES = {
     "loss": 1e-5,
     "loss_text": 1e-5,
@@ -70,12 +70,12 @@ CHAT_RUNS = {
     "zero1-chat": zero(1, *SHORT),
     "zero3-chat": zero(3, *SHORT, *SEQUENCE),
 }
-"""On the answers of conversations alone: a third of the tokens, more in one sequence than another,
-so that a mean of means would be another loss."""
+"""The loss is on the answers of conversations only. They are a third of the tokens, and their share
+differs between sequences, so that a mean of means would give a different loss."""
 
 
 def write_conversations(tiny) -> list[str]:
-    """Token files of questions about the tiny project's pictures; the overrides that read them."""
+    """Write questions about the tiny project's pictures; return overrides that train on them."""
     lines = []
     for line in tiny.documents.read_text(encoding="utf-8").splitlines():
         text, image = json.loads(line)["content"]
@@ -91,7 +91,7 @@ def write_conversations(tiny) -> list[str]:
 
 
 def train_many(tiny, runs: dict[str, list[str]], processes: int = 2) -> None:
-    """Run all of them in one launch, in folders of the tiny project named like the runs."""
+    """Train all runs in one launch, each in a folder of the tiny project with the run's name."""
     plan = tiny.folder / f"runs-{processes}.json"
     plan.write_text(json.dumps({str(tiny.folder / name): words for name, words in runs.items()}))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -121,7 +121,7 @@ def runs(tiny) -> dict[str, list[dict[str, Any]]]:
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert [record["step"] for record in found] == [record["step"] for record in expected]
     for key, tolerance in TOLERANCES.items():
-        # a step may have no image among its labels, and then no loss of images
+        # A step may have no image among its labels. Then there is no image loss.
         ours, theirs = (
             [math.nan if record[key] is None else record[key] for record in records]
             for records in (found, expected)
@@ -182,18 +182,18 @@ def test_the_weights_are_stored_as_megatron_stores_them(tiny, runs) -> None:
     from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 
     megatron = TrainingCheckpoint(tiny.folder / "megatron-short" / "checkpoints" / "step_00000008")
-    # QK-norms hardly show in the norm of all gradients, but AdamW moves them as far as any weight
+    # QK-norms hardly affect the norm of all gradients, but AdamW moves them as far as any weight.
     for name in ("zero0-tensor", "zero1-sequence", "zero3-offload"):
         reader = TrainingCheckpoint(tiny.folder / name / "checkpoints" / "step_00000008")
         assert reader.tensors == megatron.tensors
         for tensor in reader.tensors:
             difference = (reader.read(tensor) - megatron.read(tensor)).abs().max()
-            # weights of size 0.02 to 1 after 8 steps of up to 1e-2; see TOLERANCES
+            # Weights have sizes of 0.02 to 1 after 8 steps of up to 1e-2; see TOLERANCES.
             assert difference < 1e-5, tensor
 
 
 def test_one_run_through_every_layout_and_engine(tiny) -> None:
-    """Every run starts from the checkpoint that the one before it wrote two steps earlier."""
+    """Each run resumes from the checkpoint that the previous run wrote after two more steps."""
     steps = ["training.steps=8", "checkpoint.every_steps=2", "checkpoint.keep_last=5"]
     pipeline = "parallel.pipeline_model_parallel_size"
     chain = {
@@ -222,7 +222,7 @@ def test_three_ranks_whose_parts_are_padded(tiny, runs) -> None:
         "three-resumed": [*zero(3, *words), *source],
         "three-zero1": [*zero(1, *words), *source],
     }
-    # and a run of each engine that starts from weights alone
+    # Also a run of each engine that starts from weights only.
     weights = tiny.folder / "weights"
     convert(tiny.folder / "megatron-short", weights, "megatron", optimizer=False, verify=False)
     start = [*words, "--resume", str(weights)]

@@ -1,6 +1,7 @@
-"""Files that DeepSpeed 0.19.8 itself writes are read, and ours are loaded by it.
+"""We read the files that DeepSpeed 0.19.8 itself writes, and it loads ours.
 
-What DeepSpeed says of every parameter (``safe_get_full_fp32_param`` and its kin) is the reference.
+The reference is what DeepSpeed reports for every parameter (``safe_get_full_fp32_param`` and
+related functions).
 """
 
 import json
@@ -42,7 +43,7 @@ OWN = "own-names"
 
 @dataclass(frozen=True)
 class Trained:
-    """Checkpoints of plain DeepSpeed, each in a folder of its name, and what became of them."""
+    """Checkpoints of plain DeepSpeed, each in a folder with its name, and their results."""
 
     folder: Path
     tokenizer: Path
@@ -88,7 +89,7 @@ def trained(
         for name, (stage, dtype, ranks) in TRAINED.items()
     ]
     done.train([*jobs, job(OWN, None, 1)])
-    for name in TRAINED:  # as `config.save_pretrained` would
+    for name in TRAINED:  # as `config.save_pretrained` would write it
         for place in (name, f"{name}-universal"):
             shutil.copy(folder / "hf/config.json", folder / place)
     save_config(make_config(OWN_MODEL), folder / OWN / "config.yaml")
@@ -136,7 +137,7 @@ def test_universal_checkpoints_of_deepspeeds_tool_are_the_same(trained: Trained,
 
 @pytest.fixture(scope="module")
 def continued(trained: Trained) -> Trained:
-    """What DeepSpeed makes of universal checkpoints that we write."""
+    """DeepSpeed trains on from universal checkpoints that we write."""
     folder = trained.folder
     trained.convert("zero1", folder / "ours/megatron", "megatron")
     convert(folder / "ours/megatron", folder / "ours/universal", "deepspeed")
@@ -157,28 +158,31 @@ def continued(trained: Trained) -> Trained:
     return trained
 
 
-def test_deepspeed_goes_on_from_what_we_write(continued: Trained) -> None:
+def test_deepspeed_resumes_from_what_we_write(continued: Trained) -> None:
     expected = continued.losses("zero1")[SAVED_STEP:]
     assert continued.losses("universal-zero1") == pytest.approx(expected, rel=1e-5)
 
 
-def test_deepspeed_goes_on_at_stage_3(continued: Trained) -> None:
-    """It gives one step tensor to all groups, which torch's AdamW counts up once a group: the
-    update is 2e-5 off, whoever wrote the checkpoint, and right once each group has its own."""
+def test_deepspeed_resumes_at_stage_3(continued: Trained) -> None:
+    """DeepSpeed shares one step tensor between all groups, and torch's AdamW increments it once per
+    group. The update is then off by 2e-5, also with DeepSpeed's own checkpoints. It is right when
+    each group has its own step tensor."""
     expected = continued.losses("zero1")[SAVED_STEP:]
     assert continued.losses("universal-zero3") == pytest.approx(expected, rel=1e-4)
     assert continued.losses("universal-zero3-steps") == pytest.approx(expected, rel=1e-5)
 
 
-def test_deepspeed_starts_from_weights_alone(continued: Trained) -> None:
+def test_deepspeed_starts_from_weights_only(continued: Trained) -> None:
     expected = continued.losses("zero1")[SAVED_STEP:]
     found = continued.losses("weights-zero1")
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert found[1] != pytest.approx(expected[1], rel=1e-4)  # other moments, another update
+    assert found[1] != pytest.approx(
+        expected[1], rel=1e-4
+    )  # different moments give a different update
 
 
-def test_deepspeed_goes_on_in_bf16_at_another_stage(continued: Trained) -> None:
-    # bf16 rounds to 8 bits: the stages differ by sums in another order
+def test_deepspeed_resumes_in_bf16_at_another_stage(continued: Trained) -> None:
+    # bf16 rounds to 8 bits, and the stages sum in different orders.
     expected = continued.losses("zero3-bf16")[SAVED_STEP:]
     assert continued.losses("universal-bf16") == pytest.approx(expected, rel=3e-4)
 

@@ -1,4 +1,4 @@
-"""One run that changes its layout and engine every ten steps, against one that does not."""
+"""A run that changes its layout and engine every ten steps, compared with one that does not."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from places import PROGRAMS
 from run_command import environment
 
-# fp32 sums in another order, as between two layouts that never change; promised for the losses
+# The project promises this for the losses: the order of fp32 sums differs between layouts.
 TOLERANCE = 1e-5
 CHAIN = PROGRAMS / "run_elastic.py"
 
@@ -23,12 +23,12 @@ def test_losses_are_those_of_a_run_that_never_changes(tiny) -> None:
         for run in ("unbroken", "changing")
     )
     assert [record["step"] for record in changing] == list(range(1, 51))
-    assert changing[-1]["loss"] < 0.8 * changing[0]["loss"], "it learns"
+    assert changing[-1]["loss"] < 0.8 * changing[0]["loss"], "the run must learn"
     for key in ("loss", "loss_text", "loss_image"):
         expected = [record[key] for record in unbroken]
         assert [record[key] for record in changing] == pytest.approx(expected, rel=TOLERANCE), key
     keys = ("consumed_samples", "learning_rate")
     assert [[r[k] for k in keys] for r in changing] == [[r[k] for k in keys] for r in unbroken]
     said = (tiny.folder / "elastic" / "changing.log").read_text()
-    assert "parallel.pipeline_model_parallel_size 1 -> 2" in said, "what a resume changes"
+    assert "parallel.pipeline_model_parallel_size 1 -> 2" in said, "a resumed run says what changed"
     assert "engine.name megatron -> deepspeed" in said

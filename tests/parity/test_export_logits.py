@@ -1,9 +1,9 @@
 """What an exported model computes: transformers, the paper's formulas and megatron-core agree.
 
-Three roads from the same checkpoint to logits: transformers on the exported folder; the formulas
-below, in float64 and straight from megatron-core's tensors, written from the paper's description;
-megatron-core's own model. Where they agree, the names, the fused layouts, the norm order, QK-norm,
-RoPE and the head order are right.
+There are three ways from the same checkpoint to logits: transformers on the exported folder; the
+formulas below, written from the paper's description, in float64 and directly from megatron-core's
+tensors; and megatron-core's own model. If they agree, the names, the fused layouts, the norm order,
+QK-norm, RoPE and the head order are right.
 """
 
 import math
@@ -25,7 +25,7 @@ from tiny_model import (
 )
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
-"""fp32: observed up to 6e-6 against float64, 1.2e-6 against megatron-core, on logits up to 4."""
+"""fp32: differences up to 6e-6 from float64 and 1.2e-6 from megatron-core, on logits up to 4."""
 
 LAYOUTS = [("pre", 2), ("pre", None), ("swin", 2), ("swin", 1)]
 
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def head_norm(x_TND: Tensor, weight_GD: Tensor, bias_GD: Tensor) -> Tensor:
-    """LayerNorm over D; neighbouring heads share a row of weight and bias."""
+    """LayerNorm over D. Neighbouring heads share a row of weight and bias."""
     share = x_TND.shape[1] // weight_GD.shape[0]
     centred = x_TND - x_TND.mean(-1, keepdim=True)
     normal = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + 1e-5)
@@ -44,7 +44,7 @@ def head_norm(x_TND: Tensor, weight_GD: Tensor, bias_GD: Tensor) -> Tensor:
 
 
 def rotate(x_TND: Tensor, base: float) -> Tensor:
-    """RoPE on halves: dims i and i + D/2 turn together by position / base^(2i/D)."""
+    """RoPE on halves: dims i and i + D/2 rotate together by position / base^(2i/D)."""
     tokens, _, dim = x_TND.shape
     turns = torch.arange(tokens, dtype=torch.float64)[:, None] * torch.tensor(
         [base ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64
@@ -78,7 +78,7 @@ def feed_forward(x_TH: Tensor, w: dict[str, Tensor], model: ModelConfig) -> Tens
 
 
 def reference_logits(tensors: dict[str, Tensor], model: ModelConfig, token_ids: Tensor) -> Tensor:
-    """Logits [T, V] of one sequence, float64."""
+    """Logits [T, V] of one sequence, in float64."""
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     eps = model.layernorm_epsilon
     x = tensors["embedding.word_embeddings.weight"][token_ids]
@@ -119,7 +119,7 @@ def test_exported_model_computes_the_formulas(
 def test_exported_model_computes_what_megatron_core_computes(
     tmp_path: Path, tiny_tokenizer: Path, norm_order: str, qk_norm_groups: int | None
 ) -> None:
-    """The whole way: build the training model, save what it saves, export, compare logits."""
+    """End to end: build the training model, save it, export it, and compare logits."""
     from megatron.core import parallel_state
 
     from megatron_chameleon.model.chameleon import build_model
@@ -152,7 +152,7 @@ def test_exported_model_computes_what_megatron_core_computes(
 
 
 def _randomize(model: torch.nn.Module) -> None:
-    """Norms away from 1 and 0, so that a lost or swapped one shows."""
+    """Move norms away from 1 and 0, so that a lost or swapped one is noticed."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Emulated FP8 under tensor, sequence and data parallelism against one process."""
+"""Emulated FP8 under tensor, sequence and data parallelism, compared with one process."""
 
 import subprocess
 import sys
@@ -41,16 +41,16 @@ def alone(tiny):
     for run, settings in runs.items():
         main(["train", str(tiny.config), f"logging.run_dir={tiny.folder / run}", *settings])
     found, off = (tiny.metrics(run) for run in runs)
-    assert off[2]["grad_norm"] != pytest.approx(found[2]["grad_norm"], rel=1e-3)  # it is FP8
+    assert off[2]["grad_norm"] != pytest.approx(found[2]["grad_norm"], rel=1e-3)  # FP8 is on
     return found
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_run_on_two_ranks_equals_one_process(tiny, alone, name: str) -> None:
     tiny.train(f"fp8-{name}", *SETTINGS, *LAYOUTS[name], processes=2)
-    # Sums in another order move a value over the edge between two FP8 numbers now and then, by up
-    # to 12% of that value, and training amplifies it. Measured over TP 2: 1e-4 in the first steps'
-    # norms, where FP8 itself makes 5e-3, and at most 7e-3 in those of the later ones.
+    # A different order of summation sometimes moves a value to the next FP8 number, by up to 12% of
+    # the value, and training amplifies that. Measured with TP 2: norms differ by 1e-4 in the first
+    # steps, where FP8 itself changes them by 5e-3, and by at most 7e-3 in later steps.
     for key, first, later in (("loss", 1e-5, 5e-4), ("grad_norm", 1e-3, 3e-2)):
         expected = [record[key] for record in alone]
         found = [record[key] for record in tiny.metrics(f"fp8-{name}")]

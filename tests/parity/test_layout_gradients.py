@@ -1,9 +1,9 @@
-"""First weights, every parameter's gradient and the losses: every layout against one process.
+"""Initial weights, gradients of all parameters, and losses: every layout against one process.
 
-The z-loss weighs 1e-2, so that its gradient shows. In the pre-norm model all heads share one
-QK-norm, so that its gradient must be summed over the tensor-parallel ranks; the Swin model has
-grouped queries and two QK-norms. The deep one has layers enough for more pipeline stages, and the
-one with dropout runs under the layouts that do not change its masks.
+The z-loss has the weight 1e-2, so that its gradient is noticeable. In the pre-norm model all heads
+share one QK-norm, so that its gradient must be summed over the tensor-parallel ranks. The Swin
+model has grouped queries and two QK-norms. The deep model has enough layers for more pipeline
+stages. The model with dropout runs under the layouts that do not change its masks.
 """
 
 import itertools
@@ -20,13 +20,13 @@ from places import PROGRAMS
 from run_command import environment
 
 TOLERANCES = {
-    # fp32 carries 6e-8; sums in another order, through four layers. A gradient is compared by the
-    # norm of its difference: single elements near 0 have no relative precision.
+    # fp32 is precise to 6e-8, and the order of summation differs through four layers. Gradients are
+    # compared by the norm of their difference: single elements near 0 have no relative precision.
     "fp32": 1e-5,
-    # float64 carries 1e-16; RoPE's angles stay in fp32, the same ones in every layout
+    # float64 is precise to 1e-16. RoPE's angles stay in fp32, and are the same in every layout.
     "fp64": 1e-10,
 }
-MANY_PROCESSES = 8  # on two cores a step of as many takes half a second and more
+MANY_PROCESSES = 8  # on two cores, a step of so many processes takes half a second or more
 SECONDS = 2400
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def grid() -> dict[str, tuple[int, dict[str, Any]]]:
-    """Every layout of the grid: name -> processes, config values."""
+    """Every layout of the grid: its name -> (processes, config values)."""
     found = {}
     for tp, pp, sp, dp in itertools.product(
         (1, 2, 4), (1, 2), (False, True), ("1", "2", "2-distributed")
@@ -62,7 +62,7 @@ def grid() -> dict[str, tuple[int, dict[str, Any]]]:
 
 
 def others() -> dict[str, tuple[int, dict[str, Any]]]:
-    """What the grid does not have: interleaved pipelines, overlap and recomputation."""
+    """Layouts outside the grid: interleaved pipelines, overlap and recomputation."""
     tensor = {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True}
     pipeline = {"parallel.pipeline_model_parallel_size": 2}
     interleaved = {**pipeline, "parallel.virtual_pipeline_model_parallel_size": 2}
@@ -96,7 +96,7 @@ def with_dropout() -> dict[str, tuple[int, dict[str, Any]]]:
 
 
 def count_steps(model: str, dtype: str, processes: int) -> int:
-    """20 in fp32; fewer where the first step's gradients in float64 have said it already."""
+    """20 in fp32; fewer if the gradients of the first step in float64 already show the same."""
     if dtype == "fp64":
         return 1 if processes >= MANY_PROCESSES else 3
     return 5 if model == "swin" and processes >= MANY_PROCESSES else 20
@@ -108,7 +108,7 @@ def jobs() -> list[dict[str, Any]]:
         layouts = {"deep": others, "dropout": with_dropout}.get(model, grid)()
         for name, (processes, values) in {"alone": (1, {}), **layouts}.items():
             if dtype == "fp64" and values.get("parallel.use_distributed_optimizer"):
-                continue  # megatron-core's distributed optimizer knows fp32 and bf16 weights only
+                continue  # megatron-core's distributed optimizer supports fp32 and bf16 only
             settings = {**MODELS[model], **values, "training.dtype": dtype}
             found.append(
                 {
@@ -123,7 +123,7 @@ def jobs() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what every job wrote."""
+    """The folder with the results of every job."""
     folder = tmp_path_factory.mktemp("layouts")
     script = PROGRAMS / "run_layouts.py"
     (folder / "jobs.json").write_text(json.dumps(jobs()))
@@ -160,7 +160,7 @@ def test_a_layout_is_the_same_model(results: Path, name: str) -> None:
 
 
 def check_monitor(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """What the monitor says of the first step; norms of gradients are fp32 in float64 runs too."""
+    """Compare the metrics of the first step. Gradient norms are fp32 even in float64 runs."""
     assert found.keys() == expected.keys()
     for key in ("output_norm", "max_logit", "log_z_text", "log_z_image", "max_attention_logit"):
         assert found[key] == pytest.approx(expected[key], rel=TOLERANCES["fp32"], abs=0), key
@@ -173,6 +173,6 @@ def check_monitor(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_models_learn(results: Path, model: str) -> None:
-    """Weights that hardly move would hide a wrong gradient from the losses."""
+    """If the weights hardly moved, the losses would not show a wrong gradient."""
     steps = json.loads((results / f"{model}-fp32-alone.json").read_text())
     assert abs(steps[-1]["loss"] - steps[0]["loss"]) > 0.05

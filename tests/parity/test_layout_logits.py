@@ -1,4 +1,4 @@
-"""Logits of every layout against transformers' Chameleon, on random weights in fp32."""
+"""Logits of every layout, compared with transformers' Chameleon, on random fp32 weights."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from places import PROGRAMS
 from run_command import environment
 from tiny_model import VOCAB_SIZE, random_tensors, write_checkpoint
 
-# fp32 carries 6e-8 and the logits reach about 4; the project promises 1e-5.
+# fp32 is precise to 6e-8, and the logits reach about 4. The project promises 1e-5.
 TOLERANCE = 1e-5
 
 MODELS = {
@@ -41,7 +41,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """MODEL.pt, the logits of transformers, and MODEL-LAYOUT.pt, those of each layout."""
+    """A folder with the logits of transformers, MODEL.pt, and of each layout, MODEL-LAYOUT.pt."""
     folder = tmp_path_factory.mktemp("logits")
     token_ids = random_token_ids(48)
     torch.save(token_ids, folder / "token_ids.pt")

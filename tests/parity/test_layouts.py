@@ -1,12 +1,14 @@
-"""One model, whatever the layout: losses and gradient norms over 20 steps against one process.
+"""The layout does not change the model: losses and gradient norms over 20 steps.
 
-The z-loss weighs 1e-2 here, so that its gradient shows.
+Every layout is compared with one process. The z-loss has the weight 1e-2 here, so that its gradient
+is noticeable.
 """
 
 import pytest
 
-# fp32 sums in another order differ by about 1e-7 relative, and 20 steps of AdamW amplify that. The
-# project promises 1e-5 for the losses; norms, which no minimum flattens, drift a few times faster.
+# The order of summation changes fp32 sums by about 1e-7 relative, and 20 steps of AdamW amplify
+# that. The project promises 1e-5 for the losses. Norms drift a few times faster, since they do not
+# flatten near a minimum as the losses do.
 TOLERANCES = {
     "loss": 1e-5,
     "loss_text": 1e-5,

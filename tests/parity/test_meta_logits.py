@@ -1,8 +1,8 @@
-"""What Meta's shards compute, transformers and megatron-core compute after conversion.
+"""After conversion, transformers and megatron-core compute what Meta's shards compute.
 
 The formulas below are those of the reference code (transformer.py of facebookresearch/chameleon),
-in float64, shard by shard: RoPE on neighbouring pairs, a QK-norm a shard, partial sums of the
-shards added.
+in float64 and shard by shard: RoPE on neighbouring pairs, one QK-norm per shard, and partial sums
+that are added over the shards.
 """
 
 import math
@@ -19,7 +19,7 @@ from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from meta_files import HEAD_DIM, HEADS, KEY_HEADS, LAYERS, MetaModel, random_shards, write_meta
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
-"""fp32 against float64; logits are of order 1."""
+"""fp32 compared with float64; the logits are of order 1."""
 FAMILIES = {
     "7b": MetaModel(shards=1, norm_groups=1, swin=False),
     "30b": MetaModel(shards=4, norm_groups=4, swin=True),
@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate_pairs(x_TND: Tensor) -> Tensor:
-    """Dims 2i and 2i + 1 as one complex number, turned by position / 10000^(2i/D)."""
+    """RoPE on pairs: dims 2i, 2i + 1 are a complex number rotated by position / 10000^(2i/D)."""
     angles = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
     turns = torch.outer(torch.arange(len(x_TND), dtype=torch.float64), angles)
     planes = torch.view_as_complex(x_TND.unflatten(-1, (-1, 2)).contiguous())
@@ -41,7 +41,7 @@ def rotate_pairs(x_TND: Tensor) -> Tensor:
 
 
 def attention_of_shard(x: Tensor, w: dict[str, Tensor], shards: int) -> Tensor:
-    """This shard's share of the attention's output."""
+    """The partial sum of the attention's output that this shard computes."""
     heads, key_heads = HEADS // shards, KEY_HEADS // shards
     q, k, v = (
         (x @ w[f"attention.w{which}.weight"].T).unflatten(-1, (count, HEAD_DIM))
@@ -70,7 +70,7 @@ def feed_forward_of_shard(x: Tensor, w: dict[str, Tensor]) -> Tensor:
 
 
 def reference_logits(shards: list[dict[str, Tensor]], swin: bool, token_ids: Tensor) -> Tensor:
-    """[T, vocabulary] of one sequence, float64."""
+    """Logits [T, vocabulary] of one sequence, in float64."""
     shards = [{name: t.double() for name, t in shard.items()} for shard in shards]
     x = torch.cat([shard["tok_embeddings.weight"][token_ids] for shard in shards], dim=-1)
     for layer in range(LAYERS):
@@ -111,7 +111,7 @@ def test_converted_models_compute_the_reference_formulas(
 
 
 def megatron_logits(checkpoint: Path, token_ids: Tensor) -> Tensor:
-    """By megatron-core's model, filled by megatron-core's own ``dist_checkpointing.load``."""
+    """Logits of megatron-core's model, loaded with its own ``dist_checkpointing.load``."""
     from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_chameleon.model.chameleon import build_model

@@ -1,4 +1,4 @@
-"""A model trained tensor-parallel, exported: transformers gives megatron-core's logits."""
+"""A model is trained with tensor parallelism and exported: transformers gives the same logits."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +16,8 @@ from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.training.engines.megatron import MegatronEngine
 
-# The project's promise. The logits are of order 10 after training with a high learning rate, and
-# fp32 sums in another order differ by some 1e-6 of that.
+# The project promises this. The logits are of order 10 after training with a high learning rate,
+# and a different order of summation in fp32 changes them by about 1e-6 of that.
 TOLERANCE = 1e-4
 
 FAMILIES = {
@@ -28,7 +28,7 @@ FAMILIES = {
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """megatron-core's process groups for this process alone."""
+    """Process groups of megatron-core with this process as the only member."""
     prepare_megatron()
     join_process_group(Launch("alone", 0, 1, 0))
     yield
@@ -53,21 +53,21 @@ def test_same_logits_from_the_exported_folder(
     model = ChameleonForConditionalGeneration.from_pretrained(exported)
     assert model.dtype == torch.float32
     with torch.no_grad():
-        # its own forward puts the lowest number in place of the image codes' logits
+        # The model's own forward replaces the logits of image codes by the lowest number.
         theirs = model.lm_head(model.model(tokens).last_hidden_state)
     assert ours.std() > 0.5, "a model that learned nothing would prove nothing"
     assert (ours - theirs).abs().max() <= TOLERANCE
 
 
 def sample(checkpoint: Path) -> torch.Tensor:
-    """Token ids [2, 64] of text and images, as trained on."""
+    """Token ids [2, 64] of text and images from the training data."""
     config = load_config(checkpoint / "config.yaml")
     reader = BatchReader(config, load_tokenizer(config.tokenizer.path, images=False))
     return reader.batch([0, 1]).tokens
 
 
 def megatron_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """[2, 64, vocabulary], from megatron-core's model in one process."""
+    """Logits [2, 64, vocabulary] of megatron-core's model in one process."""
     layout = ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
     config = load_config(checkpoint / "config.yaml", layout)
     engine = MegatronEngine(

@@ -17,7 +17,7 @@ def write(file: Path, *records: dict | str, end: str = "\n") -> Path:
 
 
 def test_the_last_record_of_a_step_wins(tmp_path: Path) -> None:
-    """A run that was resumed from step 1 wrote step 2 again."""
+    """A run that was resumed after step 1 wrote step 2 again."""
     file = write(
         tmp_path / "metrics.jsonl",
         {"step": 1, "loss": 5.0},

@@ -1,4 +1,4 @@
-"""The demo's documents: labels that can be read off, held-out digits that stay held out."""
+"""The demo's documents: texts name the right digits, and held-out digits stay held out."""
 
 import hashlib
 import importlib.util
@@ -41,7 +41,7 @@ def text_of(record):
 
 
 def read_digit(text):
-    """The first digit of a caption, as whoever scores one reads it."""
+    """The first digit of a caption, read as a scorer would."""
     found = re.search(r"\b(?:" + "|".join(WORDS[:10]) + r")\b|\d", text.lower())[0]
     return int(found) if found.isdigit() else WORDS.index(found)
 
@@ -91,7 +91,7 @@ def test_same_seed_same_bytes_and_the_split_does_not_move(digits, tmp_path):
 
 
 def test_variants_differ_from_the_digit_but_not_much(digits):
-    """Black ink on white: a variant moves ink, so its pixels differ but its amount stays alike."""
+    """A variant moves the black ink, so its pixels differ but the amount of ink hardly changes."""
     documents = list(read_documents([digits / "pairs.jsonl"]))
     images = {}
     for document in documents:
@@ -103,7 +103,7 @@ def test_variants_differ_from_the_digit_but_not_much(digits):
             variant = images[identity[:-1] + "1"]
             assert image.shape == (16, 16, 3) and np.abs(image - variant).max() > 20
             ratios.append(variant.sum() / image.sum())
-    # scale is within 0.9 .. 1.1, area within 0.81 .. 1.21; ink at the border may leave the picture
+    # The scale is 0.9 to 1.1, so the area is 0.81 to 1.21. Ink at the edge may leave the picture.
     assert min(ratios) > 0.7 and max(ratios) < 1.3
     assert 0.9 < np.mean(ratios) < 1.1
 

@@ -1,4 +1,4 @@
-"""The measures of the digits report."""
+"""The figures that the digits report measures."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ def example_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_judge_reads_real_digits_through_the_rendering() -> None:
-    """Held-out digits at 16 x 16 pixels; 99.2% were right when this was written."""
+    """Held-out digits at 16 x 16 pixels; 99.2% were right when this test was written."""
     from make_documents import HELD_OUT_SHARE, SPLIT_SEED, render
     from report import Judge, to_8x8
 
@@ -29,7 +29,7 @@ def test_the_judge_reads_real_digits_through_the_rendering() -> None:
     order = np.random.RandomState(SPLIT_SEED).permutation(len(digits.target))
     held_out = order[: round(HELD_OUT_SHARE * len(order))]
     images = [render(digits.images[i], 16) for i in held_out]
-    # Bicubic up and boxes down smooth a little: 16 is full ink.
+    # Scaling up (bicubic) and down (boxes) smooths a little; 16 is full ink.
     assert np.abs(to_8x8(images[0]) - digits.data[held_out[0]]).mean() < 1.5
     right = np.array(Judge().classify(images)) == digits.target[held_out]
     assert right.mean() > 0.97

@@ -1,4 +1,4 @@
-"""VQA accuracy: the challenge's formula and its answer normalisation."""
+"""VQA accuracy: the formula of the challenge and its answer normalisation."""
 
 import pytest
 
@@ -36,6 +36,6 @@ def test_accuracy_leaves_each_annotator_out(said: int, expected: float) -> None:
     assert vqa_accuracy("Yes", references if said < 10 else ["Yes"] * 10) == pytest.approx(expected)
 
 
-def test_answers_that_all_agree_are_compared_as_they_are() -> None:
+def test_unanimous_answers_are_compared_unchanged() -> None:
     assert vqa_accuracy("two", ["2"] * 10) == 0.0
     assert vqa_accuracy("two", ["2"] * 9 + ["a 2"]) == 1.0
