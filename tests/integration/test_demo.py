@@ -48,7 +48,7 @@ def test_the_report_has_every_figure(run: Path) -> None:
 
 def test_the_page_is_self_contained(run: Path) -> None:
     page = (run / "report" / "index.html").read_text()
-    for heading in ("Losses", "Images", "Which digits are confused", "Captions, wrong", "Config"):
+    for heading in ("Losses", "Images", "Which digits are confused", "Wrong captions", "Config"):
         assert f"<h2>{heading}" in page
     assert 'src="http' not in page and "src='http" not in page
     assert (run / "report" / "overview.png").read_bytes().startswith(b"\x89PNG")
