@@ -25,7 +25,7 @@ from megatron_chameleon.evaluation.human.scores import Judgement
 from megatron_chameleon.tokenizer.common.files import write_text
 
 KEY_FORMAT = "megatron_chameleon.questionnaire/1"
-FORMAT = "megatron_chameleon.judgements/1"
+JUDGEMENTS_FORMAT = "megatron_chameleon.judgements/1"
 KEY_FILE = "key.json"
 
 
@@ -218,7 +218,7 @@ def read_judgements(
 
 def _read_form(file: Path, key: Mapping[str, Any] | None) -> Iterable[Judgement]:
     content = read_json(file)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != JUDGEMENTS_FORMAT:
         raise DataError(str(file), "is not a file of judgements", "Pass a file that a form saved")
     if key is None:
         raise DataError(str(file), "only the key says what its items are", "Add --key key.json")

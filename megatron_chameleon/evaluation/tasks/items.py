@@ -20,7 +20,7 @@ from megatron_chameleon.evaluation.tasks.vqa import normalise, vqa_accuracy
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
 
-Part = TextPart | ImagePart
+ItemPart = TextPart | ImagePart
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Item:
     """One question."""
 
     id: str
-    prompt: tuple[Part, ...]
+    prompt: tuple[ItemPart, ...]
     references: tuple[str, ...]
     """Right answers or, with choices, the right candidate. Examples show the first one."""
     choices: tuple[str, ...] = ()
@@ -131,7 +131,7 @@ def _write(
     asker: Asker,
     task: ItemTask,
     items: Sequence[Item],
-    prompts: Sequence[Sequence[Part]],
+    prompts: Sequence[Sequence[ItemPart]],
     batch_size: int,
 ) -> list[ScoredItem]:
     """The model's own answers, up to the stop string, with their scores."""
@@ -162,7 +162,7 @@ def _score(metric: str, items: Sequence[Item], texts: Sequence[str]) -> list[dic
 
 
 def _choose(
-    asker: Asker, items: Sequence[Item], prompts: Sequence[Sequence[Part]], prefix: str
+    asker: Asker, items: Sequence[Item], prompts: Sequence[Sequence[ItemPart]], prefix: str
 ) -> list[ScoredItem]:
     """The likeliest candidate, by its log-likelihood (``acc``) and per byte (``acc_norm``)."""
     pairs = [
@@ -189,9 +189,9 @@ def _choose(
     return scored_items
 
 
-def _with_examples(task: ItemTask, item: Item, seed: int) -> list[Part]:
+def _with_examples(task: ItemTask, item: Item, seed: int) -> list[ItemPart]:
     """The item's prompt after ``shots`` examples, which are drawn for this item."""
-    parts: list[Part] = []
+    parts: list[ItemPart] = []
     pool = [example for example in task.examples if example.id != item.id]
     if len(pool) < task.shots:
         what = f"there are {len(pool)} items to draw {task.shots} examples from"
@@ -201,9 +201,9 @@ def _with_examples(task: ItemTask, item: Item, seed: int) -> list[Part]:
     return _joined([*parts, *item.prompt])
 
 
-def _joined(parts: Sequence[Part]) -> list[Part]:
+def _joined(parts: Sequence[ItemPart]) -> list[ItemPart]:
     """The same parts with adjacent texts joined, so that a token may span their boundary."""
-    joined: list[Part] = []
+    joined: list[ItemPart] = []
     for part in parts:
         if joined and isinstance(part, TextPart) and isinstance(joined[-1], TextPart):
             joined[-1] = TextPart(joined[-1].text + part.text)
