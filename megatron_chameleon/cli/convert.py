@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
     """Convert, and print what was written."""
     # torch reads it when it is imported: memory in large pages, which costs half as much to get
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from megatron_chameleon.checkpoint.convert.run import convert, plan_conversion
+    from megatron_chameleon.checkpoint.convert.plan import plan_conversion
+    from megatron_chameleon.checkpoint.convert.run import convert
 
     options = {
         "dtype": args.dtype,
@@ -69,14 +70,14 @@ def run(args: argparse.Namespace) -> None:
     )
     print(
         f"{result.source} (step {result.step:,}) -> {result.destination}: "
-        f"{result.parameters:,} parameters, optimizer state {result.optimizer}, "
-        f"{result.total_bytes:,} bytes, {result.seconds:.1f} s, "
+        f"{result.parameters:,} parameters, {result.total_bytes:,} bytes, {result.seconds:.1f} s, "
         + (
             f"verified bit for bit in {result.verify_seconds:.1f} s"
             if result.verified
             else "not verified"
         )
     )
+    print(result.optimizer)
     if result.largest_change:
         change, name = result.largest_change
         print(f"largest relative change by the cast to {args.dtype}: {change:.3g}, in {name}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from megatron_chameleon.checkpoint.state.folders import flush_to_disk
 from megatron_chameleon.errors import CheckpointError
 
 FLUSH_SECONDS = 1.0
@@ -15,21 +16,25 @@ FLUSH_SECONDS = 1.0
 
 @contextmanager
 def partial_folder(destination: Path, progress: Callable[[str], None]) -> Iterator[Path]:
-    """A hidden folder beside the destination, locked, empty, and gone afterwards.
+    """A hidden, locked and empty folder beside the destination, which is removed afterwards.
+
+    Args:
+        destination: The folder that is to appear.
+        progress: Called with a line if an interrupted conversion left something behind.
 
     Raises:
-        CheckpointError: It cannot be written, or another conversion is at work in it.
+        CheckpointError: The folder cannot be written, or another conversion is using it.
     """
     partial = destination.absolute().with_name(f".{destination.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
         try:
-            _take(lock, destination)
+            _lock(lock, destination)
             if any(partial.iterdir()):
                 for path in partial.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-                progress(f"removed what an interrupted conversion left in {partial}: starts anew")
+                progress(f"removed what an interrupted conversion left in {partial}")
             try:
                 yield partial
             finally:
@@ -38,31 +43,33 @@ def partial_folder(destination: Path, progress: Callable[[str], None]) -> Iterat
             os.close(lock)
     except OSError as error:
         raise CheckpointError(
-            str(destination), f"cannot be written ({error})", "Free space, or give another place"
+            str(destination),
+            f"cannot be written ({error})",
+            "Free space, or give another destination",
         ) from error
 
 
-def _take(lock: int, destination: Path) -> None:
+def _lock(descriptor: int, destination: Path) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise CheckpointError(
-            str(destination), "another conversion is writing it", "Wait for it, or end it"
+            str(destination), "another conversion is writing it", "Wait for it, or stop it"
         ) from error
 
 
 @contextmanager
 def flushing(folder: Path) -> Iterator[None]:
-    """Bring what is written into a folder to the disk all the time, not at the end only.
+    """Flush what is written into a folder to the disk continuously, not only at the end.
 
-    The kernel collects gigabytes before it begins, and whoever waits for the disk then waits for
-    all of them.
+    The kernel would collect gigabytes before it starts, and a final flush would wait for all of
+    them.
     """
     done = threading.Event()
 
     def flush() -> None:
         while not done.wait(FLUSH_SECONDS):
-            with suppress(OSError):  # whoever writes meets it too, and the end looks at all files
+            with suppress(OSError):  # the writer fails too, and the last flush covers all files
                 sync(folder)
 
     thread = threading.Thread(target=flush, daemon=True)
@@ -75,10 +82,6 @@ def flushing(folder: Path) -> Iterator[None]:
 
 
 def sync(folder: Path) -> None:
-    """Bring everything to the disk, so that a crash after the renaming finds it whole."""
+    """Flush a folder and all in it to the disk, so that it is whole even after a crash."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush_to_disk(path)

@@ -1,4 +1,7 @@
-"""Tensors on their way from one checkpoint to another, one at a time: read ahead, cast, summed."""
+"""Tensors on their way from one checkpoint to another, one at a time.
+
+They are read ahead, cast to the new dtype, and given a checksum.
+"""
 
 import hashlib
 import time
@@ -14,26 +17,31 @@ from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes
 from megatron_chameleon.errors import CheckpointError
 
 CAST_BLOCK = 2**24
-"""Elements that are compared at a time after a cast."""
+"""Number of elements that are compared at a time after a cast."""
 
 T = TypeVar("T")
 Progress = Callable[[str], None]
 
 
 class TensorStream:
-    """The source's pieces on their way to the sink: cast, and looked at while they pass.
+    """The rows that a writer gets, each with its tensor, cast to the target's dtype.
 
     Args:
-        source: Where they come from.
+        reader: The checkpoint that the tensors come from.
         target: What they become.
-        progress: Gets a line after each layer.
-        verify: Whether checksums will be wanted.
+        progress: Called with a line after each layer.
+        verify: Whether to compute checksums.
+
+    Attributes:
+        checksums: SHA-256 of each tensor that has passed, by its row's key.
+        largest_change: The largest relative change of an element by a cast, and the key of its row;
+            None as long as nothing was cast.
     """
 
     def __init__(
-        self, source: CheckpointReader, target: Target, progress: Progress, verify: bool
+        self, reader: CheckpointReader, target: Target, progress: Progress, verify: bool
     ) -> None:
-        self._source, self._target, self._progress = source, target, progress
+        self._reader, self._target, self._progress = reader, target, progress
         self._verify = verify
         self.checksums: dict[str, str] = {}
         self.largest_change: tuple[float, str] | None = None
@@ -50,11 +58,11 @@ class TensorStream:
                 )
             layer = row.layer
             yield row, tensor
-            del tensor  # else it would be held until the next one is there
+            del tensor  # otherwise it would stay in memory until the next one arrives
 
     def _read(self, row: TensorRow) -> torch.Tensor:
         dtype = self._target.dtype(row)
-        tensor = self._source.read(most_precise_row(self._source, row, dtype))
+        tensor = self._reader.read(most_precise_row(self._reader, row, dtype))
         if tensor.dtype != dtype:
             cast = tensor.to(dtype)
             change = (_largest_change(tensor, cast, row.key), row.key)
@@ -66,12 +74,12 @@ class TensorStream:
 
 
 def read_ahead(
-    found: Sequence[TensorRow], read: Callable[[TensorRow], T]
+    rows: Sequence[TensorRow], read: Callable[[TensorRow], T]
 ) -> Iterator[tuple[TensorRow, T]]:
-    """Each row and what ``read`` gives of it; the next one is read while one is used."""
+    """Each row and what ``read`` returns for it; the next row is read while one is in use."""
     with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(read, found[0])
-        for row, following in zip(found, [*found[1:], None], strict=True):
+        pending = pool.submit(read, rows[0])
+        for row, following in zip(rows, [*rows[1:], None], strict=True):
             value = pending.result()
             if following is not None:
                 pending = pool.submit(read, following)
@@ -83,7 +91,7 @@ def _largest_change(old: torch.Tensor, new: torch.Tensor, name: str) -> float:
     """The largest |new - old| / |old| of an element.
 
     Raises:
-        CheckpointError: A finite number has become infinite.
+        CheckpointError: A finite number became infinite.
     """
     largest = 0.0
     pairs = zip(old.flatten().split(CAST_BLOCK), new.flatten().split(CAST_BLOCK), strict=True)
@@ -91,14 +99,10 @@ def _largest_change(old: torch.Tensor, new: torch.Tensor, name: str) -> float:
         wide = torch.promote_types(before.dtype, torch.float32)
         before, after = before.to(wide), after.to(wide)
         if (after.isinf() & before.isfinite()).any():
-            raise CheckpointError(
-                name,
-                f"holds {before.abs().max():.3g}, which is beyond {new.dtype}".replace(
-                    "torch.", ""
-                ),
-                "Use --dtype bf16 or fp32",
-            )
-        change = ((after - before) / before).abs().nan_to_num(0.0)  # 0/0: a zero that stayed one
+            dtype = str(new.dtype).removeprefix("torch.")
+            what = f"holds {before.abs().max():.3g}, which is beyond {dtype}"
+            raise CheckpointError(name, what, "Use --dtype bf16 or fp32")
+        change = ((after - before) / before).abs().nan_to_num(0.0)  # 0/0: a zero stayed a zero
         largest = max(largest, change.max().item())
     return largest
 

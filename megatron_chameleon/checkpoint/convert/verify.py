@@ -2,9 +2,9 @@
 
     chameleon verify runs/digits exported/digits
 
-Both are mapped to Hugging Face's tensors, where each head has its own QK-norm: so a checkpoint that
-keeps one QK-norm for a group of heads equals one that repeats it. Optimizer state is compared where
-both have it.
+Both are mapped to Hugging Face's tensors, where each head has its own QK-norm. So a checkpoint that
+stores one QK-norm for a group of heads equals one that repeats it. Optimizer state is compared
+where both have it.
 """
 
 import tempfile
@@ -43,17 +43,20 @@ SETTINGS = (
     "layernorm_epsilon",
     "rotary_base",
 )
-"""What decides, beside the tensors, what a model computes."""
+"""The settings that, beside the tensors, decide what a model computes."""
 COMPARED_ELEMENTS = 2**24
+"""Number of elements that are compared at a time."""
 MEMORY_SHARE = 0.5
-"""Of the free memory, for two models in fp32: larger ones are compared by their tensors alone."""
+"""Largest share of the free memory for two models in fp32. Of larger ones only the tensors are
+compared, not the logits."""
 LOGITS_TOLERANCE = 1e-5
-"""Two models of the same numbers may still differ in what their configs say of them."""
+"""Logits that differ by more than this count as a difference. Models with the same tensors may
+still differ in what their configs say about them."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which two checkpoints differ."""
+    """One place in which two checkpoints differ."""
 
     name: str
     what: str
@@ -64,18 +67,20 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What two checkpoints have in common."""
+    """How two checkpoints compare."""
 
     first: CheckpointReader
     second: CheckpointReader
     tensors: int
-    """Compared, those of the optimizer included."""
+    """Number of tensors that were compared, including the optimizer's."""
     parameters: int
+    """Number of parameters that were compared."""
     optimizer: bool
     """Whether optimizer state was compared too."""
     largest: float
-    """The largest |a - b| of an element as a share of its tensor's largest |a|."""
+    """The largest |a - b| of an element, as a share of its tensor's largest |a|."""
     largest_name: str
+    """The tensor with that element."""
     differences: list[Difference]
     tokenizers: str
     """Equal, different, or why they were not compared."""
@@ -90,15 +95,17 @@ def verify(
     tolerance: float = 0.0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
-    """Compare settings, tensors and tokenizers; the tensors stream.
+    """Compare settings, tensors, tokenizers and, for models that fit into memory, logits.
+
+    The tensors are read one at a time.
 
     Args:
         first: A checkpoint of any format.
         second: Another one.
         tolerance: Largest |a - b| of an element, as a share of the largest |a| of its tensor, that
-            counts as equal. 0: the same numbers, whatever their dtype, and the same bits where the
-            dtype is the same.
-        progress: Gets a line after each layer.
+            counts as equal. 0 asks for the same numbers, whatever their dtype, and for the same
+            bits where the dtype is the same.
+        progress: Called with a line after each layer.
 
     Raises:
         CheckpointError: One of them cannot be opened.
@@ -115,28 +122,35 @@ def verify(
         result.tokenizers, tokenizer = _compare_tokenizers(a, b, Path(scratch))
     if result.tokenizers == "different":
         result.differences.append(Difference("tokenizer", "its files differ"))
-    layer = None
-    for row_a, row_b in _pairs(a, b):
-        if layer is not None and row_a.layer != layer:
-            progress(f"layer {layer + 1}/{a.dimensions.num_layers}")
-        layer = row_a.layer
-        parts_b = row_b.to_hf(b.read(row_b))
-        for name, part in row_a.to_hf(a.read(row_a)).items():
-            _compare(result, row_a.part, name, part, parts_b[name], tolerance)
+    _compare_tensors(result, tolerance, progress)
     fits = 2 * 4 * result.parameters < MEMORY_SHARE * psutil.virtual_memory().available
-    if tokenizer and fits and a.dimensions.q_norm_groups and not _has_other_weights(a, b):
+    if tokenizer and fits and a.dimensions.q_norm_groups and not _compared_main_weights(a, b):
         result.logits = _compare_logits(a, b, tokenizer)
         if tolerance == 0 and not result.differences and not result.logits <= LOGITS_TOLERANCE:
             result.differences.append(Difference("logits", f"differ by {result.logits:.3g}"))
     return result
 
 
+def _compare_tensors(result: Comparison, tolerance: float, progress: Callable[[str], None]) -> None:
+    a, b = result.first, result.second
+    layer = None
+    for row_a, row_b in _compared_rows(a, b):
+        if layer is not None and row_a.layer != layer:
+            progress(f"layer {layer + 1}/{a.dimensions.num_layers}")
+        layer = row_a.layer
+        tensors_b = row_b.to_hf(b.read(row_b))
+        for name, tensor in row_a.to_hf(a.read(row_a)).items():
+            _compare(result, row_a.part, name, tensor, tensors_b[name], tolerance)
+
+
 def _weights(a: CheckpointReader, b: CheckpointReader) -> Iterator[tuple[TensorRow, TensorRow]]:
     return zip(tensor_rows(a.dimensions), tensor_rows(b.dimensions), strict=True)
 
 
-def _pairs(a: CheckpointReader, b: CheckpointReader) -> Iterator[tuple[TensorRow, TensorRow]]:
-    """What is compared: each weight in the wider of its dtypes, then its optimizer state."""
+def _compared_rows(
+    a: CheckpointReader, b: CheckpointReader
+) -> Iterator[tuple[TensorRow, TensorRow]]:
+    """Pairs of rows to compare: each weight in the wider of its dtypes, then optimizer state."""
     for row_a, row_b in _weights(a, b):
         dtypes = a.dtype(row_a), b.dtype(row_b)
         wide = torch.promote_types(*dtypes)
@@ -146,10 +160,10 @@ def _pairs(a: CheckpointReader, b: CheckpointReader) -> Iterator[tuple[TensorRow
                 yield replace(row_a, part=part), replace(row_b, part=part)
 
 
-def _has_other_weights(a: CheckpointReader, b: CheckpointReader) -> bool:
-    """Whether main weights were compared, which are not what the models compute with."""
-    both = ((a.dtype(x), b.dtype(y)) for x, y in _weights(a, b))
-    return (a.has_optimizer or b.has_optimizer) and any(first != second for first, second in both)
+def _compared_main_weights(a: CheckpointReader, b: CheckpointReader) -> bool:
+    """Whether main weights were compared, which are not the ones that the models compute with."""
+    dtypes = ((a.dtype(row_a), b.dtype(row_b)) for row_a, row_b in _weights(a, b))
+    return (a.has_optimizer or b.has_optimizer) and any(first != second for first, second in dtypes)
 
 
 def _compare(
@@ -167,27 +181,27 @@ def _compare(
 
 
 def _compare_logits(a: CheckpointReader, b: CheckpointReader, tokenizer: Tokenizer) -> float:
-    """The largest difference between what transformers computes with either, in fp32."""
+    """The largest difference between the logits that transformers computes from each, in fp32."""
     document = fixed_document(tokenizer.vocabulary, a.model.seq_length)
     first, second = (
-        logits(_in_transformers(source, tokenizer).float(), document) for source in (a, b)
+        logits(_open_in_transformers(reader, tokenizer).float(), document) for reader in (a, b)
     )
     return (first - second).abs().nan_to_num(nan=torch.inf).max().item()
 
 
-def _in_transformers(source: CheckpointReader, tokenizer: Tokenizer) -> Any:
-    """As a user would open it, where that is possible."""
-    if source.format == "hf":
-        return load_transformers(source.folder)
-    return read_transformers(source, tokenizer)
+def _open_in_transformers(reader: CheckpointReader, tokenizer: Tokenizer) -> Any:
+    """Open a Hugging Face folder as a user would; rename the tensors of other formats in memory."""
+    if reader.format == "hf":
+        return load_transformers(reader.folder)
+    return read_transformers(reader, tokenizer)
 
 
 def fixed_document(vocabulary: Vocabulary, longest: int) -> torch.Tensor:
     """Token ids [1, T] of a document with text, an image and text again, always the same.
 
     Args:
-        vocabulary: Its last tokens are taken for text, as pieces have the last ids.
-        longest: Where it is cut off.
+        vocabulary: Its last tokens stand for text, since text pieces have the last ids.
+        longest: Longest document, in tokens; what lies beyond is cut off.
     """
     text = [vocabulary.size - 1 - (i * 31) % 97 for i in range(24)]
     codes = [i * 7919 % vocabulary.image_codes for i in range(64)]
@@ -198,9 +212,9 @@ def fixed_document(vocabulary: Vocabulary, longest: int) -> torch.Tensor:
 
 
 def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The largest |a - b| as a share of the largest |a|; infinite where one is no number.
+    """The largest |a - b| as a share of the largest |a|; infinite where an element is not a number.
 
-    0 only for the same numbers, and for tensors of one dtype only for the same bits.
+    It is 0 only for the same numbers, and for tensors of one dtype only for the same bits.
     """
     if first.dtype == second.dtype and as_bytes(first) == as_bytes(second):
         return 0.0
@@ -216,7 +230,7 @@ def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
         largest = max(largest, (a - b).abs().nan_to_num(nan=torch.inf).max().item())
         scale = max(scale, a.abs().max().item())
     if first.dtype == second.dtype:
-        # -0.0 for 0.0 is another bit, and the smallest difference that there is
+        # -0.0 in place of 0.0 changes a bit: count it as the smallest possible difference
         largest = max(largest, torch.finfo(torch.float64).tiny)
     return 0.0 if largest == 0 else largest / scale if scale > 0 else torch.inf
 
@@ -230,7 +244,7 @@ def _compare_settings(a: CheckpointReader, b: CheckpointReader) -> list[Differen
         sizes = f"{a.dimensions.vocab_size} and {b.dimensions.vocab_size}"
         found.append(Difference("vocabulary", sizes))
     if (a.dimensions.q_norm_groups > 0) != (b.dimensions.q_norm_groups > 0):
-        found.append(Difference("QK-norm", "one has it, the other has not"))
+        found.append(Difference("QK-norm", "one has it, the other does not"))
     return found
 
 

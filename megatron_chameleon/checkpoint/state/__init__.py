@@ -1,1 +1,1 @@
-"""Saving, checking, pruning and resuming the state of a training run."""
+"""Save, check, prune and resume the state of a training run."""

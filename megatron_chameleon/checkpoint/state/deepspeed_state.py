@@ -1,11 +1,13 @@
-"""The checkpoint of the DeepSpeed engine, which any ZeRO stage, offload and layout can load.
+"""Save and load the state of our DeepSpeed engine, for any ZeRO stage, offload and layout.
 
-DeepSpeed's own files hold each rank's part of its flat buffers and load at the same stage and
-layout only. So the state goes another way: DeepSpeed hands out and takes back whole tensors,
-parameter by parameter (``deepspeed.utils.safe_get_full_fp32_param`` and its kin), and they are
-stored as megatron-core's sharded tensors under the names of ``checkpoint/state/reader.py``, as the
-other engine's are. The data-parallel ranks take turns in keeping a parameter until it is written,
-so that each needs memory for its share only.
+This is not the format of DeepSpeed's own files; ``checkpoint/formats/deepspeed.py`` converts those.
+They hold each rank's part of DeepSpeed's flat buffers, and load at the same stage and layout only.
+
+Here DeepSpeed hands out and takes back whole tensors, parameter by parameter
+(``deepspeed.utils.safe_get_full_fp32_param`` and similar functions). They are stored as
+megatron-core's sharded tensors under the names of ``checkpoint/state/reader.py``, like those of the
+other engine. The data-parallel ranks take turns in keeping a parameter until it is written, so that
+each rank needs memory for its share only.
 """
 
 import dataclasses
@@ -42,14 +44,15 @@ from megatron_chameleon.checkpoint.state.torch_dist import (
     load_sharded,
 )
 
-BATCH_ELEMENTS = 256 * 2**20  # parameters loaded at once: 3 GiB with their moments
+BATCH_ELEMENTS = 256 * 2**20
+"""Number of elements that are loaded at once: 3 GiB with their moments."""
 
 
 class ShardedState:
-    """How megatron-core stores each parameter, noted while they are whole.
+    """How megatron-core stores each parameter, recorded while the parameters are whole.
 
     Args:
-        model: This rank's part, before DeepSpeed has it.
+        model: This rank's part of the model, before DeepSpeed gets it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,7 +69,7 @@ class ShardedState:
             )
 
     def snapshot(self, optimizer: Any) -> "DeepSpeedSnapshot":
-        """The state of ``engine.optimizer``, to be saved."""
+        """The state of ``engine.optimizer``, about to be saved."""
         return DeepSpeedSnapshot(self, optimizer)
 
     def own_elements(self) -> Iterator[tuple[int, torch.dtype]]:
@@ -79,7 +82,7 @@ class ShardedState:
         """Weights and optimizer state as sharded tensors. A collective.
 
         Args:
-            optimizer: ``engine.optimizer`` after its first step.
+            optimizer: ``engine.optimizer``, after its first step.
         """
         _link_state(optimizer)
         state: dict[str, Any] = {"model": {}, "optimizer": {}}
@@ -100,12 +103,12 @@ class ShardedState:
         return state
 
     def restore(self, checkpoint: Path, optimizer: Any, step: int) -> None:
-        """Fill the optimizer, and by it the weights, from a checkpoint. A collective.
+        """Fill the optimizer, and through it the weights, from a checkpoint. A collective.
 
         Args:
-            checkpoint: Of any engine, at any layout.
-            optimizer: ``engine.optimizer`` before its first step.
-            step: Updates that the checkpoint has behind it.
+            checkpoint: A checkpoint of any engine and layout.
+            optimizer: ``engine.optimizer``, before its first step.
+            step: Number of updates before the checkpoint.
 
         Raises:
             CheckpointError: A file is missing, damaged or of another shape.
@@ -114,7 +117,7 @@ class ShardedState:
         self._load(checkpoint, optimizer, (MAIN_WEIGHT, *MOMENTS))
 
     def restore_weights(self, checkpoint: Path, optimizer: Any) -> None:
-        """Fill the weights, main weights included; the moments begin anew. A collective.
+        """Fill the weights, including main weights; the moments start at zero. A collective.
 
         Args and Raises: as for ``restore``.
         """
@@ -157,7 +160,7 @@ class ShardedState:
 
 
 class DeepSpeedSnapshot:
-    """A state that is about to be written; see ``checkpoint.store``."""
+    """A state that is about to be written; see ``Snapshot`` in ``checkpoint/state/save.py``."""
 
     def __init__(self, state: ShardedState, optimizer: Any) -> None:
         self._state = state
@@ -165,8 +168,8 @@ class DeepSpeedSnapshot:
 
     @property
     def local_bytes(self) -> int:
-        """What this rank will write."""
-        weight_bytes = {torch.float32: 4, torch.bfloat16: 2 + 4}  # bf16: fp32 main weights too
+        """Bytes that this rank will write."""
+        weight_bytes = {torch.float32: 4, torch.bfloat16: 2 + 4}  # bf16 also has fp32 main weights
         return sum(
             count * (weight_bytes[dtype] + 4 * len(MOMENTS))
             for count, dtype in self._state.own_elements()
@@ -181,10 +184,10 @@ class DeepSpeedSnapshot:
 
 
 def _flat_parameters(optimizer: Any) -> list[Tensor]:
-    """The tensors that the inner optimizer updates, by DeepSpeed's names for them."""
+    """The tensors that the inner optimizer updates, found by DeepSpeed's names for them."""
     for name in (
         "single_partition_of_fp32_groups",  # ZeRO 1 and 2
-        "fp32_groups_flat_partition",  # ZeRO 1 in bf16 with fp32 sums of gradients
+        "fp32_groups_flat_partition",  # ZeRO 1 in bf16 with gradients summed in fp32
         "fp32_partitioned_groups_flat",  # ZeRO 3
     ):
         if hasattr(optimizer, name):
@@ -194,7 +197,7 @@ def _flat_parameters(optimizer: Any) -> list[Tensor]:
 
 
 def _create_state(optimizer: Any, step: int) -> None:
-    """Give the inner AdamW the state that its first step would create, with ``step`` behind it."""
+    """Give the inner AdamW the state that its first step would create, with its step set."""
     inner = optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
     for flat in _flat_parameters(optimizer):
         state = {moment: torch.zeros_like(flat) for moment in MOMENTS}
@@ -204,10 +207,10 @@ def _create_state(optimizer: Any, step: int) -> None:
 
 
 def _link_state(optimizer: Any) -> None:
-    """Let ZeRO 1 and 2 find each parameter's moments in the flat ones.
+    """Let ZeRO 1 and 2 find each parameter's moments within the flat tensors.
 
-    DeepSpeed 0.19 does it after the step of its first group, when the second group's moments do not
-    exist yet, and then never again.
+    DeepSpeed 0.19 does this only once, after the step of its first group, when the second group's
+    moments do not exist yet.
     """
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
@@ -215,7 +218,7 @@ def _link_state(optimizer: Any) -> None:
 
 
 def _get(optimizer: Any, parameter: nn.Parameter, part: str) -> Tensor:
-    """A whole fp32 tensor of a parameter. A collective under ZeRO."""
+    """A parameter's whole fp32 main weight or moment. A collective under ZeRO."""
     if isinstance(optimizer, Optimizer):
         return parameter.detach() if part == MAIN_WEIGHT else optimizer.state[parameter][part]
     if part == MAIN_WEIGHT:
@@ -224,12 +227,12 @@ def _get(optimizer: Any, parameter: nn.Parameter, part: str) -> Tensor:
 
 
 def _set(optimizer: Any, parameter: nn.Parameter, part: str, value: Tensor) -> None:
-    """Take this rank's part out of a whole fp32 tensor."""
+    """Set this rank's part of a parameter's main weight or moment from the whole fp32 tensor."""
     if isinstance(optimizer, Optimizer):
         _get(optimizer, parameter, part).copy_(value)
         return
     set_weight, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
-    if hasattr(parameter, "ds_tensor"):  # ZeRO 3, whose setters of whole tensors know no padding
+    if hasattr(parameter, "ds_tensor"):  # ZeRO 3, whose setters of whole tensors ignore padding
         size, rank = parameter.ds_tensor.numel(), parallel_state.get_data_parallel_rank()
         part_of_rank = torch.zeros(size)
         values = value.flatten()[rank * size : (rank + 1) * size]
@@ -246,7 +249,7 @@ def _set(optimizer: Any, parameter: nn.Parameter, part: str, value: Tensor) -> N
 
 
 def _update_weights(optimizer: Any) -> None:
-    """Make the model's weights those of the optimizer. A collective under ZeRO."""
+    """Copy the optimizer's main weights to the model's weights. A collective under ZeRO."""
     if hasattr(optimizer, "update_lp_params"):  # ZeRO 1 and 2
         optimizer.update_lp_params()
     elif hasattr(optimizer, "checkpoint_event_epilogue"):  # ZeRO 3

@@ -1,9 +1,9 @@
-"""megatron-core's distributed optimizer, saved and loaded without gathering anything.
+"""Save and load megatron-core's distributed optimizer without gathering anything.
 
-Each data-parallel rank owns a run of elements of each parameter's flat form. megatron-core's way to
-store that under any layout gathers all of it on one rank or on every rank (84 GB of the 7B), and
-has every rank read all of it again. Here a run is cut into rectangles of the whole tensor, up to
-three of a matrix, which each rank writes and reads for itself.
+Each data-parallel rank owns a range of elements of each flattened parameter. To store the state in
+a form that fits any layout, megatron-core gathers all of it on one rank or on every rank (84 GB for
+the 7B), and every rank reads all of it again. Here a range is cut into rectangles of the whole
+tensor, at most three for a matrix, and each rank writes and reads its own.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -35,12 +35,17 @@ _NAMES = {MAIN_WEIGHT: "param", **{moment: moment for moment in MOMENTS}}
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Elements of a tensor that lie in it as a rectangle and, flattened, one after the other."""
+    """A block of a tensor whose elements are also adjacent in the flat tensor.
+
+    Attributes:
+        offset: Index of its first element in each dim.
+        shape: Its size in each dim.
+        start: Index of its first element in the flat tensor.
+    """
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     start: int
-    """Of its elements in the flat tensor."""
 
     @property
     def stop(self) -> int:
@@ -48,12 +53,12 @@ class Rectangle:
 
 
 def rectangles(start: int, stop: int, shape: Sequence[int]) -> Iterator[Rectangle]:
-    """Cut a run of a tensor's elements into as few rectangles as possible.
+    """Cut a range of a flat tensor's elements into as few rectangles as possible.
 
     Args:
-        start: First element in the flat tensor.
-        stop: Behind the last one.
-        shape: Of the tensor.
+        start: Index of the first element in the flat tensor.
+        stop: Index after the last element.
+        shape: The tensor's shape.
     """
     if start >= stop:
         return
@@ -81,10 +86,10 @@ def _within_row(row: int, start: int, stop: int, shape: Sequence[int]) -> Iterat
 def sharded_ranges(
     optimizers: Sequence[DistributedOptimizer], model: Sequence[ShardedBase]
 ) -> dict[str, ShardedTensor]:
-    """The state of this rank's ranges as sharded tensors, to be saved.
+    """The optimizer state of this rank's ranges, as sharded tensors to be saved.
 
     Args:
-        optimizers: After a step.
+        optimizers: The optimizers, after at least one step.
         model: The model's sharded tensors, with the parameters themselves in them.
     """
     found: dict[str, ShardedTensor] = {}
@@ -107,14 +112,14 @@ def load_ranges(
     stored: Collection[str],
     step: int,
 ) -> None:
-    """Fill the state of this rank's ranges. A collective.
+    """Load the optimizer state of this rank's ranges. A collective.
 
     Args:
-        optimizers: Before their first step.
+        optimizers: The optimizers, before their first step.
         model: As for ``sharded_ranges``.
-        checkpoint: A whole one, of any engine and layout.
-        stored: All names in it.
-        step: Updates that it has behind it.
+        checkpoint: A whole checkpoint of any engine and layout.
+        stored: All names in the checkpoint.
+        step: Number of updates before the checkpoint.
 
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.
@@ -144,14 +149,14 @@ def load_ranges(
 def _set(
     optimizer: DistributedOptimizer, parameter: nn.Parameter, state: dict[str, Tensor], step: int
 ) -> None:
-    """Take over a parameter's state, and the step where the inner optimizer keeps it."""
+    """Set a parameter's state, and the step where the inner optimizer stores it."""
     group_index, order = optimizer.model_param_group_index_map[parameter]
     group = optimizer.optimizer.param_groups[group_index]
     own = optimizer.optimizer.state[group["params"][order]]
-    if "step" in own:  # torch's AdamW, of each parameter
+    if "step" in own:  # torch's AdamW has a step per parameter
         own["step"] = torch.tensor(float(step))
         state = {**state, "step": own["step"]}
-    else:  # Transformer Engine's, of each group
+    else:  # Transformer Engine's has one per group
         group["step"] = step
     optimizer._set_main_param_and_optimizer_states(parameter, state)
 
@@ -159,7 +164,12 @@ def _set(
 def _owned(
     optimizers: Sequence[DistributedOptimizer], model: Sequence[ShardedBase]
 ) -> Iterator[tuple[DistributedOptimizer, nn.Parameter, ShardedBase, int, int]]:
-    """Parameters of which this rank owns something, and which run of their elements."""
+    """The parameters of which this rank owns elements, and the range that it owns.
+
+    Yields:
+        Optimizer, parameter, the parameter's sharded tensor, and the first and last index (the
+        latter exclusive) in the flat local parameter.
+    """
     entries = {id(sharded.data): sharded for sharded in model}
     for optimizer in optimizers:
         for buffer in optimizer.gbuf_ranges:
@@ -173,14 +183,15 @@ def _owned(
 def _sharded_rectangles(
     sharded: ShardedBase, key: str, values: Tensor, start: int, stop: int
 ) -> Iterator[ShardedTensor]:
-    """A run of a local parameter's elements as rectangles of the whole tensor.
+    """A range of a local parameter's elements, as rectangles of the whole tensor.
 
     Args:
-        sharded: Of the parameter. megatron-core stores a SwiGLU's two halves as two tensors.
-        key: To store it under.
+        sharded: The parameter's sharded tensor. Megatron-core stores a SwiGLU's two halves as two
+            tensors.
+        key: The name to store the values under.
         values: [stop - start].
-        start: First element of the run in the flat local parameter.
-        stop: Behind the last one.
+        start: Index of the range's first element in the flat local parameter.
+        stop: Index after the last element.
     """
     parts = sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]
     begin = 0
@@ -198,7 +209,7 @@ def _sharded_rectangles(
                 global_shape=part.global_shape,
                 global_offset=tuple(a + b for a, b in zip(part.global_offset, offset, strict=True)),
                 axis_fragmentations=None,  # rectangles of any size
-                # no other data-parallel rank has it; tensor-parallel ones may
+                # no other data-parallel rank has it, but tensor-parallel ranks may
                 replica_id=(*part.replica_id[:-1], 0),
             )
         begin = end

@@ -1,9 +1,10 @@
-"""Checkpoint folders by their names and small files, without a look at the tensors.
+"""Checkpoint folders by their names and small files; the tensors are not opened.
 
 A ``step_00001000`` folder is whole if it has ``state.json``, which is written last.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,22 @@ from megatron_chameleon.errors import CheckpointError
 STATE_FILE = "state.json"
 STATE_FORMAT = "megatron_chameleon.checkpoint/1"
 STEP_FOLDER = re.compile(r"step_\d{8,}")
+_FOREIGN_FILES = {
+    "latest": "DeepSpeed",
+    "latest_universal": "DeepSpeed",
+    "config.json": "Hugging Face",
+    "params.json": "Meta",
+}
+"""Files that only another format's folders have, and the name of that format."""
 
 
 def step_folder(step: int) -> str:
-    """The name of what belongs to a step, such as ``step_00001000``."""
+    """The folder name for a step, such as ``step_00001000``."""
     return f"step_{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The step whose name a folder bears."""
+    """The step in a folder's name."""
     return int(folder.name.removeprefix("step_"))
 
 
@@ -41,13 +49,13 @@ def list_step_folders(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint meant by a path: a ``step_...`` folder, or the newest whole one of a run.
+    """Find the checkpoint that a path means: a ``step_...`` folder, or a run's newest whole one.
 
     Args:
         path: A checkpoint folder, a ``checkpoints`` folder or a run folder.
 
     Raises:
-        CheckpointError: There is no whole checkpoint; the message says what there is.
+        CheckpointError: There is no whole checkpoint; the message says what was found.
     """
     path = Path(path)
     if not path.is_dir():
@@ -67,27 +75,36 @@ def find_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(
             str(path),
             f"no whole checkpoint in {parent} ({broken} step folders without {STATE_FILE})",
-            "Train until the first save, or give the folder of another run",
+            "Train until the first save, or give another run's folder",
         )
     return whole[-1]
 
 
+def other_format(folder: Path) -> str | None:
+    """The name of another checkpoint format that a folder seems to have; None: none is known."""
+    for name, format_name in _FOREIGN_FILES.items():
+        if (folder / name).is_file():
+            return format_name
+    return None
+
+
 def load_state(folder: Path) -> dict[str, Any]:
-    """``state.json`` of a whole checkpoint.
+    """Read ``state.json`` of a whole checkpoint.
 
     Raises:
-        CheckpointError: The file is missing, no JSON, of another format, or lacks a key that
+        CheckpointError: The file is missing, is not JSON, has another format, or lacks a key that
             readers need.
     """
     file = folder / STATE_FILE
     if not file.is_file():
         raise CheckpointError(
-            str(folder), f"no {STATE_FILE}: this is no whole checkpoint", "Give another step"
+            str(folder), f"no {STATE_FILE}: the checkpoint is not whole", "Give another step"
         )
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(str(file), f"no valid JSON ({error})", "Use another step") from error
+        what = f"is not valid JSON ({error})"
+        raise CheckpointError(str(file), what, "Use another step") from error
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(
@@ -97,12 +114,13 @@ def load_state(folder: Path) -> dict[str, Any]:
         )
     for key in ("step", "vocab_size"):
         if not isinstance(state.get(key), int):
-            raise CheckpointError(str(file), f"no whole number under {key!r}", "Use another step")
+            what = f"there is no whole number under {key!r}"
+            raise CheckpointError(str(file), what, "Use another step")
     return state
 
 
 def load_checkpoint_config(folder: Path) -> Config:
-    """The training config that lies in a checkpoint.
+    """Read the training config that is stored in a checkpoint.
 
     Raises:
         CheckpointError: There is no ``config.yaml``.
@@ -112,3 +130,16 @@ def load_checkpoint_config(folder: Path) -> Config:
     if not file.is_file():
         raise CheckpointError(str(folder), "no config.yaml", "Use another step of the run")
     return load_config(file)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Make sure that a file or folder survives a crash of the machine.
+
+    Raises:
+        OSError: It cannot be read or written.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,7 +1,7 @@
-"""Checksums of a checkpoint's files: what the disk gives back is what was written.
+"""Checksums of a checkpoint's files, which show whether the disk returns what was written.
 
-``SHA256SUMS`` lies in each checkpoint of a run and in each folder of a conversion. It is of the
-form that ``sha256sum`` has:
+Each checkpoint of a run and each converted folder has a ``SHA256SUMS``, in the format of
+``sha256sum``:
 
     cd runs/NAME/checkpoints/step_00001000 && sha256sum --check --quiet SHA256SUMS
 """
@@ -16,9 +16,9 @@ from megatron_chameleon.errors import CheckpointError
 
 SUMS_FILE = "SHA256SUMS"
 SMALL_FILES = ("config.yaml", STATE_FILE)
-"""Those that say what lies in a checkpoint."""
-READERS = 4
-"""Threads that read files of a folder: Python's lock is free meanwhile."""
+"""The files that say what is in a checkpoint."""
+READER_THREADS = 4
+"""Threads that read the files of a folder; reading releases Python's lock."""
 
 
 def sha256(file: Path) -> str:
@@ -28,35 +28,35 @@ def sha256(file: Path) -> str:
 
 
 def write_sums(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write ``SHA256SUMS`` of all files in a folder and in the folders within it.
+    """Write ``SHA256SUMS`` for all files in a folder and its subfolders.
 
     Args:
         folder: A checkpoint.
-        digests: What is known already, by path within the folder, of files that need not be there
-            yet; the other files are read.
+        digests: Checksums that are already known, by path within the folder. These files need not
+            exist yet; all other files are read.
     """
     files = (path for path in folder.rglob("*") if path.is_file())
     names = sorted({path.relative_to(folder).as_posix() for path in files} | set(digests))
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(READER_THREADS) as pool:
         found = pool.map(lambda name: digests.get(name) or sha256(folder / name), names)
         lines = [f"{digest}  {name}\n" for digest, name in zip(found, names, strict=True)]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def check_files(folder: Path) -> int | None:
-    """Compare all files that a folder's ``SHA256SUMS`` lists with it.
+    """Compare a folder's files with the checksums in its ``SHA256SUMS``.
 
     Args:
         folder: A checkpoint of any format.
 
     Returns:
-        Number of files; None where the folder has no such list.
+        The number of files; None if the folder has no ``SHA256SUMS``.
 
     Raises:
-        CheckpointError: A file is damaged or missing, or the list itself is.
+        CheckpointError: A file, or ``SHA256SUMS`` itself, is damaged or missing.
     """
     remedy = (
-        f"Copy it again from where it is whole; if it was changed on purpose, remove {SUMS_FILE}"
+        f"Copy the folder again from the original. If it was changed on purpose, remove {SUMS_FILE}"
     )
     try:
         sums = _read_sums(folder)
@@ -65,8 +65,8 @@ def check_files(folder: Path) -> int | None:
         raise CheckpointError(where, f"cannot be read ({error})", remedy) from error
     if sums is None:
         return None
-    with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda name: _find_in_file(folder / name, sums[name]), sums)
+    with ThreadPoolExecutor(READER_THREADS) as pool:
+        found = pool.map(lambda name: _find_damage_of_file(folder / name, sums[name]), sums)
         damages = [damage for damage in found if damage]
     if damages:
         first = damages[0].removeprefix(f"{folder}/")
@@ -76,27 +76,30 @@ def check_files(folder: Path) -> int | None:
 
 
 def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
-    """What is wrong with the files of a checkpoint, which each of several ranks reads a share of.
+    """Check this rank's share of a checkpoint's files.
 
-    A checkpoint without checksums, as earlier versions write it, counts as sound if it is whole.
+    A checkpoint without checksums, as earlier versions wrote it, counts as sound if it is whole.
 
     Args:
         checkpoint: A folder ``step_...``.
-        rank: Of this process.
-        world_size: Over how many processes the files are divided.
+        rank: This process's rank.
+        world_size: The number of processes that share the files.
 
     Returns:
-        The first damaged file of this rank's share and what is wrong with it; None: nothing.
+        The first damaged file of this rank's share and what is wrong with it; None if all are
+        sound.
     """
-    return _find(checkpoint, None, rank, world_size)
+    return _find_damage(checkpoint, None, rank, world_size)
 
 
 def find_damage_of_small_files(checkpoint: Path) -> str | None:
-    """As ``find_damage``, of those files alone that say what lies in the checkpoint."""
-    return _find(checkpoint, SMALL_FILES, 0, 1)
+    """Check only the files that say what is in the checkpoint; otherwise as ``find_damage``."""
+    return _find_damage(checkpoint, SMALL_FILES, 0, 1)
 
 
-def _find(checkpoint: Path, only: tuple[str, ...] | None, rank: int, world_size: int) -> str | None:
+def _find_damage(
+    checkpoint: Path, only: tuple[str, ...] | None, rank: int, world_size: int
+) -> str | None:
     state = checkpoint / STATE_FILE
     if not state.is_file():
         return f"{state} is missing"
@@ -105,18 +108,18 @@ def _find(checkpoint: Path, only: tuple[str, ...] | None, rank: int, world_size:
     except (OSError, ValueError) as error:
         return f"{checkpoint / SUMS_FILE} cannot be read ({error})"
     if sums is None:
-        return _find_unreadable_state(checkpoint)
+        return _find_damage_without_sums(checkpoint)
     if missing := [name for name in SMALL_FILES if name not in sums]:
         return f"{checkpoint / SUMS_FILE} cannot be read (it has no line for {missing[0]})"
     names = [name for name in sums if only is None or name in only]
     for name in names[rank::world_size]:
-        damage = _find_in_file(checkpoint / name, sums[name])
+        damage = _find_damage_of_file(checkpoint / name, sums[name])
         if damage:
             return damage
     return None
 
 
-def _find_unreadable_state(checkpoint: Path) -> str | None:
+def _find_damage_without_sums(checkpoint: Path) -> str | None:
     try:
         state = load_state(checkpoint)
     except CheckpointError as error:
@@ -126,7 +129,7 @@ def _find_unreadable_state(checkpoint: Path) -> str | None:
     return None
 
 
-def _find_in_file(file: Path, digest: str) -> str | None:
+def _find_damage_of_file(file: Path, digest: str) -> str | None:
     if not file.is_file():
         return f"{file} is missing"
     try:
@@ -137,7 +140,7 @@ def _find_in_file(file: Path, digest: str) -> str | None:
 
 
 def _read_sums(folder: Path) -> dict[str, str] | None:
-    """Digest by path within the folder; None where there is no such file."""
+    """The checksums by path within the folder; None if there is no ``SHA256SUMS``."""
     file = folder / SUMS_FILE
     if not file.exists():
         return None
@@ -147,6 +150,6 @@ def _read_sums(folder: Path) -> dict[str, str] | None:
         path = PurePosixPath(name)
         is_outside = path.is_absolute() or ".." in path.parts
         if not separator or len(digest) != 64 or not name or is_outside:
-            raise ValueError(f"line {number} is no checksum of a file in this folder")
+            raise ValueError(f"line {number} is not a checksum of a file in this folder")
         sums[name] = digest
     return sums

@@ -1,8 +1,8 @@
-"""megatron-core's optimizers, saved in the one form that every engine and layout loads.
+"""Save megatron-core's optimizers in the one form that every engine and layout can load.
 
-megatron-core has an optimizer for fp32, one for bf16 and a distributed one, and each saves its
-state in a form of its own: with other names, with or without main weights, and with learning rates
-and steps beside the tensors. Here only the tensors are kept, under the names that
+Megatron-core has an optimizer for fp32, one for bf16 and a distributed one. Each saves its state in
+its own form: under different names, with or without main weights, and with learning rates and steps
+beside the tensors. Here only the tensors are kept, under the names that
 ``checkpoint/state/reader.py`` lists.
 """
 
@@ -35,12 +35,12 @@ _MAIN_WEIGHT = optimizer_key(MAIN_WEIGHT, "")
 def sharded_optimizer(
     optimizer: MegatronOptimizer, model: dict[str, Any], metadata: dict[str, Any]
 ) -> dict[str, Any]:
-    """The optimizer's tensors to be saved. A collective.
+    """The optimizer's tensors that are to be saved. A collective.
 
     Args:
-        optimizer: After a step.
+        optimizer: The optimizer, after at least one step.
         model: The model's sharded state, with the parameters themselves in it.
-        metadata: megatron-core's.
+        metadata: Megatron-core's settings for sharded state.
     """
     if distributed := _distributed(optimizer):
         return sharded_ranges(distributed, list(sharded_values(model)))
@@ -63,17 +63,17 @@ def load_optimizer(
     stored: Collection[str],
     step: int,
 ) -> None:
-    """Take over main weights, moments and the step. A collective.
+    """Load main weights, moments and the step. A collective.
 
-    Learning rate, betas and the like stay those of the optimizer.
+    The optimizer keeps its own learning rate, betas and similar settings.
 
     Args:
-        optimizer: Before its first step.
+        optimizer: The optimizer, before its first step.
         model: The model's sharded state, with the parameters themselves in it.
         metadata: As for ``sharded_optimizer``.
-        checkpoint: A whole one, of any engine and layout.
-        stored: All names in it.
-        step: Updates that it has behind it.
+        checkpoint: A whole checkpoint of any engine and layout.
+        stored: All names in the checkpoint.
+        step: Number of updates before the checkpoint.
 
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.
@@ -93,7 +93,7 @@ def load_optimizer(
 
 
 def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The distributed optimizers of this rank; none if its optimizer is another one."""
+    """The distributed optimizers of this rank; empty if it uses another kind of optimizer."""
     optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
     return [inner for inner in optimizers if isinstance(inner, DistributedOptimizer)]
 
@@ -106,14 +106,14 @@ def sharded_values(state: dict[str, Any]) -> Iterator[Any]:
 
 
 def _keep_own(value: Any) -> Any:
-    """What megatron-core does not read from the checkpoint, it takes from here."""
+    """Tell megatron-core to keep a value that it does not read from the checkpoint."""
     kept = ShardedTensor | ShardedTensorFactory | LocalNonpersistentObject
     return value if isinstance(value, kept) else LocalNonpersistentObject(value)
 
 
 def _set_step(state: dict[str, Any], step: int, optimizer: Any) -> None:
-    """Put AdamW's step where each of megatron-core's optimizers looks for it."""
-    inner = state.get("optimizer", state)  # fp32: torch's own state dict
+    """Store AdamW's step where each of megatron-core's optimizers looks for it."""
+    inner = state.get("optimizer", state)  # in fp32 this is torch's own state dict
     if isinstance(optimizer.optimizer, torch.optim.AdamW):
         inner["state"]["common_step"] = torch.tensor(float(step))
     else:  # Transformer Engine's AdamW

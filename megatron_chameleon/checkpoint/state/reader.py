@@ -1,12 +1,11 @@
-"""Read a training checkpoint tensor by tensor: no process group, no model, memory for one tensor at
-a time.
+"""Read a training checkpoint tensor by tensor, without a process group and without a model.
 
-A checkpoint folder is megatron-core's ``torch_dist`` layout, which is PyTorch's
-distributed-checkpoint layout: a ``.metadata`` file that says which chunk of which tensor lies
-where, and ``__R_N.distcp`` files with the chunks. Beside them lie ``config.yaml`` and, written
-last, ``state.json``: without it the checkpoint is not whole.
+It needs memory for one tensor at a time. A checkpoint folder has megatron-core's ``torch_dist``
+format, which is PyTorch's distributed-checkpoint format: a ``.metadata`` file that says which chunk
+of which tensor is where, and ``__R_N.distcp`` files with the chunks. Beside them are
+``config.yaml`` and, written last, ``state.json``, without which the checkpoint is not whole.
 
-What is in it does not depend on the engine, its optimizer or the layout that wrote it:
+The content does not depend on the engine, optimizer and layout that wrote it:
 
     NAME                                a weight, in the dtype that the run computes with
     optimizer.state.fp32_param.NAME     its fp32 main weight, where the weight is not fp32 itself
@@ -76,7 +75,7 @@ class TensorInfo:
 
 
 class TrainingCheckpoint:
-    """The tensors of one checkpoint folder, read one by one.
+    """An opened training checkpoint, whose tensors are read one by one.
 
     Args:
         folder: A whole ``step_...`` folder (see ``find_checkpoint``).
@@ -84,11 +83,11 @@ class TrainingCheckpoint:
     Attributes:
         state: The content of ``state.json``.
         config: The resolved training config.
-        tensors: Shape and dtype of every tensor outside the optimizer, by megatron-core's name; a
-            prefix ``model.`` is cut. Layers are stacked: the first dim of a ``decoder.layers.``
+        tensors: Shape and dtype of every tensor outside the optimizer, by megatron-core's name,
+            without a prefix ``model.``. Layers are stacked: the first dim of a ``decoder.layers.``
             tensor is the layer.
-        optimizer_tensors: The same for the optimizer's, by the names above.
-        names: Everything that is stored, by its full name.
+        optimizer_tensors: The same for the optimizer's tensors, by the names above.
+        names: The full names of everything that is stored.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, damaged or of another format.
@@ -126,7 +125,8 @@ class TrainingCheckpoint:
         """
         info = self.tensors.get(name) or self.optimizer_tensors.get(name)
         if info is None:
-            raise CheckpointError(str(self.folder), f"no tensor {name}", "Use another checkpoint")
+            what = f"there is no tensor {name}"
+            raise CheckpointError(str(self.folder), what, "Use another checkpoint")
         key, stored = self._stored[name]
         first = 0 if layer is None else layer
         shape = info.shape if layer is None else (1, *info.shape[1:])
@@ -148,7 +148,7 @@ class TrainingCheckpoint:
         return target if layer is None else target[0]
 
     def _read_item(self, name: str, item: ReadItem, target: torch.Tensor) -> None:
-        """Copy a chunk's part that is wanted into its place, straight from the file if it can."""
+        """Copy the wanted part of a chunk into its place, straight from the file where possible."""
         ranges = zip(item.dest_offsets, item.lengths, strict=True)
         place = target[tuple(slice(start, start + length) for start, length in ranges)]
         info = self._metadata.storage_data[item.storage_index]
@@ -167,10 +167,11 @@ class TrainingCheckpoint:
             place.copy_(tensor)
 
     def _find(self, name: str, path: Path, info: Any) -> StoredTensor:
-        """Where in a file a chunk's numbers begin: behind the header of an archive of its own."""
+        """Find where a chunk's numbers begin in a file: each chunk is an archive of its own."""
         remedy = "Use another step"
         if info.transform_descriptors:
-            raise CheckpointError(str(path), "is compressed, which is not read", remedy)
+            what = "is compressed, which this version cannot read"
+            raise CheckpointError(str(path), what, remedy)
         try:
             with path.open("rb") as stream:
                 archive = cast(IO[bytes], _create_file_view(stream, info.offset, info.length))
@@ -184,10 +185,10 @@ class TrainingCheckpoint:
 
 
 class _SafeReader(FileSystemReader):
-    """PyTorch's reader, with ``.metadata`` unpickled into a fixed list of classes only.
+    """PyTorch's reader, except that ``.metadata`` may only contain a fixed list of classes.
 
-    The chunks are read with ``weights_only=True`` by PyTorch already; its ``.metadata`` is a plain
-    pickle, which could run anything.
+    PyTorch already reads the chunks with ``weights_only=True``, but ``.metadata`` is a plain pickle,
+    which could run any code.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -212,7 +213,7 @@ def _read_metadata(storage: FileSystemReader, folder: Path) -> Metadata:
         files = {info.relative_path for info in metadata.storage_data.values()}
     except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
         raise CheckpointError(
-            str(folder / ".metadata"), f"cannot read it ({error})", "Use another step"
+            str(folder / ".metadata"), f"cannot be read ({error})", "Use another step"
         ) from error
     missing = sorted(name for name in files if not (folder / name).is_file())
     if missing:

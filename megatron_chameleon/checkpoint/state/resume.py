@@ -1,6 +1,7 @@
-"""Which checkpoint a run goes on from, whether it fits, and whether it is sound."""
+"""Choose the checkpoint that a run resumes from, and check that it is sound and fits the config."""
 
-import sys
+import json
+import logging
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from megatron_chameleon.checkpoint.state.folders import (
     list_step_folders,
     load_checkpoint_config,
     load_state,
+    other_format,
 )
 from megatron_chameleon.checkpoint.state.integrity import find_damage, find_damage_of_small_files
 from megatron_chameleon.checkpoint.state.save import CheckpointedEngine
@@ -21,9 +23,12 @@ from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.collectives import first_message
 
+logger = logging.getLogger(__name__)
+
 _RUN_DIR = "logging.run_dir"
-# What a resumed run must share with its checkpoint: the model's shape and the seed. Layout, engine,
-# optimizer and dtype may all change. The data's history knows what its order depends on.
+# A resumed run must share these with its checkpoint: the model's shape and the seed. Layout,
+# engine, optimizer and dtype may all change. The mixture's history checks what the order of the
+# data depends on.
 _FIXED = (
     "model.num_layers",
     "model.hidden_size",
@@ -35,8 +40,7 @@ _FIXED = (
     "model.qk_norm_groups",
     "training.seed",
 )
-# What a run that starts from weights alone must share with them, or one that takes over what others
-# have trained
+# A run must share these with a checkpoint of weights alone, or with one that was trained elsewhere.
 _FIXED_WEIGHTS = (
     "model.num_layers",
     "model.hidden_size",
@@ -51,24 +55,24 @@ _FIXED_WEIGHTS = (
 
 
 def find_resume(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to resume from, by a look at its small files.
+    """Choose the checkpoint to resume from; only its small files are read.
 
     Args:
         folder: The run's ``checkpoints/`` folder.
-        resume: ``auto`` for the newest sound one, ``never``, or a path. A path outside the folder
-            is where the run begins: once it has a checkpoint of its own, that is taken, so that
-            the same command goes on.
+        resume: ``auto`` for the newest sound checkpoint, ``never``, or a path. A path outside the
+            folder is where the run begins. Once the run has a checkpoint of its own, that one is
+            taken, so that repeating the same command resumes the run.
 
     Raises:
-        CheckpointError: The path is no sound checkpoint, the run has some and none is sound, or
-            ``never`` would overwrite a run.
+        CheckpointError: The path is not a sound checkpoint, none of the run's checkpoints is sound,
+            or ``never`` would overwrite a run.
     """
     if resume == "never":
         found = list_checkpoints(folder)
         if found:
             what = f"the run folder already holds a run up to {found[-1].name}"
             raise CheckpointError(
-                str(folder), what, "Use --resume auto, or another logging.run_dir, or remove it"
+                str(folder), what, "Use --resume auto or another logging.run_dir, or remove the run"
             )
         return None
     if resume != "auto":
@@ -92,7 +96,14 @@ def _is_in(folder: Path, checkpoint: Path) -> bool:
 
 def _check_given(checkpoint: Path) -> Path:
     if not (checkpoint / STATE_FILE).is_file():
-        what = f"no whole checkpoint (it has no {STATE_FILE})"
+        if not checkpoint.is_dir():
+            what = "There is no such folder"
+        elif format_name := other_format(checkpoint):
+            what = f"This is a {format_name} folder"
+            remedy = f"Run `chameleon convert {checkpoint} DST --to megatron` first"
+            raise CheckpointError(str(checkpoint), what, remedy)
+        else:
+            what = f"This is not a whole checkpoint: it has no {STATE_FILE}"
         remedy = "Give a folder such as runs/NAME/checkpoints/step_..."
         raise CheckpointError(str(checkpoint), what, remedy)
     damage = find_damage_of_small_files(checkpoint)
@@ -102,19 +113,22 @@ def _check_given(checkpoint: Path) -> Path:
 
 
 def find_sound(folder: Path, chosen: Path, resume: str) -> Path:
-    """The checkpoint that ``find_resume`` chose, or the newest older one if its files are damaged.
+    """Check all files of the chosen checkpoint, and fall back to an older one if some are damaged.
 
-    A collective: the ranks read all of its files together. In the run's own folder, a damaged
-    checkpoint gets the ending ``.damaged`` once an older one was found to be sound, and rank 0
-    says so.
+    A collective: the ranks share the reading. In the run's own folder, damaged checkpoints get the
+    suffix ``.damaged`` once an older one is found to be sound, and rank 0 logs a warning for each.
 
     Args:
         folder: The run's ``checkpoints/`` folder.
-        chosen: By ``find_resume``.
-        resume: As it was asked for; a checkpoint that was named is not replaced by another one.
+        chosen: The checkpoint that ``find_resume`` chose.
+        resume: The same as for ``find_resume``. A checkpoint that the user named is never replaced
+            by another one.
+
+    Returns:
+        The newest sound checkpoint.
 
     Raises:
-        CheckpointError: On every rank: none is sound, or the named one is not.
+        CheckpointError: On every rank, if none is sound, or if the named one is not.
     """
     if resume != "auto" and Path(resume).resolve() == chosen.resolve():
         damage = _find_damage(chosen)
@@ -137,8 +151,8 @@ def _find_damage(checkpoint: Path) -> str | None:
 
 
 def _set_aside(damages: dict[Path, str], sound: Path) -> None:
-    """Rank 0: put damaged checkpoints where no one takes them for whole ones."""
-    torch.distributed.barrier()  # everyone has seen them
+    """On rank 0, rename damaged checkpoints so that nobody takes them for whole ones."""
+    torch.distributed.barrier()  # until every rank has read them
     if torch.distributed.get_rank() != 0:
         return
     for checkpoint, damage in damages.items():
@@ -148,18 +162,19 @@ def _set_aside(damages: dict[Path, str], sound: Path) -> None:
             number += 1
             aside = checkpoint.with_name(f"{checkpoint.name}.damaged{number}")
         checkpoint.rename(aside)
-        words = f"{damage}. It is now called {aside.name}; the run goes on from {sound.name}"
-        print(f"warning: {words}", file=sys.stderr, flush=True)
+        logger.warning(
+            "%s. It is now called %s; the run resumes from %s", damage, aside.name, sound.name
+        )
 
 
 def _none_is_sound(folder: Path, damages: list[str]) -> CheckpointError:
     what = f"none of {len(damages)} checkpoints is sound: {'; '.join(damages)}"
-    remedy = "Restore one of them, or start anew in another logging.run_dir"
+    remedy = "Restore one of them, or start again in another logging.run_dir"
     return CheckpointError(str(folder), what, remedy)
 
 
 def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> None:
-    """Refuse to resume a run from a checkpoint of another model, seed, batch or tokenizer.
+    """Refuse to resume a run from a checkpoint of another model, seed or tokenizer.
 
     Raises:
         CheckpointError: It names every value that differs.
@@ -167,32 +182,49 @@ def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> 
     state, old = load_state(checkpoint), load_checkpoint_config(checkpoint)
     weights_only = state.get("optimizer") is False
     same_run = not weights_only and state.get("training_config") is not False
-    differences = [
-        f"{key} is {get_value(config, key)} and was {get_value(old, key)}"
+    differing = [
+        key
         for key in (_FIXED if same_run else _FIXED_WEIGHTS)
         if _resolved(config, key) != _resolved(old, key)
     ]
     if _scales_are_unreadable(config.fp8, old.fp8):
-        differences.append(f"fp8.emulate is {config.fp8.emulate} and was {old.fp8.emulate}")
+        differing.append("fp8.emulate")
+    found = [
+        f"{key}={_as_yaml(get_value(old, key))} (your config: {_as_yaml(get_value(config, key))})"
+        for key in differing
+    ]
     if state["tokenizer_fingerprint"] != tokenizer_fingerprint:
-        differences.append("the tokenizer is another one")
-    if differences:
-        remedy = "Put the old values back, or train into another logging.run_dir"
-        raise CheckpointError(str(checkpoint), "; ".join(differences), remedy)
+        found.append("a different tokenizer")
+    if found:
+        raise CheckpointError(
+            str(checkpoint),
+            f"The checkpoint has {', '.join(found)}",
+            f"Set {'it' if len(found) == 1 else 'them'} in your config, or train into another "
+            "logging.run_dir",
+        )
     if state["step"] > config.training.steps and not weights_only:
-        what = f"it is at step {state['step']}, behind training.steps {config.training.steps}"
+        what = f"The checkpoint is at step {state['step']}, beyond training.steps "
+        what += str(config.training.steps)
         raise CheckpointError(str(checkpoint), what, "Raise training.steps")
 
 
+def _as_yaml(value: object) -> str:
+    """A value as a config file has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _scales_are_unreadable(new: Fp8Config, old: Fp8Config) -> bool:
-    """Emulation and Transformer Engine keep delayed scaling's state in forms of their own."""
+    """Whether the FP8 scales are stored in the other implementation's form.
+
+    Emulation and Transformer Engine each store the state of delayed scaling in their own form.
+    """
     has_state = old.format is not None and old.recipe == "delayed"
     reads_state = new.format is not None or platform.has_transformer_engine()
     return has_state and reads_state and new.emulate != old.emulate
 
 
 def _resolved(config: Config, key: str) -> object:
-    """The value of ``section.key``, with null where it stands for the number of heads."""
+    """The value of ``section.key``, or the number of heads where null stands for it."""
     value = get_value(config, key)
     if value is None and key in ("model.num_query_groups", "model.qk_norm_groups"):
         return config.model.num_attention_heads
@@ -200,7 +232,15 @@ def _resolved(config: Config, key: str) -> object:
 
 
 def changed_settings(checkpoint: Path | None, config: Config) -> str:
-    """What a config changes against that of a checkpoint, in a line; empty: nothing that counts."""
+    """The settings that a config changes since a checkpoint, in one line.
+
+    Args:
+        checkpoint: None where the run begins.
+        config: The run's config.
+
+    Returns:
+        Such as ``optimizer.lr 0.001 -> 0.002``; empty if nothing that matters differs.
+    """
     if checkpoint is None or load_state(checkpoint).get("training_config") is False:
         return ""
     differences = find_differences(load_checkpoint_config(checkpoint), config)
@@ -210,10 +250,13 @@ def changed_settings(checkpoint: Path | None, config: Config) -> str:
 
 
 def load(checkpoint: Path, engine: CheckpointedEngine) -> int:
-    """Fill the engine from a checkpoint; returns the number of updates done.
+    """Fill the engine from a checkpoint.
 
-    A checkpoint without optimizer state, as a conversion writes it, gives its weights to a run that
-    begins.
+    A checkpoint without optimizer state, as a conversion writes it, only provides the first weights
+    of a new run.
+
+    Returns:
+        The number of updates done.
 
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.

@@ -1,14 +1,13 @@
-"""Save and prune the checkpoints of a run: whole or not there.
+"""Save and prune the checkpoints of a run; each is whole or absent.
 
 A checkpoint is written under a hidden name and renamed when everything in it, ``state.json`` last,
-has reached the disk. It is renamed back before it is deleted. So whatever is called
-``step_00001000`` is whole, whenever the job is killed. What lies in it is the engine's own, and
-``SHA256SUMS`` tells later whether it still does.
+has reached the disk. It is renamed back before it is deleted. So a folder called ``step_00001000``
+is always whole, whenever the job is killed. The engine decides which tensors are in it, and
+``SHA256SUMS`` shows later whether a file has changed.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 from megatron_chameleon.checkpoint.state.folders import (
     STATE_FILE,
     STATE_FORMAT,
+    flush_to_disk,
     list_checkpoints,
     step_folder,
     step_of,
@@ -37,15 +37,23 @@ SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
 
 
 class StagedFiles(Protocol):
-    """This rank's files of a checkpoint, ready to be written."""
+    """This rank's files of a checkpoint, ready to be written.
+
+    Attributes:
+        digests: SHA-256 of each file by its name, once it is written.
+    """
 
     digests: dict[str, str]
 
     def write(self) -> None:
-        """Write them, in any thread; a failure is kept for ``finish``."""
+        """Write the files, in any thread; a failure is kept for ``finish``."""
 
     def finish(self) -> None:
-        """Join all ranks' files; ``OSError`` on every rank if one of them failed."""
+        """Write the index of all ranks' files. A collective.
+
+        Raises:
+            OSError: On every rank, if one of them failed.
+        """
 
 
 class Snapshot(Protocol):
@@ -53,12 +61,12 @@ class Snapshot(Protocol):
 
     @property
     def local_bytes(self) -> int:
-        """What this rank would write if each tensor were written by its first owner."""
+        """Bytes that this rank would write if each tensor were written by its first owner."""
 
     def stage(self, folder: Path, *, keep: bool) -> StagedFiles:
-        """Plan the files of a folder that is there.
+        """Plan the files of an existing folder.
 
-        With ``keep``, what is staged does not change when training goes on.
+        With ``keep``, the staged tensors do not change when training continues.
         """
 
 
@@ -76,7 +84,16 @@ class CheckpointedEngine(Protocol):
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is being written."""
+    """A checkpoint that is being written.
+
+    Attributes:
+        step: Updates done.
+        temporary: The hidden folder that is written.
+        final: The name that it gets when it is whole.
+        extra: Further entries of ``state.json``.
+        files: This rank's files.
+        thread: The thread that writes them.
+    """
 
     step: int
     temporary: Path
@@ -90,15 +107,16 @@ class Saver:
     """Saves the checkpoints of a run, one after the other.
 
     With ``checkpoint.async_save`` the training waits only until its state is copied to the host's
-    memory; a thread of each rank writes it, and the checkpoint is whole when all have.
+    memory. A thread of each rank then writes it, and the checkpoint is whole when all threads have
+    finished.
 
-    Every method is a collective: all ranks call it. So is its end as a context manager, which
-    waits for the last checkpoint, also after an error that all ranks meet (``TrainingError``).
+    Every method is a collective: all ranks call it. So is the end of its ``with`` block, which
+    waits for the last checkpoint, even after an error that all ranks raise (``TrainingError``).
 
     Args:
         folder: The run's ``checkpoints/`` folder.
-        engine: Its state is saved, and its config beside it.
-        say: Takes a line for each checkpoint that is whole.
+        engine: The engine whose state is saved; its config is saved with it.
+        say: Called with a line for each checkpoint that is whole.
     """
 
     def __init__(
@@ -127,24 +145,26 @@ class Saver:
         return step == config.training.steps or (every > 0 and step % every == 0)
 
     def save(self, step: int, extra: dict[str, Any]) -> None:
-        """Begin a checkpoint, after the one before is whole; without ``async_save``, end it too.
+        """Begin a checkpoint once the one before it is whole; without ``async_save``, finish it.
 
         Args:
             step: Updates done.
-            extra: Further entries of ``state.json``, those of the tokenizer and of the data.
+            extra: Further entries of ``state.json``: those of the tokenizer and of the data.
 
         Raises:
-            CheckpointError: On every rank, if any could not write; the folder then holds what it
-                held before.
+            CheckpointError: On every rank, if any could not write; the folder is then as it was
+                before.
         """
         self.wait()
         is_async = self._engine.config.checkpoint.async_save
         final = self._folder / step_folder(step)
         temporary = self._folder / f".{final.name}.saving"
         snapshot = self._engine.snapshot()
-        _together(final, lambda: _make_room(self._folder, temporary, snapshot.local_bytes))
-        files = self._or_remove(final, temporary, lambda: snapshot.stage(temporary, keep=is_async))
-        # a daemon: a process that fails does not write on
+        _on_all_ranks(final, lambda: _make_room(self._folder, temporary, snapshot.local_bytes))
+        files = _on_all_ranks(
+            final, lambda: snapshot.stage(temporary, keep=is_async), remove=temporary
+        )
+        # a daemon thread, so that it stops when its process fails
         thread = threading.Thread(target=files.write, name="checkpoint", daemon=True)
         self._pending = _Pending(step, temporary, final, extra, files, thread)
         thread.start()
@@ -152,7 +172,7 @@ class Saver:
             self.wait()
 
     def poll(self) -> None:
-        """End the checkpoint that is being written if all ranks have written their files."""
+        """Finish the checkpoint that is being written, if all ranks have written their files."""
         if self._pending is None:
             return
         is_alive = int(self._pending.thread.is_alive())
@@ -171,30 +191,22 @@ class Saver:
             return
         pending, self._pending = self._pending, None
         pending.thread.join()
-        self._or_remove(pending.final, pending.temporary, pending.files.finish)
+        _on_all_ranks(pending.final, pending.files.finish, remove=pending.temporary)
         digests = gather_on_rank_0(pending.files.digests)
-        _together(pending.final, lambda: _finish(pending, self._engine.config, digests))
+        _on_all_ranks(pending.final, lambda: _finish(pending, self._engine.config, digests))
         if torch.distributed.get_rank() == 0:
             for old in disposable(list_checkpoints(self._folder), self._engine.config.checkpoint):
-                doomed = _doom(old)  # at once, while its data may take a while
-                self._deletions.submit(shutil.rmtree, doomed, ignore_errors=True)
+                hidden = _hide(old)  # at once; deleting its data may take a while
+                self._deletions.submit(shutil.rmtree, hidden, ignore_errors=True)
         self._say(f"saved {pending.final}")
-
-    def _or_remove(self, final: Path, temporary: Path, action: Callable[[], Any]) -> Any:
-        try:
-            return _together(final, action)
-        except CheckpointError:
-            if torch.distributed.get_rank() == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
 
 def disposable(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:
-    """Those that neither ``keep_last`` nor ``keep_every`` keeps.
+    """The checkpoints that neither ``keep_last`` nor ``keep_every`` keeps.
 
     Args:
-        checkpoints: Whole ones, oldest first.
-        config: Says which stay.
+        checkpoints: Whole checkpoints, oldest first.
+        config: Says which checkpoints to keep.
     """
     every = config.keep_every
     older = checkpoints[: -config.keep_last]
@@ -203,17 +215,17 @@ def disposable(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:
 
 def delete(checkpoint: Path) -> None:
     """Delete a checkpoint; an interrupted deletion leaves nothing that looks whole."""
-    shutil.rmtree(_doom(checkpoint), ignore_errors=True)
+    shutil.rmtree(_hide(checkpoint), ignore_errors=True)
 
 
-def _doom(checkpoint: Path) -> Path:
-    doomed = checkpoint.with_name(f".{checkpoint.name}.deleting")
-    checkpoint.rename(doomed)
-    return doomed
+def _hide(checkpoint: Path) -> Path:
+    hidden = checkpoint.with_name(f".{checkpoint.name}.deleting")
+    checkpoint.rename(hidden)
+    return hidden
 
 
 def _make_room(folder: Path, temporary: Path, local_bytes: int) -> None:
-    """Clear what interrupted saves and deletions left, and see that the new checkpoint has room."""
+    """Clear what interrupted saves and deletions left, and check that the new checkpoint fits."""
     sizes = gather_on_rank_0(local_bytes)
     if sizes is None:
         return
@@ -227,7 +239,7 @@ def _make_room(folder: Path, temporary: Path, local_bytes: int) -> None:
 
 
 def _finish(pending: _Pending, config: Config, digests: list[dict[str, str]] | None) -> None:
-    """Rank 0: write the small files, and give the checkpoint its name."""
+    """On rank 0, write the small files and give the checkpoint its name."""
     if digests is None:
         return
     temporary, final = pending.temporary, pending.final
@@ -239,28 +251,29 @@ def _finish(pending: _Pending, config: Config, digests: list[dict[str, str]] | N
         write_sums(temporary, {**known, STATE_FILE: hashlib.sha256(state).hexdigest()})
         (temporary / STATE_FILE).write_bytes(state)
         for path in temporary.iterdir():
-            if path.name not in known:  # those the ranks have brought to the disk themselves
-                _sync(path)
-        _sync(temporary)
+            if path.name not in known:  # the ranks have flushed their own files already
+                flush_to_disk(path)
+        flush_to_disk(temporary)
         if final.exists():
             delete(final)
         temporary.rename(final)
-        _sync(final.parent)
+        flush_to_disk(final.parent)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _on_all_ranks(final: Path, action: Callable[[], Any], remove: Path | None = None) -> Any:
+    """Run ``action`` on every rank; if it failed on any, all of them raise the first failure.
 
+    Args:
+        final: The checkpoint that an error names.
+        action: What to run; its ``OSError`` counts as a failure.
+        remove: A folder that rank 0 removes after a failure.
 
-def _together(final: Path, action: Callable[[], Any]) -> Any:
-    """Run ``action`` on every rank; if it failed on any, all of them raise the first failure."""
+    Raises:
+        CheckpointError: On every rank, if the action failed on any.
+    """
     failure, result = None, None
     try:
         result = action()
@@ -268,6 +281,8 @@ def _together(final: Path, action: Callable[[], Any]) -> Any:
         failure = first_line(error)
     first = first_message(failure)
     if first:
+        if remove is not None and torch.distributed.get_rank() == 0:
+            shutil.rmtree(remove, ignore_errors=True)
         remedy = (
             "Free disk space and start again with --resume auto; older checkpoints are untouched"
         )

@@ -1,8 +1,9 @@
-"""megatron-core's distributed checkpoint (``torch_dist``), which any layout can load.
+"""Write and load megatron-core's distributed checkpoint (``torch_dist``), which fits any layout.
 
-megatron-core plans what each rank writes and joins the results. Its writer would start processes
-for the writing; here a thread does it, which dies with its process, hears no signal of a job step
-and leaves the training its speed: almost all of it is outside Python's lock.
+Megatron-core plans what each rank writes and joins the results. Its own writer would start
+processes for the writing. Here a thread does it: a thread ends with its process, ignores signals
+sent to the job step and does not slow the training down, since almost all of its work is outside
+Python's lock.
 """
 
 import queue
@@ -35,13 +36,13 @@ from megatron_chameleon.errors import CheckpointError, first_line
 
 
 class ShardedSnapshot:
-    """Sharded tensors with global positions, to be written.
+    """Sharded tensors with their global positions, about to be written.
 
     Args:
-        state: Nested dicts with megatron-core's ``ShardedTensor`` in them.
-        is_replicated: Whether each data-parallel rank holds all that it describes; else only the
-            first owner of a tensor does.
-        is_copy: Whether nobody else changes these tensors.
+        state: Nested dicts that contain megatron-core's ``ShardedTensor``.
+        is_replicated: Whether each data-parallel rank holds all tensors that it describes;
+            otherwise only the first owner of a tensor holds it.
+        is_copy: Whether these tensors are a copy, which the training does not change.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ShardedSnapshot:
 
     @property
     def local_bytes(self) -> int:
-        """What this rank would write if each tensor were written by its first owner."""
+        """Bytes that this rank would write if each tensor were written by its first owner."""
         kinds = (ShardedTensor, ShardedTensorFactory)
         return sum(
             value.data.numel() * value.data.element_size()
@@ -66,13 +67,13 @@ class ShardedSnapshot:
         """Plan the files of a folder, and bring the tensors to the host. A collective.
 
         Args:
-            folder: It is there and empty.
-            keep: Copy what training would change before it is written.
+            folder: An existing, empty folder.
+            keep: Copy the tensors that training would change before they are written.
 
         Raises:
-            OSError: On every rank, if one of them could not.
+            OSError: On every rank, if any of them failed.
         """
-        # megatron-core would start a process for this queue, for a writer that is not used here
+        # megatron-core would start a process for this queue, for a writer that we do not use
         filesystem_async._results_queue = queue.Queue()
         strategy = get_default_save_sharded_strategy()
         if self._is_replicated:  # each rank then writes a share
@@ -85,14 +86,14 @@ class ShardedSnapshot:
         except (Exception, CheckpointException) as error:
             raise OSError(_root_cause(error)) from error
         assert request is not None
-        # one thread beside the training, several where it waits
+        # one thread while the training continues, several while it waits
         return ShardedFiles(
             request, folder, copy=keep and not self._is_copy, threads=1 if keep else None
         )
 
 
 class ShardedFiles:
-    """This rank's files of a checkpoint, whose tensors lie in the host's memory.
+    """This rank's files of a checkpoint, whose tensors are in the host's memory.
 
     Attributes:
         digests: SHA-256 of each file by its name, once it is written.
@@ -113,16 +114,16 @@ class ShardedFiles:
         self._buckets = request.preload_fn()
         if copy:
             self._buckets = [
-                _kept(*buckets) for buckets in zip(planned, self._buckets, strict=True)
+                _copied(*buckets) for buckets in zip(planned, self._buckets, strict=True)
             ]
 
     def write(self) -> None:
-        """Write the files and bring them to the disk. No collective; for a thread of its own.
+        """Write the files and flush them to the disk, in a thread of its own. Not a collective.
 
         A failure is kept for ``finish``.
         """
         results: dict[int, Any] = {}
-        # nothing reads zip's own checksums, and they take three times as long as the writing
+        # nothing reads zip's own checksums, and computing them takes three times as long as writing
         crc32 = serialization_config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
         with crc32, ThreadPoolExecutor(self._threads or max(1, len(self._buckets))) as threads:
             for number, result, digests in threads.map(self._write, range(len(self._buckets))):
@@ -131,7 +132,7 @@ class ShardedFiles:
         failure = next((r for r in results.values() if isinstance(r, BaseException)), None)
         if self._buckets:
             self._results.put(failure or results)
-        self._buckets = []  # their memory
+        self._buckets = []  # free their memory
 
     def _write(self, number: int) -> tuple[int, Any, dict[str, str]]:
         written: queue.Queue = queue.Queue()
@@ -149,10 +150,10 @@ class ShardedFiles:
             return number, error, {}
 
     def finish(self) -> None:
-        """Write what leads to all ranks' files. A collective, after ``write``.
+        """Write the index of all ranks' files. A collective, after ``write``.
 
         Raises:
-            OSError: On every rank, if one of them could not write.
+            OSError: On every rank, if any of them could not write.
         """
         try:
             for finalize in self._finalize_fns:
@@ -161,8 +162,8 @@ class ShardedFiles:
             raise OSError(_root_cause(error)) from error
 
 
-def _kept(planned: WriteBucket, staged: WriteBucket) -> WriteBucket:
-    """A file's tensors; what came from a GPU is a copy already."""
+def _copied(planned: WriteBucket, staged: WriteBucket) -> WriteBucket:
+    """Copy a file's tensors, except those that came from a GPU, which are copies already."""
     path, name, (objects, tensors) = staged
     of_model = [tensor for _, tensor in planned[2][1]]
     copies = [
@@ -175,12 +176,13 @@ def _kept(planned: WriteBucket, staged: WriteBucket) -> WriteBucket:
 def load_sharded(
     checkpoint: Path, state: dict[str, Any], *, is_whole: bool = True
 ) -> dict[str, Any]:
-    """The tensors that ``state`` describes, from a checkpoint of any layout. A collective.
+    """Load the tensors that ``state`` describes from a checkpoint of any layout. A collective.
 
     Args:
         checkpoint: A whole checkpoint.
-        state: Nested dicts with megatron-core's ``ShardedTensor`` in them, with room for the data.
-        is_whole: Whether the ranks ask for every part of the tensors that they name.
+        state: Nested dicts that contain megatron-core's ``ShardedTensor``, with memory for the
+            data.
+        is_whole: Whether the ranks together ask for every part of the tensors that they name.
 
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.
@@ -194,7 +196,7 @@ def load_sharded(
 
 
 def _root_cause(error: BaseException) -> str:
-    """The innermost reason of megatron-core's nested checkpoint errors, in one line."""
+    """The innermost cause of megatron-core's nested checkpoint errors, in one line."""
     failures = getattr(error, "failures", None)
     if failures:
         return _root_cause(next(iter(failures.values()))[0])

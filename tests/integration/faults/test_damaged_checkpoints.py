@@ -34,7 +34,7 @@ def test_older_one_is_used(tiny, saved: Path) -> None:
     (half / "state.json").unlink()
     result = tiny.train("damaged", *SETTINGS, "training.steps=15", processes=2)
     words = " is not what was written (its SHA-256 differs). It is now called step_00000015.damaged"
-    assert f"warning: {flipped}{words}; the run goes on from step_00000006" in result.stderr
+    assert f"warning: {flipped}{words}; the run resumes from step_00000006" in result.stderr
     assert f"warning: {half / 'state.json'} is missing. It is now" in result.stderr
     assert "starts at step 6" in result.stdout
     assert [r["step"] for r in tiny.metrics("damaged")] == list(range(1, 16))
@@ -54,7 +54,7 @@ def test_none_is_left(tiny, saved: Path) -> None:
     result = tiny.train("hopeless", *SETTINGS, "training.steps=20", succeeds=False)
     assert result.returncode == 2
     assert f"error: {folder}: none of 3 checkpoints is sound: " in result.stderr
-    assert "Restore one of them, or start anew in another logging.run_dir" in result.stderr
+    assert "Restore one of them, or start again in another logging.run_dir" in result.stderr
     assert sorted(folder.rglob("*")) == before
 
 

@@ -99,7 +99,7 @@ def test_emulation_and_transformer_engine_do_not_read_each_others_scales(
     shutil.copytree(tiny.folder / "delayed", tiny.folder / "other")
     run_dir = f"logging.run_dir={tiny.folder / 'other'}"
     message = refused("train", tiny.config, run_dir, *DELAYED, "fp8.emulate=false", "--dry-run")
-    assert "fp8.emulate is False and was True. Put the old values back" in message
+    assert "fp8.emulate=true (your config: false). Set it in your config, or" in message
 
 
 def test_checkpoints_hold_the_same_weights_for_export(tiny, bf16, delayed) -> None:

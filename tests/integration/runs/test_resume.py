@@ -136,7 +136,9 @@ def test_never_does_not_overwrite(tiny, unbroken) -> None:
 def test_another_model_is_refused_with_all_differences(tiny, unbroken) -> None:
     result = tiny.train("unbroken", "model.hidden_size=64", "training.seed=5", succeeds=False)
     assert result.returncode == 2
-    assert "model.hidden_size is 64 and was 32; training.seed is 5 and was 1" in result.stderr
+    assert (
+        "model.hidden_size=32 (your config: 64), training.seed=1 (your config: 5)" in result.stderr
+    )
 
 
 def test_values_changed_on_resume_take_effect(tiny) -> None:

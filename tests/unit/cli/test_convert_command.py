@@ -86,8 +86,7 @@ def test_other_formats_are_one_clear_line(
         main(["convert", "anything", str(tmp_path / "out"), "--to", name])
     assert end.value.code == 2
     assert capsys.readouterr().err == (
-        f"error: --to {name}: there is no such format, there are megatron, deepspeed, hf, meta. "
-        "Use one of megatron, deepspeed, hf, meta.\n"
+        f"error: --to {name}: Unknown format. Use one of megatron, deepspeed, hf, meta.\n"
     )
 
 

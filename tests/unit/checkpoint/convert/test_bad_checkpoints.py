@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_chameleon.checkpoint.convert import partial_folder as partial_module
-from megatron_chameleon.checkpoint.convert import run as convert_module
-from megatron_chameleon.checkpoint.convert.run import convert, plan_conversion
+from megatron_chameleon.checkpoint.convert import plan as plan_module
+from megatron_chameleon.checkpoint.convert.plan import plan_conversion
+from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.errors import ChameleonError, CheckpointError, ConfigError
 from meta_files import MetaModel, load_shards, random_shards, write_meta
 
@@ -256,7 +257,7 @@ def test_a_full_disk_and_an_existing_destination(
     plan = plan_conversion(hf_folder, tmp_path / "out", to)
     usage = shutil.disk_usage(tmp_path)._replace(free=plan.total_bytes - 1)
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module.shutil, "disk_usage", lambda path: usage)
+        patch.setattr(plan_module.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(CheckpointError, match=r"disk full: [\d,]+ bytes are free, [\d,]+ are"):
             convert(hf_folder, tmp_path / "out", to)
     assert list(tmp_path.iterdir()) == []
@@ -284,7 +285,7 @@ def test_what_an_interrupted_conversion_left_is_cleared(hf_folder: Path, tmp_pat
     (partial / "new" / "consolidated.pth").write_bytes(b"half")
     lines: list[str] = []
     convert(hf_folder, tmp_path / "out", "meta", shards=2, progress=lines.append)
-    assert lines[0] == f"removed what an interrupted conversion left in {partial}: starts anew"
+    assert lines[0] == f"removed what an interrupted conversion left in {partial}"
     assert len(load_shards(tmp_path / "out")) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

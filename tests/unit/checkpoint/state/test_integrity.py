@@ -95,7 +95,7 @@ def test_a_checkpoint_without_sums(checkpoint: Path) -> None:
     (checkpoint / STATE_FILE).write_text("{")
     damage = find_damage(checkpoint)
     assert damage is not None
-    assert damage.startswith(f"{checkpoint / STATE_FILE}: no valid JSON")
+    assert damage.startswith(f"{checkpoint / STATE_FILE}: is not valid JSON")
 
 
 def test_files_in_folders_count_too(checkpoint: Path) -> None:
@@ -111,8 +111,8 @@ def test_files_in_folders_count_too(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         check_files(checkpoint)
     assert str(caught.value) == (
-        f"{checkpoint}: 2 of 6 files are damaged, the first: config.yaml is missing. Copy it again "
-        "from where it is whole; if it was changed on purpose, remove SHA256SUMS."
+        f"{checkpoint}: 2 of 6 files are damaged, the first: config.yaml is missing. Copy the "
+        "folder again from the original. If it was changed on purpose, remove SHA256SUMS."
     )
 
 
@@ -125,4 +125,4 @@ def test_a_list_names_files_of_its_folder_only(tmp_path: Path, name: str) -> Non
     (tmp_path / SUMS_FILE).write_text(f"{'0' * 64}  {name}\n")
     with pytest.raises(CheckpointError) as caught:
         check_files(tmp_path)
-    assert "line 1 is no checksum of a file in this folder" in str(caught.value)
+    assert "line 1 is not a checksum of a file in this folder" in str(caught.value)

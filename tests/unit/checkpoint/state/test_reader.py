@@ -94,7 +94,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no valid JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "format is 'list'"),
         ('{"format": "other/2"}', "format is 'other/2', this version reads"),
         ('{"format": "megatron_chameleon.checkpoint/1"}', "no whole number under 'step'"),
@@ -129,7 +129,7 @@ def test_a_cut_data_file_is_refused(copy: Path) -> None:
 
 
 def test_an_unknown_tensor_is_named(tiny_checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no tensor output_layer\.bias"):
+    with pytest.raises(CheckpointError, match=r"there is no tensor output_layer\.bias"):
         TrainingCheckpoint(tiny_checkpoint).read("output_layer.bias")
 
 
@@ -153,7 +153,7 @@ def test_metadata_that_would_run_code_is_refused(copy: Path, tmp_path: Path) -> 
 def test_cut_metadata_is_refused(copy: Path) -> None:
     content = (copy / ".metadata").read_bytes()
     (copy / ".metadata").write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=r"\.metadata: cannot read it"):
+    with pytest.raises(CheckpointError, match=r"\.metadata: cannot be read"):
         TrainingCheckpoint(copy)
 
 

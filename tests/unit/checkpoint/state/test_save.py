@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chameleon.checkpoint.state import folders, resume
-from megatron_chameleon.checkpoint.state import save as store
+from megatron_chameleon.checkpoint.state import folders, resume, save
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import CheckpointConfig, Config
 from megatron_chameleon.errors import CheckpointError
@@ -51,9 +50,30 @@ def test_a_path_is_where_the_run_begins(tmp_path: Path) -> None:
     assert resume.find_resume(run, str(early)) == early, "going back within the run"
 
 
-def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint \(it has no state\.json\)"):
+def test_a_path_that_is_not_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint: it has no state\.json"):
         resume.find_resume(tmp_path, str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"nowhere: There is no such folder\. Give a folder"):
+        resume.find_resume(tmp_path, str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("config.json", "Hugging Face"),
+        ("params.json", "Meta"),
+        ("latest", "DeepSpeed"),
+        ("latest_universal", "DeepSpeed"),
+    ],
+)
+def test_a_folder_of_another_format_is_named(tmp_path: Path, file: str, name: str) -> None:
+    (tmp_path / file).touch()
+    with pytest.raises(CheckpointError) as caught:
+        resume.find_resume(tmp_path / "run", str(tmp_path))
+    assert str(caught.value) == (
+        f"{tmp_path}: This is a {name} folder. Run `chameleon convert {tmp_path} DST --to "
+        "megatron` first."
+    )
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "other/1"}'])
@@ -71,19 +91,29 @@ def test_what_must_not_change_between_save_and_resume(tmp_path: Path) -> None:
     config.optimizer.lr = 0.5  # may change
     with pytest.raises(CheckpointError) as caught:
         resume.check_fits(path, config, "other")
-    assert "num_layers is 9 and was 4; training.seed is 3 and was 1; the tokenizer" in str(
-        caught.value
+    assert str(caught.value) == (
+        f"{path}: The checkpoint has model.num_layers=4 (your config: 9), training.seed=1 (your "
+        "config: 3), a different tokenizer. Set them in your config, or train into another "
+        "logging.run_dir."
+    )
+    config = Config()
+    config.model.qk_norm_groups = 1
+    with pytest.raises(CheckpointError) as caught:
+        resume.check_fits(path, config, "abc")
+    assert str(caught.value) == (
+        f"{path}: The checkpoint has model.qk_norm_groups=null (your config: 1). Set it in your "
+        "config, or train into another logging.run_dir."
     )
 
 
-def test_a_checkpoint_behind_the_last_step(tmp_path: Path) -> None:
+def test_a_checkpoint_beyond_the_last_step(tmp_path: Path) -> None:
     path, config = make(tmp_path, 500), Config()
-    with pytest.raises(CheckpointError, match=r"step 500, behind training\.steps 100"):
+    with pytest.raises(CheckpointError, match=r"at step 500, beyond training\.steps 100"):
         resume.check_fits(path, config, "abc")
 
 
 def test_delete_leaves_nothing(tmp_path: Path) -> None:
-    store.delete(make(tmp_path, 5))
+    save.delete(make(tmp_path, 5))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,7 +132,7 @@ def test_what_is_deleted(
 ) -> None:
     paths = [tmp_path / f"step_{step:08d}" for step in (5, 10, 15, 20, 25)]
     config = CheckpointConfig(keep_last=keep_last, keep_every=keep_every)
-    found = store.disposable(paths, config)
+    found = save.disposable(paths, config)
     assert [int(path.name[5:]) for path in found] == deleted
 
 
