@@ -101,21 +101,18 @@ def test_weights_and_moments_are_deepspeeds_own(
     trained: Trained, tmp_path: Path, name: str
 ) -> None:
     trained.convert(name, tmp_path / "megatron", "megatron")
-    source, reader = (
-        open_checkpoint(tmp_path / "megatron"),
-        TrainingCheckpoint(tmp_path / "megatron"),
-    )
-    assert (source.step, source.has_optimizer) == (SAVED_STEP, True)
+    reader = open_checkpoint(tmp_path / "megatron")
+    assert (reader.step, reader.has_optimizer) == (SAVED_STEP, True)
     reference = trained.reference(name)
     is_bf16 = TRAINED.get(name, (1, "fp32", 2))[1] == "bf16"
-    assert {info.dtype for info in reader.tensors.values()} == {
-        torch.bfloat16 if is_bf16 else torch.float32
-    }
+    stored = TrainingCheckpoint(tmp_path / "megatron").tensors
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    assert {info.dtype for info in stored.values()} == {dtype}
     compared = 0
-    for weight in tensor_rows(source.dimensions):
+    for weight in tensor_rows(reader.dimensions):
         for part in (MAIN_WEIGHT, *MOMENTS):
             row = replace(weight, part=part if is_bf16 or part != MAIN_WEIGHT else None)
-            tensor = source.read(row)
+            tensor = reader.read(row)
             layer = f"decoder.layers.{row.layer}."
             own_name = row.megatron_name.replace("decoder.layers.", layer)
             named = {own_name: tensor} if name == OWN else row.to_hf(tensor)
@@ -219,25 +216,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "truncated": (
         lambda f: optimizer_file(f, 0).write_bytes(optimizer_file(f, 0).read_bytes()[:-500]),
-        r"optim_states\.pt: is no whole zip archive",
+        r"optim_states\.pt: is not a complete zip archive",
     ),
     "missing rank": (
         lambda f: optimizer_file(f, 1).unlink(),
-        r"has optimizer states of 1 ranks, 2 wrote some; that of rank 1 is missing",
+        r"has optimizer states of 1 ranks, but 2 ranks wrote them; that of rank 1 is missing",
     ),
-    "no model": (lambda f: model_file(f).unlink(), "no model states of rank 0"),
-    "latest that lies": (
+    "no model": (lambda f: model_file(f).unlink(), "has no model states of rank 0"),
+    "wrong latest": (
         lambda f: (f / "latest").write_text("../elsewhere"),
-        r"names '\.\./elsewhere', which is no folder of a step beside it",
+        r"names '\.\./elsewhere', but there is no such step folder beside it",
     ),
-    "no settings": (lambda f: (f / "config.json").unlink(), r"no config\.json there or in"),
+    "no settings": (lambda f: (f / "config.json").unlink(), r"without a config\.json here or in"),
     "tensor parallel": (
         lambda f: shutil.copy(model_file(f), f / STEP / "mp_rank_01_model_states.pt"),
-        r"mp_rank_01_model_states\.pt is of a tensor-parallel rank, and conversions read one",
+        r"mp_rank_01_model_states\.pt is of a second tensor-parallel rank, which is not supported",
     ),
     "pipeline": (
         lambda f: shutil.copy(model_file(f), f / STEP / "layer_00-model_00-model_states.pt"),
-        "of pipelines and experts",
+        "a file of a model with pipeline stages or experts",
     ),
     "other model": (
         lambda f: _change(
@@ -251,7 +248,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another version": (
         lambda f: _change(model_file(f), lambda c: c.pop("module")),
-        r"is not as DeepSpeed 0\.19 writes it \(KeyError\('module'\)\)",
+        r"differs from what DeepSpeed 0\.19 writes \(KeyError\('module'\)\)",
     ),
 }
 

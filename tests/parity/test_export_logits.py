@@ -1,4 +1,4 @@
-"""What an exported model computes: transformers, the paper's formulas and megatron-core agree.
+"""For an exported model, transformers, the paper's formulas and megatron-core agree.
 
 There are three ways from the same checkpoint to logits: transformers on the exported folder; the
 formulas below, written from the paper's description, in float64 and directly from megatron-core's

@@ -1,4 +1,4 @@
-"""The logits that transformers computes from an exported folder."""
+"""Compute logits with transformers from an exported folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tiny_model import VOCAB_SIZE
 
 
 def exported_logits(folder: Path, token_ids: Tensor) -> Tensor:
-    """Logits [B, T, V] by transformers, before the mask that its ``forward`` puts on codes."""
+    """Transformers' logits [B, T, V], before the mask that its ``forward`` puts on image codes."""
     from transformers import ChameleonForConditionalGeneration
 
     model = ChameleonForConditionalGeneration.from_pretrained(folder).eval()
@@ -18,5 +18,5 @@ def exported_logits(folder: Path, token_ids: Tensor) -> Tensor:
 
 
 def random_token_ids(tokens: int) -> Tensor:
-    """[2, tokens] over the whole vocabulary, ``<pad>`` and image codes included."""
+    """[2, tokens] from the whole vocabulary, including ``<pad>`` and image codes."""
     return torch.randint(VOCAB_SIZE, (2, tokens), generator=torch.Generator().manual_seed(3))

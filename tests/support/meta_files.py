@@ -1,4 +1,4 @@
-"""Random checkpoints in the layout of Meta's reference code, spelled out here, saved by torch."""
+"""Random checkpoints in Meta's format, with every name spelled out here and saved by torch."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ LAYERS, HIDDEN, HEADS, KEY_HEADS, HEAD_DIM, FFN, VOCABULARY = 2, 64, 8, 4, 8, 48
 
 @dataclass(frozen=True)
 class MetaModel:
-    """Settings that tests vary; ``norm_groups`` shards in a row share a QK-norm."""
+    """Settings that tests vary; shards are cut into ``norm_groups`` groups that share a QK-norm."""
 
     shards: int = 4
     norm_groups: int = 4
@@ -24,7 +24,7 @@ class MetaModel:
 
 
 def shard_shapes(model: MetaModel) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a shard, without the QK-norms."""
+    """Names and shapes of one shard's tensors, without the QK-norms."""
     n = model.shards
     shapes: dict[str, tuple[int, ...]] = {
         "tok_embeddings.weight": (VOCABULARY, HIDDEN // n),
@@ -48,7 +48,7 @@ def shard_shapes(model: MetaModel) -> dict[str, tuple[int, ...]]:
 
 
 def random_shards(model: MetaModel, seed: int = 1) -> list[dict[str, Tensor]]:
-    """The tensors of every shard; norms far from 1 and 0."""
+    """The tensors of every shard, with norms far from 1 and 0."""
     generator = torch.Generator().manual_seed(seed)
 
     def norm(size: int, name: str) -> Tensor:
@@ -80,7 +80,7 @@ def random_shards(model: MetaModel, seed: int = 1) -> list[dict[str, Tensor]]:
 def write_meta(
     folder: Path, model: MetaModel, shards: list[dict[str, Tensor]], tokenizer_folder: Path | None
 ) -> Path:
-    """A folder as released: no file of ours in it, the tokenizer two folders above."""
+    """Write a folder as released: without files of ours, and with the tokenizer two folders up."""
     folder.mkdir(parents=True)
     for index, shard in enumerate(shards):
         name = "consolidated.pth" if len(shards) == 1 else f"consolidated.{index:02}.pth"
@@ -107,12 +107,12 @@ def write_meta(
 
 
 def load_shards(folder: Path) -> list[dict[str, Tensor]]:
-    """What torch finds in the shards of a folder, in order."""
+    """The tensors that torch finds in each shard of a folder, in order."""
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pth"))]
 
 
 def same_shards(first: list[dict[str, Tensor]], second: list[dict[str, Tensor]]) -> bool:
-    """Bit for bit, but for ``rope.freqs``, which is computed anew."""
+    """Whether all tensors are equal bit for bit, except ``rope.freqs``, which is recomputed."""
     if [shard.keys() for shard in first] != [shard.keys() for shard in second]:
         return False
     return all(

@@ -1,7 +1,7 @@
-"""A tiny tokenizer folder and training checkpoints of random tensors, for tests of their readers.
+"""A tiny tokenizer folder, and training checkpoints of random tensors, for the tests of readers.
 
-The checkpoints are written by megatron-core itself, each tensor in several chunks, as from a
-tensor-parallel run.
+Megatron-core itself writes the checkpoints, each tensor in several chunks as in a tensor-parallel
+run.
 """
 
 import json
@@ -23,7 +23,7 @@ PADDED_VOCAB_SIZE = 384
 
 
 def write_tokenizer(folder: Path, seed: int = 1) -> Path:
-    """A trained text tokenizer, an untrained image tokenizer: 8x8 pixels, 4x4 codes of 16."""
+    """A trained text tokenizer and an untrained image tokenizer: 8x8 pixels, 4x4 codes of 16."""
     from safetensors.torch import save_file
 
     from megatron_chameleon.tokenizer.image.tokenizer import (
@@ -47,7 +47,7 @@ def write_tokenizer(folder: Path, seed: int = 1) -> Path:
     )
     torch.manual_seed(seed)
     model = Vqgan(config)
-    # As wide as an untrained encoder's latents, so that random images get different codes.
+    # As widely spread as an untrained encoder's latents, so that random images get different codes.
     torch.nn.init.normal_(model.quantize.embedding.weight, std=0.3)
     save_file(model.state_dict(), folder / IMAGE_WEIGHTS_FILE)
     (folder / IMAGE_CONFIG_FILE).write_text(
@@ -57,7 +57,7 @@ def write_tokenizer(folder: Path, seed: int = 1) -> Path:
 
 
 def model_config(norm_order: str = "pre", qk_norm_groups: int | None = 2) -> ModelConfig:
-    """Grouped queries, shared QK-norms and sizes that are all different."""
+    """A config with grouped queries, shared QK-norms and sizes that are all different."""
     return ModelConfig(
         num_layers=3,
         hidden_size=48,
@@ -71,7 +71,10 @@ def model_config(norm_order: str = "pre", qk_norm_groups: int | None = 2) -> Mod
 
 
 def random_tensors(model: ModelConfig, vocab_rows: int, seed: int = 1) -> dict[str, Tensor]:
-    """Every model tensor under megatron-core's name, layers stacked; norms far from 1 and 0."""
+    """Every tensor of a model under megatron-core's name, with stacked layers.
+
+    The norms are far from 1 and 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     layers, hidden, ffn = model.num_layers, model.hidden_size, model.ffn_hidden_size
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
@@ -121,9 +124,11 @@ def write_checkpoint(
     prefix: str = "",
     main_weights: dict[str, Tensor] | None = None,
 ) -> Path:
-    """A whole checkpoint folder; ``sharded_state`` is saved in place of the tensors: weights alone.
+    """Write a whole checkpoint folder.
 
-    Moments are the weights times 0.5 and their squares. Tensors in bf16 want main weights.
+    The moments are the weights times 0.5, and the weights' squares. Tensors in bf16 need
+    ``main_weights``. If ``sharded_state`` is given, it is saved in place of the tensors, without
+    optimizer state.
     """
     from megatron.core import dist_checkpointing
 
@@ -174,7 +179,7 @@ def write_checkpoint(
 
 
 def _chunks(key: str, tensor: Tensor) -> list:
-    """The tensor as two tensor-parallel ranks would save it, each layer apart."""
+    """The tensor as two tensor-parallel ranks would save it, each layer on its own."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
     stacked = "decoder.layers." in key
@@ -197,13 +202,13 @@ def _chunks(key: str, tensor: Tensor) -> list:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer folder. Not to be changed."""
+    """A tokenizer folder, which tests must not change."""
     return write_tokenizer(tmp_path_factory.mktemp("tiny") / "tokenizer")
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """A checkpoint of random tensors with a padded vocabulary. Not to be changed."""
+    """A checkpoint of random tensors with a padded vocabulary, which tests must not change."""
     model = model_config()
     folder = tmp_path_factory.mktemp("tiny_run") / "checkpoints" / "step_00000007"
     tensors = random_tensors(model, PADDED_VOCAB_SIZE)

@@ -25,6 +25,7 @@ from megatron_chameleon.tokenizer.folder import Tokenizer
 ORIGIN_FILE = "chameleon.json"
 ORIGIN_FORMAT = "megatron_chameleon.export/1"
 SHARD_BYTES = 5 * 10**9
+"""Default largest size of a file."""
 
 RowStream = Iterator[tuple[TensorRow, torch.Tensor]]
 
@@ -33,21 +34,23 @@ class CheckpointReader(Protocol):
     """An opened checkpoint of one format.
 
     Attributes:
-        format: Its name, as ``--to`` takes it.
-        folder: Where it lies.
-        model: What the files say about the model; fields that they don't have keep their defaults.
-        dimensions: The same as the sizes of the tensors, with the QK-norm groups.
-        step: Updates that the model has seen; 0 where the files don't say.
-        fingerprint: Of the tokenizer that belongs to it; None where the files don't say.
-        has_optimizer: Whether AdamW's moments and, of weights that are not fp32, main weights can
+        format: The format's name, as ``--to`` takes it.
+        folder: The checkpoint's folder.
+        model: The model's settings as the files state them; settings that are not in the files have
+            their default values.
+        dimensions: The model's sizes, with the QK-norm groups that the tensors have.
+        step: Updates that the model has seen; 0 if the files don't say.
+        fingerprint: Fingerprint of the tokenizer it was trained with; None if the files don't say.
+        has_optimizer: Whether AdamW's moments and, for weights that are not fp32, main weights can
             be read too.
-        config: What it was trained with; None where the files don't say.
-        data: What the run has read, as ``state.json`` keeps it; None where the files don't say.
-        skipped_steps: Steps of the run that have no update, likewise; none where they don't say.
+        config: The training config; None if the files don't say.
+        data: What the run has read, as stored in ``state.json``; None if the files don't say.
+        skipped_steps: Steps of the run that made no update, as stored in ``state.json``; empty if
+            the files don't say.
 
     Raises (on opening):
-        CheckpointError: A tensor is missing, left over or of the wrong shape, a file is damaged, or
-            it is another architecture's checkpoint.
+        CheckpointError: A tensor is missing, unexpected or of the wrong shape, a file is damaged,
+            or the checkpoint is of another architecture.
     """
 
     format: str
@@ -62,40 +65,44 @@ class CheckpointReader(Protocol):
     skipped_steps: Sequence[int]
 
     def dtype(self, row: TensorRow) -> torch.dtype:
-        """Of a stored weight."""
+        """The dtype of a stored weight."""
         ...
 
     def read(self, row: TensorRow) -> torch.Tensor:
-        """One row in megatron-core's layout, without padding rows of the vocabulary.
+        """Read one tensor in megatron-core's form, without padding rows of the vocabulary.
 
         Args:
-            row: A weight, or a part of the optimizer's state where ``has_optimizer``.
+            row: A weight, or a part of the optimizer's state if ``has_optimizer``.
         """
         ...
 
     def tokenizer_folder(self, scratch: Path) -> Path:
-        """A folder for ``load_tokenizer``; what is not there as it is, is put together in scratch.
+        """A folder for ``load_tokenizer``.
 
         Args:
-            scratch: A folder that may be made, and filled.
+            scratch: A folder that may be created and filled, if the tokenizer's files have to be
+                put together.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a sink writes.
+    """What a writer has to write.
 
     Attributes:
-        dtypes: Of each weight, by its row's key.
-        tokenizer: With its image tokenizer.
+        model: The model's settings.
+        dimensions: The model's sizes.
+        dtypes: The dtype of each weight, by its row's key.
+        step: Updates that the model has seen.
+        tokenizer: The tokenizer, with its image tokenizer.
         origin: The checkpoint that it comes from, for people to read.
-        shards: How many files, for a format where it matters to the reader; None: its default.
-        shard_bytes: Largest size of a file, for the others.
+        shards: Number of files, for a format whose readers depend on it; None: its default.
+        shard_bytes: Largest size of a file, for the other formats.
         has_optimizer: Whether main weights and moments come with the weights.
-        config: What it was trained with; None where the source doesn't say.
-        data: What the run has read; None where the source doesn't say.
-        skipped_steps: Its steps without an update.
+        config: The training config; None if the source doesn't say.
+        data: What the run has read; None if the source doesn't say.
+        skipped_steps: Steps of the run that made no update.
     """
 
     model: ModelConfig
@@ -113,11 +120,12 @@ class Target:
 
     @property
     def weights(self) -> list[TensorRow]:
+        """The rows of the weights."""
         return list(tensor_rows(self.dimensions))
 
     @property
     def rows(self) -> list[TensorRow]:
-        """The weights, each followed by the parts of its optimizer state, if there is one."""
+        """The rows of the weights, each followed by those of its optimizer state, if any."""
         found = []
         for row in self.weights:
             found.append(row)
@@ -127,12 +135,12 @@ class Target:
         return found
 
     def dtype(self, row: TensorRow) -> torch.dtype:
-        """Of a weight, or of the optimizer's state, which is in fp32."""
+        """The dtype of a weight, or of optimizer state, which is always fp32."""
         return torch.float32 if row.part else self.dtypes[row.key]
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """The one with the most bytes: what configs call the model's."""
+        """The dtype with the most bytes, which configs call the model's dtype."""
         sizes: dict[torch.dtype, int] = {}
         for row in self.weights:
             dtype = self.dtypes[row.key]
@@ -147,11 +155,11 @@ class CheckpointWriter(Protocol):
         target: What to write.
 
     Attributes:
-        holds_optimizer: Whether the format has a place for optimizer state; if not, no target has
+        holds_optimizer: Whether the format can store optimizer state. If not, the target never has
             any.
 
     Raises:
-        CheckpointError: The format cannot hold it.
+        CheckpointError: The format cannot store the target.
     """
 
     holds_optimizer: bool
@@ -166,16 +174,17 @@ class CheckpointWriter(Protocol):
         """Write everything into an existing, empty folder.
 
         Args:
-            folder: It gets the destination's name afterwards.
-            stream: The target's pieces in their order, each with its tensor in its dtype.
+            folder: The folder; it is renamed to the destination afterwards.
+            stream: The target's rows in their order, each with its tensor in its dtype.
         """
         ...
 
 
 def most_precise_row(reader: CheckpointReader, row: TensorRow, dtype: torch.dtype) -> TensorRow:
-    """What to read from a source for a row in a dtype.
+    """The row to read for the most precise value of a row in a dtype.
 
-    An fp32 weight may be its own main weight, or have one that is more precise than itself.
+    An fp32 weight is its own main weight, and another weight that is wanted in fp32 may have a main
+    weight, which is more precise than the weight itself.
     """
     is_fp32 = reader.dtype(replace(row, part=None)) == torch.float32
     if row.part == MAIN_WEIGHT and is_fp32:
@@ -186,15 +195,15 @@ def most_precise_row(reader: CheckpointReader, row: TensorRow, dtype: torch.dtyp
 
 
 def one_dtype(where: str, name: str, dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """The dtype of tensors that other formats keep in one.
+    """The common dtype of several tensors that other formats store as one.
 
     Raises:
-        CheckpointError: They have several.
+        CheckpointError: The tensors have different dtypes.
     """
     found = set(dtypes)
     if len(found) > 1:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-        raise CheckpointError(where, f"the parts of {name} are {names}", "Bring them to one dtype")
+        raise CheckpointError(where, f"the parts of {name} are {names}", "Cast them to one dtype")
     return dtypes[0]
 
 
@@ -203,11 +212,11 @@ def check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any
 
     Args:
         where: The folder or file that an error names.
-        found: Shapes by name.
-        expected: Shapes by name.
+        found: The shapes in the files, by name.
+        expected: The shapes that the config asks for, by name.
 
     Raises:
-        CheckpointError: It names the first tensor that is missing, left over or of another shape.
+        CheckpointError: It names the first tensor that is missing, unexpected or of another shape.
     """
     for name in sorted(expected.keys() - found.keys()):
         raise CheckpointError(
@@ -224,12 +233,12 @@ def check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any
             raise CheckpointError(
                 where,
                 f"{name} is {list(found[name])}, its config says {list(shape)}",
-                "Use a checkpoint whose config is its own",
+                "Use the config that belongs to the checkpoint",
             )
 
 
 def write_origin(folder: Path, target: Target) -> None:
-    """``chameleon.json``: where it comes from, and what the format itself has no place for."""
+    """Write ``chameleon.json``: the origin, and what the format itself cannot store."""
     parameters = sum(element_count(row.shape) for row in target.weights)
     content = {
         "format": ORIGIN_FORMAT,
@@ -247,13 +256,13 @@ def write_origin(folder: Path, target: Target) -> None:
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
-    """``chameleon.json`` of an exported folder.
+    """Read ``chameleon.json`` of an exported folder.
 
     Raises:
-        CheckpointError: The file is missing or no whole one of this version.
+        CheckpointError: The file is missing, damaged or of another version.
     """
     file = folder / ORIGIN_FILE
-    remedy = "Give a folder of `chameleon convert`, or a checkpoint"
+    remedy = "Give a folder that `chameleon convert` wrote, or a checkpoint"
     origin = read_json_object(file, remedy)
     if origin.get("format") != ORIGIN_FORMAT:
         what = f"format is {origin.get('format')!r}, this version reads {ORIGIN_FORMAT!r}"
@@ -262,10 +271,10 @@ def read_origin(folder: Path) -> dict[str, Any]:
 
 
 def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
-    """A JSON file whose top level is an object.
+    """Read a JSON file whose top level is an object.
 
     Raises:
-        CheckpointError: It is not there or something else.
+        CheckpointError: The file is missing, or its content is something else.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -278,12 +287,12 @@ def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
 
 
 def with_recorded(model: ModelConfig, origin: Mapping[str, Any], known: set[str]) -> ModelConfig:
-    """The model, with what ``chameleon.json`` says about fields that the format's files don't hold.
+    """Complete a model's settings with those that only ``chameleon.json`` has.
 
     Args:
-        model: From the files.
-        origin: Content of ``chameleon.json``; may be empty.
-        known: Fields that the files do hold: they stay.
+        model: The settings in the format's own files.
+        origin: The content of ``chameleon.json``; may be empty.
+        known: The fields that the format's own files have; they are left as they are.
     """
     recorded = origin.get("model")
     recorded = recorded if isinstance(recorded, dict) else {}

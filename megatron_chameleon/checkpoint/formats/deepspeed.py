@@ -1,7 +1,11 @@
-"""Plain DeepSpeed's checkpoints: ZeRO's own files are read, universal ones are read and written.
+"""The format of plain DeepSpeed: ZeRO checkpoints are read, universal ones read and written.
+
+``deepspeed_files.py`` finds the tensors in DeepSpeed's files. Checkpoints of our DeepSpeed engine
+are not in this format; they are training checkpoints like any other
+(``checkpoint/state/deepspeed_state.py``).
 
 The parameters have the names of the model that was trained: transformers' Chameleon, or ours with
-its layers numbered. Settings come from beside the files: ``config.json`` (transformers) or
+its layers numbered. The model's settings are read from ``config.json`` (transformers) or
 ``config.yaml`` (ours), in the step's folder or the one above it. What is written:
 
     latest_universal                                         the name of the step's folder
@@ -11,15 +15,15 @@ its layers numbered. Settings come from beside the files: ``config.json`` (trans
     config.json, tokenizer and processor files               as in the hf format, for transformers
     chameleon.json, config.yaml                              ours: where it comes from
 
-ZeRO's own files would load at one stage and one number of ranks only, and a universal checkpoint at
-any. It loads with ``"checkpoint": {"load_universal": true}`` in DeepSpeed's config and
-``engine.load_checkpoint(DST, load_lr_scheduler_states=False)``.
+ZeRO's own files load at one stage and with one number of ranks only, a universal checkpoint at any
+stage and with any number. It loads with ``"checkpoint": {"load_universal": true}`` in DeepSpeed's
+config and ``engine.load_checkpoint(DST, load_lr_scheduler_states=False)``.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -65,10 +69,11 @@ from megatron_chameleon.errors import CheckpointError
 
 OWN_CONFIG_FILE = "config.yaml"
 VERSION = "0.19.8"
-"""DeepSpeed's whose layout is written; it looks for one that it knows."""
+"""The DeepSpeed version whose file layout is written; DeepSpeed checks that it knows it."""
 PARAMETER_GROUPS = 1024
-"""So many groups without values: DeepSpeed skips the parameters of a group for which there is none,
-and takes learning rates and the like from those that have values."""
+"""Number of parameter groups that are written, all without values. DeepSpeed skips the parameters
+of a group that is missing here, and would take learning rates and the like from groups with
+values."""
 
 
 def recognise(folder: Path) -> bool:
@@ -88,12 +93,12 @@ class Reader:
         self._files = open_deepspeed_files(step_folder)
         self._places = (step_folder, step_folder.parent)
         self.step, self.has_optimizer = self._files.step, self._files.has_optimizer
-        beside = self._beside(ORIGIN_FILE)
-        self.origin = read_origin(beside) if beside else {}
+        exported = self._folder_with(ORIGIN_FILE)
+        self.origin = read_origin(exported) if exported else {}
         self.fingerprint: str | None = self.origin.get("tokenizer_fingerprint")
         self.data: dict[str, Any] | None = self.origin.get("data")
         self.skipped_steps: Sequence[int] = self.origin.get("skipped_steps", ())
-        own = self._beside(OWN_CONFIG_FILE)
+        own = self._folder_with(OWN_CONFIG_FILE)
         self.config: Config | None = load_config(own / OWN_CONFIG_FILE) if own else None
         self._prefix, self._is_hf = _naming(self._files)
         self.model, self.dimensions = self._hf_geometry() if self._is_hf else self._own_geometry()
@@ -104,12 +109,12 @@ class Reader:
             self._find_norm_groups()
 
     def dtype(self, row: TensorRow) -> torch.dtype:
-        """That the model computed with."""
+        """The dtype that the model computed with."""
         dtypes = [self._files.dtypes[name] for name in self._names(row)]
         return one_dtype(str(self.folder), row.key, dtypes)
 
     def read(self, row: TensorRow) -> torch.Tensor:
-        """One row in megatron-core's layout; a weight in its dtype is its main weight's cast."""
+        """Read one tensor in megatron-core's form; a weight is cast from its main weight."""
         part = row.part or MAIN_WEIGHT
         tensors = [self._files.read(name, part) for name in self._names(row)]
         named = dict(zip(row.hf_names, tensors, strict=True)) if self._is_hf else {}
@@ -117,23 +122,23 @@ class Reader:
         return tensor if row.part else tensor.to(self.dtype(row))
 
     def tokenizer_folder(self, scratch: Path) -> Path:
-        """Our tokenizer's files beside the checkpoint, or the folder that ``config.yaml`` names.
+        """Gather our tokenizer's files in ``scratch``, or use the folder that the config names.
 
         Raises:
-            CheckpointError: There are none.
+            CheckpointError: Neither exists.
         """
-        beside = self._beside(ORIGIN_FILE)
-        if beside is None and self.config and Path(self.config.tokenizer.path).is_dir():
+        exported = self._folder_with(ORIGIN_FILE)
+        if exported is None and self.config and Path(self.config.tokenizer.path).is_dir():
             return Path(self.config.tokenizer.path)
-        gather_tokenizer(beside or self._places[1], scratch)
+        gather_tokenizer(exported or self._places[1], scratch)
         return scratch
 
-    def _beside(self, name: str) -> Path | None:
-        """The folder that has a file: the step's, or the one above it."""
+    def _folder_with(self, name: str) -> Path | None:
+        """The folder that has a file: the step's, the one above it, or None."""
         return next((place for place in self._places if (place / name).is_file()), None)
 
     def _names(self, row: TensorRow) -> list[str]:
-        """The parameters that a row is of."""
+        """The names of the parameters that a row consists of."""
         if self._is_hf:
             return [self._prefix + name for name in row.hf_names]
         layer = f"decoder.layers.{row.layer}."
@@ -144,21 +149,21 @@ class Reader:
         return dict(zip(self._names(row), shapes, strict=True))
 
     def _hf_geometry(self) -> tuple[ModelConfig, Dimensions]:
-        """What ``config.json`` says; one QK-norm a head, as transformers has it."""
-        place = self._beside(CONFIG_FILE)
+        """Settings and sizes from ``config.json``, with one QK-norm per head as in transformers."""
+        place = self._folder_with(CONFIG_FILE)
         if place is None:
-            self._misses(CONFIG_FILE, "config.save_pretrained(FOLDER) of transformers writes it")
-        assert place is not None
+            self._raise_missing(
+                CONFIG_FILE, "transformers' config.save_pretrained(FOLDER) writes it"
+            )
         model, vocab_size = model_of_config(read_config(place), str(place / CONFIG_FILE))
         heads, key_heads = model.num_attention_heads, model.num_query_groups or 0
         model = with_recorded(model, self.origin, KNOWN)
         return model, Dimensions.of(model, vocab_size, heads, key_heads)
 
     def _own_geometry(self) -> tuple[ModelConfig, Dimensions]:
-        """What our ``config.yaml`` says, and the tensors' shapes."""
+        """Settings and sizes from our ``config.yaml`` and the tensors' shapes."""
         if self.config is None:
-            self._misses(OWN_CONFIG_FILE, "it lies in the run folder")
-        assert self.config is not None
+            self._raise_missing(OWN_CONFIG_FILE, "it is in the run folder")
         model, shapes = self.config.model, self._files.shapes
         attention = f"{self._prefix}decoder.layers.0.self_attention."
         q_groups, k_groups = (
@@ -169,12 +174,12 @@ class Reader:
         vocab_size = shapes[f"{self._prefix}output_layer.weight"][0]
         return model, Dimensions.of(model, vocab_size, q_groups, k_groups)
 
-    def _misses(self, name: str, hint: str) -> None:
-        what = f"no {name} there or in {self._places[0]}: the model's settings are unknown"
-        raise CheckpointError(str(self._places[1]), what, f"Put it there ({hint})")
+    def _raise_missing(self, name: str, hint: str) -> NoReturn:
+        what = f"without a {name} here or in {self._places[0]} the model's settings are unknown"
+        raise CheckpointError(str(self._places[1]), what, f"Put the file there ({hint})")
 
     def _find_norm_groups(self) -> None:
-        """The fewest groups of heads whose QK-norms, and their moments, are the same."""
+        """Set the fewest groups of heads whose QK-norms, and their moments, are equal."""
         dims, parts = self.dimensions, (MAIN_WEIGHT, *(MOMENTS if self.has_optimizer else ()))
 
         def groups(which: str) -> int:
@@ -196,17 +201,20 @@ class Reader:
 
 
 def _naming(files: DeepSpeedFiles) -> tuple[str, bool]:
-    """What stands before the parameters' names (as of a wrapper), and whether they are HF's.
+    """The prefix of the parameters' names, as wrappers add it, and whether the names are HF's.
 
     Raises:
-        CheckpointError: They are of another model.
+        CheckpointError: The parameters are those of another model.
     """
     for name, is_hf in (("lm_head.weight", True), ("output_layer.weight", False)):
         for found in files.shapes:
             if found == name or found.endswith("." + name):
                 return found.removesuffix(name), is_hf
-    first = next(iter(files.shapes), "none at all")
-    what = f"has no parameter lm_head.weight (transformers') or output_layer.weight (ours): {first}"
+    first = next(iter(files.shapes), "none")
+    what = (
+        "has no parameter lm_head.weight (transformers') or output_layer.weight (ours); its first "
+    )
+    what += f"parameter is {first}"
     raise CheckpointError(str(files.folder), what, "Use a checkpoint of a whole Chameleon model")
 
 
@@ -223,7 +231,7 @@ class Writer:
         self._parts = (MAIN_WEIGHT, *(MOMENTS if target.has_optimizer else ()))
 
     def files(self) -> dict[str, int]:
-        """Files with tensors and their sizes in all, to some kilobytes a tensor."""
+        """Patterns of files with tensors and their total sizes, to a few kilobytes per tensor."""
         sizes = [element_count(row.shape) for row in self._target.weights]
         size_bytes = 4 * (sum(sizes) + sum(t.numel() for t in self._encoder.values()))
         names = (UNIVERSAL_FILES[part] for part in self._parts)
@@ -255,7 +263,7 @@ class Writer:
 
     def _write_part(self, folder: Path, part: str, tensor: torch.Tensor) -> None:
         folder.mkdir(exist_ok=True)
-        # a copy: of a view, torch.save would write all that it is a view of
+        # copied, because torch.save writes the whole tensor that a view belongs to
         whole = tensor.float().contiguous()
         whole = whole.clone() if whole.numel() < whole.untyped_storage().nbytes() // 4 else whole
         torch.save({"param": whole}, folder / UNIVERSAL_FILES[part])
@@ -263,7 +271,7 @@ class Writer:
             torch.save(torch.tensor(float(self._target.step)), folder / "step.pt")
 
     def _write_global(self, step_folder: Path, dtypes: Mapping[str, torch.dtype]) -> None:
-        """What belongs to no parameter, in the forms that the ZeRO stages ask for."""
+        """Write what is not of a single parameter, in the form that each ZeRO stage expects."""
         groups: list[dict[str, Any]] = [{} for _ in range(PARAMETER_GROUPS)]
         step = torch.tensor(float(self._target.step))
         state = {

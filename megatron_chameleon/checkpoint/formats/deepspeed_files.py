@@ -1,13 +1,13 @@
-"""The files that DeepSpeed itself writes, read parameter by parameter, without DeepSpeed.
+"""Read the files that DeepSpeed itself writes, parameter by parameter and without DeepSpeed.
 
 A ZeRO checkpoint, as ``engine.save_checkpoint`` writes it:
 
     latest                                                  the name of the newest step's folder
     global_step8/mp_rank_00_model_states.pt                 the model (ZeRO 0 to 2)
-    global_step8/zero_pp_rank_R_mp_rank_00_model_states.pt  its shapes, a file a rank (ZeRO 3)
+    global_step8/zero_pp_rank_R_mp_rank_00_model_states.pt  its shapes, one file per rank (ZeRO 3)
     global_step8/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt
-        flat fp32 weights and moments; ZeRO 1 and 2: every rank has the fragments that it names,
-        ZeRO 3: of every parameter, an equal part
+        flat fp32 weights and moments; in ZeRO 1 and 2 every rank has the fragments that it names,
+        in ZeRO 3 an equal part of every parameter
 
 A universal checkpoint, as ``ds_to_universal.py`` writes it:
 
@@ -16,9 +16,9 @@ A universal checkpoint, as ``ds_to_universal.py`` writes it:
     global_step8_universal/zero/optimizer_state.pt
     global_step8_universal/*_model_states.pt                as above
 
-The files are pickles: they are read with torch's ``weights_only``, and of DeepSpeed's classes five
-are allowed, for which empty ones stand in. Source: deepspeed 0.19.8, checkpoint/ds_to_universal.py
-and utils/zero_to_fp32.py.
+The files are pickles. They are read with torch's ``weights_only``, and five of DeepSpeed's classes
+are allowed, in whose place empty ones are used. Source: deepspeed 0.19.8,
+checkpoint/ds_to_universal.py and utils/zero_to_fp32.py.
 """
 
 import math
@@ -44,29 +44,29 @@ _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim
 _REMEDY = "Save it again with DeepSpeed 0.19"
 
 
-class _Empty:
-    """Stands in for an object of DeepSpeed's; its attributes come from the file."""
+class _StandIn:
+    """Used in place of one of DeepSpeed's objects; its attributes come from the file."""
 
     numel: int
     start: int
 
 
-class _Stage(int):
-    """Stands in for the number of a ZeRO stage."""
+class _ZeroStage(int):
+    """Used in place of DeepSpeed's enum of ZeRO stages."""
 
 
 _ALLOWED = [
-    (_Empty, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Empty, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_Empty, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_Empty, "deepspeed.checkpoint.universal_checkpoint.SubparamShape"),
+    (_StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_StandIn, "deepspeed.checkpoint.universal_checkpoint.SubparamShape"),
 ]
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """So many numbers of a stored tensor, from one on."""
+    """A range of a stored tensor's elements: ``count`` of them, beginning with ``start``."""
 
     stored: StoredTensor
     start: int
@@ -75,14 +75,15 @@ class Fragment:
 
 @dataclass
 class DeepSpeedFiles:
-    """Where everything of one checkpoint lies.
+    """Where each parameter of one checkpoint is in DeepSpeed's files.
 
     Attributes:
-        folder: The step's.
-        shapes: Of every parameter, by its name in the model that was trained.
-        dtypes: That the model computed with.
-        fragments: By name and part (``MAIN_WEIGHT``, ``MOMENTS``), in order.
-        step: Updates of the optimizer.
+        folder: The step's folder.
+        step: Number of the optimizer's updates.
+        shapes: The shape of every parameter, by its name in the model that was trained.
+        dtypes: The dtype that the model computed with, by the parameter's name.
+        fragments: The stored fragments in order, by the parameter's name and the part
+            (``MAIN_WEIGHT``, ``MOMENTS``).
     """
 
     folder: Path
@@ -95,11 +96,11 @@ class DeepSpeedFiles:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether any parameter has moments; those without were not trained."""
+        """Whether any parameter has moments; a parameter without moments was not trained."""
         return any(part in MOMENTS for _, part in self.fragments)
 
     def read(self, name: str, part: str) -> torch.Tensor:
-        """A whole parameter, or its moment, in fp32; the moments of one not trained are zero."""
+        """Read a whole parameter or moment in fp32; untrained parameters have moments of zero."""
         fragments = self.fragments.get((name, part), [])
         shape = self.shapes[name]
         if not fragments and part in MOMENTS:
@@ -108,23 +109,23 @@ class DeepSpeedFiles:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
     def add(self, name: str, part: str, stored: StoredTensor, start: int, count: int) -> None:
-        """Note the next fragment of a parameter.
+        """Record the next fragment of a parameter.
 
         Raises:
-            CheckpointError: The stored tensor is shorter.
+            CheckpointError: The stored tensor is too short.
         """
         size = torch.Size(stored.shape).numel()
         if not 0 <= start <= start + count <= size:
-            what = f"{name} is at {start:,} to {start + count:,} of a tensor of {size:,} numbers"
+            what = f"{name} is at {start:,} to {start + count:,} of a tensor of {size:,} elements"
             raise CheckpointError(str(stored.path), what, "Copy it again")
         if count:
             self.fragments[name, part].append(Fragment(stored, start, count))
 
     def check(self) -> None:
-        """See that the fragments make up whole parameters.
+        """Check that the fragments make up whole parameters.
 
         Raises:
-            CheckpointError: It names the first that is not whole.
+            CheckpointError: It names the first parameter that is not whole.
         """
         trained = {name for name, part in self.fragments if part in MOMENTS}
         for name, shape in self.shapes.items():
@@ -137,37 +138,37 @@ class DeepSpeedFiles:
 
 
 def find_step_folder(folder: Path) -> Path | None:
-    """The folder of the step that is meant by a path; None: it is no DeepSpeed checkpoint.
+    """Find the step's folder that a path means; None if it is not a DeepSpeed checkpoint.
 
     Raises:
-        CheckpointError: ``latest`` names a folder that is not there.
+        CheckpointError: ``latest`` names a folder that does not exist.
     """
-    if _is_step(folder):
+    if _is_step_folder(folder):
         return folder
     for name in (LATEST, LATEST_UNIVERSAL):
         if (folder / name).is_file():
             tag = (folder / name).read_text(encoding="utf-8", errors="replace").strip()
-            if Path(tag).name != tag or not _is_step(folder / tag):
-                what = f"names {tag!r}, which is no folder of a step beside it"
+            if Path(tag).name != tag or not _is_step_folder(folder / tag):
+                what = f"names {tag!r}, but there is no such step folder beside it"
                 raise CheckpointError(str(folder / name), what, "Copy the whole folder again")
             return folder / tag
     return None
 
 
-def _is_step(folder: Path) -> bool:
+def _is_step_folder(folder: Path) -> bool:
     return folder.is_dir() and (
         (folder / ZERO_FOLDER).is_dir() or any(folder.glob("*mp_rank_*_states.pt"))
     )
 
 
 def open_deepspeed_files(folder: Path) -> DeepSpeedFiles:
-    """Find everything in a step's folder.
+    """Find all tensors in a step's folder.
 
     Raises:
-        CheckpointError: A file is missing, damaged, malicious or of a kind that is not read.
+        CheckpointError: A file is missing, damaged, malicious or of an unsupported kind.
     """
     for path in folder.glob("layer_*_states.pt"):
-        what = f"holds {path.name}: of pipelines and experts"
+        what = f"has {path.name}, a file of a model with pipeline stages or experts"
         raise CheckpointError(str(folder), what, "Save a model without them")
     files = DeepSpeedFiles(folder)
     try:
@@ -176,23 +177,23 @@ def open_deepspeed_files(folder: Path) -> DeepSpeedFiles:
         else:
             _read_zero(files)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        what = f"is not as DeepSpeed 0.19 writes it ({error!r})"
+        what = f"differs from what DeepSpeed 0.19 writes ({error!r})"
         raise CheckpointError(str(folder), what, _REMEDY) from error
     files.check()
     return files
 
 
 def _ranks(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
-    """The files of every data-parallel rank.
+    """The files of every data-parallel rank, by rank.
 
     Raises:
-        CheckpointError: They are of several tensor-parallel ranks.
+        CheckpointError: There are files of several tensor-parallel ranks.
     """
     found = {}
     for path in sorted(folder.iterdir()):
         if match := pattern.fullmatch(path.name):
             if int(match[2]):
-                what = f"{path.name} is of a tensor-parallel rank, and conversions read one"
+                what = f"{path.name} is of a second tensor-parallel rank, which is not supported"
                 remedy = "Turn it into a universal checkpoint with DeepSpeed's ds_to_universal.py"
                 raise CheckpointError(str(folder), what, remedy)
             found[int(match[1] or 0)] = path
@@ -202,7 +203,8 @@ def _ranks(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
 def _read_zero(files: DeepSpeedFiles) -> None:
     model_files, ranks = _ranks(files.folder, _MODEL), _ranks(files.folder, _OPTIMIZER)
     if 0 not in model_files:
-        raise CheckpointError(str(files.folder), "no model states of rank 0", "Copy it again")
+        what = "has no model states of rank 0"
+        raise CheckpointError(str(files.folder), what, "Copy the whole folder again")
     model = load_without_data(model_files[0], _ALLOWED)
     files.step = int(model["global_steps"])
     _read_module(files, model)
@@ -222,7 +224,7 @@ def _read_zero(files: DeepSpeedFiles) -> None:
 def _check_ranks(folder: Path, found: Mapping[int, Path], expected: int) -> None:
     missing = [rank for rank in range(expected) if rank not in found]
     if missing or len(found) != expected:
-        what = f"has optimizer states of {len(found)} ranks, {expected} wrote some"
+        what = f"has optimizer states of {len(found)} ranks, but {expected} ranks wrote them"
         what += f"; that of rank {missing[0]} is missing" if missing else ""
         raise CheckpointError(str(folder), what, "Copy the whole folder again")
 
@@ -239,7 +241,7 @@ def _read_module(files: DeepSpeedFiles, model: Mapping[str, Any]) -> None:
 
 
 def _read_untrained(files: DeepSpeedFiles, model_files: Mapping[int, Path]) -> None:
-    """Weights that no optimizer holds, from the model's own tensors or ZeRO 3's parts of them."""
+    """Find the weights that no optimizer has, in the model's tensors or ZeRO 3's parts of them."""
     untrained = [name for name in files.shapes if (name, MAIN_WEIGHT) not in files.fragments]
     if not untrained:
         return
@@ -259,8 +261,8 @@ def _read_rank_of_zero_2(
 ) -> None:
     base = state["base_optimizer_state"]
     if not isinstance(base, Mapping):
-        remedy = "Train without elastic_checkpoint, or turn it into a universal one"
-        raise CheckpointError(str(path), "is of an elastic checkpoint", remedy)
+        remedy = "Train without elastic_checkpoint, or turn it into a universal checkpoint"
+        raise CheckpointError(str(path), "belongs to an elastic checkpoint", remedy)
     weights = state["single_partition_of_fp32_groups"]
     for group, fragments in enumerate(state["param_slice_mappings"]):
         flat = _flat_states(path, weights[group], base, group)
@@ -290,14 +292,14 @@ def _read_rank_of_zero_3(
 def _flat_states(
     path: Path, weights: torch.Tensor, base: Mapping[str, Any], group: int
 ) -> dict[str, StoredTensor]:
-    """A rank's flat tensors of one group of parameters; without moments before the first step."""
+    """A rank's flat tensors of one parameter group; before the first step there are no moments."""
     moments = base["state"].get(group, {})
     flat = {MAIN_WEIGHT: weights, **{part: moments[part] for part in MOMENTS if part in moments}}
     return {part: StoredTensor.find(path, part, tensor) for part, tensor in flat.items()}
 
 
 def _step_of(path: Path, base: Mapping[str, Any], group: int, otherwise: int) -> int:
-    """AdamW's count of updates: beside the moments, or, as some AdamWs have it, in the group."""
+    """AdamW's number of updates, which is beside the moments or, in some AdamWs, in the group."""
     for place in (base["state"].get(group, {}), *base["param_groups"]):
         if "step" in place:
             return _number(path, place["step"])
@@ -325,7 +327,7 @@ def _read_universal(files: DeepSpeedFiles) -> None:
             stored = StoredTensor.find(folder / file, name, tensor)
             if part == MAIN_WEIGHT:
                 known = files.shapes.get(name, ())
-                is_flat = torch.Size(known).numel() == tensor.numel()  # from ZeRO 3
+                is_flat = torch.Size(known).numel() == tensor.numel()  # as ZeRO 3 stores it
                 files.shapes[name] = known if is_flat else stored.shape
                 files.dtypes.setdefault(name, torch.float32)
             files.add(name, part, stored, 0, tensor.numel())

@@ -1,13 +1,13 @@
-"""The Hugging Face folder: what ``ChameleonForConditionalGeneration.from_pretrained`` opens.
+"""The Hugging Face folder, which ``ChameleonForConditionalGeneration.from_pretrained`` opens.
 
     config.json, generation_config.json, model*.safetensors   transformer and the VQGAN's encoder
     tokenizer and processor files                             for transformers
-    text.model, vocabulary.json, image_tokenizer/             our tokenizer, the VQ decoder included
+    text.model, vocabulary.json, image_tokenizer/             our tokenizer, with the VQ decoder
     chameleon.json                                            where it all comes from
 
-Hugging Face's model has no place for the decoder that turns codes into images: it is kept beside,
-and read back. A folder that others wrote has none of the last two lines: then the vocabulary comes
-from ``tokenizer.json``, and the decoder must be given.
+Hugging Face's model cannot store the decoder that turns codes into images, so it is kept beside the
+model and read back from there. A folder that others wrote has none of the files in the last two
+lines; its tokenizer must be given with ``--tokenizer``.
 """
 
 import shutil
@@ -81,7 +81,7 @@ class Reader:
         self.step = int(self.origin.get("step", 0))
         self.fingerprint: str | None = self.origin.get("tokenizer_fingerprint")
         self._files = SafetensorsReader(folder)
-        # one QK-norm a head, as Hugging Face has it: enough to know every name and shape
+        # one QK-norm per head, as Hugging Face has it, is enough to know every name and shape
         heads, key_heads = model.num_attention_heads, model.num_query_groups or 0
         per_head = Dimensions.of(model, vocab_size, heads, key_heads)
         expected = {n: s for row in tensor_rows(per_head) for n, s in row.hf_shapes.items()}
@@ -107,26 +107,26 @@ class Reader:
         )
 
     def dtype(self, row: TensorRow) -> torch.dtype:
-        """Of the stored tensors."""
+        """The dtype of a weight's stored tensors."""
         dtypes = [self._files.dtypes[name] for name in row.hf_names]
         return one_dtype(str(self.folder), row.key, dtypes)
 
     def read(self, row: TensorRow) -> torch.Tensor:
-        """One row in megatron-core's layout."""
+        """Read one tensor in megatron-core's form."""
         return row.to_megatron({name: self._files.read(name) for name in row.hf_names})
 
     def tokenizer_folder(self, scratch: Path) -> Path:
-        """Our tokenizer's files, gathered in ``scratch``.
+        """Gather our tokenizer's files in ``scratch``.
 
         Raises:
-            CheckpointError: They are not in the folder, which then has no VQ decoder either.
+            CheckpointError: The folder does not have them, and so has no VQ decoder either.
         """
         gather_tokenizer(self.folder, scratch)
         self._compare_encoder(scratch / IMAGE_WEIGHTS_FILE)
         return scratch
 
     def _compare_encoder(self, path: Path) -> None:
-        """See that transformers and our image tokenizer give an image the same codes."""
+        """Check that transformers and our image tokenizer would give an image the same codes."""
         names = [name for name in self._files.shapes if name.startswith(VQ_PREFIX)]
         with safe_open(path, framework="pt") as file:
             for name in names:
@@ -148,13 +148,13 @@ class Writer:
         check_has_norms(target)
         self._target = target
         self._encoder = encoder_tensors(target.tokenizer)
-        plans = [
+        specs = [
             TensorSpec(name, shape, target.dtypes[row.key])
             for row in target.weights
             for name, shape in row.hf_shapes.items()
         ]
-        plans += [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in self._encoder.items()]
-        self._writer = SafetensorsWriter(plans, target.shard_bytes)
+        specs += [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in self._encoder.items()]
+        self._writer = SafetensorsWriter(specs, target.shard_bytes)
 
     def files(self) -> dict[str, int]:
         """Files with tensors and their sizes."""
@@ -173,10 +173,10 @@ class Writer:
 
 
 def check_has_norms(target: Target) -> None:
-    """Refuse a model that transformers has no place for.
+    """Refuse a model that transformers' Chameleon cannot represent.
 
     Raises:
-        CheckpointError: It has no QK-norm.
+        CheckpointError: The model has no QK-norm.
     """
     if not target.dimensions.q_norm_groups:
         raise CheckpointError(
@@ -188,7 +188,7 @@ def check_has_norms(target: Target) -> None:
 
 
 def write_settings(folder: Path, target: Target) -> None:
-    """Everything but the transformer's tensors."""
+    """Write everything except the transformer's tensors."""
     from transformers import GenerationConfig
 
     vocabulary, image = target.tokenizer.vocabulary, target.tokenizer.image
@@ -205,10 +205,14 @@ def write_settings(folder: Path, target: Target) -> None:
 
 
 def gather_tokenizer(source: Path, scratch: Path) -> None:
-    """Put our tokenizer's files of an exported folder together as one tokenizer folder.
+    """Copy our tokenizer's files of an exported folder into one tokenizer folder.
+
+    Args:
+        source: The exported folder.
+        scratch: The tokenizer folder; it is created if missing.
 
     Raises:
-        CheckpointError: They are not there, and with them no VQ decoder.
+        CheckpointError: Some of the files are missing, and so the VQ decoder is too.
     """
     folders = {
         name: source / IMAGE_TOKENIZER_FOLDER if "image" in name else source
@@ -218,8 +222,8 @@ def gather_tokenizer(source: Path, scratch: Path) -> None:
     if missing:
         raise CheckpointError(
             str(source),
-            f"has no {missing[0]}: transformers' files alone lack the VQ decoder, without "
-            "which codes do not become images",
+            f"has no {missing[0]}: transformers' files alone lack the VQ decoder, which turns "
+            "codes into images",
             "Give a tokenizer folder, ours or Meta's, with --tokenizer",
         )
     scratch.mkdir(parents=True, exist_ok=True)
@@ -238,7 +242,7 @@ def _encoder_shapes(config: VqganConfig) -> dict[str, tuple[int, ...]]:
 
 
 def encoder_tensors(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
-    """The VQGAN's tensors that HF has a place for, under HF's names: all but the decoder's."""
+    """The VQGAN's tensors that HF can store, under HF's names: all except the decoder's."""
     assert tokenizer.image is not None
     weights = tokenizer.image.model.state_dict()
     return {
@@ -249,7 +253,7 @@ def encoder_tensors(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Our tokenizer's files, and the same for transformers."""
+    """Write our tokenizer's files, and those that transformers reads."""
     from megatron_chameleon.tokenizer.huggingface import write_huggingface_tokenizer
 
     write_huggingface_tokenizer(tokenizer, folder)

@@ -1,4 +1,4 @@
-"""Hugging Face's ``config.json`` for a model of ours, and the way back."""
+"""Hugging Face's ``config.json``, made from our config and turned back into it."""
 
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ KNOWN = {
     "rotary_base",
     "init_method_std",
 }
-"""Fields of our config that Hugging Face's says too."""
+"""Fields of our model config that Hugging Face's config has too."""
 _FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
-"""What we have one way only, which is Hugging Face's default but for tied embeddings."""
+"""Settings for which our model has one value only. It is Hugging Face's default except for tied
+embeddings."""
 _VQ_NAMES = {
     "embed_dim": "embed_dim",
     "num_embeddings": "codebook_size",
@@ -48,13 +49,13 @@ _VQ_NAMES = {
 def build_config(
     model: ModelConfig, vocabulary: Vocabulary, vqgan: VqganConfig | None, dtype: torch.dtype
 ) -> Any:
-    """HF's ``ChameleonConfig`` for a model of ours.
+    """Build HF's ``ChameleonConfig`` for our model.
 
     Args:
-        model: Our config.
-        vocabulary: Its names fill HF's ``vocabulary_map``.
+        model: Our model config.
+        vocabulary: The vocabulary, for HF's ``vocabulary_map``.
         vqgan: The image tokenizer's shape; None leaves HF's default.
-        dtype: Of the tensors in the files.
+        dtype: The dtype of the tensors in the files.
     """
     from transformers import ChameleonConfig
 
@@ -82,10 +83,10 @@ def build_config(
 
 
 def vocabulary_map(vocabulary: Vocabulary) -> dict[str, int]:
-    """Token names to ids as HF wants them: the placeholder is called ``<image>``.
+    """Token names and their ids as HF expects them, with ``<image>`` for the image placeholder.
 
-    HF takes every name that begins with IMGIMG for an image code, so a learned text piece that does
-    is left out.
+    HF takes every name that begins with IMGIMG for an image code, so a learned text piece with such
+    a name is left out.
     """
     codes = set(vocabulary.code_token_ids.tolist())
     names = {
@@ -98,16 +99,16 @@ def vocabulary_map(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def vq_config(vqgan: VqganConfig) -> dict[str, Any]:
-    """The image tokenizer's shape in HF's words; both sides attend in the mid block only."""
+    """The image tokenizer's shape under HF's names; both have attention in the mid block only."""
     values = {hf: getattr(vqgan, ours) for hf, ours in _VQ_NAMES.items()}
     return {**values, "channel_multiplier": list(vqgan.ch_mult)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a Chameleon.
+    """Read ``config.json`` of a Chameleon model.
 
     Raises:
-        CheckpointError: It cannot be read, or is another architecture's.
+        CheckpointError: The file cannot be read, or it is of another architecture.
     """
     file = folder / CONFIG_FILE
     content = read_json_object(file, "Give a Hugging Face folder of a Chameleon model")
@@ -121,23 +122,23 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_of_config(content: dict[str, Any], where: str) -> tuple[ModelConfig, int]:
-    """Our config and the vocabulary's size.
+    """Our model config, and the vocabulary's size.
 
     Args:
-        content: Of ``config.json``.
-        where: Its path.
+        content: The content of ``config.json``.
+        where: The path of ``config.json``, for errors.
 
     Raises:
-        CheckpointError: A value is missing, or is one that our model cannot have.
+        CheckpointError: A value is missing, or our model does not support it.
     """
     for key, only in _FIXED.items():
         if content.get(key, only) != only:
-            what = f"{key} is {content[key]!r}, and this model has {only!r} only"
+            what = f"{key} is {content[key]!r}, and only {only!r} is supported"
             raise CheckpointError(where, what, "Convert another checkpoint")
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
-        what = f"RoPE of type {rope_type!r}, and this model has 'default' only"
+        what = f"the RoPE type is {rope_type!r}, and only 'default' is supported"
         raise CheckpointError(where, what, "Convert another checkpoint")
     try:
         heads = int(content["num_attention_heads"])
@@ -156,19 +157,19 @@ def model_of_config(content: dict[str, Any], where: str) -> tuple[ModelConfig, i
         )
         return model, int(content["vocab_size"])
     except (KeyError, TypeError, ValueError) as error:
-        what = f"a value is missing or no number ({error!r})"
-        raise CheckpointError(where, what, "Use a whole config.json") from error
+        what = f"a value is missing or is not a number ({error!r})"
+        raise CheckpointError(where, what, "Use a complete config.json") from error
 
 
 def whole_rotary_base(theta: float, where: str) -> int:
-    """RoPE's base as megatron-core takes it.
+    """RoPE's base as an integer, which megatron-core requires.
 
     Raises:
         CheckpointError: It is not a whole number.
     """
     if theta != int(theta):
         raise CheckpointError(
-            where, f"rope_theta {theta} is no whole number", "Convert another checkpoint"
+            where, f"rope_theta {theta} is not a whole number", "Convert another checkpoint"
         )
     return int(theta)
 
@@ -177,11 +178,11 @@ def vqgan_of_config(content: dict[str, Any], where: str) -> VqganConfig:
     """The image tokenizer's shape.
 
     Args:
-        content: Of ``config.json``.
-        where: Its path.
+        content: The content of ``config.json``.
+        where: The path of ``config.json``, for errors.
 
     Raises:
-        CheckpointError: It has attention in other places, or two values a latent.
+        CheckpointError: It has attention in other places, or two values per latent.
     """
     values = content.get("vq_config") or {}
     if values.get("double_latent") or values.get("attn_resolutions"):

@@ -1,4 +1,4 @@
-"""A checkpoint of any format as transformers' model, in memory."""
+"""Load a checkpoint of any format into transformers' model, in memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ def read_transformers(reader: CheckpointReader, tokenizer: Tokenizer) -> Any:
     """``ChameleonForConditionalGeneration`` with a checkpoint's tensors, renamed in memory.
 
     Args:
-        reader: Of any format.
-        tokenizer: With its image tokenizer.
+        reader: An opened checkpoint of any format.
+        tokenizer: The tokenizer, with its image tokenizer.
 
     Raises:
-        CheckpointError: The model has no QK-norm, without which transformers has no Chameleon.
+        CheckpointError: The model has no QK-norm, which transformers' Chameleon requires.
     """
     from transformers import ChameleonForConditionalGeneration
 
@@ -50,10 +50,10 @@ def read_transformers(reader: CheckpointReader, tokenizer: Tokenizer) -> Any:
 
 
 def load_transformers(path: Path) -> Any:
-    """The same from a Hugging Face folder, as transformers opens it.
+    """``ChameleonForConditionalGeneration``, as transformers opens it from a Hugging Face folder.
 
     Raises:
-        CheckpointError: It cannot, or would complete it with random numbers.
+        CheckpointError: Transformers cannot open it, or would fill in tensors with random numbers.
     """
     from transformers import ChameleonForConditionalGeneration
 
@@ -72,18 +72,18 @@ def load_transformers(path: Path) -> Any:
 
 
 def logits(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
-    """[B, T, vocabulary] in float32, before the mask that ``forward`` puts on image codes.
+    """Logits [B, T, vocabulary] in float32, before the mask that ``forward`` puts on image codes.
 
     Args:
-        model: transformers' ``ChameleonForConditionalGeneration``.
-        token_ids: [B, T], image codes included.
+        model: ``ChameleonForConditionalGeneration`` of transformers.
+        token_ids: [B, T]; image codes are allowed.
     """
     with torch.no_grad():
         return model.lm_head(model.model(input_ids=token_ids).last_hidden_state).float()
 
 
 def _check_complete(loading_info: dict[str, Any], path: Path) -> None:
-    """Refuse a model that transformers completed with random numbers, as it does silently."""
+    """Refuse a model in which transformers has silently filled in random numbers."""
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(str(name) for name in loading_info[kind]):
             raise CheckpointError(

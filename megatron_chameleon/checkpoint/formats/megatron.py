@@ -1,13 +1,12 @@
-"""A training checkpoint: megatron-core's distributed checkpoint (``torch_dist``) and what lies
-beside it.
+"""A training checkpoint: megatron-core's distributed checkpoint (``torch_dist``) and a few files.
 
     .metadata, __N_0.distcp, common.pt, metadata.json   what dist_checkpointing.load reads
     config.yaml, state.json                             as ``checkpoint/state/save.py`` writes them
     tokenizer/                                          the tokenizer, in a converted checkpoint
 
-A converted checkpoint may have weights only: its ``state.json`` then says ``"optimizer": false``.
-Where the source knew nothing of training, it says ``"training_config": false``, as ``config.yaml``
-has defaults.
+If a converted checkpoint has weights only, its ``state.json`` says ``"optimizer": false``. If the
+source had no training config, it says ``"training_config": false``, and ``config.yaml`` has default
+values.
 """
 
 import io
@@ -58,7 +57,7 @@ from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES
 
 TOKENIZER_FOLDER = "tokenizer"
 CHUNK_BYTES = 2**25
-"""Larger tensors are stored in several chunks of rows: torch copies each one when it writes it."""
+"""Larger tensors are stored as several chunks of rows, because torch copies a chunk to write it."""
 
 
 def recognise(folder: Path) -> bool:
@@ -74,79 +73,81 @@ class Reader:
     """A training checkpoint. See ``formats.base.CheckpointReader``.
 
     Args:
-        folder: A checkpoint, ``checkpoints`` or run folder; of the latter two the newest whole
-            step.
+        folder: A checkpoint, or a ``checkpoints`` or run folder, of which the newest whole step is
+            taken.
     """
 
     format = "megatron"
 
     def __init__(self, folder: Path) -> None:
-        self._reader = TrainingCheckpoint(find_checkpoint(folder))
-        self.folder = self._reader.folder
-        self.step = self._reader.state["step"]
-        fingerprint = self._reader.state.get("tokenizer_fingerprint")
+        self._checkpoint = TrainingCheckpoint(find_checkpoint(folder))
+        state, found = self._checkpoint.state, self._checkpoint.tensors
+        self.folder = self._checkpoint.folder
+        self.step = state["step"]
+        fingerprint = state.get("tokenizer_fingerprint")
         self.fingerprint: str | None = None if fingerprint is None else str(fingerprint)
-        found = self._reader.tensors
         q_groups, k_groups = (
             found[name].shape[1] if name in found else 0 for name in (Q_NORM, K_NORM)
         )
-        model = self._reader.config.model
+        model = self._checkpoint.config.model
         self.model = replace(
             model,
             num_query_groups=model.num_query_groups or model.num_attention_heads,
             qk_norm_groups=q_groups,
         )
-        vocab_size = self._reader.state["vocab_size"]
-        self.dimensions = Dimensions.of(self.model, vocab_size, q_groups, k_groups)
-        where = str(self.folder)
-        _check_tensors(where, found, list(tensor_rows(self.dimensions)))
-        self.has_optimizer = self._reader.state.get("optimizer") is not False
-        has_config = self._reader.state.get("training_config") is not False
-        self.config: Config | None = self._reader.config if has_config else None
-        self.data: dict[str, Any] | None = self._reader.state.get("data")
-        self.skipped_steps: Sequence[int] = self._reader.state.get("skipped_steps", ())
+        self.dimensions = Dimensions.of(self.model, state["vocab_size"], q_groups, k_groups)
+        has_config = state.get("training_config") is not False
+        self.config: Config | None = self._checkpoint.config if has_config else None
+        self.data: dict[str, Any] | None = state.get("data")
+        self.skipped_steps: Sequence[int] = state.get("skipped_steps", ())
+        self.has_optimizer = state.get("optimizer") is not False
+        self._check()
+
+    def _check(self) -> None:
+        where, weights = str(self.folder), list(tensor_rows(self.dimensions))
+        _check_tensors(where, self._checkpoint.tensors, weights)
         if self.has_optimizer:
-            parts = [
+            optimizer_rows = [
                 replace(row, part=part)
-                for row in tensor_rows(self.dimensions)
+                for row in weights
                 for part in optimizer_parts(self.dtype(row))
             ]
-            _check_tensors(where, self._reader.optimizer_tensors, parts)
+            _check_tensors(where, self._checkpoint.optimizer_tensors, optimizer_rows)
 
     def dtype(self, row: TensorRow) -> torch.dtype:
-        """Of the stored weight."""
-        return self._reader.tensors[row.megatron_name].dtype
+        """The dtype of a stored weight."""
+        return self._checkpoint.tensors[row.megatron_name].dtype
 
     def read(self, row: TensorRow) -> torch.Tensor:
-        """One row, without the padding rows of the vocabulary."""
-        return self._reader.read(row.stored_name, row.layer)[: row.shape[0]]
+        """Read one tensor, without padding rows of the vocabulary."""
+        return self._checkpoint.read(row.stored_name, row.layer)[: row.shape[0]]
 
     def tokenizer_folder(self, scratch: Path) -> Path:
-        """The folder inside, or the path in the config.
+        """The tokenizer folder in the checkpoint, or the one that its config names.
 
         Raises:
-            CheckpointError: The path leads nowhere.
+            CheckpointError: The folder that the config names does not exist.
         """
         inside = self.folder / TOKENIZER_FOLDER
-        path = inside if inside.is_dir() else Path(self._reader.config.tokenizer.path)
+        path = inside if inside.is_dir() else Path(self._checkpoint.config.tokenizer.path)
         if not path.is_dir():
             raise CheckpointError(
                 str(self.folder / "config.yaml"),
-                f"its tokenizer.path {str(path)!r} is no folder seen from {Path.cwd()}",
+                f"its tokenizer.path {str(path)!r} is not a folder, seen from {Path.cwd()}",
                 "Give the folder with --tokenizer",
             )
         return path
 
 
 def _check_tensors(where: str, found: dict[str, TensorInfo], wanted: Sequence[TensorRow]) -> None:
-    """Compare names and shapes with the config; a vocabulary may have padding rows."""
+    """Compare names and shapes with the config; the vocabulary may have padding rows."""
     expected, shapes = {}, {name: info.shape for name, info in found.items()}
     for row in wanted:
         name, dims = row.stored_name, row.dimensions
         expected[name] = row.shape if row.layer is None else (dims.num_layers, *row.shape)
-        rows, columns = shapes.get(name, ())[:1], shapes.get(name, ())[1:]
+        tokens, columns = shapes.get(name, ())[:1], shapes.get(name, ())[1:]
         is_vocabulary = row.layer is None and row.shape[0] == dims.vocab_size
-        if is_vocabulary and columns == row.shape[1:] and rows >= row.shape[:1]:
+        if is_vocabulary and columns == row.shape[1:] and tokens >= row.shape[:1]:
             shapes[name] = row.shape
     check_names(where, shapes, expected)
 
@@ -158,7 +159,7 @@ class Writer:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        # a file for each layer, and for what is before and behind the layers
+        # one file per layer, one for what comes before the layers and one for what comes after
         groups: list[tuple[int | None, list[TensorRow]]] = []
         for row in target.rows:
             if not groups or groups[-1][0] != row.layer:
@@ -167,14 +168,14 @@ class Writer:
         self._files = {f"__{i}_0.distcp": group for i, (_, group) in enumerate(groups)}
 
     def files(self) -> dict[str, int]:
-        """Files with tensors and their sizes, to some bytes."""
+        """Files with tensors and their sizes, accurate to a few bytes."""
         return {
             file: sum(element_count(row.shape) * self._target.dtype(row).itemsize for row in group)
             for file, group in self._files.items()
         }
 
     def write(self, folder: Path, stream: RowStream) -> None:
-        """Write everything; ``state.json``, which makes the checkpoint whole, last."""
+        """Write everything, and last ``state.json``, which makes the checkpoint whole."""
         from megatron.core.dist_checkpointing.core import CheckpointingConfig
         from megatron.core.dist_checkpointing.core import save_config as save_backend
 
@@ -183,7 +184,7 @@ class Writer:
         tensors: dict[str, Any] = {}
         results = []
         for file, group in self._files.items():
-            items = {item.index: item for row in group for item in self._items(row)}
+            items = {item.index: item for row in group for item in self._chunks(row)}
             for item in items.values():
                 data = item.tensor_data
                 assert data is not None
@@ -194,7 +195,7 @@ class Writer:
             plan = writer.prepare_local_plan(SavePlan([*items.values(), *empty]))
             (plan,) = writer.prepare_global_plan([plan])
             plan.storage_data.prefix = file.removesuffix("0.distcp")
-            # torch never looks at these checksums, and they take as long as the writing
+            # torch ignores these checksums, and computing them takes as long as the writing
             with serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
                 results.append(writer.write_data(plan, _StreamPlanner(stream)).wait())
         writer.finish(Metadata(tensors), results)
@@ -202,8 +203,8 @@ class Writer:
         save_backend(CheckpointingConfig(sharded_backend="torch_dist"), str(folder))
         self._write_beside(folder)
 
-    def _items(self, row: TensorRow) -> Iterator[WriteItem]:
-        """A row as chunks of rows of the stacked tensor."""
+    def _chunks(self, row: TensorRow) -> Iterator[WriteItem]:
+        """One layer's tensor as chunks of the tensor in which the layers are stacked."""
         dtype = self._target.dtype(row)
         stacked = row.layer is not None
         layers = (self._target.dimensions.num_layers,) if stacked else ()
@@ -224,9 +225,9 @@ class Writer:
             )
 
     def _empty_objects(self, row: TensorRow) -> Iterator[WriteItem]:
-        """What megatron-core keeps of each linear layer beside its weight, and misses on loading.
+        """An empty object for each linear layer, without which megatron-core would not load it.
 
-        It is Transformer Engine's FP8 state; without FP8 it is empty.
+        Megatron-core stores Transformer Engine's FP8 state there; without FP8 it is empty.
         """
         name = row.megatron_name.removesuffix(".weight")
         is_linear = name.rpartition(".")[2].startswith("linear_")
@@ -261,21 +262,21 @@ class Writer:
 
 
 class _UnnamedFolderWriter(FileSystemWriter):
-    """torch's writer, whose metadata would name the temporary folder."""
+    """torch's writer, without the metadata that names the temporary folder."""
 
     def storage_meta(self) -> None:
         return None
 
 
 class _StreamPlanner(SavePlanner):
-    """Gives torch's writer the chunks in the order of its plan, from one row at a time."""
+    """Gives torch's writer the chunks in the order of its plan, from one tensor at a time."""
 
     def __init__(self, stream: RowStream) -> None:
         self._stream = stream
         self._rows_left = torch.empty(0)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """The next chunk of the row that is being written, or the first of the next row."""
+        """The next chunk of the tensor that is being written, or the first of the next tensor."""
         if write_item.type == WriteItemType.BYTE_IO:
             empty = io.BytesIO()
             torch.save([None], empty)

@@ -1,13 +1,13 @@
-"""Meta's files of the reference code: one ``.pth`` a model-parallel rank, and two of settings.
+"""Meta's format: one ``.pth`` file per model-parallel rank, and two files of settings.
 
     consolidated.pth, or consolidated.00.pth, .01.pth, ...   the shards
     params.json                                              the model's settings, under "model"
-    consolidate_params.json                                  how many shards there are
-    tokenizer/text_tokenizer.json, vqgan.ckpt, vqgan.yaml    read from the folder or from beside it
+    consolidate_params.json                                  the number of shards
+    tokenizer/text_tokenizer.json, vqgan.ckpt, vqgan.yaml    in this folder, or up to two above it
     chameleon.json                                           ours: where it comes from
 
-A shard has one weight and bias for the QK-norm of its heads: a model of n groups of heads fits into
-n shards, or a multiple. Source: loader.py, transformer.py of facebookresearch/chameleon.
+A shard has one QK-norm weight and bias for all its heads, so a model with n groups of heads fits
+into n shards or a multiple of n. Source: loader.py, transformer.py of facebookresearch/chameleon.
 """
 
 import json
@@ -38,7 +38,7 @@ from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.names.norm_groups import norm_groups, norm_settings
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
-from megatron_chameleon.checkpoint.tensor_files.pth import PthFile, create
+from megatron_chameleon.checkpoint.tensor_files.pth import PthFile, create_pth
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.errors import CheckpointError
@@ -46,9 +46,9 @@ from megatron_chameleon.errors import CheckpointError
 PARAMS_FILE, SHARDS_FILE = "params.json", "consolidate_params.json"
 TOKENIZER_FOLDER = "tokenizer"
 ROPE = "rope.freqs"
-"""The reference code wants it in the files, and ignores it."""
+"""A tensor that the reference code requires in the files, and ignores."""
 SEQ_LENGTH = 4096
-"""Of the released models; the files don't say."""
+"""Sequence length of the released models, whose files don't say."""
 KNOWN = {
     "num_layers",
     "hidden_size",
@@ -59,6 +59,7 @@ KNOWN = {
     "layernorm_epsilon",
     "rotary_base",
 }
+"""Fields of our model config that Meta's files have too."""
 _SHARD = re.compile(r"consolidated(\.(\d+))?\.pth")
 
 
@@ -104,36 +105,36 @@ class Reader:
         return len(self._shards)
 
     def dtype(self, row: TensorRow) -> torch.dtype:
-        """Of the stored tensors."""
-        dtypes = [shard.tensors[p.name].dtype for p in row.meta for shard in self._shards]
+        """The dtype of a weight's stored tensors."""
+        dtypes = [shard.tensors[meta.name].dtype for meta in row.meta for shard in self._shards]
         return one_dtype(str(self.folder), row.key, dtypes)
 
     def read(self, row: TensorRow) -> torch.Tensor:
-        """One row in megatron-core's layout."""
+        """Read one tensor in megatron-core's form."""
         tensors = {}
-        for name, part in zip(row.hf_names, row.meta, strict=True):
-            shards = [shard.read(part.name) for shard in self._shards]
-            tensors[name] = part.from_shards(shards, row.dimensions)
+        for name, meta in zip(row.hf_names, row.meta, strict=True):
+            parts = [shard.read(meta.name) for shard in self._shards]
+            tensors[name] = meta.from_shards(parts, row.dimensions)
         return row.to_megatron(tensors)
 
     def tokenizer_folder(self, scratch: Path) -> Path:
-        """Our tokenizer's files, made in ``scratch`` from those in the folder or beside it.
+        """Make our tokenizer's files in ``scratch`` from Meta's.
 
         Raises:
-            CheckpointError: There are none.
+            CheckpointError: Meta's are neither in the folder nor in the two above it.
         """
         places = [self.folder, self.folder.parent, self.folder.parent.parent]
-        for place in places:  # released: models/7b/ and tokenizer/
+        for place in places:  # the released models are in models/7b/, the tokenizer in tokenizer/
             if (place / TOKENIZER_FOLDER / META_TEXT_FILE).is_file():
                 return read_meta_tokenizer(place / TOKENIZER_FOLDER, scratch)
         raise CheckpointError(
             str(self.folder / TOKENIZER_FOLDER),
-            f"no {META_TEXT_FILE} there, nor in the two folders above",
+            f"there is no {META_TEXT_FILE}, nor in the two folders above",
             "Give a tokenizer folder, ours or Meta's, with --tokenizer",
         )
 
     def _geometry(self, params: dict[str, Any]) -> tuple[ModelConfig, Dimensions]:
-        """What params.json and the tensors' shapes say."""
+        """The model's settings and sizes, from params.json and the tensors' shapes."""
         where, first = str(self.folder / PARAMS_FILE), self._shards[0].tensors
         w1, output = "layers.0.feed_forward.w1.weight", "output.weight"
         for name in (w1, output):
@@ -159,12 +160,12 @@ class Reader:
                 rotary_base=whole_rotary_base(float(params.get("rope_theta", 10000.0)), where),
             )
         except (KeyError, TypeError, ValueError) as error:
-            what = f"a value is missing or no number ({error!r})"
+            what = f"a value is missing or is not a number ({error!r})"
             raise CheckpointError(where, what, "Use the params.json of the checkpoint") from error
         groups = self.shards if has_norms else 0
         vocab_size = first[output].shape[0] * self.shards
         if params.get("vocab_size", vocab_size) not in (vocab_size, -1, None):
-            what = f"vocab_size is {params['vocab_size']}, the tensors have {vocab_size}"
+            what = f"vocab_size is {params['vocab_size']}, but the tensors have {vocab_size} tokens"
             raise CheckpointError(where, what, "Use the params.json of the checkpoint")
         return model, Dimensions.of(model, vocab_size, groups, groups)
 
@@ -176,7 +177,7 @@ class Reader:
             check_names(str(shard.path), found, expected)
 
     def _norm_groups(self, dims: Dimensions, which: str) -> int:
-        """The fewest groups of shards with the same QK-norms, over all layers."""
+        """The fewest groups of shards whose QK-norms are equal in all layers."""
         rows = []
         for layer in range(dims.num_layers):
             for part in ("weight", "bias"):
@@ -198,8 +199,8 @@ class Writer:
             if groups and self._shards % groups:
                 raise CheckpointError(
                     f"--shards {self._shards}",
-                    f"the model has {groups} groups of QK-norms and a shard holds one, so that "
-                    f"{self._shards} shards cannot hold them",
+                    f"the model has {groups} groups of QK-norms, and {self._shards} shards cannot "
+                    "hold them, since each holds one",
                     f"Use --shards {groups}, or a multiple of it",
                 )
         self._target = target
@@ -210,7 +211,7 @@ class Writer:
         self._tensors[ROPE] = ((dims.head_dim // 2,), target.main_dtype)
 
     def files(self) -> dict[str, int]:
-        """The shards and their sizes, to some kilobytes."""
+        """The shards and their sizes, accurate to a few kilobytes."""
         size_bytes = sum(
             element_count(shape) * dtype.itemsize for shape, dtype in self._tensors.values()
         )
@@ -219,16 +220,16 @@ class Writer:
     def write(self, folder: Path, stream: RowStream) -> None:
         """Write everything."""
         dims, model = self._target.dimensions, self._target.model
-        shards = [create(folder / name, self._tensors) for name in shard_names(self._shards)]
+        shards = [create_pth(folder / name, self._tensors) for name in shard_names(self._shards)]
         turns = torch.arange(0, dims.head_dim, 2, dtype=torch.float64) / dims.head_dim
         freqs = (float(model.rotary_base) ** -turns).to(self._target.main_dtype)
         for shard in shards:
             shard.write(ROPE, freqs)
         for row, tensor in stream:
-            for part, whole in zip(row.meta, row.to_hf(tensor).values(), strict=True):
-                parts = part.to_shards(whole, dims, self._shards)
-                for shard, own in zip(shards, parts, strict=True):
-                    shard.write(part.name, own)
+            for meta, whole in zip(row.meta, row.to_hf(tensor).values(), strict=True):
+                parts = meta.to_shards(whole, dims, self._shards)
+                for shard, part in zip(shards, parts, strict=True):
+                    shard.write(meta.name, part)
         _write_json(folder / PARAMS_FILE, {"model": model_params(model, dims)})
         _write_json(folder / SHARDS_FILE, {"model_parallel_size": self._shards})
         write_meta_tokenizer(self._target.tokenizer, folder / TOKENIZER_FOLDER)
@@ -236,18 +237,18 @@ class Writer:
 
 
 def shard_names(shards: int) -> list[str]:
-    """File names of so many shards."""
+    """The file names of a model in this many shards."""
     if shards == 1:
         return ["consolidated.pth"]
     return [f"consolidated.{index:02}.pth" for index in range(shards)]
 
 
 def shard_tensors(dims: Dimensions, shards: int) -> list[tuple[str, tuple[int, ...], TensorRow]]:
-    """Every tensor of one shard: its name, its shape, and the row that it is of."""
+    """Every tensor of one shard: its name, its shape, and the row that it belongs to."""
     return [
-        (part.name, part.shard_shape(whole, dims, shards), row)
+        (meta.name, meta.shard_shape(whole, dims, shards), row)
         for row in tensor_rows(dims)
-        for part, whole in zip(row.meta, row.hf_shapes.values(), strict=True)
+        for meta, whole in zip(row.meta, row.hf_shapes.values(), strict=True)
     ]
 
 
@@ -255,7 +256,7 @@ def check_divides(where: str, dims: Dimensions, shards: int) -> None:
     """Refuse a number of shards into which the model cannot be cut.
 
     Raises:
-        CheckpointError: It names the first size that does not divide.
+        CheckpointError: It names the first size that the number does not divide.
     """
     for name in (
         "num_query_groups",
@@ -267,16 +268,17 @@ def check_divides(where: str, dims: Dimensions, shards: int) -> None:
         if getattr(dims, name) % shards:
             raise CheckpointError(
                 where,
-                f"{name} {getattr(dims, name)} does not divide by {shards} shards",
+                f"{name} {getattr(dims, name)} is not divisible by {shards} shards",
                 f"Use a divisor of {getattr(dims, name)} as the number of shards",
             )
 
 
 def model_params(model: ModelConfig, dims: Dimensions) -> dict[str, Any]:
-    """The reference code's settings.
+    """The model's settings for the reference code's ``params.json``.
 
-    It computes the feed-forward's width as 2/3 of 4 dim, times ``ffn_dim_multiplier``, rounded up
-    to ``multiple_of``: they are chosen so that the width comes out.
+    The reference code computes the feed-forward width as 2/3 of 4 dim, times
+    ``ffn_dim_multiplier``, rounded up to ``multiple_of``. Both are chosen so that the result is our
+    width.
     """
     ffn, base = model.ffn_hidden_size, int(2 * 4 * model.hidden_size / 3)
     multiple_of = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if ffn % size == 0)
@@ -298,13 +300,15 @@ def model_params(model: ModelConfig, dims: Dimensions) -> dict[str, Any]:
 
 
 def _params(folder: Path) -> dict[str, Any]:
-    content = read_json_object(folder / PARAMS_FILE, "Copy it from where the shards come from")
+    content = read_json_object(
+        folder / PARAMS_FILE, "Copy the file from the same place as the shards"
+    )
     model = content.get("model", {})
     return {**content, **model} if isinstance(model, dict) else content
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    """The shards in order, after their number was compared with what the settings say."""
+    """The shards in order; their number must be that of the settings."""
     single = folder / "consolidated.pth"
     files = sorted(
         (path for path in folder.glob("consolidated.*.pth") if _SHARD.fullmatch(path.name)),
@@ -315,7 +319,7 @@ def _shard_files(folder: Path) -> list[Path]:
             raise CheckpointError(
                 str(folder),
                 f"holds consolidated.pth and {files[0].name}",
-                "Leave the shards of one model in it",
+                "Keep the shards of one model only",
             )
         files = [single]
     expected = len(files)
@@ -333,8 +337,8 @@ def _shard_files(folder: Path) -> list[Path]:
     if len(files) != len(wanted):
         raise CheckpointError(
             str(folder / SHARDS_FILE),
-            f"says {len(wanted)} shards, there are {len(files)}",
-            "Leave the shards of one model in the folder",
+            f"says {len(wanted)} shards, but there are {len(files)}",
+            "Keep the shards of one model only",
         )
     return files
 

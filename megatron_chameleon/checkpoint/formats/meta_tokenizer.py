@@ -1,8 +1,9 @@
 """Meta's tokenizer folder: ``text_tokenizer.json``, ``vqgan.ckpt`` and ``vqgan.yaml``.
 
-Ours has a sentencepiece model in place of the first and safetensors in place of the second.
-``text.model``, ``vocabulary.json`` and ``image.json`` are kept beside, so that what we wrote comes
-back to the byte. Source of the names: image_tokenizer.py, vqgan.py of facebookresearch/chameleon.
+Ours has a sentencepiece model in place of the first and safetensors in place of the second. Our
+``text.model``, ``vocabulary.json`` and ``image.json`` are kept beside Meta's files, so that a
+tokenizer that we wrote is read back byte for byte. Source of the names: image_tokenizer.py,
+vqgan.py of facebookresearch/chameleon.
 """
 
 import shutil
@@ -27,11 +28,11 @@ _KEPT = (TEXT_MODEL_FILE, VOCABULARY_FILE, IMAGE_CONFIG_FILE)
 
 
 def write_meta_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer as Meta's code reads it, and beside it what its files cannot hold.
+    """Write a tokenizer as Meta's code reads it, and beside it what Meta's files cannot store.
 
     Args:
-        tokenizer: With its image tokenizer.
-        folder: Does not exist yet.
+        tokenizer: The tokenizer, with its image tokenizer.
+        folder: A folder that does not exist yet.
     """
     from megatron_chameleon.tokenizer.huggingface import fast_tokenizer
 
@@ -48,11 +49,11 @@ def write_meta_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def read_meta_tokenizer(folder: Path, output: Path) -> Path:
-    """Make a tokenizer folder of ours.
+    """Make our tokenizer folder from Meta's.
 
     Args:
-        folder: Meta's, written by us or by others.
-        output: Where ours goes; made where it is missing.
+        folder: Meta's tokenizer folder, written by us or by others.
+        output: Our tokenizer folder; it is created if missing.
 
     Returns:
         ``output``.
@@ -78,7 +79,7 @@ def read_meta_tokenizer(folder: Path, output: Path) -> Path:
 
 def _read_vqgan(path: Path, config: VqganConfig) -> Vqgan:
     file = PthFile(path)
-    # the discriminator and perceptual loss of its training, which nothing needs any more
+    # without the discriminator and the perceptual loss, which only its training needed
     names = [name for name in file.tensors if not name.startswith("loss.")]
     with torch.device("meta"):
         model = Vqgan(config)
@@ -124,7 +125,9 @@ def _read_vqgan_config(path: Path) -> VqganConfig:
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            str(path), f"cannot be read ({error!r})", "Copy it from where vqgan.ckpt comes from"
+            str(path),
+            f"cannot be read ({error!r})",
+            "Copy the file from the same place as vqgan.ckpt",
         ) from error
     if values.get("double_z") or values.get("attn_resolutions"):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Find out what format a checkpoint has, and open it with its tokenizer."""
+"""Find out which format a checkpoint has, and open it with its tokenizer."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
             of Meta's or of DeepSpeed's.
 
     Raises:
-        CheckpointError: It is none of them, or damaged.
+        CheckpointError: The path is none of these, or the checkpoint is damaged.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -32,7 +32,7 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
             return module.Reader(folder)
     raise CheckpointError(
         str(path),
-        "holds no state.json or step_... folder (megatron), no config.json (hf), no params.json "
+        "has no state.json or step_... folder (megatron), no config.json (hf), no params.json "
         "(meta) and no latest or ..._states.pt (deepspeed)",
         "Give a checkpoint of one of these formats",
     )
@@ -41,17 +41,17 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
 def open_tokenizer(
     reader: CheckpointReader, folder: str | Path | None, scratch: Path, device: str = "cpu"
 ) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with.
+    """Open the tokenizer that a checkpoint was trained with.
 
     Args:
         reader: The checkpoint.
-        folder: Ours or Meta's; None takes the checkpoint's own.
-        scratch: A folder that may be made, for files that are put together.
-        device: Where the image tokenizer runs.
+        folder: A tokenizer folder, ours or Meta's; None takes the checkpoint's own.
+        scratch: A folder that may be created, for files that have to be put together.
+        device: The device on which the image tokenizer runs.
 
     Raises:
-        DataError: The folder is no whole tokenizer.
-        CheckpointError: It is another tokenizer than the checkpoint's.
+        DataError: The folder is not a whole tokenizer.
+        CheckpointError: The checkpoint was trained with another tokenizer.
     """
     if folder is None:
         path = reader.tokenizer_folder(scratch)
@@ -65,7 +65,7 @@ def open_tokenizer(
     if tokenizer.vocabulary.size != reader.dimensions.vocab_size:
         raise CheckpointError(
             str(folder or path),
-            f"has {tokenizer.vocabulary.size} tokens, the checkpoint "
+            f"has {tokenizer.vocabulary.size} tokens, the checkpoint has "
             f"{reader.dimensions.vocab_size}",
             "Give the tokenizer of the run with --tokenizer",
         )
@@ -73,7 +73,7 @@ def open_tokenizer(
 
 
 def check_fingerprint(tokenizer: Tokenizer, expected: str, checkpoint: str) -> None:
-    """Refuse a tokenizer whose ids mean something else to the model.
+    """Refuse a tokenizer whose ids mean something else than those the model was trained on.
 
     Raises:
         CheckpointError: The fingerprints differ.

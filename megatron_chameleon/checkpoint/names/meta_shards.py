@@ -72,7 +72,7 @@ class MetaTensor:
             if not torch.equal(by_shard, by_shard[:, :1].expand_as(by_shard)):
                 raise CheckpointError(
                     "QK-norm",
-                    f"heads differ within the {shards} shards, each of which can hold one",
+                    f"heads differ within the {shards} shards, each of which holds one QK-norm",
                     f"Write as many shards as there are groups, or {tensor.shape[0]}",
                 )
             return halves_to_pairs(by_shard[:, 0].flatten(), dims.head_dim).chunk(shards)

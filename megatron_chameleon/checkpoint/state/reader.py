@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_chameleon.checkpoint.names.optimizer_state import OPTIMIZER_PREFIX
 from megatron_chameleon.checkpoint.state.folders import load_checkpoint_config, load_state
 from megatron_chameleon.checkpoint.tensor_files.pth import StoredTensor
-from megatron_chameleon.checkpoint.tensor_files.raw import empty, read_into
+from megatron_chameleon.checkpoint.tensor_files.raw import empty_tensor, read_into
 from megatron_chameleon.errors import CheckpointError
 
 MODEL_PREFIX = "model."
@@ -134,7 +134,7 @@ class TrainingCheckpoint:
             offsets=torch.Size([first, *[0] * (len(shape) - 1)][: len(shape)]),
             sizes=torch.Size(shape),
         )
-        target = empty(shape, info.dtype)
+        target = empty_tensor(shape, info.dtype)
         items = create_read_items_for_chunk_list(key, stored, [chunk])
         read_elements = sum(item.lengths.numel() for item in items)
         if read_elements != target.numel():
@@ -157,7 +157,7 @@ class TrainingCheckpoint:
         is_whole = (tuple(place.shape), place.dtype) == (found.shape, found.dtype)
         tensor = place
         if not is_whole or not place.is_contiguous():
-            tensor = empty(found.shape, found.dtype)
+            tensor = empty_tensor(found.shape, found.dtype)
         read_into(tensor, path, found.offset_bytes, name)
         if tensor is not place:
             for dim, (start, length) in enumerate(
@@ -187,8 +187,8 @@ class TrainingCheckpoint:
 class _SafeReader(FileSystemReader):
     """PyTorch's reader, except that ``.metadata`` may only contain a fixed list of classes.
 
-    PyTorch already reads the chunks with ``weights_only=True``, but ``.metadata`` is a plain pickle,
-    which could run any code.
+    PyTorch already reads the chunks with ``weights_only=True``, but ``.metadata`` is a plain
+    pickle, which could run any code.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

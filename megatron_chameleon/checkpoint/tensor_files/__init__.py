@@ -1,1 +1,1 @@
-"""Tensors on disk: safetensors, torch's ``.pth`` and raw bytes. Nothing here knows of models."""
+"""Tensors on disk: safetensors, torch's ``.pth`` and raw bytes. Nothing here knows about models."""

@@ -1,12 +1,12 @@
-"""PyTorch's ``.pth`` files, written and read tensor by tensor.
+"""Write and read PyTorch's ``.pth`` files tensor by tensor.
 
-``torch.save`` and ``torch.load`` move all tensors of a file at once. Both can leave the tensors'
-bytes out (``torch.serialization.skip_data``, ``map_location="meta"``) and say where in the file
-they belong: they go to their place, and come from there, one by one. The pickle is read with
-``weights_only`` and so runs no code.
+``torch.save`` and ``torch.load`` move all tensors of a file at once. Both can leave out the
+tensors' data (``torch.serialization.skip_data``, ``map_location="meta"``) and say where in the file
+it belongs. Each tensor is then written to its place, or read from there, on its own. The pickle is
+read with ``weights_only`` and so cannot run code.
 
-The zip archive's checksums of the tensors stay those of empty records: torch does not look at them,
-``unzip -t`` does.
+The zip archive's checksums remain those of empty records. Torch ignores them, but ``unzip -t``
+reports them.
 """
 
 import pickle
@@ -19,13 +19,20 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes, empty, read_into
+from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes, empty_tensor, read_into
 from megatron_chameleon.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's numbers lie in a file."""
+    """Where a tensor's data is in a file.
+
+    Attributes:
+        path: The file.
+        shape: The tensor's shape.
+        dtype: The tensor's dtype.
+        offset_bytes: Where its data begins in the file.
+    """
 
     path: Path
     shape: tuple[int, ...]
@@ -34,10 +41,10 @@ class StoredTensor:
 
     @classmethod
     def find(cls, path: Path, name: str, tensor: torch.Tensor) -> "StoredTensor":
-        """The place of a tensor that ``load_without_data`` gave.
+        """Find the place of a tensor that ``load_without_data`` returned.
 
         Raises:
-            CheckpointError: It is not contiguous.
+            CheckpointError: The tensor is not contiguous.
         """
         if not tensor.is_contiguous():
             raise CheckpointError(str(path), f"{name} is not contiguous", "Save contiguous tensors")
@@ -47,47 +54,45 @@ class StoredTensor:
         return cls(path, tuple(tensor.shape), tensor.dtype, offset)
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor; ``name`` is for messages.
+        """Read the whole tensor; ``name`` is for errors.
 
         Raises:
-            CheckpointError: The file ends before it does.
+            CheckpointError: The file ends too early.
         """
         return self.read_flat(name, 0, torch.Size(self.shape).numel()).view(self.shape)
 
     def read_flat(self, name: str, start: int, count: int) -> torch.Tensor:
-        """[count] numbers in row-major order, from number ``start`` on.
+        """Read [count] elements in row-major order, beginning with element ``start``.
 
         Raises:
-            CheckpointError: The file ends before.
+            CheckpointError: The file ends too early.
         """
         offset = self.offset_bytes + start * self.dtype.itemsize
-        return read_into(empty((count,), self.dtype), self.path, offset, name)
+        return read_into(empty_tensor((count,), self.dtype), self.path, offset, name)
 
 
 def load_without_data(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """What a file holds, with tensors that have no numbers but know their place.
+    """Load a file's content, with tensors on the meta device that know their place in the file.
 
     Args:
-        path: Written by ``torch.save``.
-        allowed: Classes that may be in it beside what torch itself allows; as for
+        path: A file that ``torch.save`` wrote.
+        allowed: Classes that the file may contain besides those that torch itself allows; as for
             ``torch.serialization.safe_globals``.
 
     Raises:
-        CheckpointError: It is missing, cut, an archive of another kind, or wants to run code.
+        CheckpointError: The file is missing, cut off, another kind of archive, or would run code.
     """
     remedy = "Give a file of plain tensors, saved by torch"
     try:
         if not zipfile.is_zipfile(path):
-            what = (
-                "no such file"
-                if not path.exists()
-                else "is no whole zip archive, which torch saves"
-            )
+            what = "no such file"
+            if path.exists():
+                what = "is not a complete zip archive, as torch.save writes it"
             raise CheckpointError(str(path), what, "Copy it again, or save it with torch >= 1.6")
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = f"would run code when it is loaded ({_asked_for(error)})"
+        what = f"would run code when it is loaded ({_forbidden_name(error)})"
         raise CheckpointError(str(path), what, remedy) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -95,17 +100,18 @@ def load_without_data(path: Path, allowed: Sequence[Any] = ()) -> Any:
 
 
 class PthFile:
-    """The tensors of one file.
+    """The tensors of one ``.pth`` file.
 
     Args:
-        path: Written by ``torch.save`` (or ``create``): a dict of tensors by name, or such a dict
-            under the key ``state_dict``.
+        path: A file that ``torch.save`` or ``create_pth`` wrote: a dict of tensors by name, or such
+            a dict under the key ``state_dict``.
 
     Attributes:
-        tensors: By name.
+        tensors: The place of each tensor by its name.
 
     Raises:
-        CheckpointError: It is missing, cut, an archive of another kind, or holds something else.
+        CheckpointError: The file is missing, cut off, another kind of archive, or has other
+            content.
     """
 
     def __init__(self, path: Path) -> None:
@@ -120,20 +126,20 @@ class PthFile:
         self.tensors: dict[str, StoredTensor] = {}
         for name, tensor in content.items():
             if not isinstance(tensor, torch.Tensor):
-                what = f"{name} is a {type(tensor).__name__}, no tensor"
+                what = f"{name} is a {type(tensor).__name__}, not a tensor"
                 raise CheckpointError(str(path), what, remedy)
             self.tensors[str(name)] = StoredTensor.find(path, str(name), tensor)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor.
+        """Read one tensor.
 
         Raises:
-            CheckpointError: The file ends before it does.
+            CheckpointError: The file ends too early.
         """
         return self.tensors[name].read(name)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor into its place."""
+        """Write one tensor to its place."""
         stored = self.tensors[name]
         assert (tuple(tensor.shape), tensor.dtype) == (stored.shape, stored.dtype), name
         with self.path.open("r+b") as stream:
@@ -141,12 +147,12 @@ class PthFile:
             stream.write(as_bytes(tensor))
 
 
-def create(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> PthFile:
-    """A file in full size whose tensors are still empty: ``write`` fills them.
+def create_pth(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> PthFile:
+    """Create a file in full size whose tensors have no data yet; ``PthFile.write`` fills them.
 
     Args:
         path: The file.
-        tensors: Shape and dtype by name.
+        tensors: Shape and dtype of each tensor by its name.
     """
     with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
         empty = {name: torch.empty(s, dtype=dtype) for name, (s, dtype) in tensors.items()}
@@ -154,7 +160,7 @@ def create(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]
     return PthFile(path)
 
 
-def _asked_for(error: Exception) -> str:
-    """What torch's long message says of the name that the file wants to import."""
+def _forbidden_name(error: Exception) -> str:
+    """The part of torch's long message about the name that the file tries to import."""
     lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
     return lines[0].partition(". ")[0] if lines else str(error).splitlines()[0]

@@ -1,7 +1,7 @@
-"""Tensors' bytes between memory and files, without copies on the way.
+"""Move tensors' bytes between memory and files without extra copies.
 
-Fresh memory costs more than the copy into it where the kernel hands it out in pages of 4 KiB. numpy
-asks for large pages, so buffers come from there.
+Where the kernel provides memory in pages of 4 KiB, getting fresh memory costs more than copying
+into it. numpy asks for large pages, so buffers are allocated by numpy.
 """
 
 from collections.abc import Sequence
@@ -18,28 +18,31 @@ def element_count(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor on the CPU, not filled."""
+def empty_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the CPU with undefined content."""
     size_bytes = element_count(shape) * dtype.itemsize
     return torch.from_numpy(np.empty(size_bytes, np.uint8)).view(dtype).view(torch.Size(shape))
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes in row-major order, without a copy where it lies so already."""
+    """A tensor's bytes in row-major order; no copy if a CPU tensor is contiguous already."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def read_into(tensor: torch.Tensor, path: Path, offset_bytes: int, name: str) -> torch.Tensor:
-    """Fill a contiguous tensor from a place in a file.
+    """Fill a contiguous tensor from a file.
 
     Args:
-        tensor: On the CPU.
+        tensor: A tensor on the CPU.
         path: The file.
-        offset_bytes: Where the tensor begins in it.
-        name: For messages.
+        offset_bytes: Where the tensor's bytes begin in the file.
+        name: The tensor's name, for errors.
+
+    Returns:
+        The same tensor.
 
     Raises:
-        CheckpointError: The file ends before.
+        CheckpointError: The file ends too early.
     """
     buffer = as_bytes(tensor)
     with path.open("rb", buffering=0) as stream:

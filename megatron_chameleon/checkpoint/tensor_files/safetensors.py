@@ -1,9 +1,9 @@
-"""Safetensors files, written and read tensor by tensor.
+"""Write and read safetensors files tensor by tensor.
 
-The library writes a file from tensors that all lie in memory. Here the header, whose content is
-known before any tensor is, comes first, and every tensor goes to its place when it arrives. Format:
-8 bytes with the header's length, the header in JSON, the tensors' bytes without gaps.
-Source: https://github.com/huggingface/safetensors#format
+The safetensors library writes a file only from tensors that are all in memory. Here the header,
+which is known before the tensors are, is written first, and each tensor goes to its place when it
+arrives. Format: 8 bytes with the header's length, the header in JSON, the tensors' bytes without
+gaps. Source: https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -33,7 +33,7 @@ _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that will be written."""
+    """Name, shape and dtype of a tensor that will be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,23 +45,26 @@ class TensorSpec:
 
 
 class SafetensorsWriter:
-    """Writes tensors into one or more files as they come.
+    """Writes tensors into one or more files as they arrive, in any order.
 
     Args:
-        plans: Every tensor; they are spread over the files in this order.
-        shard_bytes: Most bytes of tensors in a file; a single larger tensor gets its own.
+        specs: All tensors; they are distributed over the files in this order.
+        shard_bytes: Most bytes of tensors in a file; a single larger tensor gets its own file.
+
+    Attributes:
+        files: Names and sizes in bytes of the files.
     """
 
-    def __init__(self, plans: Sequence[TensorSpec], shard_bytes: int) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], shard_bytes: int) -> None:
         groups: list[list[TensorSpec]] = [[]]
         held_bytes = 0
-        for plan in plans:
-            if groups[-1] and held_bytes + plan.size_bytes > shard_bytes:
+        for spec in specs:
+            if groups[-1] and held_bytes + spec.size_bytes > shard_bytes:
                 groups.append([])
                 held_bytes = 0
-            groups[-1].append(plan)
-            held_bytes += plan.size_bytes
-        self._plans = {plan.name: plan for plan in plans}
+            groups[-1].append(spec)
+            held_bytes += spec.size_bytes
+        self._specs = {spec.name: spec for spec in specs}
         self._places: dict[str, tuple[str, int]] = {}
         self._headers: dict[str, bytes] = {}
         self.files: dict[str, int] = {}
@@ -73,39 +76,39 @@ class SafetensorsWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         # the widest first, so that every tensor is aligned
-        for plan in sorted(group, key=lambda plan: -plan.dtype.itemsize):
-            begin, end = end, end + plan.size_bytes
-            header[plan.name] = {
-                "dtype": _DTYPES[plan.dtype],
-                "shape": list(plan.shape),
+        for spec in sorted(group, key=lambda spec: -spec.dtype.itemsize):
+            begin, end = end, end + spec.size_bytes
+            header[spec.name] = {
+                "dtype": _DTYPES[spec.dtype],
+                "shape": list(spec.shape),
                 "data_offsets": [begin, end],
             }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._headers[file] = len(text).to_bytes(8, "little") + text
         data_starts = len(self._headers[file])
-        for plan in group:
-            self._places[plan.name] = (file, data_starts + header[plan.name]["data_offsets"][0])
+        for spec in group:
+            self._places[spec.name] = (file, data_starts + header[spec.name]["data_offsets"][0])
         self.files[file] = data_starts + end
 
     def start(self, folder: Path) -> None:
-        """Make the files, in full size and still empty, and the index."""
+        """Create the files, in full size but without data, and the index."""
         self._folder = folder
-        self._missing = set(self._plans)
+        self._missing = set(self._specs)
         for file, size_bytes in self.files.items():
             with (folder / file).open("wb") as stream:
                 stream.write(self._headers[file])
                 stream.truncate(size_bytes)
         if len(self.files) > 1:
-            total_bytes = sum(plan.size_bytes for plan in self._plans.values())
+            total_bytes = sum(spec.size_bytes for spec in self._specs.values())
             weight_map = {name: file for name, (file, _) in self._places.items()}
             content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
             (folder / INDEX_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor into its place."""
-        plan = self._plans[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (plan.shape, plan.dtype), name
+        """Write one tensor to its place."""
+        spec = self._specs[name]
+        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), name
         file, offset = self._places[name]
         with (self._folder / file).open("r+b") as stream:
             stream.seek(offset)
@@ -113,19 +116,19 @@ class SafetensorsWriter:
         self._missing.discard(name)
 
     def finish(self) -> None:
-        """See that everything has been written."""
+        """Check that every tensor has been written."""
         assert not self._missing, sorted(self._missing)
 
 
 class SafetensorsReader:
-    """The tensors of a folder of safetensors files, with or without an index, read one by one.
+    """Reads the tensors of a folder of safetensors files one by one, with or without an index.
 
     Attributes:
-        shapes: By name.
-        dtypes: By name.
+        shapes: The shape of each tensor by its name.
+        dtypes: The dtype of each tensor by its name.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or the index lies.
+        CheckpointError: A file is missing or damaged, or the index does not match the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -153,7 +156,7 @@ class SafetensorsReader:
             files = {str(name): str(file) for name, file in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                str(index), f"is no index of safetensors files ({error!r})", "Copy it again"
+                str(index), f"is not an index of safetensors files ({error!r})", "Copy it again"
             ) from error
         for file in sorted(set(files.values())):
             if Path(file).name != file:
@@ -163,19 +166,19 @@ class SafetensorsReader:
 
     def _read_header(self, file: str) -> None:
         with self._open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
+            for name in opened.keys():  # noqa: SIM118 (it is not a mapping)
                 if self._files.get(name) != file:
                     elsewhere = self._files.get(name)
                     raise CheckpointError(
                         str(self.folder / file),
                         f"holds {name}, which the index "
-                        + (f"puts into {elsewhere}" if elsewhere else "does not have"),
+                        + (f"places in {elsewhere}" if elsewhere else "does not list"),
                         "Copy the whole folder again",
                     )
                 part = opened.get_slice(name)
                 dtype = part.get_dtype()
                 if dtype not in _TORCH_DTYPES:
-                    what = f"{name} is {dtype}; conversions take {', '.join(_TORCH_DTYPES)}"
+                    what = f"{name} is {dtype}; supported are {', '.join(_TORCH_DTYPES)}"
                     raise CheckpointError(
                         str(self.folder / file), what, "Use an unquantised checkpoint"
                     )
@@ -183,8 +186,10 @@ class SafetensorsReader:
                 self.dtypes[name] = _TORCH_DTYPES[dtype]
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU. The file is opened for it alone: it is mapped into memory, and
-        what was read of it would stay there.
+        """Read one tensor to the CPU.
+
+        The file is opened for this tensor alone: it is mapped into memory, and what has been read
+        would stay there for as long as it is open.
         """
         with self._open(self._files[name]) as file:
             return file.get_tensor(name)
@@ -200,5 +205,5 @@ class SafetensorsReader:
         except (SafetensorError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
-                str(path), f"is no whole safetensors file ({reason})", "Copy it again"
+                str(path), f"is damaged or not a safetensors file ({reason})", "Copy it again"
             ) from error

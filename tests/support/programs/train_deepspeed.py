@@ -1,12 +1,22 @@
 """Train a Chameleon under plain DeepSpeed, as someone without this project would.
 
-A script: ``python train_deepspeed.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes",
-"stage", "dtype", "steps", "model": a Hugging Face folder, or null for our model under its own
-names, "load": a folder with a universal checkpoint, or null, "optimizer": whether its moments are
-loaded too, "own_steps": whether each group then gets a step tensor of its own}. After its second
-step it saves a checkpoint into OUTPUT_DIR/NAME, and what DeepSpeed itself says of every parameter
-into NAME.pt. NAME.json has the losses. DeepSpeed's own tool then makes a universal checkpoint of
-each of transformers', NAME-universal.
+    python train_deepspeed.py JOBS.json OUTPUT_DIR
+
+Each job has these keys:
+
+    name        its name, NAME below
+    processes   number of processes
+    stage       ZeRO stage
+    dtype       bf16 or fp32
+    steps       number of steps
+    model       a Hugging Face folder, or null for our model under its own names
+    load        a folder with a universal checkpoint, or null
+    optimizer   whether the moments of that checkpoint are loaded too
+    own_steps   whether each parameter group then gets a step tensor of its own
+
+After its second step a job saves a checkpoint into OUTPUT_DIR/NAME, and the values that DeepSpeed
+itself reports for every parameter into NAME.pt. NAME.json has the losses. Finally, DeepSpeed's own
+tool makes a universal checkpoint, NAME-universal, from each checkpoint of a transformers model.
 """
 
 import json
@@ -28,7 +38,7 @@ FIRST_TEXT_ID, VOCABULARY = 280, 320  # transformers masks the logits of image c
 
 
 def deepspeed_settings(job: dict[str, Any]) -> dict[str, Any]:
-    """What its user would have in a JSON file."""
+    """The settings that a user of DeepSpeed would have in a JSON file."""
     return {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 1.0,
@@ -41,7 +51,7 @@ def deepspeed_settings(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
-    """Two groups, as usual."""
+    """AdamW with the usual two groups, with and without weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
@@ -82,7 +92,7 @@ def batch(step: int, rank: int) -> torch.Tensor:
 
 
 def whole_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """fp32 weights and moments of every trained parameter, put together by DeepSpeed."""
+    """The fp32 weight and moments of every trained parameter, as DeepSpeed reports them."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     from megatron_chameleon.checkpoint.state.deepspeed_state import _link_state
@@ -136,7 +146,7 @@ def run_job(job: dict[str, Any], output: Path) -> None:
 
 
 def make_universal(step_folder: Path, destination: Path) -> None:
-    """With DeepSpeed's own tool."""
+    """Convert a step's folder with DeepSpeed's own tool."""
     from deepspeed.checkpoint import ds_to_universal
 
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
@@ -146,11 +156,11 @@ def make_universal(step_folder: Path, destination: Path) -> None:
 
 if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401 (once for all jobs, before they are forked)
+    import deepspeed  # noqa: F401 (imported once for all jobs, before they are forked)
 
     run_forked(run_job)
     output = Path(sys.argv[2])
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        if job["model"] and not job["load"]:  # the tool stumbles over ours: its extra states
+        if job["model"] and not job["load"]:  # the tool fails on our model's extra states
             step = f"global_step{SAVED_STEP}"
             make_universal(output / job["name"] / step, output / f"{job['name']}-universal" / step)

@@ -1,4 +1,4 @@
-"""Damaged, foreign and malicious checkpoints: one clear line each, and nothing is written."""
+"""Damaged, foreign and malicious checkpoints give one clear line each, and nothing is written."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def hf_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Several shards with an index. Not to be changed."""
+    """A Hugging Face folder of several shards with an index, which tests must not change."""
     folder = tmp_path_factory.mktemp("bad") / "hf"
     convert(tiny_checkpoint, folder, "hf", shard_bytes=60_000, verify=False)
     return folder
@@ -29,7 +29,7 @@ def hf_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def meta_folder(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards. Not to be changed."""
+    """A folder of two of Meta's shards, which tests must not change."""
     model = MetaModel(shards=2, norm_groups=2)
     folder = tmp_path_factory.mktemp("bad_meta") / "models" / "30b"
     return write_meta(folder, model, random_shards(model), tiny_tokenizer)
@@ -59,7 +59,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def lie(index: dict) -> None:
+def misplace_a_tensor(index: dict) -> None:
     files = sorted(set(index["weight_map"].values()))
     index["weight_map"][NORM] = next(f for f in files if f != index["weight_map"][NORM])
 
@@ -67,25 +67,25 @@ def lie(index: dict) -> None:
 HF_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (
         lambda f: cut(shard_of(f, NORM)),
-        r"model-0\d+-of-0\d+\.safetensors: is no whole safetensors file",
+        r"model-0\d+-of-0\d+\.safetensors: is damaged or not a safetensors file",
     ),
     "missing shard": (
         lambda f: shard_of(f, NORM).unlink(),
         r"model-0\d+-of-0\d+\.safetensors: no such file",
     ),
-    "lying index": (
-        lambda f: change_json(f / INDEX, lie),
-        rf"holds {NORM}, which the index puts into|says that {NORM} is in .* where it is not",
+    "wrong index": (
+        lambda f: change_json(f / INDEX, misplace_a_tensor),
+        rf"holds {NORM}, which the index places in|says that {NORM} is in .* where it is not",
     ),
     "index without the tensor": (
         lambda f: change_json(f / INDEX, lambda c: c["weight_map"].pop(NORM)),
-        rf"holds {NORM}, which the index does not have",
+        rf"holds {NORM}, which the index does not list",
     ),
     "index that leads away": (
         lambda f: change_json(f / INDEX, lambda c: c["weight_map"].update({NORM: "../x"})),
         r"names '\.\./x', which is not in the folder",
     ),
-    "no index": (lambda f: (f / INDEX).write_text("[]"), "is no index of safetensors files"),
+    "no index": (lambda f: (f / INDEX).write_text("[]"), "is not an index of safetensors files"),
     "extra key": (
         lambda f: (
             change_shard(f, NORM, lambda t: t.update({"lm_head.bias": torch.zeros(3)})),
@@ -112,11 +112,11 @@ HF_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "tied embeddings": (
         lambda f: change_json(f / "config.json", lambda c: c.update(tie_word_embeddings=True)),
-        r"tie_word_embeddings is True, and this model has False only",
+        r"tie_word_embeddings is True, and only False is supported",
     ),
     "no config": (
         lambda f: change_json(f / "config.json", lambda c: c.pop("num_hidden_layers")),
-        r"a value is missing or no number \(KeyError\('num_hidden_layers'\)\)",
+        r"a value is missing or is not a number \(KeyError\('num_hidden_layers'\)\)",
     ),
     "no decoder": (
         lambda f: shutil.rmtree(f / "image_tokenizer"),
@@ -162,7 +162,10 @@ def change_pth(path: Path, change: Callable[[dict], None]) -> None:
 
 W1 = "layers.1.feed_forward.w1.weight"
 META_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated": (lambda f: cut(f / "consolidated.01.pth"), r"01\.pth: is no whole zip archive"),
+    "truncated": (
+        lambda f: cut(f / "consolidated.01.pth"),
+        r"01\.pth: is not a complete zip archive",
+    ),
     "missing shard": (
         lambda f: (f / "consolidated.01.pth").unlink(),
         r"1 of 2 shards are missing, the first is consolidated\.01\.pth",
@@ -209,7 +212,7 @@ META_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "other vocabulary": (
         lambda f: change_json(f / "params.json", lambda c: c["model"].update(vocab_size=32000)),
-        r"vocab_size is 32000, the tensors have 320",
+        r"vocab_size is 32000, but the tensors have 320 tokens",
     ),
     "malicious tokenizer": (
         lambda f: torch.save(_Runs(f.parents[2] / "ran"), f.parents[1] / "tokenizer/vqgan.ckpt"),
@@ -217,7 +220,7 @@ META_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no tokenizer": (
         lambda f: shutil.rmtree(f.parents[1] / "tokenizer"),
-        r"no text_tokenizer\.json there, nor in the two folders above",
+        r"there is no text_tokenizer\.json, nor in the two folders above",
     ),
 }
 
@@ -290,7 +293,7 @@ def test_what_an_interrupted_conversion_left_is_cleared(hf_folder: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_two_conversions_do_not_meet(hf_folder: Path, tmp_path: Path) -> None:
+def test_two_conversions_into_one_folder_are_refused(hf_folder: Path, tmp_path: Path) -> None:
     with (
         partial_module.partial_folder(tmp_path / "out", lambda line: None),
         pytest.raises(CheckpointError, match="another conversion is writing it"),

@@ -1,4 +1,4 @@
-"""There and back between all formats: the same bits, or a refusal that says why not."""
+"""Round trips between all formats give the same bits, or an error that says why not."""
 
 import json
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_meta_4_meta_2_is_refused_where_they_do_not(tiny_tokenizer: Path, tmp_pa
     source = write_meta(tmp_path / "models/30b", model, random_shards(model), tiny_tokenizer)
     with pytest.raises(CheckpointError, match=r"4 groups of QK-norms.*Use --shards 4, or a mult"):
         convert(source, tmp_path / "two", "meta", shards=2)
-    with pytest.raises(CheckpointError, match=r"num_query_groups 4 does not divide by 8 shards"):
+    with pytest.raises(CheckpointError, match=r"num_query_groups 4 is not divisible by 8 shards"):
         convert(source, tmp_path / "eight", "meta", shards=8)
     assert not list(tmp_path.glob("*two*"))
 
@@ -104,7 +104,7 @@ def test_meta_4_meta_2_is_refused_where_they_do_not(tiny_tokenizer: Path, tmp_pa
 def test_groups_are_kept_although_their_norms_are_equal(
     tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
-    """A model of four groups that are still alike stays one of four in what we wrote."""
+    """In our own files, a model with four groups keeps four, even if they are still equal."""
     from tiny_model import write_checkpoint
 
     model = model_config(qk_norm_groups=4)
@@ -143,7 +143,7 @@ def test_a_number_beyond_fp16_is_refused(tiny_tokenizer: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(("hidden", "ffn"), [(4096, 11008), (8192, 22016), (64, 48), (60, 7)])
 def test_the_feed_forward_width_comes_out_of_the_settings(hidden: int, ffn: int) -> None:
-    """By the reference code's own arithmetic."""
+    """Computed as the reference code does."""
     model = model_config()
     model.hidden_size, model.ffn_hidden_size = hidden, ffn
     params = model_params(model, Dimensions.of(model, VOCAB_SIZE, 1, 1))
@@ -159,7 +159,7 @@ def test_the_feed_forward_width_comes_out_of_the_settings(hidden: int, ffn: int)
 def test_a_folder_of_transformers_alone_takes_metas_tokenizer(
     tiny_checkpoint: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
-    """As downloaded: none of our files, and no decoder."""
+    """A folder as downloaded has none of our files and no decoder."""
     model = MetaModel(shards=1, norm_groups=1)
     write_meta(tmp_path / "data/models/7b", model, random_shards(model), tiny_tokenizer)
     convert(tiny_checkpoint, tmp_path / "hf", "hf", verify=False)

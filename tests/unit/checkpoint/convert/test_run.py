@@ -44,7 +44,7 @@ def test_the_folder_has_everything(tiny_checkpoint: Path, tmp_path: Path) -> Non
         "image_tokenizer/image.safetensors",
     }
     modes = {path.stat().st_mode for path in (tmp_path / "hf").iterdir() if path.is_file()}
-    assert len(modes) == 1  # who may read one file may read all
+    assert len(modes) == 1  # anyone who may read one file may read all of them
     assert result.verified
     assert (result.step, result.source) == (7, tiny_checkpoint)
     expected = random_tensors(model_config(), VOCAB_SIZE)
@@ -66,7 +66,7 @@ def test_every_file_has_a_checksum(to: str, tiny_checkpoint: Path, tmp_path: Pat
 
 
 def test_a_damaged_source_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A bit of a weight, which no size and no name shows."""
+    """One flipped bit of a weight, which no size and no name reveals."""
     convert(tiny_checkpoint, tmp_path / "hf", "hf")
     file = tmp_path / "hf/model.safetensors"
     content = bytearray(file.read_bytes())
@@ -252,7 +252,7 @@ def test_a_tokenizer_that_moved_away_is_asked_for(tiny_checkpoint: Path, tmp_pat
     config = (source / "config.yaml").read_text()
     path = next(line for line in config.splitlines() if line.startswith("  path:"))
     (source / "config.yaml").write_text(config.replace(path, "  path: gone/tokenizer"))
-    with pytest.raises(CheckpointError, match=r"'gone/tokenizer' is no folder .*--tokenizer"):
+    with pytest.raises(CheckpointError, match=r"'gone/tokenizer' is not a folder.*--tokenizer"):
         convert(source, tmp_path / "hf", "hf")
 
 

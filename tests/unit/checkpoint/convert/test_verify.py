@@ -33,15 +33,15 @@ def test_a_checkpoint_equals_its_conversions(
         assert (result.differences, result.largest) == ([], 0.0)
         assert result.tokenizers == "equal"
         assert result.logits is not None
-        assert result.logits <= 1e-5  # one model, computed in one way
+        assert result.logits <= 1e-5  # the same model, computed in the same way
         with_moments = 3 if other == tiny_checkpoint.parents[1] else 1
         assert result.tensors == with_moments * (3 + 3 * 13)
 
 
-def test_a_config_that_lies_shows_in_the_logits(
+def test_a_wrong_config_shows_in_the_logits(
     tiny_checkpoint: Path, hf_folder: Path, tmp_path: Path
 ) -> None:
-    """And before that in the settings: the document is long enough to feel a RoPE base."""
+    """The settings show it first. The document is long enough to reveal a wrong RoPE base."""
     copy = Path(shutil.copytree(hf_folder, tmp_path / "copy"))
     content = json.loads((copy / "config.json").read_text())
     content["rope_parameters"]["rope_theta"] = 10001.0

@@ -68,7 +68,7 @@ def test_every_hf_name_occurs_once_and_the_set_is_that_of_the_hf_model() -> None
 
 
 def test_fused_qkv_is_laid_out_query_group_by_query_group() -> None:
-    """Rows say their head: group 0 has query heads 0, 1, key 100, value 200, and so on."""
+    """Each row contains its head's number: in group 0, query heads 0 and 1, key 100, value 200."""
     heads = torch.tensor([0, 1, 100, 200, 2, 3, 101, 201])
     fused = heads.repeat_interleave(12)[:, None].expand(-1, 48)
     q, k, v = row_of("linear_qkv.weight").to_hf(fused).values()

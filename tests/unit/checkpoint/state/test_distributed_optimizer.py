@@ -1,4 +1,4 @@
-"""A run of a tensor's elements, cut into rectangles that hold each of them once."""
+"""A range of a tensor's elements is cut into rectangles that contain each element once."""
 
 import itertools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from megatron_chameleon.checkpoint.state.distributed_optimizer import (
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4)])
-def test_every_run_of_every_shape(shape: tuple[int, ...]) -> None:
+def test_every_range_of_every_shape(shape: tuple[int, ...]) -> None:
     numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
     for start, stop in itertools.combinations(range(numbers.numel() + 1), 2):
         found = []
@@ -30,7 +30,7 @@ def test_every_run_of_every_shape(shape: tuple[int, ...]) -> None:
         assert found == list(range(start, stop))
 
 
-def test_a_matrix_takes_three_at_most() -> None:
+def test_a_matrix_needs_three_rectangles_at_most() -> None:
     assert [cut.shape for cut in rectangles(3, 50, (8, 7))] == [(1, 4), (6, 7), (1, 1)]
     assert [cut.shape for cut in rectangles(7, 49, (8, 7))] == [(6, 7)]
     assert [cut.shape for cut in rectangles(8, 12, (8, 7))] == [(1, 4)]
@@ -42,7 +42,7 @@ def whole(tensor: torch.Tensor) -> ShardedBase:
 
 
 def in_two_halves(tensor: torch.Tensor) -> ShardedBase:
-    """As megatron-core stores a SwiGLU's weight: rank 1 of 2 has a part of either half."""
+    """As megatron-core stores a SwiGLU's weight: rank 1 of 2 has a part of each half."""
 
     def build(key: str, values: torch.Tensor, replica_id: object, _: object) -> list[ShardedTensor]:
         return [
@@ -59,13 +59,13 @@ def layer_of_three(tensor: torch.Tensor) -> ShardedBase:
     )
 
 
-@pytest.mark.parametrize("describe", [whole, in_two_halves, layer_of_three])
-def test_rectangles_lie_where_the_parameter_does(
-    describe: Callable[[torch.Tensor], ShardedBase],
+@pytest.mark.parametrize("make_sharded", [whole, in_two_halves, layer_of_three])
+def test_rectangles_are_placed_where_the_parameter_is(
+    make_sharded: Callable[[torch.Tensor], ShardedBase],
 ) -> None:
-    """Two data-parallel ranks' runs put together are the parameter, at its place in the whole."""
+    """Two data-parallel ranks' ranges together are the parameter, at its place in the whole."""
     local = torch.arange(24.0).reshape(6, 4)
-    sharded = describe(local)
+    sharded = make_sharded(local)
     parts = sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]
     expected = torch.full(parts[0].global_shape, -1.0)
     for part in parts:

@@ -1,4 +1,4 @@
-"""Whatever happens to a file of a checkpoint is found, and the file is named."""
+"""Any damage to a checkpoint's files is found, and the damaged file is named."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_each_file_is_read_by_one_rank(checkpoint: Path, world_size: int) -> Non
 
 
 def test_a_checkpoint_without_sums(checkpoint: Path) -> None:
-    """As earlier versions wrote it."""
+    """Earlier versions wrote checkpoints without checksums."""
     (checkpoint / SUMS_FILE).unlink()
     state = {"format": STATE_FORMAT, "step": 5, "vocab_size": 9}
     (checkpoint / STATE_FILE).write_text(json.dumps(state))

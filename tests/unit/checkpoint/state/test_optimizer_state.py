@@ -1,4 +1,4 @@
-"""Optimizer state goes along where a format has a place for it, and is compared."""
+"""Optimizer state is converted if the format can store it, and it is compared."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ from tiny_model import (
 
 @pytest.fixture(scope="module")
 def bf16_checkpoint(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights in bf16 with fp32 main weights, and a training config of its own."""
+    """A checkpoint with weights in bf16, fp32 main weights and a training config of its own."""
     folder = tmp_path_factory.mktemp("bf16") / "step_00000007"
     main = random_tensors(model_config(), VOCAB_SIZE)
     weights = {name: tensor.bfloat16() for name, tensor in main.items()}
@@ -49,7 +49,7 @@ def bf16_checkpoint(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def universal(bf16_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for DeepSpeed. Not to be changed."""
+    """The same checkpoint in DeepSpeed's format, which tests must not change."""
     folder = tmp_path_factory.mktemp("universal") / "deepspeed"
     assert convert(bf16_checkpoint, folder, "deepspeed").optimizer == "Optimizer state kept."
     return folder
@@ -94,13 +94,17 @@ def test_a_universal_checkpoint_has_what_deepspeed_looks_for(universal: Path) ->
     folder = universal / "global_step7/zero/model.layers.1.self_attn.k_proj.weight"
     weight = torch.load(folder / "fp32.pt", weights_only=True)["param"]
     assert (weight.shape, weight.dtype) == ((24, 48), torch.float32)
-    assert (folder / "fp32.pt").stat().st_size < 24 * 48 * 4 + 2000  # not all that it is a view of
+    assert (
+        folder / "fp32.pt"
+    ).stat().st_size < 24 * 48 * 4 + 2000  # not the whole tensor that it is a view of
     assert torch.load(folder / "step.pt", weights_only=True) == 7
-    # the encoder, which transformers trains as far as it has gradients
+    # the encoder, which transformers trains if it gets gradients
     assert (universal / "global_step7/zero/model.vqmodel.quant_conv.bias/exp_avg.pt").is_file()
 
 
-def test_what_a_format_cannot_hold_is_left_out_and_said(universal: Path, tmp_path: Path) -> None:
+def test_state_that_a_format_cannot_store_is_omitted_with_a_message(
+    universal: Path, tmp_path: Path
+) -> None:
     result = convert(universal, tmp_path / "hf", "hf")
     assert result.optimizer == ("Optimizer state omitted: the Hugging Face format cannot store it.")
     result = convert(tmp_path / "hf", tmp_path / "back", "megatron")
@@ -109,22 +113,22 @@ def test_what_a_format_cannot_hold_is_left_out_and_said(universal: Path, tmp_pat
     assert (state["optimizer"], state["training_config"]) == (False, False)
 
 
-def test_it_can_be_left_out(bf16_checkpoint: Path, tmp_path: Path) -> None:
+def test_optimizer_state_can_be_left_out(bf16_checkpoint: Path, tmp_path: Path) -> None:
     result = convert(bf16_checkpoint, tmp_path / "weights", "megatron", optimizer=False)
     assert result.optimizer == "Optimizer state omitted, as requested."
-    reader = TrainingCheckpoint(tmp_path / "weights")
-    assert reader.optimizer_tensors == {}
-    assert reader.state["optimizer"] is False
+    checkpoint = TrainingCheckpoint(tmp_path / "weights")
+    assert checkpoint.optimizer_tensors == {}
+    assert checkpoint.state["optimizer"] is False
 
 
 def test_fp32_is_taken_from_the_main_weights(bf16_checkpoint: Path, tmp_path: Path) -> None:
     result = convert(bf16_checkpoint, tmp_path / "fp32", "megatron", dtype="fp32")
     assert result.largest_change is None
     main = random_tensors(model_config(), VOCAB_SIZE)
-    reader = TrainingCheckpoint(tmp_path / "fp32")
-    assert all(torch.equal(reader.read(name), main[name]) for name in reader.tensors)
-    assert {name.split(".")[2] for name in reader.optimizer_tensors} == set(MOMENTS)
-    # and back: what was fp32 is the main weight of what is bf16 now
+    checkpoint = TrainingCheckpoint(tmp_path / "fp32")
+    assert all(torch.equal(checkpoint.read(name), main[name]) for name in checkpoint.tensors)
+    assert {name.split(".")[2] for name in checkpoint.optimizer_tensors} == set(MOMENTS)
+    # and back: the fp32 weight becomes the main weight of the bf16 weight
     convert(tmp_path / "fp32", tmp_path / "bf16", "megatron", dtype="bf16")
     assert_same_state(bf16_checkpoint, tmp_path / "bf16")
 
@@ -144,7 +148,7 @@ def test_optimizer_state_is_compared(
     assert [difference.name for difference in result.differences] == [
         "exp_avg_sq of lm_head.weight"
     ]
-    # of another dtype, the main weights count
+    # between different dtypes, the main weights are compared
     convert(bf16_checkpoint, tmp_path / "fp32", "megatron", dtype="fp32", verify=False)
     result = verify(tmp_path / "fp32", bf16_checkpoint)
     assert (result.differences, result.largest, result.optimizer) == ([], 0.0, True)
@@ -158,18 +162,18 @@ def test_a_missing_moment_is_named(tiny_tokenizer: Path, tmp_path: Path) -> None
         open_checkpoint(source)
 
 
-def test_others_training_goes_on_with_any_batch_size(
+def test_training_from_elsewhere_resumes_with_any_batch_size(
     universal: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(universal, tmp_path / "copy"))
-    for name in ("config.yaml", SUMS_FILE):  # as someone else's
+    for name in ("config.yaml", SUMS_FILE):  # as if someone else had trained it
         (copy / name).unlink()
     convert(copy, tmp_path / "megatron", "megatron")
-    reader = TrainingCheckpoint(tmp_path / "megatron")
-    assert (reader.state["optimizer"], reader.state["training_config"]) == (True, False)
+    checkpoint = TrainingCheckpoint(tmp_path / "megatron")
+    assert (checkpoint.state["optimizer"], checkpoint.state["training_config"]) == (True, False)
     config = TrainingCheckpoint(tiny_checkpoint).config
     config.training.global_batch_size, config.training.seed = 12, 34
-    fingerprint = reader.state["tokenizer_fingerprint"]
+    fingerprint = checkpoint.state["tokenizer_fingerprint"]
     resume.check_fits(tmp_path / "megatron", config, fingerprint)
     config.model.hidden_size = 96
     with pytest.raises(CheckpointError, match=r"hidden_size=48 \(your config: 96\)"):
@@ -201,7 +205,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "truncated": (
         lambda f: (f / ZERO / "lm_head.weight/exp_avg.pt").write_bytes(b"PK"),
-        r"exp_avg\.pt: is no whole zip archive",
+        r"exp_avg\.pt: is not a complete zip archive",
     ),
     "missing": (
         lambda f: (f / ZERO / "lm_head.weight/fp32.pt").unlink(),
@@ -219,9 +223,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: torch.save({"param": torch.ones(5, 7)}, f / ZERO / "lm_head.weight/fp32.pt"),
         r"exp_avg of lm_head\.weight has 15,360 of 35 elements|lm_head\.weight is \[5, 7\]",
     ),
-    "latest that lies": (
+    "wrong latest": (
         lambda f: (f / "latest_universal").write_text("global_step8"),
-        r"names 'global_step8', which is no folder of a step beside it",
+        r"names 'global_step8', but there is no such step folder beside it",
     ),
 }
 
@@ -238,7 +242,7 @@ def test_damaged_universal_checkpoints(universal: Path, tmp_path: Path, name: st
 
 
 def test_names_behind_a_wrapper_are_read(universal: Path, tmp_path: Path) -> None:
-    """As torch.compile and data parallelism call parameters."""
+    """torch.compile and data parallelism add a prefix to the parameters' names."""
     copy = Path(shutil.copytree(universal, tmp_path / "copy"))
     zero = copy / ZERO
     for path in [path for path in zero.iterdir() if path.is_dir()]:
@@ -248,8 +252,8 @@ def test_names_behind_a_wrapper_are_read(universal: Path, tmp_path: Path) -> Non
     step = find_step_folder(copy)
     assert step is not None
     assert open_deepspeed_files(step).step == 7
-    source = open_checkpoint(copy)
-    first = next(tensor_rows(source.dimensions))
-    assert source.dtype(first) == torch.float32  # nothing there says bf16
+    reader = open_checkpoint(copy)
+    first = next(tensor_rows(reader.dimensions))
+    assert reader.dtype(first) == torch.float32  # no file says that it was bf16
     expected = random_tensors(model_config(), VOCAB_SIZE)["embedding.word_embeddings.weight"]
-    assert torch.equal(source.read(most_precise_row(source, first, torch.float32)), expected)
+    assert torch.equal(reader.read(most_precise_row(reader, first, torch.float32)), expected)

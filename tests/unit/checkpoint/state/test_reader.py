@@ -1,4 +1,4 @@
-"""Reading checkpoints that megatron-core wrote, and refusing those that are not whole."""
+"""Checkpoints that megatron-core wrote are read, and those that are not whole are refused."""
 
 import json
 import pickle
@@ -27,13 +27,13 @@ def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def test_every_tensor_is_read_as_it_was_saved(tiny_checkpoint: Path) -> None:
-    reader = TrainingCheckpoint(tiny_checkpoint)
+    checkpoint = TrainingCheckpoint(tiny_checkpoint)
     tensors = random_tensors(model_config(), PADDED_VOCAB_SIZE)
-    assert {name: info.shape for name, info in reader.tensors.items()} == {
+    assert {name: info.shape for name, info in checkpoint.tensors.items()} == {
         name: tuple(tensor.shape) for name, tensor in tensors.items()
     }
     for name, tensor in tensors.items():
-        assert torch.equal(reader.read(name), tensor), name
+        assert torch.equal(checkpoint.read(name), tensor), name
 
 
 def test_a_prefix_of_the_names_is_cut(tiny_tokenizer: Path, tmp_path: Path) -> None:
@@ -41,24 +41,24 @@ def test_a_prefix_of_the_names_is_cut(tiny_tokenizer: Path, tmp_path: Path) -> N
     tensors = random_tensors(model, VOCAB_SIZE)
     folder = tmp_path / "step_00000007"
     write_checkpoint(folder, model, tensors, tiny_tokenizer, prefix="model.")
-    reader = TrainingCheckpoint(folder)
-    assert set(reader.tensors) == set(tensors)
+    checkpoint = TrainingCheckpoint(folder)
+    assert set(checkpoint.tensors) == set(tensors)
     for name, tensor in tensors.items():
-        assert torch.equal(reader.read(name), tensor), name
+        assert torch.equal(checkpoint.read(name), tensor), name
 
 
 def test_one_layer_is_read_alone(tiny_checkpoint: Path) -> None:
     name = "decoder.layers.mlp.linear_fc1.weight"
     tensors = random_tensors(model_config(), PADDED_VOCAB_SIZE)
-    reader = TrainingCheckpoint(tiny_checkpoint)
+    checkpoint = TrainingCheckpoint(tiny_checkpoint)
     for layer in range(3):
-        assert torch.equal(reader.read(name, layer), tensors[name][layer])
+        assert torch.equal(checkpoint.read(name, layer), tensors[name][layer])
 
 
 def test_state_and_config_come_with_it(tiny_checkpoint: Path) -> None:
-    reader = TrainingCheckpoint(tiny_checkpoint)
-    assert (reader.state["step"], reader.state["vocab_size"]) == (7, VOCAB_SIZE)
-    assert reader.config.model == model_config()
+    checkpoint = TrainingCheckpoint(tiny_checkpoint)
+    assert (checkpoint.state["step"], checkpoint.state["vocab_size"]) == (7, VOCAB_SIZE)
+    assert checkpoint.config.model == model_config()
 
 
 def test_no_process_group_is_left_or_needed(tiny_checkpoint: Path) -> None:
@@ -122,10 +122,10 @@ def test_a_missing_data_file_is_named(copy: Path) -> None:
 def test_a_cut_data_file_is_refused(copy: Path) -> None:
     for file in copy.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    reader = TrainingCheckpoint(copy)
+    checkpoint = TrainingCheckpoint(copy)
     with pytest.raises(CheckpointError, match="cannot read"):
-        for name in reader.tensors:
-            reader.read(name)
+        for name in checkpoint.tensors:
+            checkpoint.read(name)
 
 
 def test_an_unknown_tensor_is_named(tiny_checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Finding checkpoints: only whole ones count, and what does not fit is refused."""
+"""Only whole checkpoints are found, and those that do not fit are refused."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_auto_takes_the_newest(tmp_path: Path) -> None:
 
 
 def test_a_path_is_where_the_run_begins(tmp_path: Path) -> None:
-    """A job that is put back into the queue repeats its words."""
+    """A job that is requeued repeats its command."""
     weights, run = make(tmp_path / "converted", 0), tmp_path / "run"
     assert resume.find_resume(run, str(weights)) == weights
     early, newest = make(run, 5), make(run, 10)
@@ -136,7 +136,7 @@ def test_what_is_deleted(
     assert [int(path.name[5:]) for path in found] == deleted
 
 
-def test_auto_goes_past_small_files_that_are_damaged(tmp_path: Path) -> None:
+def test_auto_skips_checkpoints_whose_small_files_are_damaged(tmp_path: Path) -> None:
     sound, newest = make(tmp_path, 5), make(tmp_path, 10)
     make(tmp_path, 15).joinpath(folders.STATE_FILE).unlink()
     (newest / folders.STATE_FILE).write_text("{")

@@ -1,4 +1,4 @@
-"""What is staged for an asynchronous save does not change when training goes on."""
+"""Tensors staged for an asynchronous save do not change when training continues."""
 
 from pathlib import Path
 
@@ -17,19 +17,19 @@ def sharded(tensor: torch.Tensor) -> dict[str, ShardedTensor]:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_copy_is_of_the_moment_of_staging(tmp_path: Path, keep: bool) -> None:
+def test_staged_tensors_keep_their_values(tmp_path: Path, keep: bool) -> None:
     weight = torch.arange(6.0)
     files = ShardedSnapshot(sharded(weight)).stage(tmp_path, keep=keep)
     weight += 100  # the next update
     files.write()
     files.finish()
     loaded = load_sharded(tmp_path, sharded(torch.zeros(6)))["weight"]
-    # without a copy the training waits, so that no update comes between
+    # without a copy the training waits, so no update happens before the write
     assert loaded.tolist() == (weight - 100 if keep else weight).tolist()
     assert files.digests == {name: sha256(tmp_path / name) for name in ("__0_0.distcp",)}
 
 
-def test_a_write_that_fails_is_told_by_finish(tmp_path: Path) -> None:
+def test_finish_reports_a_write_that_failed(tmp_path: Path) -> None:
     folder = tmp_path / "gone"
     folder.mkdir()
     files = ShardedSnapshot(sharded(torch.ones(3))).stage(folder, keep=True)
