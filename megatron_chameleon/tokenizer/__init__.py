@@ -1,8 +1,8 @@
 """Tokenizers: text (sentencepiece BPE), images (VQGAN) and the vocabulary that joins them.
 
 ``chameleon tokenizer text`` and ``chameleon tokenizer image`` make a tokenizer folder,
-``load_tokenizer`` reads it. Names are imported on first use: a program that needs only the
-vocabulary does not pay for torch.
+``load_tokenizer`` reads it. Names are imported on first use, so that a program that needs only the
+vocabulary does not have to import torch.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""A tokenizer folder, loaded and checked as one thing.
+"""Loads a tokenizer folder and checks that its files belong together.
 
 It holds text.model, vocabulary.json, image.safetensors and image.json.
 """
@@ -13,7 +13,7 @@ from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE, IMAGE_W
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer
 
-if TYPE_CHECKING:  # text alone does without torch
+if TYPE_CHECKING:  # text alone needs no torch
     import torch
 
     from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
@@ -29,9 +29,9 @@ class Tokenizer:
     vocabulary: Vocabulary
     text: TextTokenizer
     image: "ImageTokenizer | None"
-    """None where the folder was loaded without images."""
+    """None if the folder was loaded without images."""
     fingerprint: str
-    """Changes with any byte that could change an id: see ``fingerprint``."""
+    """Changes with any byte that could change an id (``fingerprint``)."""
 
 
 def load_tokenizer(
@@ -41,8 +41,8 @@ def load_tokenizer(
 
     Args:
         folder: Written by ``chameleon tokenizer text`` and ``chameleon tokenizer image``.
-        images: Whether the image tokenizer is needed; without it, it is neither loaded nor looked
-            for.
+        images: Whether the image tokenizer is needed; if not, it is neither loaded nor required to
+            exist.
         device: Where the image tokenizer runs.
 
     Raises:
@@ -61,8 +61,8 @@ def load_tokenizer(
         raise DataError(
             str(folder),
             f"{TEXT_MODEL_FILE} ({text.size} tokens) and {VOCABULARY_FILE} "
-            f"({vocabulary.size} tokens) name different tokens",
-            "Run `chameleon tokenizer text` again, or put both files of one run beside each other",
+            f"({vocabulary.size} tokens) have different tokens",
+            "Run `chameleon tokenizer text` again, or copy both files from the same run",
         )
     image = load_image_tokenizer(folder, vocabulary, device) if images else None
     return Tokenizer(folder, vocabulary, text, image, fingerprint(folder))
@@ -74,16 +74,17 @@ def load_image_tokenizer(
     device: "str | torch.device" = "cpu",
     dtype: str = "fp32",
 ) -> "ImageTokenizer":
-    """The image half of a tokenizer folder.
+    """Load the image tokenizer of a tokenizer folder.
 
     Args:
         folder: The tokenizer folder.
-        vocabulary: The folder's.
+        vocabulary: The vocabulary of the folder.
         device: Where it runs.
-        dtype: fp32 or bf16.
+        dtype: Type of the convolutions: fp32 or bf16.
 
     Raises:
-        DataError: If a file is missing or broken, or its codebook is not the vocabulary's.
+        DataError: If a file is missing or broken, or the size of the codebook is not that of the
+            vocabulary.
     """
     import torch
 
@@ -103,10 +104,9 @@ def load_image_tokenizer(
 
 
 def fingerprint(folder: str | Path) -> str:
-    """SHA-256 (hexadecimal) over names and bytes of the tokenizer files that are in the folder.
+    """SHA-256 (hexadecimal) over the names and bytes of the tokenizer files in a folder.
 
-    Token files and checkpoints carry it, so that a model never meets ids that another tokenizer
-    made.
+    Token files and checkpoints carry it, so that a model never gets ids from another tokenizer.
     """
     digest = hashlib.sha256()
     for name in FINGERPRINTED_FILES:

@@ -1,13 +1,13 @@
-"""Writes a tokenizer in Hugging Face's files, so that ``ChameleonProcessor`` loads it as it is.
+"""Writes a tokenizer as Hugging Face files that ``ChameleonProcessor`` loads without changes.
 
     python -c "
     from pathlib import Path; from megatron_chameleon.tokenizer import load_tokenizer
     from megatron_chameleon.tokenizer.huggingface import write_huggingface_tokenizer
     write_huggingface_tokenizer(load_tokenizer('runs/digits/tokenizer'), Path('exported'))"
 
-Text gets the ids that sentencepiece gives it. One thing differs by nature: Hugging Face finds
-special tokens in text, which is how its prompts name images; pass ``split_special_tokens=True`` for
-text that must not be trusted.
+Text gets the same ids as from sentencepiece, with one deliberate difference: Hugging Face finds
+special tokens in text, because its prompts name images in this way. Pass
+``split_special_tokens=True`` for text that must not be trusted.
 """
 
 from pathlib import Path
@@ -20,10 +20,10 @@ SPACE = "▁"
 """sentencepiece's mark for a space."""
 
 RESCALE_FACTOR = 2 / 255
-"""Pixel values to [0, 2], from which the mean of 1 is taken.
+"""Scales pixel values to [0, 2], from which the mean of 1 is then subtracted.
 
-Hugging Face's default, 0.0078, is this number rounded, and puts white at 0.989 in place of 1: codes
-of bright images then differ from those the model was trained on.
+Hugging Face's default, 0.0078, is this number rounded. It puts white at 0.989 instead of 1, so that
+the codes of bright images differ from those the model was trained on.
 """
 
 
@@ -31,8 +31,8 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and processor_config.json.
 
     Args:
-        tokenizer: With its image tokenizer: the processor needs the size of images.
-        output: A folder; made where it is missing.
+        tokenizer: Loaded with its image tokenizer, because the processor needs the size of images.
+        output: A folder; created if it is missing.
 
     Raises:
         DataError: If the tokenizer was loaded without images.
@@ -44,11 +44,13 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
 
     if tokenizer.image is None:
         raise DataError(
-            str(tokenizer.folder), "was loaded without its image tokenizer", "Load it with images"
+            str(tokenizer.folder),
+            "was loaded without its image tokenizer",
+            "Load it with images=True",
         )
     resolution = tokenizer.image.resolution
-    # The PIL class computes the same whether torchvision is there or not; it is saved under the
-    # name from which Hugging Face picks the class that the reader's installation has.
+    # The PIL class gives the same result with or without torchvision. It is saved under a name from
+    # which Hugging Face picks the class that the reader has installed.
     image_processor = ChameleonImageProcessorPil(
         size={"shortest_edge": resolution},
         crop_size={"height": resolution, "width": resolution},
@@ -67,7 +69,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
 
 
 def _names(tokenizer: Tokenizer) -> dict[str, str]:
-    """Special tokens by the names that Hugging Face's Chameleon classes look for."""
+    """The special tokens under the names that Hugging Face's Chameleon classes use."""
     vocabulary = tokenizer.vocabulary
     ids = {
         "bos_token": vocabulary.bos,
@@ -83,7 +85,7 @@ def _names(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> Any:
-    """Byte-fallback BPE with the pieces of the sentencepiece model, in a transformers tokenizer."""
+    """A transformers tokenizer: byte-fallback BPE with the pieces of the sentencepiece model."""
     import tokenizers
     from tokenizers import decoders, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -128,7 +130,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> Any:
 
 
 def _merges(tokenizer: Tokenizer, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way in which a learned piece is made of two others, in the order it was learned."""
+    """Every way to make a learned piece of two others, in the order in which it was learned."""
     from transformers.convert_slow_tokenizer import generate_merges
 
     text = tokenizer.text

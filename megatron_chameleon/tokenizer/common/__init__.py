@@ -1,1 +1,1 @@
-"""What both tokenizers use: the vocabulary, their files, and the documents they learn from."""
+"""Shared by both tokenizers: the vocabulary, their files, and the data that they are trained on."""

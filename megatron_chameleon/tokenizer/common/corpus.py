@@ -1,8 +1,8 @@
-"""Training data of the tokenizers: texts and images out of files, folders and documents.
+"""Training data of the tokenizers: texts and images from files, folders and documents.
 
-A document is read simply here, for its text parts or its images; training the tokenizers needs no
-more. A document may carry ``"weight": 2``: its images are then drawn twice as often, as the paper
-does with images that show faces (section 2.1).
+Only the text parts or the images of a document are read here, because training the tokenizers needs
+nothing else. A document may have ``"weight": 2``: its images are then drawn twice as often. The
+paper does this with images that show faces (section 2.1).
 """
 
 import base64
@@ -21,26 +21,26 @@ from megatron_chameleon.errors import DataError
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """One image to train on, not opened yet."""
+    """One image to train on, not yet opened."""
 
     image: Path | bytes
-    """A file, or the bytes of one."""
+    """The path of an image file, or its bytes."""
     where: str
-    """What an error names: the file, or the line of the document."""
+    """What errors name: the file, or the line of the document."""
     weight: float = 1.0
-    """How often it is drawn, relative to the others."""
+    """How often it is drawn relative to the others."""
 
     def open(self) -> Image.Image:
-        """The image; Pillow reads the pixels only when they are asked for."""
+        """Open the image; Pillow reads the pixels only when they are needed."""
         source = io.BytesIO(self.image) if isinstance(self.image, bytes) else self.image
         return Image.open(source)
 
 
 def read_texts(paths: Sequence[str | Path]) -> Iterator[str]:
-    """The texts of .txt files (line by line) and of .jsonl documents (each text part).
+    """Read the texts of .txt files (line by line) and of .jsonl documents (each text part).
 
     Raises:
-        DataError: If a file is missing, of another kind, no UTF-8 or no JSON Lines.
+        DataError: If a file is missing, of another kind, not UTF-8 or not JSON Lines.
     """
     for path in map(Path, paths):
         _check_file(path)
@@ -51,16 +51,15 @@ def read_texts(paths: Sequence[str | Path]) -> Iterator[str]:
             for _, line in _lines(path):
                 yield line
         else:
-            raise DataError(
-                str(path), f"{path.suffix or 'no suffix'} is no kind of text", "Give .txt or .jsonl"
-            )
+            what = f"unknown kind of text file ({path.suffix or 'no suffix'})"
+            raise DataError(str(path), what, "Pass a .txt or .jsonl file")
 
 
 def find_images(paths: Sequence[str | Path]) -> list[ImageEntry]:
-    """The images of image files, of folders (searched whole, by name) and of .jsonl documents.
+    """Find images: image files, all images in folders (by name), and those of .jsonl documents.
 
     Raises:
-        DataError: If a path is missing, a document is broken or there is no image at all.
+        DataError: If a path is missing, a document is broken, or there is no image at all.
     """
     entries: list[ImageEntry] = []
     for path in map(Path, paths):
@@ -77,10 +76,10 @@ def find_images(paths: Sequence[str | Path]) -> list[ImageEntry]:
             entries.append(ImageEntry(path, str(path)))
     if not entries:
         names = ", ".join(map(str, paths))
-        raise DataError(names, "no image found", "Give image files, folders or .jsonl documents")
+        raise DataError(names, "no image found", "Pass image files, folders or .jsonl documents")
     if sum(entry.weight for entry in entries) <= 0:
         raise DataError(
-            entries[0].where, f"the weights of all {len(entries)} images are 0", "Give one above 0"
+            entries[0].where, f"the weights of all {len(entries)} images are 0", "Set one above 0"
         )
     return entries
 
@@ -88,7 +87,7 @@ def find_images(paths: Sequence[str | Path]) -> list[ImageEntry]:
 def _check_file(path: Path) -> None:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
-        raise DataError(str(path), what, "Give an existing file")
+        raise DataError(str(path), what, "Pass an existing file")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -99,7 +98,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}:{number + 1}", f"no UTF-8 ({error.reason})", "Convert the file to UTF-8"
+            f"{path}:{number + 1}", f"not valid UTF-8 ({error.reason})", "Convert the file to UTF-8"
         ) from error
 
 
@@ -111,19 +110,20 @@ def _documents(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             document = json.loads(line)
         except ValueError as error:
-            raise DataError(where, f"no JSON ({error})", "Write one document a line") from error
+            what = f"the line is not valid JSON ({error})"
+            raise DataError(where, what, "Write one document per line") from error
         if not isinstance(document, dict):
-            raise _bad_document(where, "the line is no object")
+            raise _bad_document(where, "the line must be a JSON object")
         yield where, document
 
 
 def _parts(document: dict[str, Any], where: str, kind: str) -> list[dict[str, Any]]:
     content = document.get("content", [])
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise _bad_document(where, "`content` is no list of parts")
+        raise _bad_document(where, "`content` must be a list of parts")
     parts = [part for part in content if part.get("type") == kind]
     if not all(isinstance(part.get(kind), str) for part in parts):
-        raise _bad_document(where, f"a part of type {kind!r} has no string `{kind}`")
+        raise _bad_document(where, f"a part of type {kind!r} has no string under `{kind}`")
     return parts
 
 
@@ -132,14 +132,14 @@ def _texts_of(document: dict[str, Any], where: str) -> list[str]:
         return [part["text"] for part in _parts(document, where, "text")]
     if isinstance(document.get("text"), str):
         return [document["text"]]
-    raise _bad_document(where, "neither `content` nor a string `text`")
+    raise _bad_document(where, "has neither `content` nor a string `text`")
 
 
 def _images_of(document: dict[str, Any], where: str, folder: Path) -> list[ImageEntry]:
     weight = document.get("weight", 1.0)
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or not 0 <= weight < float("inf"):
-        raise DataError(where, f"`weight` is {weight!r}", "Give a number of 0 or more")
+        raise DataError(where, f"`weight` is {weight!r}", "Use a number of 0 or more")
     entries = []
     for number, part in enumerate(_parts(document, where, "image"), start=1):
         name = part["image"]
@@ -150,9 +150,7 @@ def _images_of(document: dict[str, Any], where: str, folder: Path) -> list[Image
         try:
             content = base64.b64decode(data, validate=True)
         except binascii.Error:
-            content = (
-                b""  # no image: dropped, counted and listed like any other that cannot be read
-            )
+            content = b""  # dropped, counted and listed like any other unreadable image
         entries.append(ImageEntry(content, f"{where}: image {number}", weight))
     return entries
 

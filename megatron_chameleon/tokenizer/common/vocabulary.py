@@ -1,9 +1,8 @@
-"""The one table that says which token id means what: text pieces, image codes, sentinels.
+"""The one table of what each token id means: text pieces, image codes and sentinels.
 
 An image code is an index into the image tokenizer's codebook, in [0, image_codes). A token id is an
-index into the model's embedding, in [0, size). ``Vocabulary`` is the only place that turns one into
-the other, and it reads the map from the token names: code 17 is the token named ``IMGIMGBHZ``,
-wherever a vocabulary has put it.
+index into the model's embedding, in [0, size). Only ``Vocabulary`` converts one into the other. It
+reads the mapping from the token names: code 17 is the token named ``IMGIMGBHZ``, whatever its id.
 
     python -c "
     from megatron_chameleon.tokenizer import Vocabulary
@@ -29,7 +28,7 @@ BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
 END_IMAGE, BEGIN_IMAGE, SEPARATOR = "<eoss>", "<racm3:break>", "<reserved08706>"
 IMAGE_PLACEHOLDER = "<image>"
 RELEASED_IMAGE_PLACEHOLDER = "<reserved08707>"
-"""The name that the released vocabulary gives to the token that Hugging Face calls ``<image>``."""
+"""The released vocabulary's name for the token that Hugging Face calls ``<image>``."""
 
 _DIGITS_TO_LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
 _LETTERS_TO_DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
@@ -53,9 +52,9 @@ def control_names(image_codes: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Every token of a model by id, and the ids that have a meaning of their own.
+    """All tokens of a model by id, and the ids with a special meaning.
 
-    Make one with ``from_tokens`` or ``load``: they find the special ids by name.
+    Create one with ``from_tokens`` or ``load``, which find the special ids by name.
     """
 
     tokens: tuple[str, ...] = field(repr=False)
@@ -67,9 +66,9 @@ class Vocabulary:
     begin_image: int
     end_image: int
     separator: int
-    """Between prompt and answer, and at the end of a turn."""
+    """Ends a prompt, so it stands between prompt and answer."""
     image_placeholder: int
-    """Stands for an image code in Hugging Face's inputs; never part of a training sequence."""
+    """Stands for an image code in Hugging Face's inputs; it never occurs in a training sequence."""
     image_codes: int
     """Size of the image tokenizer's codebook."""
 
@@ -89,7 +88,7 @@ class Vocabulary:
 
     @cached_property
     def _code_of_token_id(self) -> np.ndarray:
-        """Image code of each token id, -1 where it is none: int64 [size]."""
+        """Image code of each token id, -1 for other tokens: int64 [size]."""
         table = np.full(self.size, -1, dtype=np.int64)
         table[self.code_token_ids] = np.arange(self.image_codes)
         return table
@@ -104,7 +103,7 @@ class Vocabulary:
             Token ids, int64, the same shape.
 
         Raises:
-            DataError: If a value is no image code.
+            DataError: If a value is not an image code.
         """
         codes = _as_integers(codes, "image codes")
         wrong = (codes < 0) | (codes >= self.image_codes)
@@ -136,14 +135,14 @@ class Vocabulary:
             name = f" ({self.tokens[first]})" if 0 <= first < self.size else ""
             raise DataError(
                 "token ids",
-                f"{int(wrong.sum())} of {token_ids.size} ids are no image codes, "
+                f"{int(wrong.sum())} of {token_ids.size} ids are not image codes, "
                 f"the first is {first}{name}",
-                "Pass the ids between begin and end of an image, without the two sentinels",
+                "Pass the ids between the begin and the end of an image, without the two sentinels",
             )
         return self._code_of_token_id[token_ids]
 
     def is_image_code(self, token_ids: np.ndarray) -> np.ndarray:
-        """Which token ids are image codes: bool, the same shape; ids outside [0, size) are none."""
+        """Which token ids are image codes: bool, same shape; False for ids outside [0, size)."""
         token_ids = _as_integers(token_ids, "token ids")
         inside = (token_ids >= 0) & (token_ids < self.size)
         return inside & (self._code_of_token_id[np.where(inside, token_ids, 0)] >= 0)
@@ -157,7 +156,7 @@ class Vocabulary:
             where: The file that an error names.
 
         Raises:
-            DataError: If a special token is missing, a name occurs twice or the image codes have
+            DataError: If a special token is missing, a name occurs twice, or the image codes have
                 gaps.
         """
         ids = {name: token_id for token_id, name in enumerate(tokens)}
@@ -181,7 +180,7 @@ class Vocabulary:
         if missing:
             raise DataError(
                 where,
-                f"of {len(tokens)} tokens none is called {', '.join(missing)}",
+                f"none of the {len(tokens)} tokens is called {', '.join(missing)}",
                 "Use a vocabulary made by `chameleon tokenizer text`, or the released one",
             )
         codes = sorted(_codes_by_token_id(tokens).values())
@@ -189,8 +188,8 @@ class Vocabulary:
             gap = next((i for i, code in enumerate(codes) if i != code), len(codes))
             raise DataError(
                 where,
-                f"{len(codes)} image codes, but {image_code_name(gap)} (code {gap}) is not there",
-                "Name the image codes IMGIMGAZ (0), IMGIMGBZ (1), ... without a gap",
+                f"has {len(codes)} image codes, but {image_code_name(gap)} (code {gap}) is missing",
+                "Name the image codes IMGIMGAZ (0), IMGIMGBZ (1), ... without gaps",
             )
         special_ids = {role: ids[name] for role, name in special.items()}
         return cls(tuple(tokens), image_codes=len(codes), **special_ids)
@@ -212,7 +211,7 @@ class Vocabulary:
         return cls.from_tokens(tokens, where=str(path))
 
     def save(self, folder: str | Path) -> None:
-        """Write FOLDER/vocabulary.json: special ids for people to read, then every token by id."""
+        """Write FOLDER/vocabulary.json: the special ids, for people, then all tokens by id."""
         values = asdict(self)
         tokens = values.pop("tokens")
         content = {"format": FORMAT, "size": self.size, **values, "tokens": tokens}
@@ -236,6 +235,6 @@ def _as_integers(values: np.ndarray, what: str) -> np.ndarray:
         return array.astype(np.int64)
     if not np.issubdtype(array.dtype, np.integer):
         raise DataError(
-            what, f"values of type {array.dtype} are no integers", "Pass an integer array"
+            what, f"values of type {array.dtype} are not integers", "Pass an integer array"
         )
     return array.astype(np.int64)

@@ -1,6 +1,6 @@
-"""Batches for training an image tokenizer: prepared images, drawn by weight, slightly moved.
+"""Batches for training an image tokenizer: prepared images, drawn by weight and augmented.
 
-What step ``s`` sees is a function of (images, config, seed, s) alone.
+What step ``s`` sees depends only on (images, config, seed, s).
 """
 
 import json
@@ -24,13 +24,13 @@ DROPPED_FILE = "image.dropped.jsonl"
 
 
 class ImageSet:
-    """Training images, prepared once and kept in memory as far as it reaches.
+    """Training images, prepared once and kept in memory as far as they fit.
 
-    An image that cannot be read is dropped when it is first met: at the start for those that fit in
-    memory, when it is drawn for the others.
+    An unreadable image is dropped when it is first read. That is at the start if it fits in memory,
+    and when it is drawn if it does not.
 
     Args:
-        entries: What to read.
+        entries: The images.
         resolution: Width and height in pixels.
         cache_bytes: Memory for prepared images.
     """
@@ -73,7 +73,7 @@ class ImageSet:
         return np.stack([image for image, _ in zip(readable, range(count), strict=False)])
 
     def write_dropped(self, folder: Path) -> None:
-        """List the dropped images in FOLDER/image.dropped.jsonl; no file where there are none."""
+        """List the dropped images in FOLDER/image.dropped.jsonl; without any there is no file."""
         path = folder / DROPPED_FILE
         lines = [
             json.dumps({"image": self.entries[index].where, "reason": reason}, ensure_ascii=False)
@@ -94,7 +94,7 @@ class ImageSet:
         try:
             with self.entries[index].open() as image:
                 return prepare_image(image, self.resolution)
-        except Exception as error:  # Pillow's decoders raise whatever their format's parser raises
+        except Exception as error:  # Pillow's decoders raise all kinds of exceptions
             self.dropped[index] = unreadable_image(self.entries[index].where, error).what
             self.weights[index] = 0
             return None
@@ -104,7 +104,7 @@ class ImageSet:
         return DataError(
             self.entries[index].where,
             f"{reason}, and none of the {len(self.entries)} images can be used",
-            "Give images that Pillow can read",
+            "Pass images that Pillow can read",
         )
 
 
@@ -118,7 +118,7 @@ def training_batch(images: ImageSet, config: ImageTrainingConfig, seed: int, ste
 
 
 def augment(pixels_BCHW: Tensor, config: ImageTrainingConfig, rng: np.random.Generator) -> Tensor:
-    """Rotate, scale and shift each image a little; what comes in repeats the border."""
+    """Rotate, scale and shift each image a little; uncovered areas repeat the border."""
     count = pixels_BCHW.shape[0]
     angle = np.deg2rad(rng.uniform(-config.rotate_degrees, config.rotate_degrees, count))
     size = 1 + rng.uniform(-config.scale, config.scale, count)

@@ -1,6 +1,6 @@
 """The config of an image tokenizer: the network's shape and how it is trained.
 
-Presets are in ``presets/``; a YAML file and ``section.key=value`` words go over them:
+Presets are in ``presets/``; a YAML file and ``section.key=value`` words override them:
 
     chameleon tokenizer image photos/ --output DIR --config digits model.codebook_size=64
 """
@@ -28,9 +28,9 @@ class ImageTrainingConfig:
 
     steps: int = 1000
     batch_size: int = 8
-    """Images of one step."""
+    """Images per step."""
     lr: float = 4.5e-6
-    """Peak learning rate of Adam (betas 0.5 and 0.9), of network and discriminator."""
+    """Peak learning rate of Adam (betas 0.5 and 0.9), for the network and the discriminator."""
     lr_warmup_steps: int = 0
     lr_final: float = 1.0
     """Learning rate at the end as a share of the peak, along a cosine; 1 keeps it constant."""
@@ -42,24 +42,24 @@ class ImageTrainingConfig:
     commitment_beta: float = 0.25
     """Weight of the commitment loss."""
     reseed_every_steps: int = 0
-    """Move codebook vectors that went unused for so many steps to latents; 0 switches it off."""
+    """Move codebook vectors that were unused for this many steps to latents; 0 turns this off."""
     reseed_fraction: float = 0.8
-    """Share of the steps after which none is moved any more, so that all of them settle."""
+    """Share of the steps after which vectors are no longer moved, so that all of them settle."""
     discriminator_weight: float = 0.0
-    """Weight of the adversarial loss, on top of the adaptive one; 0: no discriminator."""
+    """Weight of the adversarial loss, in addition to the adaptive weight; 0: no discriminator."""
     discriminator_start: int = 0
-    """Step at which the adversarial loss sets in."""
+    """Step from which the adversarial loss is added."""
     discriminator_channels: int = 64
     discriminator_layers: int = 3
-    """Halvings of the resolution before a patch is judged."""
+    """How often the resolution is halved before a patch is judged."""
     rotate_degrees: float = 0.0
-    """Augmentation: largest rotation, either way."""
+    """Augmentation: largest rotation in either direction."""
     shift: float = 0.0
     """Augmentation: largest shift along each axis, as a share of the image."""
     scale: float = 0.0
-    """Augmentation: largest change of size, as a share: 0.1 draws from 0.9 to 1.1."""
+    """Augmentation: largest change of size, as a share; 0.1 draws scales from 0.9 to 1.1."""
     cache_gib: float = 4.0
-    """Memory for prepared images; those beyond it are read again whenever they are drawn."""
+    """Memory for prepared images; images that do not fit are read again whenever they are drawn."""
     log_every_steps: int = 50
 
 
@@ -70,22 +70,22 @@ class ImageTokenizerConfig:
 
 
 def preset_names() -> list[str]:
-    """What ``--config`` takes beside a file."""
+    """The names that ``--config`` takes in place of a file."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def load_image_config(
     name: str | Path = DEFAULT_PRESET, overrides: Sequence[str] = ()
 ) -> ImageTokenizerConfig:
-    """Read a preset or a YAML file, put overrides over it and check the result.
+    """Read a preset or a YAML file, apply overrides and check the result.
 
     Args:
         name: Name of a preset, or path of a YAML file.
         overrides: Words ``section.key=value``.
 
     Raises:
-        ConfigError: If there is no such config, a key or a value does not fit, or values contradict
-            each other.
+        ConfigError: If there is no such config, a key is unknown, or values are invalid or
+            contradict each other.
     """
     config = load_dataclass(ImageTokenizerConfig, _config_path(name), overrides)
     where = " ".join([str(name), *overrides])
@@ -102,7 +102,7 @@ def _config_path(name: str | Path) -> Path:
     if not path.is_file():
         raise ConfigError(
             f"--config {name}",
-            "neither a preset nor a file",
+            "is neither a preset nor a file",
             f"Use one of {', '.join(preset_names())}, or a YAML file",
         )
     return path
@@ -117,7 +117,7 @@ def _check_training(config: ImageTokenizerConfig, where: str) -> None:
             raise ConfigError(
                 f"{where}: training.{item.name}",
                 f"{value} is below {least}",
-                f"Give {least} or more",
+                f"Use {least} or more",
             )
     if training.l1_weight == training.l2_weight == 0:
         raise ConfigError(

@@ -2,8 +2,8 @@
 
 Sources: Esser et al. 2021, section 3.1; Isola et al. 2017.
 
-There is no perceptual loss (LPIPS) beside it: its pretrained weights would have to be downloaded,
-and a tokenizer must be trainable without a network.
+There is no perceptual loss (LPIPS): its pretrained weights would have to be downloaded, but a
+tokenizer must be trainable without internet access.
 """
 
 from itertools import pairwise
@@ -16,14 +16,14 @@ LARGEST_ADAPTIVE_WEIGHT = 1e4
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutions that call each patch of an image real (above 0) or reconstructed (below).
+    """Convolutions that judge each patch of an image: real (above 0) or reconstructed (below 0).
 
     Args:
         in_channels: Channels of the image.
-        channels: Channels after the first convolution; each further layer doubles them, up to
-            eightfold.
-        layers: Layers that halve the resolution; at least 3 pixels must be left,
-            ``smallest_resolution`` says how many that takes.
+        channels: Channels after the first convolution; each further layer doubles them, up to eight
+            times as many.
+        layers: Layers that halve the resolution. At least 3 pixels must remain; see
+            ``smallest_resolution``.
     """
 
     def __init__(self, in_channels: int, channels: int, layers: int) -> None:
@@ -49,19 +49,19 @@ class PatchDiscriminator(nn.Module):
 
 
 def smallest_resolution(layers: int) -> int:
-    """The smallest image that ``layers`` halving layers leave a patch of."""
+    """The smallest image of which ``layers`` halving layers leave a patch."""
     return 3 * 2**layers
 
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator minimises."""
+    """The loss of the discriminator."""
     return 0.5 * (functional.relu(1 - real_logits).mean() + functional.relu(1 + fake_logits).mean())
 
 
 def adaptive_weight(
     reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor
 ) -> Tensor:
-    """The factor at which both losses pull equally hard on the decoder's last layer: a scalar."""
+    """The factor at which both losses' gradients at the decoder's last layer are equally large."""
     (reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (adversarial,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
     ratio = reconstruction.norm() / (adversarial.norm() + 1e-4)

@@ -5,7 +5,7 @@
     tokenizer = ImageTokenizer.load('runs/digits/tokenizer')
     print(tokenizer.encode([Image.open('cat.png')]))"
 
-It is the one place that says how an image is prepared; training the VQGAN uses it too.
+This is the only place that defines how an image is prepared; training the VQGAN uses it too.
 """
 
 import json
@@ -36,28 +36,29 @@ MADE_BY = "chameleon tokenizer image"
 
 PIXELS_OF_A_PASS = 2**16
 LARGEST_BATCH = 8
-"""Measured on CPU: beyond either, a pass with more images is no faster an image."""
+"""Measured on CPU: beyond either limit, larger passes take no less time per image."""
 
 GPU_BATCH = 32
 
 LARGEST_RATIO = 16
-"""Longer images lose their ends before they are resized: a thin one would need gigabytes."""
+"""Images with a larger aspect ratio lose their ends before they are resized, because enlarging a
+very thin image would take gigabytes."""
 
 
 def prepare_image(image: Image.Image, resolution: int, *, pad: bool = False) -> np.ndarray:
-    """The image upright, blended on white, resized to cover a square, and centre-cropped to it.
+    """Turn an image upright, blend it on white, resize it to cover a square, and crop the centre.
 
     Args:
         image: Any PIL image, of any mode and size.
         resolution: Width and height of the result in pixels.
-        pad: Resize it to fit into the square, all of it, with a white border in place of the crop
-            (paper, section 3.2: images of prompts).
+        pad: Resize the whole image to fit into the square, with a white border, instead of cropping
+            (paper, section 3.2: images in prompts).
 
     Returns:
         RGB, uint8 [resolution, resolution, 3].
 
-    Source: ``image_tokenizer.py`` of the reference code. It rounds the longer side, as here; HF's
-    processor cuts it off, so that the crop of some images lies one pixel beside this one.
+    Source: ``image_tokenizer.py`` of the reference code. It rounds the longer side, as we do here;
+    Hugging Face's processor truncates it, which shifts the crop of some images by one pixel.
     """
     if pad:
         return np.asarray(_with_border(_on_white(_upright(image)), resolution))
@@ -70,8 +71,10 @@ def prepare_image(image: Image.Image, resolution: int, *, pad: bool = False) -> 
 
 
 def _with_border(rgb: Image.Image, resolution: int) -> Image.Image:
-    """The whole image in the middle of a white square. Pillow's ``ImageOps.pad`` does the same, but
-    for images so thin that a side would round to nothing."""
+    """The whole image in the middle of a white square.
+
+    Pillow's ``ImageOps.pad`` does the same, except for images so thin that a side rounds to 0.
+    """
     scale = resolution / max(rgb.size)
     width, height = (max(1, round(side * scale)) for side in rgb.size)
     square = Image.new("RGB", (resolution, resolution), "white")
@@ -97,19 +100,19 @@ def to_images(pixels_BCHW: torch.Tensor) -> list[Image.Image]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # a broken image fails here
+    image.load()  # raises if the image is broken
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
-        # The pixels are fine, but cameras and editors write EXIF blocks on which Pillow raises
-        # whatever its parser meets: the orientation stays unknown.
+        # The pixels are fine, but some cameras and editors write EXIF blocks that Pillow's parser
+        # cannot read. The orientation is then unknown.
         return image
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255: all white
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255, which is all white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -128,16 +131,16 @@ class ImageTokenizer:
     """A trained VQGAN on one device.
 
     Args:
-        model: The network. Its weights are changed to ``dtype`` where they are.
-        device: Where it runs. On a GPU channels lie last in memory.
-        dtype: Of the convolutions. bf16 is for GPUs: several times as fast, and one code in a
-            hundred is another. The distances from the codebook are fp32 always.
-        compiler: Backend of ``torch.compile``, None for none.
+        model: The network. Its weights are converted to ``dtype`` in place.
+        device: Where it runs. On a GPU, channels are last in memory.
+        dtype: Type of the convolutions. bf16 is for GPUs: it is several times as fast, and one code
+            in a hundred differs. The distances from the codebook are always fp32.
+        compiler: Backend of ``torch.compile``; None does not compile.
 
-    The codes of an image do not depend on what is encoded beside it. Convolution libraries choose
-    their algorithm by shape, so that latents differ by 1e-6 from one batch size to another, and a
-    code on the border between two codebook vectors flips: every pass has the same number of
-    images, the last is filled up.
+    The codes of an image do not depend on the other images in its batch. Convolution libraries
+    choose their algorithm by shape, so latents would differ by 1e-6 between batch sizes, and a code
+    on the border between two codebook vectors would flip. Therefore every pass has the same number
+    of images, and the last one is filled up.
     """
 
     def __init__(
@@ -169,7 +172,7 @@ class ImageTokenizer:
         """Read FOLDER/image.json and FOLDER/image.safetensors.
 
         Raises:
-            DataError: If one of them is missing, unreadable, or they do not belong together.
+            DataError: If one of them is missing or unreadable, or they do not belong together.
         """
         config = read_vqgan_config(folder)
         path = Path(folder) / IMAGE_WEIGHTS_FILE
@@ -194,8 +197,8 @@ class ImageTokenizer:
                 str(path),
                 f"{len(wrong)} tensors do not fit {IMAGE_CONFIG_FILE}: "
                 f"{name} is {found.get(name, 'missing')}, "
-                f"the config wants {expected.get(name, 'none')}",
-                f"Put both files of one `{MADE_BY}` run beside each other",
+                f"the config needs {expected.get(name, 'none')}",
+                f"Copy both files from the same `{MADE_BY}` run",
             )
         model.load_state_dict(weights, assign=True)
         return cls(model, device, dtype)
@@ -214,7 +217,7 @@ class ImageTokenizer:
         return self.config.codebook_size
 
     def encode(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Image codes; those of one image do not depend on the others.
+        """Encode images; the codes of one image do not depend on the others.
 
         Args:
             images: Any sizes and modes.
@@ -230,7 +233,7 @@ class ImageTokenizer:
         for start in range(0, len(images), self.batch_size):
             indices = range(start, min(start + self.batch_size, len(images)))
             batch = np.stack([self._prepare(index, images[index]) for index in indices])
-            # a GPU encodes while the host prepares the next images
+            # a GPU still encodes while the CPU prepares the next images
             if running is not None:
                 _fetch(codes, *running)
             running = (start, len(batch), self._submit(batch))
@@ -239,7 +242,7 @@ class ImageTokenizer:
         return codes
 
     def encode_prepared(self, images_NHWC: np.ndarray) -> np.ndarray:
-        """Image codes of at most ``batch_size`` images that ``prepare_image`` has prepared.
+        """Encode at most ``batch_size`` images that ``prepare_image`` has prepared.
 
         Args:
             images_NHWC: uint8 [N, resolution, resolution, 3].
@@ -251,18 +254,18 @@ class ImageTokenizer:
 
     @torch.inference_mode()
     def _submit(self, images_NHWC: np.ndarray) -> torch.Tensor:
-        """Codes of a full pass, on the device; a GPU may still be at work on them."""
+        """Start a full pass: its codes on the device, on which a GPU may still be working."""
         shape = (self.batch_size, *images_NHWC.shape[1:])
-        full = np.resize(images_NHWC, shape)  # repeats to fill up
+        full = np.resize(images_NHWC, shape)  # repeats images to fill the pass up
         if self.device.type == "cpu":
             return self.model.encode(to_pixels(full))
-        # bytes, not floats, from memory that the GPU reads by itself
+        # copies bytes, not floats, from memory that the GPU can read by itself
         bytes_NHWC = torch.from_numpy(full).pin_memory().to(self.device, non_blocking=True)
         return self.model.encode(scale_pixels(bytes_NHWC.permute(0, 3, 1, 2)))
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> list[Image.Image]:
-        """Images of image codes.
+        """Turn image codes into images.
 
         Args:
             codes: Integers [n, codes_per_image] in [0, codebook_size), row-major.
@@ -294,7 +297,7 @@ class ImageTokenizer:
     def _prepare(self, index: int, image: Image.Image) -> np.ndarray:
         try:
             return prepare_image(image, self.resolution)
-        except Exception as error:  # Pillow's decoders raise whatever their format's parser raises
+        except Exception as error:  # Pillow's decoders raise all kinds of exceptions
             raise unreadable_image(f"image {index}", error) from error
 
 
@@ -309,10 +312,10 @@ def unreadable_image(where: str, error: Exception) -> DataError:
 
 
 def read_vqgan_config(folder: str | Path) -> VqganConfig:
-    """The network's shape from FOLDER/image.json.
+    """Read the network's shape from FOLDER/image.json.
 
     Raises:
-        DataError: If the file is missing, unreadable, or describes no network.
+        DataError: If the file is missing or unreadable, or does not describe a network.
     """
     path = Path(folder) / IMAGE_CONFIG_FILE
     model = read_json(path, FORMAT, MADE_BY).get("model")
@@ -326,12 +329,12 @@ def read_vqgan_config(folder: str | Path) -> VqganConfig:
 
 
 def save_vqgan(model: Vqgan, folder: str | Path, details: Mapping[str, Any] | None = None) -> None:
-    """Write FOLDER/image.safetensors, then FOLDER/image.json, whose presence says they are whole.
+    """Write FOLDER/image.safetensors, then FOLDER/image.json: if it exists, both are complete.
 
     Args:
         model: The network.
-        folder: The tokenizer folder; made where it is missing.
-        details: What image.json says beside the shape of the network: how it was trained.
+        folder: The tokenizer folder; created if it is missing.
+        details: What else image.json says, apart from the shape of the network: how it was trained.
     """
     folder = Path(folder)
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -1,12 +1,13 @@
-"""Train the image tokenizer (VQGAN) and write it into a tokenizer folder.
+"""Trains the image tokenizer (VQGAN) and writes it into a tokenizer folder.
 
     chameleon tokenizer image photos/ --output DIR --config digits training.steps=500
 
-Loss: pixels + codebook + commitment, and from ``discriminator_start`` on the adversarial loss of a
-patch discriminator. The perceptual loss (LPIPS) of Esser et al. 2021 is out: its pretrained weights
-would have to be downloaded.
+The loss is pixels + codebook + commitment, and from ``discriminator_start`` on also the adversarial
+loss of a patch discriminator. The perceptual loss (LPIPS) of Esser et al. 2021 is left out, because
+its pretrained weights would have to be downloaded.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,14 +32,16 @@ from megatron_chameleon.tokenizer.image.discriminator import (
 from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan, to_pixels
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganOutput
 
+logger = logging.getLogger(__name__)
+
 ADAM_BETAS = (0.5, 0.9)
 MEASURED_IMAGES = 1024
-"""How many training images the closing figures are taken over, at most."""
+"""The closing figures are measured on at most this many training images."""
 
 
 @dataclass(frozen=True)
 class ImageTrainingResult:
-    """What came out, measured on training images as they are (no augmentation)."""
+    """The result, measured on training images without augmentation."""
 
     images: int
     """Images that could be used."""
@@ -46,7 +49,7 @@ class ImageTrainingResult:
     psnr: float
     """Peak signal-to-noise ratio of the reconstruction, dB."""
     codes_used: int
-    """Codebook vectors that at least one measured image uses."""
+    """Codebook vectors that are used by at least one measured image."""
     codebook_size: int
 
 
@@ -57,7 +60,7 @@ def train_image_tokenizer(
     *,
     seed: int = 1,
     device: str | torch.device = "cpu",
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = logger.info,
 ) -> ImageTrainingResult:
     """Train on images; write OUTPUT/image.safetensors, image.json and the list of dropped images.
 
@@ -67,18 +70,18 @@ def train_image_tokenizer(
         entries: The images.
         config: Shape and training.
         output: The tokenizer folder; an older image tokenizer in it is replaced.
-        seed: Of first weights, draws and augmentation.
+        seed: For the first weights, the draws and the augmentation.
         device: Where to compute.
-        report: Takes each progress line.
+        report: Called with each progress line.
 
     Raises:
-        ConfigError: If the folder's vocabulary has another number of image codes.
+        ConfigError: If the folder's vocabulary has a different number of image codes.
         DataError: If no image can be read.
     """
     output, device = make_folder(output), torch.device(device)
     _check_vocabulary(output, config.model.codebook_size)
     images = ImageSet(entries, config.model.resolution, int(config.training.cache_gib * 2**30))
-    # The caller's random numbers go on as if nothing had happened.
+    # fork_rng leaves the state of the caller's random generators unchanged
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         trainer = _Trainer(config, seed, device)
@@ -92,7 +95,7 @@ def train_image_tokenizer(
 
 @torch.inference_mode()
 def measure_reconstruction(model: Vqgan, images: ImageSet, batch_size: int) -> ImageTrainingResult:
-    """Reconstruction quality and codebook use over the first images of the set."""
+    """Measure reconstruction quality and codebook use on the first images of the set."""
     model.eval()
     device = next(model.parameters()).device
     pixels_NCHW = to_pixels(images.first(MEASURED_IMAGES))
@@ -115,7 +118,7 @@ def measure_reconstruction(model: Vqgan, images: ImageSet, batch_size: int) -> I
 
 
 class _Trainer:
-    """Network, discriminator, their optimizers, and one step of them."""
+    """The network, the discriminator, their optimizers, and a training step."""
 
     def __init__(self, config: ImageTokenizerConfig, seed: int, device: torch.device) -> None:
         self.config = config.training
@@ -137,10 +140,10 @@ class _Trainer:
                 self.discriminator.parameters(), lr=self.config.lr, betas=ADAM_BETAS
             )
         self.uses_K = torch.zeros(config.model.codebook_size, dtype=torch.int64, device=device)
-        """How often each code was chosen since the last re-seeding."""
+        """How often each code has been chosen since the last reseeding."""
 
     def fit(self, images: ImageSet, report: Callable[[str], None]) -> None:
-        """All steps, with a progress line every ``log_every_steps``."""
+        """Train all steps, with a progress line every ``log_every_steps``."""
         config = self.config
         self.start_codebook(images)
         progress = _Progress(config, report)
@@ -160,7 +163,7 @@ class _Trainer:
 
     @torch.no_grad()
     def start_codebook(self, images: ImageSet) -> None:
-        """Put the codebook where the first latents are: far vectors would never be chosen."""
+        """Set the codebook to the first latents: vectors far from them would never be chosen."""
         weight_KD = self.model.quantize.embedding.weight
         vectors: list[Tensor] = []
         rng = np.random.default_rng([self.seed, self.config.steps])  # a stream of its own
@@ -178,7 +181,7 @@ class _Trainer:
                 optimizer.param_groups[0]["lr"] = lr
 
     def step(self, pixels_BCHW: Tensor, step: int) -> tuple[dict[str, Tensor], VqganOutput]:
-        """One update of the network, then of the discriminator where it takes part."""
+        """Update the network, then the discriminator if it is active at this step."""
         config = self.config
         output = self.model(pixels_BCHW)
         reconstruction_BCHW = output.reconstruction_BCHW
@@ -209,7 +212,7 @@ class _Trainer:
 
     def discriminator_step(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> Tensor:
         assert self.discriminator is not None and self.discriminator_optimizer is not None
-        # Its gradients also hold what the network's own backward pass left there: they go first.
+        # The network's backward pass has left gradients in the discriminator too.
         self.discriminator_optimizer.zero_grad(set_to_none=True)
         loss = hinge_loss(self.discriminator(real_BCHW), self.discriminator(fake_BCHW))
         loss.backward()
@@ -218,7 +221,7 @@ class _Trainer:
 
     @torch.no_grad()
     def reseed(self, latents_BDhw: Tensor, step: int) -> None:
-        """Move codebook vectors that nothing chose to latents of the batch, Adam state included."""
+        """Move unused codebook vectors to latents of the batch, and reset their Adam state."""
         unused = (self.uses_K == 0).nonzero().flatten()
         self.uses_K.zero_()
         rows_MD = _latent_rows(latents_BDhw)
@@ -232,7 +235,7 @@ class _Trainer:
 
 
 class _Progress:
-    """One line every ``log_every_steps``: losses, codebook use, rate and time to go."""
+    """A line every ``log_every_steps``: losses, codebook use, speed and remaining time."""
 
     def __init__(self, config: ImageTrainingConfig, report: Callable[[str], None]) -> None:
         self.config = config
@@ -274,7 +277,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _latent_rows(latents_BDhw: Tensor) -> Tensor:
-    """Latent vectors one under the other: [B * N, D]."""
+    """Latent vectors as rows: [B * N, D]."""
     return latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
 
 

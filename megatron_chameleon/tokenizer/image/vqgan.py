@@ -1,11 +1,12 @@
-"""The VQGAN: images to a grid of codebook indices and back.
+"""The VQGAN: turns images into a grid of codebook indices and back.
 
-Shape and parameter names are those of the released image tokenizer, so that its weights load as
-they are and the encoder gives the indices that Hugging Face's ``ChameleonVQVAE`` gives. Sources:
-Gafni et al. 2022 (Make-A-Scene), Esser et al. 2021 (VQGAN, sections 3.1 and A), paper section 2.1.
+Shape and parameter names are those of the released image tokenizer, so that its weights load
+without changes and the encoder gives the same indices as Hugging Face's ``ChameleonVQVAE``.
+Sources: Gafni et al. 2022 (Make-A-Scene), Esser et al. 2021 (VQGAN, sections 3.1 and A), paper
+section 2.1.
 
 Letters in tensor names: B images, C channels, H and W pixels, D width of a codebook vector, h and w
-latent positions, N = h * w codes of an image.
+latent positions, N = h * w codes per image, M latents in all, K codebook vectors.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from megatron_chameleon.errors import ConfigError
 
 NORM_GROUPS = 32
 SEARCH_ROWS = 1024
-"""Latents that are compared with the codebook at once: their distances stay in a GPU's cache."""
+"""Latents that are compared with the codebook at once, so that distances fit in a GPU's cache."""
 
 
 @dataclass
@@ -32,9 +33,10 @@ class VqganConfig:
     base_channels: int = 128
     """Channels at full resolution; a multiple of 32 (GroupNorm has 32 groups)."""
     ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    """Channels of each level over base_channels; each level but the last halves the resolution."""
+    """Channels of each level in units of base_channels; each level but the last halves the
+    resolution."""
     num_res_blocks: int = 2
-    """Residual blocks a level in the encoder; the decoder has one more."""
+    """Residual blocks per level of the encoder; the decoder has one more per level."""
     z_channels: int = 256
     """Channels between the network and the codebook's own projection."""
     embed_dim: int = 256
@@ -44,12 +46,12 @@ class VqganConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels that one code covers along each axis."""
+        """Pixels per code along each axis."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
     def grid(self) -> int:
-        """Codes of an image along each axis."""
+        """Codes per image along each axis."""
         return self.resolution // self.downsampling
 
     @property
@@ -57,13 +59,13 @@ class VqganConfig:
         return self.grid**2
 
     def check(self, where: str) -> None:
-        """Refuse a shape that no network can have.
+        """Refuse a shape that cannot work.
 
         Args:
-            where: The file or preset that an error names.
+            where: The file or preset that errors name.
 
         Raises:
-            ConfigError: At the first value that cannot work.
+            ConfigError: For the first value that cannot work.
         """
         for name in (
             "resolution",
@@ -75,31 +77,31 @@ class VqganConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(
-                    f"{where}: model.{name}", f"{getattr(self, name)} is below 1", "Give at least 1"
+                    f"{where}: model.{name}", f"{getattr(self, name)} is below 1", "Use at least 1"
                 )
         if self.codebook_size < 2:
             raise ConfigError(
                 f"{where}: model.codebook_size",
                 f"{self.codebook_size} is below 2",
-                "Give at least 2",
+                "Use at least 2",
             )
         if not self.ch_mult or min(self.ch_mult) < 1:
             raise ConfigError(
                 f"{where}: model.ch_mult",
-                f"{list(self.ch_mult)} has no level or one below 1",
-                "Give one factor of 1 or more for each level",
+                f"{list(self.ch_mult)} is empty or has a factor below 1",
+                "Use one factor of 1 or more for each level",
             )
         if self.base_channels % NORM_GROUPS:
             raise ConfigError(
                 f"{where}: model.base_channels",
-                f"{self.base_channels} is no multiple of {NORM_GROUPS}, GroupNorm's groups",
+                f"{self.base_channels} is not a multiple of {NORM_GROUPS}, the groups of GroupNorm",
                 f"Use {-(-self.base_channels // NORM_GROUPS) * NORM_GROUPS}",
             )
         if self.resolution % self.downsampling:
             nearest = -(-self.resolution // self.downsampling) * self.downsampling
             raise ConfigError(
                 f"{where}: model.resolution",
-                f"{self.resolution} is no multiple of {self.downsampling}, by which "
+                f"{self.resolution} is not a multiple of {self.downsampling}, by which "
                 f"{len(self.ch_mult)} levels shrink it",
                 f"Use {nearest}, or fewer levels in model.ch_mult",
             )
@@ -150,7 +152,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width; pads on the right and at the bottom only, as released."""
+    """Halves height and width; like the released network, pads only on the right and the bottom."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -172,7 +174,7 @@ class Upsample(nn.Module):
 
 
 class Middle(nn.Module):
-    """The lowest resolution: residual, attention, residual. The only attention of the network."""
+    """The lowest resolution: residual, attention, residual. No other level has attention."""
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
@@ -185,7 +187,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then the way to the next one, if there is one."""
+    """The residual blocks of one resolution, then the change to the next resolution, if any."""
 
     def __init__(
         self, in_channels: int, channels: int, blocks: int, dropout: float, resample: str | None
@@ -235,7 +237,7 @@ class VqganEncoder(nn.Module):
 
 
 class VqganDecoder(nn.Module):
-    """Latents [B, z_channels, h, w] to pixels [B, 3, H, W]; ``up.0``, the full size, runs last."""
+    """Latents [B, z_channels, h, w] to pixels [B, 3, H, W]; ``up.0`` (full size) runs last."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
@@ -261,7 +263,7 @@ class VqganDecoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Replaces each latent vector by the nearest of ``codebook_size`` learned ones."""
+    """Replaces each latent vector by the nearest of ``codebook_size`` learned vectors."""
 
     def __init__(self, codebook_size: int, embed_dim: int) -> None:
         super().__init__()
@@ -274,13 +276,15 @@ class Codebook(nn.Module):
         flat_MD = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, self.embedding.embedding_dim).float()
         weight_KD = self.embedding.weight
         norms_K = weight_KD.square().sum(dim=1)
-        found = [self._nearest(piece, weight_KD, norms_K) for piece in flat_MD.split(SEARCH_ROWS)]
+        found = [
+            self._nearest(rows_MD, weight_KD, norms_K) for rows_MD in flat_MD.split(SEARCH_ROWS)
+        ]
         nearest_M = found[0] if len(found) == 1 else torch.cat(found)
         return nearest_M.view(latents_BDhw.shape[0], -1)
 
     def _nearest(self, flat_MD: Tensor, weight_KD: Tensor, norms_K: Tensor) -> Tensor:
-        # |z - e|^2 spelled out: one matrix product, and the same rounding as Hugging Face's, so
-        # that ties agree.
+        # |z - e|^2 is written out: it takes one matrix product and rounds as Hugging Face's code
+        # does, so that ties agree.
         distances_MK = flat_MD.square().sum(dim=1, keepdim=True) + norms_K
         distances_MK -= 2 * flat_MD @ weight_KD.T
         return distances_MK.argmin(dim=1)
@@ -293,16 +297,16 @@ class Codebook(nn.Module):
 
 @dataclass
 class VqganOutput:
-    """What one training pass gives."""
+    """The results of one training pass."""
 
     reconstruction_BCHW: Tensor
     codes_BN: Tensor
     latents_BDhw: Tensor
-    """What the encoder gave, before it was replaced by codebook vectors."""
+    """The encoder's latents before they are replaced by codebook vectors."""
     codebook_loss: Tensor
-    """Mean square by which the codebook vectors miss the (fixed) latents."""
+    """Mean squared distance of the codebook vectors from the (detached) latents."""
     commitment_loss: Tensor
-    """Mean square by which the latents miss the (fixed) codebook vectors."""
+    """Mean squared distance of the latents from the (detached) codebook vectors."""
 
 
 class Vqgan(nn.Module):
@@ -318,19 +322,19 @@ class Vqgan(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     def convolve_in(self, dtype: torch.dtype, memory_format: torch.memory_format) -> "Vqgan":
-        """Compute everything but the codebook's distances in another type and order of axes."""
+        """Compute everything except the codebook distances in another type and memory format."""
         for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv):
             part.to(dtype).to(memory_format=memory_format)  # type: ignore[call-overload]
         return self
 
     def compile_networks(self, backend: str = "inductor", mode: str | None = None) -> "Vqgan":
-        """Let ``torch.compile`` fuse norms, activations and skips, anew for each batch size."""
+        """Let ``torch.compile`` fuse norms, activations and skips; it compiles per batch size."""
         for part in (self.encoder, self.decoder):
             part.compile(backend=backend, mode=mode, fullgraph=True, dynamic=False)
         return self
 
     def latents(self, pixels_BCHW: Tensor) -> Tensor:
-        """What is compared with the codebook: [B, embed_dim, h, w]."""
+        """The latents that are compared with the codebook: [B, embed_dim, h, w]."""
         return self.quant_conv(self.encoder(pixels_BCHW.to(self.quant_conv.weight.dtype)))
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
@@ -348,8 +352,8 @@ class Vqgan(nn.Module):
         """One training pass; the decoder's gradient goes straight through to the encoder.
 
         The commitment weight belongs to the term that moves the encoder (van den Oord et al. 2017,
-        equation 3). The reference code weighs the other one, an old slip that it keeps for
-        compatibility; it has no effect on codes.
+        equation 3). The reference code puts it on the other term, an old mistake that it keeps for
+        compatibility; this does not affect the codes.
         """
         latents_BDhw = self.latents(pixels_BCHW)
         codes_BN = self.quantize.nearest(latents_BDhw.detach())

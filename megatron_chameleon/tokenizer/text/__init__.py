@@ -1,1 +1,1 @@
-"""The text tokenizer: sentencepiece BPE, a fast encoder, training, Hugging Face's files."""
+"""The text tokenizer: sentencepiece BPE, a fast encoder for bulk text, training, model files."""

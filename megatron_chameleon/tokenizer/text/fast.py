@@ -1,11 +1,12 @@
-"""Text to token ids in bulk, by the fastest library whose ids are sentencepiece's.
+"""Turns text into token ids in bulk, with the fastest library that gives sentencepiece's ids.
 
-    encoder = choose_text_encoder(tokenizer.text, texts)   # compares on these texts first
+    encoder = choose_text_encoder(tokenizer.text, texts)   # compares both on these texts
     token_ids, offsets = encoder.encode(texts)
 
-gigatoken is several times as fast as sentencepiece and gives the same ids, but for texts that spell
-a control piece: it makes that piece of them. So it gets a model whose control pieces have names
-that begin with U+FFFE, which is no character, and texts that contain U+FFFE go to sentencepiece.
+gigatoken is several times as fast as sentencepiece and gives the same ids, except for texts that
+spell a control piece: these become that piece. So gigatoken gets a model in which the names of all
+control pieces begin with U+FFFE, which is not a character, and texts that contain U+FFFE are
+encoded with sentencepiece.
 """
 
 import itertools
@@ -28,10 +29,11 @@ class TextEncoder(Protocol):
     name: str
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of texts, one after the other, never a control or image token.
+        """Encode texts, one after the other; no text gives a control or image token.
 
         Returns:
-            Unsigned [tokens], and int64 [texts + 1]: where each text begins, and the end.
+            The token ids, unsigned [tokens], and where each text begins, and the end: int64
+            [texts + 1].
         """
         ...
 
@@ -56,8 +58,8 @@ class FastTextEncoder:
     """gigatoken.
 
     Raises:
-        ImportError: When it is not installed.
-        ValueError: When it does not read the model.
+        ImportError: If it is not installed.
+        ValueError: If it cannot read the model.
     """
 
     name = FAST
@@ -69,7 +71,7 @@ class FastTextEncoder:
         model = rename_control_pieces(tokenizer.model, _NO_CHARACTER)
         try:
             self._tokenizer: Any = gigatoken.Tokenizer.from_sentencepiece(model)
-        except Exception as error:  # its Rust half raises several types
+        except Exception as error:  # its Rust code raises several types
             raise ValueError(" ".join(str(error).split())) from error
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -87,18 +89,18 @@ class FastTextEncoder:
 
 @dataclass(frozen=True)
 class TextEncoderChoice:
-    """Which library encodes, and why it is not the fast one."""
+    """Which library encodes, and why it is not the fast one (empty if it is)."""
 
     name: str
     why: str = ""
 
 
 def choose_text_encoder(tokenizer: TextTokenizer, texts: Sequence[str]) -> TextEncoderChoice:
-    """Compare the fast library with sentencepiece on texts, and on some that are hard.
+    """Choose the fast library if it agrees with sentencepiece on these and on difficult texts.
 
     Args:
         tokenizer: The text tokenizer.
-        texts: The texts at hand.
+        texts: Texts to compare on, taken from the input.
     """
     controls = [name for i, name in enumerate(tokenizer.tokens) if not tokenizer.is_text(i)]
     hard = [*HARD_TEXTS, " ".join(controls[:: max(1, len(controls) // 100)]), "a\u2581b", ""]
@@ -108,7 +110,7 @@ def choose_text_encoder(tokenizer: TextTokenizer, texts: Sequence[str]) -> TextE
     except ImportError:
         return TextEncoderChoice(EXACT, "gigatoken is not installed")
     except ValueError as error:
-        return TextEncoderChoice(EXACT, f"gigatoken does not read the model ({error})")
+        return TextEncoderChoice(EXACT, f"gigatoken cannot read the model ({error})")
     exact, expected = ExactTextEncoder(tokenizer).encode(tried)
     if np.array_equal(fast, exact) and np.array_equal(offsets, expected):
         return TextEncoderChoice(FAST)
@@ -123,5 +125,5 @@ def choose_text_encoder(tokenizer: TextTokenizer, texts: Sequence[str]) -> TextE
 
 
 def make_text_encoder(tokenizer: TextTokenizer, name: str) -> TextEncoder:
-    """The encoder that ``choose_text_encoder`` chose."""
+    """Create the encoder that ``choose_text_encoder`` chose."""
     return FastTextEncoder(tokenizer) if name == FAST else ExactTextEncoder(tokenizer)

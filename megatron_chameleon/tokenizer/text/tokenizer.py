@@ -4,7 +4,7 @@
     from megatron_chameleon.tokenizer import TextTokenizer
     print(TextTokenizer.load('runs/digits/tokenizer').encode('<s> is plain text'))"
 
-Text can never spell a control piece: image codes and sentinels come from code alone.
+Text can never spell a control piece: only code produces image codes and sentinels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,16 +21,15 @@ TEXT_MODEL_FILE = "text.model"
 class TextTokenizer:
     """Turns text into token ids and back.
 
-    Every string round-trips, with two exceptions that are sentencepiece's and Unicode's: U+2581
-    (its mark for a space) comes back as a space, and a lone surrogate, which no UTF-8 can hold, as
-    U+FFFD.
+    Every string survives encoding and decoding, with two exceptions: U+2581, sentencepiece's mark
+    for a space, comes back as a space, and a lone surrogate, which UTF-8 cannot hold, as U+FFFD.
 
     Args:
         model: The bytes of a sentencepiece model.
-        where: The file that an error names.
+        where: The file that errors name.
 
     Raises:
-        DataError: If the bytes are no sentencepiece model.
+        DataError: If the bytes are not a sentencepiece model.
     """
 
     def __init__(self, model: bytes, where: str = "text tokenizer") -> None:
@@ -41,7 +40,7 @@ class TextTokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(
                 where,
-                f"is no sentencepiece model ({len(model)} bytes)",
+                f"is not a sentencepiece model ({len(model)} bytes)",
                 "Make it with `chameleon tokenizer text`",
             ) from error
         size = self._processor.get_piece_size()
@@ -57,7 +56,7 @@ class TextTokenizer:
         """Read FOLDER/text.model.
 
         Raises:
-            DataError: If the file is missing or is no sentencepiece model.
+            DataError: If the file is missing or is not a sentencepiece model.
         """
         path = Path(folder) / TEXT_MODEL_FILE
         try:
@@ -72,7 +71,7 @@ class TextTokenizer:
 
     @property
     def size(self) -> int:
-        """Number of token ids, image codes and sentinels included."""
+        """Number of token ids, including image codes and sentinels."""
         return len(self._is_text)
 
     @property
@@ -89,19 +88,19 @@ class TextTokenizer:
         return self._processor.is_byte(token_id)
 
     def score(self, token_id: int) -> float:
-        """The order in which a piece was learned: the earlier, the higher."""
+        """The score of a piece: the earlier it was learned, the higher."""
         return self._processor.get_score(token_id)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without begin or end of document; never a control or image token."""
+        """Token ids of a text, without ``<s>`` and ``</s>``; never a control or image token."""
         return self._processor.encode(without_surrogates(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` for many texts, on one thread: preprocessing is parallel over processes."""
+        """``encode`` for many texts, on one thread, because preprocessing runs many processes."""
         return self._processor.encode([without_surrogates(text) for text in texts], num_threads=1)
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of token ids; control and image tokens are skipped, broken UTF-8 becomes U+FFFD.
+        """The text of token ids. Control and image tokens are skipped; broken UTF-8 becomes U+FFFD.
 
         Args:
             token_ids: Ids in [0, size).
@@ -121,7 +120,7 @@ class TextTokenizer:
 
 
 def without_surrogates(text: str) -> str:
-    """JSON can spell half a surrogate pair, UTF-8 cannot, and sentencepiece would refuse it."""
+    """Replace lone surrogates by U+FFFD: JSON can spell them, but sentencepiece refuses them."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

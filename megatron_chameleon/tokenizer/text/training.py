@@ -1,10 +1,10 @@
-"""Train the text tokenizer: a BPE whose first ids are the special tokens and image codes.
+"""Trains the text tokenizer: a BPE whose first ids are the special tokens and image codes.
 
     chameleon tokenizer text corpus.txt --output DIR --vocab-size 65536 --image-codes 8192
 
-The vocabulary size includes everything, as in the paper (section 2.2): 65,536 with the 8,192 image
-codes. Ids: ``<s> <pad> </s> <unk>``, the image codes, four sentinels, 256 bytes, learned pieces,
-single characters.
+The vocabulary size includes everything, as in the paper (section 2.2): 65,536 ids with the 8,192
+image codes. The order of the ids is: ``<s> <pad> </s> <unk>``, the image codes, four sentinels, 256
+bytes, learned pieces, single characters.
 """
 
 import io
@@ -31,9 +31,9 @@ from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTok
 
 BYTE_PIECES = 256
 CHARACTER_COVERAGE = 0.99995
-"""Share of the corpus' characters with a piece of their own; the rarest are spelled in bytes."""
+"""Share of the corpus' characters that get a piece of their own; the rest is spelled in bytes."""
 LONGEST_LINE_CHARACTERS = 2**18
-"""sentencepiece leaves out lines that are too long, silently: longer ones are cut."""
+"""sentencepiece silently leaves out lines that are too long, so longer lines are cut."""
 LONGEST_LINE_BYTES = 4 * LONGEST_LINE_CHARACTERS
 
 
@@ -43,16 +43,16 @@ def train_text_tokenizer(
     """Train on texts and write OUTPUT/text.model and OUTPUT/vocabulary.json.
 
     Args:
-        texts: The corpus. Line breaks separate: no piece contains one, the byte ``<0x0A>`` stands
-            for it.
-        output: The tokenizer folder; made where it is missing, an older text tokenizer in it is
+        texts: The corpus. It is split at line breaks: no piece contains one, they become the byte
+            ``<0x0A>``.
+        output: The tokenizer folder; created if it is missing. An older text tokenizer in it is
             replaced.
-        vocab_size: Number of token ids, image codes and special tokens included.
+        vocab_size: Number of token ids, including image codes and special tokens.
         image_codes: Codebook size of the image tokenizer that belongs to it.
 
     Raises:
-        ConfigError: If the size is too small for what it must contain, larger than the corpus can
-            fill, or an image tokenizer in the folder has another codebook size.
+        ConfigError: If the size is too small for what it must contain or larger than the corpus can
+            fill, or if an image tokenizer in the folder has another codebook size.
         DataError: If there is no text.
     """
     output = make_folder(output)
@@ -61,18 +61,18 @@ def train_text_tokenizer(
     lines = _lines(texts)
     first = next(lines, None)
     if first is None:
-        raise DataError("text corpus", "no text in it", "Give files with at least one line of text")
+        raise DataError("text corpus", "has no text", "Pass files with at least one line of text")
     model = _train(itertools.chain([first], lines), vocab_size, image_codes)
     tokenizer = TextTokenizer(model)
     if tokenizer.size < vocab_size:
         raise ConfigError(
             "--vocab-size",
-            f"{vocab_size} is more than this corpus fills, the most is {tokenizer.size}",
+            f"{vocab_size} is more than this corpus can fill, the most is {tokenizer.size}",
             f"Use --vocab-size {tokenizer.size}, or more text",
         )
     vocabulary = Vocabulary.from_tokens(tokenizer.tokens)
-    # The old table goes first: a crash in between leaves an incomplete folder, not two files that
-    # contradict.
+    # The old table is removed first: a crash in between then leaves an incomplete folder instead of
+    # two files that contradict each other.
     (output / VOCABULARY_FILE).unlink(missing_ok=True)
     write_bytes(output / TEXT_MODEL_FILE, model)
     vocabulary.save(output)
@@ -80,7 +80,7 @@ def train_text_tokenizer(
 
 
 def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:
-    """The sentencepiece model; smaller than asked for where the corpus gives no more pieces."""
+    """The sentencepiece model; smaller than asked for if the corpus yields too few pieces."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -88,7 +88,7 @@ def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            hard_vocab_limit=False,  # a smaller model comes back, and tells what is possible
+            hard_vocab_limit=False,  # too large a size gives a smaller model, which shows the limit
             bos_id=0,
             bos_piece=BOS,
             pad_id=1,
@@ -99,11 +99,11 @@ def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:
             unk_piece=UNK,
             control_symbols=control_names(image_codes),
             byte_fallback=True,
-            add_dummy_prefix=False,  # with it, Hugging Face's tokenizers give other ids
+            add_dummy_prefix=False,  # with it, Hugging Face's tokenizers give different ids
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            split_digits=True,  # a number is spelled digit by digit, which arithmetic needs
-            allow_whitespace_only_pieces=True,  # indentation costs one token, not one a space
+            split_digits=True,  # numbers are spelled digit by digit, as arithmetic needs
+            allow_whitespace_only_pieces=True,  # indentation costs one token, not one per space
             character_coverage=CHARACTER_COVERAGE,
             max_sentence_length=LONGEST_LINE_BYTES,
             minloglevel=2,
@@ -123,19 +123,23 @@ def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:
 
 def _check_sizes(vocab_size: int, image_codes: int) -> None:
     if image_codes < 1:
-        raise ConfigError("--image-codes", f"{image_codes} is below 1", "Give the codebook size")
+        raise ConfigError(
+            "--image-codes",
+            f"{image_codes} is below 1",
+            "Give the codebook size of the image tokenizer",
+        )
     least = 4 + len(control_names(image_codes)) + BYTE_PIECES + 1
     if vocab_size < least:
         raise ConfigError(
             "--vocab-size",
             f"{vocab_size} is too small: {image_codes} image codes, {least - 1 - image_codes} "
-            f"special tokens and bytes, and one piece of text are the least",
-            f"Use --vocab-size {least} or more, it includes the image codes",
+            f"special tokens and bytes, and at least one piece of text are needed",
+            f"Use --vocab-size {least} or more; it includes the image codes",
         )
 
 
 def _check_image_tokenizer(output: Path, image_codes: int) -> None:
-    """An image tokenizer of another codebook size would meet ids that mean something else."""
+    """Refuse an image tokenizer with another codebook size: its codes would get wrong ids."""
     if not (output / IMAGE_CONFIG_FILE).exists():
         return
     codebook_size = read_vqgan_config(output).codebook_size

@@ -19,7 +19,7 @@ TEXTS = [
     "the sum of two and three is five\n    indented twice as far as two",
     "<s> IMGIMGAZ <racm3:break>",
     "<s><s>IMGIMGAZ<0x41>",
-    "xIMGIMGA yIMGIMGA IMGIMGA",  # so that it is a piece: with "Z" it would spell a control token
+    "xIMGIMGA yIMGIMGA IMGIMGA",  # becomes a piece; with "Z" it would spell a control token
     "Zwölf Boxkämpfer jagen Viktor",
 ] * 30
 
@@ -28,7 +28,8 @@ def write_tokenizer(folder: Path) -> Path:
     train_text_tokenizer(TEXTS, folder, vocab_size=420, image_codes=IMAGE_CODES)
     torch.manual_seed(0)
     model = Vqgan(VqganConfig(16, 3, 32, [1, 1, 1], 1, 8, 8, IMAGE_CODES))
-    # The first codebook lies in a point; spread as the latents are, images get different codes.
+    # The initial codebook is nearly one point. Spread like the latents, it gives images different
+    # codes.
     torch.nn.init.normal_(model.quantize.embedding.weight, std=0.3)
     save_vqgan(model, folder)
     return folder
@@ -36,13 +37,13 @@ def write_tokenizer(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
+    """Must not be changed."""
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
 def new_tokenizer_folder(tmp_path: Path) -> Path:
-    """To be broken."""
+    """May be broken."""
     return write_tokenizer(tmp_path / "tokenizer")
 
 

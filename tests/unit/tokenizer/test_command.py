@@ -1,4 +1,4 @@
-"""The verb as it is typed, in this process."""
+"""The verb as a user types it, run in this process."""
 
 import json
 from collections.abc import Callable
@@ -62,8 +62,8 @@ def test_overrides_may_stand_before_options_and_after(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["text", "none.txt"], "error: none.txt: no such file. Give an existing file.\n"),
-        (["image", "none"], "error: none: no such file. Give an existing file.\n"),
+        (["text", "none.txt"], "error: none.txt: no such file. Pass an existing file.\n"),
+        (["image", "none"], "error: none: no such file. Pass an existing file.\n"),
         (
             ["image", ".", "model.codebok=3"],
             "model.codebok=3: Unknown key. Did you mean `model.codebook_size`?\n",
@@ -84,6 +84,6 @@ def test_debug_shows_where_it_came_from(tmp_path: Path, capsys: pytest.CaptureFi
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_word_that_is_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("image", "a.png", "--output", "out", "--sede", "3") == 2
     assert "unrecognized arguments: --sede" in capsys.readouterr().err

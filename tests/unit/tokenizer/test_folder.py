@@ -33,7 +33,7 @@ def test_the_fingerprint_is_that_of_the_bytes(tokenizer_folder: Path, tmp_path: 
     copy = shutil.copytree(tokenizer_folder, tmp_path / "copy")
     first = fingerprint(copy)
     assert first == fingerprint(tokenizer_folder) and len(first) == 64
-    (copy / "image.dropped.jsonl").write_text("no part of it")
+    (copy / "image.dropped.jsonl").write_text("not a part of it")
     assert fingerprint(copy) == first
     seen = {first}
     for name in ("text.model", "vocabulary.json", "image.json", "image.safetensors"):

@@ -1,4 +1,4 @@
-"""What we export, read by transformers' own classes."""
+"""Our export, read by transformers' own classes."""
 
 import random
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def test_special_tokens_are_spelled_only_where_text_is_trusted(
     tokenizer: Tokenizer, processor: Any
 ) -> None:
     text = "IMGIMGAZ and <s>, <image>"
-    assert {"IMGIMGA", "Z"} <= set(tokenizer.vocabulary.tokens)  # merged, they would be code 0
+    assert {"IMGIMGA", "Z"} <= set(tokenizer.vocabulary.tokens)  # merged, they would spell code 0
     trusted = processor.tokenizer.encode(text, add_special_tokens=False)
     assert trusted[0] == 4 and tokenizer.vocabulary.image_placeholder in trusted
     untrusted = processor.tokenizer.encode(
@@ -118,7 +118,7 @@ def test_the_processor_prepares_images_as_we_do(
     image = noise(1, size, "RGBA")
     theirs = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     ours = to_pixels(prepare_image(image, 16)[None])
-    # fp32 rounding of a scaling in another order; with HF's default factor it would be 0.011.
+    # The order of scaling differs by fp32 rounding; with Hugging Face's factor it would be 0.011.
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
 
 

@@ -34,17 +34,17 @@ def test_texts_come_from_lines_and_from_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"x", r"a.csv: .csv is no kind of text. Give .txt or .jsonl"),
-        ("a", b"x", r"a: no suffix is no kind of text"),
-        ("a.txt", b"fine\n\xff\n", r"a.txt:\d: no UTF-8 \(invalid start byte\)"),
-        ("a.jsonl", b'{"text": "x"}\n{"text":\n', r"a.jsonl:2: no JSON \("),
-        ("a.jsonl", b"[1]\n", r"a.jsonl:1: the line is no object"),
-        ("a.jsonl", b'{"title": "x"}\n', r"a.jsonl:1: neither `content` nor a string `text`"),
-        ("a.jsonl", b'{"content": "x"}\n', r"a.jsonl:1: `content` is no list of parts"),
-        ("a.jsonl", b'{"content": [{"type": "text"}]}\n', r"'text' has no string `text`"),
+        ("a.csv", b"x", r"a.csv: unknown kind of text file \(.csv\). Pass a .txt or .jsonl"),
+        ("a", b"x", r"a: unknown kind of text file \(no suffix\)"),
+        ("a.txt", b"fine\n\xff\n", r"a.txt:\d: not valid UTF-8 \(invalid start byte\)"),
+        ("a.jsonl", b'{"text": "x"}\n{"text":\n', r"a.jsonl:2: the line is not valid JSON \("),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1: the line must be a JSON object"),
+        ("a.jsonl", b'{"title": "x"}\n', r"a.jsonl:1: has neither `content` nor a string `text`"),
+        ("a.jsonl", b'{"content": "x"}\n', r"a.jsonl:1: `content` must be a list of parts"),
+        ("a.jsonl", b'{"content": [{"type": "text"}]}\n', r"'text' has no string under `text`"),
     ],
 )
-def test_a_file_that_is_no_text_is_named(
+def test_a_file_that_is_not_text_is_named(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -83,7 +83,7 @@ def test_images_come_from_files_folders_and_documents(tmp_path: Path, noise: Noi
     assert entries[5].open().tobytes() == noise().tobytes()
 
 
-def test_bytes_that_are_no_base64_are_an_unreadable_image(tmp_path: Path) -> None:
+def test_bytes_that_are_not_base64_are_an_unreadable_image(tmp_path: Path) -> None:
     document = {"content": [{"type": "image", "image": "data:image/png;base64,@@"}]}
     (entry,) = find_images([write_lines(tmp_path / "a.jsonl", document)])
     with pytest.raises(OSError, match=r"cannot identify image file"):
@@ -93,7 +93,7 @@ def test_bytes_that_are_no_base64_are_an_unreadable_image(tmp_path: Path) -> Non
 @pytest.mark.parametrize("weight", [-1, "2", True, float("inf")])
 def test_a_weight_must_be_a_number(tmp_path: Path, weight: object) -> None:
     document = {"weight": weight, "content": [{"type": "image", "image": "b.png"}]}
-    with pytest.raises(DataError, match=r"a.jsonl:1: `weight` is .* Give a number of 0 or more"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: `weight` is .* Use a number of 0 or more"):
         find_images([write_lines(tmp_path / "a.jsonl", document)])
 
 

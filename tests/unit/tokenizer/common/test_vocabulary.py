@@ -35,7 +35,7 @@ def test_ids_lie_where_the_released_vocabulary_has_them() -> None:
 
 
 def test_the_map_is_read_from_the_names_and_not_from_the_order() -> None:
-    """A vocabulary of another layout: codes out of order, sentinels anywhere, HF's other name."""
+    """A different layout: codes out of order, sentinels anywhere, Hugging Face's other name."""
     tokens = ["<reserved08707>", "IMGIMGCZ", "x", "IMGIMGAZ", "<eoss>", "<unk>", "</s>"]
     tokens += ["<s>", "IMGIMGBZ", "<racm3:break>", "<pad>", "<reserved08706>", "IMGIMG", "IMGIMGKZ"]
     vocabulary = Vocabulary.from_tokens(tokens)
@@ -85,28 +85,30 @@ def test_codes_outside_the_codebook_are_refused(codes: list[int]) -> None:
 @pytest.mark.parametrize(
     ("token_id", "named"), [(20, r"20 \(<eoss>\)"), (999, "999"), (-100, "-100")]
 )
-def test_ids_that_are_no_codes_are_refused(token_id: int, named: str) -> None:
+def test_ids_that_are_not_codes_are_refused(token_id: int, named: str) -> None:
     vocabulary = Vocabulary.from_tokens(our_tokens(16))
-    with pytest.raises(DataError, match=rf"1 of 2 ids are no image codes, the first is {named}\."):
+    with pytest.raises(DataError, match=rf"1 of 2 ids are not image codes, the first is {named}\."):
         vocabulary.token_ids_to_codes(np.array([4, token_id]))
 
 
-def test_fractions_are_no_codes() -> None:
-    with pytest.raises(DataError, match=r"float64 are no integers"):
+def test_fractions_are_not_codes() -> None:
+    with pytest.raises(DataError, match=r"float64 are not integers"):
         Vocabulary.from_tokens(our_tokens(16)).codes_to_token_ids(np.array([1.5]))
 
 
 def test_a_missing_special_token_is_named() -> None:
     tokens = [name for name in our_tokens(16) if name not in ("<eoss>", "<image>")]
-    with pytest.raises(DataError, match=r"none is called <eoss>, <reserved08707>\."):
+    with pytest.raises(
+        DataError, match=r"none of the 24 tokens is called <eoss>, <reserved08707>\."
+    ):
         Vocabulary.from_tokens(tokens)
 
 
 def test_a_gap_in_the_codes_is_named() -> None:
     tokens = [name for name in our_tokens(16) if name != image_code_name(7)]
-    with pytest.raises(DataError, match=r"15 image codes, but IMGIMGHZ \(code 7\) is not there"):
+    with pytest.raises(DataError, match=r"has 15 image codes, but IMGIMGHZ \(code 7\) is missing"):
         Vocabulary.from_tokens(tokens)
-    with pytest.raises(DataError, match=r"0 image codes, but IMGIMGAZ \(code 0\) is not there"):
+    with pytest.raises(DataError, match=r"has 0 image codes, but IMGIMGAZ \(code 0\) is missing"):
         Vocabulary.from_tokens(our_tokens(0))
 
 
@@ -119,13 +121,13 @@ def test_a_name_that_occurs_twice_is_named() -> None:
     ("content", "message"),
     [
         (None, "no such file"),
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "`format` is None"),
         ('{"format": "megatron_chameleon.vocabulary/9"}', "vocabulary/9', not"),
         ('{"format": "megatron_chameleon.vocabulary/1"}', "`tokens` is not a list of names"),
     ],
 )
-def test_a_file_that_is_no_vocabulary_is_refused(
+def test_a_file_that_is_not_a_vocabulary_is_refused(
     tmp_path: Path, content: str | None, message: str
 ) -> None:
     if content is not None:

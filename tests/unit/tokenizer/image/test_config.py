@@ -35,11 +35,11 @@ def test_overrides_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Pat
         (["training.step=9"], r"training.step=9: Unknown key. Did you mean `training.steps`\?"),
         (["steps=9"], r"^steps=9: Unknown key. Use one of model, training\."),
         (["training.steps=many"], r"training.steps must be a whole number \(got 'many'\)"),
-        (["training.steps=0"], "training.steps: 0 is below 1. Give 1 or more"),
+        (["training.steps=0"], "training.steps: 0 is below 1. Use 1 or more"),
         (["training.shift=-0.1"], r"training.shift: -0.1 is below 0"),
         (["training.scale=1"], r"training.scale: 1.0 is not below 1"),
         (["training.l1_weight=0", "training.l2_weight=0"], "l1_weight and l2_weight are both 0"),
-        (["model.base_channels=48"], "48 is no multiple of 32"),
+        (["model.base_channels=48"], "48 is not a multiple of 32"),
         (
             ["training.discriminator_weight=1", "model.resolution=16"],
             "3 layers need images of 24 pixels, model.resolution is 16. Use fewer",
@@ -54,7 +54,7 @@ def test_what_cannot_work_is_refused(words: list[str], message: str) -> None:
 
 def test_a_config_that_is_not_there_is_named_with_the_presets() -> None:
     with pytest.raises(
-        ConfigError, match=r"--config digit: neither a preset nor a file.*digits, or"
+        ConfigError, match=r"--config digit: is neither a preset nor a file.*digits, or"
     ):
         load_image_config("digit")
 

@@ -84,7 +84,7 @@ def test_the_camera_s_orientation_is_followed() -> None:
     image = Image.new("RGB", (32, 16), "red")
     image.paste("blue", (16, 0, 32, 16))
     exif = Image.Exif()
-    exif[0x0112] = 8  # turned by a quarter: what is right in the file is above
+    exif[0x0112] = 8  # turned by a quarter: the right side of the file is the top
     turned = Image.open(io.BytesIO(encoded(image, exif=exif)))
     prepared = prepare_image(turned, 16)
     assert prepared[0, 8].tolist() == [0, 0, 255] and prepared[15, 8].tolist() == [255, 0, 0]
@@ -112,7 +112,7 @@ def test_codes_have_the_promised_shape(tokenizer: ImageTokenizer, noise: Noise) 
     )
     codes = tokenizer.encode([noise(seed) for seed in range(3)])
     assert codes.shape == (3, 16) and codes.dtype == np.int64
-    assert len(np.unique(codes)) > 4  # not all the same: what follows could not fail
+    assert len(np.unique(codes)) > 4  # if all were equal, what follows could not fail
     assert tokenizer.encode([]).shape == (0, 16)
     images = tokenizer.decode(codes)
     assert [image.size for image in images] == [(16, 16)] * 3 and images[0].mode == "RGB"
@@ -122,7 +122,7 @@ def test_codes_have_the_promised_shape(tokenizer: ImageTokenizer, noise: Noise) 
 def test_latents_do_not_depend_on_the_neighbours(
     tokenizer: ImageTokenizer, noise: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last bit: codes would agree by luck, a border between two codes is rarely met."""
+    """To the last bit. Codes could agree by luck, because few latents lie between two codes."""
     seen: list[torch.Tensor] = []
     latents = tokenizer.model.latents
 
@@ -224,6 +224,6 @@ def test_weights_of_another_shape_are_refused(new_tokenizer_folder: Path, tmp_pa
     with pytest.raises(
         DataError,
         match=r"4 tensors do not fit image.json: post_quant_conv.weight is \(8, 12, 1, 1\), "
-        r"the config wants \(8, 8, 1, 1\)",
+        r"the config needs \(8, 8, 1, 1\)",
     ):
         ImageTokenizer.load(new_tokenizer_folder)

@@ -64,7 +64,7 @@ def test_training_learns_and_writes_a_tokenizer(photos: Path, tmp_path: Path) ->
     lines = train(photos, tmp_path / "out", "training.steps=80")
     assert len(lines) == 20 and lines[-1].startswith("step 80/80 l1 ")
     assert all(word in lines[0] for word in ("codebook", "commit", "codes", "images/s", "ETA"))
-    # Random weights miss by about 0.5 of the range of 2; 80 steps on 12 images halve that easily.
+    # Random weights are off by about 0.5 of a range of 2; 80 steps on 12 images easily halve that.
     assert loss_of(lines[-1]) < 0.6 * loss_of(lines[0])
     tokenizer = ImageTokenizer.load(tmp_path / "out")
     images = [entry.open() for entry in find_images([photos])]
@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same_weights(photos: Path, tmp_path: Path) -> N
         train(photos, tmp_path / name, "training.steps=6", seed=seed)
     weights = [(tmp_path / name / "image.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] != weights[2]
-    assert torch.equal(torch.rand(1), expected_draw)  # and leaves the caller's generator alone
+    assert torch.equal(torch.rand(1), expected_draw)  # the caller's generator is unchanged
 
 
 def test_a_discriminator_joins_at_its_step(photos: Path, tmp_path: Path) -> None:

@@ -100,24 +100,24 @@ def test_the_paper_preset_has_the_released_shape() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base_channels": 40}, "model.base_channels: 40 is no multiple of 32.* Use 64"),
-        ({"resolution": 18}, "model.resolution: 18 is no multiple of 4.*Use 20,"),
+        ({"base_channels": 40}, "model.base_channels: 40 is not a multiple of 32.* Use 64"),
+        ({"resolution": 18}, "model.resolution: 18 is not a multiple of 4.*Use 20,"),
         ({"ch_mult": []}, "model.ch_mult"),
         ({"ch_mult": [1, 0]}, "model.ch_mult"),
         ({"codebook_size": 1}, "model.codebook_size: 1 is below 2"),
         ({"embed_dim": 0}, "model.embed_dim: 0 is below 1"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:
+def test_a_shape_that_cannot_work_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small_config(**changes).check("small.yaml")
 
 
 @torch.inference_mode()
-def test_the_search_gives_the_same_codes_in_pieces(
+def test_the_search_in_steps_gives_the_same_codes(
     model: Vqgan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last tie: a codebook with equal vectors, the first of which is taken."""
+    """Ties included: of equal codebook vectors the first is chosen."""
     weight = model.quantize.embedding.weight
     weight[12:] = weight[:12]
     latents = torch.randn(5, 8, 4, 4, generator=torch.Generator().manual_seed(2))
@@ -145,7 +145,7 @@ def test_bf16_with_channels_last_gives_nearly_the_same(model: Vqgan, pixels: tor
 
 @torch.inference_mode()
 def test_the_networks_can_be_compiled(model: Vqgan, pixels: torch.Tensor) -> None:
-    """Each as one graph; traced and functionalised here, not translated."""
+    """Each as one graph, which is traced and functionalised here but not translated."""
     codes, names = model.encode(pixels), set(model.state_dict())
     decoded = model.decode(codes)
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The fast encoder gives sentencepiece's ids, or is not used."""
+"""The fast encoder gives the same ids as sentencepiece, or it is not used."""
 
 import itertools
 import random
@@ -87,6 +87,4 @@ def test_sentencepiece_is_chosen_when_there_is_no_other(tokenizer, monkeypatch):
     assert choose_text_encoder(tokenizer, ["x"]).why == "gigatoken is not installed"
     monkeypatch.undo()
     monkeypatch.setattr(fast_text, "rename_control_pieces", lambda model, prefix: b"no model")
-    assert choose_text_encoder(tokenizer, ["x"]).why.startswith(
-        "gigatoken does not read the model ("
-    )
+    assert choose_text_encoder(tokenizer, ["x"]).why.startswith("gigatoken cannot read the model (")

@@ -58,7 +58,7 @@ def test_text_comes_back_to_the_byte(tokenizer: TextTokenizer, text: str) -> Non
 def test_text_cannot_spell_a_control_token(
     folder: Path, tokenizer: TextTokenizer, name: str
 ) -> None:
-    """The corpus spells them hundreds of times: none is learned as a piece of text."""
+    """The corpus spells them hundreds of times, but none is learned as a piece of text."""
     first_text_id = Vocabulary.load(folder).image_placeholder + 1
     for text in (name, f"before {name} after", f"{name}{name}"):
         token_ids = tokenizer.encode(text)
@@ -90,17 +90,17 @@ def test_an_id_outside_the_vocabulary_is_refused(tokenizer: TextTokenizer) -> No
 
 
 def test_digits_stay_single(tmp_path: Path) -> None:
-    """4 special tokens, 36 controls, 256 bytes and 6 characters: there is nothing to merge."""
+    """4 special tokens, 36 controls, 256 bytes and 6 characters: nothing can be merged."""
     corpus = ["123 1234 12345"] * 50
     with pytest.raises(ConfigError, match=r"the most is 302"):
         train_text_tokenizer(corpus, tmp_path, vocab_size=310, image_codes=IMAGE_CODES)
 
 
-def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"text.model: cannot be read .*No such file"):
         TextTokenizer.load(tmp_path)
     (tmp_path / TEXT_MODEL_FILE).write_bytes(b"no model")
-    with pytest.raises(DataError, match=r"is no sentencepiece model \(8 bytes\)"):
+    with pytest.raises(DataError, match=r"is not a sentencepiece model \(8 bytes\)"):
         TextTokenizer.load(tmp_path)
 
 
@@ -120,7 +120,7 @@ def test_a_size_below_the_characters_of_the_corpus_is_refused(tmp_path: Path) ->
 
 
 def test_a_size_beyond_the_corpus_is_refused_with_the_largest_possible(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"50000 is more than this corpus fills") as caught:
+    with pytest.raises(ConfigError, match=r"50000 is more than this corpus can fill") as caught:
         train_text_tokenizer(CORPUS, tmp_path, vocab_size=50000, image_codes=IMAGE_CODES)
     assert not (tmp_path / TEXT_MODEL_FILE).exists()
     most = int(caught.value.remedy.split()[2].strip(","))
@@ -129,12 +129,12 @@ def test_a_size_beyond_the_corpus_is_refused_with_the_largest_possible(tmp_path:
 
 @pytest.mark.parametrize("corpus", [[], ["", "\n \n"]])
 def test_an_empty_corpus_is_refused(tmp_path: Path, corpus: list[str]) -> None:
-    with pytest.raises(DataError, match=r"text corpus: no text in it"):
+    with pytest.raises(DataError, match=r"text corpus: has no text"):
         train_text_tokenizer(corpus, tmp_path, vocab_size=400, image_codes=IMAGE_CODES)
 
 
 def test_a_long_line_is_not_left_out(tmp_path: Path) -> None:
-    """sentencepiece skips lines that are too long: the 26 letters are in one of 1.2 million."""
+    """sentencepiece skips long lines: here all 26 letters are in one of 1.2 million characters."""
     line = "abcdefghijklmnopqrstuvwxyz " * 45000
     tokens = train_text_tokenizer([line, "0"], tmp_path, vocab_size=360, image_codes=16).tokens
     assert "z" in tokens
@@ -159,5 +159,5 @@ def test_other_image_codes_than_the_image_tokenizer_has_are_refused(
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--output .*file: cannot be made \(File exists\)"):
+    with pytest.raises(ConfigError, match=r"--output .*file: cannot be created \(File exists\)"):
         train_text_tokenizer(CORPUS, tmp_path / "file", 420, IMAGE_CODES)
