@@ -28,7 +28,7 @@ from megatron_chameleon.checkpoint.convert.streaming import (
     read_ahead,
 )
 from megatron_chameleon.checkpoint.formats import load_format
-from megatron_chameleon.checkpoint.formats.base import CheckpointReader, Target
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader, CheckpointWriter, Target
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
 from megatron_chameleon.checkpoint.state.integrity import check_files, write_sums
 from megatron_chameleon.errors import CheckpointError
@@ -93,11 +93,8 @@ def convert(
         writer = load_format(to).Writer(target)  # refuses what the format cannot hold
         plan = make_plan(reader, target, writer, destination, to)
         plan.check_disk()
-        stream = TensorStream(reader, target, progress, verify)
-        new = partial / "new"
-        new.mkdir()
-        with flushing(new):
-            writer.write(new, iter(stream))
+        stream, new = TensorStream(reader, target, progress, verify), partial / "new"
+        _write(writer, new, stream)
         seconds = time.monotonic() - started
         if verify:
             _verify_written(load_format(to).Reader(new), target, stream.checksums, partial)
@@ -122,6 +119,12 @@ def _check_source(reader: CheckpointReader, progress: Progress) -> None:
     files = check_files(reader.folder)
     if files:
         progress(f"{files} files of {reader.folder} match their checksums (SHA256SUMS)")
+
+
+def _write(writer: CheckpointWriter, folder: Path, stream: TensorStream) -> None:
+    folder.mkdir()
+    with flushing(folder):
+        writer.write(folder, iter(stream))
 
 
 def _verify_written(
