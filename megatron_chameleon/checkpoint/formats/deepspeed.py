@@ -77,7 +77,7 @@ values."""
 
 
 def recognise(folder: Path) -> bool:
-    """Whether a folder is meant to be one of this format."""
+    """Whether a folder looks like this format."""
     return find_step_folder(folder) is not None
 
 
@@ -102,7 +102,11 @@ class Reader:
         self.config: Config | None = load_config(own / OWN_CONFIG_FILE) if own else None
         self._prefix, self._is_hf = _naming(self._files)
         self.model, self.dimensions = self._hf_geometry() if self._is_hf else self._own_geometry()
-        expected = {n: s for p in tensor_rows(self.dimensions) for n, s in self._shapes(p).items()}
+        expected = {
+            name: shape
+            for row in tensor_rows(self.dimensions)
+            for name, shape in self._shapes(row).items()
+        }
         found = {n: s for n, s in self._files.shapes.items() if VQ_PREFIX not in n}
         check_names(str(folder), found, expected)
         if self._is_hf:
@@ -211,11 +215,12 @@ def _naming(files: DeepSpeedFiles) -> tuple[str, bool]:
             if found == name or found.endswith("." + name):
                 return found.removesuffix(name), is_hf
     first = next(iter(files.shapes), "none")
-    what = (
-        "has no parameter lm_head.weight (transformers') or output_layer.weight (ours); its first "
+    raise CheckpointError(
+        str(files.folder),
+        "has no parameter lm_head.weight (transformers) or output_layer.weight (ours); its first "
+        f"parameter is {first}",
+        "Use a checkpoint of a whole Chameleon model",
     )
-    what += f"parameter is {first}"
-    raise CheckpointError(str(files.folder), what, "Use a checkpoint of a whole Chameleon model")
 
 
 class Writer:
@@ -248,8 +253,8 @@ class Writer:
                 dtypes |= dict.fromkeys(row.hf_names, tensor.dtype)
                 if target.has_optimizer and tensor.dtype != torch.float32:
                     continue  # its main weight follows
-            for name, part in row.to_hf(tensor).items():
-                self._write_part(zero / name, row.part or MAIN_WEIGHT, part)
+            for name, hf_tensor in row.to_hf(tensor).items():
+                self._write_part(zero / name, row.part or MAIN_WEIGHT, hf_tensor)
         for name, tensor in self._encoder.items():
             dtypes[name] = target.main_dtype
             self._write_part(zero / name, MAIN_WEIGHT, tensor)
@@ -263,7 +268,7 @@ class Writer:
 
     def _write_part(self, folder: Path, part: str, tensor: torch.Tensor) -> None:
         folder.mkdir(exist_ok=True)
-        # copied, because torch.save writes the whole tensor that a view belongs to
+        # a small view is copied, because torch.save writes the whole tensor that it is a view of
         whole = tensor.float().contiguous()
         whole = whole.clone() if whole.numel() < whole.untyped_storage().nbytes() // 4 else whole
         torch.save({"param": whole}, folder / UNIVERSAL_FILES[part])

@@ -55,7 +55,7 @@ VQ_PREFIX = "model.vqmodel."
 
 
 def recognise(folder: Path) -> bool:
-    """Whether a folder is meant to be one of this format."""
+    """Whether a folder looks like this format."""
     return (folder / CONFIG_FILE).is_file()
 
 

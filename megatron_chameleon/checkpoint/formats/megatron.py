@@ -61,7 +61,7 @@ CHUNK_BYTES = 2**25
 
 
 def recognise(folder: Path) -> bool:
-    """Whether a folder is meant to be a checkpoint, a ``checkpoints`` folder or a run folder."""
+    """Whether a folder looks like a checkpoint, a ``checkpoints`` folder or a run folder."""
     if (folder / STATE_FILE).is_file() or (folder / ".metadata").is_file():
         return True
     if (folder / "checkpoints").is_dir() or STEP_FOLDER.fullmatch(folder.name):

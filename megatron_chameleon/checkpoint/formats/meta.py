@@ -64,7 +64,7 @@ _SHARD = re.compile(r"consolidated(\.(\d+))?\.pth")
 
 
 def recognise(folder: Path) -> bool:
-    """Whether a folder is meant to be one of this format."""
+    """Whether a folder looks like this format."""
     return (folder / PARAMS_FILE).is_file() or any(
         _SHARD.fullmatch(path.name) for path in folder.iterdir()
     )

@@ -96,20 +96,22 @@ def _is_in(folder: Path, checkpoint: Path) -> bool:
 
 def _check_given(checkpoint: Path) -> Path:
     if not (checkpoint / STATE_FILE).is_file():
-        if not checkpoint.is_dir():
-            what = "There is no such folder"
-        elif format_name := other_format(checkpoint):
-            what = f"This is a {format_name} folder"
-            remedy = f"Run `chameleon convert {checkpoint} DST --to megatron` first"
-            raise CheckpointError(str(checkpoint), what, remedy)
-        else:
-            what = f"This is not a whole checkpoint: it has no {STATE_FILE}"
-        remedy = "Give a folder such as runs/NAME/checkpoints/step_..."
-        raise CheckpointError(str(checkpoint), what, remedy)
+        raise _not_a_checkpoint(checkpoint)
     damage = find_damage_of_small_files(checkpoint)
     if damage:
         raise CheckpointError(str(checkpoint), damage, "Use an older checkpoint")
     return checkpoint
+
+
+def _not_a_checkpoint(path: Path) -> CheckpointError:
+    what = f"This is not a whole checkpoint: it has no {STATE_FILE}"
+    remedy = "Give a folder such as runs/NAME/checkpoints/step_..."
+    if not path.is_dir():
+        what = "There is no such folder"
+    elif format_name := other_format(path):
+        what = f"This is a {format_name} folder"
+        remedy = f"Run `chameleon convert {path} DST --to megatron` first"
+    return CheckpointError(str(path), what, remedy)
 
 
 def find_sound(folder: Path, chosen: Path, resume: str) -> Path:
@@ -196,11 +198,11 @@ def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> 
     if state["tokenizer_fingerprint"] != tokenizer_fingerprint:
         found.append("a different tokenizer")
     if found:
+        other = "train into another logging.run_dir" if same_run else "use another checkpoint"
         raise CheckpointError(
             str(checkpoint),
             f"The checkpoint has {', '.join(found)}",
-            f"Set {'it' if len(found) == 1 else 'them'} in your config, or train into another "
-            "logging.run_dir",
+            f"Set {'it' if len(found) == 1 else 'them'} in your config, or {other}",
         )
     if state["step"] > config.training.steps and not weights_only:
         what = f"The checkpoint is at step {state['step']}, beyond training.steps "
