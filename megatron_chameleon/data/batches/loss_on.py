@@ -1,4 +1,4 @@
-"""What of a run's sources is trained: checks and warnings about the answers of conversations."""
+"""Which tokens of a run's sources are trained: checks and warnings about conversations."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,40 +6,42 @@ import numpy as np
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.mixture.corpus import TokenFileCorpus
-from megatron_chameleon.data.mixture.mixture_history import DataSource
+from megatron_chameleon.data.mixture.sources import DataSource
 from megatron_chameleon.data.token_files.format import TokenFileInfo
 from megatron_chameleon.data.token_files.modality_balance import rare_modality
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
 SHOWN = 3
-"""Conversations that a warning names."""
+"""Number of conversations that a warning names."""
 
 
 def check_loss_on(config: Config, sources: Sequence[DataSource]) -> None:
-    """See that the sources have what the loss is to be on.
+    """Check that the sources have the tokens that the loss is computed on.
+
+    Args:
+        config: Of the run.
+        sources: Its data sources.
 
     Raises:
-        ConfigErrors: A source has documents that are no conversations, and ``data.loss_on`` is
-            answers; or all that it has are longer than a sequence.
+        ConfigErrors: A source has documents that are not conversations although ``data.loss_on`` is
+            answers, or all of its conversations are longer than a sequence.
     """
     problems = []
     for source in sources:
         info = _info(source)
         others = info.documents - info.total("conversations")
         if config.data.loss_on == "answers" and others:
-            what = (
-                f"{others:,} of the {info.documents:,} documents of {source.corpus.prefix} are no "
-            )
-            what += "conversations, and data.loss_on is answers"
+            what = f"{others:,} of the {info.documents:,} documents of {source.corpus.prefix} are "
+            what += "not conversations, but data.loss_on is answers"
             remedy = "Write them as prompt and answer and run chameleon preprocess again, or set "
-            remedy += "data.loss_on=auto to train all of what has no answers"
+            remedy += "data.loss_on=auto to train on all tokens of documents without answers"
             problems.append(ConfigError(f"{source.where}.prefix", what, remedy))
         too_long = _too_long(config, source)
         if len(too_long) == info.documents:
             what = (
-                f"each of the {info.documents:,} conversations of {source.corpus.prefix} is longer"
+                f"all {info.documents:,} conversations of {source.corpus.prefix} are longer than "
             )
-            what += f" than model.seq_length {config.model.seq_length:,}, the longest has "
+            what += f"model.seq_length {config.model.seq_length:,}; the longest has "
             what += f"{info.longest_conversation:,} tokens"
             remedy = "Choose a larger model.seq_length, or shorter conversations"
             problems.append(ConfigError(f"{source.where}.prefix", what, remedy))
@@ -48,19 +50,19 @@ def check_loss_on(config: Config, sources: Sequence[DataSource]) -> None:
 
 
 def data_warnings(config: Config, sources: Sequence[DataSource]) -> list[str]:
-    """What is not as fine-tuning wants it, a line each; nothing for sources without conversations.
+    """What is not as fine-tuning needs it, one line each; nothing if there are no conversations.
 
     Args:
         config: Of the run.
-        sources: Its sources.
+        sources: Its data sources.
     """
     found = []
     for source in sources:
         info = _info(source)
         if info.answers and config.data.loss_on == "all":
             found.append(
-                f"{source.where}: data.loss_on is all: the loss is on the prompts of "
-                f"{info.total('conversations'):,} conversations too; auto leaves them out"
+                f"{source.where}: data.loss_on is all, so the loss includes the prompts of "
+                f"{info.total('conversations'):,} conversations; auto leaves them out"
             )
         too_long = _too_long(config, source)
         if len(too_long):
@@ -76,7 +78,7 @@ def _info(source: DataSource) -> TokenFileInfo:
 
 
 def _too_long(config: Config, source: DataSource) -> np.ndarray:
-    """The conversations that are left out, as they do not fit a sequence."""
+    """The conversations that are left out because they are longer than a sequence: int64."""
     corpus, length = source.corpus, config.model.seq_length
     assert isinstance(corpus, TokenFileCorpus)
     if corpus.longest_conversation <= length:
@@ -95,12 +97,12 @@ def _about_long(config: Config, source: DataSource, too_long: np.ndarray) -> str
     return (
         f"{source.where}: {len(too_long):,} of {total:,} conversations ({tokens:,} tokens, "
         f"{100 * tokens / corpus.tokens:.1f}%) are longer than model.seq_length "
-        f"{config.model.seq_length:,} and are left out, such as {named}"
+        f"{config.model.seq_length:,} and are left out, for example {named}"
     )
 
 
 def _unbalanced(config: Config, sources: Sequence[DataSource]) -> Iterator[str]:
-    """A warning for each stage whose answers hardly have one modality."""
+    """Warn of each stage in which one modality is rare among the trained tokens."""
     first = [source for source in sources if source.stage == 1]
     second = [source for source in sources if source.stage == 2]
     shares = [(source, 1.0) for source in first]
@@ -122,10 +124,10 @@ def _unbalanced(config: Config, sources: Sequence[DataSource]) -> Iterator[str]:
 
 
 def _trained_shares(config: Config, info: TokenFileInfo) -> tuple[float, float]:
-    """Trained tokens, and trained tokens of images, as shares of all tokens of a source."""
+    """The trained tokens of a source, and those of its images, as shares of all its tokens."""
     if config.data.loss_on == "all" or not info.answers:
         return 1.0, info.image_tokens / info.tokens
-    plain = info.tokens - info.total("conversation_tokens")  # trained whole
+    plain = info.tokens - info.total("conversation_tokens")  # all of them are trained
     plain_images = info.image_tokens - info.total("conversation_image_tokens")
     tokens = plain + info.total("answer_tokens")
     return tokens / info.tokens, (plain_images + info.total("answer_image_tokens")) / info.tokens

@@ -1,16 +1,16 @@
 """Batches of a training run: sample index -> packed sequence -> tokens, labels and masks.
 
-Labels are the tokens shifted by one within each part of a document, here and nowhere else. So a
-document that is cut at the end of a sequence has the first token of its next part as its last
-label, and the last token of a document has no label, which is written as ``<pad>``.
+The labels are the tokens shifted by one within each part of a document; this is the only place that
+shifts. So when a document is cut at the end of a sequence, its last label there is the first token
+of its next part. The last token of a document has no label, which is written as ``<pad>``.
 
-The loss is on every label but ``<pad>`` and ``<s>``: ``<s>`` is certain, and whoever generates
-writes it himself, so it would only flatter the mean. Of a conversation it is on the answers only
+Every label counts in the loss except ``<pad>`` and ``<s>``. ``<s>`` is certain, and generation is
+always given it, so it would only flatter the mean. In a conversation only the answers count
 (``data.loss_on``).
 
-Attention is causal over the whole sequence, across the documents packed in it (megatron's default;
-the paper names no other), or with ``data.reset_attention`` within each of them; then positions
-count from each document's start.
+Attention is causal over the whole sequence, across the documents that are packed in it (this is
+megatron's default, and the paper names no other), or with ``data.reset_attention`` within each
+document. In that case positions count from the start of each document.
 """
 
 import itertools
@@ -19,84 +19,83 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.loss_on import check_loss_on, data_warnings
+from megatron_chameleon.data.batches.open_sources import open_sources
 from megatron_chameleon.data.mixture.corpus import Corpus, TokenFileCorpus
 from megatron_chameleon.data.mixture.mixture import ExhaustedError, Mixture
 from megatron_chameleon.data.mixture.mixture_history import (
-    DataSource,
     MixtureEntry,
     MixtureHistory,
-    SourceSnapshot,
     begin_history,
     open_mixture,
     resume_history,
 )
 from megatron_chameleon.data.mixture.packing import PackedSequences
+from megatron_chameleon.data.mixture.sources import SourceSnapshot
 from megatron_chameleon.data.token_files.modality_balance import describe_answers
-from megatron_chameleon.data.token_files.reader import TokenFile, open_token_file
+from megatron_chameleon.data.token_files.reader import open_token_file
 from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the CPU; the tensors are [samples, seq_length] unless they say more."""
+    """One micro-batch on the CPU; the tensors are [samples, seq_length] unless stated otherwise."""
 
     tokens: torch.Tensor
-    """Input ids, int64; ``<pad>`` behind the last document."""
+    """Input ids, int64; ``<pad>`` after the last document."""
     labels: torch.Tensor
-    """The id that follows each token in its document, int64; ``<pad>`` where none does."""
+    """The id that follows each token in its document, int64; ``<pad>`` if none follows."""
     loss_mask: torch.Tensor
     """1 where the label counts in the loss, else 0; float32."""
     image_mask: torch.Tensor
     """Where the label is an image code; bool."""
     position_ids: torch.Tensor
-    """From 0 in each row, or in each isolated document; int64."""
+    """Counted from 0 in each sequence, or in each isolated document; int64."""
     attention_mask: torch.Tensor | None = None
-    """[samples, 1, seq_length, seq_length], True where a token (row) must not see another (column);
-    None for plain causal attention."""
+    """[samples, 1, seq_length, seq_length], True where a token (row) must not see another
+    (column); None for plain causal attention."""
 
 
 @dataclass(frozen=True)
 class PackedSample:
-    """One sequence; the arrays are [seq_length]."""
+    """One sequence of packed documents; the arrays are [seq_length]."""
 
     tokens: np.ndarray
-    """int64, ``<pad>`` behind the last part."""
+    """int64, ``<pad>`` after the last part."""
     labels: np.ndarray
     """int64."""
     in_loss: np.ndarray
     """Whether each label counts in the loss; bool."""
     part: np.ndarray
-    """Number of the part that each token belongs to, from 0; the padding counts as one; int64."""
+    """Number of the part that each token belongs to, from 0; the padding is a part too; int64."""
     packed: PackedSequences
-    """What the parts are."""
+    """The document parts."""
     source_names: list[str]
-    """Of the sources that ``packed`` counts."""
+    """Names of the sources, by the numbers in ``packed.source``."""
 
 
 class BatchReader:
     """Reads any sample of a run, in any order.
 
-    What it gives depends on nothing but the data, the config, the history and the index.
+    A sample depends on nothing but the data, the config, the history and its index.
 
     Args:
         config: The run's config, checked; data, model.seq_length, and training.{steps, seed,
             global_batch_size, micro_batch_size} are read.
         tokenizer: The tokenizer that the token files were written with.
-        state: What ``state`` gave when the run was saved; None for a run that begins.
-        step: Updates done by then.
+        state: What ``state`` returned when the run was saved; None for a new run.
+        step: Number of updates done by then.
 
     Raises:
-        ConfigErrors: All problems at once: token files that are missing or broken, sources that do
-            not last, or that are not what they were.
+        ConfigErrors: All problems at once: token files that are missing or broken, sources that are
+            exhausted before the last step, or sources that have changed.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class BatchReader:
         self.config = config
         self.vocabulary = tokenizer.vocabulary
         self._tokenizer = tokenizer
-        sources = _open_sources(config, tokenizer)
+        sources = open_sources(config, tokenizer)
         check_loss_on(config, sources)
         self._sources = sources
         self._corpora = {source.key: source.corpus for source in sources}
@@ -124,11 +123,11 @@ class BatchReader:
         self._check_length(step)
 
     def warnings(self) -> list[str]:
-        """What the owner should know of the loss and of conversations, a line each."""
+        """What the owner should know about the loss and about conversations, one line each."""
         return data_warnings(self.config, self._sources)
 
     def describe_answers(self) -> list[str]:
-        """A line about the answers of each source that holds conversations."""
+        """Describe the answers of each source that holds conversations, in one line each."""
         return [
             f"{source.key}: {line}"
             for source in self._sources
@@ -137,7 +136,7 @@ class BatchReader:
         ]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the order of the data."""
+        """What a checkpoint keeps about the order of the data."""
         return self.history.to_json()
 
     def mixture(self, sample: int) -> Mixture:
@@ -146,7 +145,7 @@ class BatchReader:
         return self._mixtures.get(entry.first_sample) or self._open_mixture(entry)
 
     def sample(self, index: int) -> PackedSample:
-        """One sample of the run.
+        """Read one sample of the run.
 
         Args:
             index: Counted from the start of the run, >= 0.
@@ -179,7 +178,7 @@ class BatchReader:
         return PackedSample(tokens, labels, counts, part, packed, mixture.source_names)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples with these indices as one batch, in order."""
+        """Read the samples with these indices as one batch, in their order."""
         samples = [self.sample(index) for index in indices]
         labels = np.stack([sample.labels for sample in samples])
         part_BS = np.stack([sample.part for sample in samples])
@@ -199,8 +198,10 @@ class BatchReader:
         )
 
     def _document_mask(self, samples: Sequence[PackedSample]) -> torch.Tensor:
-        """Causal, and closed at each part: filled by rectangles, twice as fast as comparing
-        each token with each."""
+        """A causal mask that ends at each part.
+
+        It is filled rectangle by rectangle, twice as fast as comparing each token with each other.
+        """
         size = self.config.model.seq_length
         mask_BSS = self._later_SS.repeat(len(samples), 1, 1)
         for mask_SS, sample in zip(mask_BSS, samples, strict=True):
@@ -226,17 +227,17 @@ class BatchReader:
     ) -> list[list[int]]:
         """Sample indices of each micro-batch of one rank in one step.
 
-        The samples of a step are dealt out in order: the first micro-batch of rank 0, of rank 1,
-            ..., then the second.
-        The ranks together have each sample of the step once, whatever the layout.
+        The samples of a step are dealt out in order: to the first micro-batch of rank 0, of rank 1,
+        and so on, then to the second ones. Together the ranks have each sample of the step once,
+        whatever the layout.
 
         Args:
             step: The update that reads them, counted from 1.
             data_parallel_rank: In [0, data_parallel_size).
-            data_parallel_size: Ranks that share the global batch.
+            data_parallel_size: Number of ranks that share the global batch.
 
         Raises:
-            ConfigError: When the global batch cannot be dealt out evenly.
+            ConfigError: The global batch cannot be dealt out evenly.
         """
         training = self.config.training
         together = training.micro_batch_size * data_parallel_size
@@ -244,7 +245,7 @@ class BatchReader:
         if size % together:
             raise ConfigError(
                 "training.global_batch_size",
-                f"{size} is no multiple of {together} (micro_batch_size "
+                f"{size} is not a multiple of {together} (micro_batch_size "
                 f"{training.micro_batch_size} x {data_parallel_size} data-parallel ranks)",
                 f"Choose a multiple of {together}",
             )
@@ -260,19 +261,19 @@ class BatchReader:
         return mixture
 
     def _corpus(self, key: str, record: SourceSnapshot) -> Corpus:
-        """The files of a source, also of one that is not in the config any more."""
+        """The files of a source, even if the config no longer lists it."""
         if key not in self._corpora:
             try:
                 file = open_token_file(record.prefix, self._tokenizer)
             except DataError as error:
-                what = f"the run read {key}, which the config does not name: {error.what}"
+                what = f"the run has read {key}, which the config no longer lists: {error.what}"
                 remedy = "Put its files back until the run has been saved with its new mixture"
                 raise ConfigError("data", what, remedy) from error
             self._corpora[key] = TokenFileCorpus(file)
         return self._corpora[key]
 
     def _check_length(self, step: int) -> None:
-        """See that sources with a limited number of epochs reach to the last step."""
+        """Check that sources with a limited number of epochs last until the last step."""
         steps = self.config.training.steps
         weights = self.history.entries[-1].weights
         if step >= steps or all(s.epochs is None for s in (*weights.stage1, *weights.stage2)):
@@ -283,8 +284,8 @@ class BatchReader:
         except ExhaustedError as error:
             size = self.config.training.global_batch_size
             reached = step + (error.samples - self.history.first_sample(step)) // size
-            what = f"its sources are exhausted after step {reached:,} of {steps:,}"
-            remedy = f"Let one repeat, or set training.steps to at most {reached}"
+            what = f"all sources are exhausted after step {reached:,} of {steps:,}"
+            remedy = f"Let one of them repeat, or set training.steps to at most {reached}"
             raise ConfigErrors([ConfigError("data", what, remedy)]) from error
 
 
@@ -295,10 +296,12 @@ _COLUMNS = ("epoch", "document", "start", "stop", "length")
 def read_ahead(
     reader: BatchReader, steps_done: int, data_parallel_rank: int, data_parallel_size: int
 ) -> Iterator[Iterator[list[Batch]]]:
-    """The micro-batches of one rank, step by step; the next step's are read in a thread meanwhile.
+    """Read the micro-batches of one rank step by step, each while the step before it runs.
+
+    A thread reads the next step.
 
     Args:
-        reader: Not to be read by anyone else until the context is left.
+        reader: Nothing else may use it until the context is left.
         steps_done: Steps before the first one to read; the last one is the config's.
         data_parallel_rank: See ``BatchReader.indices_for``.
         data_parallel_size: The same.
@@ -334,55 +337,3 @@ def _read_history(state: Mapping[str, Any]) -> MixtureHistory:
             f"its order of the data cannot be read ({error})",
             "Resume with the version that wrote it",
         ) from error
-
-
-def _open_sources(config: Config, tokenizer: Tokenizer) -> list[DataSource]:
-    """All sources of the config, stage 1 first.
-
-    Raises:
-        ConfigErrors: Of all that cannot be used.
-    """
-    found: list[DataSource] = []
-    problems: list[ConfigError] = []
-    for stage, listed in ((1, config.data.stage1), (2, config.data.stage2)):
-        for i, source in enumerate(listed):
-            where = f"data.stage{stage}[{i}]"
-            try:
-                file = _open(where, source, config.model.seq_length, tokenizer)
-            except ConfigError as problem:
-                problems.append(problem)
-                continue
-            key = _key(source, [other.key for other in found])
-            found.append(DataSource(key, stage, where, source, TokenFileCorpus(file)))
-    if problems:
-        raise ConfigErrors(problems)
-    return found
-
-
-def _key(source: SourceConfig, taken: Sequence[str]) -> str:
-    """The name of a source; one that is listed twice without a name is told apart by a number."""
-    name = source.name or str(Path(source.prefix))
-    key, number = name, 1
-    while key in taken:
-        number += 1
-        key = f"{name}#{number}"
-    return key
-
-
-def _open(where: str, source: SourceConfig, seq_length: int, tokenizer: Tokenizer) -> TokenFile:
-    try:
-        file = open_token_file(source.prefix, tokenizer)
-    except DataError as error:
-        raise ConfigError(
-            f"{where}.prefix", f"{error.where}: {error.what}", error.remedy
-        ) from error
-    info = file.info
-    longest = -(-info.image_tokens // info.images) if info.images else 0
-    if longest > seq_length:
-        what = (
-            f"an image of {source.prefix} has {longest} tokens, more than a sequence: "
-            f"model.seq_length is {seq_length}"
-        )
-        remedy = f"Choose a model.seq_length of at least {longest}"
-        raise ConfigError(f"{where}.prefix", what, remedy)
-    return file

@@ -1,68 +1,37 @@
 """The mixtures of a run, one after the other: what a checkpoint keeps of the order of the data.
 
-A run that is resumed with another mixture goes on with it from the sample at which it is resumed.
+A run that is resumed with another mixture uses the new one from the sample at which it is resumed.
 The history keeps each mixture with its first sample, and where each source stood then: its position
-in its stream, and the parts of documents that the block in progress had taken and not used yet. So
-every sample of the run can be computed again, and no document of a source is repeated or skipped by
-an edit. A source is known by its name, or by its prefix if it has none: not by its place in the
-list, which may change.
+in its stream, and the document parts that the block in progress had taken but not used yet. So
+every sample of the run can be computed again, and an edit repeats or skips no document of a source.
 
-What the order does not depend on may change freely: the number of processes, the micro-batch, and
-the global batch, whose sizes the history keeps too.
+The number of processes and the micro-batch size may change freely, because the order does not
+depend on them. Neither does it depend on the global batch size, but the history keeps each size
+that the run has had, because they tell which samples belong to a step.
 """
 
-import hashlib
 import math
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.mixture.corpus import Corpus
-from megatron_chameleon.data.mixture.mixture import (
-    BLOCK_SEQUENCES,
-    Mixture,
-    MixtureWeights,
-    SourceWeight,
+from megatron_chameleon.data.mixture.mixture import BLOCK_SEQUENCES, Mixture
+from megatron_chameleon.data.mixture.phases import MixtureWeights, SourceWeight
+from megatron_chameleon.data.mixture.sources import (
+    DataSource,
+    SourceSnapshot,
+    check_known_sources,
+    move_snapshot,
+    read_backlog,
+    take_snapshots,
 )
-from megatron_chameleon.data.mixture.stream import Cursor, DocumentParts, SourceStream
+from megatron_chameleon.data.mixture.stream import Cursor, SourceStream
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 FORMAT = "megatron_chameleon.order/1"
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """A source of the config, opened."""
-
-    key: str
-    """Its name or prefix."""
-    stage: int
-    """1 or 2."""
-    where: str
-    """Its place in the config, for errors: ``data.stage1[0]``."""
-    config: SourceConfig
-    corpus: Corpus
-
-
-@dataclass(frozen=True)
-class SourceSnapshot:
-    """A source when a mixture began."""
-
-    prefix: str
-    stream: int
-    """Tells its order from those of others."""
-    tokens: int
-    documents: int
-    image_first: float | None
-    position: int = 0
-    """Tokens from the start of its stream."""
-    backlog: tuple[tuple[int, int, int, int], ...] = ()
-    """Parts of documents that come before that position: epoch, document, start, stop."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +41,22 @@ class MixtureEntry:
     first_sample: int
     weights: MixtureWeights
     sources: dict[str, SourceSnapshot]
-    """Also those that the mixture does not use any more."""
+    """By key, including those that the mixture no longer uses."""
     block_sequences: int
 
     def same_mixture(self, other: "MixtureEntry") -> bool:
-        """Whether both give the same samples, but for where stage 2 begins."""
+        """Whether both give the same samples, apart from where stage 2 begins."""
         return self._what_counts() == other._what_counts()
 
     def _what_counts(self) -> object:
         weights = replace(self.weights, stage1_samples=0)
-        used = {share.key for share in (*weights.stage1, *weights.stage2)}
+        used = {source.key for source in (*weights.stage1, *weights.stage2)}
         return weights, {key: self.sources[key].image_first for key in sorted(used)}
 
 
 @dataclass(frozen=True)
 class BatchSize:
-    """From a step on, so many sequences a step."""
+    """The global batch size from one step of the run on."""
 
     first_step: int
     first_sample: int
@@ -96,22 +65,23 @@ class BatchSize:
 
 @dataclass(frozen=True)
 class MixtureHistory:
-    """All mixtures and batch sizes of a run, the last of each being in use."""
+    """All mixtures and batch sizes of a run; the last of each is in use."""
 
     seed: int
     seq_length: int
     isolated: bool
+    """Whether attention ends at the borders of documents."""
     entries: tuple[MixtureEntry, ...]
     batches: tuple[BatchSize, ...]
     format: str = field(default=FORMAT)
 
     def first_sample(self, step: int) -> int:
-        """The first sample of a step, counted from 0: what was consumed before it."""
+        """The first sample of a step, counted from 0: the number of samples consumed before it."""
         batch = next(b for b in reversed(self.batches) if b.first_step <= step)
         return batch.first_sample + (step - batch.first_step) * batch.global_batch_size
 
     def batch_size(self, step: int) -> int:
-        """Sequences of a step."""
+        """Number of sequences of a step."""
         return next(b for b in reversed(self.batches) if b.first_step <= step).global_batch_size
 
     def entry(self, sample: int) -> MixtureEntry:
@@ -119,28 +89,49 @@ class MixtureHistory:
         return next(e for e in reversed(self.entries) if e.first_sample <= sample)
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The history as a checkpoint stores it."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "MixtureHistory":
-        """What ``to_json`` gave; ``KeyError``, ``TypeError`` or ``ValueError`` if it is not."""
+        """Read what ``to_json`` returned.
+
+        Raises:
+            KeyError, TypeError or ValueError: The record is something else.
+        """
         values = dict(record)
         if values["format"] != FORMAT:
             raise ValueError(f"the format is {values['format']!r}")
-        values["entries"] = tuple(_entry(entry) for entry in values["entries"])
+        values["entries"] = tuple(_entry_from_json(entry) for entry in values["entries"])
         values["batches"] = tuple(BatchSize(**batch) for batch in values["batches"])
         return cls(**values)
 
 
+def _entry_from_json(record: Mapping[str, Any]) -> MixtureEntry:
+    values, weights = dict(record), dict(record["weights"])
+    for stage in ("stage1", "stage2"):
+        weights[stage] = tuple(SourceWeight(**source) for source in weights[stage])
+    values["weights"] = MixtureWeights(**weights)
+    values["sources"] = {
+        key: SourceSnapshot(**{**source, "backlog": tuple(map(tuple, source["backlog"]))})
+        for key, source in values["sources"].items()
+    }
+    return MixtureEntry(**values)
+
+
 def begin_history(config: Config, sources: Sequence[DataSource]) -> MixtureHistory:
-    """The history of a run that begins."""
+    """Begin the history of a new run.
+
+    Args:
+        config: Of the run.
+        sources: Its data sources.
+    """
     batches = (BatchSize(0, 0, config.training.global_batch_size),)
     return MixtureHistory(
         config.training.seed,
         config.model.seq_length,
         config.data.reset_attention,
-        (_new_entry(config, sources, _records(sources, {}), batches, 0),),
+        (_new_entry(config, sources, take_snapshots(sources, {}), batches, 0),),
         batches,
     )
 
@@ -152,39 +143,40 @@ def resume_history(
     step: int,
     open_mixture: Callable[[MixtureEntry], Mixture],
 ) -> MixtureHistory:
-    """The history of a run that goes on after ``step`` updates with this config.
+    """Continue the history of a run that resumes after ``step`` updates with this config.
 
     Args:
-        history: Of the checkpoint.
-        config: As it is now.
-        sources: Its sources.
-        step: Updates done.
+        history: The history in the checkpoint.
+        config: The config as it is now.
+        sources: Its data sources.
+        step: Number of updates done.
         open_mixture: Gives the samples of the mixture that was in use so far.
 
     Raises:
-        ConfigErrors: A source is not what it was, or the order cannot go on.
+        ConfigErrors: A source has changed, or the order cannot be continued with this config.
     """
     _check_same_order(history, config)
     old = history.entries[-1]
-    _check_sources(old, sources)
+    check_known_sources(old.sources, sources)
     sample = history.first_sample(step)
     batches = history.batches
     if history.batch_size(step) != config.training.global_batch_size:
         kept = (b for b in batches if b.first_step < step)
         batches = (*kept, BatchSize(step, sample, config.training.global_batch_size))
-    records = _records(sources, old.sources)
-    new = _new_entry(config, sources, records, batches, sample)
-    border = max(new.weights.stage1_samples, sample)
-    if old.weights.stage2 and sample > old.weights.stage1_samples:
-        border = old.weights.stage1_samples
+    snapshots = take_snapshots(sources, old.sources)
+    new = _new_entry(config, sources, snapshots, batches, sample)
     if new.same_mixture(old):
+        # Stage 2 cannot begin in the past, and stays where it has begun.
+        border = max(new.weights.stage1_samples, sample)
+        if old.weights.stage2 and sample > old.weights.stage1_samples:
+            border = old.weights.stage1_samples
         weights = replace(old.weights, stage1_samples=border)
-        old = replace(old, weights=weights, sources={**old.sources, **records})
+        old = replace(old, weights=weights, sources={**old.sources, **snapshots})
         return replace(history, entries=(*history.entries[:-1], old), batches=batches)
     cursors = open_mixture(old).cursors_at(sample)
     moved = {
-        key: _at(record, cursors[key]) if key in cursors else record
-        for key, record in records.items()
+        key: move_snapshot(snapshot, cursors[key]) if key in cursors else snapshot
+        for key, snapshot in snapshots.items()
     }
     new = replace(new, sources=moved)
     earlier = tuple(e for e in history.entries if e.first_sample < sample)
@@ -197,30 +189,29 @@ def open_mixture(
     corpora: Callable[[str, SourceSnapshot], Corpus],
     vocabulary: Vocabulary,
 ) -> Mixture:
-    """The samples of one mixture of the history.
+    """Open one mixture of a history, which gives its samples.
 
     Args:
-        history: The run's.
+        history: Of the run.
         entry: One of its mixtures.
-        corpora: Opens the files of a source, given its key.
+        corpora: Opens the files of a source, given its key and snapshot.
         vocabulary: Of the tokens.
     """
-    used = {share.key: None for share in (*entry.weights.stage1, *entry.weights.stage2)}
+    used = {source.key: None for source in (*entry.weights.stage1, *entry.weights.stage2)}
     cursors = {}
     for key in used:
-        record = entry.sources[key]
+        snapshot = entry.sources[key]
         stream = SourceStream(
-            corpora(key, record),
+            corpora(key, snapshot),
             vocabulary,
             history.seed,
-            record.stream,
+            snapshot.stream,
             history.seq_length,
             history.isolated,
-            record.image_first,
+            snapshot.image_first,
         )
-        cursors[key] = Cursor(
-            stream, record.position, _backlog_parts(stream.corpus, record.backlog)
-        )
+        backlog = read_backlog(stream.corpus, snapshot.backlog)
+        cursors[key] = Cursor(stream, snapshot.position, backlog)
     return Mixture(
         entry.weights,
         cursors,
@@ -232,7 +223,7 @@ def open_mixture(
 
 
 def stage1_steps(config: Config) -> int:
-    """Steps of the run that belong to stage 1, if all of its batches were of one size."""
+    """Number of steps that belong to stage 1 if all batches of the run have the same size."""
     if config.data.stage1_tokens is not None:
         tokens = config.training.global_batch_size * config.model.seq_length
         return min(config.training.steps, math.ceil(config.data.stage1_tokens / tokens))
@@ -242,10 +233,11 @@ def stage1_steps(config: Config) -> int:
 def _new_entry(
     config: Config,
     sources: Sequence[DataSource],
-    records: dict[str, SourceSnapshot],
+    snapshots: dict[str, SourceSnapshot],
     batches: tuple[BatchSize, ...],
     sample: int,
 ) -> MixtureEntry:
+    """The mixture of a config, from a sample on."""
     data = config.data
     if data.stage1_tokens is not None:
         border = math.ceil(data.stage1_tokens / config.model.seq_length)
@@ -265,114 +257,27 @@ def _new_entry(
         max(0, border) if data.stage2 else 0,
         data.packing_reserve,
     )
-    # a small corpus needs no large blocks: they would go through it many times
+    # A small corpus needs no large blocks: each would go through it many times.
     tokens = sum(source.corpus.tokens for source in sources)
     block_sequences = min(BLOCK_SEQUENCES, max(64, 8 * tokens // config.model.seq_length))
-    return MixtureEntry(sample, weights, records, block_sequences)
-
-
-def _records(
-    sources: Sequence[DataSource], known: Mapping[str, SourceSnapshot]
-) -> dict[str, SourceSnapshot]:
-    """Records of all sources, known ones as they were."""
-    records = dict(known)
-    for source in sources:
-        corpus = source.corpus
-        old = records.get(source.key)
-        if old is None:
-            taken = {record.stream for record in records.values()}
-            old = SourceSnapshot(
-                corpus.prefix, _stream_of(corpus, taken), corpus.tokens, corpus.documents, None
-            )
-        records[source.key] = replace(
-            old, prefix=corpus.prefix, image_first=source.config.image_first
-        )
-    return records
-
-
-def _stream_of(corpus: Corpus, taken: set[int]) -> int:
-    """A number that depends on what the files hold, not on where they lie or are listed."""
-    number = 0
-    while True:
-        key = struct.pack("<4Q", corpus.tokens, corpus.documents, corpus.images, number)
-        digest = hashlib.blake2b(key, digest_size=8).digest()
-        stream = int.from_bytes(digest, "little") >> 12  # exact in any reader of JSON
-        if stream not in taken:
-            return stream
-        number += 1
-
-
-def _at(record: SourceSnapshot, cursor: Cursor) -> SourceSnapshot:
-    parts = cursor.backlog
-    columns = (parts.epoch, parts.document, parts.start, parts.stop)
-    rows = np.stack(columns, axis=1).tolist()
-    return replace(record, position=cursor.base, backlog=tuple(tuple(row) for row in rows))
-
-
-def _backlog_parts(corpus: Corpus, backlog: Sequence[tuple[int, int, int, int]]) -> DocumentParts:
-    if not backlog:
-        return DocumentParts.join([])
-    epoch, document, start, stop = np.array(backlog, dtype=np.int64).T
-    lengths = [int(np.diff(corpus.starts(d, d + 1))[0]) for d in document.tolist()]
-    flags = [bool(corpus.stay_whole(d, d + 1)[0]) for d in document.tolist()]
-    return DocumentParts(epoch, document, start, stop, np.array(lengths), np.array(flags))
-
-
-def _entry(record: Mapping[str, Any]) -> MixtureEntry:
-    values, weights = dict(record), dict(record["weights"])
-    for stage in ("stage1", "stage2"):
-        weights[stage] = tuple(SourceWeight(**share) for share in weights[stage])
-    values["weights"] = MixtureWeights(**weights)
-    values["sources"] = {
-        key: SourceSnapshot(**{**source, "backlog": tuple(map(tuple, source["backlog"]))})
-        for key, source in values["sources"].items()
-    }
-    return MixtureEntry(**values)
+    return MixtureEntry(sample, weights, snapshots, block_sequences)
 
 
 def _check_same_order(history: MixtureHistory, config: Config) -> None:
-    """What no mixture may change."""
-    now = {
+    """Refuse changes of values on which the order of the whole run depends."""
+    values = {
         "training.seed": (config.training.seed, history.seed),
         "model.seq_length": (config.model.seq_length, history.seq_length),
         "data.reset_attention": (config.data.reset_attention, history.isolated),
     }
     problems = [
-        ConfigError(key, f"is {new} and was {old}", "Put the old value back, or train anew")
-        for key, (new, old) in now.items()
+        ConfigError(
+            key,
+            f"the run began with {old}, but the config now says {new}",
+            "Put the old value back, or start a new run",
+        )
+        for key, (new, old) in values.items()
         if new != old
     ]
-    if problems:
-        raise ConfigErrors(problems)
-
-
-def _check_sources(old: MixtureEntry, sources: Sequence[DataSource]) -> None:
-    """Refuse files that changed, and known files under an unknown name."""
-    problems = []
-    keys = {source.key for source in sources}
-    gone = {key: record for key, record in old.sources.items() if key not in keys}
-    for source in sources:
-        corpus, record = source.corpus, old.sources.get(source.key)
-        found = f"{corpus.documents:,} documents of {corpus.tokens:,} tokens"
-        if record is not None and (record.tokens, record.documents) != (
-            corpus.tokens,
-            corpus.documents,
-        ):
-            what = (
-                f"{corpus.prefix} holds {found}, and held {record.documents:,} of "
-                f"{record.tokens:,} when the run read it"
-            )
-            remedy = "Put the old files back, or give the source a name of its own to start it anew"
-            problems.append(ConfigError(f"{source.where}.prefix", what, remedy))
-        if record is not None or source.config.name:
-            continue
-        for key, other in gone.items():
-            if (other.tokens, other.documents) == (corpus.tokens, corpus.documents):
-                what = (
-                    f"{corpus.prefix} is unknown to the run, and holds the {found} that it "
-                    f"knows as {key}"
-                )
-                remedy = f"Add `name: {key}` to go on in it, or another name to start it anew"
-                problems.append(ConfigError(f"{source.where}.prefix", what, remedy))
     if problems:
         raise ConfigErrors(problems)

@@ -1,4 +1,4 @@
-"""What a step of a run saw: its samples, their documents, and the tokens of each kind and source.
+"""What a step of a run has read: its samples, their documents, its tokens by kind and source.
 
 Try: ``chameleon data audit CONFIG --step 1000``
 """
@@ -13,7 +13,7 @@ from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 KINDS = ("text", "image", "control", "padding")
-"""Image: codes and their begin and end tokens. Control: ``<s>``, ``</s>`` and separators."""
+"""Image: image codes with their begin and end tokens. Control: ``<s>``, ``</s>`` and separators."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class StepAudit:
     """Counted from 1, as in ``metrics.jsonl``."""
     stage: int
     epoch_of: dict[str, float]
-    """How often each source's documents had been gone through by the step's first sample's block:
-    1.5 is half of the second time."""
+    """How many times each source had been read when the block of the step's first sample began: 1.5
+    is in the middle of the second time."""
     samples: list[tuple[int, PackedSample]]
-    """Index and content of each."""
+    """Index and content of each sample."""
     files: dict[str, str]
-    """Prefix of each source."""
+    """Prefix of each source's token file."""
 
 
 def audit_step(reader: BatchReader, step: int) -> StepAudit:
-    """Read a step again.
+    """Read again what a step has read.
 
     Args:
         reader: Of the run.
@@ -44,7 +44,7 @@ def audit_step(reader: BatchReader, step: int) -> StepAudit:
     """
     steps = reader.config.training.steps
     if not 1 <= step <= steps:
-        raise ConfigError("--step", f"{step}, but the run has {steps}", f"Give 1 to {steps}")
+        raise ConfigError("--step", f"the run has no step {step}", f"Give 1 to {steps}")
     first = reader.history.first_sample(step - 1)
     indices = range(first, first + reader.history.batch_size(step - 1))
     samples = [(index, reader.sample(index)) for index in indices]
@@ -62,7 +62,7 @@ def audit_step(reader: BatchReader, step: int) -> StepAudit:
 
 
 def kinds_of(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Index in ``KINDS`` of each token: int64, the same shape."""
+    """The kind of each token as an index into ``KINDS``: int64, the same shape."""
     kinds = np.zeros(token_ids.shape, dtype=np.int64)
     image = [vocabulary.begin_image, vocabulary.end_image]
     kinds[vocabulary.is_image_code(token_ids) | np.isin(token_ids, image)] = 1
@@ -73,7 +73,7 @@ def kinds_of(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def count_kinds(samples: Sequence[PackedSample], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    """Tokens of each kind by source, and of the padding: int64 [kinds]."""
+    """Count the tokens of each kind, int64 [kinds], by source and for the padding."""
     counts: dict[str, np.ndarray] = {}
     for sample in samples:
         kinds = kinds_of(sample.tokens, vocabulary)
@@ -90,7 +90,7 @@ def count_kinds(samples: Sequence[PackedSample], vocabulary: Vocabulary) -> dict
 
 
 def count_trained(samples: Sequence[PackedSample]) -> dict[str, int]:
-    """Labels that count in the loss, by source."""
+    """Count the labels that are in the loss, by source."""
     counts: dict[str, int] = {}
     for sample in samples:
         parts = np.bincount(sample.part[sample.in_loss], minlength=len(sample.packed.source))
@@ -101,19 +101,19 @@ def count_trained(samples: Sequence[PackedSample]) -> dict[str, int]:
 
 
 def format_audit(audit: StepAudit, vocabulary: Vocabulary, documents: int) -> str:
-    """The step for people.
+    """Format a step for people.
 
     Args:
         audit: The step.
         vocabulary: Of its tokens.
-        documents: How many lines of documents at most.
+        documents: Largest number of lines about documents.
     """
     lines = _document_lines(audit.samples, documents)
     return "\n".join([format_shares(audit, vocabulary), "", *lines])
 
 
 def format_shares(audit: StepAudit, vocabulary: Vocabulary) -> str:
-    """The step's samples, and its tokens by source and kind."""
+    """Format the samples of a step, and its tokens by source and kind."""
     samples = [sample for _, sample in audit.samples]
     first, last = audit.samples[0][0], audit.samples[-1][0]
     tokens = sum(len(sample.tokens) for sample in samples)
@@ -146,7 +146,7 @@ def _share_lines(
 def _document_lines(samples: list[tuple[int, PackedSample]], documents: int) -> list[str]:
     total = sum(len(sample.packed.source) for _, sample in samples)
     lines = [
-        f"{total:,} parts of documents; a document is counted from 0 in its file",
+        f"{total:,} parts of documents; documents are counted from 0 in their file",
         f"{'sample':>10} {'document':>12} {'epoch':>5} {'tokens of the document':>24}  source",
     ]
     for index, sample in samples:

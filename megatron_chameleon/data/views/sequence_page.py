@@ -1,7 +1,7 @@
-"""Look into a mixture: its sources and stages as a table, packed sequences of a step as HTML.
+"""Looks into a mixture: its sources and stages as a table, the packed sequences of a step as HTML.
 
-The colours are the tokens' kinds; a bar above each sequence shows where its documents lie and how
-much of it is text, image, control and padding.
+Colours tell the kinds of tokens apart. A bar above each sequence shows where its documents lie and
+how much of it is text, images, control tokens and padding.
 
 Try: ``chameleon inspect CONFIG --html sequences.html``
 """
@@ -36,7 +36,7 @@ section { border-left: .4rem solid #ddd; margin: .4rem 0; padding-left: .6rem }
 
 
 def mixture_summary(reader: BatchReader) -> str:
-    """Sources, their sizes and modalities, and what each stage takes of them, for people."""
+    """Describe the sources, their sizes, and what each stage takes from them, for people."""
     config, history = reader.config, reader.history
     samples = history.first_sample(config.training.steps)
     first = history.entries[-1].first_sample
@@ -69,17 +69,17 @@ def mixture_summary(reader: BatchReader) -> str:
 def write_sequence_page(
     path: Path, audit: StepAudit, reader: BatchReader, tokenizer: Tokenizer, sequences: int
 ) -> int:
-    """Write sequences of a step as one HTML page with nothing outside it.
+    """Write sequences of a step as one self-contained HTML page.
 
     Args:
-        path: The page; an older one is replaced when the new one is whole.
+        path: The page; an older one is replaced when the new one is complete.
         audit: The step.
         reader: Of the run.
-        tokenizer: Decodes them; without an image half, images appear as their codes.
-        sequences: How many at most.
+        tokenizer: Decodes them; without an image tokenizer, images appear as their codes.
+        sequences: Largest number of sequences on the page.
 
     Returns:
-        How many were written.
+        The number of sequences written.
     """
     chosen = audit.samples[:sequences]
     articles = [_article(index, sample, tokenizer) for index, sample in chosen]
@@ -110,8 +110,8 @@ def _article(index: int, sample: PackedSample, tokenizer: Tokenizer) -> str:
             f"tokens {parts.start[i]} to {parts.stop[i] - 1} of {parts.length[i]}"
         )
         here = sample.part == i
-        trained = np.append(False, sample.in_loss[:-1])[here]  # a label is the token behind
-        trained[0] = len(trained) == 1 or trained[1]  # the first token is nobody's label
+        trained = np.append(False, sample.in_loss[:-1])[here]  # a label is the next token
+        trained[0] = len(trained) == 1 or trained[1]  # the first token is not a label itself
         content = render_tokens(sample.tokens[here], tokenizer, trained)
         sections.append(f"<section><header>{html.escape(where)}</header>{content}</section>")
     head = f"<header>sample {index} · {len(sections)} parts of documents · {shares}</header>"
@@ -119,7 +119,7 @@ def _article(index: int, sample: PackedSample, tokenizer: Tokenizer) -> str:
 
 
 def _bar(part: np.ndarray, kinds: np.ndarray) -> str:
-    """A strip of the sequence, each run of one kind in one document as wide as it is long."""
+    """Draw a sequence as a strip: each run of one kind in one document as wide as it is long."""
     is_new = (np.diff(part) != 0) | (np.diff(kinds) != 0)
     borders = [0, *(np.flatnonzero(is_new) + 1).tolist(), len(kinds)]
     stripes = []

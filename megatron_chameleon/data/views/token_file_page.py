@@ -1,8 +1,8 @@
-"""Look into a token file: a summary for the terminal, documents as one self-contained HTML page.
+"""Looks into a token file: a summary for the terminal, documents as a self-contained HTML page.
 
-What the page shows is decoded from the token ids, images too: it is what the model will see. A
-token's id and name appear when the mouse rests on it. What is not trained, the prompts of
-conversations, is grey.
+Everything on the page is decoded from the token ids, including the images: it is what the model
+will see. The id and name of a token appear when the mouse rests on it. The prompts of
+conversations, which are not trained, are grey.
 
 Try: ``chameleon inspect PREFIX --html documents.html``
 """
@@ -28,7 +28,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"
 """What sentencepiece writes for a space."""
 MOST_LENGTHS = 10_000_000
-"""Of more documents, the histogram counts every second, third, ... one."""
+"""If there are more documents, the histogram counts only every second, third, ... of them."""
 MOST_SOURCES_SHOWN = 20
 
 PAGE = """<!DOCTYPE html>
@@ -53,7 +53,7 @@ span:nth-of-type(even) {{ background: #eef4fb }} span:hover {{ background: #ffe0
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens of one kind."""
+    """Consecutive tokens of one kind."""
 
     kind: str
     """text, image (the codes of one image) or control."""
@@ -61,7 +61,7 @@ class Segment:
 
 
 def segments(token_ids: np.ndarray, vocabulary: Vocabulary) -> Iterator[Segment]:
-    """Split a document into runs of text, runs of image codes and single control tokens."""
+    """Split a document into stretches of text, images' codes and single control tokens."""
     control = [
         vocabulary.bos,
         vocabulary.pad,
@@ -81,7 +81,7 @@ def segments(token_ids: np.ndarray, vocabulary: Vocabulary) -> Iterator[Segment]
 
 
 def token_file_summary(prefix: str, info: TokenFileInfo, lengths: np.ndarray) -> str:
-    """Counts and a histogram of document lengths, for people.
+    """Describe a token file for people: its totals and a histogram of document lengths.
 
     Args:
         prefix: Name of the token file.
@@ -96,7 +96,7 @@ def token_file_summary(prefix: str, info: TokenFileInfo, lengths: np.ndarray) ->
         *describe_answers(info),
         f"vocabulary: {info.vocab_size:,} ids, stored as {info.dtype}, tokenizer {info.tokenizer}",
         f"dropped documents: {dropped or 'none'}",
-        f"tokens a document: {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}",
+        f"tokens per document: {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}",
         *_histogram(lengths),
         *_sources(info),
     ]
@@ -125,17 +125,17 @@ def _sources(info: TokenFileInfo) -> Iterator[str]:
 def write_token_file_page(
     path: str | Path, token_file: TokenFile, tokenizer: Tokenizer, start: int, documents: int
 ) -> int:
-    """Write documents as one HTML page with nothing outside it.
+    """Write documents as one self-contained HTML page.
 
     Args:
-        path: The page; an older one is replaced when the new one is whole.
+        path: The page; an older one is replaced when the new one is complete.
         token_file: The documents.
-        tokenizer: Decodes them; without an image half, images appear as their codes.
+        tokenizer: Decodes them; without an image tokenizer, images appear as their codes.
         start: First document, counted from 0.
-        documents: How many at most.
+        documents: Largest number of documents on the page.
 
     Returns:
-        How many were written.
+        The number of documents written.
     """
     chosen = range(start, min(start + documents, len(token_file)))
     articles = [_article(position, token_file, tokenizer) for position in chosen]
@@ -152,7 +152,7 @@ def _article(position: int, token_file: TokenFile, tokenizer: Tokenizer) -> str:
     place = f" · {origin.input}:{origin.record}" if origin.input else ""
     share = 100 * token_file.image_spans(position)["length"].sum() / len(token_ids)
     head = f"document {position} · {origin.corpus_name}{place} · {len(token_ids)} tokens, "
-    head += f"{share:.0f}% of images"
+    head += f"{share:.0f}% of them of images"
     bar = f'<span class="share"><i style="width: {share:.0f}%"></i></span>'
     trained = None
     if len(spans := token_file.answer_spans(position)):
@@ -167,12 +167,12 @@ def _article(position: int, token_file: TokenFile, tokenizer: Tokenizer) -> str:
 def render_tokens(
     token_ids: np.ndarray, tokenizer: Tokenizer, trained: np.ndarray | None = None
 ) -> str:
-    """A document or a part of it as HTML: text in spans, decoded images, control tokens by name.
+    """Render tokens as HTML: text in spans, decoded images, control tokens by their names.
 
     Args:
-        token_ids: int [tokens].
-        tokenizer: Decodes them; without an image half, images appear as their codes.
-        trained: Which tokens the loss is on, bool [tokens]; None for all.
+        token_ids: A document or a part of one, int [tokens].
+        tokenizer: Decodes them; without an image tokenizer, images appear as their codes.
+        trained: Which tokens the loss is computed on, bool [tokens]; None for all.
     """
     if trained is None or trained.all():
         return _render_run(token_ids, tokenizer)
@@ -200,7 +200,8 @@ def _render_run(token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
 
 
 def _text_spans(token_ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
-    """One span a token; byte tokens in a row share one, as only together they make a character."""
+    """One span per token; consecutive byte tokens share one, because only together do they make a
+    character."""
     waiting: list[int] = []
     for token_id in [*token_ids.tolist(), None]:
         name = "" if token_id is None else tokenizer.vocabulary.tokens[token_id]

@@ -52,7 +52,10 @@ def test_inspect_a_config(config: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data", "audit", "CONFIG", "--step", "6"], "--step: 6, but the run has 5. Give 1 to 5."),
+        (
+            ["data", "audit", "CONFIG", "--step", "6"],
+            "--step: the run has no step 6. Give 1 to 5.",
+        ),
         (["data", "audit", "CONFIG", "--step", "1", "--documents", "0"], "--documents: 0 is less"),
         (["data", "audit", "/none.yaml", "--step", "1"], "/none.yaml: no such config file"),
         (["inspect", "CONFIG", "--html", "UNDER"], "UNDER: cannot be written (File exists)"),

@@ -141,7 +141,7 @@ def test_every_layout_deals_out_the_same_samples(config, tokenizer, micro, size)
 def test_global_batch_that_cannot_be_dealt_out(config, tokenizer):
     config.training.micro_batch_size = 3
     reader = BatchReader(config, tokenizer)
-    message = r"global_batch_size: 8 is no multiple of 6 \(micro_batch_size 3 x 2 data-parallel"
+    message = r"global_batch_size: 8 is not a multiple of 6 \(micro_batch_size 3 x 2 data-parallel"
     with pytest.raises(ConfigError, match=message):
         reader.indices_for(1, 0, 2)
 
@@ -196,16 +196,16 @@ def test_tokens_of_another_tokenizer(config, tokenizer, tmp_path):
 def test_sequence_too_short_for_an_image(config, tokenizer, images, tmp_path):
     config.model.seq_length = 5
     assert lines_of(config, tokenizer) == [
-        f"data.stage1[0].prefix: an image of {tmp_path}/one has 6 tokens, more than a sequence: "
-        "model.seq_length is 5. Choose a model.seq_length of at least 6."
+        f"data.stage1[0].prefix: an image of {tmp_path}/one has 6 tokens, more than "
+        "model.seq_length 5. Choose a model.seq_length of at least 6."
     ]
 
 
 def test_sources_that_do_not_last(config, tokenizer):
     config.data.stage1[0].repeat = 4  # 4 x 91 tokens: 23 sequences
     assert lines_of(config, tokenizer) == [
-        "data: its sources are exhausted after step 2 of 10. Let one repeat, or set training.steps "
-        "to at most 2."
+        "data: all sources are exhausted after step 2 of 10. Let one of them repeat, or set "
+        "training.steps to at most 2."
     ]
     config.data.stage1[0].repeat = 15
     config.data.stage2 = []

@@ -393,9 +393,11 @@ def test_the_loss_is_on_what_the_config_says(tmp_path, tokenizer, records, write
     assert 0 < marked.sum() < everything.sum()
     assert (everything >= marked).all()
     (warning,) = reader.warnings()
-    assert warning.startswith("data.stage1[0]: data.loss_on is all: the loss is on the prompts of")
+    assert warning.startswith(
+        "data.stage1[0]: data.loss_on is all, so the loss includes the prompts of"
+    )
     config.data.loss_on = "answers"
-    with pytest.raises(ConfigErrors, match=r"2 of the 6 documents of .*chat are no conversations"):
+    with pytest.raises(ConfigErrors, match=r"2 of the 6 documents of .*chat are not conversations"):
         BatchReader(config, tokenizer)
     write([record for record in records if "messages" in record])
     batch = BatchReader(config, tokenizer).batch(range(8))
@@ -411,9 +413,9 @@ def test_long_conversations_are_left_out_and_counted(tmp_path, tokenizer, record
     assert set(itertools.chain(*seen)) == {0, 1, 3, 4, 5}
     (warning,) = reader.warnings()
     assert warning.startswith("data.stage1[0]: 1 of 4 conversations (")
-    assert warning.endswith("are left out, such as chat.jsonl:3")
+    assert warning.endswith("are left out, for example chat.jsonl:3")
     write(records[2:3])
-    with pytest.raises(ConfigErrors, match=r"each of the 1 conversations of .* is longer than mod"):
+    with pytest.raises(ConfigErrors, match=r"all 1 conversations of .* are longer than mod"):
         BatchReader(config, tokenizer)
 
 

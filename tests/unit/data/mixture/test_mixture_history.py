@@ -208,9 +208,9 @@ def test_moved_files_want_their_name(config, tokenizer, tmp_path):
     move(tmp_path / "pairs", tmp_path / "moved")
     config.data.stage1[1].prefix = str(tmp_path / "moved")
     assert refused(reader, config, tokenizer) == [
-        f"data.stage1[1].prefix: {tmp_path}/moved is unknown to the run, and holds the 60 "
-        f"documents of 780 tokens that it knows as {tmp_path}/pairs. Add `name: {tmp_path}/pairs` "
-        "to go on in it, or another name to start it anew."
+        f"data.stage1[1].prefix: {tmp_path}/moved is new to the run, but holds the same 60 "
+        f"documents of 780 tokens as {tmp_path}/pairs, which is no longer listed. Add "
+        f"`name: {tmp_path}/pairs` to continue with it, or a new name to read it from the start."
     ]
     config.data.stage1[1].name = str(tmp_path / "pairs")
     reader = resumed(reader, config, tokenizer, 10)
@@ -225,8 +225,8 @@ def test_changed_files_are_refused(config, tokenizer, token_file, numbered):
     reader = BatchReader(config, tokenizer)
     token_file(numbered([9, 9]), "text")
     (line,) = refused(reader, config, tokenizer)
-    assert "text holds 2 documents of 18 tokens, and held 90 of " in line
-    assert line.endswith("or give the source a name of its own to start it anew.")
+    assert "text holds 2 documents of 18 tokens, but held 90 of " in line
+    assert line.endswith("or give the source a new name to read it from the start.")
 
 
 def test_files_of_the_old_mixture_are_needed_once_more(config, tokenizer, tmp_path):
@@ -236,8 +236,8 @@ def test_files_of_the_old_mixture_are_needed_once_more(config, tokenizer, tmp_pa
     with pytest.raises(ConfigError) as caught:
         resumed(reader, config, tokenizer, 10)
     assert str(caught.value).startswith(
-        f"data: the run read {tmp_path}/text, which the config does not name: the token file is "
-        "incomplete"
+        f"data: the run has read {tmp_path}/text, which the config no longer lists: the token file "
+        "is incomplete"
     )
 
 
@@ -246,8 +246,10 @@ def test_isolation_cannot_change(config, tokenizer):
     config.data.reset_attention = True
     config.model.seq_length = 64
     assert refused(reader, config, tokenizer) == [
-        "model.seq_length: is 64 and was 32. Put the old value back, or train anew.",
-        "data.reset_attention: is True and was False. Put the old value back, or train anew.",
+        "model.seq_length: the run began with 32, but the config now says 64. Put the old value "
+        "back, or start a new run.",
+        "data.reset_attention: the run began with False, but the config now says True. Put the old "
+        "value back, or start a new run.",
     ]
 
 

@@ -74,7 +74,7 @@ def test_the_table_names_files_documents_and_shares(config, tokenizer, tmp_path)
 def test_a_step_that_the_run_has_not(config, tokenizer):
     reader = BatchReader(config, tokenizer)
     for step in (0, 11):
-        with pytest.raises(ConfigError, match=f"--step: {step}, but the run has 10. Give 1 to 10"):
+        with pytest.raises(ConfigError, match=f"--step: the run has no step {step}. Give 1 to 10"):
             audit_step(reader, step)
 
 

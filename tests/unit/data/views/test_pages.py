@@ -65,7 +65,7 @@ def test_summary(tokenizer, token_file, numbered):
     file = token_file(numbered([4, 4, 4, 9]))
     text = token_file_summary("data/x", file.info, file.lengths)
     assert text.startswith("data/x: 4 documents, 21 tokens, 0 images\nimage tokens: 0 (0.0%)")
-    assert "tokens a document: 4 to 9, median 4" in text
+    assert "tokens per document: 4 to 9, median 4" in text
     assert [line.split()[3] for line in text.splitlines()[5:-1]] == ["3", "0", "0", "0", "0", "1"]
     assert text.splitlines()[-1] == (
         "source unknown: 4 documents, 21 tokens (100.0%), 0 images (0.0% of its tokens)"
@@ -82,4 +82,4 @@ def test_head_of_a_document_says_where_it_comes_from(tmp_path, tokenizer):
     write_token_file_page(tmp_path / "page.html", file, tokenizer, start=0, documents=1)
     (head,) = re.findall("<header>(.*?) <span", (tmp_path / "page.html").read_text())
     head = head.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    assert head == "document 0 · web & more · a<b>.jsonl:7 · 20 tokens, 90% of images"
+    assert head == "document 0 · web & more · a<b>.jsonl:7 · 20 tokens, 90% of them of images"
