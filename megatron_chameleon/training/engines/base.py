@@ -1,4 +1,4 @@
-"""The two training engines behind one interface; this is the only place that chooses."""
+"""The interface of the two training engines, and the only place that chooses between them."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ from megatron_chameleon.training.metrics.stragglers import StepClock
 
 
 class TrainingEngine(Protocol):
-    """Model, gradients, optimizer and schedule of one rank.
+    """The model, gradients, optimizer and schedule of one rank.
 
-    Every method but ``named_parameters`` is a collective: all ranks call it.
+    Every method except ``named_parameters`` is a collective: all ranks call it.
     """
 
     config: Config
@@ -33,10 +33,10 @@ class TrainingEngine(Protocol):
     def train_step(
         self, step: int, micro_batches: Sequence[Batch], *, update: bool = True
     ) -> dict[str, Any]:
-        """One step: gradients, update, schedule.
+        """Do one step: gradients, update, schedule.
 
-        The update is left out, and weights and moments stay as they are to the last bit, where the
-        loss or a gradient is not finite.
+        If the loss or a gradient is not finite, the update is left out, and weights and moments
+        stay as they are to the last bit.
 
         Args:
             step: The update being done, counted from 1.
@@ -44,13 +44,19 @@ class TrainingEngine(Protocol):
             update: False leaves the update out in any case.
 
         Returns:
-            The metrics of the whole job, the same on every rank; with ``"skipped": True`` where the
+            The metrics of the whole run, the same on every rank, with ``"skipped": True`` if the
             update was left out.
         """
 
     def repeat_pass(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """The forward and backward passes of a step once more, for whoever has put hooks on
-        ``parts``; nothing else comes of it."""
+        """Repeat the forward and backward passes of a step, for hooks on ``parts`` to watch.
+
+        It changes neither weights nor moments.
+
+        Args:
+            step: As in ``train_step``.
+            micro_batches: As in ``train_step``.
+        """
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of the parameters under their names in the whole model."""
@@ -59,17 +65,21 @@ class TrainingEngine(Protocol):
         """The state to save."""
 
     def restore(self, checkpoint: Path, step: int) -> None:
-        """Take over a checkpoint's state, saved by any engine and layout after ``step`` updates.
+        """Load the state of a checkpoint, which any engine and layout may have saved.
 
-        Weights and moments are the checkpoint's; learning rate, betas and the like are this
-        config's, so that a run can be continued with other values.
+        Weights and moments are the checkpoint's. Learning rate, betas and the like are this
+        config's, so that a run can continue with other values.
+
+        Args:
+            checkpoint: A whole one.
+            step: The last step that was done before it was saved.
 
         Raises:
             CheckpointError: It cannot be read.
         """
 
     def restore_weights(self, checkpoint: Path) -> None:
-        """Take over a checkpoint's weights only; moments and schedule begin anew.
+        """Load the weights of a checkpoint only; moments and schedule start from the beginning.
 
         Raises:
             CheckpointError: It cannot be read.
@@ -77,21 +87,21 @@ class TrainingEngine(Protocol):
 
 
 def check_installed(config: Config) -> None:
-    """See that the engine is installed, before anything is started.
+    """Check that the engine is installed, before anything is started.
 
     Raises:
-        ConfigError: DeepSpeed is not there or of an untested version.
+        ConfigError: DeepSpeed is missing, or its version has not been tested.
     """
     if config.engine.name == "deepspeed":
         check_deepspeed()
 
 
 def build_engine(config: Config, vocab_size: int, topology: Topology) -> TrainingEngine:
-    """The engine that ``engine.name`` asks for, at step 0.
+    """The engine that ``engine.name`` asks for, before its first step.
 
     Args:
         config: A checked config.
-        vocab_size: Tokens of the vocabulary.
+        vocab_size: Number of tokens in the vocabulary.
         topology: From ``create_topology``.
     """
     if config.engine.name == "deepspeed":

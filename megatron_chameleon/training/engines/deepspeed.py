@@ -1,7 +1,8 @@
 """The DeepSpeed engine: the same model and loss, with ZeRO in place of megatron-core's optimizer.
 
-ZeRO splits over the data-parallel ranks the optimizer state (stage 1), the gradients too (2) and
-the weights too (3). Tensor parallelism is megatron-core's, and DeepSpeed is told its groups.
+Over the data-parallel ranks, ZeRO splits the optimizer state (stage 1), also the gradients (stage
+2), and also the weights (stage 3). Tensor parallelism is megatron-core's; DeepSpeed gets its
+groups.
 """
 
 import math
@@ -41,7 +42,7 @@ class DeepSpeedEngine:
 
     Args:
         config: A checked config.
-        vocab_size: Tokens of the vocabulary.
+        vocab_size: Number of tokens in the vocabulary.
         topology: From ``create_topology``.
     """
 
@@ -51,7 +52,7 @@ class DeepSpeedEngine:
         (self.model,) = build_model(config, vocab_size, topology)
         self.monitor = Monitor([self.model])
         self.clock = StepClock()
-        # ZeRO 3 takes the weights apart, so their shapes are noted before
+        # ZeRO 3 takes the weights apart, so their shapes are noted first.
         self._state = ShardedState(self.model)
         _sum_shared_gradients(self.model, config)
         self.engine, *_ = deepspeed.initialize(
@@ -64,13 +65,13 @@ class DeepSpeedEngine:
 
     @property
     def parts(self) -> list[nn.Module]:
-        """The model, in one part."""
+        """The model, which has one part."""
         return [self.model]
 
     def train_step(
         self, step: int, micro_batches: Sequence[Batch], *, update: bool = True
     ) -> dict[str, Any]:
-        """One step; see ``TrainingEngine``."""
+        """Do one step; see ``TrainingEngine``."""
         start = time.perf_counter()
         grad_norm, updated, metrics = self._pass(step, micro_batches, update=update)
         metrics["grad_norm"] = grad_norm
@@ -82,22 +83,27 @@ class DeepSpeedEngine:
         return metrics
 
     def repeat_pass(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """Forward and backward once more; see ``TrainingEngine``."""
+        """Repeat a step's passes; see ``TrainingEngine``."""
         self._pass(step, micro_batches, update=False)
 
     def _pass(
         self, step: int, micro_batches: Sequence[Batch], *, update: bool
     ) -> tuple[float, bool, dict[str, Any]]:
-        """Gradients and update; the gradients' norm, whether it updated, and what was measured.
+        """Compute the gradients and update the weights.
 
         Every ZeRO stage drops gradients whose norm is not finite before it changes anything. So a
-        loss that is not finite is made to give such gradients; a step without update gets one.
+        loss that is not finite is made to give such gradients, and a step that is to make no
+        update gets one.
+
+        Returns:
+            The norm of the gradients, whether the weights were updated, and the other metrics.
         """
         training = self.config.training
         self.engine.train()
-        # DeepSpeed averages over the data-parallel ranks; the mean is over all unmasked tokens.
+        # DeepSpeed averages over the data-parallel ranks; the loss is a mean over all unmasked
+        # tokens.
         scale = self.topology.data_size / self._count_tokens(micro_batches)
-        spoiled = next(self.model.parameters()).register_hook(_spoil) if not update else None
+        nan_hook = next(self.model.parameters()).register_hook(_make_nan) if not update else None
         norm, updated, metrics = 0.0, False, {}
         numbers = self.topology.micro_batch_numbers(len(micro_batches))
         for number, whole_batch in zip(numbers, micro_batches, strict=True):
@@ -108,21 +114,22 @@ class DeepSpeedEngine:
                 batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels
             )
             loss = summed_loss(batch, output, training.z_loss, self.monitor)
-            self.clock.stop("backward, gradient reduction and update")  # ZeRO reduces in between
-            scale_or_nan = scale + 0 * loss.detach()  # nan where the loss is inf or nan
+            # ZeRO reduces gradients during the backward pass, so the clock stops before it.
+            self.clock.stop("backward, gradient reduction and update")
+            scale_or_nan = scale + 0 * loss.detach()  # NaN if the loss is infinite or NaN
             self.engine.backward(scale_or_nan * loss, scale_wrt_gas=False)
             if self.engine.is_gradient_accumulation_boundary():
                 metrics = asdict(self.monitor.finish_step(training.z_loss))
             norm, updated = self._step()
-        if spoiled is not None:
-            spoiled.remove()
+        if nan_hook is not None:
+            nan_hook.remove()
         return norm, updated, metrics
 
     def _step(self) -> tuple[float, bool]:
-        """Let DeepSpeed count the micro-batch, and update after the last.
+        """Let DeepSpeed count the micro-batch, and update after the last one.
 
         Returns:
-            The gradients' norm, and whether the weights were updated.
+            The norm of the gradients, and whether the weights were updated.
         """
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
@@ -132,14 +139,14 @@ class DeepSpeedEngine:
             return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
         norm = self._clip_gradients()
         is_finite = math.isfinite(norm)
-        if not is_finite:  # AdamW leaves alone what has no gradient
+        if not is_finite:  # AdamW does not touch parameters without a gradient
             for parameter in self.model.parameters():
                 parameter.grad = None
         self.engine.step()
         return norm, is_finite
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """What this rank has of the parameters; see ``TrainingEngine``."""
+        """This rank's part of the parameters; see ``TrainingEngine``."""
         for name, parameter in named_global_parameters(self.model):
             yield name, _own_part(parameter)
 
@@ -152,7 +159,7 @@ class DeepSpeedEngine:
         return max(tokens.item(), 1.0)
 
     def _clip_gradients(self) -> float:
-        """Without ZeRO, DeepSpeed clips fp32 gradients and tells nobody their norm."""
+        """Clip as DeepSpeed does without ZeRO, where it does not report the norm; returns it."""
         parameters = list(self.model.parameters())
         own = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p)]
         norm = get_grad_norm_fp32(
@@ -167,19 +174,19 @@ class DeepSpeedEngine:
         return self._state.snapshot(self.engine.optimizer)
 
     def restore(self, checkpoint: Path, step: int) -> None:
-        """Take over a checkpoint's state; see ``TrainingEngine``."""
+        """Load the state of a checkpoint; see ``TrainingEngine``."""
         updates = count_updates(checkpoint, step)
         self._state.restore(checkpoint, self.engine.optimizer, updates)
         self.scheduler.num_steps = 0
         self.scheduler.step(step)
 
     def restore_weights(self, checkpoint: Path) -> None:
-        """Take over weights only; see ``TrainingEngine``."""
+        """Load the weights only; see ``TrainingEngine``."""
         self._state.restore_weights(checkpoint, self.engine.optimizer)
 
 
 def _own_part(parameter: Any) -> Tensor:
-    """What this rank has of a parameter; under ZeRO 3 without the padding, which no one fills."""
+    """This rank's part of a parameter; under ZeRO 3 without the padding, which is never set."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter
     size = parameter.ds_tensor.numel()
@@ -188,11 +195,11 @@ def _own_part(parameter: Any) -> Tensor:
 
 
 def deepspeed_config(config: Config, model: nn.Module) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` is given as its JSON.
+    """The configuration that ``deepspeed.initialize`` expects.
 
     Args:
         config: A checked config.
-        model: This rank's part, whole.
+        model: This rank's part of the model, before ZeRO splits it.
     """
     training, engine = config.training, config.engine
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -216,7 +223,7 @@ def deepspeed_config(config: Config, model: nn.Module) -> dict[str, Any]:
     }
     if training.dtype == "bf16":
         values["bf16"] = {"enabled": True}
-        # as megatron-core's engine does: sums over micro-batches and ranks in fp32
+        # As in the megatron-core engine, sums over micro-batches and ranks are in fp32.
         values["data_types"] = {"grad_accum_dtype": "fp32"}
         values["communication_data_type"] = "fp32"
     return values
@@ -225,7 +232,7 @@ def deepspeed_config(config: Config, model: nn.Module) -> dict[str, Any]:
 class _ModelParallelUnit:
     """megatron-core's groups under the names that DeepSpeed asks for.
 
-    "Model parallel" is tensor parallel here: there is no pipeline under this engine.
+    "Model parallel" means tensor parallel here, because this engine has no pipeline.
     """
 
     get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
@@ -244,11 +251,12 @@ class _ModelParallelUnit:
 
 
 def _sum_shared_gradients(model: nn.Module, config: Config) -> None:
-    """Sum over the tensor-parallel ranks what each of them has only a part of.
+    """Sum gradients over the tensor-parallel ranks where each rank computes only a part of them.
 
-    That is the gradient of the norms, where the sequence is split, and of the QK-norms always: each
-    rank sees its own heads. megatron-core's engine does this in ``finalize_model_grads``; here it
-    happens before a gradient is accumulated, so that every ZeRO stage sees the sum.
+    These are the gradients of the norms if sequences are split, and those of the QK-norms always,
+    since each rank sees only its own heads. The megatron-core engine sums them in
+    ``finalize_model_grads``. Here it happens before a gradient is accumulated, so that every ZeRO
+    stage sees the sum.
     """
     if config.parallel.tensor_model_parallel_size == 1:
         return
@@ -259,7 +267,7 @@ def _sum_shared_gradients(model: nn.Module, config: Config) -> None:
             parameter.register_hook(partial(_sum_over, group))
 
 
-def _spoil(gradient: Tensor) -> Tensor:
+def _make_nan(gradient: Tensor) -> Tensor:
     return gradient * math.nan
 
 

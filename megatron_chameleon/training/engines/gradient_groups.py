@@ -1,7 +1,7 @@
-"""Gradient norms by groups of parameters: which part of the model makes the norm grow.
+"""Gradient norms by groups of parameters, to see which part of the model makes the norm grow.
 
-megatron-core tells the norm of all gradients only. Here one pass over the gradients gives both: a
-second one would cost as much as all else that the monitor does.
+megatron-core reports only the norm of all gradients. Here one pass over the gradients gives both; a
+second pass would cost as much as everything else that is measured.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_chameleon.parallel import platform
 
-# the first that a parameter's name contains
+# A parameter belongs to the first entry that its name contains.
 _GROUPS = (
     ("q_layernorm", "qk_norms"),
     ("k_layernorm", "qk_norms"),
@@ -27,11 +27,11 @@ GROUPS = tuple(dict.fromkeys(group for _, group in _GROUPS))
 
 
 class GradientGroups:
-    """Norms of the gradients that megatron-core's optimizer is about to use.
+    """The norms of the gradients that megatron-core's optimizer is about to use.
 
     Args:
         parts: This rank's parts of the model.
-        optimizer: megatron-core's, distributed or not.
+        optimizer: One of megatron-core's, distributed or not.
     """
 
     def __init__(self, parts: Sequence[nn.Module], optimizer: Any) -> None:
@@ -44,10 +44,13 @@ class GradientGroups:
                     self._parameters[group_of(name)].append(parameter)
 
     def squares(self) -> Tensor:
-        """Each group's sum of squares over the job, fp64, on the device: nothing waits for it here.
+        """Each group's sum of squares over the whole run.
 
-        Between the optimizer's ``prepare_grads`` and clipping, in place of ``get_grad_norm``. A
-        collective.
+        It is called between the optimizer's ``prepare_grads`` and clipping, in place of
+        ``get_grad_norm``. A collective.
+
+        Returns:
+            [groups] fp64 on the device. The host does not wait for it here.
         """
         squares = self._own_squares()
         group = self._optimizer.get_grad_stats_parallel_group()
@@ -56,7 +59,11 @@ class GradientGroups:
 
     @staticmethod
     def norms(squares: Tensor) -> tuple[float, dict[str, float]]:
-        """The norm of all gradients, and ``grad_norm_GROUP`` of every group, from ``squares``."""
+        """The norm of all gradients, and ``grad_norm_GROUP`` for each group.
+
+        Args:
+            squares: From ``squares``.
+        """
         found = squares.tolist()
         norms = {f"grad_norm_{name}": x**0.5 for name, x in zip(GROUPS, found, strict=True)}
         return sum(found) ** 0.5, norms
@@ -72,26 +79,26 @@ class GradientGroups:
             counts.append(len(known))
         if not found:
             return torch.zeros(len(GROUPS), dtype=torch.float64, device=platform.device())
-        # bf16 gradients would get norms of 8 bits
+        # In bf16 the norms would have 8 bits of precision.
         dtype = torch.float32 if found[0].dtype == torch.bfloat16 else None
         squares = torch.stack(torch._foreach_norm(found, dtype=dtype)).double().square()
         return torch.stack([part.sum() for part in squares.split(counts)])
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """What the optimizer is to use for a parameter; None if another rank has it."""
+        """The gradient that the optimizer will use for a parameter; None if another rank has it."""
         for member in self._members:
             places = getattr(member, "model_param_group_index_map", None)
-            if places is None:  # not distributed: fp32 copies of bf16 weights, or the weights
+            if places is None:  # not distributed: an fp32 copy of a bf16 weight, or the weight
                 return getattr(parameter, "main_param", parameter).grad
             if parameter in places:
                 group, place = places[parameter]
                 owned = member.param_groups[group]["params"][place]
-                # megatron-core's precision-aware optimizer keeps gradients of another dtype apart
+                # megatron-core's precision-aware optimizer keeps gradients of another dtype here.
                 decoupled = getattr(owned, "decoupled_grad", None)
                 return owned.grad if decoupled is None else decoupled
         return None
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter by its name."""
+    """The group that a parameter belongs to by its name."""
     return next(group for part, group in _GROUPS if part in name)

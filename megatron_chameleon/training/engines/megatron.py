@@ -45,7 +45,7 @@ class MegatronEngine:
 
     Args:
         config: A checked config.
-        vocab_size: Tokens of the vocabulary.
+        vocab_size: Number of tokens in the vocabulary.
         topology: From ``create_topology``.
     """
 
@@ -70,11 +70,11 @@ class MegatronEngine:
     def train_step(
         self, step: int, micro_batches: Sequence[Batch], *, update: bool = True
     ) -> dict[str, Any]:
-        """One step; see ``TrainingEngine``."""
+        """Do one step; see ``TrainingEngine``."""
         start = time.perf_counter()
         self.compute_gradients(step, micro_batches)
         overflows, squares = self._measure_gradients()
-        metrics = asdict(self.monitor.finish_step(self.config.training.z_loss))  # the first wait
+        metrics = asdict(self.monitor.finish_step(self.config.training.z_loss))  # the host waits
         metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         metrics["grad_norm"], of_groups = self.gradients.norms(squares)
         values = (metrics["loss"] or 0.0, metrics["grad_norm"])
@@ -88,32 +88,32 @@ class MegatronEngine:
 
     @torch.no_grad()
     def _measure_gradients(self) -> tuple[bool, Tensor]:
-        """Whether a scaled loss overflowed (fp16), and the gradients' squares, not waited for."""
+        """Whether a scaled loss overflowed (fp16), and the gradients' squares on the device."""
         return self.optimizer.prepare_grads(), self.gradients.squares()
 
     @torch.no_grad()
     def _update(self, norm: float) -> None:
-        """The rest of megatron-core's ``optimizer.step()``.
+        """The rest of megatron-core's ``optimizer.step()``: clipping and the update.
 
-        Its own steps update with whatever norm they found, unless the loss is scaled (fp16); done
-        in its parts, the step stops before what it cannot undo.
+        Unless the loss is scaled (fp16), megatron-core's own step updates whatever the norm is.
+        Called in its parts, the step can stop before the update, which cannot be undone.
 
         Args:
             norm: Of all gradients.
         """
-        limit = self.optimizer.config.clip_grad  # 0 or infinity for none
+        limit = self.optimizer.config.clip_grad  # 0 or infinity: no clipping
         for member in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             if 0 < limit < math.inf and (parameters := member.get_parameters()):
                 clip_grad_by_total_norm_fp32(parameters, limit, norm)
         self.optimizer.step_with_ready_grads()
 
     def repeat_pass(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """Forward and backward once more; see ``TrainingEngine``."""
+        """Repeat a step's passes; see ``TrainingEngine``."""
         self.compute_gradients(step, micro_batches)
         self.monitor.finish_step(self.config.training.z_loss)
 
     def compute_gradients(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """Forward and backward passes; the gradients are then those of the whole job's loss."""
+        """Run the forward and backward passes; gradients are then those of the whole run's loss."""
         numbers = self.topology.micro_batch_numbers(len(micro_batches))
         for part in self.parts:
             start_fp8_step(part)
@@ -133,7 +133,7 @@ class MegatronEngine:
         )
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """What megatron-core does behind the last backward pass: here ranks wait for each other."""
+        """What megatron-core does after the last backward pass, where ranks wait for each other."""
         self.clock.stop()
         finalize_model_grads(*args, **kwargs)
 
@@ -154,7 +154,7 @@ class MegatronEngine:
     def _loss(
         self, batch: Batch, output: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, dict]:
-        """Sum over unmasked tokens; megatron-core divides by their number in the global batch."""
+        """The sum over unmasked tokens; megatron-core divides it by the global batch's number."""
         loss = summed_loss(batch, output, self.config.training.z_loss, self.monitor)
         return loss, batch.loss_mask.sum().int(), {}
 
@@ -165,7 +165,7 @@ class MegatronEngine:
         return ShardedSnapshot({"model": model, "optimizer": optimizer})
 
     def restore(self, checkpoint: Path, step: int) -> None:
-        """Take over a checkpoint's state, saved by any engine and layout after ``step`` updates."""
+        """Load the state of a checkpoint; see ``TrainingEngine``."""
         stored = TrainingCheckpoint(checkpoint).names
         model, metadata = self._sharded_model(), self._checkpoint_metadata()
         updates = count_updates(checkpoint, step)
@@ -175,7 +175,7 @@ class MegatronEngine:
         self.scheduler.step(step)
 
     def restore_weights(self, checkpoint: Path) -> None:
-        """Take over weights only; see ``TrainingEngine``."""
+        """Load the weights only; see ``TrainingEngine``."""
         self._load_weights(checkpoint, TrainingCheckpoint(checkpoint).names, fp8_state=False)
         self.optimizer.reload_model_params()  # the fp32 copies of bf16 weights
 
@@ -183,7 +183,7 @@ class MegatronEngine:
         model = self._sharded_model()
         for part in model.values():
             for name, value in list(part.items()):
-                # Transformer Engine's scales; a checkpoint of another engine has none
+                # These are Transformer Engine's scales; other engines' checkpoints have none.
                 if name.endswith("_extra_state"):
                     if not fp8_state or getattr(value, "unique_key", "") not in stored:
                         del part[name]
@@ -191,10 +191,10 @@ class MegatronEngine:
                     value.key = weight_key(value.key, value.data.dtype, stored)
         loaded = load_sharded(checkpoint, model)
         for i, part in enumerate(self.parts):
-            part.load_state_dict(loaded[_part_key(i)], strict=False)  # all weights were asked for
+            part.load_state_dict(loaded[_part_key(i)], strict=False)  # no weight is missing
 
     def _sharded_model(self) -> dict[str, Any]:
-        """The weights as megatron-core's sharded tensors with global positions."""
+        """The weights as megatron-core's sharded tensors, with their global positions."""
         metadata = self._checkpoint_metadata()
         return {
             _part_key(i): part.sharded_state_dict(metadata=metadata)
@@ -222,8 +222,8 @@ def _wrap(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    # Later parts' gradients come first in the backward pass: only the first part's are worth
-    # reducing in several buckets (megatron-core's rule).
+    # The backward pass starts at the last part, so only the first part's gradients are worth
+    # reducing in several buckets. This is megatron-core's rule.
     later = part.vp_stage is not None and part.vp_stage > 0
     return DistributedDataParallel(transformer, ddp_config, wrapped, disable_bucketing=later)
 

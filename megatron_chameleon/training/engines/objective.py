@@ -1,4 +1,4 @@
-"""What both engines minimise, and what they measure of it."""
+"""The loss that both engines minimise."""
 
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
@@ -13,17 +13,17 @@ def summed_loss(
 ) -> Tensor:
     """Cross-entropy and weighted z-loss, summed over the unmasked tokens of a micro-batch.
 
-    The engine divides by the number of unmasked tokens in the whole global batch: micro-batches
-    have different numbers of them, so that a mean of their means would be another loss.
+    The engine divides by the number of unmasked tokens in the whole global batch. Micro-batches
+    have different numbers of them, so a mean of their means would be a different loss.
 
     Args:
         batch: On this process's device.
         output: What the model returned: cross-entropy, log(Z) and largest logit, each [B, S].
         z_loss: Weight of log(Z)^2.
-        monitor: Counts the micro-batch.
+        monitor: Takes in the micro-batch.
 
     Returns:
-        A scalar to go backward from.
+        A scalar, to call ``backward`` on.
     """
     cross_entropy, log_z, max_logit = output
     monitor.observe_loss(batch, cross_entropy.detach(), log_z.detach(), max_logit)
@@ -31,7 +31,7 @@ def summed_loss(
 
 
 def own_part(batch: Batch) -> Batch:
-    """The batch on this rank's device, and of each sequence what context parallelism gives it."""
+    """The batch on this rank's device; of each sequence, what context parallelism assigns to it."""
     tensors: dict[str, Tensor] = {
         name: _pinned(tensor).to(platform.device(), non_blocking=True)
         for name, tensor in vars(batch).items()
@@ -41,7 +41,9 @@ def own_part(batch: Batch) -> Batch:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """What a GPU can fetch without a wait: copied from pageable memory, a micro-batch would wait
-    for the one before it."""
-    # an expanded tensor cannot be pinned as it is
+    """The tensor in memory that a GPU can fetch without a wait.
+
+    A copy from pageable memory would wait for the micro-batch before it.
+    """
+    # An expanded tensor cannot be pinned as it is, hence the contiguous copy.
     return tensor.contiguous().pin_memory() if platform.has_gpu() else tensor

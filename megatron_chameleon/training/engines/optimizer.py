@@ -1,4 +1,4 @@
-"""Config -> megatron-core's AdamW and its learning-rate schedule. Source: paper, section 2.3."""
+"""AdamW and its learning-rate schedule for a config. Source: paper, section 2.3."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from megatron_chameleon.config.schema import Config
 
 
 def build_optimizer(config: Config, model_chunks: Sequence[nn.Module]) -> MegatronOptimizer:
-    """AdamW over the chunks of this rank, without weight decay on norms and biases."""
+    """megatron-core's AdamW for this rank's chunks, without weight decay on norms and biases."""
     values = config.optimizer
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -26,7 +26,7 @@ def build_optimizer(config: Config, model_chunks: Sequence[nn.Module]) -> Megatr
         adam_beta1=values.adam_beta1,
         adam_beta2=values.adam_beta2,
         adam_eps=values.adam_eps,
-        clip_grad=values.clip_grad or math.inf,  # megatron-core measures no norm where it is 0
+        clip_grad=values.clip_grad or math.inf,  # with 0, megatron-core does not compute the norm
         bf16=config.training.dtype == "bf16",
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
@@ -36,7 +36,7 @@ def build_optimizer(config: Config, model_chunks: Sequence[nn.Module]) -> Megatr
 
 
 def build_torch_adamw(config: Config, model: nn.Module) -> AdamW:
-    """The same AdamW as a torch optimizer of two groups, for DeepSpeed to split and to offload."""
+    """The same AdamW as a torch optimizer in two groups, which DeepSpeed can split and offload."""
     values, no_decay = config.optimizer, _no_decay()
     parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in model.named_parameters():
@@ -52,13 +52,13 @@ def build_torch_adamw(config: Config, model: nn.Module) -> AdamW:
         betas=(values.adam_beta1, values.adam_beta2),
         eps=values.adam_eps,
         weight_decay=values.weight_decay,
-        fused=True,  # one pass over the memory, on CPUs too, which is what an offload waits for
+        fused=True,  # one pass over the memory, also on CPUs, where an offloaded update runs
     )
 
 
 def _no_decay() -> ParamKey:
-    # megatron-core's own rule looks for vectors; the QK-norms' weights have a dimension for the
-    # group.
+    # megatron-core's own rule finds vectors only, and the weights of the QK-norms have a dimension
+    # for the group.
     vectors = ParamPredicate(name="vector", fn=lambda parameter: parameter.dim() == 1)
     return ParamKey(name=("*norm.weight", "*norm.bias"), predicate=vectors)
 
@@ -71,11 +71,11 @@ class HasParamGroups(Protocol):
 
 
 def build_scheduler(config: Config, optimizer: HasParamGroups) -> OptimizerParamScheduler:
-    """Linear warm-up, then the decay; one scheduler step is one optimizer update.
+    """Linear warm-up, then the decay. The schedule advances by one per training step.
 
-    The paper decays exponentially to 0 and gives no rate. ``exponential`` is megatron-core's curve
-    that falls from the peak at the end of the warm-up to exactly ``min_lr`` at the last step: ``2 *
-    0.5^(progress) - 1``.
+    The paper decays exponentially to 0 and gives no rate. ``exponential`` is megatron-core's curve,
+    which falls from the peak at the end of the warm-up to exactly ``min_lr`` at the last step:
+    ``2 * 0.5^(progress) - 1``.
     """
     values, steps = config.optimizer, config.training.steps
     exponential = values.lr_decay_style == "exponential"
