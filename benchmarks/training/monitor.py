@@ -28,7 +28,7 @@ from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.training.engines.gradient_groups import GradientGroups
 from megatron_chameleon.training.engines.megatron import MegatronEngine
 from megatron_chameleon.training.metrics.layers import LayerMonitor
-from megatron_chameleon.training.metrics.step_metrics import Monitor
+from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 
 SIZES = {
     "10.5M": Size(ModelConfig(8, 256, 688, 4, seq_length=256), 8192, 4),
@@ -40,8 +40,8 @@ FUNCTIONS: dict[tuple[type, str], str] = {
     (LayerMonitor, "_observe_output"): "layers' output norms",
     (LayerMonitor, "_observe_attention"): "attention logits",
     (GradientGroups, "squares"): GROUPS,
-    (Monitor, "observe_loss"): "losses, log(Z)",
-    (Monitor, "finish_step"): "reduction",
+    (StepMonitor, "observe_loss"): "losses, log(Z)",
+    (StepMonitor, "finish_step"): "reduction",
 }
 
 

@@ -28,7 +28,7 @@ from megatron_chameleon.parallel.topology import Topology, create_topology
 from megatron_chameleon.training.engines.megatron import MegatronEngine
 from megatron_chameleon.training.faults.hang import HangWatch
 from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard
-from megatron_chameleon.training.metrics.stragglers import StepClock, _gather
+from megatron_chameleon.training.metrics.stragglers import StepClock, gather_rank_times
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.skipped_steps import SkippedSteps
 
@@ -56,7 +56,9 @@ def watchdog_seconds(
         clock.take()
 
     inputs = RunInputs(config, None, None, None, SkippedSteps(), "never")  # type: ignore[arg-type]
-    guard = NonFiniteGuard(inputs, engine, topology, finish_saves=lambda: None, say=print)
+    guard = NonFiniteGuard(
+        inputs, engine, topology, finish_saves=lambda: None, say=print, warn=print
+    )
     metrics = {"loss": 1.0, "grad_norm": 1.0}
     logs = Path(config.logging.run_dir) / "logs"
     with HangWatch(config.training.hang_seconds, logs, 0, 1) as watch:
@@ -71,8 +73,8 @@ def watchdog_seconds(
     print(
         f"  the hang watch's thread restarts its timer every two seconds, in {timer * 1e6:.0f} us"
     )
-    window = cpu_seconds(lambda: _gather([1.0, 0.0], topology), calls)
-    return {**found, "ranks compared": window / WINDOW_STEPS}
+    compared = cpu_seconds(lambda: gather_rank_times([1.0, 0.0], topology), calls)
+    return {**found, "ranks compared": compared / WINDOW_STEPS}
 
 
 def update_ratio(engine: MegatronEngine, rounds: int) -> float:

@@ -48,7 +48,7 @@ def train_joined(inputs: RunInputs, stop_signals: StopSignals) -> bool:
             try:
                 return train_steps(run)
             except Rollback as rollback:
-                run.reporter.say(str(rollback))
+                run.reporter.warn(str(rollback))
                 run.roll_back_to(rollback.checkpoint)
 
 

@@ -86,7 +86,12 @@ class Run:
             Saver(checkpoints_folder(config), self.engine, self.reporter.say)
         )
         self.guard = NonFiniteGuard(
-            inputs, self.engine, topology, finish_saves=self.saver.wait, say=self.reporter.say
+            inputs,
+            self.engine,
+            topology,
+            finish_saves=self.saver.wait,
+            say=self.reporter.say,
+            warn=self.reporter.warn,
         )
 
     def _load(self, checkpoint: Path) -> int:

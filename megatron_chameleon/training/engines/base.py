@@ -12,7 +12,7 @@ from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel.deepspeed_setup import check_deepspeed, prepare_deepspeed
 from megatron_chameleon.parallel.launch import find_launch
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training.metrics.step_metrics import Monitor
+from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
 
 
@@ -23,7 +23,7 @@ class TrainingEngine(Protocol):
     """
 
     config: Config
-    monitor: Monitor
+    monitor: StepMonitor
     clock: StepClock
 
     @property

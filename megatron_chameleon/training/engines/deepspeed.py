@@ -30,7 +30,7 @@ from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.objective import own_part, summed_loss
 from megatron_chameleon.training.engines.optimizer import build_scheduler, build_torch_adamw
-from megatron_chameleon.training.metrics.step_metrics import Monitor
+from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
 from megatron_chameleon.training.run.skipped_steps import count_updates
 
@@ -50,7 +50,7 @@ class DeepSpeedEngine:
         self.config = config
         self.topology = topology
         (self.model,) = build_model(config, vocab_size, topology)
-        self.monitor = Monitor([self.model])
+        self.monitor = StepMonitor([self.model])
         self.clock = StepClock()
         # ZeRO 3 takes the weights apart, so their shapes are noted first.
         self._state = ShardedState(self.model)

@@ -35,7 +35,7 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.gradient_groups import GradientGroups
 from megatron_chameleon.training.engines.objective import own_part, summed_loss
 from megatron_chameleon.training.engines.optimizer import build_optimizer, build_scheduler
-from megatron_chameleon.training.metrics.step_metrics import Monitor
+from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
 from megatron_chameleon.training.run.skipped_steps import count_updates
 
@@ -53,7 +53,7 @@ class MegatronEngine:
         self.config = config
         self.topology = topology
         self.parts = build_model(config, vocab_size, topology)
-        self.monitor = Monitor(self.parts)
+        self.monitor = StepMonitor(self.parts)
         self.clock = StepClock()
         transformer = self.parts[0].config
         self.chunks = [_wrap(config, transformer, part) for part in self.parts]

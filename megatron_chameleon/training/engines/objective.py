@@ -5,11 +5,11 @@ from torch import Tensor
 
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.training.metrics.step_metrics import Monitor
+from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 
 
 def summed_loss(
-    batch: Batch, output: tuple[Tensor, Tensor, Tensor], z_loss: float, monitor: Monitor
+    batch: Batch, output: tuple[Tensor, Tensor, Tensor], z_loss: float, monitor: StepMonitor
 ) -> Tensor:
     """Cross-entropy and weighted z-loss, summed over the unmasked tokens of a micro-batch.
 

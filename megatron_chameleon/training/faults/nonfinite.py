@@ -48,7 +48,8 @@ class NonFiniteGuard:
         engine: The run's.
         topology: The place of this process.
         finish_saves: Waits until no checkpoint is being written; called before a rollback.
-        say: Takes a line for the user when an update was left out.
+        say: Takes a line for the user.
+        warn: Takes a warning for the user.
     """
 
     def __init__(
@@ -59,11 +60,12 @@ class NonFiniteGuard:
         *,
         finish_saves: Callable[[], None],
         say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self._inputs, self._engine, self._topology = inputs, engine, topology
         self._skipped = inputs.skipped_steps
         self._training = inputs.config.training
-        self._finish_saves, self._say = finish_saves, say
+        self._finish_saves, self._say, self._warn = finish_saves, say, warn
 
     def check(
         self,
@@ -129,11 +131,11 @@ class NonFiniteGuard:
         self._skipped.found.add(step)
         count = f"{len(found) + 1} of at most {limit}"
         if checkpoint is None:
-            self._say(f"warning: step {step}: {text}; its update was left out ({count})")
+            self._warn(f"step {step}: {text}; its update was left out ({count})")
             return
         raise Rollback(
             checkpoint,
-            f"warning: step {step}: {text}; the run goes back to {checkpoint} and leaves this step "
+            f"step {step}: {text}; the run goes back to {checkpoint} and leaves this step "
             f"out ({count})",
         )
 

@@ -1,10 +1,11 @@
-"""An alarm on the growth of the last layer's output norm, long before the loss diverges.
+"""Raise an alarm when the last layer's output norm grows, long before the loss diverges.
 
-The paper (section 2.3, figure 5a) shows that growth over 30,000 steps: from 2.5 to 5 in a stable
-run, from 4 to 25 without dropout and from 6 to 35 without QK-norm and dropout, both of which
-diverged later. What counts is the growth, not the norm, which depends on the model's size. While a
-model still learns fast, its norms grow for good reasons; so growth counts from where the loss's
-fall has slowed down. Plain arithmetic on metrics that every step has; nothing here imports torch.
+The paper (section 2.3, figure 5a) shows this growth over 30,000 steps: from 2.5 to 5 in a stable
+run, from 4 to 25 without dropout, and from 6 to 35 without QK-norm and dropout. The last two
+diverged later. What counts is the growth, not the norm itself, which depends on the model's size.
+While a model still learns fast, its norms grow for good reasons, so growth is measured from the
+point where the loss falls more slowly. This is plain arithmetic on metrics that every step has;
+nothing here imports torch.
 """
 
 import math
@@ -12,16 +13,16 @@ from dataclasses import dataclass
 from statistics import median
 
 DRIFT = 2.5
-"""Growth since the fast fall of the loss ended that raises the alarm: between the paper's 2 of a
-stable run and its 6 of those that diverged."""
+"""Growth, since the loss stopped falling fast, that raises the alarm. In the paper, a stable run
+grew 2-fold, and those that diverged 6-fold."""
 BURST = 3.0
-"""Growth within the last half of the steps so far that raises it at any time."""
+"""Growth within the second half of the steps so far that raises the alarm at any time."""
 FAST_FALL = 0.9
-"""The loss falls fast where it is below this share of what it was after half of the steps."""
+"""The loss falls fast if it is below this share of what it was after half of the steps."""
 FIRST_STEP = 50
-"""Before this, everything moves."""
+"""No alarm is raised before this step, because everything changes fast."""
 WINDOW = 0.1
-"""Medians are taken over this share of the steps so far."""
+"""Medians are taken over the last steps, this share of all steps so far."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class _Level:
 
 
 class DivergenceAlarm:
-    """Looks at every step's output norm and loss.
+    """Watches the output norm and the loss of every step.
 
-    It is told the steps in order, those before a resume too, so that a restart changes nothing.
+    It needs the steps in order, including those before a resume, so that a restart changes
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -67,13 +69,14 @@ class DivergenceAlarm:
         self._last_alarm_step = 0
 
     def observe(self, step: int, output_norm: float | None, loss: float | None) -> Alarm | None:
-        """Take in a step; the alarm if it is raised by it.
+        """Take in a step; returns the alarm if this step raises it.
 
-        After an alarm the next one needs the same growth again.
+        After an alarm, the next one needs the same growth again.
 
         Args:
-            step: Updates done, one more each time.
-            output_norm: Of ``metrics.jsonl``; None or not finite repeats the last one.
+            step: Counted from 1; one more each time.
+            output_norm: As in ``metrics.jsonl``. None, or a value that is not finite, counts as
+                the one before.
             loss: Likewise.
         """
         if self._first_step is None:

@@ -1,4 +1,4 @@
-"""A trace of some steps by torch's profiler, for chrome://tracing or Perfetto."""
+"""Record some steps with torch's profiler, for chrome://tracing or Perfetto."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from megatron_chameleon.parallel import platform
 
 
 class StepProfiler:
-    """Traces the steps of ``training.profile_steps`` into ``profile/`` of the run folder.
+    """Records the steps of ``training.profile_steps`` in ``profile/`` of the run folder.
 
     Args:
         config: A checked config.
-        rank: Rank 0 traces, and with ``training.profile_all_ranks`` every rank.
+        rank: Rank 0 records; with ``training.profile_all_ranks``, every rank does.
     """
 
     def __init__(self, config: Config, rank: int) -> None:
@@ -23,7 +23,7 @@ class StepProfiler:
         self._profile: Any = None
 
     def begin(self, step: int) -> None:
-        """Before step ``step``, counted from 1."""
+        """Start recording if this step, counted from 1, is the first one to record."""
         if self._steps is None or step != self._steps[0]:
             return
         from torch.profiler import ProfilerActivity, profile
@@ -35,7 +35,7 @@ class StepProfiler:
         self._profile.start()
 
     def end(self, step: int) -> Path | None:
-        """After step ``step``; the trace's path if it was the last one traced."""
+        """Write the trace if this step was the last one to record; returns its path."""
         if self._profile is None or self._steps is None or step < self._steps[1]:
             return None
         self._profile.stop()

@@ -1,4 +1,4 @@
-"""What a step measures: sums collected on each rank, means of the whole job by one reduction."""
+"""The metrics of a step: each rank collects sums, and one reduction gives the run's means."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from megatron_chameleon.training.metrics.layers import LayerMonitor
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Means over one step's global batch, of losses and log(Z) over its unmasked tokens.
+    """Means over the global batch of a step; those of losses and log(Z) are over unmasked tokens.
 
-    None where there were none.
+    A value is None if there was nothing to take the mean of.
     """
 
     loss: float | None
@@ -30,13 +30,13 @@ class StepMetrics:
     layer_output_norms: list[float | None]
 
 
-class Monitor:
+class StepMonitor:
     """Collects the sums of one optimizer step.
 
     Losses are counted on the last pipeline stage, equally on each of its tensor-parallel ranks, so
-    that one sum over the whole job keeps every ratio right. ``output_norm`` is the mean L2 norm of
-    a token's vector before the final norm, the growth of which predicts divergence long before the
-    loss does (paper, section 2.3, figure 5); ``layer_output_norms`` has the same of every layer.
+    a sum over all ranks keeps every ratio right. ``output_norm`` is the mean L2 norm of a token's
+    vector before the final norm. Its growth predicts divergence long before the loss does (paper,
+    section 2.3, figure 5). ``layer_output_norms`` has the same for every layer.
 
     Args:
         parts: This rank's parts of the model.
@@ -55,13 +55,13 @@ class Monitor:
         self._layers = LayerMonitor(parts)
         self._losses: list[Tensor] = []
         self.last_losses: list[Tensor] = []
-        """Summed cross-entropy of each of this rank's micro-batches of the last step, scalars on
-        its device; empty where the loss is not computed."""
+        """The summed cross-entropy of each of this rank's micro-batches in the last step, scalars
+        on its device. Empty on ranks that do not compute the loss."""
 
     def observe_loss(
         self, batch: Batch, cross_entropy: Tensor, log_z: Tensor, max_logit: Tensor
     ) -> None:
-        """Count one micro-batch; all tensors are [B, S]."""
+        """Add one micro-batch; all tensors are [B, S]."""
         with torch.no_grad():
             masks = torch.stack([batch.loss_mask, batch.loss_mask * batch.image_mask]).double()
             values = torch.stack([cross_entropy, torch.ones_like(log_z), log_z, log_z.square()])
@@ -76,7 +76,11 @@ class Monitor:
             self._max_logit = torch.maximum(self._max_logit, max_logit.max().double())
 
     def finish_step(self, z_loss_weight: float) -> StepMetrics:
-        """Reduce over the job, reset, and return the means. A collective: every rank calls it."""
+        """Reduce over all ranks, reset, and return the means. A collective: every rank calls it.
+
+        Args:
+            z_loss_weight: ``training.z_loss``.
+        """
         layers, norm_sums = self._layers, self._layers.norm_sums
         count = len(norm_sums)
         sums = torch.cat([self._sums, norm_sums, layers.rows])

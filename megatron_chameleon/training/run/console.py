@@ -1,9 +1,12 @@
-"""The progress of a run: a bar on a terminal, a line now and then in a log."""
+"""Show the progress of a run: a bar on a terminal, otherwise a line every few steps."""
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
+
+logger = logging.getLogger(__name__)
 
 
 def format_duration(seconds: float) -> str:
@@ -19,20 +22,20 @@ def format_duration(seconds: float) -> str:
 
 
 class Progress:
-    """Formats one line a step and estimates the time left from this process's own steps.
+    """Formats a line for a step, and estimates the time left from this process's own steps.
 
     Args:
-        first_step: Steps done before this process started.
+        steps_done: Steps that earlier processes of the run have done.
         steps: Steps of the whole run.
     """
 
-    def __init__(self, first_step: int, steps: int) -> None:
-        self._first_step = first_step
+    def __init__(self, steps_done: int, steps: int) -> None:
+        self._steps_done = steps_done
         self._steps = steps
         self._start = time.perf_counter()
 
     def line(self, step: int, metrics: Mapping[str, float | None]) -> str:
-        """The line for ``step`` updates done, with the metrics of the last one."""
+        """The line for a step that was just done, with its metrics."""
         width = len(str(self._steps))
         return (
             f"step {step:>{width}}/{self._steps}  loss {_number(metrics, 'loss', '.4f')} "
@@ -44,14 +47,14 @@ class Progress:
         )
 
     def short(self, step: int, metrics: Mapping[str, float | None]) -> str:
-        """What fits beside a bar."""
+        """The short form, for the right of a bar."""
         return (
             f"{step}/{self._steps} loss {_number(metrics, 'loss', '.4f')} {self._left(step)} left"
         )
 
     def _left(self, step: int) -> str:
         elapsed = time.perf_counter() - self._start
-        return format_duration(elapsed / (step - self._first_step) * (self._steps - step))
+        return format_duration(elapsed / (step - self._steps_done) * (self._steps - step))
 
 
 def _number(metrics: Mapping[str, float | None], key: str, form: str) -> str:
@@ -60,70 +63,86 @@ def _number(metrics: Mapping[str, float | None], key: str, form: str) -> str:
 
 
 class Console(Protocol):
-    """Where a run's words go."""
+    """Where a run shows what it does."""
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+    def warn(self, text: str) -> None:
+        """Show a line, marked as a warning. ``--quiet`` does not hide it."""
 
     def step(self, step: int, short: str, line: str | None) -> None:
-        """After a step: what fits beside a bar, and the line if it is one that a log shows."""
+        """Show that a step was done.
+
+        Args:
+            step: Counted from 1.
+            short: What fits beside a bar.
+            line: What a log shows, or None for a step that it does not show.
+        """
 
     def close(self) -> None: ...
 
 
-def open_console(first_step: int, steps: int, file: TextIO | None = None) -> Console:
-    """A bar where ``file`` (standard output) is a terminal, else plain lines.
+def open_console(steps_done: int, steps: int, file: TextIO | None = None) -> Console:
+    """A bar if ``file`` is a terminal and progress is to be shown, otherwise log lines.
 
     Args:
-        first_step: Steps done before this process.
+        steps_done: Steps that earlier processes of the run have done.
         steps: Steps of the whole run.
-        file: None for standard output.
+        file: Where the bar is drawn; None for standard output.
     """
     file = file or sys.stdout
-    return BarConsole(first_step, steps, file) if file.isatty() else LineConsole(file)
+    if file.isatty() and logger.isEnabledFor(logging.INFO):
+        return BarConsole(steps_done, steps, file)
+    return LineConsole()
 
 
 class LineConsole:
-    """Lines, each written at once.
-
-    Args:
-        file: Where to.
-    """
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    """Log lines, which the command line prints."""
 
     def say(self, text: str) -> None:
-        print(text, file=self._file, flush=True)
+        logger.info(text)
+
+    def warn(self, text: str) -> None:
+        # Among the other lines, so that a log shows when it was. Where those are hidden it still
+        # has to be seen.
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("warning: %s", text)
+        else:
+            logger.warning(text)
 
     def step(self, step: int, short: str, line: str | None) -> None:
         if line is not None:
             self.say(line)
 
     def close(self) -> None:
-        self._file.flush()
+        """Nothing is left to write."""
 
 
 class BarConsole:
-    """A bar at the bottom that every step moves, and the lines above it.
+    """A bar at the bottom of the screen that moves with every step, and lines above it.
 
     Args:
-        first_step: Steps done before this process.
+        steps_done: Steps that earlier processes of the run have done.
         steps: Steps of the whole run.
         file: A terminal.
     """
 
-    def __init__(self, first_step: int, steps: int, file: TextIO) -> None:
+    def __init__(self, steps_done: int, steps: int, file: TextIO) -> None:
         from rich import console, progress
 
         columns = (progress.BarColumn(), progress.TextColumn("{task.description}"))
         screen = console.Console(file=file, force_terminal=True, highlight=False)
-        # without rich's thread: it is redrawn when a step has ended
+        # It is redrawn when a step ends, so rich does not need its thread.
         self._bar: Any = progress.Progress(*columns, console=screen, auto_refresh=False)
-        self._task = self._bar.add_task("", total=steps, completed=first_step)
+        self._task = self._bar.add_task("", total=steps, completed=steps_done)
         self._bar.start()
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
 
     def step(self, step: int, short: str, line: str | None) -> None:
         if line is not None:

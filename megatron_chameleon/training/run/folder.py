@@ -1,8 +1,8 @@
 """The run folder: config, command, environment, metrics, alarms and ``checkpoints/``.
 
-Only rank 0 writes it. A step's metrics are one line, written when the step is done; a run that
-resumes at step k first drops the lines of steps after k, which it will do again, and a last line
-that a crash cut off. No second run writes at the same time: see ``run_lock.py``.
+Only rank 0 writes to it. The metrics of a step are one line, written when the step is done. A run
+that resumes after step k first drops the lines of later steps, which it will do again, and a last
+line that a crash cut off. ``lock.py`` keeps a second run from writing at the same time.
 """
 
 import json
@@ -42,15 +42,15 @@ METRICS = (
 
 
 def checkpoints_folder(config: Config) -> Path:
-    """Where the run's checkpoints lie."""
+    """The folder that holds the run's checkpoints."""
     return Path(config.logging.run_dir) / "checkpoints"
 
 
 def check_run_folder(path: Path) -> None:
-    """See, without writing, that the folder is there or can be made.
+    """Check, without writing, that the folder exists or can be created.
 
     Raises:
-        ConfigError: A file is in the way, or the place is not writable.
+        ConfigError: A file is in the way, or its parent folder is not writable.
     """
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -68,13 +68,14 @@ class RunFolder:
 
     Args:
         config: The resolved config.
-        first_step: Steps done before this process; the metrics of later steps are dropped.
+        steps_done: Steps that earlier processes of the run have done; metrics of later steps are
+            dropped.
 
     Attributes:
-        history: Step, output norm and loss of each step before.
+        history: Step, output norm and loss of each earlier step.
     """
 
-    def __init__(self, config: Config, first_step: int) -> None:
+    def __init__(self, config: Config, steps_done: int) -> None:
         self.path = Path(config.logging.run_dir)
         for name in ("logs", "checkpoints", "samples"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
@@ -83,14 +84,15 @@ class RunFolder:
             file.write(shlex.join(sys.argv) + "\n")
         environment = json.dumps(_environment(), indent=1)
         (self.path / "environment.json").write_text(environment + "\n", encoding="utf-8")
-        lines, self.history = _kept_metrics(self.path / "metrics.jsonl", first_step)
+        lines, self.history = _kept_metrics(self.path / "metrics.jsonl", steps_done)
         self._metrics = _reopen(self.path / "metrics.jsonl", lines)
         self._alarms = _reopen(self.path / "alarms.jsonl", [])
 
     def write_metrics(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Append one step's line: ``METRICS``, then what else there is; and return it.
+        """Append the line of a step: the keys of ``METRICS``, then all others.
 
-        What is missing or not finite is null.
+        Returns:
+            The line, in which missing values and those that are not finite are None.
         """
         record = _finite({**dict.fromkeys(METRICS), **values})
         self._metrics.write(json.dumps(record) + "\n")
@@ -98,7 +100,7 @@ class RunFolder:
         return record
 
     def write_alarms(self, alarms: Sequence[Mapping[str, Any]]) -> None:
-        """Append to ``alarms.jsonl``, which begins anew with each process."""
+        """Append to ``alarms.jsonl``, which each process starts afresh."""
         for alarm in alarms:
             self._alarms.write(json.dumps(_finite(dict(alarm))) + "\n")
         self._alarms.flush()
@@ -108,8 +110,8 @@ class RunFolder:
         self._alarms.close()
 
 
-def _kept_metrics(path: Path, first_step: int) -> tuple[list[str], list[HistoryEntry]]:
-    """The whole lines up to ``first_step``, and what the alarm needs of them."""
+def _kept_metrics(path: Path, steps_done: int) -> tuple[list[str], list[HistoryEntry]]:
+    """The whole lines of the first ``steps_done`` steps, and what the alarm needs from them."""
     kept: list[str] = []
     history: list[HistoryEntry] = []
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -120,16 +122,16 @@ def _kept_metrics(path: Path, first_step: int) -> tuple[list[str], list[HistoryE
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break  # a crash cut it off
-            what = "not a line of metrics"
-            raise DataError(f"{path}:{number}", what, "Mend or remove that line") from error
-        if step <= first_step:
+            what = "the line is not a JSON object with a step"
+            raise DataError(f"{path}:{number}", what, "Fix or remove that line") from error
+        if step <= steps_done:
             kept.append(line + "\n")
             history.append((step, record.get("output_norm"), record.get("loss")))
     return kept, history
 
 
 def _reopen(path: Path, lines: Sequence[str]) -> TextIO:
-    """Leave these lines in a file, and open it for more."""
+    """Reduce a file to these lines, and open it to append."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
@@ -137,15 +139,16 @@ def _reopen(path: Path, lines: Sequence[str]) -> TextIO:
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for what JSON has no number for."""
+    """The value with None in place of numbers that JSON cannot represent."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):  # a number a layer: six digits keep the file small
+    if isinstance(value, list):  # one number per layer: six digits keep the file small
         return [None if entry is None else _finite(float(f"{entry:.6g}")) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _environment() -> dict[str, object]:
+    """What ``environment.json`` records: versions, the machine and the launch."""
     names = ("torch", "megatron-core", "deepspeed", "transformers", "sentencepiece", "numpy")
     versions: dict[str, str | None] = {}
     for name in names:

@@ -1,15 +1,15 @@
-"""One run at a time writes a run folder: rank 0 holds a lock on its file ``run.lock``.
+"""Let one run at a time write to a run folder: rank 0 holds a lock on its file ``run.lock``.
 
-The kernel releases the lock when the process ends, however it ends, so a run that was killed leaves
-none. On a network file system it is the server that releases it, and one that has not noticed that
-a node died still holds it: a job that SLURM has put back into the queue does not wait for that.
+The kernel releases the lock when the process ends, however it ends, so a killed run leaves none
+behind. On a network file system the server releases it, and a server that has not noticed that a
+node died still holds the lock. A job that SLURM has requeued does not wait for that.
 """
 
 import fcntl
 import json
+import logging
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,18 +21,20 @@ import torch
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.parallel.collectives import broadcast
 
+logger = logging.getLogger(__name__)
+
 LOCK_FILE = "run.lock"
 WAIT_SECONDS = 5.0
-"""For a run that is ending: a job may start again while its last process still exits."""
+"""For a run that is ending: its job may restart before its last process is gone."""
 
 
 @contextmanager
 def lock_run(run_dir: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Hold the run folder's lock. A collective: every rank of the job enters it.
+    """Hold the run folder's lock. A collective: every rank of the run enters it.
 
     Args:
-        run_dir: It is made if it is not there.
-        wait_seconds: How long to wait for a run that holds it.
+        run_dir: It is created if it does not exist.
+        wait_seconds: How long to wait for another run that holds the lock.
 
     Raises:
         ConfigError: On every rank: another run holds it, or the file cannot be written.
@@ -53,7 +55,10 @@ def lock_run(run_dir: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None
 
 
 def take_lock(run_dir: Path, wait_seconds: float) -> int:
-    """Lock the folder for this process; returns the descriptor that holds the lock while open.
+    """Lock the folder for this process.
+
+    Returns:
+        A file descriptor that holds the lock as long as it is open.
 
     Raises:
         ConfigError: Another run holds it, or the file cannot be written.
@@ -66,10 +71,12 @@ def take_lock(run_dir: Path, wait_seconds: float) -> int:
         if lock is None:
             holder = _read_holder(path)
             if not _is_earlier_start(holder, own):
-                what = f"another run{_describe(holder)} is writing here"
+                what = f"another run{_describe_holder(holder)} is writing here"
                 remedy = "Wait for it, end it, or choose another logging.run_dir"
                 raise ConfigError(str(run_dir), what, remedy)
-            _warn(f"{path}: still locked for this job's earlier start, which SLURM has ended")
+            logger.warning(
+                f"{path}: still locked by an earlier start of this job, which SLURM has ended"
+            )
             lock = _replace_locked(path)
         os.truncate(lock, 0)
         os.pwrite(lock, (json.dumps(own) + "\n").encode(), 0)
@@ -80,7 +87,7 @@ def take_lock(run_dir: Path, wait_seconds: float) -> int:
 
 
 def _open_locked(path: Path, wait_seconds: float) -> int | None:
-    """Open the file and lock it; None: another process holds it all the time."""
+    """Open the file and lock it; None if another process held the lock all the time."""
     deadline = time.monotonic() + wait_seconds
     while True:
         lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
@@ -93,18 +100,21 @@ def _open_locked(path: Path, wait_seconds: float) -> int | None:
 
 
 def _try_lock(lock: int, path: Path) -> bool:
-    """Whether it could be locked, or the file system knows no locks."""
+    """Whether it was locked, or the file system does not support locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        _warn(f"{path}: no locks on this file system ({error.strerror}): start no second run here")
+        logger.warning(
+            f"{path}: this file system does not support locks ({error.strerror}); do not start a "
+            "second run here"
+        )
     return True
 
 
 def _is_still_there(lock: int, path: Path) -> bool:
-    """Not if it was removed or replaced between opening and locking."""
+    """False if it was removed or replaced between opening and locking."""
     try:
         return os.path.samestat(os.fstat(lock), path.stat())
     except FileNotFoundError:
@@ -112,7 +122,7 @@ def _is_still_there(lock: int, path: Path) -> bool:
 
 
 def _replace_locked(path: Path) -> int:
-    """A new file, locked, in the place of one that a node which is gone has locked."""
+    """Put a new, locked file in place of the one that a dead node has locked."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     lock = os.open(temporary, os.O_CREAT | os.O_RDWR, 0o644)
     _try_lock(lock, temporary)
@@ -131,7 +141,7 @@ def _this_run(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _read_holder(path: Path) -> dict[str, Any]:
-    """Who wrote the file last; empty where that cannot be told."""
+    """What the file says about its last holder; empty if it cannot be read."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -140,17 +150,16 @@ def _read_holder(path: Path) -> dict[str, Any]:
 
 
 def _is_earlier_start(holder: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """SLURM starts a job again only when its earlier start has ended or its node is gone."""
+    """Whether the holder is an earlier start of the same job.
+
+    SLURM restarts a job only after its earlier start has ended or its node is gone.
+    """
     same = own["slurm_job"] is not None and holder.get("slurm_job") == own["slurm_job"]
     return same and holder.get("slurm_restart", 0) < own["slurm_restart"]
 
 
-def _describe(holder: Mapping[str, Any]) -> str:
+def _describe_holder(holder: Mapping[str, Any]) -> str:
     """`` (host node1, pid 7, SLURM job 12, since 2026-11-24 10:00:00)``."""
     names = {"host": "host", "pid": "pid", "slurm_job": "SLURM job", "since": "since"}
     parts = [f"{word} {holder[key]}" for key, word in names.items() if holder.get(key)]
     return f" ({', '.join(parts)})" if parts else ""
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Open the data of a run: as it begins, or as it goes on after a checkpoint."""
+"""Open the data of a run, from its first step or where a checkpoint stopped reading."""
 
 from pathlib import Path
 
@@ -11,30 +11,37 @@ from megatron_chameleon.training.run.folder import checkpoints_folder
 
 
 def open_reader(config: Config, tokenizer: Tokenizer, checkpoint: Path | None) -> BatchReader:
-    """The data of a run that begins, or goes on after a checkpoint.
+    """The data of a run that begins, or that is resumed from a checkpoint.
 
     Args:
         config: A checked config.
-        tokenizer: Of the token files.
+        tokenizer: The one that the token files were written with.
         checkpoint: A whole one, or None.
 
     Raises:
-        ChameleonError: The data is not there, or does not go on from the checkpoint.
+        ChameleonError: The data is missing, or does not continue what the checkpoint has read.
     """
     state = load_state(checkpoint) if checkpoint is not None else {}
-    if not state or state.get("optimizer") is False:  # weights alone: the run begins
+    if not state or state.get("optimizer") is False:  # bare weights: a new run begins
         return BatchReader(config, tokenizer)
     if state.get("data") is None and state.get("training_config") is False:
-        return BatchReader(config, tokenizer)  # others' run: this config, as if from its first step
+        # Another program trained it: read as if this config had been used from the first step.
+        return BatchReader(config, tokenizer)
     if state.get("data") is None:
-        what = "it does not say what the run has read: an earlier version wrote it"
+        what = "it does not record what the run has read, because an earlier version wrote it"
         remedy = "Resume with that version, or train into another logging.run_dir"
         raise CheckpointError(str(checkpoint), what, remedy)
     return BatchReader(config, tokenizer, state["data"], state["step"])
 
 
 def open_newest(config: Config, tokenizer: Tokenizer) -> BatchReader:
-    """The data of a run as its next start would read it: with the mixtures of its newest
-    checkpoint, if it has one."""
+    """The data of a run as its next start would read it.
+
+    If the run has checkpoints, the newest one says which mixtures it has used so far.
+
+    Args:
+        config: A checked config.
+        tokenizer: The one that the token files were written with.
+    """
     found = list_checkpoints(checkpoints_folder(config))
     return open_reader(config, tokenizer, found[-1] if found else None)

@@ -1,6 +1,6 @@
-"""What a run tells its owner after each step: files, console, trackers, alarm, trace.
+"""Report each step of a run: to files, console and trackers, with an alarm and a trace.
 
-Only rank 0 writes; the other ranks have a reporter too, which traces and else does nothing.
+Only rank 0 writes. The other ranks have a reporter too, which only records traces.
 """
 
 import math
@@ -23,17 +23,17 @@ from megatron_chameleon.training.run.trackers import flat_numbers, open_trackers
 
 
 class Reporter:
-    """Takes each step's metrics to wherever the config wants them.
+    """Takes the metrics of each step to wherever the config wants them.
 
     Args:
         config: A checked config.
-        vocab_size: Tokens of the vocabulary.
+        vocab_size: Number of tokens in the vocabulary.
         topology: The place of this process.
-        first_step: Steps done before this process.
+        steps_done: Steps that earlier processes of the run have done.
     """
 
     def __init__(
-        self, config: Config, vocab_size: int, topology: Topology, first_step: int
+        self, config: Config, vocab_size: int, topology: Topology, steps_done: int
     ) -> None:
         self.config = config
         self._speed = SpeedMeter(config, vocab_size, topology.world_size)
@@ -43,35 +43,44 @@ class Reporter:
         self._is_writer = topology.rank == 0
         if not self._is_writer:
             return
-        self._run = RunFolder(config, first_step)
+        self._run = RunFolder(config, steps_done)
         self._alarm = DivergenceAlarm()
         past = (self._alarm.observe(*record) for record in self._run.history)
         self._run.write_alarms([asdict(alarm) for alarm in past if alarm is not None])
-        self._progress = Progress(first_step, config.training.steps)
-        self._console = open_console(first_step, config.training.steps)
-        self._trackers = open_trackers(config, first_step)
+        self._progress = Progress(steps_done, config.training.steps)
+        self._console = open_console(steps_done, config.training.steps)
+        self._trackers = open_trackers(config, steps_done)
 
     def say(self, text: str) -> None:
-        """Print a line, on rank 0."""
+        """Show a line, on rank 0."""
         if self._is_writer:
             self._console.say(text)
 
+    def warn(self, text: str) -> None:
+        """Show a warning, on rank 0."""
+        if self._is_writer:
+            self._console.warn(text)
+
     def begin_step(self, step: int) -> None:
-        """Before step ``step``, counted from 1."""
+        """Note that a step, counted from 1, is about to begin."""
         self._profiler.begin(step)
 
     def complete(self, metrics: Mapping[str, Any], clock: StepClock) -> dict[str, Any]:
-        """A step's metrics with what follows from its duration, the job's and each rank's.
+        """Add to a step's metrics what follows from the time it took the run and each rank.
 
-        A collective at the end of each window of ``logging.every_steps`` steps.
+        After every ``logging.every_steps`` steps this is a collective.
+
+        Args:
+            metrics: Those of the engine, with ``step`` and ``step_seconds``.
+            clock: The engine's.
         """
         ranks, warning = self._stragglers.observe(metrics["step"], clock)
         if warning:
-            self.say(warning)
+            self.warn(warning)
         return {**metrics, **self._speed.metrics(metrics["step_seconds"]), **ranks}
 
     def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record a step; what is not finite is unknown."""
+        """Record a step that was just done, with the metrics of ``complete``."""
         trace = self._profiler.end(step)
         if not self._is_writer:
             return
@@ -86,10 +95,10 @@ class Reporter:
         alarm = self._alarm.observe(step, metrics["output_norm"], metrics["loss"])
         if alarm is not None:
             self._run.write_alarms([asdict(alarm)])
-            self._console.say(f"warning: {alarm_text(alarm, self.config)}")
+            self._console.warn(alarm_text(alarm, self.config))
 
     def close(self) -> None:
-        """Also after an error: nothing that was recorded is lost."""
+        """Finish the files. It is called after an error too, so that no record is lost."""
         if not self._is_writer:
             return
         self._console.close()
@@ -99,15 +108,15 @@ class Reporter:
 
 
 class SpeedMeter:
-    """Says how fast the tokens of a step went by.
+    """Computes how fast the tokens of a step were processed.
 
-    ``tflops`` and ``mfu`` are of each GPU, by the convention of ``flops.py``; null on CPUs, and
-    ``mfu`` on GPUs whose peak is not in the planner's table.
+    ``tflops`` and ``mfu`` are per GPU, counted as in ``planner/flops.py``. Both are None on CPUs,
+    and ``mfu`` is None on GPUs whose peak is not in the planner's table.
 
     Args:
         config: A checked config.
-        vocab_size: Tokens of the vocabulary.
-        world_size: Processes of the job.
+        vocab_size: Number of tokens in the vocabulary.
+        world_size: Number of processes of the run.
     """
 
     def __init__(self, config: Config, vocab_size: int, world_size: int) -> None:
@@ -120,7 +129,7 @@ class SpeedMeter:
         self._flops_per_gpu = flops * self._tokens / world_size
 
     def metrics(self, seconds: float | None) -> dict[str, float | None]:
-        """What ``metrics.jsonl`` says of a step that took so long."""
+        """The entries of ``metrics.jsonl`` for a step that took this long."""
         rate = self._flops_per_gpu / (seconds or math.inf)
         return {
             "tokens_per_second": self._tokens / (seconds or math.inf),
@@ -130,7 +139,7 @@ class SpeedMeter:
 
 
 def alarm_text(alarm: Alarm, config: Config) -> str:
-    """The alarm in a line, with what of the paper's remedies the config lacks."""
+    """The alarm in a line, with the remedies of the paper that the config does not use."""
     model = config.model
     missing = {
         "model.qk_norm_groups is 0 (no QK-norm)": model.qk_norm_groups == 0,
@@ -140,7 +149,7 @@ def alarm_text(alarm: Alarm, config: Config) -> str:
     reasons = [words for words, is_missing in missing.items() if is_missing]
     because = f"; {' and '.join(reasons)}" if reasons else ""
     return (
-        f"{alarm}: such growth comes before a divergence{because}. Look at layer_output_norms and "
-        "max_attention_logit in metrics.jsonl, and lower optimizer.lr or go back to a checkpoint "
-        "before it (docs/stability.md)"
+        f"{alarm}: such growth precedes a divergence{because}. Look at layer_output_norms and "
+        "max_attention_logit in metrics.jsonl, and lower optimizer.lr or go back to an earlier "
+        "checkpoint (docs/stability.md)"
     )

@@ -1,7 +1,7 @@
-"""TensorBoard and Weights & Biases: the same metrics as ``metrics.jsonl``, for their pages.
+"""Send the metrics of ``metrics.jsonl`` to TensorBoard and Weights & Biases too.
 
-Both packages are optional, and imported only where the config asks for them: TensorBoard's import
-takes two seconds.
+Both packages are optional. They are imported only if the config asks for them, because the import
+of TensorBoard takes two seconds.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ WANDB_ID_FILE = "wandb_id.txt"
 
 
 class Tracker(Protocol):
-    """Where a step's numbers go."""
+    """Something that takes the numbers of each step."""
 
     def record(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -29,10 +29,10 @@ class Tracker(Protocol):
 
 
 def check_trackers(config: Config) -> None:
-    """See that the packages that a config asks for are installed, without importing them.
+    """Check that the packages that a config asks for are installed, without importing them.
 
     Raises:
-        ConfigError: One is missing.
+        ConfigError: A package is missing.
     """
     wanted = (
         ("logging.tensorboard", config.logging.tensorboard, "tensorboard"),
@@ -45,23 +45,23 @@ def check_trackers(config: Config) -> None:
             raise ConfigError(key, what, remedy)
 
 
-def open_trackers(config: Config, first_step: int) -> list[Tracker]:
-    """The trackers of a config, writing into the run folder; for rank 0.
+def open_trackers(config: Config, steps_done: int) -> list[Tracker]:
+    """Open the trackers that a config asks for. Only rank 0 calls it.
 
     Args:
         config: Checked by ``check_trackers``.
-        first_step: Steps done before this process.
+        steps_done: Steps that earlier processes of the run have done.
     """
     found: list[Tracker] = []
     if config.logging.tensorboard:
-        found.append(TensorBoard(Path(config.logging.run_dir) / "tensorboard", first_step))
+        found.append(TensorBoard(Path(config.logging.run_dir) / "tensorboard", steps_done))
     if config.logging.wandb_project is not None:
         found.append(WeightsAndBiases(config))
     return found
 
 
 def flat_numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a step's metrics; those of a list under ``name/index``."""
+    """The numbers among a step's metrics; those of a list are called ``name/index``."""
     for name, value in metrics.items():
         if isinstance(value, list):
             numbered = {f"{name}/{index}": entry for index, entry in enumerate(value)}
@@ -71,17 +71,17 @@ def flat_numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoard:
-    """Event files; a resumed run hides the steps that it does again.
+    """Writes event files. A resumed run hides the earlier values of steps that it does again.
 
     Args:
-        folder: For the event files.
-        first_step: Steps done before this process.
+        folder: Where the event files go.
+        steps_done: Steps that earlier processes of the run have done.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, steps_done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=steps_done + 1)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -92,9 +92,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project, online where a key is set, else offline for ``wandb sync``.
+    """Writes to a run of the project: online if an API key is set, otherwise for ``wandb sync``.
 
-    A resumed run goes on under the id that the run folder holds. WANDB_MODE has the last word.
+    A resumed run continues under the id in the run folder. WANDB_MODE overrides the mode.
 
     Args:
         config: ``logging.wandb_project`` and the run folder are read; all of it is shown.
@@ -119,7 +119,7 @@ class WeightsAndBiases:
                 config=asdict(config),
                 settings=wandb.Settings(silent=True, console="off"),
             )
-        except (wandb.Error, ValueError) as error:  # pydantic's are ValueErrors
+        except (wandb.Error, ValueError) as error:  # pydantic raises ValueErrors
             reason = str(error).strip().splitlines()[-1]
             what = f"wandb cannot start ({reason})"
             remedy = "Set WANDB_MODE=offline, or logging.wandb_project to null"
@@ -133,7 +133,7 @@ class WeightsAndBiases:
 
 
 def _has_key() -> bool:
-    """Whether wandb could log in without asking: it looks at the same two places."""
+    """Whether wandb could log in without asking. It looks in the same two places."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

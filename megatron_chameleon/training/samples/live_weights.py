@@ -1,4 +1,4 @@
-"""The weights of a run as they are now, whole, for whoever reads checkpoints row by row."""
+"""The current weights of a run, for code that otherwise reads them from a checkpoint."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ def gather_weights(
 ) -> dict[str, Tensor]:
     """Whole tensors under their names in the whole model.
 
-    A collective of the tensor-parallel ranks. The tensors may share memory with the model's: read
-    only.
+    A collective of the tensor-parallel ranks. The tensors may share memory with those of the
+    model, so they must not be changed.
 
     Args:
-        parameters: This rank's, of a model in one pipeline stage, with megatron-core's marks.
+        parameters: This rank's, with megatron-core's attributes; the model has one pipeline stage.
         topology: The place of this process.
     """
     whole = {}
@@ -34,11 +34,11 @@ def gather_weights(
         if topology.tensor_size == 1 or dim < 0:
             whole[name] = part
             continue
-        whole[name] = _gather(name, part, dim, topology.tensor_size)
+        whole[name] = _gather_shards(name, part, dim, topology.tensor_size)
     return whole
 
 
-def _gather(name: str, part: Tensor, dim: int, size: int) -> Tensor:
+def _gather_shards(name: str, part: Tensor, dim: int, size: int) -> Tensor:
     from megatron.core import parallel_state
 
     group = parallel_state.get_tensor_model_parallel_group()
@@ -48,13 +48,13 @@ def _gather(name: str, part: Tensor, dim: int, size: int) -> Tensor:
 
 
 class LiveWeightsReader:
-    """The model of a run in place of a ``CheckpointReader``.
+    """The current weights of a run behind the interface of a ``CheckpointReader``.
 
     Args:
         config: The run's.
-        vocab_size: Tokens of the vocabulary.
-        weights: Of ``gather_weights``.
-        step: Updates done.
+        vocab_size: Number of tokens in the vocabulary.
+        weights: From ``gather_weights``.
+        step: The step that was just done, counted from 1.
     """
 
     format = "live"

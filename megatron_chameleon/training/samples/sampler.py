@@ -1,8 +1,8 @@
-"""What the model says in mid-training: text and images every N steps, and a page that shows them.
+"""Let the model write text and images every few steps of training, and show them on a page.
 
-``samples/step_00001000/`` has ``samples.jsonl`` and the images, ``samples/index.html`` all steps.
-The live model answers: rank 0 gets its weights whole and decodes as ``chameleon generate`` does.
-Nothing of training changes, nor does a sample that cannot be drawn end it.
+``samples/step_00001000/`` holds ``samples.jsonl`` and the images of a step; ``samples/index.html``
+shows all steps. Rank 0 gets the whole current weights and decodes as ``chameleon generate`` does.
+Training is not affected, and a sample that cannot be written does not end it.
 """
 
 import html
@@ -30,10 +30,10 @@ SAMPLES_FILE = "samples.jsonl"
 
 
 def check_samples(config: Config) -> None:
-    """See before training that prompts and image tokenizer are there.
+    """Check before training that the image tokenizer and the images of the prompts exist.
 
     Raises:
-        ChameleonError: What is missing.
+        ChameleonError: Something is missing.
     """
     if not config.logging.sample_every_steps:
         return
@@ -46,7 +46,7 @@ def check_samples(config: Config) -> None:
 
 
 class Sampler:
-    """Draws the samples of a run.
+    """Writes the samples of a run.
 
     Args:
         config: A checked config.
@@ -57,23 +57,23 @@ class Sampler:
         self._config, self._topology = config, topology
         self._every = config.logging.sample_every_steps
         self._folder = Path(config.logging.run_dir) / "samples"
-        # ranks that share rank 0's tensors; the others have only the same again
+        # Only the ranks that hold parts of rank 0's tensors; the others hold copies.
         self._takes_part = topology.data_rank == 0 and topology.context_rank == 0
         self._tokenizer: Tokenizer | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether samples are to be drawn after this step."""
+        """Whether the config wants samples after this step, counted from 1."""
         return self._every > 0 and step % self._every == 0
 
     def sample(self, step: int, parameters: Iterable[tuple[str, Tensor]]) -> str:
-        """Draw, on rank 0; a collective of its tensor-parallel group.
+        """Write the samples of a step on rank 0. A collective of its tensor-parallel group.
 
         Args:
-            step: Updates done.
+            step: The step that was just done, counted from 1.
             parameters: This rank's, under their names in the whole model.
 
         Returns:
-            What to tell the owner; empty on the other ranks.
+            A line for the user; empty on the other ranks.
         """
         if not self._takes_part:
             return ""
@@ -86,7 +86,7 @@ class Sampler:
             _write_answers(folder, self._config.logging.sample_prompts, answers)
             _write_index(self._folder, self._config.logging.sample_prompts)
         except (ChameleonError, OSError, torch.OutOfMemoryError) as error:
-            return f"no samples at step {step}: {str(error).splitlines()[0]}"
+            return f"step {step}: no samples were written: {str(error).splitlines()[0]}"
         return f"sampled {folder}"
 
     def _answer(self, step: int, weights: dict[str, Tensor]) -> "list[Answer]":
@@ -147,7 +147,7 @@ text-align:left;vertical-align:top}}img{{min-width:96px;image-rendering:pixelate
 
 
 def _write_index(folder: Path, prompts: Sequence[SamplePromptConfig]) -> None:
-    """The page of all steps in the folder, the newest first."""
+    """Write the page of all steps in the folder, the newest first."""
     header = "".join(f"<th>{_show_prompt(prompt)}" for prompt in prompts)
     rows = []
     for file in sorted(folder.glob(f"step_*/{SAMPLES_FILE}"), reverse=True):
@@ -173,7 +173,7 @@ def _show_part(folder: str, part: dict[str, str]) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file so that it is never seen half written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

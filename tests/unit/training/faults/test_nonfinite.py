@@ -78,6 +78,7 @@ def check(
         topology,
         finish_saves=lambda: None,
         say=lines.append,
+        warn=lambda text: lines.append(f"warning: {text}"),
     )
     metrics = {**values, **options.get("values", {})}
     guard.check(3, metrics, [], before_save=options.get("saves", False))

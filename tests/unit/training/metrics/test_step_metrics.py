@@ -12,7 +12,7 @@ from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.gradient_groups import GROUPS, group_of
 from megatron_chameleon.training.engines.megatron import MegatronEngine
-from megatron_chameleon.training.metrics.layers import Places, largest_logit
+from megatron_chameleon.training.metrics.layers import ObservedQueries, largest_logit
 
 VOCAB_SIZE = 96
 
@@ -141,7 +141,7 @@ def test_the_largest_attention_logit(masked: bool, length: int) -> None:
     scores = torch.einsum("sbnd,tbnd->bnst", query, key.repeat_interleave(2, dim=2)) / 8**0.5
     seen = scores.masked_fill(hidden, -torch.inf)
     places = [2, 5, 8, 11] if length == 12 else [0, 1, 2]
-    looked_at = Places.of(length, query.device)
+    looked_at = ObservedQueries.of(length, query.device)
     found = largest_logit(query, key, hidden if masked else None, looked_at).item()
     assert found == pytest.approx(seen[:, :, places].max().item(), rel=1e-6)
 
@@ -150,7 +150,7 @@ def test_the_largest_attention_logit(masked: bool, length: int) -> None:
 def test_a_query_sees_its_own_key_and_not_the_next(place: int) -> None:
     query, key = torch.zeros(12, 2, 4, 8), torch.zeros(12, 2, 2, 8)
     query[place], key[place], key[place + 1] = 1.0, 1.0, 9.0
-    found = largest_logit(query, key, None, Places.of(12, query.device)).item()
+    found = largest_logit(query, key, None, ObservedQueries.of(12, query.device)).item()
     assert found == pytest.approx(8**0.5, rel=1e-6)
 
 

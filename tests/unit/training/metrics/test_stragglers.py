@@ -8,7 +8,7 @@ import pytest
 
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.metrics import stragglers
-from megatron_chameleon.training.metrics.stragglers import StepClock, StragglerMonitor, Window
+from megatron_chameleon.training.metrics.stragglers import RankTimes, StepClock, StragglerMonitor
 
 pytestmark = pytest.mark.serial  # it times ranks
 
@@ -28,11 +28,11 @@ pytestmark = pytest.mark.serial  # it times ranks
     ],
 )
 def test_who_is_slow(seconds: Sequence[float], slow: int | None) -> None:
-    assert Window(seconds, [0.0] * len(seconds)).slow_rank == slow
+    assert RankTimes(seconds, [0.0] * len(seconds)).slow_rank == slow
 
 
-def test_metrics_of_a_window() -> None:
-    assert Window([1.0, 3.0, 2.0], [0.0, 0.1, 0.4]).metrics() == {
+def test_metrics_of_the_ranks() -> None:
+    assert RankTimes([1.0, 3.0, 2.0], [0.0, 0.1, 0.4]).metrics() == {
         "rank_seconds_min": 1.0,
         "rank_seconds_median": 2.0,
         "rank_seconds_max": 3.0,
@@ -58,10 +58,10 @@ def make_monitor(
 ) -> StragglerMonitor:
     """Of rank 0 of four, the others being as fast as is said."""
 
-    def gather(own: Sequence[float], topology: Topology) -> Window:
-        return Window([own[0], others, others, others], [own[1], 0.0, 0.0, 0.0])
+    def gather(own: Sequence[float], topology: Topology) -> RankTimes:
+        return RankTimes([own[0], others, others, others], [own[1], 0.0, 0.0, 0.0])
 
-    monkeypatch.setattr(stragglers, "_gather", gather)
+    monkeypatch.setattr(stragglers, "gather_rank_times", gather)
     monkeypatch.setattr(stragglers.torch.distributed, "broadcast_object_list", lambda *_, src: None)
     return StragglerMonitor(Topology(4, 0, 0, tensor_size, 0, 1, 0, 4 // tensor_size), 3, 100)
 
@@ -76,7 +76,7 @@ def test_a_slow_rank_is_named_once_until_it_was_well(monkeypatch: pytest.MonkeyP
     slow, well = [2.0] * 3, [1.0] * 3
     found = observe(make_monitor(monkeypatch, 1.0), [*slow, *slow, *well, *slow])
     assert [step for step, _ in found] == [3, 12]
-    assert found[0][1].startswith("warning: step 3: rank 0 (")
+    assert found[0][1].startswith("step 3: rank 0 (")
     assert (
         "over 3 steps it took 2.000 s before it waits for others, 2.0 times the median"
         in (found[0][1])

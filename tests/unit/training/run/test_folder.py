@@ -56,7 +56,8 @@ def test_a_broken_line_in_the_middle_is_refused_and_kept(config: Config) -> None
     write(config, 0, 1)
     path = Path(config.logging.run_dir) / "metrics.jsonl"
     path.write_text("nonsense\n" + path.read_text())
-    with pytest.raises(DataError, match=r"metrics\.jsonl:1: not a line of metrics"):
+    message = r"metrics\.jsonl:1: the line is not a JSON object with a step"
+    with pytest.raises(DataError, match=message):
         RunFolder(config, 1)
     assert path.read_text().startswith("nonsense\n")
 

@@ -60,13 +60,13 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
 
 
 def test_a_requeued_job_is_not_stopped_by_the_lock_of_its_dead_node(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     be_job(monkeypatch, "12", 0)
     stale = take_lock(tmp_path, 0)  # a server may hold it for a node that is gone
     be_job(monkeypatch, "12", 1)
     lock = take_lock(tmp_path, 0)
-    assert "run.lock: still locked for this job's earlier start" in capsys.readouterr().err
+    assert "run.lock: still locked by an earlier start of this job" in caplog.text
     be_job(monkeypatch, "13", 2)
     with pytest.raises(ConfigError, match="SLURM job 12"):
         take_lock(tmp_path, 0)  # the lock that was taken over holds against others
@@ -89,15 +89,18 @@ def test_another_step_of_the_same_job_is_another_run(
 
 
 def test_without_locks_the_run_goes_on_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     os.close(take_lock(tmp_path, 0))
-    warning = capsys.readouterr().err
-    assert "run.lock: no locks on this file system (No locks available)" in warning
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING"
+    assert "run.lock: this file system does not support locks (No locks available)" in (
+        warning.getMessage()
+    )
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

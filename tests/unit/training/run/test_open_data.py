@@ -71,5 +71,5 @@ def test_a_run_of_another_program_goes_on_at_its_step(
 def test_an_own_checkpoint_that_does_not_say(
     tmp_path: Path, config: Config, tokenizer: Any
 ) -> None:
-    with pytest.raises(CheckpointError, match="it does not say what the run has read"):
+    with pytest.raises(CheckpointError, match="it does not record what the run has read, because"):
         open_reader(config, tokenizer, checkpoint(tmp_path / "old"))

@@ -2,12 +2,14 @@
 
 import io
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_chameleon.cli.logs import shown_logs
 from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.config.schema import (
@@ -94,7 +96,8 @@ def test_the_documented_keys_come_first_and_others_follow(config: Config) -> Non
 
 def test_an_alarm_is_said_and_kept(config: Config, capsys: Any) -> None:
     config.model.qk_norm_groups = 0
-    report(config, 0, 200, growth=1.02)
+    with shown_logs():
+        report(config, 0, 200, growth=1.02)
     alarms = read(config, "alarms.jsonl")
     assert alarms and alarms[0]["step"] < 200
     (line, *_) = [ln for ln in capsys.readouterr().out.splitlines() if ln.startswith("warning: ")]
@@ -165,19 +168,38 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_on_a_terminal_and_lines_in_a_log() -> None:
+def use_console(file: io.StringIO) -> None:
+    console = open_console(4, 10, file)
+    console.say("starts [at] 4")
+    console.step(5, "5/10", None)
+    console.warn("slow")
+    console.step(6, "6/10", "step 6")
+    console.close()
+
+
+def test_lines_in_a_log(capsys: Any) -> None:
     assert isinstance(open_console(0, 10, io.StringIO()), LineConsole)
-    terminal, log = Terminal(), io.StringIO()
-    for file in (terminal, log):
-        console = open_console(4, 10, file)
-        console.say("starts [at] 4")
-        console.step(5, "5/10", None)
-        console.step(6, "6/10", "step 6")
-        console.close()
-    assert log.getvalue() == "starts [at] 4\nstep 6\n"
-    assert isinstance(open_console(0, 10, Terminal()), BarConsole)
+    with shown_logs():
+        use_console(io.StringIO())
+    assert capsys.readouterr() == ("starts [at] 4\nwarning: slow\nstep 6\n", "")
+
+
+def test_quiet_shows_warnings_only(capsys: Any) -> None:
+    terminal = Terminal()
+    with shown_logs(logging.WARNING):
+        use_console(terminal)
+    assert capsys.readouterr() == ("", "warning: slow\n")
+    assert terminal.getvalue() == ""
+
+
+def test_a_bar_on_a_terminal() -> None:
+    terminal = Terminal()
+    with shown_logs():
+        assert isinstance(open_console(0, 10, Terminal()), BarConsole)
+        use_console(terminal)
     shown = terminal.getvalue()
     assert "starts [at] 4\n" in shown and "step 6\n" in shown
+    assert "warning: slow\n" in shown
     assert "5/10" in shown and "━" in shown
     assert "\x1b[?25h" in shown  # the cursor is back
 
