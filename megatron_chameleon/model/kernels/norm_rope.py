@@ -36,10 +36,77 @@ def _normalise(
 
 
 @triton.jit
+def _norm_gradient(
+    y1: tl.tensor, y2: tl.tensor, x1: tl.tensor, x2: tl.tensor, scale: tl.tensor, HALF: tl.constexpr
+) -> tuple:
+    """The gradient of the norm's input, given y, that of its result x."""
+    mean = _row_sum(y1, y2) / (2 * HALF)
+    slope = _row_sum(y1 * x1, y2 * x2) / (2 * HALF)
+    return (y1 - mean - x1 * slope) * scale, (y2 - mean - x2 * slope) * scale
+
+
+@triton.jit
+def _offsets(
+    s: tl.tensor,
+    b: tl.tensor,
+    head: tl.tensor,
+    column: tl.tensor,
+    stride_s: tl.tensor,
+    stride_b: tl.tensor,
+    stride_n: tl.tensor,
+) -> tl.tensor:
+    """Offsets of the first halves of a tile's rows, [POSITIONS, HEADS, COLUMNS]."""
+    start = (s * stride_s + b * stride_b)[:, None, None]
+    return start + (head * stride_n)[None, :, None] + column[None, None, :]
+
+
+@triton.jit
 def _load_halves(pointers: tl.tensor, mask: tl.tensor, HALF: tl.constexpr) -> tuple:
     first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
     return first, second
+
+
+@triton.jit
+def _store_halves(
+    pointers: tl.tensor, first: tl.tensor, second: tl.tensor, mask: tl.tensor, HALF: tl.constexpr
+) -> None:
+    kind = pointers.dtype.element_ty
+    tl.store(pointers, first.to(kind), mask=mask)
+    tl.store(pointers + HALF, second.to(kind), mask=mask)
+
+
+@triton.jit
+def _load_of_groups(
+    parameter_ptr: tl.tensor,
+    group: tl.tensor,
+    is_head: tl.tensor,
+    HALF: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple:
+    """Both halves of the weight or bias of each head's group, [HEADS, COLUMNS]."""
+    column = tl.arange(0, COLUMNS)
+    at = (group * 2 * HALF)[:, None] + column[None, :]
+    known = is_head[:, None] & (column < HALF)[None, :]
+    return _load_halves(parameter_ptr + at, known, HALF)
+
+
+@triton.jit
+def _load_angles(
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    s: tl.tensor,
+    is_position: tl.tensor,
+    HALF: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple:
+    """Cosines and sines of each position, [POSITIONS, 1, COLUMNS]."""
+    column = tl.arange(0, COLUMNS)
+    angle = (s * HALF)[:, None] + column[None, :]
+    rotated = is_position[:, None] & (column < HALF)[None, :]
+    cos = tl.load(cos_ptr + angle, mask=rotated, other=0.0)[:, None, :]
+    sin = tl.load(sin_ptr + angle, mask=rotated, other=0.0)[:, None, :]
+    return cos, sin
 
 
 @triton.jit
@@ -70,27 +137,19 @@ def forward_kernel(
     inside = (column < HALF)[None, None, :]
     own = (position < positions)[:, None, None] & (head < heads)[None, :, None] & inside
     s, b = (position // batch).to(tl.int64), (position % batch).to(tl.int64)
-    start = s * stride_s + b * stride_b
-    at = start[:, None, None] + (head * stride_n)[None, :, None] + column[None, None, :]
+    at = _offsets(s, b, head, column, stride_s, stride_b, stride_n)
     x1, x2 = _load_halves(x_ptr + at, own, HALF)
     x1, x2, _ = _normalise(x1, x2, inside, epsilon, HALF)
 
     group = (first_head + head) // heads_per_group
-    of_head = (group * 2 * HALF)[:, None] + column[None, :]
-    known = (head < heads)[:, None] & (column < HALF)[None, :]
-    weight1, weight2 = _load_halves(weight_ptr + of_head, known, HALF)
-    bias1, bias2 = _load_halves(bias_ptr + of_head, known, HALF)
+    weight1, weight2 = _load_of_groups(weight_ptr, group, head < heads, HALF, COLUMNS)
+    bias1, bias2 = _load_of_groups(bias_ptr, group, head < heads, HALF, COLUMNS)
     y1, y2 = x1 * weight1[None] + bias1[None], x2 * weight2[None] + bias2[None]
 
-    angle = (s * HALF)[:, None] + column[None, :]
-    turned = (position < positions)[:, None] & (column < HALF)[None, :]
-    cos = tl.load(cos_ptr + angle, mask=turned, other=0.0)[:, None, :]
-    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)[:, None, :]
+    cos, sin = _load_angles(cos_ptr, sin_ptr, s, position < positions, HALF, COLUMNS)
     row = (position.to(tl.int64) * heads)[:, None, None] + head[None, :, None]
     out = out_ptr + row * (2 * HALF) + column[None, None, :]
-    kind = out_ptr.dtype.element_ty
-    tl.store(out, (y1 * cos - y2 * sin).to(kind), mask=own)
-    tl.store(out + HALF, (y2 * cos + y1 * sin).to(kind), mask=own)
+    _store_halves(out, y1 * cos - y2 * sin, y2 * cos + y1 * sin, own, HALF)
 
 
 @triton.jit
@@ -125,52 +184,35 @@ def backward_kernel(
     column = tl.arange(0, COLUMNS)
     inside = (column < HALF)[None, None, :]
     group = (first_head + head) // heads_per_group
-    known = (head < heads)[:, None] & (column < HALF)[None, :]
-    of_head = (group * 2 * HALF)[:, None] + column[None, :]
-    weight1, weight2 = _load_halves(weight_ptr + of_head, known, HALF)
-    weight_sum1 = tl.full([POSITIONS, HEADS, COLUMNS], 0.0, tl.float32)
-    weight_sum2 = tl.full([POSITIONS, HEADS, COLUMNS], 0.0, tl.float32)
-    bias_sum1 = tl.full([POSITIONS, HEADS, COLUMNS], 0.0, tl.float32)
-    bias_sum2 = tl.full([POSITIONS, HEADS, COLUMNS], 0.0, tl.float32)
+    weight1, weight2 = _load_of_groups(weight_ptr, group, head < heads, HALF, COLUMNS)
+    zeros = tl.full([POSITIONS, HEADS, COLUMNS], 0.0, tl.float32)
+    weight_sum1, weight_sum2, bias_sum1, bias_sum2 = zeros, zeros, zeros, zeros
     for tile in range(TILES):
-        first = (tl.program_id(0) * TILES + tile) * POSITIONS
-        position = first + tl.arange(0, POSITIONS)
+        position = (tl.program_id(0) * TILES + tile) * POSITIONS + tl.arange(0, POSITIONS)
         own = (position < positions)[:, None, None] & (head < heads)[None, :, None] & inside
         s, b = (position // batch).to(tl.int64), (position % batch).to(tl.int64)
-        along = (head * stride_n)[None, :, None] + column[None, None, :]
-        x1, x2 = _load_halves(
-            x_ptr + (s * stride_s + b * stride_b)[:, None, None] + along, own, HALF
-        )
-        along = (head * grad_stride_n)[None, :, None] + column[None, None, :]
-        start = s * grad_stride_s + b * grad_stride_b
-        out1, out2 = _load_halves(grad_ptr + start[:, None, None] + along, own, HALF)
-        angle = (s * HALF)[:, None] + column[None, :]
-        turned = (position < positions)[:, None] & (column < HALF)[None, :]
-        cos = tl.load(cos_ptr + angle, mask=turned, other=0.0)[:, None, :]
-        sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)[:, None, :]
-
+        at = _offsets(s, b, head, column, stride_s, stride_b, stride_n)
+        x1, x2 = _load_halves(x_ptr + at, own, HALF)
+        at = _offsets(s, b, head, column, grad_stride_s, grad_stride_b, grad_stride_n)
+        out1, out2 = _load_halves(grad_ptr + at, own, HALF)
+        cos, sin = _load_angles(cos_ptr, sin_ptr, s, position < positions, HALF, COLUMNS)
         y1, y2 = out1 * cos + out2 * sin, out2 * cos - out1 * sin  # gradients: the inverse rotation
         x1, x2, scale = _normalise(x1, x2, inside, epsilon, HALF)
         weight_sum1 += y1 * x1
         weight_sum2 += y2 * x2
         bias_sum1 += y1
         bias_sum2 += y2
-        y1, y2 = y1 * weight1[None], y2 * weight2[None]
-        mean = _row_sum(y1, y2) / (2 * HALF)
-        slope = _row_sum(y1 * x1, y2 * x2) / (2 * HALF)
+        y1, y2 = _norm_gradient(y1 * weight1[None], y2 * weight2[None], x1, x2, scale, HALF)
         row = (position.to(tl.int64) * heads)[:, None, None] + head[None, :, None]
         grad_x = grad_x_ptr + row * (2 * HALF) + column[None, None, :]
-        kind = grad_x_ptr.dtype.element_ty
-        tl.store(grad_x, ((y1 - mean - x1 * slope) * scale).to(kind), mask=own)
-        tl.store(grad_x + HALF, ((y2 - mean - x2 * slope) * scale).to(kind), mask=own)
+        _store_halves(grad_x, y1, y2, own, HALF)
 
     row = tl.program_id(0) * 2 * heads + head
     sums = sums_ptr + (row * (2 * HALF))[:, None] + column[None, :]
-    tl.store(sums, tl.sum(weight_sum1, axis=0), mask=known)
-    tl.store(sums + HALF, tl.sum(weight_sum2, axis=0), mask=known)
+    known = (head < heads)[:, None] & (column < HALF)[None, :]
+    _store_halves(sums, tl.sum(weight_sum1, axis=0), tl.sum(weight_sum2, axis=0), known, HALF)
     sums += heads * (2 * HALF)
-    tl.store(sums, tl.sum(bias_sum1, axis=0), mask=known)
-    tl.store(sums + HALF, tl.sum(bias_sum2, axis=0), mask=known)
+    _store_halves(sums, tl.sum(bias_sum1, axis=0), tl.sum(bias_sum2, axis=0), known, HALF)
 
 
 def tile_shape(heads: int, head_size: int, rows: int) -> tuple[int, int, int, int]:
