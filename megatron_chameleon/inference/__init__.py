@@ -1,1 +1,1 @@
-"""Generation: what may come next, how it is drawn, and a session that does both."""
+"""Generation: which tokens may come next, how one is drawn, and a session that does both."""

@@ -1,8 +1,8 @@
-"""Prompts of conversations, encoded as fine-tuning has seen them.
+"""Turn conversations into prompts in the format of fine-tuning.
 
     session.generate([chat_prompt(document, session.tokenizer)])
 
-``<s>`` and the turns so far; the answer is what follows the last separator. See
+A prompt is ``<s>`` and the turns so far, and the answer follows the last separator. See
 ``data/documents/conversations.py`` for the format.
 """
 
@@ -19,7 +19,7 @@ from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
 
 @dataclass(frozen=True)
 class ControlToken:
-    """A token that text cannot spell, as a part of a prompt."""
+    """A part of a prompt: a token that text cannot spell."""
 
     token_id: int
 
@@ -28,14 +28,15 @@ ChatPart = TextPart | ImagePart | Image.Image | ControlToken
 
 
 def chat_prompt(document: Document, tokenizer: Tokenizer) -> list[ChatPart]:
-    """The parts of a conversation up to the answer that is asked for.
+    """The parts of a conversation up to the answer that the model should give.
 
     Args:
-        document: With roles, the last of them the user's; without, all of it is one user's message.
-        tokenizer: The model's.
+        document: A conversation that ends with a message of the user. A document without roles is
+            taken as one message of the user.
+        tokenizer: The model's tokenizer.
 
     Raises:
-        DataError: The last message is not the user's, or an image cannot be read.
+        DataError: There is no message, the last one is not the user's, or an image cannot be read.
     """
     if document.roles is None:
         document = Document(
@@ -47,9 +48,9 @@ def chat_prompt(document: Document, tokenizer: Tokenizer) -> list[ChatPart]:
         )
     assert document.roles is not None
     if not document.roles:
-        raise DataError(document.where, "nothing is asked", "Give a prompt, an image or both")
+        raise DataError(document.where, "no prompt given", "Give a text, an image or both")
     if document.roles[-1] != USER:
-        what = f"the last message is of the {document.roles[-1]}, so that nothing is asked"
+        what = f"the last message is the {document.roles[-1]}'s, so there is nothing to answer"
         raise DataError(document.where, what, "End with a message of the user")
     vocabulary, parts = tokenizer.vocabulary, list[ChatPart]()
     for turn in turns_of(document):
@@ -59,7 +60,7 @@ def chat_prompt(document: Document, tokenizer: Tokenizer) -> list[ChatPart]:
 
 
 def _padded(part: TextPart | ImagePart, tokenizer: Tokenizer) -> ChatPart:
-    """An image of a prompt with its border; it has the tokenizer's size, which no one crops."""
+    """The part, an image padded to the tokenizer's size, so that nothing is cropped."""
     if isinstance(part, TextPart) or tokenizer.image is None:
         return part
     return Image.fromarray(prepare_image(part.open(), tokenizer.image.resolution, pad=True))

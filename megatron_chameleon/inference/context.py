@@ -1,8 +1,8 @@
-"""A model's view of a batch of rows, over buffers of fixed shape for keys and values.
+"""The key/value cache of a batch of rows, and the decoding steps that read and extend it.
 
-A column can be hidden from a row: it is never attended to and takes no position. So rows of
-different length are padded on the left, and every row gets the positions it would have alone. A
-step is a function of tensors at fixed addresses: a CUDA graph can replay it.
+A column of the cache can be hidden from a row: the row never attends to it, and it takes no
+position. So rows of different lengths are padded on the left, and each row gets the positions that
+it would have alone. A step works on tensors at fixed addresses, so a CUDA graph can replay it.
 
 Letters in tensor names: R rows, S tokens, C columns of the cache, W columns that a step reads, G
 groups of keys, D width of a head, H hidden size, V vocabulary.
@@ -18,24 +18,24 @@ from megatron_chameleon.errors import ConfigError
 
 CAPACITY_STEP = 256
 ODD_COLUMNS = 8
-"""More columns than a power of two: rows and heads that lie one apart share the CPU's cache lines,
-which made attention up to 1.7 times slower."""
+"""Columns beyond a multiple of ``CAPACITY_STEP``. With a power of two, neighbouring rows and heads
+compete for the same lines of the CPU's cache, which made attention up to 1.7 times slower."""
 
 
 class CacheWindow:
-    """Where the next step reads and writes: one for all layers."""
+    """Which columns the next step reads and writes, for all layers."""
 
     def __init__(self, device: torch.device) -> None:
         self.column_1 = torch.zeros(1, dtype=torch.int64, device=device)
-        """The column that is written."""
+        """The column that the step writes."""
         self.width = 0
-        """Columns that are read."""
+        """The number of columns that the step reads."""
 
 
 class LayerCache:
-    """Keys and values of one layer, as transformers' attention calls it in a step.
+    """Keys and values of one layer, with the interface that transformers' attention calls.
 
-    Each layer gets its own, so that compiled code of one layer serves all.
+    Each layer gets its own, so that the compiled code of one layer serves all layers.
     """
 
     def __init__(self, window: CacheWindow, keys_RGCD: Tensor, values_RGCD: Tensor) -> None:
@@ -44,20 +44,20 @@ class LayerCache:
     def update(
         self, keys_RG1D: Tensor, values_RG1D: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new column; returns those that the step reads."""
+        """Write the new column, and return the columns that the step reads."""
         self.keys_RGCD.index_copy_(2, self.window.column_1, keys_RG1D)
         self.values_RGCD.index_copy_(2, self.window.column_1, values_RG1D)
         width = self.window.width
         return self.keys_RGCD[:, :, :width], self.values_RGCD[:, :, :width]
 
     def zero(self, rows: slice, columns: slice) -> None:
-        """Put numbers where none were written."""
+        """Write zeros where nothing has been written yet."""
         self.keys_RGCD[rows, :, columns] = 0
         self.values_RGCD[rows, :, columns] = 0
 
 
 class PromptCache:
-    """Writes the keys and values of a prompt; its tokens attend to each other only."""
+    """Stores the keys and values of a prompt, whose tokens attend only to each other."""
 
     def __init__(self, cache: LayerCache, rows: slice, columns: slice) -> None:
         self._keys_RGSD = cache.keys_RGCD[rows, :, columns]
@@ -66,21 +66,22 @@ class PromptCache:
     def update(
         self, keys_RGSD: Tensor, values_RGSD: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keep them and give them back."""
+        """Store keys and values, and return them."""
         self._keys_RGSD.copy_(keys_RGSD)
         self._values_RGSD.copy_(values_RGSD)
         return keys_RGSD, values_RGSD
 
 
 class BatchContext:
-    """Rows that grow by a column a step.
+    """A batch of rows that grow by one column per step.
 
     Args:
-        model: ``ChameleonForConditionalGeneration``. Its layers are called one by one: its own
-            ``forward`` forbids image codes, and grows its cache.
-        rows: Rows.
+        model: ``ChameleonForConditionalGeneration``. Its layers are called one by one, because its
+            own ``forward`` forbids image codes and uses a growing cache.
+        rows: Number of rows R.
         compiler: As in ``Execution``.
-        forgetful_R: bool [R], rows that can forget what came after the prompt; None if none can.
+        forgetful_R: bool [R], the rows that can forget what came after the prompt; None if no row
+            can.
     """
 
     def __init__(
@@ -104,8 +105,8 @@ class BatchContext:
         self._forgetful_R = forgetful_R
         self.window = CacheWindow(self._device)
         self.capacity = 0
-        """Columns of the buffers; they grow, and then lie elsewhere."""
-        self._written = 0  # columns of the buffers that hold numbers
+        """Columns of the buffers. When the buffers grow, they move to other addresses."""
+        self._written = 0  # columns of the buffers that have been written
         self._caches: list[LayerCache] = []
         self._hidden_RC = torch.empty(0)
         self._column_C = torch.empty(0)
@@ -118,15 +119,15 @@ class BatchContext:
         """Forget everything and read the prompts.
 
         Args:
-            passes: Groups of prompts, in the order of the rows; each group is one call of the
-                model, padded to its own longest.
-            pad: Token id that fills up.
+            passes: Groups of prompts, in the order of the rows. Each group is one call of the
+                model, padded to its longest prompt.
+            pad: Token id for padding.
 
         Returns:
-            What the head takes, of each row's last token: [R, H].
+            The head's input for each row's last token: [R, H].
         """
         width = max(len(prompt) for prompts in passes for prompt in prompts)
-        assert width < self.capacity, "reserve comes first"
+        assert width < self.capacity, "call reserve first"
         self._hidden_RC.fill_(-torch.inf)
         self._start_1.fill_(width)
         self.window.column_1.fill_(width)
@@ -139,13 +140,13 @@ class BatchContext:
         return torch.cat(last)
 
     def reserve(self, columns: int) -> bool:
-        """See that there are buffers for so many columns.
+        """Make sure that the buffers have so many columns.
 
         Returns:
-            Whether they were moved.
+            Whether the buffers have moved.
 
         Raises:
-            ConfigError: The device has no memory for them.
+            ConfigError: The device has too little memory for them.
         """
         if columns <= self.capacity:
             return False
@@ -161,14 +162,14 @@ class BatchContext:
             raise ConfigError(
                 "batch_size",
                 f"keys and values of {self.rows} rows of {capacity:,} tokens take "
-                f"{whole / 2**30:.1f} GiB, which the device has not",
-                "Give a lower batch size or fewer tokens",
+                f"{whole / 2**30:.1f} GiB, more than the device has free",
+                "Use a smaller batch size or fewer tokens",
             ) from error
         self.capacity = capacity
         return True
 
     def _move(self, capacity: int) -> None:
-        for cache in self._caches:  # one layer after the other: twice one layer, not all twice
+        for cache in self._caches:  # layer by layer, so that only one layer exists twice
             keys, values = self._buffers(capacity)
             keys[:, :, : self._written] = cache.keys_RGCD[:, :, : self._written]
             values[:, :, : self._written] = cache.values_RGCD[:, :, : self._written]
@@ -179,13 +180,13 @@ class BatchContext:
         self._column_C = torch.arange(capacity, device=self._device)
 
     def widen(self, columns: int, width: int) -> bool:
-        """Before a step: it writes the last of ``columns`` and reads the first ``width``.
+        """Prepare a step that writes the last of ``columns`` columns and reads the first ``width``.
 
         Returns:
-            Whether the buffers were moved.
+            Whether the buffers have moved.
         """
         moved = self.reserve(width)
-        # what is hidden is read all the same, times 0: it must be a number
+        # hidden columns are read too, and multiplied by 0: they must not be NaN
         for cache in self._caches if width > max(columns, self._written) else ():
             cache.zero(slice(None), slice(max(columns, self._written), width))
         self._written = max(width, self._written)
@@ -198,10 +199,10 @@ class BatchContext:
         Args:
             token_ids_R: int64 [R].
             visible_R: bool [R]; False hides the column from its row, and makes a forgetful row
-                forget all columns since its prompt.
+                forget all columns after its prompt.
 
         Returns:
-            What the head takes: [R, H].
+            The head's input: [R, H].
         """
         if self._forgetful_R is not None:
             forget_R = self._forgetful_R & ~visible_R
@@ -224,13 +225,13 @@ class BatchContext:
         return last_RH
 
     def logits(self, last_RH: Tensor, head_VH: Tensor | None = None) -> Tensor:
-        """fp32 [R, V]; of the tokens of ``head_VH`` where it is given."""
+        """fp32 [R, V]; if ``head_VH`` is given, only for the tokens of its rows."""
         if head_VH is not None:
             return torch.nn.functional.linear(last_RH, head_VH).float()
         return self._model.lm_head(last_RH).float()
 
     def _read(self, prompts: Sequence[Sequence[int]], rows: slice, end: int, pad: int) -> Tensor:
-        """Prompts into the columns before ``end``: [their number, H]."""
+        """Read prompts into the columns before ``end``; returns the head's input [R, H]."""
         width = max(len(prompt) for prompt in prompts)
         missing = [width - len(prompt) for prompt in prompts]
         token_ids = [[pad] * gap + list(p) for gap, p in zip(missing, prompts, strict=True)]
@@ -248,7 +249,8 @@ class BatchContext:
         mask_R1SS = None
         if any(missing):
             earlier_SS = column_S <= column_S[:, None]
-            alone_SS = column_S == column_S[:, None]  # a hidden column would have nothing to see
+            # A hidden column attends to itself: a softmax over nothing would be NaN.
+            alone_SS = column_S == column_S[:, None]
             mask_R1SS = (visible_RS[:, None, None] & earlier_SS) | alone_SS
         caches = [PromptCache(cache, rows, columns) for cache in self._caches]
         positions_RS = (column_S - gaps_R[:, None]).clamp_(min=0)
@@ -262,7 +264,7 @@ class BatchContext:
         positions_RS: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        """The transformer, as ``ChameleonModel.forward`` runs it; the last tokens' [R, H]."""
+        """Run the transformer as ``ChameleonModel.forward`` does; the head's input [R, H]."""
         transformer = self._model.model
         hidden_RSH = transformer.embed_tokens(token_ids_RS)
         rotation = transformer.rotary_emb(hidden_RSH, position_ids=positions_RS)
@@ -277,7 +279,7 @@ class BatchContext:
         return transformer.norm(hidden_RSH[:, -1])
 
     def _buffers(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer."""
+        """New buffers for the keys and values of one layer."""
         config = self._model.config
         head_dim = config.hidden_size // config.num_attention_heads
         shape = (self.rows, config.num_key_value_heads, columns, head_dim)
@@ -287,6 +289,6 @@ class BatchContext:
         )
 
     def _hidden(self, columns: int) -> Tensor:
-        """What is added to attention scores: 0, or -inf where a column is hidden from a row."""
+        """What is added to attention scores; -inf hides all columns from all rows."""
         shape = (self.rows, columns)
         return torch.full(shape, -torch.inf, dtype=self._dtype, device=self._device)

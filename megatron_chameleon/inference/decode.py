@@ -1,12 +1,12 @@
-"""Draw token ids one by one: the modality state's masks, sampling, guidance, key/value cache.
+"""Decode: draw the tokens of a batch of answers one by one.
 
     decoder = BatchDecoder(model, classes, codes_per_image, batch=1, options=GenerationOptions())
     for new_tokens in decoder.stream([[0, 40, 50]], [100], torch.Generator()):
         print(new_tokens[0])
 
-A step takes and gives tensors of fixed shape at fixed addresses: drawing, guidance and the state
-of the modalities run on the device with the model, which the host only tells to go on. Where every
-answer is one image nothing is conditional for all of its codes (paper, section 2.4).
+A decoding step works on tensors of fixed shapes at fixed addresses. Drawing, guidance and the state
+of the modalities run on the device together with the model, and the host only starts the steps. If
+every answer is one image, no step for its codes has a condition (paper, section 2.4).
 
 Letters in tensor names: B rows of the batch, R rows of all passes (``guidance.py``), C columns of
 an answer, V vocabulary, H hidden size.
@@ -27,21 +27,21 @@ from megatron_chameleon.inference.sampling import choose, draw, penalise_repetit
 from megatron_chameleon.parallel import cuda_graphs
 
 RESERVED_TOKENS = 256
-"""Of an answer whose length nobody knows; buffers grow with it."""
+"""Columns reserved for an answer of unknown length. The buffers grow if it becomes longer."""
 
 __all__ = ["BatchDecoder", "Execution", "GenerationOptions", "decode"]
 
 
 class BatchDecoder:
-    """Answers batches of one size, one after the other; buffers and graphs are kept.
+    """Answers batches of one size, one after the other, and keeps its buffers and graphs.
 
     Args:
         model: ``ChameleonForConditionalGeneration``, in eval mode.
         classes: Token classes on the model's device.
-        codes_per_image: Codes of one image.
-        batch: Prompts of a batch.
-        options: How to draw. ``seed``, ``max_tokens`` and ``batch_size`` are the caller's matter.
-        execution: How the steps run; None takes what suits the device.
+        codes_per_image: Number of codes of one image.
+        batch: Number of prompts in a batch.
+        options: How to draw. The caller handles ``seed``, ``max_tokens`` and ``batch_size``.
+        execution: How the steps run; None chooses what suits the device.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class BatchDecoder:
         """Answer prompts.
 
         Args:
-            prompts: Token ids, each with ``<s>`` first; lengths may differ. As many as ``batch``.
-            max_new_tokens: Most tokens that each answer may have; all above 0.
-            generator: On the model's device.
+            prompts: ``batch`` lists of token ids. Each starts with ``<s>``, and lengths may differ.
+            max_new_tokens: The largest number of tokens of each answer, above 0.
+            generator: A generator on the model's device.
 
         Yields:
-            The new tokens of each answer, ``</s>`` included where a row reached it. They come
-            whenever the host looks (``Execution.sync_every_tokens``); an answer that is one image
-            comes as a whole.
+            The new tokens of each answer, including ``</s>`` if it was drawn. They come whenever
+            the host waits for the device (``Execution.sync_every_tokens``). Answers that are one
+            image come as a whole.
         """
         assert len(prompts) == len(max_new_tokens) == self.batch
         assert self.options.force is not Force.IMAGE or min(max_new_tokens) >= self._image_tokens
@@ -139,18 +139,18 @@ class BatchDecoder:
         self._draw(self.context.start(passes, classes.pad))
 
     def _next_sync(self, shown: int, longest: int) -> int:
-        """Tokens of the longest answer at which the host looks again."""
+        """The length of the longest answer at which the host waits for the device again."""
         if self.options.force is Force.IMAGE:
             return self._image_tokens
         return min(shown + self.execution.sync_every_tokens, longest)
 
     def _within_image(self, count: int) -> bool:
-        """Whether token ``count`` is surely a code in every row."""
+        """Whether token ``count`` is certain to be a code in every row."""
         forced = self.options.force is Force.IMAGE
         return forced and 1 <= count <= self._state.codes_per_image
 
     def _step(self, columns: int, within_image: bool) -> None:
-        """Read the last tokens into the last of so many columns, and draw the next ones."""
+        """Read the last tokens into the last of ``columns`` columns, and draw the next ones."""
         width = self.execution.width(columns)
         if self.context.widen(columns, width):
             self._steps.clear()  # the graphs hold the old buffers
@@ -171,7 +171,7 @@ class BatchDecoder:
         return self.context.step(self._tokens_B.repeat(passes), self._visible_R)
 
     def _draw(self, last_RH: Tensor) -> None:
-        """Draw a token for each row from what the head takes, and take it into every state."""
+        """Draw a token for each row from the head's input, and update every state with it."""
         state, options = self._state, self.options
         logits_RV = self.context.logits(last_RH)
         logits_BV = logits_RV[: self.batch]
@@ -191,7 +191,7 @@ class BatchDecoder:
         self._visible_R.copy_(self._guidance.visible(active_B, tokens_B, state))
 
     def _draw_code(self, last_RH: Tensor) -> None:
-        """``_draw`` where every row gets a code: only their logits are computed, and all see it."""
+        """``_draw`` for steps in which every row gets a code: only logits of codes are computed."""
         logits_RV = self.context.logits(last_RH, self._code_head_VH)
         logits_BV = self._guidance.mix(logits_RV)
         places_B = draw(logits_BV, self.options, self._generator, self._seen_BV.shape[1])
@@ -201,7 +201,7 @@ class BatchDecoder:
         self._tokens_B.copy_(tokens_B)
 
     def _keep(self, tokens_B: Tensor) -> None:
-        """Put tokens, or -1, into the next column of the answers."""
+        """Store tokens, or -1 for finished rows, in the next column of the answers."""
         self._drawn_BC.index_copy_(1, self._count_1, tokens_B[:, None])
         self._count_1 += 1
 
@@ -216,23 +216,23 @@ def decode(
     generator: torch.Generator,
     execution: Execution | None = None,
 ) -> list[list[int]]:
-    """Answer a batch of prompts; the arguments are those of ``BatchDecoder`` and its ``stream``.
+    """Answer a batch of prompts. The arguments are those of ``BatchDecoder`` and its ``stream``.
 
     Returns:
-        The answers' token ids, ``</s>`` included where a row reached it.
+        The answers' token ids, including ``</s>`` if it was drawn.
     """
     decoder = BatchDecoder(model, classes, codes_per_image, len(prompts), options, execution)
     return collect(decoder.stream(prompts, max_new_tokens, generator))
 
 
 def collect(stream: Iterator[list[list[int]]]) -> list[list[int]]:
-    """Whole answers of a stream."""
-    pieces = list(stream)
-    return [[token for piece in row for token in piece] for row in zip(*pieces, strict=True)]
+    """Join the parts of a stream to whole answers."""
+    parts = list(stream)
+    return [[token for part in row for token in part] for row in zip(*parts, strict=True)]
 
 
 def _rows_of(weight_VH: Tensor, ids: Tensor) -> Tensor:
-    """Rows of the head's weights; a view where the ids follow each other, as the paper's do."""
+    """Rows of the head's weights; a view if the ids are consecutive, as the paper's are."""
     first, count = (int(ids[0]), len(ids)) if len(ids) else (0, 0)
     if count and int(ids[-1]) - first + 1 == count:
         return weight_VH[first : first + count]

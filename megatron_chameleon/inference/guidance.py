@@ -1,6 +1,6 @@
-"""Classifier-free guidance: the passes of a batch, and how their logits become one.
+"""Classifier-free guidance: the passes of a batch, and how their logits are combined.
 
-The passes are more rows of one batch, so that a step reads the weights once. Source: the
+All passes are rows of one batch, so that a step reads the weights once. Source: the
 reference's ``InBatchInstructCFGLogitsProcessor`` and its split of the prompts; Brooks et al. 2022
 (arXiv 2211.09800), equation 3.
 """
@@ -17,7 +17,7 @@ from megatron_chameleon.inference.options import GenerationOptions
 
 
 class Conditioning(StrEnum):
-    """What the rows of a pass see."""
+    """What the rows of a pass are conditioned on."""
 
     ALL = "all"
     """Prompt and answer."""
@@ -29,12 +29,12 @@ class Conditioning(StrEnum):
 
 @dataclass(frozen=True)
 class Guidance:
-    """The passes of a batch; the first sees all, and its rows are the answers.
+    """The passes of a batch. The first one sees everything, and its rows are the answers.
 
     Args:
-        passes: What the rows of each pass see.
-        scale: Of the prompt, or of its text where ``scale_image`` differs.
-        scale_image: Of the prompt's images.
+        passes: What the rows of each pass are conditioned on.
+        scale: The scale of the prompt, or of its text if ``scale_image`` differs.
+        scale_image: The scale of the prompt's images.
     """
 
     passes: tuple[Conditioning, ...]
@@ -43,7 +43,7 @@ class Guidance:
 
     @classmethod
     def of(cls, options: GenerationOptions) -> "Guidance":
-        """The passes whose logits count."""
+        """Guidance with only the passes that the options need."""
         scale, image = options.guidance, options.guidance_image
         image = scale if image is None else image
         passes = [Conditioning.ALL]
@@ -54,7 +54,7 @@ class Guidance:
         return cls(tuple(passes), scale, image)
 
     def prompt(self, kind: Conditioning, prompt: Sequence[int], classes: TokenClasses) -> list[int]:
-        """What the rows of a pass see of a prompt, which has ``<s>`` first."""
+        """The part of a prompt that the rows of a pass see; prompts start with ``<s>``."""
         if kind is Conditioning.ALL:
             return list(prompt)
         if kind is Conditioning.NOTHING:
@@ -62,7 +62,7 @@ class Guidance:
         return [classes.bos, *(t for t in prompt[1:] if t in classes.image_token_ids)]
 
     def mix(self, logits_RV: Tensor) -> Tensor:
-        """The logits of image codes: [passes * B, V] to [B, V]."""
+        """Combine the logits of image codes: [passes * B, V] to [B, V]."""
         if len(self.passes) == 1:
             return logits_RV
         full_BV, *others = logits_RV.chunk(len(self.passes))
@@ -78,9 +78,9 @@ class Guidance:
         """Which rows see the tokens that were just drawn: bool [passes * B].
 
         Args:
-            active_B: Rows that were not finished before.
-            token_ids_B: What was drawn.
-            state: After these tokens.
+            active_B: The rows that were not finished before.
+            token_ids_B: The tokens that were drawn.
+            state: The state after these tokens.
         """
         seen = {Conditioning.ALL: lambda: active_B}
         seen[Conditioning.IMAGES] = lambda: active_B & state.classes.image_V[token_ids_B]
@@ -90,7 +90,7 @@ class Guidance:
         return torch.cat([seen[kind]() for kind in self.passes])
 
     def forgetful(self, batch: int, device: torch.device) -> Tensor | None:
-        """Rows that forget an image when it is done: bool [passes * B]; None if there are none."""
+        """Rows that forget an image when it is complete: bool [passes * B]; None if none does."""
         if Conditioning.NOTHING not in self.passes:
             return None
         forgets = [kind is Conditioning.NOTHING for kind in self.passes]

@@ -1,11 +1,11 @@
-"""What may come next: a state machine over the rows of a batch, each in a modality of its own.
+"""Which tokens may come next: a state machine for the rows of a batch, each in its own modality.
 
     text --begin image--> image --codes_per_image codes--> end image --> text --</s>--> finished
 
-In text any text token may come, ``</s>``, and begin-image where there is room for a whole image. In
-an image only codes may come until it is full, then only its end. Nothing else is ever allowed: no
-code in text, no ``<pad>``, ``<s>``, ``<unk>``, separator or placeholder. Source: paper, section
-2.4; the reference inference code.
+In text, any text token may come, ``</s>``, and begin-image if there is room for a whole image. In
+an image, only codes may come until it is full, and then only its end. Nothing else is ever allowed:
+no code in text, and no ``<pad>``, ``<s>``, ``<unk>``, separator or placeholder. Source: paper,
+section 2.4; the reference inference code.
 """
 
 from enum import IntEnum, StrEnum
@@ -20,31 +20,31 @@ class Force(StrEnum):
     """A modality that the whole answer must have."""
 
     TEXT = "text"
-    """Text until ``</s>``, no image."""
+    """Text until ``</s>``, and no image."""
     IMAGE = "image"
-    """One image, nothing before or after it."""
+    """One image, with nothing before or after it."""
 
 
 class NextToken(IntEnum):
-    """What a row's next token may be."""
+    """The tokens that may come next in a row."""
 
     TEXT = 0
     """Text or ``</s>``."""
     TEXT_OR_IMAGE = 1
-    """Text, ``</s>`` or the begin of an image."""
+    """Text, ``</s>`` or the beginning of an image."""
     CODE = 2
     END_IMAGE = 3
     BEGIN_IMAGE = 4
     FINISHED = 5
-    """``<pad>``, which nobody sees."""
+    """``<pad>``, which no one sees."""
 
 
 class TokenClasses:
     """Which token ids belong to which class, as masks over the vocabulary.
 
     Args:
-        vocabulary: The model's.
-        device: Where the masks are needed.
+        vocabulary: The model's vocabulary.
+        device: The device of the masks.
     """
 
     def __init__(self, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> None:
@@ -67,11 +67,11 @@ class TokenClasses:
         self.code_token_ids = self.code_V.nonzero()[:, 0]
         """int64 [codes], ascending."""
         self.image_V = self.code_V.clone()
-        """Codes, begin and end of an image."""
+        """Codes, and the beginning and end of an image."""
         self.image_V[[self.begin_image, self.end_image]] = True
         self.image_token_ids = frozenset(self.image_V.nonzero()[:, 0].tolist())
         self.allowed_KV = self._allowed()
-        """bool [situations, vocabulary]."""
+        """bool [K, vocabulary], with a row for each ``NextToken``."""
 
     def _allowed(self) -> Tensor:
         allowed_KV = torch.zeros(
@@ -93,17 +93,17 @@ class TokenClasses:
 
 
 class ModalityState:
-    """The state of every row. Its tensors keep their addresses: a CUDA graph may hold them.
+    """The state of every row. Its tensors keep their addresses, because a CUDA graph may hold them.
 
     Args:
         classes: The vocabulary's token classes.
-        codes_per_image: Codes of one image.
-        tokens_left_B: int64 [batch], the tokens that each row may still get; 0 finishes the row.
-        images: Whether a row may begin an image by itself.
+        codes_per_image: Number of codes of one image.
+        tokens_left_B: int64 [batch], how many tokens each row may still get; 0 finishes the row.
+        images: Whether the model may begin an image.
         force: A modality for the whole answer, or None.
 
     Attributes:
-        codes_left_B: int64 [batch], codes that the current image still lacks; -1 outside an image.
+        codes_left_B: int64 [batch], codes still missing in the current image; -1 outside an image.
         finished_B: bool [batch].
     """
 
@@ -125,7 +125,7 @@ class ModalityState:
         self._only_image = force is Force.IMAGE
 
     def restart(self, tokens_left_B: Tensor) -> None:
-        """Begin other answers: int64 [batch]."""
+        """Begin new answers. ``tokens_left_B``: int64 [batch]."""
         self.tokens_left_B.copy_(tokens_left_B)
         self.codes_left_B.fill_(-1)
         self.finished_B.copy_(tokens_left_B <= 0)
@@ -136,14 +136,14 @@ class ModalityState:
         return self.codes_left_B >= 0
 
     def allowed(self) -> Tensor:
-        """bool [batch, vocabulary]: what may come next; ``<pad>`` alone in finished rows."""
+        """bool [batch, vocabulary]: what may come next; only ``<pad>`` in finished rows."""
         return self.classes.allowed_KV.index_select(0, self._next_token())
 
     def advance(self, token_ids_B: Tensor) -> None:
-        """Take the chosen tokens: int64 [batch], each allowed; finished rows stay as they are."""
+        """Update the state with the chosen tokens, int64 [batch]; finished rows do not change."""
         active_B = ~self.finished_B
         begins_B = active_B & (token_ids_B == self.classes.begin_image)
-        # the end of an image comes at 0 and makes it -1
+        # at 0 the end of the image comes, which makes it -1
         self.codes_left_B -= (active_B & self.in_image_B).long()
         self.codes_left_B.masked_fill_(begins_B, self.codes_per_image)
         self.tokens_left_B -= active_B.long()
@@ -152,7 +152,7 @@ class ModalityState:
             self.finished_B |= token_ids_B == self.classes.end_image
 
     def advance_codes(self) -> None:
-        """Take a code in every row: all are in an image that is not full, and none is finished."""
+        """Update the state with a code in every row. Each must be in an image that is not full."""
         self.codes_left_B -= 1
         self.tokens_left_B -= 1
 

@@ -1,4 +1,4 @@
-"""How an answer is drawn, and how the drawing runs on a machine."""
+"""How an answer is drawn, and how its steps run on a machine."""
 
 from dataclasses import dataclass
 
@@ -11,38 +11,41 @@ GPU_WIDTH_STEP = 256
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to draw an answer. The defaults are the reference's, guidance apart."""
+    """How to draw an answer. The defaults are the reference's, except for guidance."""
 
     temperature: float = 0.7
-    """0 takes the likeliest token each time."""
+    """0 always takes the most likely token."""
     top_p: float = 0.9
-    """Draw from the likeliest tokens that have at least this probability together."""
+    """Draw from the most likely tokens that together have at least this probability."""
     top_k: int = 0
-    """Draw from this many likeliest tokens; 0 from all."""
+    """Draw from this many most likely tokens; 0 draws from all."""
     repetition_penalty: float = 1.2
-    """Divides the logits of text tokens that the row already has; 1 changes nothing."""
+    """Makes text tokens that the row already has less likely: divides their positive logits, and
+    multiplies negative ones. 1 changes nothing."""
     guidance: float = 1.0
-    """Classifier-free guidance of image codes; 1 is off. The logits become
-    ``without + guidance * (with - without)`` the prompt. With ``guidance_image`` it is the
-    reference's text scale, 3.0 there."""
+    """Classifier-free guidance of image codes; 1 turns it off. The logits become
+    ``without + guidance * (with - without)``, from those with and without the prompt. If
+    ``guidance_image`` is set, this is the reference's text scale, which is 3.0 there."""
     guidance_image: float | None = None
-    """The reference's image scale, 1.2 there: ``nothing + guidance_image * (images - nothing) +
-    guidance * (all - images)``, logits with nothing of the prompt, with its images alone, and with
-    all of it. None is the same as ``guidance``."""
+    """The reference's image scale, which is 1.2 there. The logits become
+    ``nothing + guidance_image * (images - nothing) + guidance * (all - images)``, from the logits
+    with nothing of the prompt, with only its images, and with all of it. None is the same as
+    ``guidance``."""
     max_tokens: int | None = None
-    """Tokens of an answer; None fills the context. An image that does not fit is not begun."""
+    """The largest number of tokens of an answer; None allows as many as fit in the context. An
+    image that does not fit is not begun."""
     images: bool = True
     """Whether the model may begin an image."""
     force: Force | None = None
     seed: int = 1
     batch_size: int = 64
-    """Prompts that are answered together. The drawn numbers depend on it."""
+    """Number of prompts that are answered together. The drawn tokens depend on it."""
 
     def check(self) -> None:
-        """Refuse values that have no meaning.
+        """Refuse values outside their range.
 
         Raises:
-            ConfigError: It names the value.
+            ConfigError: It names the option and its value.
         """
         image = self.guidance_image
         rules = (
@@ -58,37 +61,38 @@ class GenerationOptions:
         for name, holds, words in rules:
             if not holds:
                 value = getattr(self, name)
-                raise ConfigError(name, f"{value} is not {words}", f"Give a number {words}")
+                raise ConfigError(name, f"{value} is not {words}", f"Use a number that is {words}")
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the steps of an answer run. The drawn tokens do not depend on it, but for rounding."""
+    """How the steps of an answer run. The drawn tokens depend on it only through rounding."""
 
     graph: bool = False
     """Record a step as a CUDA graph and replay it."""
     compiler: str | None = None
-    """Backend of ``torch.compile`` for the layers of a step, or backend:mode, such as "inductor";
-    None: as they are."""
+    """Backend of ``torch.compile`` for the layers of a step, or backend:mode, such as "inductor".
+    None leaves them uncompiled."""
     sync_every_tokens: int = 1
-    """How often the host waits to see which rows are finished, and new tokens come out."""
+    """How often the host waits for the device, to read new tokens and to see which rows are
+    finished."""
     width_step: int = 1
-    """Columns of the cache that a step reads are rounded up to a multiple of this, so that one
-    graph serves many steps."""
+    """The number of cache columns that a step reads is rounded up to a multiple of this, so that
+    one graph serves many steps."""
 
     @classmethod
     def on(cls, device: str, compiler: str | None = None) -> "Execution":
-        """What suits a device: "cuda" or "cpu"."""
+        """The execution that suits a device, "cuda" or "cpu"."""
         if device != "cuda":
             return cls(compiler=compiler)
         return cls(True, compiler, GPU_SYNC_EVERY_TOKENS, GPU_WIDTH_STEP)
 
     def width(self, columns: int) -> int:
-        """Columns that a step reads where ``columns`` are in use."""
+        """How many columns a step reads if ``columns`` are in use."""
         return -(-columns // self.width_step) * self.width_step
 
     def summary(self) -> str:
-        """For the user: "steps launched one by one, layers as they are"."""
+        """A line for the user, such as "steps launched one by one, layers not compiled"."""
         steps = "steps replayed as CUDA graphs" if self.graph else "steps launched one by one"
-        layers = f"compiled by {self.compiler}" if self.compiler else "as they are"
+        layers = f"compiled by {self.compiler}" if self.compiler else "not compiled"
         return f"{steps}, layers {layers}"

@@ -1,6 +1,6 @@
-"""Draw one token id a row. Every function has fixed shapes and never waits for the device.
+"""Draw one token id per row, with fixed shapes and without waiting for the device.
 
-Letters in tensor names: B rows of the batch, V vocabulary, or the codes alone within an image.
+Letters in tensor names: B rows of the batch, V vocabulary (within an image, only its codes).
 """
 
 import torch
@@ -12,13 +12,13 @@ from megatron_chameleon.inference.options import GenerationOptions
 def choose(
     logits_BV: Tensor, allowed_BV: Tensor, options: GenerationOptions, generator: torch.Generator
 ) -> Tensor:
-    """One token id for each row.
+    """Draw one token id for each row.
 
     Args:
         logits_BV: fp32 [B, V].
-        allowed_BV: bool [B, V], at least one True a row.
+        allowed_BV: bool [B, V], with at least one True per row.
         options: Temperature, top_k and top_p, applied in this order.
-        generator: The source of randomness; unused at temperature 0.
+        generator: The source of randomness, unused at temperature 0.
 
     Returns:
         int64 [B].
@@ -30,14 +30,14 @@ def choose(
 def draw(
     logits_BV: Tensor, options: GenerationOptions, generator: torch.Generator, numbers: int
 ) -> Tensor:
-    """The place of one logit a row, by temperature, top_k and top_p.
+    """Draw the index of one logit per row, by temperature, top_k and top_p.
 
     Args:
         logits_BV: fp32 [B, V]; -inf is never drawn.
-        options: As of ``choose``.
-        generator: As of ``choose``.
-        numbers: Random numbers taken for each row, at least V: a draw among the codes alone takes
-            as many as one over the vocabulary, so that both give the same tokens.
+        options: As for ``choose``.
+        generator: As for ``choose``.
+        numbers: How many random numbers to take for each row, at least V. A draw among codes only
+            takes as many as one over the vocabulary, so that both give the same tokens.
 
     Returns:
         int64 [B].
@@ -51,7 +51,7 @@ def draw(
     if options.top_p < 1:
         before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
         probabilities_BV = probabilities_BV.masked_fill(before_BV >= options.top_p, 0.0)
-    # the way of torch.multinomial, whose own checks would wait for the device
+    # as torch.multinomial does it, but without its checks, which wait for the device
     rows, width = logits_BV.shape
     waits_BV = logits_BV.new_empty((rows, numbers)).exponential_(generator=generator)[:, :width]
     place_B1 = (probabilities_BV / waits_BV).argmax(dim=-1, keepdim=True)
@@ -59,7 +59,7 @@ def draw(
 
 
 def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
-    """Make tokens that a row has already less likely. Source: CTRL, section 4.1."""
+    """Make tokens less likely that a row already has. Source: CTRL, section 4.1."""
     if penalty == 1:
         return logits_BV
     penalised_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)

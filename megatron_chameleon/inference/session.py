@@ -4,7 +4,7 @@
     session.caption([image])                    # ["a handwritten three"]
     session.draw(["a handwritten three"])       # [<PIL.Image.Image>]
 
-An exported Hugging Face folder and a training checkpoint open alike; a checkpoint's tensors are
+It opens exported Hugging Face folders and training checkpoints alike. A checkpoint's tensors are
 renamed in memory.
 """
 
@@ -44,12 +44,12 @@ CAPTION_OPTIONS = GenerationOptions(temperature=0, repetition_penalty=1.0)
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one prompt."""
+    """The model's answer to one prompt."""
 
     content: list[str | Image.Image]
     """Texts and images in order; a text is never empty."""
     token_ids: list[int]
-    """As drawn, ``</s>`` included where it came."""
+    """The tokens as drawn, including ``</s>`` if it came."""
 
 
 class Session:
@@ -57,11 +57,11 @@ class Session:
 
     Args:
         model: transformers' ``ChameleonForConditionalGeneration``.
-        tokenizer: With its image tokenizer.
-        step: The optimizer updates that the model has seen.
+        tokenizer: The model's tokenizer, including the image tokenizer.
+        step: Number of optimizer updates that the model has had.
 
     Attributes:
-        execution: How the steps of an answer run; to be changed before the first answer.
+        execution: How the steps of an answer run. Change it only before the first answer.
     """
 
     def __init__(self, model: Any, tokenizer: Tokenizer, step: int) -> None:
@@ -81,14 +81,14 @@ class Session:
         """Open a model.
 
         Args:
-            path: A folder of ``chameleon convert``, a checkpoint, or a run folder (its newest
-                checkpoint).
-            device: Where model and image tokenizer run.
-            tokenizer_folder: None takes the exported folder's own, or the path in the checkpoint's
-                config.
+            path: A folder written by ``chameleon convert``, a checkpoint, or a run folder, of which
+                the newest checkpoint is opened.
+            device: The device of the model and the image tokenizer.
+            tokenizer_folder: None takes the exported folder's own tokenizer, or the path in the
+                checkpoint's config.
 
         Raises:
-            CheckpointError: There is no whole model, or the tokenizer is another one.
+            CheckpointError: There is no complete model, or the tokenizer is not the model's.
             DataError: The tokenizer cannot be used.
         """
         path = Path(path)
@@ -101,7 +101,7 @@ class Session:
         return self.tokenizer.image.codes_per_image if self.tokenizer.image else 0
 
     def encode(self, prompts: Sequence[Sequence[PromptPart]]) -> list[list[int]]:
-        """Token ids of prompts: ``<s>`` and the parts in order, as in a document, without ``</s>``.
+        """Token ids of prompts: ``<s>`` and the parts in order as in a document, without ``</s>``.
 
         Raises:
             DataError: An image cannot be read.
@@ -132,13 +132,13 @@ class Session:
         """Answer prompts.
 
         Args:
-            prompts: Each a list of texts and images in order; an empty one asks for a document from
-                its start.
+            prompts: Lists of texts and images in order. For an empty list, the model writes a
+                document from its start.
             options: How to draw; None takes the reference's defaults.
-            progress: Called with the numbers of answers so far and in all.
+            progress: Called with the number of answers so far and the total number.
 
         Raises:
-            ConfigError: An option has no meaning.
+            ConfigError: An option is out of range.
             DataError: A prompt does not fit the context, or an image cannot be read.
         """
         options = options or GenerationOptions()
@@ -160,7 +160,7 @@ class Session:
         prompt_text: str = "",
         options: GenerationOptions = CAPTION_OPTIONS,
     ) -> list[str]:
-        """What the model says to each image: image, ``prompt_text``, then text until ``</s>``."""
+        """Caption images: the prompt is the image and ``prompt_text``, the answer is text."""
         prompts: list[list[PromptPart]] = [
             [image, prompt_text] if prompt_text else [image] for image in images
         ]
@@ -170,18 +170,19 @@ class Session:
     def draw(
         self, texts: Sequence[str], options: GenerationOptions | None = None
     ) -> list[Image.Image]:
-        """One image for each text: text, begin-image, then the model's codes."""
+        """Draw one image for each text: the prompt is the text, the answer one image."""
         options = replace(options or GenerationOptions(), force=Force.IMAGE)
         answers = self.generate([[text] for text in texts], options)
         content = (part for answer in answers for part in answer.content)
         return [part for part in content if isinstance(part, Image.Image)]
 
     def _decoder_of(self, batch: int, options: GenerationOptions) -> BatchDecoder:
-        """The last one where it fits: it has its buffers and graphs already."""
-        options = replace(options, seed=0, max_tokens=None, batch_size=1)  # no matter of its own
+        """The last decoder if it fits, because it already has its buffers and graphs."""
+        # The session handles these three, so the decoders may differ in them.
+        options = replace(options, seed=0, max_tokens=None, batch_size=1)
         decoder = self._decoder
         if decoder is None or (decoder.batch, decoder.options) != (batch, options):
-            self._decoder = decoder = None  # its memory goes before the next one takes its own
+            self._decoder = decoder = None  # frees its memory before the next one allocates its own
             decoder = self._decoder = BatchDecoder(
                 self.model, self._classes, self.codes_per_image, batch, options, self.execution
             )
@@ -195,7 +196,7 @@ class Session:
             raise DataError(
                 "prompt",
                 f"its {len(token_ids):,} tokens leave too little room in the context of "
-                f"{self.context_tokens:,}: {answer} needs {needed:,} more",
+                f"{self.context_tokens:,} for {answer}, which needs {needed:,} more",
                 f"Shorten it to at most {max(0, self.context_tokens - needed):,} tokens",
             )
         if options.force is Force.IMAGE:
@@ -204,12 +205,12 @@ class Session:
                 raise DataError(
                     "max_tokens",
                     f"{options.max_tokens:,} is too few for an image, which has {needed:,} tokens",
-                    f"Allow {needed:,} or more",
+                    f"Set it to {needed:,} or more",
                 )
         return room if options.max_tokens is None else min(room, options.max_tokens)
 
     def _content(self, token_ids: list[int]) -> list[str | Image.Image]:
-        """Texts and images of drawn tokens; ``ModalityState`` sees to it that images are whole."""
+        """Texts and images of drawn tokens. ``ModalityState`` ensures that images are complete."""
         vocabulary = self.tokenizer.vocabulary
         content: list[str | Image.Image] = []
         text_ids: list[int] = []

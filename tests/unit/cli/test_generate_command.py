@@ -55,7 +55,7 @@ def test_guidance_has_a_scale_for_images_and_how_it_runs_is_said(
         )
         drawn.append(answers(folder)[0]["token_ids"])
     assert drawn[0] != drawn[1]
-    assert "cpu: steps launched one by one, layers as they are\n" in capsys.readouterr().err
+    assert "cpu: steps launched one by one, layers not compiled\n" in capsys.readouterr().err
 
 
 def test_text_is_printed_and_nothing_written_without_being_asked(

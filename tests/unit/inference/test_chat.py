@@ -1,4 +1,4 @@
-"""Questions are encoded as fine-tuning has seen them."""
+"""Prompts are encoded in the format of fine-tuning."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def parse(folder: Path, *messages: tuple[str, object]) -> Document:
 def test_a_prompt_is_the_beginning_of_the_document_that_answers_it(
     session: Session, tmp_path: Path
 ) -> None:
-    """Images too: wide ones with a border in prompts, and cropped in answers."""
+    """This includes images: wide ones are padded in prompts, and cropped in answers."""
     noise = np.random.default_rng(1).integers(256, size=(8, 30, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "wide.png")
     wide = {"type": "image", "image": "wide.png"}
@@ -54,9 +54,11 @@ def test_a_document_without_roles_is_one_question(session: Session, tmp_path: Pa
     assert answer.token_ids
 
 
-def test_where_nothing_is_asked(session: Session, tmp_path: Path) -> None:
+def test_without_a_question(session: Session, tmp_path: Path) -> None:
     answered = parse(tmp_path, ("user", "one"), ("assistant", "two"))
-    with pytest.raises(DataError, match=r"chat.jsonl:1: the last message is of the assistant, so"):
+    with pytest.raises(DataError, match=r"chat.jsonl:1: the last message is the assistant's, so"):
         chat_prompt(answered, session.tokenizer)
-    with pytest.raises(DataError, match=r"--prompt: nothing is asked\. Give a prompt, an image or"):
+    with pytest.raises(
+        DataError, match=r"--prompt: no prompt given\. Give a text, an image or both"
+    ):
         chat_prompt(Document("", "", (), "--prompt"), session.tokenizer)

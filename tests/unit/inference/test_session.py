@@ -103,7 +103,7 @@ def test_drawings_are_one_image_each(session: Session) -> None:
     assert [image.size for image in images] == [(8, 8)] * 3
 
 
-def test_the_seed_decides(session: Session) -> None:
+def test_the_seed_decides_what_is_drawn(session: Session) -> None:
     options = [GenerationOptions(seed=seed) for seed in (1, 1, 2)]
     first, same, other = (session.generate([["a"]], o)[0].token_ids for o in options)
     assert first == same != other
@@ -116,9 +116,11 @@ def test_torchs_own_generator_is_left_alone(session: Session) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(session: Session) -> None:
-    with pytest.raises(DataError, match=r"its 64 tokens leave too little room .* 64: an answer"):
+    with pytest.raises(DataError, match=r"its 64 tokens leave too little room .* 64 for an answer"):
         session.generate([["\x01" * 63]])
-    message = r"its 47 tokens .* 64: an image needs 18 more\. Shorten it to at most 46 tokens"
+    message = (
+        r"its 47 tokens .* 64 for an image, which needs 18 more\. Shorten it to at most 46 tokens"
+    )
     with pytest.raises(DataError, match=message):
         session.generate([["\x01" * 46]], GenerationOptions(force=Force.IMAGE))
     assert session.generate([["\x01" * 45]], GenerationOptions(force=Force.IMAGE))
@@ -148,7 +150,7 @@ def test_an_export_that_lost_a_tensor_is_refused(exported: Path, tmp_path: Path)
         Session.load(folder)
 
 
-def test_a_folder_that_is_no_export_of_ours_is_refused(exported: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_our_export_is_refused(exported: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported, tmp_path / "hf"))
     (folder / "chameleon.json").write_text(json.dumps({"format": "x"}))
     with pytest.raises(CheckpointError, match=r"format is 'x', this version reads"):
@@ -164,7 +166,7 @@ def test_bad_options_are_refused_before_anything_is_drawn(session: Session) -> N
 
 
 @pytest.mark.parametrize("to", ["meta", "megatron"])
-def test_converted_checkpoints_open_alike(tiny_checkpoint: Path, tmp_path: Path, to: str) -> None:
+def test_converted_checkpoints_open_too(tiny_checkpoint: Path, tmp_path: Path, to: str) -> None:
     convert(tiny_checkpoint, tmp_path / to, to, verify=False)
     expected = Session.load(tiny_checkpoint)
     session = Session.load(tmp_path / to)
