@@ -101,7 +101,7 @@ class Reader:
         self.dimensions = Dimensions.of(self.model, dims.vocab_size, q_groups, k_groups)
 
     @property
-    def shards(self) -> int:
+    def shard_count(self) -> int:
         return len(self._shards)
 
     def dtype(self, row: TensorRow) -> torch.dtype:
@@ -150,40 +150,42 @@ class Reader:
             model = ModelConfig(
                 num_layers=int(params["n_layers"]),
                 hidden_size=int(params["dim"]),
-                ffn_hidden_size=first[w1].shape[0] * self.shards,
+                ffn_hidden_size=first[w1].shape[0] * self.shard_count,
                 num_attention_heads=heads,
                 num_query_groups=int(params.get("n_kv_heads") or heads),
                 seq_length=int(params.get("max_seq_len") or SEQ_LENGTH),
                 norm_order="swin" if params.get("swin_norm") else "pre",
-                qk_norm_groups=self.shards if has_norms else 0,
+                qk_norm_groups=self.shard_count if has_norms else 0,
                 layernorm_epsilon=float(params.get("norm_eps", 1e-5)),
                 rotary_base=whole_rotary_base(float(params.get("rope_theta", 10000.0)), where),
             )
         except (KeyError, TypeError, ValueError) as error:
             what = f"a value is missing or is not a number ({error!r})"
             raise CheckpointError(where, what, "Use the params.json of the checkpoint") from error
-        groups = self.shards if has_norms else 0
-        vocab_size = first[output].shape[0] * self.shards
+        groups = self.shard_count if has_norms else 0
+        vocab_size = first[output].shape[0] * self.shard_count
         if params.get("vocab_size", vocab_size) not in (vocab_size, -1, None):
             what = f"vocab_size is {params['vocab_size']}, but the tensors have {vocab_size} tokens"
             raise CheckpointError(where, what, "Use the params.json of the checkpoint")
         return model, Dimensions.of(model, vocab_size, groups, groups)
 
     def _check(self, dims: Dimensions) -> None:
-        check_divides(str(self.folder), dims, self.shards)
-        expected = {name: shape for name, shape, _ in shard_tensors(dims, self.shards)}
+        check_divides(str(self.folder), dims, self.shard_count)
+        expected = {name: shape for name, shape, _ in shard_tensors(dims, self.shard_count)}
         for shard in self._shards:
             found = {name: t.shape for name, t in shard.tensors.items() if name != ROPE}
             check_names(str(shard.path), found, expected)
 
     def _norm_groups(self, dims: Dimensions, which: str) -> int:
         """The fewest groups of shards whose QK-norms are equal in all layers."""
-        rows = []
-        for layer in range(dims.num_layers):
-            for part in ("weight", "bias"):
-                name = f"layers.{layer}.attention.{which}_normalization.{part}"
-                rows.append(torch.stack([shard.read(name) for shard in self._shards]))
-        return norm_groups(rows)
+        names = [
+            f"layers.{layer}.attention.{which}_normalization.{part}"
+            for layer in range(dims.num_layers)
+            for part in ("weight", "bias")
+        ]
+        return norm_groups(
+            torch.stack([shard.read(name) for shard in self._shards]) for name in names
+        )
 
 
 class Writer:
@@ -193,20 +195,19 @@ class Writer:
 
     def __init__(self, target: Target) -> None:
         dims = target.dimensions
-        self._shards = target.shards or max(1, dims.q_norm_groups, dims.k_norm_groups)
-        check_divides(f"--shards {self._shards}", dims, self._shards)
+        count = target.shards or max(1, dims.q_norm_groups, dims.k_norm_groups)
+        check_divides(f"--shards {count}", dims, count)
         for groups in (dims.q_norm_groups, dims.k_norm_groups):
-            if groups and self._shards % groups:
+            if groups and count % groups:
                 raise CheckpointError(
-                    f"--shards {self._shards}",
-                    f"the model has {groups} groups of QK-norms, and {self._shards} shards cannot "
+                    f"--shards {count}",
+                    f"the model has {groups} groups of QK-norms, and {count} shards cannot "
                     "hold them, since each holds one",
                     f"Use --shards {groups}, or a multiple of it",
                 )
-        self._target = target
+        self._target, self._shard_count = target, count
         self._tensors = {
-            name: (shape, target.dtypes[row.key])
-            for name, shape, row in shard_tensors(dims, self._shards)
+            name: (shape, target.dtypes[row.key]) for name, shape, row in shard_tensors(dims, count)
         }
         self._tensors[ROPE] = ((dims.head_dim // 2,), target.main_dtype)
 
@@ -215,23 +216,25 @@ class Writer:
         size_bytes = sum(
             element_count(shape) * dtype.itemsize for shape, dtype in self._tensors.values()
         )
-        return dict.fromkeys(shard_names(self._shards), size_bytes)
+        return dict.fromkeys(shard_names(self._shard_count), size_bytes)
 
     def write(self, folder: Path, stream: RowStream) -> None:
         """Write everything."""
         dims, model = self._target.dimensions, self._target.model
-        shards = [create_pth(folder / name, self._tensors) for name in shard_names(self._shards)]
+        shards = [
+            create_pth(folder / name, self._tensors) for name in shard_names(self._shard_count)
+        ]
         turns = torch.arange(0, dims.head_dim, 2, dtype=torch.float64) / dims.head_dim
         freqs = (float(model.rotary_base) ** -turns).to(self._target.main_dtype)
         for shard in shards:
             shard.write(ROPE, freqs)
         for row, tensor in stream:
             for meta, whole in zip(row.meta, row.to_hf(tensor).values(), strict=True):
-                parts = meta.to_shards(whole, dims, self._shards)
+                parts = meta.to_shards(whole, dims, self._shard_count)
                 for shard, part in zip(shards, parts, strict=True):
                     shard.write(meta.name, part)
         _write_json(folder / PARAMS_FILE, {"model": model_params(model, dims)})
-        _write_json(folder / SHARDS_FILE, {"model_parallel_size": self._shards})
+        _write_json(folder / SHARDS_FILE, {"model_parallel_size": self._shard_count})
         write_meta_tokenizer(self._target.tokenizer, folder / TOKENIZER_FOLDER)
         write_origin(folder, self._target)
 

@@ -89,7 +89,7 @@ def grouped_norm(groups: str, heads: str) -> TensorMapping:
             raise CheckpointError(
                 "QK-norm",
                 f"heads differ within the {getattr(dims, groups)} groups they should share",
-                "Use as many groups as norm_groups() finds",
+                "Report this bug",
             )
         return blocks[:, 0].contiguous()
 
