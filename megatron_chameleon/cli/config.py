@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from megatron_chameleon.cli.logs import add_common_options
 
 if TYPE_CHECKING:
-    from megatron_chameleon.config.paper import Row
+    from megatron_chameleon.config.paper import Comparison
     from megatron_chameleon.config.schema import Config
 
 
@@ -104,7 +104,7 @@ def find_vocab_size(config: "Config") -> tuple[int, str]:
     return VOCAB_SIZE, "; the vocabulary is the paper's, as there is no tokenizer yet"
 
 
-def _table(rows: "Sequence[Row]", derived: "Sequence[Row]") -> str:
+def _table(rows: "Sequence[Comparison]", derived: "Sequence[Comparison]") -> str:
     """Aligned columns as wide as they need to be, whatever the terminal: nothing is cut."""
     cells: list[tuple[str, tuple[str, ...]]] = []
     for row in [*rows, *derived]:

@@ -1,9 +1,9 @@
-"""The paper's values beside a config's: arXiv 2405.09818, its tables and sections.
+"""Compare a config with the paper (arXiv 2405.09818), value by value.
 
     chameleon config check chameleon_7b optimizer.lr=3e-4
 
-Stage 1 and stage 2 are one run with one schedule here, so both are under ``PRETRAINING``. What the
-paper does not say of the shapes comes from the released weights. Nothing here imports torch.
+Stage 1 and stage 2 are one run with one schedule here, so ``PRETRAINING`` covers both. What the
+paper does not say about the shapes comes from the released weights. Nothing here imports torch.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from megatron_chameleon.config.schema import Config
 SIZES = ("7b", "34b")
 STAGES = ("pretraining", "sft")
 VOCAB_SIZE = 65_536
-"""Of the paper's text tokenizer, its 8,192 image codes included (section 2.1)."""
+"""Size of the vocabulary, including its 8,192 image codes (section 2.1)."""
 
 EQUAL, DEVIATES, UNCERTAIN, UNSTATED = "=", "!", "~", "-"
 LEGEND = (
-    f"{EQUAL} the paper's value   {DEVIATES} another one   {UNCERTAIN} the paper's, as derived or "
-    f"by one of two readings   {UNSTATED} not in the paper"
+    f"{EQUAL} the paper's value   {DEVIATES} differs from the paper   {UNCERTAIN} the paper's value, "
+    f"but derived or one of two readings   {UNSTATED} not in the paper"
 )
 TO_BE_SET = "to be set"
 
@@ -30,21 +30,21 @@ Value = int | float | str
 
 
 @dataclass(frozen=True)
-class Published:
-    """One value of the paper for each size."""
+class PaperValue:
+    """One value of the paper, for each size."""
 
     values: tuple[Value, Value]
-    """Of the 7B and of the 34B."""
+    """For the 7B and for the 34B."""
     source: str
     derived: tuple[str, ...] = ()
-    """Sizes for which it follows from other numbers, or is one of two readings."""
+    """Sizes for which the value follows from other numbers, or is one of two readings."""
 
     def of(self, size: str) -> Value:
         return self.values[SIZES.index(size)]
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One value of a config beside the paper's."""
 
     key: str
@@ -54,8 +54,8 @@ class Row:
     source: str = ""
 
 
-def _both(value: Value, source: str, derived: bool = False) -> Published:
-    return Published((value, value), source, SIZES if derived else ())
+def _both(value: Value, source: str, derived: bool = False) -> PaperValue:
+    return PaperValue((value, value), source, SIZES if derived else ())
 
 
 _WEIGHTS = "released weights"
@@ -65,45 +65,45 @@ _DATA = "paper, section 2.2"
 _TUNING = "paper, section 3.2"
 
 _SHAPE = {
-    "model.num_layers": Published((32, 48), _WEIGHTS),
-    "model.hidden_size": Published(
+    "model.num_layers": PaperValue((32, 48), _WEIGHTS),
+    "model.hidden_size": PaperValue(
         (4096, 8192), f"{_WEIGHTS}; the 34B's follows from its size", ("34b",)
     ),
-    "model.ffn_hidden_size": Published(
+    "model.ffn_hidden_size": PaperValue(
         (11008, 22016), f"{_WEIGHTS}; the 34B's follows from its size", ("34b",)
     ),
-    "model.num_attention_heads": Published((32, 64), _WEIGHTS),
-    "model.num_query_groups": Published(
-        (32, 8), f"{_TABLE_1} (34B: GQA, how many follows from its size)", ("34b",)
+    "model.num_attention_heads": PaperValue((32, 64), _WEIGHTS),
+    "model.num_query_groups": PaperValue(
+        (32, 8), f"{_TABLE_1} (34B: GQA, whose number follows from its size)", ("34b",)
     ),
     "model.seq_length": _both(4096, _TABLE_1),
-    "model.norm_order": Published(("pre", "swin"), _STABILITY),
-    "model.qk_norm_groups": Published((1, 4), f"QK-norm: {_TABLE_1}; its groups: {_WEIGHTS}"),
+    "model.norm_order": PaperValue(("pre", "swin"), _STABILITY),
+    "model.qk_norm_groups": PaperValue((1, 4), f"QK-norm: {_TABLE_1}; its groups: {_WEIGHTS}"),
     "model.layernorm_epsilon": _both(1e-5, _WEIGHTS),
     "model.rotary_base": _both(10000, _WEIGHTS),
 }
 _STEPS = (
-    f"9.2T tokens in all ({_STABILITY}); {_TABLE_1}: 4.4T x 2.1 epochs = 9.24T, leaving out the "
+    f"9.2T tokens in total ({_STABILITY}); {_TABLE_1}: 4.4T x 2.1 epochs = 9.24T, leaving out the "
     "0.4T of interleaved documents (section 2.2)"
 )
 PRETRAINING = {
     **_SHAPE,
-    "model.hidden_dropout": Published((0.1, 0.0), _TABLE_1),
+    "model.hidden_dropout": PaperValue((0.1, 0.0), _TABLE_1),
     "data.stage1_fraction": _both(0.8, _DATA),
     "data.stage2_share": _both(0.5, _DATA),
     "data.image_first": _both(0.5, f"{_DATA}, of text-image pairs"),
     "optimizer.lr": _both(1e-4, _TABLE_1),
     "optimizer.min_lr": _both(0.0, _STABILITY),
     "optimizer.lr_warmup_steps": _both(4000, _STABILITY),
-    "optimizer.lr_decay_style": _both("exponential", f"{_STABILITY}, which gives no rate"),
+    "optimizer.lr_decay_style": _both("exponential", f"{_STABILITY}, which does not give the rate"),
     "optimizer.weight_decay": _both(0.1, _STABILITY),
     "optimizer.adam_beta1": _both(0.9, _STABILITY),
     "optimizer.adam_beta2": _both(0.95, _STABILITY),
     "optimizer.adam_eps": _both(1e-5, _STABILITY),
     "optimizer.clip_grad": _both(1.0, _STABILITY),
-    "training.steps": Published((1_096_725, 731_150), _STEPS, SIZES),
-    "training.global_batch_size": Published(
-        (2048, 3072), f"{_STABILITY}: 2^23 and 3 x 2^22 tokens, by 4,096", SIZES
+    "training.steps": PaperValue((1_096_725, 731_150), _STEPS, SIZES),
+    "training.global_batch_size": PaperValue(
+        (2048, 3072), f"{_STABILITY}: 2^23 and 3 x 2^22 tokens, divided by 4,096", SIZES
     ),
     "training.dtype": _both("bf16", f"{_STABILITY}, which speaks of bf16's range", derived=True),
     "training.z_loss": _both(1e-5, _TABLE_1),
@@ -125,11 +125,11 @@ TOTAL_TOKENS = 9.2e12
 PARAMETERS = (7_013_158_912, 34.29e9)
 
 _LARGE = 6.5e9
-"""Parameters from which on the paper's findings for its 7B are taken to hold."""
+"""Number of parameters from which we assume that the paper's findings for its 7B hold."""
 
 
 def nearest_size(config: Config) -> str:
-    """The paper's size whose depth and width are nearest to a config's, in ratio."""
+    """The paper's size whose depth and width are nearest to a config's, by ratio."""
 
     def distance(size: str) -> float:
         layers, hidden = (_SHAPE[key].of(size) for key in ("model.num_layers", "model.hidden_size"))
@@ -140,11 +140,11 @@ def nearest_size(config: Config) -> str:
     return min(SIZES, key=distance)
 
 
-def compare(config: Config, size: str, stage: str = "pretraining") -> list[Row]:
-    """Every value of a config beside the paper's, in the order of the schema.
+def compare(config: Config, size: str, stage: str = "pretraining") -> list[Comparison]:
+    """Compare every value of a config with the paper's, in the order of the schema.
 
     Args:
-        config: Resolved and checked.
+        config: A config that was checked.
         size: One of ``SIZES``.
         stage: One of ``STAGES``; pretraining covers stage 1 and stage 2.
     """
@@ -152,14 +152,14 @@ def compare(config: Config, size: str, stage: str = "pretraining") -> list[Row]:
     return [_row(key, value, recipe, size) for key, value in _effective_values(config)]
 
 
-def _row(key: str, value: object, recipe: dict[str, Published], size: str) -> Row:
+def _row(key: str, value: object, recipe: dict[str, PaperValue], size: str) -> Comparison:
     is_share_of_pairs = key.endswith(".image_first") and value is not None
     published = recipe.get("data.image_first" if is_share_of_pairs else key)
     if published is None:
-        return Row(key, value)
+        return Comparison(key, value)
     paper = published.of(size)
     mark = _mark(_same(value, paper), size in published.derived)
-    return Row(key, value, mark, paper, published.source)
+    return Comparison(key, value, mark, paper, published.source)
 
 
 def _mark(equal: bool, derived: bool) -> str:
@@ -173,7 +173,7 @@ def _same(value: object, paper: Value) -> bool:
 
 
 def _effective_values(config: Config) -> Iterator[tuple[str, object]]:
-    """``section.key`` and value of everything, with what ``null`` stands for in the model."""
+    """Every ``section.key`` with its value; ``null`` is replaced by what it means for the model."""
     stands_for = {
         "model.num_query_groups": query_groups(config.model),
         "model.qk_norm_groups": qk_norm_groups(config.model),
@@ -194,8 +194,8 @@ def _effective_values(config: Config) -> Iterator[tuple[str, object]]:
 
 def derived_rows(
     config: Config, size: str, stage: str = "pretraining", vocab_size: int = VOCAB_SIZE
-) -> list[Row]:
-    """What follows from a config, beside what follows from the paper."""
+) -> list[Comparison]:
+    """Compare numbers that follow from a config, such as its parameters, with the paper's."""
     model, training, place = config.model, config.training, SIZES.index(size)
     batch_tokens = training.global_batch_size * model.seq_length
     total_tokens = training.steps * batch_tokens
@@ -207,33 +207,37 @@ def derived_rows(
     vocabulary_mark = _mark(vocab_size == VOCAB_SIZE, False)
     count_source = _WEIGHTS if exact else "follows from the shape"
     rows = [
-        Row("derived.vocabulary", vocab_size, vocabulary_mark, VOCAB_SIZE, "paper, section 2.1"),
-        Row("derived.parameters", count, _mark(count_equal, not exact), parameters, count_source),
-        Row("derived.head size", head_size, _mark(head_size == 128, False), 128, _WEIGHTS),
+        Comparison(
+            "derived.vocabulary", vocab_size, vocabulary_mark, VOCAB_SIZE, "paper, section 2.1"
+        ),
+        Comparison(
+            "derived.parameters", count, _mark(count_equal, not exact), parameters, count_source
+        ),
+        Comparison("derived.head size", head_size, _mark(head_size == 128, False), 128, _WEIGHTS),
     ]
     where = _STABILITY if stage == "pretraining" else f"{_TUNING}, 128 x 4,096"
     mark = _mark(batch_tokens == batch, stage == "sft")
-    rows.append(Row("derived.tokens a batch", batch_tokens, mark, batch, where))
+    rows.append(Comparison("derived.tokens per batch", batch_tokens, mark, batch, where))
     if stage == "sft":
-        words = "epochs are not given; one has 1,102.9M tokens (sum of paper, table 3)"
-        return [*rows, Row("derived.tokens in all", total_tokens, source=words)]
+        words = "the paper gives no number of epochs; one has 1,102.9M tokens (sum of table 3)"
+        return [*rows, Comparison("derived.total tokens", total_tokens, source=words)]
     near = math.isclose(total_tokens, TOTAL_TOKENS, rel_tol=5e-3)  # both readings of _STEPS
     words = "see training.steps"
     return [
         *rows,
-        Row("derived.tokens in all", total_tokens, _mark(near, True), TOTAL_TOKENS, words),
+        Comparison("derived.total tokens", total_tokens, _mark(near, True), TOTAL_TOKENS, words),
     ]
 
 
 def warnings(config: Config) -> list[str]:
-    """Combinations that the paper found not to work, each in a line; they are not errors."""
+    """Combinations that the paper found not to work, one line each. They are not errors."""
     model = config.model
     found = []
     if model.norm_order == "swin" and model.hidden_dropout > 0:
         found.append(
             f"model.hidden_dropout is {model.hidden_dropout} with model.norm_order swin: the paper "
-            "found that dropout does not go well with this order and trained its 34B without it "
-            "(section 2.3, table 1). Set model.hidden_dropout=0, or norm_order=pre"
+            "found that dropout works badly with this order and trained its 34B without it "
+            "(section 2.3, table 1). Set model.hidden_dropout=0 or model.norm_order=pre"
         )
     missing = {
         "model.hidden_dropout is 0": model.norm_order == "pre" and model.hidden_dropout == 0,

@@ -15,7 +15,7 @@ def preset(size: str, *overrides: str) -> Config:
     return load_config(PRESETS / f"chameleon_{size}.yaml", overrides)
 
 
-def rows(config: Config, size: str, stage: str = "pretraining") -> dict[str, paper.Row]:
+def rows(config: Config, size: str, stage: str = "pretraining") -> dict[str, paper.Comparison]:
     found = paper.compare(config, size, stage) + paper.derived_rows(config, size, stage)
     return {row.key: row for row in found}
 
@@ -40,10 +40,10 @@ def test_a_preset_has_every_value_of_the_paper(size: str) -> None:
         ("pretraining", "7b", "optimizer.lr_warmup_steps", 4000),
         ("pretraining", "7b", "optimizer.adam_beta2", 0.95),
         ("pretraining", "7b", "optimizer.adam_eps", 1e-5),
-        ("pretraining", "7b", "derived.tokens a batch", 8_388_608),
-        ("pretraining", "34b", "derived.tokens a batch", 12_582_912),
+        ("pretraining", "7b", "derived.tokens per batch", 8_388_608),
+        ("pretraining", "34b", "derived.tokens per batch", 12_582_912),
         ("pretraining", "7b", "derived.parameters", 7_013_158_912),
-        ("pretraining", "7b", "derived.tokens in all", 9.2e12),
+        ("pretraining", "7b", "derived.total tokens", 9.2e12),
         ("sft", "7b", "model.hidden_dropout", 0.05),
         ("sft", "34b", "model.hidden_dropout", 0.05),
         ("sft", "7b", "data.loss_on", "answers"),
@@ -65,7 +65,7 @@ def test_marks() -> None:
         "model.num_query_groups": "=",  # null in the config, 32 in the model
         "optimizer.lr": "!",
         "training.steps": "!",
-        "derived.tokens in all": "!",
+        "derived.total tokens": "!",
         "training.global_batch_size": "~",  # the paper counts tokens
         "training.seed": "-",
         "data.stage1[0].image_first": "!",
@@ -80,7 +80,7 @@ def test_marks() -> None:
 
 
 def test_both_readings_of_the_tokens_seen_are_the_papers() -> None:
-    key = "derived.tokens in all"
+    key = "derived.total tokens"
     assert rows(preset("7b", "training.steps=1101494"), "7b")[key].mark == "~"  # 4.4T x 2.1
     assert rows(preset("7b", "training.steps=1201600"), "7b")[key].mark == "!"  # 4.8T x 2.1
 
