@@ -1,4 +1,4 @@
-r"""``chameleon annotate answer|prepare|score``: let people judge answers, and count what they say.
+r"""``chameleon annotate answer|prepare|score``: let people judge answers, and count the judgements.
 
 chameleon annotate answer exported prompts.jsonl --output answers/ours
 chameleon annotate prepare pairwise answers/ours/documents.jsonl answers/theirs/documents.jsonl \
@@ -8,57 +8,89 @@ chameleon annotate score judgements_1.json judgements_2.json judgements_3.json \
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from megatron_chameleon.cli.logs import add_common_options
+from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.cli.options import add_common_options, check_at_least_1
 
 KINDS = ("absolute", "pairwise", "safety")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    answer = actions.add_parser("answer", help="answer a file of prompts")
+    _add_answer(actions.add_parser("answer", help="answer a file of prompts with a model"))
+    _add_prepare(actions.add_parser("prepare", help="write HTML forms that do not name the models"))
+    _add_score(actions.add_parser("score", help="count the judgements and print a table"))
+
+
+def _add_answer(answer: argparse.ArgumentParser) -> None:
     answer.add_argument("checkpoint", help="a checkpoint, run folder or converted folder")
-    answer.add_argument("prompts", help="documents (.jsonl), also with `category` and `modality`")
-    answer.add_argument("--output", metavar="DIR", required=True, help="for documents.jsonl")
-    answer.add_argument("--limit", type=int, metavar="N", help="first prompts (default: all)")
-    answer.add_argument("--seed", type=int, default=1)
-    answer.add_argument("--temperature", type=float, help="0 takes the likeliest (default: 0.7)")
-    answer.add_argument("--top-p", type=float, help="default: 0.9")
-    answer.add_argument("--guidance", type=float, help="of images, 1 is off (default: 1)")
-    answer.add_argument("--max-tokens", type=int, help="of an answer (default: the context's rest)")
-    answer.add_argument("--force", choices=("image", "text"), help="one image, or text only")
-    answer.add_argument("--batch-size", type=int, default=32, help="prompts answered together")
-    answer.add_argument("--tokenizer", metavar="DIR", help="default: as in the checkpoint")
+    answer.add_argument(
+        "prompts", help="documents (.jsonl), with or without `category` and `modality`"
+    )
+    answer.add_argument("--output", metavar="DIR", required=True, help="folder for documents.jsonl")
+    answer.add_argument("--limit", type=int, metavar="N", help="answer only the first N prompts")
+    answer.add_argument("--seed", type=int, default=1, help="seed of the sampling (default: 1)")
+    answer.add_argument(
+        "--temperature", type=float, help="0 always takes the likeliest token (default: 0.7)"
+    )
+    answer.add_argument(
+        "--top-p", type=float, help="sample from this share of the probability (default: 0.9)"
+    )
+    answer.add_argument(
+        "--guidance", type=float, help="guidance scale of images; 1 is off (default: 1)"
+    )
+    answer.add_argument(
+        "--max-tokens", type=int, help="most tokens per answer (default: until the context is full)"
+    )
+    answer.add_argument(
+        "--force", choices=("image", "text"), help="answer with one image, or with text only"
+    )
+    answer.add_argument(
+        "--batch-size", type=int, default=32, help="prompts to answer together (default: 32)"
+    )
+    answer.add_argument(
+        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
+    )
     answer.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    prepare = actions.add_parser("prepare", help="write HTML forms without the models' names")
-    prepare.add_argument("kind", choices=KINDS, help="fulfilment, comparison or safety")
-    prepare.add_argument("answers", nargs="+", help="a model's documents.jsonl; two for pairwise")
-    prepare.add_argument("--output", metavar="DIR", required=True, help="for forms and key.json")
-    prepare.add_argument("--annotators", type=int, default=3, help="forms (default: 3)")
-    prepare.add_argument("--seed", type=int, default=1, help="of orders and sides")
-    score = actions.add_parser("score", help="count judgements")
-    score.add_argument("files", nargs="+", help="saved forms, or rows of item, annotator, label")
-    score.add_argument("--key", metavar="FILE", help="key.json of the forms")
-    score.add_argument("--kind", choices=KINDS, help="of rows without a key")
-    score.add_argument("--output", metavar="FILE", help="figures as JSON")
-    score.add_argument("--bootstraps", type=int, default=1000)
-    score.add_argument("--seed", type=int, default=1, help="of the bootstraps")
-    for action in (answer, prepare, score):
-        add_common_options(action, nested=True)
+    add_common_options(answer, nested=True)
+
+
+def _add_prepare(prepare: argparse.ArgumentParser) -> None:
+    prepare.add_argument(
+        "kind",
+        choices=KINDS,
+        help="judge fulfilment (absolute), compare two models (pairwise), or judge safety",
+    )
+    prepare.add_argument(
+        "answers", nargs="+", help="the documents.jsonl of a model; of two models for pairwise"
+    )
+    prepare.add_argument(
+        "--output", metavar="DIR", required=True, help="folder for the forms and key.json"
+    )
+    prepare.add_argument("--annotators", type=int, default=3, help="number of forms (default: 3)")
+    prepare.add_argument(
+        "--seed", type=int, default=1, help="seed of the order and sides of answers (default: 1)"
+    )
+    add_common_options(prepare, nested=True)
+
+
+def _add_score(score: argparse.ArgumentParser) -> None:
+    score.add_argument(
+        "files", nargs="+", help="saved forms, or tables with the columns item, annotator and label"
+    )
+    score.add_argument("--key", metavar="FILE", help="the key.json of the forms")
+    score.add_argument("--kind", choices=KINDS, help="kind of the judgements, if there is no key")
+    score.add_argument("--output", metavar="FILE", help="write the figures as JSON")
+    score.add_argument(
+        "--bootstraps", type=int, default=1000, help="number of resamples (default: 1000)"
+    )
+    score.add_argument("--seed", type=int, default=1, help="seed of the resampling (default: 1)")
+    add_common_options(score, nested=True)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the action says."""
-    from megatron_chameleon.errors import ConfigError
-
-    for name in ("limit", "batch_size", "annotators", "bootstraps"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(option, f"{value} is below 1", "Give a number from 1")
+    check_at_least_1(args, "limit", "batch_size", "annotators", "bootstraps")
     {"answer": _answer, "prepare": _prepare, "score": _score}[args.action](args)
 
 
@@ -82,7 +114,7 @@ def _answer(args: argparse.Namespace) -> None:
     session = Session.load(args.checkpoint, args.device, args.tokenizer)
     output = Path(args.output)
     with AnswerCache(output, model_fingerprint(session)) as answers:
-        asker = Asker(session, answers, lambda line: print(line, file=sys.stderr, flush=True))
+        asker = Asker(session, answers, progress)
         print(answer_prompts(asker, Path(args.prompts), output, options, args.limit))
 
 
@@ -95,8 +127,9 @@ def _prepare(args: argparse.Namespace) -> None:
 
     wanted = 2 if args.kind == "pairwise" else 1
     if len(args.answers) != wanted or len(set(args.answers)) != wanted:
-        what = f"{len(args.answers)} files of answers for {args.kind}"
-        raise ConfigError("ANSWERS", what, f"Give {wanted}, each another model's")
+        files = f"{wanted} different files" if wanted > 1 else "1 file"
+        what = f"{args.kind} needs {files} of answers, but got {' '.join(args.answers)}"
+        raise ConfigError("ANSWERS", what, "Give one file per model")
     models = {path: read_answered_prompts(path) for path in args.answers}
     key = write_questionnaire(args.kind, models, Path(args.output), args.annotators, args.seed)
     count = len(next(iter(models.values())))
@@ -118,7 +151,7 @@ def _score(args: argparse.Namespace) -> None:
         raise ConfigError("--kind", what, f"Give --key, or --kind {'|'.join(KINDS)}")
     judgements = read_judgements(args.files, key)
     if not judgements:
-        raise ConfigError("FILES", "hold no judgement", "Give forms that somebody has filled in")
+        raise ConfigError("FILES", "no judgements in them", "Give forms that somebody filled in")
     result = score_judgements(kind, judgements, args.bootstraps, args.seed)
     if key:
         result["models"] = key["models"]

@@ -4,40 +4,40 @@
     chameleon config check my.yaml optimizer.lr=3e-4 --paper 7b
     chameleon config check examples/sft/train.yaml --stage sft
 
-Deviations are fine and end with exit code 0; errors are listed and end with 2. What is not there
-yet, tokenizer and data, is said to be missing and is no error.
+Deviations from the paper are fine: the exit code is 0. Errors are listed, and the exit code is 2. A
+tokenizer or data that are still to be set count as missing, which is not an error.
 """
 
 import argparse
 import itertools
-import sys
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_chameleon.cli.logs import add_common_options
+from megatron_chameleon.cli.options import add_common_options, add_overrides
 
 if TYPE_CHECKING:
     from megatron_chameleon.config.paper import Comparison
     from megatron_chameleon.config.schema import Config
 
+_logger = logging.getLogger(__name__)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    check = kinds.add_parser("check", help="every value beside the paper's, deviations marked")
+    check = kinds.add_parser("check", help="show every value beside the paper's, mark deviations")
     check.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a preset")
-    check.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values that win over the file's"
-    )
+    add_overrides(check)
     check.add_argument(
         "--paper",
         choices=("7b", "34b"),
-        help="compare with this size (default: the preset's, or the nearest)",
+        help="size to compare with (default: the preset's, or the nearest)",
     )
     check.add_argument(
         "--stage",
         choices=("pretraining", "sft"),
         default="pretraining",
-        help="compare with pretraining (stages 1 and 2, the default) or fine-tuning",
+        help="compare with pretraining (stages 1 and 2, the default) or with fine-tuning",
     )
     add_common_options(check, nested=True)
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
     rows = paper.compare(config, chosen, args.stage)
     derived = paper.derived_rows(config, chosen, args.stage, vocab_size)
-    why = "" if size else " (the nearest in depth and width; --paper chooses)"
+    why = "" if size else " (the nearest in depth and width; choose with --paper)"
     deviations = sum(row.mark == paper.DEVIATES for row in [*rows, *derived])
     text = [
         f"{args.config} beside the paper's {chosen.upper()}, {args.stage}{why}: arXiv 2405.09818",
@@ -70,11 +70,11 @@ def run(args: argparse.Namespace) -> None:
         text.append(f"{paper.TO_BE_SET} before training: {', '.join(missing)}")
     print("\n".join(text))
     for line in paper.warnings(config):
-        print(f"warning: {line}", file=sys.stderr)
+        _logger.warning(line)
 
 
 def filled_in(config: "Config") -> "Config":
-    """A copy in which what is still to be set stands there, so that it counts as no error."""
+    """A copy in which what is still to be set has a placeholder, so that it is not an error."""
     from dataclasses import replace
 
     from megatron_chameleon.config.schema import SourceConfig, TokenizerConfig
@@ -85,14 +85,18 @@ def filled_in(config: "Config") -> "Config":
 
 
 def _size_of_preset(preset: str | None) -> str | None:
-    """``chameleon_7b`` -> ``7b``; None for a preset of no size of the paper."""
+    """``chameleon_7b`` -> ``7b``; None if the preset is not one of the paper's sizes."""
     from megatron_chameleon.config.paper import SIZES
 
     return next((size for size in SIZES if preset and preset.endswith(f"_{size}")), None)
 
 
 def find_vocab_size(config: "Config") -> tuple[int, str]:
-    """Of the config's tokenizer where it is there, else the paper's; and what to say of it."""
+    """The vocabulary size of the config's tokenizer, or the paper's if it does not exist yet.
+
+    Returns:
+        The size, and a note for the user, which is empty for the config's own.
+    """
     from pathlib import Path
 
     from megatron_chameleon.config.paper import VOCAB_SIZE
@@ -101,11 +105,11 @@ def find_vocab_size(config: "Config") -> tuple[int, str]:
     path = config.tokenizer.path
     if path and Path(path).is_dir():
         return Vocabulary.load(Path(path)).size, ""
-    return VOCAB_SIZE, "; the vocabulary is the paper's, as there is no tokenizer yet"
+    return VOCAB_SIZE, "; the vocabulary is the paper's, because there is no tokenizer yet"
 
 
 def _table(rows: "Sequence[Comparison]", derived: "Sequence[Comparison]") -> str:
-    """Aligned columns as wide as they need to be, whatever the terminal: nothing is cut."""
+    """Aligned columns, as wide as they need to be on any terminal, so that nothing is cut."""
     cells: list[tuple[str, tuple[str, ...]]] = []
     for row in [*rows, *derived]:
         section, _, key = row.key.partition(".")

@@ -2,15 +2,15 @@
 
 import argparse
 import os
-import sys
+
+from megatron_chameleon.cli.logs import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
     parser.add_argument(
         "source",
-        help="a step_... or run folder (its newest whole step), a Hugging Face folder, Meta's, or "
-        "DeepSpeed's",
+        help="a step_... folder, a run folder (its newest complete checkpoint), or a folder in "
+        "Hugging Face's, Meta's or DeepSpeed's format",
     )
     parser.add_argument("destination", help="a folder that does not exist yet")
     parser.add_argument(
@@ -22,31 +22,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
-        help="of the tensors (default: as in the checkpoint)",
+        help="data type of the tensors (default: the checkpoint's)",
     )
     parser.add_argument(
         "--shards",
         type=int,
         metavar="N",
-        help="files of Meta's format (default: as few as the QK-norms allow)",
+        help="number of files in Meta's format (default: as few as the QK-norms allow)",
     )
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
-        help="tokenizer folder, ours or Meta's (default: as in the checkpoint)",
+        help="tokenizer folder, ours or Meta's (default: the checkpoint's)",
     )
-    parser.add_argument("--no-optimizer", action="store_true", help="leave optimizer state out")
+    parser.add_argument("--no-optimizer", action="store_true", help="omit the optimizer state")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan, sizes and needs; write nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the plan, the sizes and what is needed; write nothing",
     )
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not read the files back and compare"
+        "--no-verify", action="store_true", help="do not read the files back to compare them"
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert, and print what was written."""
-    # torch reads it when it is imported: memory in large pages, which costs half as much to get
+    # read by torch when it is imported: allocate in large pages, which takes half the time
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from megatron_chameleon.checkpoint.convert.plan import plan_conversion
     from megatron_chameleon.checkpoint.convert.run import convert
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         args.to,
         **options,
         verify=not args.no_verify,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=progress,
     )
     print(
         f"{result.source} (step {result.step:,}) -> {result.destination}: "

@@ -1,6 +1,6 @@
-"""``chameleon doctor``: say what this machine can run, what is missing, and what to do about it.
+"""``chameleon doctor``: check what this machine can run, what is missing and how to fix it.
 
-Exit code 0 if the CPU demo can run here, else 2.
+The exit code is 0 if the CPU demo can run here, and 2 otherwise.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 GIB = 1024**3
 TRAINING_GIB_7B = 125
-"""The 7B with bf16 gradients and no recompute: 16 bytes a parameter, and the activations."""
+"""The 7B with bf16 gradients and no recompute: 16 bytes per parameter, plus activations."""
 OK, WARN, MISSING = "ok", "warn", "missing"
 
 
@@ -28,21 +28,20 @@ class Check:
 
     name: str
     status: str
-    """ok, warn (works with a limit) or missing."""
+    """ok, warn (works with limitations) or missing."""
     found: str
     purpose: str
     remedy: str = ""
     required: bool = False
-    """Whether the CPU path needs it."""
+    """Whether even training on a CPU needs it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table and the verdict; exit 2 if not even the CPU demo can run."""
+    """Print the table and the verdict. Exit with 2 if not even the CPU demo can run."""
     checks = list(examine())
     cpu_problems = [check.name for check in checks if check.required and check.status == MISSING]
     gpu_problems = missing_for_7b(checks)
@@ -72,7 +71,7 @@ def examine() -> Iterator[Check]:
 
 
 def missing_for_7b(checks: list[Check]) -> list[str]:
-    """The reasons why this machine cannot train the 7B, by the rows that say so."""
+    """The reasons why this machine cannot train the 7B, according to the rows."""
     names = {"GPU": "no GPU", "GPU memory": "too little GPU memory", "NCCL": "no NCCL"}
     by_name = {check.name: check for check in checks}
     cpu = [check.name for check in checks if check.required and check.status == MISSING]
@@ -133,9 +132,9 @@ def _torch() -> Iterator[Check]:
 def _gpu() -> Iterator[Check]:
     import torch
 
-    memory_purpose = f"7B training wants {TRAINING_GIB_7B} GiB in all"
+    memory_purpose = f"7B training needs {TRAINING_GIB_7B} GiB in total"
     if not torch.cuda.is_available():
-        why = "Use a machine with one" if torch.version.cuda else "Install a CUDA build of torch"
+        why = "Use a machine with a GPU" if torch.version.cuda else "Install a CUDA build of torch"
         yield Check("GPU", MISSING, "none", "training beyond the demo", why)
         yield Check("GPU memory", MISSING, "0 GiB", memory_purpose, "Use GPUs")
         yield Check("FP8", MISSING, "-", "faster matrix products", "Needs compute capability 8.9")
@@ -168,10 +167,10 @@ def _machine() -> Iterator[Check]:
     yield Check("CPU cores", OK, str(cores), "the demo, preprocessing")
     memory_gib = _memory_gib()
     status = OK if memory_gib >= 4 else WARN
-    yield Check("Memory", status, f"{memory_gib:.0f} GiB", "the demo wants 4 GiB", "Add memory")
+    yield Check("Memory", status, f"{memory_gib:.0f} GiB", "the demo needs 4 GiB", "Add memory")
     free_gib = shutil.disk_usage(Path.cwd()).free / GIB
     status, found = (OK if free_gib >= 2 else WARN), f"{free_gib:.0f} GiB free here"
-    yield Check("Disk", status, found, "a 7B checkpoint has about 90 GiB", "Free some space")
+    yield Check("Disk", status, found, "a 7B checkpoint takes about 90 GiB", "Free some space")
     shm = Path("/dev/shm")
     shm_gib = shutil.disk_usage(shm).free / GIB if shm.is_dir() else 0.0
     status, found = (OK if shm_gib >= 0.05 else WARN), f"{shm_gib:.1f} GiB free"
@@ -179,7 +178,7 @@ def _machine() -> Iterator[Check]:
     threads = os.environ.get("OMP_NUM_THREADS")
     remedy = "Set it to cores / processes when several processes share the CPU"
     found = threads or "not set"
-    yield Check("OMP_NUM_THREADS", OK if threads else WARN, found, "threads a process", remedy)
+    yield Check("OMP_NUM_THREADS", OK if threads else WARN, found, "threads per process", remedy)
 
 
 def _memory_gib() -> float:
@@ -200,8 +199,8 @@ def _packages() -> Iterator[Check]:
     yield _package("transformer-engine", "FP8", "pip install transformer-engine[pytorch]")
     yield _apex()
     yield _package("flash-attn", "attention on GPUs", "pip install flash-attn")
-    yield _package("deepspeed", "ZeRO, as second engine", "pip install deepspeed")
-    yield _package("mpi4py", "start by mpiexec", "pip install mpi4py mpich")
+    yield _package("deepspeed", "ZeRO, as a second engine", "pip install deepspeed")
+    yield _package("mpi4py", "starting with mpiexec", "pip install mpi4py mpich")
 
 
 def _package(name: str, purpose: str, remedy: str, required: bool = False) -> Check:
@@ -216,22 +215,22 @@ def _megatron_core() -> Check:
     name, purpose = "megatron-core", "the transformer, parallelism, checkpoints"
     found = _package(name, purpose, "pip install 'megatron-core==0.16.*'", required=True)
     if found.status == OK and not found.found.startswith("0.16."):
-        what = f"{found.found}, supported is 0.16.x"
+        what = f"{found.found}, but 0.16.x is needed"
         return Check(name, MISSING, what, purpose, found.remedy, required=True)
     return found
 
 
 def _apex() -> Check:
-    """NVIDIA's apex has ``apex.optimizers``; the "apex" of the package index is another project.
+    """NVIDIA's apex has ``apex.optimizers``; "apex" in the package index is a different project.
 
-    megatron-core takes fused AdamW and gradient norms from Transformer Engine, else from apex.
+    megatron-core takes fused AdamW and gradient norms from Transformer Engine, or else from apex.
     """
     purpose = "fused AdamW and gradient norms, without transformer-engine"
     build = "Build NVIDIA's from github.com/NVIDIA/apex"
     if not _importable("apex"):
         return Check("apex", MISSING, "-", purpose, build)
     if not _importable("apex.optimizers"):
-        what = "another project of that name"
+        what = "a different project of that name"
         return Check("apex", WARN, what, purpose, f"pip uninstall apex. {build}")
     return Check("apex", OK, "NVIDIA's", purpose)
 

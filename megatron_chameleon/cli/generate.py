@@ -1,4 +1,4 @@
-"""``chameleon generate CHECKPOINT``: write text and images from a checkpoint or an exported folder.
+"""``chameleon generate CHECKPOINT``: generate text and images from a checkpoint of any format.
 
 chameleon generate runs/digits --image three.png
 chameleon generate exported/digits --prompt "a handwritten three" --force image --output drawn
@@ -9,11 +9,13 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.cli.options import check_at_least_1
 
 if TYPE_CHECKING:
     from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
@@ -24,56 +26,78 @@ ANSWERS_FILE = "documents.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
-    parser.add_argument(
-        "checkpoint", help="a checkpoint, run folder or exported Hugging Face folder"
-    )
+    parser.add_argument("checkpoint", help="a checkpoint, a run folder or an exported folder")
     parser.add_argument("--prompt", metavar="TEXT", help="text of the prompt, after the images")
-    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="repeatable")
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="image of the prompt; can be repeated",
+    )
     parser.add_argument(
         "--document",
         metavar="FILE",
-        help="documents to answer, one a line (.jsonl); of messages, the last is answered",
+        help="file of prompts, one document per line (.jsonl); in a conversation, the last message "
+        "is answered",
     )
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="prompts are questions to a fine-tuned model, as conversations were in its training",
+        help="ask a fine-tuned model: the prompt takes the form of conversations in its training",
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="for images (default: generated) and answers"
+        "--output", metavar="DIR", help="folder for images (default: generated) and answers"
     )
-    parser.add_argument("--count", type=int, default=1, help="answers to each prompt (default: 1)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest (default: 0.7)")
-    parser.add_argument("--top-p", type=float, help="default: 0.9")
-    parser.add_argument("--guidance", type=float, help="of images, 1 is off (default: 1)")
+    parser.add_argument("--count", type=int, default=1, help="answers per prompt (default: 1)")
+    _add_sampling(parser)
+    parser.add_argument("--batch-size", type=int, help="prompts to answer together (default: 64)")
     parser.add_argument(
-        "--guidance-image",
-        type=float,
-        help="of a prompt's images; --guidance is then its text's. Meta's code has 1.2 and 3",
+        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
     )
-    parser.add_argument("--batch-size", type=int, help="prompts answered together (default: 64)")
-    parser.add_argument("--max-tokens", type=int, help="of an answer (default: the context's rest)")
-    parser.add_argument("--force", choices=("image", "text"), help="one image, or text only")
-    parser.add_argument("--tokenizer", metavar="DIR", help="default: as in the checkpoint")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default) or cuda"
+    )
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the layers first: takes a minute or two, pays for long answers on a GPU",
+        help="compile the layers first, which takes a minute or two and pays off for long answers "
+        "on a GPU",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=1, help="seed of the sampling (default: 1)")
+    parser.add_argument(
+        "--temperature", type=float, help="0 always takes the likeliest token (default: 0.7)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, help="sample from this share of the probability (default: 0.9)"
+    )
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale of images; 1 is off (default: 1)"
+    )
+    parser.add_argument(
+        "--guidance-image",
+        type=float,
+        help="separate guidance scale for the images of a prompt; --guidance then applies to its "
+        "text. Meta's code uses 1.2 and 3",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, help="most tokens per answer (default: until the context is full)"
+    )
+    parser.add_argument(
+        "--force", choices=("image", "text"), help="answer with one image, or with text only"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answer every prompt ``--count`` times; print the texts, save the images."""
-    from megatron_chameleon.errors import ConfigError
+    """Answer every prompt ``--count`` times, print the texts and save the images."""
     from megatron_chameleon.inference.chat import chat_prompt
     from megatron_chameleon.inference.options import Execution
     from megatron_chameleon.inference.session import Session
 
-    if args.count < 1:
-        raise ConfigError("--count", f"{args.count} is below 1", "Ask for at least one answer")
+    check_at_least_1(args, "count")
     options = _options(args)
     options.check()
     _check_device(args)
@@ -88,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     started = time.monotonic()
     answers = session.generate(asked, options, lambda done, total: _report(done, total, started))
-    print(f"{args.device}: {session.execution.summary()}", file=sys.stderr)
+    progress(f"{args.device}: {session.execution.summary()}")
     folder = Path(args.output or "generated")
     has_images = any(not isinstance(part, str) for answer in answers for part in answer.content)
     lines = [
@@ -100,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         partial = folder / f".{ANSWERS_FILE}.{os.getpid()}"
         partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         partial.replace(folder / ANSWERS_FILE)
-        print(f"{len(answers)} answers: {folder / ANSWERS_FILE}", file=sys.stderr)
+        progress(f"{len(answers)} answers: {folder / ANSWERS_FILE}")
 
 
 def _options(args: argparse.Namespace) -> "GenerationOptions":
@@ -118,11 +142,13 @@ def _check_device(args: argparse.Namespace) -> None:
     from megatron_chameleon.parallel import platform
 
     if args.device == "cuda" and not platform.has_gpu():
-        raise ConfigError("--device", "cuda has no usable GPU here", "Use --device cpu")
+        raise ConfigError("--device cuda", "no usable GPU was found", "Use --device cpu")
     compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
     if args.compile and not any(map(shutil.which, compilers)):
         raise ConfigError(
-            "--compile", f"none of {', '.join(compilers)} is there", "Install g++, or leave it out"
+            "--compile",
+            f"none of {', '.join(compilers)} is installed",
+            "Install g++, or leave it out",
         )
 
 
@@ -136,7 +162,7 @@ def _prompts(args: argparse.Namespace) -> list["Document"]:
         if args.prompt is not None or args.image:
             raise ConfigError(
                 "--document",
-                "--prompt or --image is given beside it",
+                "cannot be combined with --prompt or --image",
                 "Put everything into the document, or leave it out",
             )
         return list(read_documents([args.document]))
@@ -149,17 +175,15 @@ def _prompts(args: argparse.Namespace) -> list["Document"]:
 def _report(done: int, total: int, started: float) -> None:
     seconds = time.monotonic() - started
     left_seconds = seconds / done * (total - done)
-    print(
-        f"{done}/{total} answers · {done / max(seconds, 1e-9):.1f}/s · {left_seconds:.0f} s left",
-        file=sys.stderr,
-        flush=True,
+    progress(
+        f"{done}/{total} answers · {done / max(seconds, 1e-9):.1f}/s · {left_seconds:.0f} s left"
     )
 
 
 def _show(
     number: int, prompt: Sequence["TextPart | ImagePart"], answer: "Answer", folder: Path
 ) -> str:
-    """Print an answer, save its images; returns its line for ``documents.jsonl``."""
+    """Print an answer and save its images. Returns its line for ``documents.jsonl``."""
     parts: list[dict[str, str]] = []
     for index, part in enumerate(answer.content):
         if isinstance(part, str):

@@ -12,7 +12,6 @@ A record with ``extra={"stderr": True}`` goes to stderr at any level. That is fo
 whose standard output is a result; in this folder ``progress`` does it.
 """
 
-import argparse
 import contextlib
 import logging
 import sys
@@ -21,36 +20,6 @@ from collections.abc import Iterator
 PACKAGE = "megatron_chameleon"
 
 _logger = logging.getLogger(__name__)
-
-
-def add_common_options(parser: argparse.ArgumentParser, nested: bool = False) -> None:
-    """The options that every verb has: ``--debug``, ``--verbose`` and ``--quiet``.
-
-    Args:
-        parser: The parser of a verb, or of one of its actions.
-        nested: Whether this is an action's parser. Its defaults then do not overwrite what was
-            given before the action, as in ``chameleon tokenizer --debug text``.
-    """
-    absent = argparse.SUPPRESS if nested else None
-    parser.add_argument(
-        "--debug",
-        action="store_true",
-        default=absent or False,
-        help="show the full traceback of an error",
-    )
-    amount = parser.add_mutually_exclusive_group()
-    for name, level, summary in (
-        ("--verbose", logging.DEBUG, "print more details"),
-        ("--quiet", logging.WARNING, "print only results, warnings and errors"),
-    ):
-        amount.add_argument(
-            name,
-            dest="log_level",
-            action="store_const",
-            const=level,
-            default=absent or logging.INFO,
-            help=summary,
-        )
 
 
 @contextlib.contextmanager

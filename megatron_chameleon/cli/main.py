@@ -1,7 +1,7 @@
-"""The ``chameleon`` command: one file a verb in this folder, imported only when it is asked for.
+"""The ``chameleon`` command. Each verb is one file of this folder, imported only when it is used.
 
-A verb's module defines ``add_arguments(parser)`` and ``run(args)`` and imports torch and the like
-inside ``run``, so that ``chameleon --help`` answers at once.
+A verb's module defines ``add_arguments(parser)`` and ``run(args)``. It imports torch and other
+large packages inside ``run``, so that ``chameleon --help`` answers at once.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import traceback
 import warnings
 
 from megatron_chameleon import __version__
-from megatron_chameleon.cli.logs import add_common_options, shown_logs
+from megatron_chameleon.cli.logs import shown_logs
+from megatron_chameleon.cli.options import add_common_options
 from megatron_chameleon.errors import ChameleonError
 
 OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=.*", re.DOTALL)
@@ -21,18 +22,18 @@ OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=.*", re.DOTALL)
 VERBS = {
     "tokenizer": "train a text tokenizer or an image tokenizer",
     "preprocess": "turn documents into .bin/.idx token files",
-    "inspect": "show a token file or a run's mixture, also as an HTML page",
-    "data": "show what a step of a run saw",
+    "inspect": "show a token file or the mixture of a run, optionally as an HTML page",
+    "data": "show which samples and documents a step of a run saw",
     "config": "compare a config with the paper's values",
-    "plan": "predict speed and memory of the layouts on a number of GPUs",
+    "plan": "predict speed and memory of the parallel layouts on a number of GPUs",
     "train": "train a model from a YAML config",
     "convert": "convert a checkpoint to another format",
-    "verify": "compare two checkpoints of any formats",
-    "generate": "write text and images from a checkpoint",
-    "evaluate": "benchmark a checkpoint, with the paper's figures beside it",
+    "verify": "compare two checkpoints of any format",
+    "generate": "generate text and images from a checkpoint",
+    "evaluate": "benchmark a checkpoint and show the paper's figures beside it",
     "annotate": "let people judge answers: questionnaires, agreement, win rates, safety",
     "plot": "draw the curves of one or more runs",
-    "doctor": "say what this machine can run, and what is missing",
+    "doctor": "check what this machine can run and what is missing",
 }
 
 
@@ -57,19 +58,22 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb and exit: 0 done, 2 the user's mistake, 1 a crash."""
+    """Run one verb.
+
+    The exit code is 0 after success, 2 after a mistake of the user and 1 after a crash.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].startswith(("--local_rank=", "--local-rank=")):
-        argv = argv[1:]  # the deepspeed launcher puts it first; LOCAL_RANK says it too
+        argv = argv[1:]  # the deepspeed launcher adds it; LOCAL_RANK holds the same number
     verb = argv[0] if argv and argv[0] in VERBS else None
     parser = build_parser(verb)
     args, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if OVERRIDE.fullmatch(word)]
     if len(overrides) < len(rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if overrides:  # section.key=value behind an option, where argparse does not look for it
+    if overrides:  # argparse does not find section.key=value after an option
         args.overrides = [*args.overrides, *overrides]
-    if not args.debug:  # the libraries' notes: `chameleon doctor` and our own errors say it
+    if not args.debug:  # `chameleon doctor` and our own errors say what matters of these
         warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
         logging.getLogger("megatron").setLevel(logging.CRITICAL)
     try:

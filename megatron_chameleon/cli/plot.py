@@ -7,17 +7,24 @@ import argparse
 import os
 from pathlib import Path
 
+from megatron_chameleon.cli.options import check_at_least_1
+
 KEYS = "loss_text,loss_image,grad_norm,learning_rate"
 SUFFIXES = (".png", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or a metrics.jsonl")
-    parser.add_argument("--output", required=True, metavar="FILE", help="a .png or .svg")
-    parser.add_argument("--keys", default=KEYS, help=f"one panel each (default: {KEYS})")
     parser.add_argument(
-        "--smooth", type=int, default=1, metavar="N", help="mean over the last N steps (default: 1)"
+        "--output", required=True, metavar="FILE", help="the .png or .svg file to write"
+    )
+    parser.add_argument("--keys", default=KEYS, help=f"metrics, one panel each (default: {KEYS})")
+    parser.add_argument(
+        "--smooth",
+        type=int,
+        default=1,
+        metavar="N",
+        help="draw the mean of the last N steps (default: 1)",
     )
 
 
@@ -31,11 +38,10 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(
             str(output), f"the suffix is {output.suffix!r}", f"Use {' or '.join(SUFFIXES)}"
         )
-    if args.smooth < 1:
-        raise ConfigError("--smooth", f"{args.smooth} is below 1", "Give a number of steps")
+    check_at_least_1(args, "smooth")
     keys = [key.strip() for key in args.keys.split(",") if key.strip()]
     if not keys:
-        raise ConfigError("--keys", "no key is given", f"Write for example {KEYS}")
+        raise ConfigError("--keys", "no key is given", f"Write, for example, {KEYS}")
     runs = {
         name: read_metrics(path) for name, path in zip(_names(args.runs), args.runs, strict=True)
     }
@@ -52,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _names(paths: list[str]) -> list[str]:
-    """A name for each run: its folder's; the whole path where two folders are called the same."""
+    """A name for each run: that of its folder, or the whole path where two names are the same."""
     folders = [Path(path).parent if Path(path).is_file() else Path(path) for path in paths]
     names = [folder.resolve().name for folder in folders]
     names = [

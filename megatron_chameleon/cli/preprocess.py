@@ -1,10 +1,10 @@
-"""``chameleon preprocess INPUTS... --tokenizer DIR --output PREFIX``: documents to a token file.
+"""``chameleon preprocess INPUTS... --tokenizer DIR --output PREFIX``: turn documents into tokens.
 
 chameleon preprocess 'web/*.jsonl.zst' --tokenizer tok --output tokens/web --workers 16
-chameleon preprocess ... --shard $SLURM_ARRAY_TASK_ID/64      # one job of an array
-chameleon preprocess --output tokens/web --status             # of all shards
-chameleon preprocess --output tokens/web --merge              # when all are done
-mpiexec -n 64 chameleon preprocess ...                        # shards and merge in one
+chameleon preprocess ... --shard $SLURM_ARRAY_TASK_ID/64      # one job of a job array
+chameleon preprocess --output tokens/web --status             # progress of all shards
+chameleon preprocess --output tokens/web --merge              # when all shards are done
+mpiexec -n 64 chameleon preprocess ...                        # shards and merge in one command
 """
 
 import argparse
@@ -18,38 +18,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="documents: .jsonl (also .gz, .zst), WebDataset .tar, OBELICS-style .parquet; paths, "
-        "globs or URLs",
+        help="documents: .jsonl (also .gz or .zst), WebDataset .tar or OBELICS-style .parquet; "
+        "paths, globs or URLs",
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder")
     parser.add_argument(
         "--output",
         required=True,
         metavar="PREFIX",
-        help="writes PREFIX.bin, .idx, .documents, .images and .json (and .answers, of "
-        "conversations, and .dropped.jsonl, the list of bad documents)",
+        help="write PREFIX.bin, .idx, .documents, .images and .json, also .answers for "
+        "conversations, and .dropped.jsonl, which lists bad documents",
     )
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)"
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of processes that encode (default: 1)",
     )
     parser.add_argument(
         "--shard",
         type=parse_shard,
         metavar="I/N",
-        help="read the I-th of N stretches of the input, counted from 0, and write "
-        "PREFIX.shard-I-of-N: one job of an array",
+        help="read only the I-th of N parts of the input, counted from 0, and write "
+        "PREFIX.shard-I-of-N; for one job of a job array",
     )
     parser.add_argument(
-        "--status", action="store_true", help="show how far PREFIX and its shards are, and end"
+        "--status", action="store_true", help="show the progress of PREFIX and its shards, and exit"
     )
     parser.add_argument(
-        "--merge", action="store_true", help="make PREFIX of its finished shards, and end"
+        "--merge", action="store_true", help="merge the finished shards into PREFIX, and exit"
     )
     parser.add_argument(
-        "--keep-shards", action="store_true", help="leave the shards after they are merged"
+        "--keep-shards", action="store_true", help="do not delete the shards after merging them"
     )
     parser.add_argument(
-        "--restart", action="store_true", help="begin anew, whatever an earlier run has left"
+        "--restart",
+        action="store_true",
+        help="start from the beginning and discard what an earlier run wrote",
     )
     _add_content_arguments(parser)
 
@@ -60,39 +66,44 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="stop when more than this share of documents is bad (default: 1, never)",
+        help="stop when more than this share of the documents is bad (default: 1, never)",
     )
     parser.add_argument(
-        "--source", metavar="NAME", help="source of all documents, in place of what they say"
+        "--source",
+        metavar="NAME",
+        help="source of all documents; replaces the one that each document names",
     )
     parser.add_argument(
-        "--image-cache", metavar="DIR", help="keep the codes of images there, by content"
+        "--image-cache",
+        metavar="DIR",
+        help="folder in which image codes are cached by image content",
     )
     parser.add_argument(
         "--image-fit",
         choices=IMAGE_FITS,
         default=DEFAULT_IMAGE_FIT,
-        help="how images become square: with a border in prompts of conversations and cropped "
-        "elsewhere (role, the default), all cropped, or all with a border",
+        help="how images become square. role (the default): padded with a border in prompts of "
+        "conversations and cropped elsewhere; crop: always cropped; pad: always padded",
     )
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="where images are encoded (default: a GPU if there is one)",
+        help="where images are encoded (default: on a GPU if there is one)",
     )
     parser.add_argument(
         "--image-dtype",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="bf16 is several times as fast on a GPU, and one image code in a hundred is another",
+        help="fp32 is the default. bf16 is several times as fast on a GPU, but changes about one "
+        "image code in a hundred",
     )
     parser.add_argument(
         "--save-every",
         type=float,
         default=10.0,
         metavar="SECONDS",
-        help="how much a kill may cost (default: 10)",
+        help="save this often, so that a kill loses at most so much work (default: 10)",
     )
 
 
@@ -118,9 +129,9 @@ def run(args: argparse.Namespace) -> None:
         merge_shards(args.output, keep=args.keep_shards)
         return
     if not args.inputs:
-        raise ConfigError("INPUT", "no documents are named", "Give files, globs or URLs of them")
+        raise ConfigError("INPUT", "no documents are given", "Give files, globs or URLs")
     if args.tokenizer is None:
-        raise ConfigError("--tokenizer", "is not given", "Name the tokenizer folder")
+        raise ConfigError("--tokenizer", "is missing", "Name the tokenizer folder")
     _preprocess(args)
 
 

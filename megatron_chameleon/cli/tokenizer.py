@@ -3,51 +3,61 @@
     chameleon tokenizer text corpus.txt --output DIR --vocab-size 65536 --image-codes 8192
     chameleon tokenizer image photos/ --output DIR --config chameleon_512 training.steps=1000
 
-Both write into one folder, in either order.
+Both write into the same folder, in either order.
 """
 
 import argparse
+import logging
 import time
 from pathlib import Path
 
-from megatron_chameleon.cli.logs import add_common_options
+from megatron_chameleon.cli.options import add_common_options
+
+_logger = logging.getLogger(__name__)
 
 
 def is_override(word: str) -> bool:
-    """Whether a word is ``key=value`` and neither an option nor the name of a file."""
+    """Whether a word is ``key=value``, and neither an option nor the name of a file."""
     return "=" in word and not word.startswith("-") and not Path(word).exists()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    text = kinds.add_parser("text", help="a sentencepiece BPE and the vocabulary of the model")
-    text.add_argument("files", nargs="+", metavar="FILE", help=".txt, or .jsonl documents")
+    text = kinds.add_parser(
+        "text", help="train a sentencepiece BPE, which defines the vocabulary of the model"
+    )
+    text.add_argument("files", nargs="+", metavar="FILE", help=".txt files or .jsonl documents")
     text.add_argument("--output", required=True, metavar="DIR", help="the tokenizer folder")
     text.add_argument(
         "--vocab-size",
         required=True,
         type=int,
         metavar="N",
-        help="number of token ids, image codes and special tokens included",
+        help="number of token ids, including image codes and special tokens",
     )
     text.add_argument(
-        "--image-codes", required=True, type=int, metavar="N", help="codebook size of the images"
+        "--image-codes",
+        required=True,
+        type=int,
+        metavar="N",
+        help="codebook size of the image tokenizer",
     )
-    image = kinds.add_parser("image", help="a VQGAN that turns images into codes")
+    image = kinds.add_parser("image", help="train a VQGAN, which turns images into codes")
     image.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="image file, folder, or .jsonl documents (whose `weight` says how often one is drawn)",
+        help="image files, folders, or .jsonl documents (their `weight` says how often one is "
+        "drawn)",
     )
     image.add_argument("--output", required=True, metavar="DIR", help="the tokenizer folder")
     image.add_argument(
         "--config",
         default="chameleon_512",
         metavar="NAME|YAML",
-        help="a preset (chameleon_512, digits) or a file; section.key=value words go over it",
+        help="a preset (chameleon_512, digits) or a YAML file; section.key=value replaces values",
     )
-    image.add_argument("--seed", type=int, default=1, metavar="N")
+    image.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
     image.set_defaults(overrides=[])
     for kind in (text, image):
         add_common_options(kind, nested=True)
@@ -90,7 +100,7 @@ def _train_image(args: argparse.Namespace) -> None:
         args.output,
         seed=args.seed,
         device=platform.device(),
-        report=lambda line: print(line, flush=True),
+        report=_logger.info,
     )
     print(
         f"{args.output}: image tokenizer from {result.images} images ({result.dropped} dropped), "

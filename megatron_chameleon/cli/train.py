@@ -1,14 +1,14 @@
-"""``chameleon train CONFIG``: alone, or under torchrun, srun, mpiexec or deepspeed."""
+"""``chameleon train CONFIG``: train alone, or under torchrun, srun, mpiexec or deepspeed."""
 
 import argparse
 import sys
 
+from megatron_chameleon.cli.options import add_overrides
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values that win over the file's"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything and stop before the first step"
     )
@@ -16,8 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="go on from the run's newest checkpoint (auto, the default); start from a given one "
-        "if the run has none yet; or go back to one of its own",
+        help="auto (the default): resume from the run's newest checkpoint; never: start at step 0, "
+        "in a run folder without checkpoints; PATH: start from that checkpoint if the run has none "
+        "yet, or go back to one of the run's own",
     )
 
 

@@ -1,37 +1,38 @@
-"""``chameleon verify A B``: compare two checkpoints of any formats, tensor by tensor.
+"""``chameleon verify A B``: compare two checkpoints of any format, tensor by tensor.
 
-``chameleon verify A``: compare the files of one with its checksums.
+``chameleon verify A`` compares the files of one checkpoint with its checksums.
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
+
+from megatron_chameleon.cli.logs import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
     parser.add_argument("first", help="a checkpoint of any format")
     parser.add_argument(
         "second",
         nargs="?",
-        help="another one; without it, the files of the first are compared with its SHA256SUMS",
+        help="the checkpoint to compare it with; without one, the files of the first are compared "
+        "with its SHA256SUMS",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=0.0,
         metavar="X",
-        help="largest difference, as a share of a tensor's largest number (default: 0)",
+        help="largest allowed difference, as a share of a tensor's largest number (default: 0)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compare, and end with 0 if nothing differs, with 2 otherwise."""
+    """Compare. The exit code is 0 if nothing differs, and 2 otherwise."""
     if args.second is None:
         _check_files(args.first)
         return
-    # torch reads it when it is imported: memory in large pages, which costs half as much to get
+    # read by torch when it is imported: allocate in large pages, which takes half the time
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from megatron_chameleon.checkpoint.convert.verify import SHOWN_DIFFERENCES, verify
     from megatron_chameleon.errors import CheckpointError
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         args.first,
         args.second,
         tolerance=args.tolerance,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=progress,
     )
     for difference in result.differences[:SHOWN_DIFFERENCES]:
         print(difference)
@@ -71,7 +72,7 @@ def _check_files(checkpoint: str) -> None:
     from megatron_chameleon.errors import CheckpointError
 
     folder = Path(checkpoint)
-    if not (folder / SUMS_FILE).is_file():  # a run folder, say; damaged files may not open
+    if not (folder / SUMS_FILE).is_file():  # for example a run folder
         folder = open_checkpoint(folder).folder
     files = check_files(folder)
     if files is None:

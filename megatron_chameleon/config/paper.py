@@ -21,8 +21,8 @@ VOCAB_SIZE = 65_536
 
 EQUAL, DEVIATES, UNCERTAIN, UNSTATED = "=", "!", "~", "-"
 LEGEND = (
-    f"{EQUAL} the paper's value   {DEVIATES} differs from the paper   {UNCERTAIN} the paper's value, "
-    f"but derived or one of two readings   {UNSTATED} not in the paper"
+    f"{EQUAL} the paper's value   {DEVIATES} differs from the paper   "
+    f"{UNCERTAIN} the paper's value, derived or one of two readings   {UNSTATED} not in the paper"
 )
 TO_BE_SET = "to be set"
 

@@ -60,7 +60,10 @@ def test_safety_from_answers_to_the_table(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("prepare", "pairwise", "a.jsonl", "--output", "o"), "error: ANSWERS: 1 files of answers"),
+        (
+            ("prepare", "pairwise", "a.jsonl", "--output", "o"),
+            "error: ANSWERS: pairwise needs 2 different files of answers, but got a.jsonl. Give",
+        ),
         (("prepare", "safety", "gone.jsonl", "--output", "o"), "error: gone.jsonl: cannot be read"),
         (("prepare", "safety", "a.jsonl", "--output", "o", "--annotators", "0"), "error: --annota"),
         (("score", "rows.csv"), "error: --kind: is missing; the key's kind is unknown."),

@@ -79,7 +79,7 @@ def test_another_megatron_core_is_named_with_the_supported_one(
 ) -> None:
     versions["megatron-core"] = "0.15.0"
     report = json.loads(examine(True, capsys)[0])
-    assert row(report, "megatron-core")["found"] == "0.15.0, supported is 0.16.x"
+    assert row(report, "megatron-core")["found"] == "0.15.0, but 0.16.x is needed"
     assert "0.16" in row(report, "megatron-core")["remedy"]
 
 
@@ -87,7 +87,7 @@ def test_another_megatron_core_is_named_with_the_supported_one(
     ("importable", "status", "found"),
     [
         (set(), "missing", "-"),
-        ({"apex"}, "warn", "another project of that name"),
+        ({"apex"}, "warn", "a different project of that name"),
         ({"apex", "apex.optimizers"}, "ok", "NVIDIA's"),
     ],
 )
