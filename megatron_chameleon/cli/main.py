@@ -49,11 +49,11 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:] + "."
         )
-        add_common_options(subparser)
         if name == verb:
             module = importlib.import_module(f"megatron_chameleon.cli.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
+        add_common_options(subparser)
     return parser
 
 
