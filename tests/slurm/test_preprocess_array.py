@@ -1,4 +1,4 @@
-"""The array that preprocesses: tasks killed in mid-run, and the files of an unbroken run."""
+"""The preprocessing array: its tasks are killed, and its files equal those of an unbroken run."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from run_command import run_chameleon
 from slurm_cluster import Cluster
 
 SHARDS = 3
-DOCUMENTS = 800  # a file: a second or two of work for each task
+DOCUMENTS = 800  # per file: one or two seconds of work for each task
 SECONDS = 120
 
 
@@ -19,7 +19,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 
 def kill_in_mid_run(slurm: Cluster, job: str, output: Path, task: int, restart: int) -> int:
-    """Wait for a start of the task, and kill it once it has saved more; the documents saved."""
+    """Kill a start of the task after it has saved more; returns the number of documents saved."""
     prefix = f"{output}.shard-{task}-of-{SHARDS}"
     log = output.parent.parent / f"{job}-{task}.log"
     slurm.wait_for(lambda: log.exists() and f"restart {restart}, on" in log.read_text(), SECONDS)
@@ -31,14 +31,14 @@ def kill_in_mid_run(slurm: Cluster, job: str, output: Path, task: int, restart: 
     before = saved()
     slurm.wait_for(lambda: saved() > before, SECONDS)
     slurm.kill_array_task(job, task)
-    assert not Path(f"{prefix}.json").exists(), "it was done before it was killed"
+    assert not Path(f"{prefix}.json").exists(), "the task had finished before it was killed"
     return saved()
 
 
-def test_killed_tasks_go_on_and_merge_to_the_files_of_an_unbroken_run(
+def test_killed_tasks_continue_and_merge_to_the_files_of_an_unbroken_run(
     slurm: Cluster, venv: str, tmp_path: Path
 ) -> None:
-    write_corpus(tmp_path, 1)  # its pictures
+    write_corpus(tmp_path, 1)  # for its images
     for number in range(SHARDS):
         write_pairs(tmp_path / f"web-{number}.jsonl", DOCUMENTS)
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
@@ -50,7 +50,7 @@ def test_killed_tasks_go_on_and_merge_to_the_files_of_an_unbroken_run(
     variables = {"VENV": venv, "LOGS": str(tmp_path / "logs"), "MAX_RESTARTS": "1"}
     job = slurm.submit(REPOSITORY, f"--array=0-{SHARDS - 1}", *words, **variables)
 
-    # task 1 goes back into the queue by itself; task 2 is killed once more often than it may be
+    # Task 1 is requeued by itself; task 2 is killed once more than MAX_RESTARTS allows.
     first = kill_in_mid_run(slurm, job, output, task=1, restart=0)
     saved = kill_in_mid_run(slurm, job, output, task=2, restart=0)
     status = run_chameleon("preprocess", "--output", output, "--status").stdout
@@ -60,7 +60,7 @@ def test_killed_tasks_go_on_and_merge_to_the_files_of_an_unbroken_run(
     assert slurm.state(f"{job}_1") == "COMPLETED"
     assert slurm.state(f"{job}_2") == "FAILED"
     assert first > 0 and saved > 0
-    # the others were left alone, although task 2 has the number of the whole array
+    # The others were not affected, although task 2 has the number of the whole array.
     logs = [(tmp_path / f"{job}-{task}.log").read_text() for task in range(SHARDS)]
     assert [text.count("command: srun") for text in logs] == [1, 2, 2]
     assert re.search(r"shard 2/3 +unfinished", status), status

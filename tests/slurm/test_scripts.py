@@ -1,4 +1,4 @@
-"""What holds for each script of slurm/: it is bash, short, and SLURM takes its options."""
+"""Each script in slurm/ is valid bash and short, and SLURM accepts its options."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ SCRIPTS = sorted(path.name for path in (REPOSITORY / "slurm").glob("*.sbatch"))
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "common.sh"])
-def test_it_is_bash_of_a_screen(name: str) -> None:
+def test_it_is_bash_and_fits_on_a_screen(name: str) -> None:
     path = REPOSITORY / "slurm" / name
     result = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
@@ -26,15 +26,15 @@ def test_it_is_bash_of_a_screen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_slurm_takes_every_option(slurm: Cluster, name: str) -> None:
-    """Sizes of a cluster of two small nodes stand before the script's own."""
+def test_slurm_accepts_every_option(slurm: Cluster, name: str) -> None:
+    """The sizes of a cluster of two small nodes override those of the script."""
     nodes = 1 if "#SBATCH --nodes=8" not in (REPOSITORY / "slurm" / name).read_text() else 2
     words = (f"--nodes={nodes}", "--cpus-per-task=1", "--mem=2000", f"slurm/{name}")
     said = slurm.test(REPOSITORY, *words)
     assert re.search(r"to start at .* using \d+ processors on nodes node", said), said
 
 
-def test_a_script_without_its_words_says_so(slurm: Cluster, venv: str, tmp_path: Path) -> None:
+def test_a_script_without_arguments_says_so(slurm: Cluster, venv: str, tmp_path: Path) -> None:
     small = ("--cpus-per-task=1", "--mem=2000")
     jobs = {
         name: slurm.submit(

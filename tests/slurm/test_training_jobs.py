@@ -1,6 +1,6 @@
-"""The scripts of slurm/ on a real SLURM: stopped by signals and a dead node, they end as unbroken.
+"""The scripts in slurm/ on a real SLURM end like an unbroken run after signals and a dead node.
 
-The jobs of one test run at once: starting Python is most of their time.
+The jobs of one test run at once, since most of their time goes into starting Python.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ SECONDS = 240
 
 @pytest.fixture(scope="module")
 def submit(slurm: Cluster, venv: str, tiny) -> Callable[..., str]:
-    """Submit a script of slurm/ with a run into FOLDER/run; returns the job's number."""
+    """Submit a script of slurm/ whose run goes to FOLDER/run; returns the number of the job."""
 
     def start(run: str, layout: tuple[str, ...], *overrides: str) -> str:
         words = (*SMALL, *layout, f"--output={tiny.folder}/{run}.log", "slurm/pretrain_7b.sbatch")
@@ -50,7 +50,7 @@ def test_signals_and_a_preemption_save_and_requeue_over_two_nodes(
 ) -> None:
     job = submit("signals", ("--nodes=2", "--ntasks-per-node=1"))
     wait_for_step(slurm, tiny, "signals", 4)
-    slurm.run("scancel", "--signal=USR1", job)  # as --signal=USR1@300 does before the time limit
+    slurm.run("scancel", "--signal=USR1", job)  # --signal=USR1@300 does this before the time limit
     log = tiny.folder / "signals.log"
     slurm.wait_for(lambda: "restart 1, on node[1-2]" in log.read_text(), SECONDS)
     first = len(tiny.metrics("signals"))
@@ -61,7 +61,7 @@ def test_signals_and_a_preemption_save_and_requeue_over_two_nodes(
         "--exclusive",
         f"--output={tiny.folder}/urgent.log",
     )
-    slurm.submit(REPOSITORY, *urgent, "--wrap=hostname")  # SIGTERM, and 60 seconds of grace
+    slurm.submit(REPOSITORY, *urgent, "--wrap=hostname")  # SIGTERM with 60 seconds of grace
     assert slurm.wait_until_ended(job, SECONDS) == "COMPLETED", log.read_text()
     assert exact(tiny.metrics("signals")) == exact(unbroken)
     text = log.read_text()

@@ -1,6 +1,6 @@
-"""Run the real command in processes that are forked from one which has imported the libraries.
+"""Run the real command in processes forked from one that has already imported the libraries.
 
-Starting Python costs 6 to 16 seconds a time, this a moment.
+Starting Python takes 6 to 16 seconds each time; a fork takes a moment.
 """
 
 import os
@@ -16,25 +16,25 @@ from megatron_chameleon.cli.main import main
 
 
 def start(words: list[str], log: Path, processes: int = 1) -> list[int]:
-    """``chameleon WORDS`` on so many processes, as torchrun would start them.
+    """Start ``chameleon WORDS`` on this many processes, as torchrun would.
 
     Args:
-        words: Behind ``chameleon``.
-        log: What the processes print is appended to it.
-        processes: Each has a rank.
+        words: The words after ``chameleon``.
+        log: The output of the processes is appended to it.
+        processes: How many; each gets a rank.
 
     Returns:
-        The numbers of the processes, for ``os.waitpid``.
+        The process ids, for ``os.waitpid``.
     """
     port = _free_port()
     return [_fork(words, log, rank, processes, port) for rank in range(processes)]
 
 
 def run(words: list[str], log: Path, processes: int = 1) -> None:
-    """``start`` them and wait for their end.
+    """Start the processes and wait for them.
 
     Raises:
-        AssertionError: One of them failed; with the end of what they said.
+        AssertionError: One of them failed; the message has the end of their output.
     """
     codes = [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in start(words, log, processes)]
     assert not any(codes), f"{codes}: {log.read_text()[-3000:]}"
@@ -63,7 +63,7 @@ def _fork(words: list[str], log: Path, rank: int, processes: int, port: int) -> 
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # not the parent's clean-up
+        os._exit(code)  # skips the clean-up of the parent
 
 
 def _free_port() -> int:

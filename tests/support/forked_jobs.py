@@ -1,6 +1,6 @@
 """Run jobs of several processes each, all forked from one that has imported the libraries.
 
-A launch by torchrun costs 12 to 16 seconds, mostly imports; this one costs as much once for all
+A launch by torchrun takes 12 to 16 seconds, mostly for imports. Here this is paid once for all
 jobs.
 """
 
@@ -26,8 +26,8 @@ def run_forked(run_job: Callable[[Job, Path], None]) -> None:
     """The main function of a script with the arguments JOBS.json OUTPUT_DIR.
 
     Args:
-        run_job: Called with a job and the output folder in each of the job's ``processes``, which
-            have process groups of their own.
+        run_job: Called with a job and the output folder in each of the job's processes. Each job
+            has its own process group.
     """
     jobs, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     prepare_megatron()
@@ -42,7 +42,7 @@ def _run(run_job: Callable[[Job, Path], None], job: Job, output: Path, meeting: 
         child, status = os.wait()
         children.discard(child)
         if status != 0:
-            for other in children:  # they would wait for the one that failed
+            for other in children:  # they would wait for the failed one
                 os.kill(other, signal.SIGKILL)
             sys.exit(f"{job['name']} failed")
 
@@ -65,4 +65,4 @@ def _fork(
         traceback.print_exc()
     finally:
         sys.stderr.flush()
-        os._exit(status)  # not the parent's clean-up
+        os._exit(status)  # skips the clean-up of the parent

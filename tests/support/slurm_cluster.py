@@ -1,7 +1,7 @@
-"""A SLURM cluster of two nodes on this machine: Debian's daemons, started and ended by the tests.
+"""A SLURM cluster of two nodes on this machine, with Debian's daemons; tests start and stop it.
 
-Each slurmd has a host name and an /etc/hosts of its own (namespaces of Linux), so that node1 and
-node2 are hosts for the jobs that run there. Everything lies in one folder. It needs root.
+Each slurmd has its own host name and /etc/hosts (by Linux namespaces), so node1 and node2 look like
+hosts to the jobs that run there. Everything lies in one folder. It needs root.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from run_command import environment
 
 NODES = ("node1", "node2")
-CORES = GPUS = 8  # of each node; the machine may have fewer
+CORES = GPUS = 8  # per node; the machine itself may have fewer
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -111,7 +111,7 @@ class Cluster:
         self._check("unshare", "-u", "-m", "bash", "-c", script)
 
     def stop(self) -> None:
-        """Cancel what runs and end the daemons, by the numbers in their files."""
+        """Cancel all jobs and end the daemons, whose process ids are in their files."""
         self.run("scancel", "--full", "--signal=KILL", "--state=RUNNING", "--me")
         self.run("scancel", "--me")
         for name in ("slurmctld", *(f"slurmd-{node}" for node in NODES), "munged"):
@@ -120,7 +120,7 @@ class Cluster:
                 self._kill(int(pid_file.read_text()), signal.SIGTERM)
 
     def kill_node(self, name: str) -> None:
-        """What a power cut does: slurmd and all that it started are gone at once."""
+        """Simulate a power cut: slurmd and everything that it started die at once."""
         slurmd = int((self.box / f"slurmd-{name}.pid").read_text())
         host = _host_of(slurmd)
         assert host and host != _host_of(os.getpid())
@@ -133,43 +133,43 @@ class Cluster:
         self._kill(pid, signal.SIGKILL)
 
     def kill_array_task(self, job: str, task: int) -> None:
-        """SIGKILL what one task of an array has started, its workers too; its script lives on."""
+        """SIGKILL the processes of an array task, including its workers, but not its script."""
         pids = _with_variables(f"SLURM_ARRAY_JOB_ID={job}", f"SLURM_ARRAY_TASK_ID={task}")
         assert pids, f"task {task} of job {job} has no processes"
         for pid in pids:
             self._kill(pid, signal.SIGKILL)
 
     def run(self, *words: object) -> str:
-        """A command of SLURM's and its output; a failure is output too."""
+        """Run a SLURM command; returns its output, also if it fails."""
         return self._run(*words).stdout
 
     def submit(self, folder: Path, *words: object, **variables: str) -> str:
-        """``sbatch`` in a folder; returns the number of the job."""
+        """Run ``sbatch`` in a folder; returns the number of the job."""
         result = self._run("sbatch", "--parsable", *words, cwd=folder, **variables)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 
     def test(self, folder: Path, *words: object) -> str:
-        """What ``sbatch --test-only`` says of a job, which is not submitted."""
+        """The output of ``sbatch --test-only``, which does not submit the job."""
         result = self._run("sbatch", "--test-only", *words, cwd=folder)
         return result.stdout + result.stderr
 
     def state(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETED ..., of an array all of them; empty: SLURM forgot it."""
+        """PENDING, RUNNING, ..., or all states of an array; empty if SLURM forgot the job."""
         lines = self.run("squeue", "-h", "-r", "-t", "all", "-o", "%T", "-j", job).split()
         return " ".join(sorted(set(lines)))
 
     def wait_until_ended(self, job: str, seconds: float) -> str:
-        """Wait for a job's end, restarts included; returns its last state."""
+        """Wait until a job has ended after all its restarts; returns its last state."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"}
         self.wait_for(lambda: set(self.state(job).split()) <= ended, seconds)
         return self.state(job)
 
     def wait_for(self, condition, seconds: float) -> None:
-        """Ask ten times a second until it is so.
+        """Check a condition ten times per second until it is true.
 
         Raises:
-            AssertionError: With the queue and the ends of the logs.
+            AssertionError: It took too long; the message has the queue and the ends of the logs.
         """
         deadline = time.monotonic() + seconds
         while not condition():
@@ -199,7 +199,7 @@ class Cluster:
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many neighbouring ports that nobody listens on."""
+    """The first of this many consecutive free ports."""
     for first in range(17_000, 27_000, count):
         try:
             for port in range(first, first + count):
@@ -216,7 +216,7 @@ def _processes() -> list[int]:
 
 
 def _with_variables(*marks: str) -> list[int]:
-    """The processes of a job's first step in whose environment these are."""
+    """The processes of the first job step whose environment contains these variables."""
     wanted = {*marks, "SLURM_STEP_ID=0"}
     return [pid for pid in _processes() if wanted <= _environment_of(pid)]
 
@@ -229,7 +229,7 @@ def _environment_of(pid: int) -> set[str]:
 
 
 def _host_of(pid: int) -> str:
-    """The namespace that holds a process's host name; empty: it is gone."""
+    """The namespace of a process's host name; empty if the process has ended."""
     try:
         return str(Path(f"/proc/{pid}/ns/uts").readlink())
     except OSError:

@@ -16,7 +16,7 @@ IMAGE_CODES = 32
 
 @dataclass(frozen=True)
 class TinyProject:
-    """Everything a training run needs, made by the real commands."""
+    """Everything that a training run needs, made by the real commands."""
 
     folder: Path
     documents: Path
@@ -59,7 +59,7 @@ training: {{steps: 10, batch_size: 8, lr: 1.0e-3}}
 
 
 def make_tiny_project(folder: Path) -> TinyProject:
-    """60 captioned digits, a tokenizer trained for a moment, and their token files."""
+    """Make 60 captioned digits, a briefly trained tokenizer, and token files."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ class Outcome(Enum):
     """What became of a step that was not finite; the value is its ``action`` in the file."""
 
     SKIP = "skip"
-    """Its update was left out and the run goes on."""
+    """Its update was left out, and the run continues."""
     ROLLBACK = "rollback"
     """The run goes back to a checkpoint, and leaves the step out when it comes again."""
     STOP = "stop"
@@ -33,11 +33,11 @@ class Outcome(Enum):
     BROKEN_WEIGHTS = "broken weights"
     """The run ends: weights are not finite, and leaving out an update does not repair them."""
     NO_CHECKPOINT = "no checkpoint"
-    """The run ends: it is to roll back, and there is no checkpoint."""
+    """The run ends: it should roll back, but it has no checkpoint yet."""
 
     @property
     def leaves_out(self) -> bool:
-        """Whether the run goes on without the step."""
+        """Whether the run continues without the step."""
         return self in (Outcome.SKIP, Outcome.ROLLBACK)
 
 

@@ -1,4 +1,4 @@
-"""What users get wrong: one clear line, exit code 2, and no run folder or file that looks whole."""
+"""Users' mistakes give one clear line, exit code 2, and no run folder or file that looks whole."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from megatron_chameleon.cli.main import main
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs the command in this process and returns the one line that it ends with."""
+    """Runs the command in this process and returns the one line that it prints as an error."""
 
     def run(*words: object) -> str:
         with pytest.raises(SystemExit) as caught:
@@ -49,7 +49,7 @@ def damage(path: Path, edit: Callable[[bytes], bytes]) -> None:
 
 
 def set_dtype(index: bytes) -> bytes:
-    """Say int32 (4) where the files say uint16 (8): the byte behind the magic and the version."""
+    """Write int32 (4) where the files have uint16 (8): the byte after the magic and the version."""
     assert index[17] == 8
     return index[:17] + b"\x04" + index[18:]
 
@@ -67,7 +67,7 @@ def set_dtype(index: bytes) -> bytes:
 )
 def test_damaged_token_files(copy: Path, refused, suffix: str, edit, message: str) -> None:
     damage(copy / f"tokens{suffix}", edit)
-    # the second source is the same file and fails alike: one line is enough to see
+    # The second source is the same file and fails in the same way, so one line is enough.
     line = refused("train", copy / "train.yaml", "data.stage2=[]")
     assert message in line
     assert not (copy / "run").exists()
@@ -169,13 +169,13 @@ def test_corrupt_and_empty_images_drop_their_documents(
     assert "3 dropped" in "".join(capsys.readouterr())
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(tiny) -> None:
     overrides = ["optimizer.lr=1e30", "optimizer.lr_warmup_steps=0", "checkpoint.every_steps=1"]
     result = tiny.train("diverged", *overrides, succeeds=False)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "Resume from the last checkpoint with a lower optimizer.lr" in line
-    # neither a checkpoint nor a line of metrics of the step that failed
+    # The failed step leaves neither a checkpoint nor a line of metrics.
     steps = len(tiny.metrics("diverged"))
     assert line.startswith(f"error: step {steps + 1}: ")
     saved = [path.name for path in (tiny.folder / "diverged" / "checkpoints").iterdir()]

@@ -1,4 +1,4 @@
-"""A run whose newest checkpoints are damaged goes on from an older one, and names the files."""
+"""A run whose newest checkpoints are damaged resumes from an older one, and names the files."""
 
 import shutil
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_older_one_is_used(tiny, saved: Path) -> None:
     assert f"warning: {half / 'state.json'} is missing. It is now" in result.stderr
     assert "starts at step 6" in result.stdout
     assert [r["step"] for r in tiny.metrics("damaged")] == list(range(1, 16))
-    # on two processes: sums in another order, as in tests/parity
+    # on two processes, so sums are in another order, as in tests/parity
     losses = [record["loss"] for record in unbroken]
     assert [r["loss"] for r in tiny.metrics("damaged")] == pytest.approx(losses, rel=1e-5)
     names = sorted(path.name for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""A NaN on one rank stops all ranks, says where it is, and reaches no checkpoint."""
+"""A NaN on one rank stops all ranks with its place, and does not get into a checkpoint."""
 
 import math
 import subprocess
@@ -18,7 +18,7 @@ def test_a_nan_in_a_weight_of_one_rank(tiny) -> None:
         [sys.executable, *torchrun, SCRIPT, tiny.config, f"logging.run_dir={run_dir}", *overrides],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_SECONDS,  # a hang would last for gloo's 30 minutes
+        timeout=TIMEOUT_SECONDS,  # a hang would last gloo's 30 minutes
         env=environment(),
     )
     assert result.returncode == 1  # torchrun's own code for workers that failed
@@ -34,7 +34,7 @@ def test_a_nan_in_a_weight_of_one_rank(tiny) -> None:
         "optimizer.lr, and look at output_norm and max_logit in metrics.jsonl before this step."
     )
     assert len(line) < 900
-    # what was written is of the steps before
+    # Only the steps before were written.
     assert [record["step"] for record in tiny.metrics("nan")] == [1, 2]
     assert all(math.isfinite(record["loss"]) for record in tiny.metrics("nan"))
     saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())

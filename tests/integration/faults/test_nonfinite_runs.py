@@ -1,7 +1,7 @@
-"""Values that are not finite: found before the update on any rank, and treated as the config says.
+"""Values that are not finite are found before the update on any rank, and handled as configured.
 
-All runs are forked from one process, which imports the libraries once. The layouts' losses differ
-in their last bits, so that a run is compared with one of its own layout.
+All runs are forked from one process, which imports the libraries once. The losses of two layouts
+differ in their last bits, so a run is compared with one of its own layout.
 """
 
 import json
@@ -20,12 +20,12 @@ from run_command import TIMEOUT_SECONDS, environment
 FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
 BASE = {
     "training.steps": 4,
-    "training.hang_seconds": 15,  # no save, resume, rollback or repeated pass may set it off
+    "training.hang_seconds": 15,  # no save, resume, rollback or repeated pass may exceed it
     "checkpoint.every_steps": 2,
     "model.num_layers": 2,
 }
 SKIP = {"training.nonfinite": "skip"}
-# its checkpoint may still be written when the run goes back to it
+# The checkpoint may still be being written when the run goes back to it.
 ROLLBACK = {"training.nonfinite": "rollback", "checkpoint.async_save": True}
 TOLD = {"training.skip_steps": [3]}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def fault(kind: str, step: int = 3, **more: Any) -> dict[str, Any]:
-    """On rank 1; ``once``: not again when the step is replayed."""
+    """A fault on rank 1. With ``once`` it does not come again when the step is replayed."""
     return {"kind": kind, "step": step, "rank": 1, "parameter": FC2, **more}
 
 
@@ -136,7 +136,7 @@ def test_stop_names_rank_parameter_and_samples(runs: Runs) -> None:
         "step."
     )
     _, before, after = result["prints"][-1]
-    assert before == after, "the update came first"
+    assert before == after, "the weights were updated before the check"
     assert [line["step"] for line in runs.lines("stop")] == [1, 2]
     (record,) = runs.lines("stop", "nonfinite.jsonl")
     assert (record["step"], record["action"]) == (3, "stop")
@@ -157,10 +157,10 @@ def test_skip_changes_no_weight_and_no_moment(runs: Runs, layout: str) -> None:
     lines = runs.lines(run)
     assert [line.get("skipped", False) for line in lines] == [False, False, True, False]
     rates = [line["learning_rate"] for line in lines]
-    assert len(set(rates)) == 4, "the schedule goes on"
+    assert len(set(rates)) == 4, "the schedule stood still"
     assert runs.state(run, 4)["skipped_steps"] == [3]
     (record,) = runs.lines(run, "nonfinite.jsonl")
-    if layout == "interleaved":  # the loss alone is bad: its gradient does not know
+    if layout == "interleaved":  # only the loss is bad; it is set after the gradient's path
         assert lines[2]["loss"] is None
         assert [(rank["rank"], rank["losses"]) for rank in record["ranks"]] == [(1, [0, 1, 2, 3])]
         return
@@ -188,7 +188,7 @@ def test_an_infinite_loss(runs: Runs) -> None:
         ("rollback-zero3", "told-zero3"),
     ],
 )
-def test_as_a_run_that_was_told_to_skip(runs: Runs, run: str, told: str) -> None:
+def test_like_a_run_that_was_told_to_skip(runs: Runs, run: str, told: str) -> None:
     assert runs.result(told)["finished"]
     assert [line["step"] for line in runs.lines(run)][:4] == [1, 2, 3, 4]
     assert runs.losses(run)[:4] == runs.losses(told)

@@ -1,4 +1,4 @@
-"""One run of two processes in which rank 1 is slow first, and hangs in the end."""
+"""A run of two processes in which rank 1 is slow at first, and hangs in the end."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from places import PROGRAMS
 from run_command import TIMEOUT_SECONDS, environment
 
-pytestmark = pytest.mark.serial  # it times ranks, and a hang is called one after 4 s
+pytestmark = pytest.mark.serial  # it times ranks, and 4 s count as a hang
 
 SCRIPT = PROGRAMS / "train_with_stall.py"
 
@@ -49,7 +49,7 @@ def test_the_slow_rank_is_named_once(run: Ended) -> None:
     assert ["slowest_rank" in line for line in lines] == [False, True, False, True, False]
     for line in (lines[1], lines[3]):
         assert line["slowest_rank"] == 1
-        # two micro-batches a step; rank 0 does not count what it waits for rank 1
+        # Two micro-batches per step; rank 0 does not count its wait for rank 1.
         assert line["rank_seconds_max"] - line["rank_seconds_min"] > 0.4
         assert line["step_seconds"] > line["rank_seconds_max"]
         assert line["rank_seconds_min"] <= line["rank_seconds_median"]
@@ -73,7 +73,7 @@ def test_the_hang_ends_the_job_with_all_stacks(run: Ended) -> None:
         assert header["doing"] == (phase or "forward and backward")
         assert header["seconds"] >= 4
         assert "most recent call first" in text
-        assert "read-ahead" in text or "threading.py" in text, "other threads are there too"
+        assert "read-ahead" in text or "threading.py" in text, "the other threads are missing"
         assert ("in stuck_in_the_model" in text) == (rank == 1)
     saved = [path.name for path in (run.folder / "checkpoints").iterdir()]
     assert saved == ["step_00000004"]

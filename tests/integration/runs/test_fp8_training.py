@@ -21,7 +21,7 @@ EXACT = ("step", "loss", "loss_text", "loss_image", "z_loss", "grad_norm")
 
 
 def train(tiny, run: str, *words: str) -> list[dict]:
-    """The command in this process, which saves the imports of ten runs; its metrics."""
+    """Run the command in this process, which saves the imports of ten runs; returns its metrics."""
     main(["train", str(tiny.config), f"logging.run_dir={tiny.folder / run}", *words])
     return tiny.metrics(run)
 
@@ -38,7 +38,7 @@ def delayed(tiny):
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs the command in this process and returns all that it says in the end."""
+    """Runs the command in this process and returns the error that it prints."""
 
     def run(*words: object) -> str:
         with pytest.raises(SystemExit) as caught:
@@ -55,7 +55,7 @@ def checkpoint(tiny, run: str, step: int) -> str:
 
 
 def final_loss(metrics: list[dict]) -> float:
-    """The mean of ten steps; those of all runs saw the same samples."""
+    """The mean over ten steps, in which all runs saw the same samples."""
     return sum(record["loss"] for record in metrics[-10:]) / 10
 
 
@@ -87,7 +87,7 @@ def test_fp8_can_be_switched_on_and_off_on_resume(tiny, bf16, delayed) -> None:
     ):
         words = [*settings, "training.steps=22", "--resume", checkpoint(tiny, start, 20)]
         found = train(tiny, run, *words)[0]
-        # the same weights and samples in other numbers
+        # the same weights and samples in another number format
         assert found["step"] == 21
         assert found["loss"] == pytest.approx(other[20]["loss"], rel=0.05)
         assert found["loss"] != other[20]["loss"]

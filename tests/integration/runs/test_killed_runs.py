@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments; ``kill_training.py`` with a few kills."""
+"""Runs that are killed at random moments: ``kill_training.py`` with few kills."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ SCRIPT = PROGRAMS / "kill_training.py"
 @pytest.mark.parametrize(
     "words", [("--processes", "2"), ("--async-save",)], ids=["synchronous", "asynchronous"]
 )
-def test_a_killed_run_ends_as_the_unbroken_one(words: tuple[str, ...]) -> None:
+def test_a_killed_run_ends_like_the_unbroken_one(words: tuple[str, ...]) -> None:
     command = [sys.executable, SCRIPT, "--kills", "4", *words]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]

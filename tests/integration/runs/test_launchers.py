@@ -1,4 +1,4 @@
-"""mpiexec and the deepspeed launcher start the same run as torchrun: the same numbers."""
+"""A run started by mpiexec or the deepspeed launcher gives the same numbers as by torchrun."""
 
 import socket
 import subprocess
@@ -13,7 +13,7 @@ EXACT = ("step", "loss", "loss_text", "loss_image", "z_loss", "grad_norm", "lear
 
 
 def launchers() -> dict[str, list[object]]:
-    """What stands before ``train``, by launcher: two processes each."""
+    """The words before ``train`` for each launcher, with two processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -28,7 +28,8 @@ def launchers() -> dict[str, list[object]]:
 
 def test_the_launcher_changes_nothing(tiny) -> None:
     processes = {}
-    for name, start in launchers().items():  # all at once: starting Python is most of their time
+    # All at once, since most of their time goes into starting Python.
+    for name, start in launchers().items():
         words = (*start, "train", tiny.config, f"logging.run_dir={tiny.folder / name}", *SETTINGS)
         processes[name] = subprocess.Popen(
             list(map(str, words)),

@@ -1,4 +1,4 @@
-"""A killed run goes on as if nothing had happened, and nothing that looks whole is not."""
+"""A killed run resumes as if nothing had happened, and what looks like a checkpoint is whole."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ def kill_at_step(tiny, run: str, step: int) -> None:
 
 
 def _kill_tree(pid: int) -> None:
-    """torchrun gives each worker a session of its own: find them by their parent."""
+    """The workers, found by their parent, because torchrun gives each a session of its own."""
     children = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -61,14 +61,14 @@ def _kill_tree(pid: int) -> None:
 
 
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(tiny, unbroken) -> None:
-    # at most 12 of the 20 steps: the signal comes a moment after the step that it waits for
+    # At most 12 of the 20 steps: the signal comes a moment after the step that it waits for.
     step = random.SystemRandom().randint(4, 12)
     kill_at_step(tiny, "killed", step)
     before = len(tiny.metrics("killed"))
     assert step <= before < 20, f"killed at {before}, wanted {step}"
     result = tiny.train("killed", *SETTINGS, "--resume", "auto", processes=2)
     saved = before // 3 * 3
-    # the save that follows a step may or may not have finished when the signal came
+    # The save that follows a step may or may not have finished when the signal came.
     starts = [f"starts at step {first}" for first in (saved, saved - 3)]
     assert any(start in result.stdout for start in starts), result.stdout
     found = tiny.metrics("killed")
@@ -82,7 +82,7 @@ def test_distributed_optimizer_resumes_exactly_and_at_another_layout(tiny) -> No
     distributed = [*shared, "parallel.use_distributed_optimizer=true"]
     tiny.train("distributed", *distributed, processes=2)
     checkpoint = str(tiny.folder / "distributed" / "checkpoints" / "step_00000010")
-    # each rank writes its own part of the moments, and half of the weights
+    # Each rank writes its own part of the moments, and half of the weights.
     files = {path: path.stat().st_size for path in Path(checkpoint).glob("__*.distcp")}
     of_second = sum(size for path, size in files.items() if path.name.startswith("__1_"))
     assert 0.45 < of_second / sum(files.values()) < 0.55
@@ -91,10 +91,10 @@ def test_distributed_optimizer_resumes_exactly_and_at_another_layout(tiny) -> No
     unbroken = [record["loss"] for record in tiny.metrics("distributed")[10:]]
     assert [record["loss"] for record in tiny.metrics("same")] == unbroken
     alone = [record["loss"] for record in tiny.metrics("alone-resumed")]
-    assert alone == pytest.approx(unbroken, rel=1e-5)  # other sums, as in tests/parity
+    assert alone == pytest.approx(unbroken, rel=1e-5)  # sums in another order, as in tests/parity
     tiny.train("plain", *shared, "training.dtype=bf16", "--resume", checkpoint)
     rounded = [record["loss"] for record in tiny.metrics("plain")]
-    # bf16 keeps 8 bits of a number
+    # bf16 keeps 8 significant bits
     assert rounded == pytest.approx(unbroken, rel=2e-2)
     assert rounded != alone
 
@@ -110,7 +110,7 @@ def test_interleaved_pipeline_resumes_exactly_and_at_another_layout(tiny) -> Non
     unbroken = [record["loss"] for record in tiny.metrics("interleaved")[10:]]
     assert [record["loss"] for record in tiny.metrics("interleaved-same")] == unbroken
     alone = [record["loss"] for record in tiny.metrics("interleaved-alone")]
-    assert alone == pytest.approx(unbroken, rel=1e-5)  # other sums, as in tests/parity
+    assert alone == pytest.approx(unbroken, rel=1e-5)  # sums in another order, as in tests/parity
 
 
 def test_only_whole_checkpoints_remain(tiny, unbroken) -> None:
@@ -151,7 +151,7 @@ def test_values_changed_on_resume_take_effect(tiny) -> None:
     assert rates["changed"][:4] != rates["fresh"][:4]
     assert rates["changed"][4:] == rates["fresh"][4:]
     assert rates["changed"][4] > 0
-    # the batch and the mixture too, each from its first sample on
+    # Batch and mixture too, each from its first sample on.
     consumed = [record["consumed_samples"] for record in tiny.metrics("changed")]
     assert consumed == [8, 16, 24, 32, 36, 40, 44, 48]
     state = tiny.folder / "changed" / "checkpoints" / "step_00000008" / "state.json"
@@ -162,7 +162,7 @@ def test_values_changed_on_resume_take_effect(tiny) -> None:
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tiny) -> None:
     settings = ["checkpoint.every_steps=3", "checkpoint.keep_last=5"]
     tiny.train("full", *settings, "training.steps=3")
-    # A limit on the size of a file stands for the full disk: every write behind it fails.
+    # A limit on the file size stands in for a full disk: every write beyond it fails.
     words = ("train", tiny.config, f"logging.run_dir={tiny.folder / 'full'}", *settings)
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "limited", *command(*words)]
     result = subprocess.run(limited, capture_output=True, text=True, env=environment(), timeout=240)

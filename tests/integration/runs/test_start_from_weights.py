@@ -1,4 +1,4 @@
-"""A run that starts from a converted checkpoint has its weights, and begins at step 1."""
+"""A run that starts from a converted checkpoint has its weights and begins at step 1."""
 
 import pytest
 
@@ -16,6 +16,6 @@ def test_training_starts_from_a_converted_checkpoint(tiny, chameleon, dtype: str
     tiny.train(run, *words, folders[1], *LAYOUT, processes=2)
     old, new = tiny.metrics(first), tiny.metrics(run)
     assert [line["step"] for line in new] == [1, 2, 3]
-    assert old[0]["loss"] - old[-1]["loss"] > 0.5, "a run that learned nothing proves nothing"
-    # other samples than the last ones that were trained on
+    assert old[0]["loss"] - old[-1]["loss"] > 0.5, "a run that has learned nothing proves nothing"
+    # not the samples that were trained on last
     assert abs(new[0]["loss"] - old[-1]["loss"]) < 0.25

@@ -1,4 +1,4 @@
-"""One run on two processes with everything on that tells its owner of it."""
+"""One run on two processes that reports in every possible way."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ def token_ids_of_samples(folder: Path) -> list[list[int]]:
 
 
 def token_ids_of_checkpoint(run: Path) -> list[list[int]]:
-    """What the checkpoint of the last step, read as ``chameleon generate`` does, answers."""
+    """The answers of the last checkpoint, read as ``chameleon generate`` reads it."""
     session = Session.load(run)
     options = GenerationOptions(max_tokens=25, seed=1)
     drawn = session.generate([["a handwritten seven"]], replace(options, force=Force.IMAGE))

@@ -1,4 +1,4 @@
-"""Two runs into one run folder: the second is refused on all its ranks, the first unharmed."""
+"""Two runs with one run folder: all ranks of the second are refused, the first is unharmed."""
 
 import signal
 import socket
@@ -22,7 +22,7 @@ def start(tiny, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
 
 
 def wait_for_steps(tiny, process: subprocess.Popen[str], count: int) -> None:
-    """Until so many steps are written; the run must still live."""
+    """Wait until this many steps are written; the run must still be alive."""
     path = tiny.folder / "shared" / "metrics.jsonl"
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not path.exists() or path.read_text().count("\n") < count:

@@ -1,11 +1,11 @@
-"""SIGKILL a run at random moments, saves included, resume it each time, and compare its end.
+"""SIGKILL a run at random moments, also during saves, resume it each time, and compare its end.
 
     PYTHONPATH=tests/support python tests/support/programs/kill_training.py --kills 50
 
 Add ``--async-save`` to write checkpoints while training goes on.
 
-A run that has come to its end is compared with the unbroken one, bit for bit, and begun anew until
-there were enough kills. Whatever is called a checkpoint after a kill is checked against its sums.
+A run that has reached its end is compared with the unbroken one, bit for bit. New runs follow until
+there were enough kills. After each kill, every checkpoint is verified by its checksums.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tiny_project import make_tiny_project
 
 EXACT = ("step", "loss", "loss_text", "loss_image", "z_loss", "grad_norm", "consumed_samples")
 STEPS = 24
-# saves take longer than the steps between them, so that most signals come in one
+# Saves take longer than the steps between them, so most signals come during a save.
 SETTINGS = (
     *(f"training.steps={STEPS}", "checkpoint.every_steps=2", "checkpoint.keep_last=2"),
     *("model.hidden_size=128", "model.ffn_hidden_size=256", "model.hidden_dropout=0.1"),
@@ -38,9 +38,9 @@ class Killer:
 
     Args:
         config: A YAML file.
-        folder: Where the runs go.
-        overrides: Of the config.
-        processes: Of each run.
+        folder: The runs' folders are made in it.
+        overrides: Config overrides of all runs.
+        processes: Number of processes per run.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Killer:
         self.kills = self.kills_in_saves = 0
 
     def unbroken(self) -> tuple[list[list], float]:
-        """What an unbroken run measures at each step, and the seconds that it takes."""
+        """The metrics of each step of an unbroken run, and its time in seconds."""
         start = time.monotonic()
         forked_command.run(self._run_words("unbroken"), self._log, self._processes)
         return self._measured("unbroken"), time.monotonic() - start
 
     def break_run(self, name: str, kills: int, seconds: float, chance: random.Random) -> int:
-        """Kill a run until it ends by itself, ``kills`` times at most; returns how often."""
+        """Kill a run up to ``kills`` times until it ends by itself; returns the number of kills."""
         done = 0
         while True:
             begin = time.monotonic()
@@ -78,7 +78,7 @@ class Killer:
         return os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def _is_finished(self, name: str) -> bool:
-        """Whether the processes, which are to be waited for, have left a finished run."""
+        """Wait for the processes; returns whether the run is finished."""
         while True:
             try:
                 os.wait()
@@ -95,7 +95,7 @@ class Killer:
             assert damage is None, damage
 
     def compare(self, name: str, unbroken: list[list]) -> None:
-        """See that a run that has ended measured the same.
+        """Check that a finished run has the metrics of the unbroken one.
 
         Raises:
             AssertionError: With the first step that differs.

@@ -1,4 +1,4 @@
-"""Train two runs of 50 steps, of which one changes its layout and engine every ten steps.
+"""Train two runs of 50 steps; one of them changes its layout and engine every ten steps.
 
 python tests/support/programs/run_elastic.py CONFIG FOLDER
 """
@@ -22,8 +22,8 @@ LAYOUTS = (
 def main() -> None:
     config, folder = sys.argv[1], Path(sys.argv[2])
     folder.mkdir()
-    # all starts have the same last step, which the learning rate depends on; the signal's way out
-    # is not taken: a run that is to stop earlier is told so by its number of steps
+    # Runs stop early by their number of steps, not by a signal. So learning rate and stage 1 must
+    # not depend on that number.
     shared = ["optimizer.lr_decay_style=constant", "data.stage1_tokens=15360"]
 
     def train(run: str, steps: int, processes: int, overrides: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Train several configs one after the other in the processes of one launch, which saves launches.
+"""Train several configs one after the other in the processes of one launch, to save launches.
 
     torchrun --nproc-per-node 2 tests/support/programs/train_many.py CONFIG RUNS.json
 

@@ -1,11 +1,12 @@
 """Training runs with planted faults, all in one launch.
 
-A script: ``python train_with_faults.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes",
-"config", "set": overrides, "resume", "fault"}. A fault is {"kind": gradient, loss or weight, "step"
-counted from 1, "rank", "once": whether it is gone when the step is replayed, "signal": whether the
-run is asked to stop at that step too, "parameter"}, or null.
-NAME.json has the error, if one ended the run, and rank 0's fingerprint of weights and optimizer
-state before and after each step.
+    python train_with_faults.py JOBS.json OUTPUT_DIR
+
+A job is {"name", "processes", "config", "set": overrides, "resume", "fault"}. A fault is null, or
+{"kind": gradient, loss or weight, "step" counted from 1, "rank", "once": whether it is absent when
+the step is replayed, "signal": whether the run is also asked to stop at that step, "parameter"}.
+NAME.json has the error that ended the run, if any, and rank 0's fingerprint of weights and
+optimizer state before and after each step.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ PARAMETER = "decoder.layers.1.mlp.linear_fc2.weight"
 
 
 class Faulty:
-    """Wraps an engine's ``train_step``: plants the fault, and takes fingerprints."""
+    """Wraps the ``train_step`` of an engine: plants the fault and takes fingerprints."""
 
     def __init__(self, engine: Any, module: Any, fault: dict[str, Any] | None) -> None:
         self.engine, self.fault = engine, fault
@@ -83,7 +84,7 @@ class Faulty:
 
 
 def fingerprint(engine: Any) -> str:
-    """Of everything that an update changes on this rank."""
+    """A hash of everything that an update changes on this rank."""
     digest = hashlib.sha256()
     for tensor in tensors(engine):
         digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())

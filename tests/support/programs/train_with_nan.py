@@ -1,4 +1,4 @@
-"""``chameleon train ARGUMENTS`` with a NaN planted in a weight of rank 1 before the third step."""
+"""Run ``chameleon train ARGUMENTS`` with a NaN planted in a weight of rank 1 before step 3."""
 
 import sys
 from collections.abc import Sequence

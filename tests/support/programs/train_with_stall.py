@@ -1,4 +1,4 @@
-"""``chameleon train ARGUMENTS`` with rank 1 slow in four steps, and stuck in the sixth."""
+"""Run ``chameleon train ARGUMENTS`` with rank 1 slow in four steps, and stuck in the sixth."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from typing import Any
 from megatron_chameleon.cli.main import main
 from megatron_chameleon.training.engines.megatron import MegatronEngine
 
-SLOW_SECONDS = 0.3  # a micro-batch, whose passes take some hundredths
+SLOW_SECONDS = 0.3  # per micro-batch, whose passes take some hundredths of a second
 
 
 def plant_stall() -> None:

@@ -1,4 +1,4 @@
-"""The loss of fine-tuning: labels of prompts change nothing, and a batch may have no others."""
+"""The fine-tuning loss: labels of prompts do not count, and a batch may have no other labels."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ SHAPE = (2, 32)
 
 
 def make_batch(number: int, answers: float) -> Batch:
-    """Random tokens, of whose labels about this share is in answers."""
+    """Random tokens; about this share of the labels is in answers."""
     draw = torch.Generator().manual_seed(number)
     ids = torch.randint(VOCAB_SIZE, (SHAPE[0], SHAPE[1] + 1), generator=draw)
     mask = (torch.rand(SHAPE, generator=draw) < answers).float()
@@ -26,7 +26,7 @@ def make_batch(number: int, answers: float) -> Batch:
 
 
 def run(topology: Topology, batches: list[Batch]) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """The metrics of a step, and the weights after it."""
+    """The metrics of a step and the weights after it."""
     config = Config(model=ModelConfig(2, 32, 64, 4, seq_length=SHAPE[1]))
     config.training.micro_batch_size, config.training.global_batch_size = 2, 2 * len(batches)
     engine = MegatronEngine(config, VOCAB_SIZE, topology)
@@ -49,7 +49,7 @@ def test_labels_of_prompts_change_nothing(topology: Topology) -> None:
 
 
 def test_the_loss_is_the_mean_over_all_answers_of_the_step(topology: Topology) -> None:
-    """Not the mean of the micro-batches' means, of which one has no answer at all."""
+    """It is not the mean of the micro-batches' means; one of them has no answer at all."""
     batches = [make_batch(1, 0.05), make_batch(2, 0.0), make_batch(3, 0.9)]
     whole, _ = run(topology, batches)
     parts = [run(topology, [batch])[0]["loss"] for batch in batches]

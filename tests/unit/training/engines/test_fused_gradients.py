@@ -99,7 +99,7 @@ def test_losses_and_norms_are_those_of_unfused_layers(
 ) -> None:
     plain, fused = (make_engine(topology, fused, **parallel) for fused in (False, True))
     told = [m for m in fused.parts[0].modules() if getattr(m, "fuse_wgrad_accumulation", False)]
-    assert len(told) == 2 * 4  # the output layer, megatron-core's own, is not among them
+    assert len(told) == 2 * 4  # megatron-core's own output layer is not among them
     for step in range(1, 4):
         expected, found = (engine.train_step(step, make_batches()) for engine in (plain, fused))
         names = [name for name in expected if name.startswith(("loss", "grad_norm"))]
@@ -115,7 +115,7 @@ def test_the_guard_finds_the_micro_batch_that_broke_a_buffer(topology: Topology)
     batches = make_batches(broken=1)
     with watch_gradients(engine) as found:
         engine.repeat_pass(1, batches)
-    assert found["output_layer.weight"] == [1]  # its own gradient, of each micro-batch
+    assert found["output_layer.weight"] == [1]  # it has a gradient per micro-batch
     assert found["decoder.layers.1.mlp.linear_fc2.weight"] == [1]  # the buffer stays broken
     with watch_gradients(engine) as found:
         engine.repeat_pass(1, make_batches())

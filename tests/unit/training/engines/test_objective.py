@@ -13,7 +13,7 @@ def test_a_gpu_gets_its_batch_from_pinned_memory(monkeypatch: pytest.MonkeyPatch
     pinned: list[Tensor] = []
 
     def pin(tensor: Tensor) -> Tensor:
-        assert 0 not in tensor.stride()  # torch refuses to pin what it expanded
+        assert 0 not in tensor.stride()  # torch refuses to pin an expanded tensor
         pinned.append(tensor)
         return tensor
 
@@ -23,7 +23,7 @@ def test_a_gpu_gets_its_batch_from_pinned_memory(monkeypatch: pytest.MonkeyPatch
     ids, positions = torch.arange(8).view(2, 4), torch.arange(4).expand(2, -1)
     batch = Batch(ids, ids + 1, torch.ones(2, 4), ids < 4, positions)
     assert torch.equal(objective.own_part(batch).position_ids, positions)
-    assert not pinned  # a CPU reads it where it is
+    assert not pinned  # a CPU needs no pinned memory
     monkeypatch.setattr(platform, "has_gpu", lambda: True)
     found = objective.own_part(batch)
     assert len(pinned) == 5 and found.attention_mask is None

@@ -1,4 +1,4 @@
-"""The learning-rate schedules, and which parameters decay."""
+"""The learning-rate schedules, and which parameters have weight decay."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def test_the_decay_falls_all_the_way_to_zero(style: str) -> None:
 
 
 def test_the_exponential_decay_loses_a_constant_share() -> None:
-    # 2 * 0.5^p - 1, p the progress after the warm-up: lr + 1 halves over the decay
+    # 2 * 0.5^p - 1, with p the progress after the warm-up: lr + 1 halves over the decay
     found = [rate + 1 for rate in rates("exponential")[2:]]
     shares = [b / a for a, b in pairwise(found)]
     assert shares == pytest.approx([0.5 ** (1 / 8)] * 8, rel=1e-12)
@@ -51,7 +51,7 @@ def test_constant_stays_at_the_peak() -> None:
 def test_deepspeed_gets_two_groups_by_the_same_rule() -> None:
     model = nn.Module()
     model.linear_proj = nn.Linear(4, 4)
-    model.q_layernorm = nn.Linear(4, 2)  # a matrix, as the QK-norms' weights are
+    model.q_layernorm = nn.Linear(4, 2)  # a matrix, like the weights of the QK-norms
     config = Config()
     config.optimizer.weight_decay = 0.25
     optimizer = build_torch_adamw(config, model)

@@ -1,4 +1,4 @@
-"""When the watch speaks, what it says, and that it ends a process in any case."""
+"""When the watch reports, what it reports, and that it always ends the process."""
 
 import contextlib
 import subprocess
@@ -19,8 +19,8 @@ from megatron_chameleon.training.faults.hang import HangWatch, locate, summarize
 
 pytestmark = pytest.mark.serial  # processes that must act within seconds
 
-# A process that is busy for longer than its limit, saves for longer, and then hangs: in Python, or
-# in C code that keeps the interpreter, for which PyDLL is known.
+# A process that works for longer than its limit, saves for longer, and then hangs: in Python, or in
+# C code that holds the interpreter's lock, as a call through PyDLL does.
 PROCESS = """
 import ctypes, sys, time
 from pathlib import Path
@@ -32,7 +32,7 @@ with HangWatch(0.5, Path(sys.argv[1]) / "logs", 0, 1) as watch:
     watch.begin("saving", 8, is_long=True)
     time.sleep(1.2)
     watch.begin("step", 9)
-    time.sleep(1.2)  # it may wait for another rank's save
+    time.sleep(1.2)  # another rank may still be saving
     print("healthy", flush=True)
     watch.begin("step", 10)
     ctypes.PyDLL(None).sleep(60) if sys.argv[2] == "frozen" else time.sleep(60)
@@ -69,7 +69,7 @@ def test_no_limit_needs_no_thread(tmp_path: Path) -> None:
 
 
 def where(function: Callable[[], object], release: Callable[[], object]) -> tuple[str, bool]:
-    """``locate`` of a thread that is in the function."""
+    """What ``locate`` says about a thread that is in the function."""
     thread = threading.Thread(target=function, daemon=True)
     thread.start()
     time.sleep(0.3)
@@ -79,7 +79,7 @@ def where(function: Callable[[], object], release: Callable[[], object]) -> tupl
     return found
 
 
-def test_waiting_for_data_is_no_collective() -> None:
+def test_waiting_for_data_is_not_a_collective() -> None:
     future: Future[Any] = Future()
 
     def wait_for_data() -> None:
@@ -91,7 +91,7 @@ def test_waiting_for_data_is_no_collective() -> None:
 
 
 def test_a_collective_that_nobody_joins(tmp_path: Path) -> None:
-    store = dist.FileStore(str(tmp_path / "store"), 2)  # the second process never comes
+    store = dist.FileStore(str(tmp_path / "store"), 2)  # the second process never joins
 
     def join() -> None:
         with contextlib.suppress(RuntimeError):
@@ -153,6 +153,6 @@ def test_the_summary_stays_short() -> None:
     assert len(words) < 900
 
 
-def test_one_rank_speaks(tmp_path: Path) -> None:
+def test_one_rank_reports(tmp_path: Path) -> None:
     assert hang._is_first_to_create(tmp_path / "hang.txt")
     assert not hang._is_first_to_create(tmp_path / "hang.txt")

@@ -1,4 +1,4 @@
-"""What the guard makes of a step's values, on one process and without a model's passes."""
+"""How the guard judges the values of a step, on one process and without a model's passes."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def group() -> Iterator[None]:
 
 
 class StubReader:
-    """In place of the data: sample i is document i."""
+    """Stands in for the data: sample i is document i."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -95,7 +95,7 @@ BAD = {"loss": math.nan, "skipped": True}
     [
         ({}, ""),
         ({"values": {"loss": None, "grad_norm": 0.0}}, ""),  # no label counts
-        ({"weight": math.nan}, ""),  # the weights are looked at before a save
+        ({"weight": math.nan}, ""),  # weights are checked only before a save
         (
             {"values": BAD, "told": [3]},
             "step 3: its update was left out, because training.skip_steps lists it",
@@ -112,7 +112,7 @@ BAD = {"loss": math.nan, "skipped": True}
         ),
     ],
 )
-def test_a_run_goes_on(
+def test_a_run_continues(
     options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = check(tmp_path, monkeypatch, **options).replace(str(tmp_path), "FOLDER")
@@ -160,7 +160,7 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert words.endswith("; its update was left out (1 of at most 3)")
 
 
-def test_a_fault_that_does_not_come_again() -> None:
+def test_a_fault_that_does_not_appear_again() -> None:
     findings = [RankFindings(rank, 0, "node1", [], [], {}) for rank in range(2)]
     samples = [{"sample": index} for index in range(8)]
     words = describe_findings("grad_norm is nan", None, findings, samples, "documents in file")
@@ -189,8 +189,8 @@ def test_the_checkpoint_to_go_back_to(tmp_path: Path) -> None:
 
     older = tmp_path / "checkpoints" / "step_00000020"
     assert find(35, None) == "step_00000030"
-    assert find(30, None) == "step_00000020", "the one of this step holds it already"
-    assert find(25, older) == "step_00000020", "later ones are of another past"
+    assert find(30, None) == "step_00000020", "the checkpoint of this step already contains it"
+    assert find(25, older) == "step_00000020", "later ones belong to another past"
     assert find(35, older) == "step_00000030"
     assert find(5, converted) is None
     assert find(5, None) is None

@@ -32,20 +32,21 @@ def test_a_signal_is_noted_and_named(name: str) -> None:
     with StopSignals() as stop_signals:
         assert stop_signals.agreed() is None
         os.kill(os.getpid(), signal.Signals[name])
-        deadline = time.monotonic() + 10  # another thread may get it, and this one a moment later
+        # Another thread may get the signal first, and this one a moment later.
+        deadline = time.monotonic() + 10
         while not stop_signals.agreed() and time.monotonic() < deadline:
             pass
         assert stop_signals.agreed() == name
-        assert stop_signals.agreed() == name, "it is not forgotten"
+        assert stop_signals.agreed() == name, "the signal was forgotten"
 
 
-def test_processes_that_were_started_meanwhile_survive() -> None:
+def test_processes_started_meanwhile_survive() -> None:
     script = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"
     with StopSignals():
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stdout == "alive\n"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.returncode == -signal.SIGUSR1, "without it they would not"
+    assert result.returncode == -signal.SIGUSR1, "without StopSignals they do not survive"
 
 
 def test_a_run_that_was_not_interrupted_leaves_the_signals_as_they_were() -> None:
@@ -57,7 +58,7 @@ def test_a_run_that_was_not_interrupted_leaves_the_signals_as_they_were() -> Non
 
 
 def test_a_second_signal_does_not_end_an_interrupted_run() -> None:
-    """Else one rank's early end would change the exit code of the others."""
+    """Otherwise the early end of one rank would change the exit code of the others."""
     with StopSignals() as stop_signals:
         os.kill(os.getpid(), signal.SIGUSR1)
         stop_signals.agreed()

@@ -1,4 +1,4 @@
-"""The alarm on curves with the paper's figures (section 2.3, figure 5a), whatever their shape."""
+"""The alarm on curves with the paper's figures (section 2.3, figure 5a), in several shapes."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ SHAPES: dict[str, Callable[[float, float, float], float]] = {
 
 
 def loss_at(step: int) -> float:
-    """A power law from 10.7 to about 1.95 in 30,000 steps."""
+    """A power law from 10.7 to about 1.95 over 30,000 steps."""
     return 1.7 + 9 * (step + 1) ** -0.35
 
 
@@ -42,7 +42,7 @@ def test_the_figures_of_the_paper(run: str, shape: str) -> None:
     found = alarms(lambda x: SHAPES[shape](*FIGURES[run], x))
     if run == "stable":
         assert found == []
-    else:  # the paper's runs diverged after 20% of an epoch: ten times as many steps
+    else:  # The paper's runs diverged after 20% of an epoch, ten times as many steps.
         assert found and found[0].step < 0.6 * STEPS
         assert 2.2 < found[0].output_norm / found[0].since_output_norm < 3.5
 

@@ -26,7 +26,7 @@ def make_config(seed: int) -> Config:
 
 
 def make_batch(number: int) -> Batch:
-    """Each token follows from the one before, but for a tenth, which is drawn."""
+    """Each token follows from the one before, except for a tenth, which is random."""
     generator = torch.Generator().manual_seed(number)
     drawn = torch.randint(VOCAB_SIZE, (SHAPE[0], SHAPE[1] + 1), generator=generator)
     is_drawn = torch.rand(drawn.shape, generator=generator) < 0.1
@@ -41,7 +41,7 @@ def make_batch(number: int) -> Batch:
 
 
 def train(config: Config, topology: Topology, steps: int) -> tuple[list[int], list[float]]:
-    """Steps with an alarm, and the losses."""
+    """The steps that raise an alarm, and the losses."""
     engine, alarm = MegatronEngine(config, VOCAB_SIZE, topology), DivergenceAlarm()
     raised, losses = [], []
     for step in range(1, steps + 1):
@@ -53,7 +53,7 @@ def train(config: Config, topology: Topology, steps: int) -> tuple[list[int], li
 
 
 def diverged_at(losses: list[float], window: int = 20) -> int | None:
-    """The step at which the mean loss is half above its best."""
+    """The step at which the mean loss is 1.5 times its best value."""
     means = [sum(losses[end - window : end]) / window for end in range(window, len(losses) + 1)]
     found = (n for n, mean in enumerate(means) if mean > 1.5 * min(means[: n + 1]))
     first = next(found, None)

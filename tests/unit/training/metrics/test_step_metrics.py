@@ -1,4 +1,4 @@
-"""What the monitor says of a step, against the same computed in another way on one process."""
+"""The monitor's metrics of a step, compared with another computation on one process."""
 
 import dataclasses
 from typing import Any
@@ -37,7 +37,7 @@ def make_batches() -> list[Batch]:
 
 
 def outputs_of(engine: MegatronEngine, batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:
-    """Every layer's output norms, and log(Z), over both micro-batches; no step is taken."""
+    """The output norms of every layer, and log(Z), over both micro-batches, without an update."""
     norms: list[list[Tensor]] = [[] for _ in engine.parts[0].decoder.layers]
     hooks = [
         layer.register_forward_hook(
@@ -69,7 +69,7 @@ def test_norms_of_layers_and_log_z_by_modality(topology: Topology) -> None:
         assert found[key] == pytest.approx(values.mean().item(), rel=1e-6)
 
 
-def test_nothing_of_a_step_stays_for_the_next(topology: Topology) -> None:
+def test_a_step_leaves_nothing_for_the_next(topology: Topology) -> None:
     engine, batches = make_engine(topology), make_batches()
     engine.config.optimizer.lr = 0.0
     first, second = (engine.train_step(step, batches) for step in (1, 1))
@@ -102,7 +102,7 @@ def test_gradient_norms_of_groups_make_up_the_whole(
 
 
 def test_gradients_that_the_optimizer_keeps_apart_are_counted(topology: Topology) -> None:
-    """As megatron-core's precision-aware optimizer has them: bf16, not in ``.grad``."""
+    """megatron-core's precision-aware optimizer keeps them in bf16, and not in ``.grad``."""
     engine = make_engine(topology, "bf16", use_distributed_optimizer=True)
     engine.compute_gradients(1, make_batches())
     engine.optimizer.prepare_grads()
@@ -131,7 +131,7 @@ def test_recomputation_changes_nothing(topology: Topology) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [12, 3])
 def test_the_largest_attention_logit(masked: bool, length: int) -> None:
-    """It is that of queries 2, 5, 8 and 11, of what they see; of all, if there are no more."""
+    """It is the largest of queries 2, 5, 8 and 11 and of what they see, or of all shorter ones."""
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(length, 2, 4, 8, generator=generator)
     key = torch.randn(length, 2, 2, 8, generator=generator)

@@ -1,4 +1,4 @@
-"""Which rank is called slow, from times that are given."""
+"""Which rank is called slow, for given times."""
 
 import time
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.serial  # it times ranks
         ([1.0, 1.0, 1.0, 1.0], None),
         ([1.0, 1.29, 0.9, 1.0], None),
         ([1.0, 1.0, 1.4, 1.0], 2),
-        ([1.0, 1.4], 1),  # of two, the faster is the measure
+        ([1.0, 1.4], 1),  # of two ranks, the faster one counts as the median
         ([1.5, 1.0], 0),
         ([1.0, 1.25], None),
-        ([0.010, 0.020], None),  # too little to speak of
+        ([0.010, 0.020], None),  # too small a difference
         ([2.0, 2.0, 1.0, 1.0, 1.0], 0),
         ([1.0], None),
     ],
@@ -43,7 +43,7 @@ def test_metrics_of_the_ranks() -> None:
 
 
 class FixedClock(StepClock):
-    """Says what it is told."""
+    """Gives the times that it was made with."""
 
     def __init__(self, seconds: Sequence[float]) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class FixedClock(StepClock):
 def make_monitor(
     monkeypatch: pytest.MonkeyPatch, others: float, tensor_size: int = 1
 ) -> StragglerMonitor:
-    """Of rank 0 of four, the others being as fast as is said."""
+    """The monitor of rank 0 of four, with the given time of the others."""
 
     def gather(own: Sequence[float], topology: Topology) -> RankTimes:
         return RankTimes([own[0], others, others, others], [own[1], 0.0, 0.0, 0.0])
@@ -72,7 +72,7 @@ def observe(monitor: StragglerMonitor, seconds: Sequence[float]) -> list[tuple[i
     return [(step, words) for step, (_, words) in enumerate(found, start=1) if words]
 
 
-def test_a_slow_rank_is_named_once_until_it_was_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_rank_is_named_once_until_it_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
     slow, well = [2.0] * 3, [1.0] * 3
     found = observe(make_monitor(monkeypatch, 1.0), [*slow, *slow, *well, *slow])
     assert [step for step, _ in found] == [3, 12]
@@ -83,7 +83,7 @@ def test_a_slow_rank_is_named_once_until_it_was_well(monkeypatch: pytest.MonkeyP
     )
 
 
-def test_one_long_step_is_no_slow_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_long_step_does_not_make_a_rank_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert observe(make_monitor(monkeypatch, 1.0), [1.0, 60.0, 1.0, 1.0, 1.0, 60.0]) == []
 
 
@@ -92,7 +92,7 @@ def test_ranks_of_a_group_are_named_together(monkeypatch: pytest.MonkeyPatch) ->
     assert ", or another rank of data-parallel rank 0) is slow" in words
 
 
-def test_a_job_of_one_process_has_nobody_to_compare() -> None:
+def test_a_single_process_has_nothing_to_compare() -> None:
     monitor = StragglerMonitor(Topology(1, 0, 0, 1, 0, 1, 0, 1), 1, 100)
     assert monitor.observe(1, FixedClock([1.0])) == ({}, "")
 

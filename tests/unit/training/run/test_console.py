@@ -1,8 +1,8 @@
-"""The progress line: every figure, and the time that is left."""
+"""The progress line: every figure, and the time left."""
 
 import pytest
 
-from megatron_chameleon.training.run import console as progress
+from megatron_chameleon.training.run import console
 from megatron_chameleon.training.run.console import Progress, format_duration
 
 METRICS = {
@@ -24,8 +24,8 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_the_line_and_its_eta(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 130.0])  # 30 s for the 10 steps since the resume: 3 s a step, 80 left
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    clock = iter([100.0, 130.0])  # 30 s for the 10 steps since the resume; 80 steps are left
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
     line = Progress(steps_done=10, steps=100).line(20, METRICS)
     assert line == (
         "step  20/100  loss 3.2500 (text 2.5000, image -)  grad norm 1.500  lr 1.00e-04  "

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one whole line a step, also after a crash."""
+"""metrics.jsonl has one whole line per step, even after a crash."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_a_broken_line_in_the_middle_is_refused_and_kept(config: Config) -> None
     assert path.read_text().startswith("nonsense\n")
 
 
-def test_the_folder_tells_how_the_run_was_started(config: Config) -> None:
+def test_the_folder_records_how_the_run_was_started(config: Config) -> None:
     write(config, 0, 1)
     write(config, 1, 2)
     folder = Path(config.logging.run_dir)
@@ -80,7 +80,7 @@ def test_a_place_where_no_run_folder_can_be(tmp_path: Path) -> None:
 
 
 def test_a_place_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # root may write anywhere, so the answer of the operating system is given here
+    # root may write anywhere, so the answer of the operating system is replaced.
     monkeypatch.setattr(
         "megatron_chameleon.training.run.folder.os.access", lambda path, mode: False
     )

@@ -1,4 +1,4 @@
-"""Who may write a run folder, and what a second run is told."""
+"""Which run may write to a run folder, and the error of a second one."""
 
 import errno
 import fcntl
@@ -41,7 +41,7 @@ def test_a_second_run_is_told_who_is_there(tmp_path: Path, monkeypatch: pytest.M
     os.close(lock)
     os.close(take_lock(tmp_path / "run", 0))
     holder = json.loads((tmp_path / "run" / LOCK_FILE).read_text())
-    assert holder["slurm_job"] is None, "the file speaks of the last holder"
+    assert holder["slurm_job"] is None, "the file names the last holder"
 
 
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
@@ -63,13 +63,13 @@ def test_a_requeued_job_is_not_stopped_by_the_lock_of_its_dead_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     be_job(monkeypatch, "12", 0)
-    stale = take_lock(tmp_path, 0)  # a server may hold it for a node that is gone
+    stale = take_lock(tmp_path, 0)  # a server may hold the lock of a dead node
     be_job(monkeypatch, "12", 1)
     lock = take_lock(tmp_path, 0)
     assert "run.lock: still locked by an earlier start of this job" in caplog.text
     be_job(monkeypatch, "13", 2)
     with pytest.raises(ConfigError, match="SLURM job 12"):
-        take_lock(tmp_path, 0)  # the lock that was taken over holds against others
+        take_lock(tmp_path, 0)  # the new lock keeps other jobs out
     os.close(stale)
     with pytest.raises(ConfigError, match="SLURM job 12"):
         take_lock(tmp_path, 0)
@@ -88,7 +88,7 @@ def test_another_step_of_the_same_job_is_another_run(
     os.close(lock)
 
 
-def test_without_locks_the_run_goes_on_with_a_warning(
+def test_without_locks_the_run_continues_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_locks(*_: object) -> None:

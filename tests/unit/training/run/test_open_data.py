@@ -1,4 +1,4 @@
-"""The data of a run that goes on after a checkpoint, by what the checkpoint says of it."""
+"""Where a resumed run continues to read, by what its checkpoint records."""
 
 import json
 from pathlib import Path
@@ -47,20 +47,24 @@ def first_tokens(reader: BatchReader, steps_done: int) -> list[int]:
     return reader.batches_for(steps_done + 1, 0, 1)[0].tokens[0].tolist()
 
 
-def test_a_run_goes_on_in_what_it_has_read(tmp_path: Path, config: Config, tokenizer: Any) -> None:
+def test_a_run_continues_where_it_stopped_reading(
+    tmp_path: Path, config: Config, tokenizer: Any
+) -> None:
     whole = BatchReader(config, tokenizer)
     folder = checkpoint(tmp_path / "own", data=whole.state())
-    config.training.global_batch_size = 8  # from here on: 6 steps of 4 samples lie behind
+    config.training.global_batch_size = 8  # from here on, after 6 steps of 4 samples
     reader = open_reader(config, tokenizer, folder)
     assert first_tokens(reader, 6) == whole.sample(24).tokens.tolist()
 
 
-def test_weights_alone_begin_anew(tmp_path: Path, config: Config, tokenizer: Any) -> None:
+def test_bare_weights_start_from_the_beginning(
+    tmp_path: Path, config: Config, tokenizer: Any
+) -> None:
     reader = open_reader(config, tokenizer, checkpoint(tmp_path / "weights", optimizer=False))
     assert first_tokens(reader, 0) == BatchReader(config, tokenizer).sample(0).tokens.tolist()
 
 
-def test_a_run_of_another_program_goes_on_at_its_step(
+def test_a_run_of_another_program_continues_at_its_step(
     tmp_path: Path, config: Config, tokenizer: Any
 ) -> None:
     folder = checkpoint(tmp_path / "other", optimizer=True, training_config=False, data=None)

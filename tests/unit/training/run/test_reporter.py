@@ -1,4 +1,4 @@
-"""What a run tells after each step: speed by the stated convention, files, alarm, trackers."""
+"""What a run reports after each step: speed, files, alarm, trackers."""
 
 import io
 import json
@@ -94,7 +94,7 @@ def test_the_documented_keys_come_first_and_others_follow(config: Config) -> Non
     assert record["grad_norm_mlp"] is None
 
 
-def test_an_alarm_is_said_and_kept(config: Config, capsys: Any) -> None:
+def test_an_alarm_is_shown_and_kept(config: Config, capsys: Any) -> None:
     config.model.qk_norm_groups = 0
     with shown_logs():
         report(config, 0, 200, growth=1.02)
@@ -111,7 +111,7 @@ def test_a_resumed_run_knows_what_was_before(config: Config) -> None:
     report(config, 80, 200, growth=1.02)
     resumed = read(config, "alarms.jsonl")
     assert resumed
-    report(config, 200, 210, growth=1.0)  # past alarms are found again, and stay
+    report(config, 200, 210, growth=1.0)  # past alarms are found again and stay in the file
     assert read(config, "alarms.jsonl") == resumed
 
 
@@ -256,7 +256,7 @@ def test_what_cannot_be_reported(config: Config, values: dict[str, Any], message
     assert message in str(caught.value)
 
 
-def test_a_force_that_is_none(config: Config) -> None:
+def test_a_force_that_does_not_exist(config: Config) -> None:
     config.logging.sample_every_steps = 1
     config.logging.sample_prompts = [
         SamplePromptConfig("a"),
@@ -266,7 +266,9 @@ def test_a_force_that_is_none(config: Config) -> None:
         check_config(config, 1)
 
 
-def test_prompts_are_read_and_their_images_looked_for(tmp_path: Path, tiny_tokenizer: Path) -> None:
+def test_prompts_are_read_and_their_images_are_checked(
+    tmp_path: Path, tiny_tokenizer: Path
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
         f"tokenizer: {{path: {tiny_tokenizer}}}\n"

@@ -1,4 +1,4 @@
-"""The steps whose update is left out: told, found, remembered."""
+"""The steps whose update is left out: configured, found, and remembered."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron_chameleon.training.run.skipped_steps import count_updates, find_sk
 
 
 def make(folder: Path, step: int, told: list[int] | None = None, **state: object) -> Config:
-    """A checkpoint in the folder, and the config of its run."""
+    """Write a checkpoint to the folder; returns the config of its run."""
     values = {"format": STATE_FORMAT, "step": step, "vocab_size": 1, **state}
     (folder / "state.json").write_text(json.dumps(values))
     config = Config()
@@ -21,7 +21,7 @@ def make(folder: Path, step: int, told: list[int] | None = None, **state: object
     return config
 
 
-def test_a_new_run_is_told_only(tmp_path: Path) -> None:
+def test_a_new_run_skips_only_configured_steps(tmp_path: Path) -> None:
     config = make(tmp_path, 10, told=[4, 7])
     skips = find_skipped_steps(config, None)
     assert [step for step in range(1, 10) if step in skips] == [4, 7]
@@ -36,7 +36,7 @@ def test_a_resumed_run_remembers(tmp_path: Path) -> None:
     (tmp_path / "nonfinite.jsonl").write_text(text + '{"step": 13, "act')  # a crash cut it off
     skips = find_skipped_steps(config, tmp_path)
     assert skips.found == {5, 8, 11}
-    assert skips.done == {5, 8}, "step 2 had its update, and is behind the run"
+    assert skips.done == {5, 8}, "step 2 was done with its update before"
     assert (count_updates(tmp_path, 10), skips.count_updates(10)) == (8, 8)
     skips.done |= {11, 12}
     assert skips.to_save() == [5, 8, 11, 12]
@@ -44,7 +44,7 @@ def test_a_resumed_run_remembers(tmp_path: Path) -> None:
     assert (skips.count_updates(10), skips.to_save()) == (8, [5, 8, 11])
 
 
-def test_weights_alone_have_no_past(tmp_path: Path) -> None:
+def test_bare_weights_have_no_past(tmp_path: Path) -> None:
     config = make(tmp_path, 10, skipped_steps=[5], optimizer=False)
     assert find_skipped_steps(config, tmp_path).to_save() == []
 
