@@ -1,4 +1,4 @@
-"""A CUDA graph's way on a CPU: record the operations of a function once, then repeat them."""
+"""Imitate a CUDA graph on a CPU: record the operations of a function once, then repeat them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ WAITING = {
     "aten.multinomial",
     "aten.unique_consecutive",
 }
-"""They give the host a number or a shape: a GPU's queue would run empty."""
+"""Operations that give the host a number or a shape, for which it would have to wait."""
 
 
 class _Recorder(TorchDispatchMode):
@@ -39,13 +39,13 @@ class _Recorder(TorchDispatchMode):
 
 
 class RecordedOps:
-    """The first call runs the function, the second records it, later ones repeat its operations.
+    """The first call runs the function, the second records it, and later ones replay it.
 
-    Every operation gets the tensors and numbers that it got when it was recorded, and its results
-    go to the memory that they had then.
+    Every operation gets the same tensors and numbers as when it was recorded, and its results are
+    written to the same memory.
 
     Args:
-        function: Works on tensors that stay where they are.
+        function: A function that works on tensors that stay where they are.
     """
 
     def __init__(self, function: Callable[[], None]) -> None:

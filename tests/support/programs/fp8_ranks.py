@@ -1,6 +1,6 @@
-"""Emulated FP8 layers on two ranks against the same layers on one; for ``test_fp8_layouts.py``.
+"""Compare emulated FP8 layers on two ranks with the same layers on one (``test_fp8_layouts.py``).
 
-torchrun --nproc-per-node 2 tests/support/programs/fp8_ranks.py
+Usage: torchrun --nproc-per-node 2 tests/support/programs/fp8_ranks.py
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 
 INPUT, OUTPUT, SEQUENCE, BATCH = 64, 96, 16, 2
 OPTIONS: dict[str, Any] = {"bias": False, "skip_bias_add": False, "init_method": lambda w: w}
-# the same FP8 values, summed in another order in fp32
+# the same FP8 values, summed in a different order in fp32
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -42,7 +42,7 @@ def summed(x: Tensor) -> Tensor:
 
 
 def build(kind: type, fp8: Fp8Config, weight: Tensor, group: Any, sequence_parallel: bool) -> Any:
-    """The layer on ``group``, of which ``weight`` is this rank's part."""
+    """The layer on ``group``; ``weight`` is this rank's part."""
     config = Config()
     config.parallel.tensor_model_parallel_size = group.size()
     config.parallel.sequence_parallel = sequence_parallel
@@ -65,7 +65,7 @@ def run(layer: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def delayed_equals_one_process(kind: type, sequence_parallel: bool, alone: Any, both: Any) -> None:
-    """All of it: products, scales and histories, over three steps."""
+    """Compare everything: products, scales and histories, over three steps."""
     fp8 = Fp8Config(format="hybrid", amax_history_len=4, emulate=True)
     weight = 0.1 * draw(0, OUTPUT, INPUT)
     column = kind is EmulatedColumnParallelLinear
@@ -75,7 +75,7 @@ def delayed_equals_one_process(kind: type, sequence_parallel: bool, alone: Any, 
     for i in range(3):
         x, grad = draw(1 + i, SEQUENCE, BATCH, INPUT), draw(9 + i, SEQUENCE, BATCH, OUTPUT)
         y, grad_x, grad_weight = run(whole, x, grad)
-        # the side that is split over the features, and the other, over the sequence or not at all
+        # One side is split over the features, and the other over the sequence or not at all.
         if sequence_parallel:
             own = (part(x, 0), part(grad, 2)) if column else (part(x, 2), part(grad, 0))
             expected = (part(y, 2), part(grad_x, 0)) if column else (part(y, 0), part(grad_x, 2))
@@ -96,12 +96,12 @@ def delayed_equals_one_process(kind: type, sequence_parallel: bool, alone: Any, 
 def current_scaling_takes_each_ranks_part(
     kind: type, sequence_parallel: bool, alone: Any, both: Any
 ) -> None:
-    """What is split over the features has a scale a rank; what is not has one for all."""
+    """A tensor that is split over the features has a scale per rank; others have one for all."""
     fp8 = Fp8Config(format="hybrid", recipe="tensorwise", emulate=True)
     column = kind is EmulatedColumnParallelLinear
     weight = part(0.1 * draw(0, OUTPUT, INPUT), 0 if column else 1)
     x, grad = draw(1, SEQUENCE, BATCH, INPUT), draw(9, SEQUENCE, BATCH, OUTPUT)
-    x[0, 0, 0] = 30  # largest on rank 0 only, however it is split
+    x[0, 0, 0] = 30  # the largest value is on rank 0 only, however the tensor is split
     grad[0, 0, 0] = 30
     own_x, own_grad = (x, part(grad, 2)) if column else (part(x, 2), grad)
     y, grad_x, grad_weight = run(build(kind, fp8, weight, alone, False), own_x, own_grad)

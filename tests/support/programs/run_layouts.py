@@ -1,8 +1,8 @@
 """Train a small model on random tokens under several layouts, one after another.
 
-A script: ``python run_layouts.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes", "steps",
-"set": {"section.key": value}}. Of each it writes NAME.json (the metrics of every step) and NAME.pt:
-first weights and the gradients of the first step, put together from the parts of all processes.
+Usage: ``python run_layouts.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes", "steps",
+"set": {"section.key": value}}. For each job it writes NAME.json, the metrics of every step, and
+NAME.pt, the initial weights and the gradients of the first step, assembled from all processes.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ VOCAB_SIZE = 96
 
 
 def make_config(values: dict[str, Any]) -> Config:
-    """The base config with a job's values."""
+    """The base config, changed by a job's values."""
     config = Config()
     base = {
         "model.num_layers": 2,
@@ -35,8 +35,8 @@ def make_config(values: dict[str, Any]) -> Config:
         "model.ffn_hidden_size": 48,
         "model.num_attention_heads": 4,
         "model.seq_length": 32,
-        # sqrt(0.4 / hidden_size); 0.02, which suits the paper's sizes, leaves so small a Swin model
-        # where the norms divide by their eps, and a step turns 1e-7 into 1e-5
+        # sqrt(0.4 / hidden_size). 0.02 suits the paper's sizes. In so small a Swin model, the norms
+        # would then divide by their eps, and a step would turn differences of 1e-7 into 1e-5.
         "model.init_method_std": 0.11,
         "optimizer.lr": 1e-2,
         "optimizer.lr_warmup_steps": 2,
@@ -53,11 +53,12 @@ def make_config(values: dict[str, Any]) -> Config:
 
 
 def make_batch(config: Config, first: int) -> Batch:
-    """One micro-batch: half of the labels count, low tokens are image codes. In one micro-batch of
-    a step none counts, as in a sequence that is all prompt.
+    """One micro-batch: half of the labels count, and low tokens are image codes.
 
-    Low tokens are frequent, which a model learns in a few steps. Were all alike, there would be
-    nothing but noise to follow, and AdamW would turn rounding into steps of its own.
+    In one micro-batch of each step no label counts, as in a sequence that is only a prompt.
+
+    Low tokens are frequent, which a model learns in a few steps. If all were equally frequent, the
+    gradients would be noise, and AdamW would turn rounding errors into steps.
     """
     shape = config.training.micro_batch_size, config.model.seq_length
     windows, counts = [], []
@@ -78,17 +79,16 @@ def make_batch(config: Config, first: int) -> Batch:
 
 
 def micro_batches(config: Config, step: int, rank: int, size: int) -> list[Batch]:
-    """The share of one data-parallel rank in a step's global batch."""
+    """One data-parallel rank's share of a step's global batch."""
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
     starts = range(rank * micro, batch, size * micro)
     return [make_batch(config, (step - 1) * batch + start) for start in starts]
 
 
 def whole_tensors(engine: MegatronEngine, attribute: str | None) -> dict[str, Tensor]:
-    """Every parameter (or its ``attribute``) whole, on rank 0; elsewhere an empty dict.
+    """Every whole parameter, or its ``attribute``, on rank 0; an empty dict on other ranks.
 
-    Where each rank's part belongs is said by megatron-core's own sharded tensors. Replicas must be
-    equal.
+    megatron-core's own sharded tensors say where each rank's part belongs. Replicas must be equal.
     """
     parts = []
     for sharded in _sharded(engine):
@@ -107,7 +107,7 @@ def whole_tensors(engine: MegatronEngine, attribute: str | None) -> dict[str, Te
         return whole
     for key, shape, offset, data in (part for rank in gathered for part in rank):
         place = whole.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))
-        # A stacked tensor's first axis counts the layers; the part itself does not have it.
+        # A stacked tensor has a first axis for the layers, which its parts do not have.
         data = data.reshape([1] * (len(shape) - data.dim()) + list(data.shape))
         region = tuple(
             slice(start, start + size) for start, size in zip(offset, data.shape, strict=True)
@@ -127,7 +127,7 @@ def _sharded(engine: MegatronEngine) -> Iterator[Any]:
 
 
 def gather_gradient_shards(engine: MegatronEngine) -> None:
-    """With the distributed optimizer a rank has reduced its own shard of each buffer only."""
+    """Gather gradients: with the distributed optimizer, a rank has only reduced its own shard."""
     for chunk in engine.chunks:
         for buffer in chunk.buffers:
             group = buffer.data_parallel_group

@@ -1,7 +1,8 @@
 """Load a checkpoint under several layouts and write the logits that each computes.
 
-A script: ``python run_logits.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes",
-"checkpoint", "token_ids", "parallel": {key: value}}; it writes NAME.pt, logits [B, S, vocabulary].
+Usage: ``python run_logits.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes",
+"checkpoint", "token_ids", "parallel": {key: value}}. For each job it writes NAME.pt, the logits
+[B, S, vocabulary].
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ def run_job(job: dict[str, Any], output: Path) -> None:
 
 
 def forward(parts: list[Any], token_ids: Tensor) -> Tensor | None:
-    """Logits [B, S, vocabulary] on the last stage's first tensor-parallel rank, else None."""
+    """Logits [B, S, vocabulary] on the last stage's first tensor-parallel rank; None on others."""
     positions = torch.arange(token_ids.shape[1]).expand_as(token_ids)
 
     def forward_step(batches: Iterator[Tensor], part: nn.Module) -> tuple[Tensor, Any]:

@@ -1,4 +1,4 @@
-"""Sampling rules, and the cached left-padded batch against plain forward passes."""
+"""Sampling rules, and cached, left-padded batches compared with plain forward passes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_chameleon.parallel import cuda_graphs
 from recorded_ops import RecordedOps
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
-"""fp32, sums in another order: observed up to 1.6e-6 on logits up to 4."""
+"""fp32 sums in a different order differ by up to 1.6e-6, observed on logits up to 4."""
 CODES = 16
 WIDE = Execution(sync_every_tokens=7, width_step=16)
 
@@ -43,7 +43,7 @@ def image(session: Session, first: int) -> list[int]:
 
 
 def draws(logits: list[float], options: GenerationOptions, allowed: list[bool]) -> set[int]:
-    """What comes in 300 draws; a probability of 5% is missed with a chance of 2e-7."""
+    """The tokens in 300 draws. One with a probability of 5% is missed with a chance of 2e-7."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.tensor(logits).expand(300, -1).clone()
     return set(choose(rows, torch.tensor(allowed).expand(300, -1), options, generator).tolist())
@@ -91,7 +91,7 @@ def test_repetition_makes_seen_tokens_less_likely_at_either_sign() -> None:
         (GenerationOptions(guidance_image=-0.5), "guidance_image: -0.5 is not 0 or more"),
     ],
 )
-def test_meaningless_options_are_refused(options: GenerationOptions, message: str) -> None:
+def test_options_out_of_range_are_refused(options: GenerationOptions, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         options.check()
 
@@ -103,17 +103,17 @@ def test_steps_read_rounded_widths() -> None:
 
 
 def logits_alone(session: Session, token_ids: list[int]) -> torch.Tensor:
-    """transformers' own forward of one sequence, with no cache: [S, V]."""
+    """transformers' own forward pass of one sequence, without a cache: [S, V]."""
     model = session.model
     return model.lm_head(model.model(input_ids=torch.tensor([token_ids])).last_hidden_state)[0]
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("width", [0, 40])
-def test_padded_rows_with_a_cache_see_what_they_would_see_alone(
+def test_padded_rows_with_a_cache_give_the_logits_of_rows_alone(
     session: Session, width: int
 ) -> None:
-    """Texts and an image, in groups that are padded apart, through steps of any width."""
+    """Texts and an image, in groups with their own padding, through steps of any width."""
     sequences = [
         [0, 40, 50, 60, 70, 71],
         [0, 9, 12, 13],
@@ -122,7 +122,7 @@ def test_padded_rows_with_a_cache_see_what_they_would_see_alone(
     ]
     context = BatchContext(session.model, 4)
     context.reserve(60)
-    for cache in context._caches:  # as memory may be before it is written
+    for cache in context._caches:  # like memory that has not been written
         cache.keys_RGCD.fill_(torch.nan), cache.values_RGCD.fill_(torch.nan)
     prompts = [sequence[:-2] for sequence in sequences]
     found = [context.logits(context.start([prompts[:3], prompts[3:]], pad=1))]
@@ -152,7 +152,7 @@ def test_hidden_columns_take_no_position_and_buffers_grow(
         last = context.step(torch.tensor([token_id, token_id]), torch.tensor(visible))
     assert context.capacity == 8
     logits = context.logits(last)
-    # the first row forgot 50 when 99 was hidden from it; the second row did not see 61 afterwards
+    # The first row forgot 50 when 99 was hidden from it. The second row did not see 61 later.
     torch.testing.assert_close(logits[0], logits_alone(session, [0, 40, 60, 61])[-1], **CLOSE)
     context.widen(7, 7)
     last = context.step(torch.tensor([62, 62]), torch.tensor([True, True]))
@@ -179,8 +179,8 @@ def drawn_without_cache(
     options: GenerationOptions,
     max_new_tokens: list[int],
 ) -> list[list[int]]:
-    """The definition: every row alone, its whole sequence again for each token and each pass, and
-    ``torch.multinomial`` over sorted probabilities."""
+    """The definition of decoding: every row alone, its whole sequence computed again for each token
+    and each pass, and ``torch.multinomial`` over sorted probabilities."""
     classes = TokenClasses(session.tokenizer.vocabulary)
     state = ModalityState(
         classes, CODES, torch.tensor(max_new_tokens), images=options.images, force=options.force
@@ -224,7 +224,7 @@ def by_multinomial(
 def guided_alone(
     session: Session, prompt: list[int], answer: list[int], options: GenerationOptions
 ) -> torch.Tensor:
-    """The logits of a code by the reference's formula, each pass a sequence of its own."""
+    """The logits of a code by the reference's formula, with each pass as a sequence of its own."""
     vocabulary = session.tokenizer.vocabulary
     images = {*vocabulary.code_token_ids.tolist(), vocabulary.begin_image, vocabulary.end_image}
     begun = len(answer) - 1 - answer[::-1].index(vocabulary.begin_image)
@@ -243,7 +243,7 @@ def guided_alone(
 def test_tokens_are_those_of_the_definition(
     session: Session, classes: TokenClasses, name: str
 ) -> None:
-    """Rows of different length, one with an image, in one batch; a seed gives the same tokens."""
+    """For the same seed. Rows of different lengths, one with an image, form one batch."""
     options = OPTIONS[name]
     prompts = [[0, 100, 110, 120], [0, 90, *image(session, 1), 91], [0]]
     max_new_tokens = [40, 43, 35]
@@ -284,7 +284,7 @@ def test_each_scale_is_that_of_the_formula() -> None:
 
 
 def test_each_pass_sees_its_share_of_an_answer(classes: TokenClasses) -> None:
-    """A row in an image, one that begins one, one that ended one, one in text, a finished one."""
+    """Rows in an image, at the beginning of one, after the end of one, in text, and finished."""
     guidance = Guidance.of(GenerationOptions(guidance=3.0, guidance_image=1.2))
     state = ModalityState(classes, CODES, torch.full((5,), 40))
     state.codes_left_B.copy_(torch.tensor([3, 16, -1, -1, -1]))
@@ -300,7 +300,7 @@ def test_each_pass_sees_its_share_of_an_answer(classes: TokenClasses) -> None:
 def test_a_decoder_answers_one_batch_after_the_other(
     session: Session, classes: TokenClasses
 ) -> None:
-    """What earlier answers left in the buffers is not seen, also where they were longer."""
+    """What earlier answers left in the buffers is not seen, even if they were longer."""
     options = GenerationOptions(guidance=3.0, guidance_image=1.2, temperature=1.0)
     decoder = BatchDecoder(session.model, classes, CODES, 2, options, WIDE)
     batches = [[[0, 5, 6, *image(session, 3)], [0, 70]], [[0, 80], [0, 81, 82]]]
@@ -327,8 +327,8 @@ def test_a_step_can_be_replayed(
     name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a CUDA graph does: the operations of one step, repeated on the same memory with the
-    same numbers from the host. One that waits for the device is refused."""
+    """As by a CUDA graph: the operations of one step are repeated on the same memory, with the same
+    numbers from the host. An operation that waits for the device is refused."""
     recordings: list[RecordedOps] = []
 
     def record(step: Callable[[], None]) -> Callable[[], None]:
@@ -336,7 +336,7 @@ def test_a_step_can_be_replayed(
         return recordings[-1]
 
     monkeypatch.setattr(cuda_graphs, "graph_recorder", lambda generator: record)
-    # buffers move in the middle of an answer: what was recorded before is of no use then
+    # buffers move in the middle of an answer, which invalidates everything recorded before
     monkeypatch.setattr(context_module, "CAPACITY_STEP", 8)
     monkeypatch.setattr(context_module, "ODD_COLUMNS", 0)
     monkeypatch.setattr(decode_module, "RESERVED_TOKENS", 4)
@@ -354,7 +354,7 @@ def test_a_step_can_be_replayed(
 
 
 def test_compiled_layers_give_the_same_tokens(session: Session, classes: TokenClasses) -> None:
-    """Traced and functionalised, not translated; one compilation serves all layers."""
+    """Only tracing and functionalisation are tested; one compilation serves all layers."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     prompts, max_new_tokens = [[0, 100, 110], [0, 90, 91, 92, 93]], [30, 31]
@@ -369,4 +369,4 @@ def test_compiled_layers_give_the_same_tokens(session: Session, classes: TokenCl
     ]
     assert answers[0] == answers[1]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert 1 <= graphs <= 2  # the second width makes the width a variable
+    assert 1 <= graphs <= 2  # after the second width, the width is a variable

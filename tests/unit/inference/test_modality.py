@@ -1,4 +1,4 @@
-"""The state machine, row by row and many rows at once."""
+"""The state machine, with single rows and with many rows at once."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def advance(state: ModalityState, *token_ids: int) -> None:
     state.advance(torch.tensor(token_ids))
 
 
-def test_text_may_go_on_end_or_begin_an_image() -> None:
+def test_text_may_continue_end_or_begin_an_image() -> None:
     assert allowed(state_of(50)) == TEXT | {BEGIN, EOS}
 
 
@@ -48,12 +48,12 @@ def test_an_image_is_exactly_its_codes_and_its_end() -> None:
 
 
 def test_an_image_that_does_not_fit_is_not_begun() -> None:
-    """Begin, 3 codes and end are 5 tokens."""
+    """Beginning, 3 codes and end are 5 tokens."""
     assert BEGIN in allowed(state_of(5))
     assert BEGIN not in allowed(state_of(4))
 
 
-def test_a_row_ends_where_its_room_ends() -> None:
+def test_a_row_ends_after_its_last_token() -> None:
     state = state_of(2, 3)
     for token_id in sorted(TEXT):
         advance(state, token_id, token_id)
@@ -86,7 +86,7 @@ def test_forced_image_is_one_image_and_nothing_else() -> None:
 
 
 def test_rows_are_independent() -> None:
-    """A batch takes the same way as its rows alone: random walks, each in a modality of its own."""
+    """A batch follows the same random walk as its rows alone, each in its own modality."""
     generator = torch.Generator().manual_seed(1)
     tokens_left = [5, 9, 14, 30, 31, 40, 40, 40, 40, 40]
     batch, alone = state_of(*tokens_left), [state_of(count) for count in tokens_left]
@@ -100,7 +100,7 @@ def test_rows_are_independent() -> None:
         batch.advance(tokens)
         modalities.add(tuple(batch.in_image_B.tolist()))
     assert batch.finished_B.all()
-    assert len(modalities) > 5  # the walk did mix modalities
+    assert len(modalities) > 5  # the walks did mix modalities
 
 
 @pytest.mark.parametrize("name", ["<s>", "<pad>", "<unk>", "<reserved08706>", "<image>"])

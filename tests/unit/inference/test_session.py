@@ -32,7 +32,7 @@ def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return convert(tiny_checkpoint, tmp_path_factory.mktemp("session") / "hf", "hf").destination
 
 
-def test_checkpoint_and_export_answer_alike(session: Session, exported: Path) -> None:
+def test_checkpoint_and_export_give_the_same_answers(session: Session, exported: Path) -> None:
     other = Session.load(exported)
     prompts = [["a handwritten"], [NOISE, "is"], []]
     options = GenerationOptions(seed=5)
@@ -71,7 +71,7 @@ def test_an_answer_fills_the_context_and_no_more(session: Session) -> None:
 
 
 def test_content_is_what_the_tokens_say(session: Session) -> None:
-    """Texts and images in order; an image is that of the codes between its sentinels."""
+    """Texts and images in order; an image is decoded from the codes between its sentinels."""
     vocabulary, image = session.tokenizer.vocabulary, session.tokenizer.image
     assert image is not None
     answers = session.generate([["a"]] * 20, GenerationOptions(seed=1, temperature=1.0, top_p=1.0))

@@ -96,7 +96,7 @@ def test_updates_equal_the_kernels_bit_for_bit(
 
 def test_a_history_of_two_by_hand() -> None:
     fp8 = Fp8Config(amax_history_len=2)
-    # 448/4; 448/max(4, 2); 448/max(2, 1) as 4 is forgotten; nothing seen: nothing forgotten; 448/2
+    # 448/4; 448/max(4, 2); 448/max(2, 1), as 4 is forgotten; amax 0 forgets nothing; 448/2
     scales, history = observed(fp8, E4M3, [4.0, 2.0, 1.0, 0.0, 2.0])
     assert scales.tolist() == [112.0, 112.0, 224.0, 224.0, 224.0]
     assert history.tolist() == [0.0, 2.0]
@@ -105,7 +105,7 @@ def test_a_history_of_two_by_hand() -> None:
 @pytest.mark.parametrize(
     ("algo", "amaxes", "expected"),
     [
-        ("max", [8.0, math.inf, 4.0], [56.0, 56.0, 56.0]),  # inf stays in the history and freezes
+        ("max", [8.0, math.inf, 4.0], [56.0, 56.0, 56.0]),  # inf stays in the history
         ("most_recent", [8.0, math.inf, 4.0], [56.0, 56.0, 112.0]),
         ("most_recent", [8.0, math.nan, 4.0], [56.0, 56.0, 112.0]),
         ("max", [8.0, math.nan, 14.0], [56.0, 56.0, 32.0]),
@@ -113,7 +113,7 @@ def test_a_history_of_two_by_hand() -> None:
         ("max", [0.0, 0.0], [1.0, 1.0]),
     ],
 )
-def test_what_has_no_scale_keeps_the_last(
+def test_without_a_usable_amax_the_scale_stays(
     algo: str, amaxes: list[float], expected: list[float]
 ) -> None:
     fp8 = Fp8Config(amax_history_len=16, amax_compute_algo=algo)
@@ -124,7 +124,7 @@ def test_margin_halves_the_scale() -> None:
     assert observed(Fp8Config(margin=1), E5M2, [2.0])[0].tolist() == [57344 / 2 / 2]
 
 
-def test_recording_keeps_the_largest_and_passes_over_nan() -> None:
+def test_recording_keeps_the_largest_and_ignores_nan() -> None:
     scaling = DelayedScaling(Fp8Config(amax_history_len=2), E4M3, 2)
     scaling.record(1, torch.tensor([1.0, -5.0]))
     scaling.record(1, torch.tensor([math.nan, 3.0], dtype=torch.bfloat16))
@@ -157,9 +157,10 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def test_errors_are_those_of_the_formats() -> None:
-    # Round to nearest with 3 (2) mantissa bits is uniform in half a step: about 2.6% (5.3%) RMS
-    # for normally distributed values; a product of two has the errors of both: 3.7% forward with
-    # E4M3 twice, 5.9% for gradients with E5M2 and E4M3. Other draws differ in the third digit.
+    # Rounding to nearest with 3 (2) mantissa bits gives errors that are uniform in half a step:
+    # about 2.6% (5.3%) RMS for normally distributed values. A product has the errors of both
+    # factors: 3.7% forward with E4M3 twice, 5.9% for gradients with E5M2 and E4M3. Other draws
+    # differ in the third digit.
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(256, 512, generator=generator, dtype=torch.float64) for _ in "ab")
     parts = {}

@@ -1,4 +1,4 @@
-"""The emulated layers against the formulas of an FP8 product, in float64."""
+"""The emulated layers compared with the formulas of an FP8 product in float64."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,7 +51,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def build(fp8: Fp8Config, kind: type = EmulatedColumnParallelLinear, seed: int = 1) -> Any:
-    """A layer from 32 to 48 with random weights."""
+    """A layer from 32 to 48 features with random weights."""
     options: dict[str, Any] = {"bias": False, "skip_bias_add": False, "init_method": lambda w: w}
     if kind is EmulatedRowParallelLinear:
         options["input_is_parallel"] = True
@@ -86,7 +86,7 @@ def formula(
     return x @ weight.t(), grad @ weight, grad.flatten(0, 1).t() @ x.flatten(0, 1)
 
 
-# fp32 sums of up to 48 products of FP8 values against float64
+# fp32 sums of up to 48 products of FP8 values, compared with float64
 SUMS = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -114,7 +114,7 @@ def test_delayed_scaling_uses_the_scales_of_earlier_micro_batches() -> None:
     forward = share_delayed_scaling([layer])
     scales = (torch.ones(()), torch.ones(()), torch.ones(()))
     largest: list[tuple[Tensor, Tensor, Tensor]] = []
-    for i in range(6):  # more than the history holds; the second largest come first
+    for i in range(6):  # more than the history holds; the largest values do not come first
         size = (3.0, 5.0, 1.0, 0.5, 0.2, 0.1)[i]
         x, grad = size * draw(i, 8, 2, 32), size * draw(10 + i, 8, 2, 48)
         start_fp8_step(layer)
@@ -133,7 +133,7 @@ def test_delayed_scaling_uses_the_scales_of_earlier_micro_batches() -> None:
             layer.weight.mul_(0.9)
 
 
-def test_the_weight_is_quantised_once_a_step() -> None:
+def test_the_weight_is_quantised_once_per_step() -> None:
     layer = build(DELAYED)
     forward = share_delayed_scaling([layer])
     x, grad = draw(1, 8, 2, 32), draw(2, 8, 2, 48)
@@ -141,7 +141,7 @@ def test_the_weight_is_quantised_once_a_step() -> None:
     for _ in range(3):
         outputs.append(step(layer, x, grad)[0])
         forward.update()
-    # scale 1 in the first micro-batch; then the input's moves on, not the kept weight's
+    # scale 1 in the first micro-batch; then only the input's changes, not the kept weight's
     kept = rounded(layer.weight.detach(), torch.ones(()), E4M3)
     exact = rounded(x, current_scale(amax(x), E4M3), E4M3) @ kept.t()
     torch.testing.assert_close(outputs[2].double(), exact, **SUMS)
@@ -165,7 +165,7 @@ def test_evaluation_leaves_the_state_alone() -> None:
 
 
 def test_recomputation_repeats_the_first_scales() -> None:
-    """Two micro-batches under way, as in a pipeline: the scales move on before the backward."""
+    """With two micro-batches in flight, as in a pipeline, scales change before the backward."""
     states, results = [], []
     for recompute in (False, True):
         layer = build(DELAYED)
@@ -198,7 +198,7 @@ def trained(fp8: Fp8Config) -> Any:
 
 
 @pytest.mark.parametrize("length", [2, 4, 6])
-def test_the_state_survives_and_fits_other_lengths(length: int) -> None:
+def test_the_state_is_saved_and_adapts_to_other_lengths(length: int) -> None:
     old = trained(DELAYED)
     fp8 = Fp8Config(format="hybrid", amax_history_len=length, emulate=True)
     new = build(fp8)
@@ -216,7 +216,7 @@ def test_the_state_survives_and_fits_other_lengths(length: int) -> None:
             assert torch.equal(a, b)
 
 
-def test_states_that_say_nothing_start_anew() -> None:
+def test_without_a_usable_state_the_scales_start_from_one() -> None:
     layer = build(Fp8Config(format="e4m3", amax_history_len=4, emulate=True))
     share_delayed_scaling([layer])
     for state in (None, torch.empty(0, dtype=torch.uint8), trained(DELAYED).get_extra_state()):
@@ -265,7 +265,7 @@ def built() -> Callable[[Config], nn.Module]:
     return lambda config: chameleon.build_model(config, 64, topology)[0]
 
 
-def test_four_products_a_layer_and_no_others(built) -> None:
+def test_four_products_per_layer_and_no_others(built) -> None:
     model = built(config_with(format="hybrid", emulate=True))
     names = ("self_attention.linear_proj", "self_attention.linear_qkv")
     names += ("mlp.linear_fc1", "mlp.linear_fc2")
@@ -287,7 +287,7 @@ def test_first_and_last_layers_stay_in_bf16(built) -> None:
     assert kinds == [LocalBackend, EmulatedFp8Backend, LocalBackend, LocalBackend]
 
 
-def test_the_scales_move_on_once_a_micro_batch(built) -> None:
+def test_the_scales_are_updated_once_per_micro_batch(built) -> None:
     model = built(config_with(format="hybrid", amax_history_len=8, emulate=True))
     tokens = torch.arange(32).reshape(2, 16) % 64
     positions = torch.arange(16).expand(2, 16)
@@ -297,12 +297,12 @@ def test_the_scales_move_on_once_a_micro_batch(built) -> None:
         losses.sum().backward()
     for name in fp8_layers(model):
         state = model.get_submodule(name).get_extra_state()
-        # of input, weight and output gradient
+        # entries for input, weight and output gradient
         assert (state["amax_history"] > 0).sum(0).tolist() == [2, 1, 2], name
         assert (state["scale"] != 1).all()
 
 
-def test_the_backend_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_suits_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_with(format="hybrid")
     assert type(select_backend(config)) is LocalBackend
     monkeypatch.setattr(platform, "has_transformer_engine", lambda: True)

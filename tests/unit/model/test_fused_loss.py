@@ -1,7 +1,7 @@
-"""The Triton loss against float64 autograd and against the torch loss.
+"""The Triton loss compared with float64 autograd and with the torch loss.
 
-Without a GPU its kernels run in Triton's interpreter (see ``tests/conftest.py``), one element after
-the other in Python: small shapes.
+Without a GPU its kernels run in Triton's interpreter (see ``tests/conftest.py``), which is slow, so
+the shapes are small.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +23,8 @@ from megatron_chameleon.parallel import platform
 pytest.importorskip("triton")
 Z_LOSS = 0.1
 
-# fp32: 6e-8 times the some 50 additions and the exponential of numbers up to 20. bf16: the gradient
-# is rounded at the end, in the interpreter towards 0, so by up to 2^-7 of each entry.
+# fp32: 6e-8 times about 50 additions and the exponential of numbers up to 20. bf16: the gradient is
+# rounded at the end, towards 0 in the interpreter, and so by up to 2^-7 of each entry.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-7}
 
 
@@ -38,13 +38,13 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dist.ProcessGrou
 
 
 def draw(vocab: int, dtype: torch.dtype, scale: float = 5.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [3, 2, vocabulary], labels at both borders and between, weights with a zero."""
+    """Logits [3, 2, vocabulary], labels at both ends and between, and weights with a zero."""
     generator = torch.Generator().manual_seed(vocab)
     logits = scale * torch.randn(3, 2, vocab, generator=generator, dtype=torch.float64)
     labels = torch.randint(vocab, (3, 2), generator=generator)
     labels[0, 0], labels[2, 1], labels[1, 0] = 0, vocab - 1, vocab // 2
     weights = torch.rand(3, 2, generator=generator)
-    weights[1, 1] = 0.0  # as of an ignored position
+    weights[1, 1] = 0.0  # an ignored position
     device = platform.device()
     return logits.to(device, dtype), labels.to(device), weights.to(device)
 
@@ -95,13 +95,13 @@ def test_loss_and_gradient(group: dist.ProcessGroup, vocab: int, dtype: torch.dt
 
 
 def test_a_row_of_several_blocks(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As at the real sizes, where a row is many loads long: the running maximum moves."""
+    """As at real sizes, where a row takes many loads and the running maximum changes."""
     from megatron_chameleon.model.kernels import cross_entropy as kernels
 
     monkeypatch.setattr(kernels, "STATISTICS_LANES", 2)
     monkeypatch.setattr(kernels, "GRADIENT_BYTES", 64)
     for vocab, dtype in ((96, torch.float32), (83, torch.float32), (80, torch.bfloat16)):
-        drawn = draw(vocab, dtype)  # whole blocks, and a masked end
+        drawn = draw(vocab, dtype)  # whole blocks only, and with a masked end
         expected_loss, expected_grad = exact(*drawn)
         loss, grad = fused(*drawn, group)
         assert_close(loss, expected_loss, torch.float32)
@@ -117,13 +117,13 @@ def test_extreme_logits(group: dist.ProcessGroup) -> None:
     assert_close(grad, expected_grad, torch.float32)
 
 
-def test_nan_and_infinity_come_out_as_of_torch(group: dist.ProcessGroup) -> None:
+def test_nan_and_infinity_are_those_of_torch(group: dist.ProcessGroup) -> None:
     logits, labels, _ = draw(40, torch.bfloat16)
     logits[0, 0, 3] = float("nan")
     logits[0, 1, 7] = float("inf")
     logits[1, 0] = float("-inf")
     logits[1, 1, 39], logits[1, 1, 2] = float("nan"), float("inf")
-    logits[2, 0, labels[2, 0]] = float("-inf")  # a cross-entropy of infinity
+    logits[2, 0, labels[2, 0]] = float("-inf")  # the cross-entropy is infinite
 
     def values(loss: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
         leaf = logits.clone().requires_grad_()
@@ -144,7 +144,7 @@ def test_nan_and_infinity_come_out_as_of_torch(group: dist.ProcessGroup) -> None
     assert torch.equal(found[3].isnan(), expected[3].isnan())
 
 
-def test_the_gradient_takes_the_place_of_the_logits(group: dist.ProcessGroup) -> None:
+def test_the_gradient_overwrites_the_logits(group: dist.ProcessGroup) -> None:
     logits, labels, _ = draw(64, torch.bfloat16)
     logits.requires_grad_()
     cross_entropy, _, _ = fused_vocab_parallel_cross_entropy(logits, labels, group)
@@ -183,7 +183,7 @@ def test_logits_labels_and_gradients_in_any_layout(group: dist.ProcessGroup, sha
     assert_close(grad, expected_grad, torch.float32)
 
 
-def test_fp64_goes_the_way_of_torch(group: dist.ProcessGroup) -> None:
+def test_fp64_is_computed_by_torch(group: dist.ProcessGroup) -> None:
     logits, labels, _ = draw(50, torch.float64)
     found = fused_vocab_parallel_cross_entropy(logits.clone(), labels, group)
     expected = vocab_parallel_cross_entropy(logits.clone(), labels, group)
@@ -191,6 +191,6 @@ def test_fp64_goes_the_way_of_torch(group: dist.ProcessGroup) -> None:
         assert torch.equal(ours, torchs)
 
 
-def test_the_choice() -> None:
+def test_the_choice_of_the_loss() -> None:
     assert select_loss_parts(False) is vocab_parallel_cross_entropy
     assert select_loss_parts(True) is fused_vocab_parallel_cross_entropy

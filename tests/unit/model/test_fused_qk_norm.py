@@ -1,4 +1,4 @@
-"""The kernel of QK-norm and rotary embedding against float64, and against what it replaces."""
+"""QK-norm and rotary embedding in one kernel, compared with what it replaces in float64."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from megatron_chameleon.parallel import platform
 pytest.importorskip("triton")
 EPSILON = 1e-5
 
-# fp32: some ten roundings of 6e-8 and, in the weights' gradients, sums over the positions. bf16:
-# the result is rounded once, in the interpreter towards 0
+# fp32: about ten roundings of 6e-8 and, in the weights' gradients, sums over the positions. bf16:
+# the result is rounded once, towards 0 in the interpreter.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-7}
 
 
@@ -23,7 +23,7 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def angles(length: int, head_size: int) -> Tensor:
-    """[S, 1, 1, D], as of megatron-core's RotaryEmbedding."""
+    """[S, 1, 1, D], like the result of megatron-core's RotaryEmbedding."""
     turns = 10_000.0 ** (-torch.arange(0, head_size, 2) / head_size)
     half = torch.outer(torch.arange(length).float(), turns)
     return torch.cat((half, half), dim=-1)[:, None, None].to(platform.device())
@@ -77,7 +77,7 @@ def assert_same(x: Tensor, groups: int, heads_per_group: int, first: int, grad: 
         (2, 4, 4, 2),  # the second of four ranks' heads, inside one group
         (4, 2, 3, 4),  # heads that straddle two groups
         (3, 3, 0, 1),  # not a power of two
-        (1, 2, 1, 1),  # one key head a rank
+        (1, 2, 1, 1),  # one key head per rank
     ],
 )
 def test_result_and_gradients(heads: int, groups: int, first: int, heads_per_group: int) -> None:
@@ -88,7 +88,7 @@ def test_result_and_gradients(heads: int, groups: int, first: int, heads_per_gro
 @pytest.mark.parametrize("head_size", [12, 8])
 def test_head_sizes(head_size: int) -> None:
     x, grad = draw(4, 1, 2, head_size, seed=0), draw(4, 1, 2, head_size, seed=1)
-    assert_same(x + 5, 2, 1, 0, grad)  # with a mean that is no power of two's
+    assert_same(x + 5, 2, 1, 0, grad)  # with a mean that is not a power of two
 
 
 def test_bf16() -> None:
@@ -97,7 +97,7 @@ def test_bf16() -> None:
 
 
 def test_several_programs_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As at the real sizes: sums over tiles, then over programs, and a last tile in part."""
+    """As at real sizes: sums over tiles, then over programs, and a last tile that is not full."""
     from megatron_chameleon.model.kernels import norm_rope as kernels
 
     monkeypatch.setattr(kernels, "MOST_HEADS", 2)
@@ -109,7 +109,7 @@ def test_several_programs_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_any_strides() -> None:
-    """Queries are a part of one product's columns; attention may give gradients batch first."""
+    """Queries are some of the columns of one product, and gradients may come with batch first."""
     mixed, grad = draw(5, 2, 4, 3 * 8, seed=0), draw(2, 4, 5, 8, seed=1).permute(2, 0, 1, 3)
     assert_same(mixed[..., 8:16], 4, 1, 0, grad)
     x, grad = draw(5, 2, 8, 4, seed=0).transpose(2, 3), draw(1, 1, 1, 1, seed=1)
@@ -120,7 +120,7 @@ def test_tables_are_computed_once() -> None:
     tables, given = RotaryTables(), angles(6, 8)
     first = tables.of(given)
     assert tables.of(given) is first
-    assert tables.of(given.detach()) is first  # as a recomputed layer gets them
+    assert tables.of(given.detach()) is first  # what a recomputed layer gets
     other = tables.of(angles(4, 8))
     assert other is not first
     assert torch.equal(other[1], first[1][:4])

@@ -37,7 +37,7 @@ class RankResults:
 
 
 def run_rank(rank: int, size: int, folder: Path) -> None:
-    """All that needs two ranks, in one start of the processes."""
+    """Everything that needs two ranks, so that the processes start only once."""
     torch.set_num_threads(1)
     with process_group(rank, size, folder / "meeting") as group:
         results = RankResults(
@@ -83,7 +83,9 @@ def draw() -> tuple[torch.Tensor, torch.Tensor]:
     logits = 5 * torch.randn(4, 3, VOCAB, generator=generator)
     logits[1, 0, : VOCAB // 2] = float("-inf")  # nothing finite on rank 0
     labels = torch.randint(VOCAB, (4, 3), generator=generator)
-    labels[0] = torch.tensor([0, VOCAB // 2 - 1, VOCAB // 2])  # both sides of the border
+    labels[0] = torch.tensor(
+        [0, VOCAB // 2 - 1, VOCAB // 2]
+    )  # the last two adjoin the ranks' boundary
     labels[1, 0] = VOCAB - 1
     return logits, labels
 
@@ -106,7 +108,7 @@ def test_the_loss_on_two_ranks(ranks: list[RankResults]) -> None:
 
 
 def spread_qk_norms(attention: NormRopeSelfAttention) -> None:
-    """Away from 1 and 0, and so that groups differ; the same on all ranks."""
+    """Move the parameters away from 1 and 0, differently for each group, alike on all ranks."""
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for norm in (attention.q_layernorm, attention.k_layernorm):
@@ -115,7 +117,7 @@ def spread_qk_norms(attention: NormRopeSelfAttention) -> None:
 
 
 def step_of_a_rank(size: int, fused: bool, dtype: str) -> dict[str, torch.Tensor]:
-    """The parts of a tiny model's loss, and all its gradients; they do not depend on the layout."""
+    """The parts of a tiny model's loss and all its gradients, which do not depend on the layout."""
     config = Config(
         model=ModelConfig(
             num_layers=1,
@@ -154,8 +156,9 @@ def assert_equal_steps(
         assert error <= tolerance, (name, error)
 
 
-# fp32: both sum the same numbers in another order. bf16: each product rounds to 2^-8, and the
-# fused gradient of the logits, in the interpreter, towards 0. fp64: no kernel has it, so torch runs
+# fp32: both sum the same numbers in a different order. bf16: each product is rounded to 2^-8, and
+# the fused gradient of the logits towards 0 in the interpreter. fp64: the kernels do not support
+# it, so torch computes both.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2), ("fp64", 0.0)])
 def test_a_model_with_fused_kernels(tmp_path: Path, dtype: str, tolerance: float) -> None:
     with process_group(0, 1, tmp_path / "meeting"):

@@ -51,7 +51,7 @@ def edits(**values: Any) -> Edit:
     return edit
 
 
-def test_a_cpu_fuses_nothing_by_itself() -> None:
+def test_by_default_a_cpu_fuses_nothing() -> None:
     assert chosen() == set()
     assert machine_problems(Config()) == []
 
@@ -82,7 +82,7 @@ def test_a_gpu_fuses_what_is_known_to_pay(edit: Edit, without: set[str], also: s
     assert chosen(edit) == set(KNOWN_TO_PAY) - without | also
 
 
-def test_people_are_told_short_names() -> None:
+def test_short_names_for_people() -> None:
     config = Config()
     assert fusions.fusion_names(config) == []
     config.fusion.loss_fusion = config.fusion.bias_dropout_fusion = True
@@ -112,7 +112,7 @@ def test_a_demand_that_the_machine_cannot_meet_is_refused() -> None:
         ("compiler", "qk_norm_rope_fusion", "needs a C compiler for triton"),
     ],
 )
-def test_what_a_gpu_machine_can_lack(
+def test_what_a_machine_with_a_gpu_can_lack(
     monkeypatch: pytest.MonkeyPatch, lacking: str, name: str, message: str
 ) -> None:
     if lacking == "te":
@@ -133,7 +133,7 @@ def test_what_a_gpu_machine_can_lack(
 
 
 @pytest.mark.usefixtures("gpu")
-def test_headers_that_the_environment_names_are_found(
+def test_headers_in_folders_of_the_environment_are_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": "/nowhere"})
@@ -177,7 +177,9 @@ def gradient_norms(engine: MegatronEngine, step: int) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_compiled_kernels_compute_the_same_and_masks_are_the_seeds(topology: Topology) -> None:
+def test_compiled_kernels_change_nothing_and_masks_follow_from_the_seed(
+    topology: Topology,
+) -> None:
     plain, fused = (make_engine(topology, on, 0.0) for on in (False, True))
     expected = gradient_norms(plain, 1)
     assert len(expected) == 3 + 7
@@ -185,8 +187,8 @@ def test_compiled_kernels_compute_the_same_and_masks_are_the_seeds(topology: Top
 
     engine = make_engine(topology, True, 0.2)
     first, second = (gradient_norms(engine, step) for step in (1, 2))
-    assert first != pytest.approx(expected, rel=1e-3)  # there is dropout
-    # what was drawn before does not matter: a resumed run draws the same masks
+    assert first != pytest.approx(expected, rel=1e-3)  # dropout is on
+    # earlier draws do not matter: a resumed run draws the same masks
     assert gradient_norms(make_engine(topology, True, 0.2), 2) == second
     # nor does recomputation, whose first pass is compiled without a backward pass
     assert gradient_norms(make_engine(topology, True, 0.2, "full"), 1) == first

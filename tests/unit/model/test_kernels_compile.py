@@ -23,16 +23,16 @@ KERNELS = (
 
 @pytest.fixture(scope="module")
 def table() -> dict[str, str]:
-    """Figures by variant; a process of its own, because this one has Triton's interpreter."""
+    """Figures by variant, from a separate process, because this one uses Triton's interpreter."""
     words = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.compile_kernels"]
     result = subprocess.run(
         words, capture_output=True, text=True, env=environment(), cwd=REPOSITORY, timeout=240
     )
-    assert result.returncode == 0, result.stdout + result.stderr  # 1: a kernel spills
+    assert result.returncode == 0, result.stdout + result.stderr  # 1 means that a kernel spills
     return dict(line.split(": ", 1) for line in result.stdout.splitlines()[1:])
 
 
-def test_every_kernel_keeps_to_its_registers(table: dict[str, str]) -> None:
+def test_no_kernel_needs_too_many_registers(table: dict[str, str]) -> None:
     assert {name.split(",")[0] for name in table} == set(KERNELS)
     for name, figures in table.items():
         registers = re.search(r"registers (\d+), spilled bytes 0,", figures)
@@ -41,7 +41,7 @@ def test_every_kernel_keeps_to_its_registers(table: dict[str, str]) -> None:
 
 
 def test_at_the_real_sizes_loads_are_16_bytes_wide(table: dict[str, str]) -> None:
-    """And the multiprocessor holds enough threads to hide the wait for memory."""
+    """And a multiprocessor holds enough threads to hide the latency of memory."""
     for name, figures in table.items():
         if "odd" in name:
             continue
@@ -50,14 +50,14 @@ def test_at_the_real_sizes_loads_are_16_bytes_wide(table: dict[str, str]) -> Non
 
 
 def test_the_largest_logit_keeps_nan(table: dict[str, str]) -> None:
-    """The interpreter keeps it in either case."""
+    """Only compiled code can show this, because the interpreter always keeps NaN."""
     for name, figures in table.items():
         maxima = int(re.findall(r"maxima that keep NaN (\d+)", figures)[0])
         assert (maxima > 0) == name.startswith("loss forward"), name
 
 
 def test_every_choice_of_constants_is_timed() -> None:
-    """One choice of each kernel, tiny; without a GPU in the interpreter."""
+    """A tiny run for each choice; without a GPU it uses the interpreter."""
     from benchmarks.gpu.kernels.kernel_shapes import CHOICES, sweep
 
     lines = list(sweep(platform.device(), tiny=True))

@@ -1,4 +1,4 @@
-"""The loss against torch's own cross-entropy and logsumexp in float64, by autograd."""
+"""The loss compared with torch's own cross-entropy, logsumexp and autograd in float64."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,8 +42,8 @@ def reference(
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 
-# fp64: rounding only. fp32: 50 exponentials of magnitude up to e^15 leave 1e-6. bf16: the gradient
-# is rounded to 8 bits of mantissa at the end, 2^-9 relative to its largest entry.
+# fp64: only rounding. fp32: 50 exponentials of magnitude up to e^15 give errors of 1e-6. bf16: at
+# the end the gradient is rounded to 8 bits of mantissa, 2^-9 relative to its largest entry.
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2**-8)],
@@ -55,7 +55,7 @@ def test_loss_and_gradient(
     logits, labels, weights = draw(dtype)
     expected_loss, expected_grad = reference(logits, labels, weights, z_loss)
     leaf = logits.clone().requires_grad_()
-    # the loss overwrites its input, as it may do with the output of a linear layer, not with a leaf
+    # The loss overwrites its input, which may be a linear layer's output, but not a leaf.
     parts = vocab_parallel_cross_entropy(leaf * 1.0, labels, group)
     loss = ((parts[0] + z_loss * parts[1].square()) * weights).sum()
     loss.backward()
@@ -76,14 +76,14 @@ def test_the_largest_logit_and_log_z(group: dist.ProcessGroup) -> None:
 def test_huge_logits_do_not_overflow(group: dist.ProcessGroup) -> None:
     logits = torch.tensor([[1e4, 1e4 - 1.0, -1e4]])
     cross_entropy, log_z, _ = vocab_parallel_cross_entropy(logits, torch.tensor([1]), group)
-    # ln(1 + e) = 1.3133: a third logit 2e4 below adds nothing
+    # ln(1 + e) = 1.3133; the third logit is 2e4 below and adds nothing
     torch.testing.assert_close(cross_entropy, torch.tensor([1.31326]), rtol=1e-5, atol=0)
     torch.testing.assert_close(log_z, torch.tensor([1e4 + 0.31326]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("z_loss", [1e-5, 1e-1])
 def test_the_gradient_on_two_ranks(z_loss: float) -> None:
-    """Each thread is a rank with half of the vocabulary; fp64, so that only rounding is left."""
+    """Each thread is a rank with half of the vocabulary, in fp64 so that only rounding differs."""
     logits, labels, weights = draw(torch.float64)
     expected_loss, expected_grad = reference(logits, labels, weights, z_loss)
     store = dist.HashStore()
@@ -105,7 +105,7 @@ def test_the_gradient_on_two_ranks(z_loss: float) -> None:
 
 
 def test_the_gradient_of_the_z_loss_alone(group: dist.ProcessGroup) -> None:
-    """Nothing of the cross-entropy hides an error in it."""
+    """Tested alone, so that the cross-entropy cannot hide an error in it."""
     logits, labels, _ = draw(torch.float64)
     leaf = logits.clone().requires_grad_()
     _, log_z, _ = vocab_parallel_cross_entropy(leaf * 1.0, labels, group)
