@@ -91,7 +91,7 @@ class BatchReader:
             global_batch_size, micro_batch_size} are read.
         tokenizer: The tokenizer that the token files were written with.
         state: What ``state`` returned when the run was saved; None for a new run.
-        step: Number of updates done by then.
+        steps_done: Number of steps done by then.
 
     Raises:
         ConfigErrors: All problems at once: token files that are missing or broken, sources that are
@@ -103,7 +103,7 @@ class BatchReader:
         config: Config,
         tokenizer: Tokenizer,
         state: Mapping[str, Any] | None = None,
-        step: int = 0,
+        steps_done: int = 0,
     ) -> None:
         self.config = config
         self.vocabulary = tokenizer.vocabulary
@@ -117,10 +117,10 @@ class BatchReader:
             self.history = begin_history(config, sources)
         else:
             self.history = _read_history(state)
-            resumed = resume_history(self.history, config, sources, step, self._open_mixture)
+            resumed = resume_history(self.history, config, sources, steps_done, self._open_mixture)
             self._mixtures.clear()
             self.history = resumed
-        self._check_length(step)
+        self._check_length(steps_done)
 
     def warnings(self) -> list[str]:
         """What the owner should know about the loss and about conversations, one line each."""
@@ -272,18 +272,19 @@ class BatchReader:
             self._corpora[key] = TokenFileCorpus(file)
         return self._corpora[key]
 
-    def _check_length(self, step: int) -> None:
+    def _check_length(self, steps_done: int) -> None:
         """Check that sources with a limited number of epochs last until the last step."""
         steps = self.config.training.steps
         weights = self.history.entries[-1].weights
-        if step >= steps or all(s.epochs is None for s in (*weights.stage1, *weights.stage2)):
+        if steps_done >= steps or all(s.epochs is None for s in (*weights.stage1, *weights.stage2)):
             return
         samples = self.history.first_sample(steps)
         try:
             self.mixture(samples - 1).phases(samples)
         except ExhaustedError as error:
             size = self.config.training.global_batch_size
-            reached = step + (error.samples - self.history.first_sample(step)) // size
+            more = (error.samples - self.history.first_sample(steps_done)) // size
+            reached = steps_done + more
             what = f"all sources are exhausted after step {reached:,} of {steps:,}"
             remedy = f"Let one of them repeat, or set training.steps to at most {reached}"
             raise ConfigErrors([ConfigError("data", what, remedy)]) from error

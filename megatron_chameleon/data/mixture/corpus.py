@@ -1,7 +1,7 @@
 """The documents of one source as the order of the data sees them.
 
-Only what is asked for is read: the lengths and positions stay in the memory-mapped .idx, and
-nothing here grows with the number of documents.
+Only what is asked for is read: lengths and positions stay in the memory-mapped .idx, and nothing
+here grows with the number of documents.
 """
 
 import bisect
@@ -16,15 +16,15 @@ from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 
 class Corpus(Protocol):
-    """Documents one after the other, numbered from 0; tokens are counted through all of them."""
+    """Consecutive documents, numbered from 0; tokens are counted through all of them."""
 
     prefix: str
-    """Path of the files, for errors and for people."""
+    """Path of its files, for errors and for people."""
     tokens: int
     """Tokens of all documents, at least 1."""
     documents: int
     images: int
-    """Images of all documents; 0 promises that no document has any."""
+    """Number of images in all documents; 0 promises that no document has any."""
     longest_conversation: int
     """In tokens; 0 promises that no document is a conversation."""
 
@@ -39,25 +39,38 @@ class Corpus(Protocol):
         """
 
     def stay_whole(self, first: int, stop: int) -> np.ndarray:
-        """Which of these documents must not be cut: those with images, and conversations; bool
-        [stop - first]."""
+        """Which of the documents ``first`` to ``stop`` - 1 must not be cut.
+
+        These are documents with images, and conversations.
+
+        Returns:
+            bool [stop - first].
+        """
 
     def are_conversations(self, first: int, stop: int) -> np.ndarray:
-        """Which of these documents are conversations: bool [stop - first]."""
+        """Which of the documents ``first`` to ``stop`` - 1 are conversations.
+
+        Returns:
+            bool [stop - first].
+        """
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Token ids ``start`` to ``stop`` - 1 of a document, as they were written."""
 
     def answers(self, document: int) -> np.ndarray:
-        """Where the answers of a document are: int64 [answers, 2], first token and number of
-        tokens; none where it is no conversation."""
+        """Where the answers of a document are.
+
+        Returns:
+            int64 [answers, 2], first token and number of tokens; empty if the document is not a
+            conversation.
+        """
 
 
 class TokenFileCorpus:
     """A token file as a corpus.
 
     Args:
-        token_file: Opened and checked.
+        token_file: An open token file, which has been checked.
     """
 
     def __init__(self, token_file: TokenFile) -> None:
@@ -70,7 +83,7 @@ class TokenFileCorpus:
         self._itemsize = np.dtype(token_file.info.dtype).itemsize
 
     def at(self, token: int) -> int:
-        # np.searchsorted would copy the whole mapped array, which is not aligned
+        # np.searchsorted would copy the whole memory-mapped array, because it is not aligned.
         return bisect.bisect_right(self.token_file.offsets, token * self._itemsize) - 1
 
     def starts(self, first: int, stop: int) -> np.ndarray:
@@ -88,7 +101,7 @@ class TokenFileCorpus:
         return starts
 
     def have_images(self, first: int, stop: int) -> np.ndarray:
-        """Which of these documents hold images: bool [stop - first]."""
+        """Which of the documents ``first`` to ``stop`` - 1 hold images: bool [stop - first]."""
         if self.images == 0 or first == stop:
             return np.zeros(stop - first, dtype=bool)
         counts = self.token_file.image_counts(first, stop)
@@ -114,9 +127,15 @@ class TokenFileCorpus:
 
 
 def image_spans(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Where images begin and end, sentinels included: int64 [images, 2], ascending.
+    """Find where images begin and end, including their begin and end tokens.
 
-    An image without an end reaches to the next image or to the end of the tokens.
+    Args:
+        token_ids: int [tokens].
+        vocabulary: Of the tokens.
+
+    Returns:
+        int64 [images, 2], ascending: first token, and the one after the last. An image without an
+        end token reaches to the next image or to the end of the tokens.
     """
     begins = np.flatnonzero(token_ids == vocabulary.begin_image)
     ends = np.flatnonzero(token_ids == vocabulary.end_image) + 1
@@ -126,15 +145,15 @@ def image_spans(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 
 class OrderedDocuments:
-    """A source's documents with the text-image pairs of each epoch put in order.
+    """The documents of a source, with each text-image pair in the order that its epoch gives it.
 
     Args:
         corpus: The documents.
         vocabulary: Their tokens.
-        image_first: Share of the text-image pairs, in [0, 1], whose image comes before the text,
-            drawn anew for each document and epoch; None leaves each pair as it was written. Source:
-            paper, section 2.2.1 (50%).
-        key: What the draw depends on besides epoch and document.
+        image_first: Share of the text-image pairs, in [0, 1], whose image comes before the text. It
+            is drawn again for each document and epoch. None leaves each pair as it was written.
+            Source: paper, section 2.2.1 (50%).
+        key: What the draw depends on, besides epoch and document.
     """
 
     def __init__(
@@ -150,7 +169,7 @@ class OrderedDocuments:
         self._key = key
 
     def read(self, epoch: int, document: int, start: int, stop: int, length: int) -> np.ndarray:
-        """Token ids ``start`` to ``stop`` - 1 of a document of ``length`` tokens in this epoch."""
+        """Token ids ``start`` to ``stop`` - 1 of a document of ``length`` tokens in an epoch."""
         if self.image_first is None or not self._may_be_pair(document, length):
             return self.corpus.read(document, start, stop)
         whole = self.corpus.read(document, 0, length)
@@ -158,8 +177,11 @@ class OrderedDocuments:
         return order_pair(whole, self._vocabulary, image_first)[start:stop]
 
     def trained(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Which of the tokens ``start`` to ``stop`` - 1 of a document are to be learned: bool
-        [stop - start]. Of a conversation its answers, else all."""
+        """Which of the tokens ``start`` to ``stop`` - 1 of a document are trained.
+
+        Returns:
+            bool [stop - start]: the answers of a conversation, all tokens of any other document.
+        """
         spans = self.corpus.answers(document)
         if not len(spans):
             return np.ones(stop - start, dtype=bool)
@@ -169,13 +191,15 @@ class OrderedDocuments:
         return flags
 
     def spans(self, epoch: int, document: int) -> np.ndarray:
-        """Where the images of a document lie in this epoch: see ``image_spans``."""
+        """Where the images of a document lie in an epoch: see ``image_spans``."""
         length = int(np.diff(self.corpus.starts(document, document + 1))[0])
         return image_spans(self.read(epoch, document, 0, length, length), self._vocabulary)
 
     def _may_be_pair(self, document: int, length: int) -> bool:
-        """Whether an image stands at either end; saves reading long documents that are no pair.
-        A conversation is none: what comes first in it is the question."""
+        """Whether an image stands at either end, so that long documents need not be read.
+
+        A conversation is never a pair: its question comes first.
+        """
         if length < 5:  # <s>, begin, end, one token of text, </s>
             return False
         corpus = self.corpus
@@ -196,8 +220,9 @@ def order_pair(token_ids: np.ndarray, vocabulary: Vocabulary, image_first: bool)
         image_first: Which of the two comes first.
 
     Returns:
-        The document in that order, of the same length; a document that is no pair (exactly one
-        image, text on exactly one side of it, between ``<s>`` and ``</s>``) is returned as it is.
+        The document in that order, of the same length. A pair has exactly one image, text on
+        exactly one side of it, and ``<s>`` and ``</s>`` around them; any other document is returned
+        as it is.
     """
     begins = np.flatnonzero(token_ids == vocabulary.begin_image)
     ends = np.flatnonzero(token_ids == vocabulary.end_image)

@@ -59,6 +59,7 @@ class BatchSize:
     """The global batch size from one step of the run on."""
 
     first_step: int
+    """Number of steps before it."""
     first_sample: int
     global_batch_size: int
 
@@ -75,14 +76,17 @@ class MixtureHistory:
     batches: tuple[BatchSize, ...]
     format: str = field(default=FORMAT)
 
-    def first_sample(self, step: int) -> int:
-        """The first sample of a step, counted from 0: the number of samples consumed before it."""
-        batch = next(b for b in reversed(self.batches) if b.first_step <= step)
-        return batch.first_sample + (step - batch.first_step) * batch.global_batch_size
+    def first_sample(self, steps_done: int) -> int:
+        """The first sample of the step after ``steps_done`` steps: the samples consumed by them."""
+        batch = self._batch(steps_done)
+        return batch.first_sample + (steps_done - batch.first_step) * batch.global_batch_size
 
-    def batch_size(self, step: int) -> int:
-        """Number of sequences of a step."""
-        return next(b for b in reversed(self.batches) if b.first_step <= step).global_batch_size
+    def batch_size(self, steps_done: int) -> int:
+        """Number of sequences of the step after ``steps_done`` steps."""
+        return self._batch(steps_done).global_batch_size
+
+    def _batch(self, steps_done: int) -> BatchSize:
+        return next(b for b in reversed(self.batches) if b.first_step <= steps_done)
 
     def entry(self, sample: int) -> MixtureEntry:
         """The mixture that a sample belongs to."""
@@ -140,16 +144,16 @@ def resume_history(
     history: MixtureHistory,
     config: Config,
     sources: Sequence[DataSource],
-    step: int,
+    steps_done: int,
     open_mixture: Callable[[MixtureEntry], Mixture],
 ) -> MixtureHistory:
-    """Continue the history of a run that resumes after ``step`` updates with this config.
+    """Continue the history of a run that resumes after some steps with this config.
 
     Args:
         history: The history in the checkpoint.
         config: The config as it is now.
         sources: Its data sources.
-        step: Number of updates done.
+        steps_done: Number of steps done.
         open_mixture: Gives the samples of the mixture that was in use so far.
 
     Raises:
@@ -158,11 +162,11 @@ def resume_history(
     _check_same_order(history, config)
     old = history.entries[-1]
     check_known_sources(old.sources, sources)
-    sample = history.first_sample(step)
+    sample = history.first_sample(steps_done)
     batches = history.batches
-    if history.batch_size(step) != config.training.global_batch_size:
-        kept = (b for b in batches if b.first_step < step)
-        batches = (*kept, BatchSize(step, sample, config.training.global_batch_size))
+    if history.batch_size(steps_done) != config.training.global_batch_size:
+        kept = (b for b in batches if b.first_step < steps_done)
+        batches = (*kept, BatchSize(steps_done, sample, config.training.global_batch_size))
     snapshots = take_snapshots(sources, old.sources)
     new = _new_entry(config, sources, snapshots, batches, sample)
     if new.same_mixture(old):

@@ -1,14 +1,14 @@
-"""Packing: parts of documents into the sequences of one block, no image ever cut.
+"""Packing: puts parts of documents into the sequences of one block. No image is ever cut.
 
-What must stay whole is put where it fits best: into that sequence, of a window of open ones, that
-it leaves the least room in. Sequences are opened at the pace of the tokens, so that the order of
-the stream is kept to within the window. Text that may flow then fills the room that is left, in
-order, running on from one sequence to the next as in Megatron. If something that should stay whole
-does not fit anywhere at last, it is cut at text.
+A part that must stay whole goes where it fits best: into that one of the open sequences in which it
+leaves the least room. Sequences are opened at the pace of the tokens, so that the order of the
+stream is roughly kept. Then text that may flow fills the remaining room, in order, and runs on from
+one sequence to the next as in Megatron. What should stay whole but does not fit anywhere is cut at
+text as a last resort.
 
-The number of sequences is given, not found: so a sample's block, and its place in it, follow from
-its index alone. ``Mixture`` gives a block a little less than it can hold (see there); what is left
-over is padding, spread evenly where text flows.
+The number of sequences is given and not found, so a sample's block and its place in the block
+follow from its index alone. The mixture gives a block a little less than it can hold (see
+``phase_planner.py``). The room that remains is padding, spread evenly where text flows.
 
 Source: Ding et al., "Fewer truncations improve language modeling", 2024 (best fit);
 megatron/core/datasets/gpt_dataset.py (flowing text).
@@ -24,18 +24,18 @@ import numpy as np
 from megatron_chameleon.data.mixture.stream import DocumentParts
 
 OPEN_SEQUENCES = 128
-"""Sequences among which the best fit is looked for."""
+"""Number of open sequences among which the best fit is sought."""
 
 
 @dataclass(frozen=True)
 class PackingItems:
-    """What is to be packed, in the order of the stream."""
+    """The document parts to pack, in the order of the stream; the arrays are [parts]."""
 
     parts: DocumentParts
     source: np.ndarray
     """Number of the source of each part, int64."""
     whole: np.ndarray
-    """Whether the part must stay whole, else it flows; bool."""
+    """Whether the part must stay whole; otherwise it flows; bool."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ class PackedSequences:
 
     parts: DocumentParts
     source: np.ndarray
+    """Number of the source of each part, int64."""
     sequence: np.ndarray
-    """Number of the sequence, int64, ascending."""
+    """Number of the sequence of each part, int64, ascending."""
     sequences: int
+    """Number of sequences."""
 
     def of(self, sequence: int) -> "PackedSequences":
         """The parts of one sequence."""
@@ -55,20 +57,21 @@ class PackedSequences:
         return PackedSequences(self.parts.take(here), self.source[here], self.sequence[here], 1)
 
     def behind(self, sequence: int, source: int) -> DocumentParts:
-        """What a source has in this sequence and the later ones."""
+        """The parts of one source in this sequence and all later ones."""
         return self.parts.take((self.sequence >= sequence) & (self.source == source))
 
 
 class DoesNotFitError(Exception):
-    """The items need more sequences than there are."""
+    """The items need more sequences than the block has."""
 
 
 LastCut = Callable[[int, DocumentParts, int], int]
-"""Given a source, a part and a room: the last place up to there where the part may be cut."""
+"""Takes the number of a source, a part and a length; returns the last place within that length at
+which the part may be cut."""
 
 
 def sequences_needed(items: PackingItems, seq_length: int) -> int:
-    """How many sequences the items fill when new ones are opened only as they are needed."""
+    """How many sequences the items fill if a new one is opened only when it is needed."""
     opened = 0
     rooms: list[int] = []  # ascending
     for length in items.parts.tokens[items.whole].tolist():
@@ -88,27 +91,30 @@ def sequences_needed(items: PackingItems, seq_length: int) -> int:
 def pack(
     items: PackingItems, sequences: int, seq_length: int, order: np.ndarray, last_cut: LastCut
 ) -> PackedSequences:
-    """Put every token of the items into exactly one of so many sequences.
+    """Put every token of the items into exactly one of the sequences.
 
     Args:
-        items: Parts of at most ``seq_length`` tokens, but for those that flow.
-        sequences: At least 1.
+        items: Parts of at most ``seq_length`` tokens, apart from those that flow.
+        sequences: Number of sequences, at least 1.
         seq_length: Tokens that a sequence holds.
-        order: Numbers by which the parts of a sequence are sorted at last, by the index of an
-            item; [items].
-        last_cut: Where an item may be cut that should stay whole; used at need only.
+        order: A number for each item, by which the parts of a sequence are finally sorted; int64
+            [items].
+        last_cut: Where an item that should stay whole may be cut, as a last resort.
 
     Raises:
-        DoesNotFitError: They do not fit.
+        DoesNotFitError: The items do not fit.
     """
     placed, rooms = _place_whole(items, sequences, seq_length)
-    if items.whole.all():  # else text is poured into every sequence
+    if items.whole.all():  # otherwise text is poured into every sequence
         _fill_empty(items, placed, rooms, seq_length)
     missing = np.flatnonzero(items.whole & (placed < 0)).tolist()
-    index, start, stop, sequence = _placements_of_whole(items, placed)
-    extra = [_cut_into_rooms(items, i, rooms, last_cut) for i in missing]
+    forced = [_cut_into_rooms(items, i, rooms, last_cut) for i in missing]
     flowing = _flow(items, rooms, seq_length)
-    placements = [(index, start, stop, sequence), *itertools.chain.from_iterable(extra), flowing]
+    placements = [
+        _placements_of_whole(items, placed),
+        *itertools.chain.from_iterable(forced),
+        flowing,
+    ]
     index, start, stop, sequence = (
         np.concatenate(arrays) for arrays in zip(*placements, strict=True)
     )
@@ -127,51 +133,57 @@ def pack(
 
 
 Placements = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Index of the item, start, stop and sequence of parts of items, each int64 [parts]."""
+"""Where parts of items are put: index of the item, start, stop and sequence, each int64 [parts]."""
 
 
 def _place_whole(
     items: PackingItems, sequences: int, seq_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sequence of each whole item, -1 where none had room, and the room left in each."""
+    """Put each item that must stay whole where it fits best.
+
+    Returns:
+        The sequence of each item, -1 for those that flow or found no room; int64 [items]. And the
+        room that is left in each sequence; int64 [sequences].
+    """
     tokens = items.parts.tokens
     whole = np.flatnonzero(items.whole)
     reached = np.cumsum(tokens)[whole]
     total = max(1, int(tokens.sum()))
-    paces = -(-(reached * sequences) // total)  # sequences that should be open by then
+    paces = -(-(reached * sequences) // total)  # how many sequences should be open by then
     placed = np.full(len(tokens), -1, dtype=np.int64)
     rooms = np.full(sequences, seq_length, dtype=np.int64)
-    # Of equal rooms, the oldest sequence's, so that none stays behind; where text fills them all,
-    # the newest's, so that images are spread evenly
+    # Among equal rooms the oldest sequence is taken, so that none stays behind. Where text fills
+    # all of them, the newest is taken, so that images are spread evenly.
     sign = 1 if items.whole.all() else -1
-    window: list[tuple[int, int]] = []  # room and signed number of the open sequences, ascending
+    # room and signed number of the open sequences, ascending
+    open_sequences: list[tuple[int, int]] = []
     opened = 0
     for item, length, pace in zip(
         whole.tolist(), tokens[whole].tolist(), paces.tolist(), strict=True
     ):
         while opened < pace:
-            bisect.insort(window, (seq_length, sign * opened))
+            bisect.insort(open_sequences, (seq_length, sign * opened))
             opened += 1
-        place = bisect.bisect_left(window, (length, -sequences))
-        if place == len(window):
+        place = bisect.bisect_left(open_sequences, (length, -sequences))
+        if place == len(open_sequences):
             if opened == sequences:
                 continue
-            window.append((seq_length, sign * opened))
+            open_sequences.append((seq_length, sign * opened))
             opened += 1
-        room, number = window.pop(place)
+        room, number = open_sequences.pop(place)
         placed[item] = abs(number)
         rooms[abs(number)] = room - length
         if room > length:
-            bisect.insort(window, (room - length, number))
-        while len(window) > OPEN_SEQUENCES:  # the fullest is closed, or else the oldest
-            del window[0 if window[0][0] < seq_length or sign > 0 else -1]
+            bisect.insort(open_sequences, (room - length, number))
+        while len(open_sequences) > OPEN_SEQUENCES:  # close the fullest, or the oldest
+            del open_sequences[0 if open_sequences[0][0] < seq_length or sign > 0 else -1]
     return placed, rooms
 
 
 def _fill_empty(
     items: PackingItems, placed: np.ndarray, rooms: np.ndarray, seq_length: int
 ) -> None:
-    """Leave no sequence empty that can get a document of another one: its last one."""
+    """Give each empty sequence the last document of the sequence that has the most documents."""
     for number in np.flatnonzero(rooms == seq_length).tolist():
         counts = np.bincount(placed[placed >= 0], minlength=len(rooms))
         giver = int(counts.argmax())
@@ -192,7 +204,7 @@ def _placements_of_whole(items: PackingItems, placed: np.ndarray) -> Placements:
 def _cut_into_rooms(
     items: PackingItems, item: int, rooms: np.ndarray, last_cut: LastCut
 ) -> list[Placements]:
-    """Put one item where there is room, whole if it can be; takes it from ``rooms``."""
+    """Put one item where there is room, whole if possible, and reduce ``rooms`` accordingly."""
     part = items.parts.take(np.array([item]))  # a copy
     source = int(items.source[item])
     placements: list[Placements] = []
@@ -214,7 +226,7 @@ def _cut_into_rooms(
 
 
 def _flow(items: PackingItems, rooms: np.ndarray, seq_length: int) -> Placements:
-    """Pour the flowing text into the rooms, in order."""
+    """Pour the text that flows into the rooms, in order."""
     index = np.flatnonzero(~items.whole)
     tokens = items.parts.tokens[index]
     ends = np.cumsum(tokens)
@@ -225,11 +237,11 @@ def _flow(items: PackingItems, rooms: np.ndarray, seq_length: int) -> Placements
     if total == 0:
         none = np.zeros(0, dtype=np.int64)
         return none, none, none, none
-    small = rooms < seq_length // 128  # not worth cutting a document for
+    small = rooms < seq_length // 128  # too small to cut a document for it
     if int(rooms[small].sum()) <= spare:
         rooms = np.where(small, 0, rooms)
     reached = np.cumsum(rooms)
-    # the padding is spread evenly: no sequence is left empty
+    # Spread the padding evenly, so that no sequence is left empty.
     fills = reached * total // int(reached[-1])
     borders = np.union1d(ends, fills)
     borders = borders[borders > 0]

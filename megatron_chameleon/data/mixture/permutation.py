@@ -1,12 +1,12 @@
 """Shuffling without a table: a keyed permutation of [0, size), computed place by place.
 
 A Feistel network over the smallest even number of bits that holds ``size`` permutes a range of up
-to four times the size; a place that lands outside is sent through again until it lands inside
-(cycle walking), which keeps it a permutation. It needs no memory and no start-up, whatever the
-size.
+to four times that size. A place that lands outside [0, size) is sent through the network again
+until it lands inside (cycle walking), so the result is still a permutation. This needs no memory
+and no preparation, whatever the size.
 
-Random bits come from BLAKE2b and ``PCG64.random_raw``, which do not change with the version of
-numpy, as the methods of ``np.random.Generator`` may: a run can be continued after an upgrade.
+Random bits come from BLAKE2b and ``PCG64.random_raw``. These do not change with the version of
+numpy, as the methods of ``np.random.Generator`` may, so a run can be continued after an upgrade.
 
 Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
 """
@@ -22,7 +22,7 @@ _MIX1, _MIX2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 
 
 class Permutation:
-    """A permutation of [0, size) that depends on nothing but the size and the key.
+    """A permutation of [0, size) that depends only on the size and the key.
 
     Args:
         size: At least 1, at most 2^62.
@@ -39,7 +39,7 @@ class Permutation:
         self._keys = np.frombuffer(digest.digest(), dtype="<u8")
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
-        """What stands at these places: int64, the same shape, each in [0, size)."""
+        """The values at these places: int64 in [0, size), of the same shape."""
         values = np.asarray(places).astype(np.uint64)
         limit = np.uint64(self.size)
         values = self._encipher(values)
@@ -59,12 +59,12 @@ class Permutation:
 
 
 def shuffled(size: int, *key: int) -> np.ndarray:
-    """A stored permutation of a small range: int64 [size]; ``key`` integers >= 0."""
+    """A permutation of a small range as an array: int64 [size]; ``key`` holds integers >= 0."""
     keys = np.random.PCG64(np.random.SeedSequence(list(key))).random_raw(size)
     return np.argsort(keys, kind="stable")
 
 
 def uniform(*key: int) -> float:
-    """A number in [0, 1) that depends on nothing but the key, integers in [0, 2^64)."""
+    """A number in [0, 1) that depends only on the key, which holds integers in [0, 2^64)."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}Q", *key), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)

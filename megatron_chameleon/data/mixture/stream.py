@@ -1,29 +1,30 @@
-"""The endless stream of one source: its documents, shuffled anew each epoch, by position.
+"""The endless stream of one source: its documents, shuffled again for each epoch, by position.
 
-A position is a token count from the start of the stream; each epoch is as long as the corpus has
-tokens. Which documents lie between two positions is found without going through those before:
+A position is a number of tokens from the start of the stream; each epoch has as many as the corpus.
+The documents between two positions are found without going through those before them:
 
-1. The corpus is cut into chunks of ``CHUNK_TOKENS`` in the order of the file. Chunk j begins behind
-   the document that holds token j * CHUNK_TOKENS (where that document may be cut, at that token),
-   so that it is found by one binary search in the .idx.
+1. The corpus is cut into chunks of ``CHUNK_TOKENS`` in the order of the file. Chunk j begins after
+   the document that holds token j * CHUNK_TOKENS (or at that token, if the document may be cut
+   there), so one binary search in the .idx finds it.
 2. Each epoch takes the chunks in an order of its own, a keyed permutation that needs no memory
-   (``permutation.py``); the last one, which is shorter, comes last.
-3. Some ``WINDOW_CHUNKS`` chunks in a row of that order make a window. Its documents, from as many
-   places of the corpus, are shuffled among each other. Only the windows in use are in memory: 40
-   bytes a document.
+   (``permutation.py``). The last chunk, which is shorter, comes last.
+3. About ``WINDOW_CHUNKS`` consecutive chunks of that order make a shuffle window. Its documents,
+   which come from as many places of the corpus, are shuffled among each other. Only the windows in
+   use are in memory, with 40 bytes per document.
 
-A shuffle of all documents would not tell where a position is without the sum of the lengths before
-it, a table of the corpus' size for each epoch. Here that sum is known but for the documents that
-straddle the borders of chunks: a window holds a few documents' tokens more or less than its share,
-and positions inside it are stretched accordingly (by 0.03% for documents of 1,000 tokens). A corpus
-of one window is exact.
+If all documents were shuffled together, a position could only be found through the sum of all
+lengths before it, which takes a table of the size of the corpus for each epoch. Here that sum is
+known, apart from the documents that straddle the borders of chunks. A window therefore holds a few
+documents' tokens more or less than its share, and positions inside it are stretched accordingly (by
+0.03% for documents of 1,000 tokens). A corpus of one window is exact.
 
-A position in the middle of a document is moved to where the document may be cut: a document of text
-alone that may flow from one sequence to the next, anywhere; one that is longer than a sequence, at
-text, never inside an image; every other one to its nearer end.
+A position in the middle of a document is moved to where the document may be cut. A document that is
+only text and may flow from one sequence to the next can be cut anywhere. One that is longer than a
+sequence is cut at text, never inside an image. For any other document the position moves to its
+nearer end.
 
-A conversation is never cut, as an answer without its question teaches nothing: those that are
-longer than a sequence are left out.
+A conversation is never cut, because an answer without its question teaches nothing. Conversations
+that are longer than a sequence are left out.
 """
 
 from collections import OrderedDict
@@ -40,12 +41,12 @@ WINDOW_CHUNKS = 64
 _CACHED_WINDOWS = 3
 
 _CHUNK_ORDER, _DOCUMENT_ORDER, _PAIR_ORDER = 1, 2, 3
-"""What random numbers are for: no two uses share a key."""
+"""The uses of random numbers: no two of them share a key."""
 
 
 @dataclass(frozen=True)
 class DocumentParts:
-    """Documents, or parts of them, in order; all arrays are [parts]."""
+    """Documents or parts of them, in order; all arrays are [parts]."""
 
     epoch: np.ndarray
     """int64."""
@@ -54,11 +55,11 @@ class DocumentParts:
     start: np.ndarray
     """First token within the document, int64."""
     stop: np.ndarray
-    """One behind the last, int64."""
+    """The token after the last, int64."""
     length: np.ndarray
     """Tokens of the whole document, int64."""
     stays_whole: np.ndarray
-    """Whether the document must not be cut, as it has images or is a conversation; bool."""
+    """Whether the document must not be cut because it has images or is a conversation; bool."""
 
     def __len__(self) -> int:
         return len(self.document)
@@ -69,11 +70,11 @@ class DocumentParts:
         return self.stop - self.start
 
     def take(self, chosen: np.ndarray | slice) -> "DocumentParts":
-        """Those parts, in that order."""
+        """The chosen parts, in the order of the choice."""
         return DocumentParts(*(array[chosen] for array in vars(self).values()))
 
     def between(self, first: tuple[int, int], last: tuple[int, int]) -> "DocumentParts":
-        """From one cut to another; a cut is a part's index and a token inside the part."""
+        """The parts between two cuts; a cut is the index of a part and a token inside that part."""
         (index, inside), (last_index, last_inside) = first, last
         chosen = self.take(slice(index, last_index + (last_inside > 0)))
         start, stop = chosen.start.copy(), chosen.stop.copy()
@@ -88,7 +89,7 @@ class DocumentParts:
 
     @classmethod
     def join(cls, groups: "list[DocumentParts]") -> "DocumentParts":
-        """All parts of all groups, in order; none of no groups."""
+        """All parts of all groups, in order; no parts if there are no groups."""
         groups = [chosen for chosen in groups if len(chosen)]
         if len(groups) == 1:
             return groups[0]
@@ -104,7 +105,7 @@ def _arrays(parts: DocumentParts) -> list[np.ndarray]:
 
 @dataclass(frozen=True, order=True)
 class Cut:
-    """A place in a stream where it may be cut; comparable within a stream."""
+    """A place at which a stream may be cut; places of the same stream can be compared."""
 
     epoch: int
     window: int
@@ -126,12 +127,12 @@ class SourceStream:
         corpus: The documents.
         vocabulary: Their tokens.
         seed: Seed of the run, >= 0.
-        stream: Tells sources of the same corpus and seed apart; an integer in [0, 2^63).
+        stream: Distinguishes sources of the same corpus and seed; an integer in [0, 2^63).
         seq_length: Tokens of a training sequence.
-        isolated: Whether a text that is no longer than a sequence must stay whole.
+        isolated: Whether text that fits into a sequence must stay whole.
         image_first: See ``OrderedDocuments``.
-        chunk_tokens: Least tokens of a chunk.
-        window_chunks: Most chunks of a window.
+        chunk_tokens: Smallest number of tokens of a chunk.
+        window_chunks: Largest number of chunks of a shuffle window.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class SourceStream:
         self.documents = OrderedDocuments(
             corpus, vocabulary, image_first, (*self._key, _PAIR_ORDER)
         )
-        # a chunk holds many documents that must stay whole, so that no window is empty
+        # A chunk has room for many documents that must stay whole, so that no window is empty.
         self._chunk_tokens = max(chunk_tokens, 16 * seq_length)
         self._chunks = -(-corpus.tokens // self._chunk_tokens)
         self._windows = -(-self._chunks // window_chunks)
@@ -167,10 +168,10 @@ class SourceStream:
         return not self.isolated and corpus.images == 0 and corpus.longest_conversation == 0
 
     def cut(self, position: int) -> Cut:
-        """The place of a position, after moving it to where documents may be cut.
+        """Find the place of a position, moved to where documents may be cut.
 
         Args:
-            position: Tokens from the start of the stream, >= 0, without an upper bound.
+            position: Tokens from the start of the stream, >= 0; there is no upper bound.
         """
         epoch, place = divmod(position, self.corpus.tokens)
         chunk = place // self._chunk_tokens
@@ -181,11 +182,11 @@ class SourceStream:
         content = self._window(epoch, window)
         tokens = int(content.ends[-1]) if len(content.ends) else 0
         stretched = (place - begin) * tokens // (end - begin)
-        index, inside = self.legalise(content.parts, content.ends, stretched)
+        index, inside = self.nearest_cut(content.parts, content.ends, stretched)
         return Cut(epoch, window, index, inside)
 
     def between(self, first: Cut, last: Cut) -> DocumentParts:
-        """The parts from one cut to a later one."""
+        """The document parts from one cut to a later one."""
         groups, epoch, window = [], first.epoch, first.window
         begin = (first.index, first.inside)
         while (epoch, window) < (last.epoch, last.window):
@@ -197,8 +198,17 @@ class SourceStream:
         groups.append(parts.between(begin, (last.index, last.inside)))
         return DocumentParts.join(groups)
 
-    def legalise(self, parts: DocumentParts, ends: np.ndarray, token: int) -> tuple[int, int]:
-        """Where parts may be cut: index of a part and token inside it, nearest to ``token``."""
+    def nearest_cut(self, parts: DocumentParts, ends: np.ndarray, token: int) -> tuple[int, int]:
+        """Find the cut that is nearest to a token.
+
+        Args:
+            parts: Consecutive parts of the stream.
+            ends: Tokens up to the end of each part; int64 [parts].
+            token: Counted from the start of the first part.
+
+        Returns:
+            Index of a part, and a token inside that part.
+        """
         index = int(np.searchsorted(ends, token, side="right"))
         if index == len(parts):
             return index, 0
@@ -212,14 +222,14 @@ class SourceStream:
         return index, self.last_cut(part, inside)
 
     def last_cut(self, part: DocumentParts, inside: int) -> int:
-        """The last place up to ``inside`` where a document may be cut although it should not be.
+        """Find the last place up to ``inside`` where a document may be cut as a last resort.
 
         Args:
-            part: One part.
-            inside: Tokens from the part's start, at most its length.
+            part: A single part.
+            inside: Tokens from the start of the part, at most its length.
 
         Returns:
-            Tokens from the part's start; 0 where there is no such place.
+            Tokens from the start of the part; 0 if there is no such place.
         """
         if not part.stays_whole[0]:
             return inside
@@ -229,7 +239,7 @@ class SourceStream:
         return max(0, int(spans[within, 0][0]) - start) if within.any() else inside
 
     def _window_start(self, window: int) -> int:
-        """Position within the epoch."""
+        """The position of a shuffle window within its epoch."""
         chunks = window * self._chunks // self._windows
         return min(chunks * self._chunk_tokens, self.corpus.tokens)
 
@@ -253,7 +263,7 @@ class SourceStream:
         return found
 
     def _chunk(self, epoch: int, chunk: int) -> DocumentParts:
-        """Documents of a chunk in the order of the file."""
+        """The documents of a chunk in the order of the file."""
         (first, inside), (last, last_inside) = (
             self._chunk_border(epoch, border) for border in (chunk, chunk + 1)
         )
@@ -269,14 +279,14 @@ class SourceStream:
         parts = DocumentParts(
             np.full_like(documents, epoch), documents, starts, stops, lengths, flags
         )
-        kept = starts < stops  # empty documents are nothing
+        kept = starts < stops  # leaves out empty documents
         if self.corpus.longest_conversation > self.seq_length:
             too_long = lengths > self.seq_length
             kept &= ~(too_long & self.corpus.are_conversations(first, stop))
         return parts.take(kept)
 
     def _chunk_border(self, epoch: int, chunk: int) -> tuple[int, int]:
-        """The document with which a chunk begins, and the token inside it."""
+        """The document and the token inside it with which a chunk begins."""
         corpus = self.corpus
         if chunk in (0, self._chunks):
             return (0 if chunk == 0 else corpus.documents), 0
@@ -298,12 +308,12 @@ class SourceStream:
 
 
 class Cursor:
-    """A stream from some position on, behind parts that were left over before it.
+    """A stream from some position on, preceded by parts that were taken earlier but not used.
 
     Args:
         stream: The stream.
-        base: Position in the stream at which it goes on.
-        backlog: What comes first.
+        base: The position at which it continues.
+        backlog: The parts that come first.
     """
 
     def __init__(
@@ -316,11 +326,11 @@ class Cursor:
         self.backlog_tokens = int(self._ends[-1]) if len(self._ends) else 0
 
     def tokens_left(self, epochs: int) -> int:
-        """Tokens until the stream has given so many epochs."""
+        """Number of tokens until the stream has given so many epochs."""
         return max(0, self.backlog_tokens + epochs * self.stream.corpus.tokens - self.base)
 
     def parts(self, first: int, last: int) -> DocumentParts:
-        """The parts between two positions, counted from the cursor."""
+        """The document parts between two positions, which count from the cursor."""
         (begin, begin_cut), (end, end_cut) = self._cut(first), self._cut(last)
         groups = [self.backlog.between(begin, end)]
         if end_cut is not None:
@@ -329,15 +339,15 @@ class Cursor:
         return DocumentParts.join(groups)
 
     def moved(self, position: int, unused: DocumentParts) -> "Cursor":
-        """The cursor behind ``position``, with parts before it that were not used."""
+        """The cursor after ``position``, with a backlog of parts that were taken but not used."""
         index, cut = self._cut(position)
         base = self.base if cut is None else self.base + position - self.backlog_tokens
         rest = self.backlog.between(index, (len(self.backlog), 0))
         return Cursor(self.stream, base, DocumentParts.join([unused, rest]))
 
     def _cut(self, position: int) -> tuple[tuple[int, int], Cut | None]:
-        """Place in the backlog, and in the stream if the position lies behind the backlog."""
+        """The place of a position in the backlog, and in the stream if it lies beyond that."""
         if position < self.backlog_tokens:
-            return self.stream.legalise(self.backlog, self._ends, position), None
+            return self.stream.nearest_cut(self.backlog, self._ends, position), None
         cut = self.stream.cut(self.base + position - self.backlog_tokens)
         return (len(self.backlog), 0), cut
