@@ -45,7 +45,11 @@ def _server() -> subprocess.Popen[str]:
 
 
 def run_chameleon(
-    *words: object, processes: int = 1, succeeds: bool = True, **variables: str
+    *words: object,
+    processes: int = 1,
+    succeeds: bool = True,
+    launched: bool = False,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end, in processes that the command server forks.
 
@@ -53,14 +57,37 @@ def run_chameleon(
         words: What follows ``chameleon``.
         processes: Ranks of the job; each gets the variables that torchrun would set.
         succeeds: Whether an exit code other than 0 fails the test.
+        launched: Start Python, and torchrun for several processes, instead of the server's forks:
+            for tests of what torchrun prints, or of how the command starts.
         variables: Of the environment, in addition.
     """
+    result = (_launch if launched else _fork)([str(w) for w in words], processes, variables)
+    if succeeds:
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result
+
+
+def _launch(
+    words: list[str], processes: int, variables: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*words, processes=processes),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        env=environment(**variables),
+    )
+
+
+def _fork(
+    words: list[str], processes: int, variables: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory(prefix="chameleon-") as folder:
         outputs = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
         for path in outputs.values():
             Path(path).touch()
         request = {
-            "words": [str(word) for word in words],
+            "words": words,
             "processes": processes,
             "environment": environment(**variables),
             "folder": str(Path.cwd()),
@@ -76,7 +103,4 @@ def run_chameleon(
         texts = {name: Path(path).read_text(errors="replace") for name, path in outputs.items()}
     code = json.loads(answer)
     assert code is not None, f"no end after {TIMEOUT_SECONDS} s: {texts['stderr'][-4000:]}"
-    result = subprocess.CompletedProcess(request["words"], code, **texts)
-    if succeeds:
-        assert code == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result
+    return subprocess.CompletedProcess(words, code, **texts)

@@ -110,7 +110,9 @@ def test_configs(copy: Path, refused, words: list[str], message: str) -> None:
 
 def test_more_processes_than_the_layout_wants_say_so_once(tiny, chameleon, copy: Path) -> None:
     overrides = ["parallel.tensor_model_parallel_size=2", "training.global_batch_size=8"]
-    result = chameleon("train", copy / "train.yaml", *overrides, processes=3, succeeds=False)
+    result = chameleon(
+        "train", copy / "train.yaml", *overrides, processes=3, succeeds=False, launched=True
+    )
     assert result.stderr.count("error: parallel: 3 processes cannot be laid out as tensor 2") == 1
     assert "exitcode  : 2" in result.stderr  # torchrun's own report of its workers
     assert not (copy / "run").exists()
