@@ -1,4 +1,4 @@
-"""A corpus of every kind of input, with bad documents in it, and a tokenizer for it."""
+"""A corpus with every kind of input, including bad documents, and a tokenizer for it."""
 
 import gzip
 import io
@@ -27,7 +27,7 @@ SENTENCES = ["a handwritten seven", "the sum of two and three is five", "zero on
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """Images of 16 x 16 pixels become 16 codes of 32."""
+    """Write a tokenizer folder: images of 16 x 16 pixels become 16 codes out of 32."""
     train_text_tokenizer(SENTENCES * 20, folder, vocab_size=330, image_codes=IMAGE_CODES)
     config = VqganConfig(
         resolution=16,
@@ -54,9 +54,13 @@ def picture(seed: int) -> bytes:
 
 
 def write_corpus(folder: Path, documents: int) -> list[Path]:
-    """Five files of about so many documents each; returns their paths in order.
+    """Write five files; returns their paths in order.
 
-    About one document in 20 is bad: no JSON, no image, an empty one, or one that is none.
+    About one document in 20 is bad: it is not JSON, or its image is missing, empty or not an image.
+
+    Args:
+        folder: Where to write; created if it is missing.
+        documents: Documents per file; the files of texts have four times as many.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "empty.png").write_bytes(b"")
@@ -77,7 +81,7 @@ def text_of(number: int) -> str:
 
 
 def write_pairs(path: Path, documents: int) -> Path:
-    """A picture and a text a line, in the folder of ``write_corpus``; some with an answer."""
+    """One picture and text per line, some with an answer; the pictures are in ``write_corpus``."""
     lines = []
     for i in range(documents):
         image = ["empty.png", "broken.png", "none.png", f"{i % 10}.png"][min(i % 61, 3)]

@@ -176,24 +176,28 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Document:
     name = str(path).rsplit("/", 1)[-1]
     document_id = record_name(record, "id", f"{name}:{number}", where)
     corpus_name = record_name(record, "source", name.split(".")[0], where)
-    roles: tuple[str, ...] | None = None
-    value = record[found[0]]
-    content: tuple[TextPart | ImagePart, ...]
-    if found == ["text"]:
+    content, roles = _parts_and_roles(record, found[0], folder_of(path), where)
+    return Document(document_id, corpus_name, content, where, roles, number)
+
+
+def _parts_and_roles(
+    record: dict[str, Any], key: str, folder: str, where: str
+) -> tuple[tuple[TextPart | ImagePart, ...], tuple[str, ...] | None]:
+    """The parts of a document and, for conversations, their roles; ``key`` tells the form."""
+    value = record[key]
+    if key == "text":
         if not isinstance(value, str):
             what = f"text must be a string, not {type(value).__name__}"
             raise DataError(where, what, "Write it as a string")
-        content = (TextPart(value),)
-    elif found == ["messages"]:
-        content, roles = parse_messages(value, folder_of(path), where)
-    elif found == ["prompt"]:
+        return (TextPart(value),), None
+    if key == "messages":
+        return parse_messages(value, folder, where)
+    if key == "prompt":
         messages = [{"role": USER, "content": value}]
         if "answer" in record:
             messages.append({"role": ASSISTANT, "content": record["answer"]})
-        content, roles = parse_messages(messages, folder_of(path), where, ("prompt", "answer"))
-    else:
-        content = _parse_content(value, folder_of(path), where)
-    return Document(document_id, corpus_name, content, where, roles, number)
+        return parse_messages(messages, folder, where, ("prompt", "answer"))
+    return _parse_content(value, folder, where), None
 
 
 def _parse_json(line: bytes, where: str, number: int) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class DocumentEncoder:
 
         Args:
             documents: The documents to keep.
-            codes: Of each one's images; empty if no document has an image.
+            codes: The codes of each document's images; empty if no document has an image.
         """
         parts = [part for document in documents for part in document.content]
         texts = [part.text for part in parts if isinstance(part, TextPart)]

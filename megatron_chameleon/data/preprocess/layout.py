@@ -40,7 +40,7 @@ def lay_out_texts(
         token_ids: The texts one after the other.
         offsets: Where each text begins, and the end: int64 [documents + 1].
         vocabulary: For the ids of ``<s>`` and ``</s>``.
-        dtype: Of the token file.
+        dtype: Type of the token file.
     """
     lengths = np.diff(offsets) + 2
     ends = np.cumsum(lengths)
@@ -67,7 +67,7 @@ def lay_out(
         texts: Token ids of all their text parts, in order.
         codes: Image codes of each document's images.
         vocabulary: Turns codes into ids, and has those of the special tokens.
-        dtype: Of the token file.
+        dtype: Type of the token file.
     """
     layout = _Layout(vocabulary)
     for document, image_codes in zip(documents, codes, strict=True):

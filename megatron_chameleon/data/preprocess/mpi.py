@@ -5,6 +5,7 @@ MPI carries no data. The ranks share the file system and only tell each other wh
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from megatron_chameleon.data.preprocess.merge_shards import merge_shards
 from megatron_chameleon.data.preprocess.options import PreprocessOptions
@@ -38,18 +39,7 @@ def preprocess_on_ranks(
         ConfigError: If mpi4py is missing or counts other processes than the launcher.
         DataError: If this rank or another one failed.
     """
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        what = f"{launch.world_size} processes, but mpi4py cannot be imported ({error})"
-        remedy = "Install megatron-chameleon[mpi], or give each process its --shard I/N"
-        raise ConfigError(launch.launcher, what, remedy) from error
-    world = MPI.COMM_WORLD
-    if (
-        world.size != launch.world_size
-    ):  # srun without --mpi=pmi2: each process would write everything
-        what = f"{launch.world_size} processes, but mpi4py sees {world.size}"
-        raise ConfigError(launch.launcher, what, "Use mpiexec, or srun --mpi=pmi2")
+    world = _world(launch)
     failure: ChameleonError | None = None
     try:
         shard = (world.rank, world.size)
@@ -60,9 +50,8 @@ def preprocess_on_ranks(
         world.Abort(1)
         raise
     failed = [rank for rank, bad in enumerate(world.allgather(failure is not None)) if bad]
-    if (
-        not failed and world.rank == 0 and find_shards(prefix)
-    ):  # otherwise an earlier run has merged them
+    # without shards, an earlier run has merged them
+    if not failed and world.rank == 0 and find_shards(prefix):
         try:
             merge_shards(prefix, keep)
         except ChameleonError as error:
@@ -72,3 +61,19 @@ def preprocess_on_ranks(
     if failed and world.rank == 0:
         what = f"{len(failed)} of {world.size} ranks failed, the first is rank {failed[0]}"
         raise DataError(prefix, what, "See its error above, then run the same command again")
+
+
+def _world(launch: Launch) -> Any:
+    """MPI's communicator of all processes, which must be as many as the launcher has started."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        what = f"{launch.world_size} processes, but mpi4py cannot be imported ({error})"
+        remedy = "Install megatron-chameleon[mpi], or give each process its --shard I/N"
+        raise ConfigError(launch.launcher, what, remedy) from error
+    world = MPI.COMM_WORLD
+    # with srun and no --mpi=pmi2, each process would write everything
+    if world.size != launch.world_size:
+        what = f"{launch.world_size} processes, but mpi4py sees {world.size}"
+        raise ConfigError(launch.launcher, what, "Use mpiexec, or srun --mpi=pmi2")
+    return world

@@ -30,6 +30,17 @@ IMAGE_PLACEHOLDER = "<image>"
 RELEASED_IMAGE_PLACEHOLDER = "<reserved08707>"
 """The released vocabulary's name for the token that Hugging Face calls ``<image>``."""
 
+_SPECIAL_NAMES = {
+    "bos": BOS,
+    "pad": PAD,
+    "eos": EOS,
+    "unk": UNK,
+    "begin_image": BEGIN_IMAGE,
+    "end_image": END_IMAGE,
+    "separator": SEPARATOR,
+}
+"""Field of ``Vocabulary`` -> token name, where the name is always the same."""
+
 _DIGITS_TO_LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
 _LETTERS_TO_DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
 _IMAGE_CODE_NAME = re.compile(r"IMGIMG([A-J]+)Z")
@@ -166,16 +177,7 @@ class Vocabulary:
                 where, f"the token {twice!r} occurs twice", "Give each token id a name of its own"
             )
         placeholder = IMAGE_PLACEHOLDER if IMAGE_PLACEHOLDER in ids else RELEASED_IMAGE_PLACEHOLDER
-        special = {
-            "bos": BOS,
-            "pad": PAD,
-            "eos": EOS,
-            "unk": UNK,
-            "begin_image": BEGIN_IMAGE,
-            "end_image": END_IMAGE,
-            "separator": SEPARATOR,
-            "image_placeholder": placeholder,
-        }
+        special = {**_SPECIAL_NAMES, "image_placeholder": placeholder}
         missing = [name for name in special.values() if name not in ids]
         if missing:
             raise DataError(

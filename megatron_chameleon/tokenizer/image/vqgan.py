@@ -22,6 +22,16 @@ NORM_GROUPS = 32
 SEARCH_ROWS = 1024
 """Latents that are compared with the codebook at once, so that distances fit in a GPU's cache."""
 
+_LEAST = {
+    "resolution": 1,
+    "in_channels": 1,
+    "base_channels": 1,
+    "num_res_blocks": 1,
+    "z_channels": 1,
+    "embed_dim": 1,
+    "codebook_size": 2,
+}
+
 
 @dataclass
 class VqganConfig:
@@ -67,24 +77,11 @@ class VqganConfig:
         Raises:
             ConfigError: For the first value that cannot work.
         """
-        for name in (
-            "resolution",
-            "in_channels",
-            "base_channels",
-            "num_res_blocks",
-            "z_channels",
-            "embed_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{where}: model.{name}", f"{getattr(self, name)} is below 1", "Use at least 1"
-                )
-        if self.codebook_size < 2:
-            raise ConfigError(
-                f"{where}: model.codebook_size",
-                f"{self.codebook_size} is below 2",
-                "Use at least 2",
-            )
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                what = f"{value} is below {least}"
+                raise ConfigError(f"{where}: model.{name}", what, f"Use at least {least}")
         if not self.ch_mult or min(self.ch_mult) < 1:
             raise ConfigError(
                 f"{where}: model.ch_mult",

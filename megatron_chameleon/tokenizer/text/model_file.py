@@ -98,7 +98,7 @@ def build_sentencepiece_model(
         is_normal = piece.type == piece.NORMAL
         piece.score = -float(ranks.get(name, len(ranks) + index)) if is_normal else 0.0
     _fill_trainer_spec(model.trainer_spec, names, unknown, byte_fallback)
-    # Text is left as it is, but for spaces, which are marked.
+    # Text stays unchanged, except that spaces are marked.
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = add_prefix
     model.normalizer_spec.remove_extra_whitespaces = False

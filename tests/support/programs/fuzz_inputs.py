@@ -1,12 +1,12 @@
-"""Damaged inputs of every kind: each must give its documents, or one clear error.
+"""Reads damaged inputs of every kind: each must give its documents, or one clear error.
 
     PYTHONPATH=tests/support python tests/support/programs/fuzz_inputs.py --inputs 10000  # minutes
 
-Files of all kinds are written whole, then damaged by a seeded random number generator: bytes
-flipped, cut off, doubled, zeroed, or numbers in them set to extremes. Each is read to its end, as
-preprocessing or training reads it, images too. Anything but a DataError is a fault, and so is a
-process that dies, more than ``LIMIT_SECONDS`` for an input, or 1 GiB of memory beyond what reading
-sound files takes.
+Intact files of all kinds are damaged by a seeded random number generator: bits are flipped, bytes
+cut off, repeated or zeroed, or numbers set to extreme values. Each file is then read to its end in
+the way that preprocessing or training reads it, including its images. Anything but a DataError is
+a failure. So is a process that dies, an input that takes more than ``LIMIT_SECONDS``, or memory of
+1 GiB beyond what reading the intact files takes.
 """
 
 import argparse
@@ -43,16 +43,16 @@ from mixed_corpus import picture, text_of, write_corpus, write_tokenizer
 LIMIT_SECONDS = 30
 LIMIT_BYTES = 1 << 30
 CHUNK = 500
-"""Inputs a process reads."""
+"""Inputs per process."""
 TOKEN_FILES = (".bin", ".idx", ".documents", ".images", ".answers", ".json")
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
-    """The same bytes with one to eight things done to them."""
+    """Damage bytes in one to eight places."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
         at = rng.randrange(len(data)) if data else 0
-        if rng.random() < 0.3:  # most formats have their numbers at the beginning
+        if rng.random() < 0.3:  # most formats keep their numbers at the beginning
             at = min(at, rng.randrange(200))
         length = rng.choice((1, 2, 4, 8, rng.randint(1, 200)))
         match rng.randrange(7):
@@ -77,7 +77,7 @@ def damage(content: bytes, rng: random.Random) -> bytes:
 
 
 def sound_files(folder: Path) -> dict[str, Path]:
-    """A sound file of each kind by suffix, and images under their format's name."""
+    """An intact file of each kind by its suffix, and images by the name of their format."""
     paths = write_corpus(folder / "corpus", 12)
     files = {"".join(path.suffixes): path for path in paths}
     for kind in ("png", "jpeg", "gif", "webp", "bmp", "tiff", "ppm"):
@@ -128,7 +128,7 @@ def read_input(path: Path) -> None:
 
 
 def read_image(part: ImagePart) -> None:
-    """As ``ImageEncoder`` does; what ``prepare_image`` raises it takes for a corrupt image."""
+    """As ``ImageEncoder`` does, for which any exception of ``prepare_image`` is a corrupt image."""
     image = part.open()
     with contextlib.suppress(Exception):
         prepare_image(image, 16)
@@ -141,10 +141,10 @@ def reader_of(kind: str) -> Callable[[Path], None]:
 
 
 def read_damaged(kind: str, sound: Path, folder: Path, seed: int) -> str:
-    """Damage and read one file; "read" or "refused".
+    """Damage one file and read it; returns "read" or "refused".
 
     Raises:
-        Exception: Whatever the reader lets through.
+        Exception: Anything that the reader does not turn into a DataError.
     """
     rng = random.Random(seed)
     if kind in TOKEN_FILES:
@@ -172,12 +172,12 @@ def _hang(*_: object) -> None:
 def run_chunk(
     files: dict[str, Path], seeds: range, results: "multiprocessing.Queue[object]"
 ) -> None:
-    """Read the damaged files of some seeds; puts (seed, kind, result) for each."""
+    """Read the damaged files of some seeds; puts (seed, kind, result) for each of them."""
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, _hang)
     kinds = sorted(files)
     with tempfile.TemporaryDirectory() as name:
-        for kind, path in files.items():  # what sound files take does not count
+        for kind, path in files.items():  # memory that intact files take does not count
             reader_of(kind)(path)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for seed in seeds:
@@ -196,7 +196,7 @@ def run_chunk(
 
 
 def fuzz(inputs: int, first_seed: int = 0) -> tuple[Counter[tuple[str, str]], list[str], int]:
-    """Counts by kind and result, what went wrong, and the most memory in MiB."""
+    """Counts by kind and result, what went wrong, and the largest growth of memory in MiB."""
     counts: Counter[tuple[str, str]] = Counter()
     wrong: list[str] = []
     most = 0
@@ -236,7 +236,7 @@ def main() -> None:
         print(f"{kind:12} {read + refused:6} inputs: {read:5} read, {refused:5} refused")
     print("\n".join(wrong[:20]))
     total = sum(counts.values())
-    print(f"{total} of {args.inputs} as they should be, at most {most} MiB of memory more")
+    print(f"{total} of {args.inputs} inputs passed; memory grew by at most {most} MiB")
     sys.exit(bool(wrong) or total != args.inputs)
 
 

@@ -1,11 +1,12 @@
-"""Kill a sharded preprocessing at random moments, go on, and compare with an unbroken run.
+"""Kills sharded preprocessing at random moments, resumes it, and compares with an unbroken run.
 
     PYTHONPATH=tests/support python tests/support/programs/kill_preprocess.py --kills 20  # minutes
 
-Two shards of a corpus of all kinds of input are written by two workers each and merged. Again and
-again one of the commands is started and killed (SIGKILL) after a random time, without its workers
-being told, until as many kills as asked for have hit; then it goes on. Each time the merged files
-must be those of the unbroken run, byte for byte, and no worker may be left.
+Two workers each write two shards of a corpus with all kinds of input, and the shards are merged.
+The commands are started and killed (SIGKILL, which does not reach their workers) after random times
+until the requested number of kills has hit a running command. Then the commands run to their end.
+Each time the merged files must be byte for byte those of the unbroken run, and no worker may
+survive.
 """
 
 import argparse
@@ -27,7 +28,7 @@ SHARDS = 2
 
 
 def commands(corpus: list[Path], tokenizer: Path, output: Path) -> list[list[object]]:
-    """The words of each command, the merge last."""
+    """The arguments of each command; the last one merges."""
     base = ["preprocess", "--output", output]
     inputs = [*base, *corpus, "--tokenizer", tokenizer, "--workers", 2, "--save-every", 0]
     return [
@@ -44,7 +45,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 
 def kill_after(words: list[object], seconds: float) -> bool:
-    """Start a command and kill it after so long; whether it was still running."""
+    """Start a command and kill it after some seconds; whether it was still running."""
     process = subprocess.Popen(
         command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -68,7 +69,7 @@ def seconds_of(words: list[object]) -> float:
 
 
 def kill_and_compare(folder: Path, kills: int, documents: int, seed: int) -> int:
-    """Run until so many kills have hit; how many merged results were compared."""
+    """Run until ``kills`` kills have hit; returns how many merged results were compared."""
     rng = random.Random(seed)
     corpus = write_corpus(folder / "corpus", documents)
     tokenizer = write_tokenizer(folder / "tokenizer")
@@ -82,8 +83,8 @@ def kill_and_compare(folder: Path, kills: int, documents: int, seed: int) -> int
             while hits < kills and kill_after(words, rng.uniform(0.2, 1.0) * duration):
                 hits += 1
                 names = sorted(path.name for path in broken.parent.glob("*"))
-                print(f"kill {hits}: {' '.join(names) or 'nothing there yet'}", flush=True)
-                if rng.random() < 0.4:  # else the same command is killed once more
+                print(f"kill {hits}: {' '.join(names) or 'no files yet'}", flush=True)
+                if rng.random() < 0.4:  # otherwise the same command is killed again
                     break
             run_chameleon(*words)
         found = contents(broken)
@@ -103,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         compared = kill_and_compare(Path(folder), args.kills, args.documents, args.seed)
-    print(f"{args.kills} kills, {compared} results, each byte for byte the unbroken run's")
+    print(f"{args.kills} kills; all {compared} results equal the unbroken run byte for byte")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A real, small tokenizer folder, and documents to go with it."""
+"""A small but real tokenizer folder, and documents for it."""
 
 import json
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def picture(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def write_lines(tmp_path: Path) -> Callable[..., Path]:
-    """Writes records as JSON Lines; a string is written as it is."""
+    """Writes records as JSON Lines; strings are written unchanged."""
 
     def write(name: str, *records: object) -> Path:
         path = tmp_path / name
@@ -80,7 +80,7 @@ def write_lines(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def token_file(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., TokenFile]:
-    """Writes documents of token ids and opens them."""
+    """Writes documents of token ids as a token file and opens it."""
 
     def write(documents: list[np.ndarray], name: str = "tokens") -> TokenFile:
         with TokenFileWriter(tmp_path / name, tokenizer) as writer:
@@ -94,7 +94,7 @@ def token_file(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., TokenFile]
 
 @pytest.fixture
 def numbered(tokenizer: Tokenizer) -> Callable[[list[int]], list[np.ndarray]]:
-    """Documents of the given lengths, ``<s>`` first and ``</s>`` last, text in between."""
+    """Makes documents of given lengths: ``<s>``, text tokens, ``</s>``."""
 
     def make(lengths: list[int]) -> list[np.ndarray]:
         vocabulary = tokenizer.vocabulary
