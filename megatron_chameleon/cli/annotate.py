@@ -11,16 +11,21 @@ import argparse
 from pathlib import Path
 
 from megatron_chameleon.cli.logs import progress
-from megatron_chameleon.cli.options import add_common_options, check_at_least_1
+from megatron_chameleon.cli.options import (
+    add_action,
+    add_common_options,
+    add_sampling_options,
+    check_at_least_1,
+)
 
 KINDS = ("absolute", "pairwise", "safety")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    _add_answer(actions.add_parser("answer", help="answer a file of prompts with a model"))
-    _add_prepare(actions.add_parser("prepare", help="write HTML forms that do not name the models"))
-    _add_score(actions.add_parser("score", help="count the judgements and print a table"))
+    _add_answer(add_action(actions, "answer", "answer a file of prompts with a model"))
+    _add_prepare(add_action(actions, "prepare", "write HTML forms that do not name the models"))
+    _add_score(add_action(actions, "score", "count the judgements and print a table"))
 
 
 def _add_answer(answer: argparse.ArgumentParser) -> None:
@@ -30,22 +35,7 @@ def _add_answer(answer: argparse.ArgumentParser) -> None:
     )
     answer.add_argument("--output", metavar="DIR", required=True, help="folder for documents.jsonl")
     answer.add_argument("--limit", type=int, metavar="N", help="answer only the first N prompts")
-    answer.add_argument("--seed", type=int, default=1, help="seed of the sampling (default: 1)")
-    answer.add_argument(
-        "--temperature", type=float, help="0 always takes the likeliest token (default: 0.7)"
-    )
-    answer.add_argument(
-        "--top-p", type=float, help="sample from this share of the probability (default: 0.9)"
-    )
-    answer.add_argument(
-        "--guidance", type=float, help="guidance scale of images; 1 is off (default: 1)"
-    )
-    answer.add_argument(
-        "--max-tokens", type=int, help="most tokens per answer (default: until the context is full)"
-    )
-    answer.add_argument(
-        "--force", choices=("image", "text"), help="answer with one image, or with text only"
-    )
+    add_sampling_options(answer)
     answer.add_argument(
         "--batch-size", type=int, default=32, help="prompts to answer together (default: 32)"
     )

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_chameleon.cli.options import add_common_options, add_overrides
+from megatron_chameleon.cli.options import add_action, add_common_options, add_overrides
 
 if TYPE_CHECKING:
     from megatron_chameleon.config.paper import Comparison
@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    check = kinds.add_parser("check", help="show every value beside the paper's, mark deviations")
+    check = add_action(kinds, "check", "show every value beside the paper's and mark deviations")
     check.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a preset")
     add_overrides(check)
     check.add_argument(

@@ -6,13 +6,18 @@ command shows what a new run would see.
 
 import argparse
 
-from megatron_chameleon.cli.options import add_common_options, add_overrides, check_at_least_1
+from megatron_chameleon.cli.options import (
+    add_action,
+    add_common_options,
+    add_overrides,
+    check_at_least_1,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    audit = actions.add_parser(
-        "audit", help="show the samples, sources and documents of one step of a run"
+    audit = add_action(
+        actions, "audit", "show the samples, sources and documents of one step of a run"
     )
     audit.add_argument("config", metavar="CONFIG", help="the run's YAML file")
     add_overrides(audit)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_chameleon.cli.logs import progress
-from megatron_chameleon.cli.options import check_at_least_1
+from megatron_chameleon.cli.options import add_sampling_options, check_at_least_1
 
 if TYPE_CHECKING:
     from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
@@ -50,7 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="DIR", help="folder for images (default: generated) and answers"
     )
     parser.add_argument("--count", type=int, default=1, help="answers per prompt (default: 1)")
-    _add_sampling(parser)
+    add_sampling_options(parser)
+    parser.add_argument(
+        "--guidance-image",
+        type=float,
+        help="separate guidance scale for the images of a prompt; --guidance then applies to its "
+        "text. Meta's code uses 1.2 and 3",
+    )
     parser.add_argument("--batch-size", type=int, help="prompts to answer together (default: 64)")
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
@@ -63,31 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile the layers first, which takes a minute or two and pays off for long answers "
         "on a GPU",
-    )
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=1, help="seed of the sampling (default: 1)")
-    parser.add_argument(
-        "--temperature", type=float, help="0 always takes the likeliest token (default: 0.7)"
-    )
-    parser.add_argument(
-        "--top-p", type=float, help="sample from this share of the probability (default: 0.9)"
-    )
-    parser.add_argument(
-        "--guidance", type=float, help="guidance scale of images; 1 is off (default: 1)"
-    )
-    parser.add_argument(
-        "--guidance-image",
-        type=float,
-        help="separate guidance scale for the images of a prompt; --guidance then applies to its "
-        "text. Meta's code uses 1.2 and 3",
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, help="most tokens per answer (default: until the context is full)"
-    )
-    parser.add_argument(
-        "--force", choices=("image", "text"), help="answer with one image, or with text only"
     )
 
 

@@ -14,7 +14,7 @@ import warnings
 
 from megatron_chameleon import __version__
 from megatron_chameleon.cli.logs import shown_logs
-from megatron_chameleon.cli.options import add_common_options
+from megatron_chameleon.cli.options import add_action, add_common_options
 from megatron_chameleon.errors import ChameleonError
 
 OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=.*", re.DOTALL)
@@ -46,9 +46,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron_chameleon {__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, summary in VERBS.items():
-        subparser = subparsers.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + "."
-        )
+        subparser = add_action(subparsers, name, summary)
         if name == verb:
             module = importlib.import_module(f"megatron_chameleon.cli.{name}")
             module.add_arguments(subparser)

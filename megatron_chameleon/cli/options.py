@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from typing import Any
 
 
 def add_common_options(parser: argparse.ArgumentParser, nested: bool = False) -> None:
@@ -32,6 +33,41 @@ def add_common_options(parser: argparse.ArgumentParser, nested: bool = False) ->
             default=absent or logging.INFO,
             help=summary,
         )
+
+
+def add_action(actions: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    """Add the parser of a verb or of one of its actions, with its summary as the description.
+
+    Args:
+        actions: What ``add_subparsers`` returned.
+        name: The word on the command line.
+        summary: What it does, beginning in lower case and without a full stop.
+    """
+    description = f"{summary[0].upper()}{summary[1:]}."
+    parser: argparse.ArgumentParser = actions.add_parser(
+        name, help=summary, description=description
+    )
+    return parser
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how answers are sampled; defaults are ``GenerationOptions``'s."""
+    parser.add_argument("--seed", type=int, default=1, help="seed of the sampling (default: 1)")
+    parser.add_argument(
+        "--temperature", type=float, help="0 always takes the likeliest token (default: 0.7)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, help="sample from this share of the probability (default: 0.9)"
+    )
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale of images; 1 is off (default: 1)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, help="most tokens per answer (default: until the context is full)"
+    )
+    parser.add_argument(
+        "--force", choices=("image", "text"), help="answer with one image, or with text only"
+    )
 
 
 def add_overrides(parser: argparse.ArgumentParser, condition: str = "") -> None:

@@ -11,7 +11,7 @@ import logging
 import time
 from pathlib import Path
 
-from megatron_chameleon.cli.options import add_common_options
+from megatron_chameleon.cli.options import add_action, add_common_options
 
 _logger = logging.getLogger(__name__)
 
@@ -23,8 +23,8 @@ def is_override(word: str) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    text = kinds.add_parser(
-        "text", help="train a sentencepiece BPE, which defines the vocabulary of the model"
+    text = add_action(
+        kinds, "text", "train a sentencepiece BPE, which defines the vocabulary of the model"
     )
     text.add_argument("files", nargs="+", metavar="FILE", help=".txt files or .jsonl documents")
     text.add_argument("--output", required=True, metavar="DIR", help="the tokenizer folder")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="codebook size of the image tokenizer",
     )
-    image = kinds.add_parser("image", help="train a VQGAN, which turns images into codes")
+    image = add_action(kinds, "image", "train a VQGAN, which turns images into codes")
     image.add_argument(
         "images",
         nargs="+",
@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|YAML",
         help="a preset (chameleon_512, digits) or a YAML file; section.key=value replaces values",
     )
-    image.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
+    image.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="seed of the training (default: 1)"
+    )
     image.set_defaults(overrides=[])
     for kind in (text, image):
         add_common_options(kind, nested=True)

@@ -1,9 +1,12 @@
 """``chameleon train CONFIG``: train alone, or under torchrun, srun, mpiexec or deepspeed."""
 
 import argparse
+import logging
 import sys
 
 from megatron_chameleon.cli.options import add_overrides
+
+_logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +40,12 @@ def run(args: argparse.Namespace) -> None:
 
         world_size = launch.world_size
         if args.dry_run and launch.launcher == "alone":
-            # checked as if as many processes had been started as it wants
+            # check as if the smallest possible number of processes had been started
             world_size = smallest_world_size(config.parallel)
         inputs = prepare_run(config, world_size, args.resume)
         if launch.rank == 0:
             for line in (*paper.warnings(config), *inputs.reader.warnings()):
-                print(f"warning: {line}", file=sys.stderr)
+                _logger.warning(line)
         if args.dry_run:
             if launch.rank == 0:
                 print(dry_run_text(inputs, launch))

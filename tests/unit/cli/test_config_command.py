@@ -53,7 +53,7 @@ def test_a_bare_preset_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert line_of(out, "hidden_dropout")[:4] == ["=", "hidden_dropout", "0.1", "0.1"]
 
 
-def test_deviations_are_marked_and_fine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_deviations_are_marked_and_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = check(capsys, "chameleon_34b", "optimizer.lr=3e-4", "training.z_loss=1e-4")
     assert line_of(out, "lr")[:4] == ["!", "lr", "0.0003", "0.0001"]
     assert re.search(r"\n2 of \d+ values deviate", out)

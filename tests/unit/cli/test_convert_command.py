@@ -1,4 +1,4 @@
-"""``chameleon convert`` from its words to its last line."""
+"""``chameleon convert`` and ``chameleon verify`` from the command line to the last printed line."""
 
 import subprocess
 from collections.abc import Callable

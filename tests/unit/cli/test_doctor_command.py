@@ -63,7 +63,7 @@ def test_json_has_every_row(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "found"), [("psutil", None), ("megatron-core", "0.15.0"), ("sentencepiece", None)]
 )
-def test_what_the_demo_needs_and_lacks_is_said(
+def test_what_the_demo_lacks_is_reported(
     name: str, found: str | None, versions: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:
     versions[name] = found

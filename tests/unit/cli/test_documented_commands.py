@@ -1,7 +1,7 @@
-"""Every ``chameleon`` command of README, docs, examples' and scripts' comments is one that parses.
+"""Every ``chameleon`` command in README, docs and the comments of examples and scripts parses.
 
-Options exist, config keys are known, and files of the project that are named are there. ``...`` and
-CONFIG stand for what the reader has.
+Its options exist, its config keys are known, and the project's files that it names exist. ``...``
+and CONFIG stand for the reader's own files.
 """
 
 import os
@@ -23,7 +23,7 @@ PAGES = [
     *(REPOSITORY / "examples").glob("*/*.yaml"),
     *(REPOSITORY / "examples").glob("*/*.sh"),
 ]
-# what stands in front of the words that the verb gets from a script of slurm/
+# what a script of slurm/ puts in front of the words that it is given
 SCRIPTS = {
     "pretrain_7b": ["train", "CONFIG"],
     "pretrain_34b": ["train", "CONFIG"],
@@ -41,7 +41,7 @@ VARIABLES = {
 
 
 def lines_of(page: Path) -> list[str]:
-    """Lines of code blocks; in scripts and YAML all lines, comments too; continued ones joined."""
+    """The lines of code blocks, or all lines of scripts and YAML; continued lines are joined."""
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".md":
         fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
@@ -53,7 +53,7 @@ def lines_of(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words behind ``chameleon`` of each command, shell variables filled in."""
+    """The words after ``chameleon`` in each command, with shell variables filled in."""
     found, variables = [], dict(VARIABLES)
     for line in lines_of(page):
         if assigned := re.fullmatch(r'(\w+)=(?:"([^"]*)"|(\S*))', line.strip()):
@@ -103,7 +103,7 @@ def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _config_of(name: str) -> Path:
-    """The file or preset that is named, or one that stands for the reader's."""
+    """The named file or preset, or one in place of the reader's own."""
     if name.startswith("examples/"):
         return REPOSITORY / name
     return find_config(name if name.startswith("chameleon_") else "chameleon_7b")

@@ -1,4 +1,4 @@
-"""``chameleon evaluate``: the files it writes, going on after a kill, and mistakes."""
+"""``chameleon evaluate``: the files it writes, continuing after a kill, and mistakes."""
 
 import json
 from pathlib import Path

@@ -62,7 +62,7 @@ def test_debug_shows_the_traceback(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_bug_is_no_mistake_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_not_reported_as_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_chameleon.cli.doctor.run", lambda args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])

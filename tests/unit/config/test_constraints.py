@@ -48,7 +48,7 @@ def test_every_violation_is_found_in_the_order_of_the_fields() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), -0.1, 1.1])
-def test_what_is_no_share(value: float) -> None:
+def test_what_is_not_a_share(value: float) -> None:
     assert len(list(find_violations(Part(share=value)))) == 1
 
 

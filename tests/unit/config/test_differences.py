@@ -1,4 +1,4 @@
-"""What a resumed run's config changes."""
+"""Differences between the config of a run and the one that resumes it."""
 
 from copy import deepcopy
 

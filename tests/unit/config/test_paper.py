@@ -29,7 +29,7 @@ def test_a_preset_has_every_value_of_the_paper(size: str) -> None:
     assert {row.mark for row in rows(config, size).values()} <= {"=", "~", "-"}
 
 
-# arXiv 2405.09818: table 1, sections 2.2, 2.3 and 3.2; written here a second time, by hand
+# arXiv 2405.09818: table 1, sections 2.2, 2.3 and 3.2; copied by hand, independently of the code
 @pytest.mark.parametrize(
     ("stage", "size", "key", "value"),
     [

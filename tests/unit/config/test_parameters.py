@@ -1,4 +1,4 @@
-"""Parameter counts: the paper's sizes, and what transformers builds."""
+"""Parameter counts agree with the paper's sizes and with what transformers builds."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_the_7b_is_the_released_one_to_the_last_parameter(tmp_path: Path) -> Non
 
 def test_the_34b(tmp_path: Path) -> None:
     count = count_parameters(preset("chameleon_34b", tmp_path), VOCAB_SIZE)
-    assert count == pytest.approx(34.29e9, rel=1e-3)  # the last digit of what is known of it
+    assert count == pytest.approx(34.29e9, rel=1e-3)  # as precisely as it is known
 
 
 @pytest.mark.parametrize("qk_norm_groups", [0, 1, 2, None])
@@ -48,7 +48,7 @@ def test_the_formula_counts_what_transformers_builds(
         ),
         0,
     )
-    # transformers stores a QK-norm weight and bias for every head, we store one for each group
+    # transformers stores a QK-norm weight and bias for every head, we store one per group
     norms = sum(p.numel() for n, p in layer.named_parameters() if "_norm." in n)
     per_layer = sum(p.numel() for p in layer.parameters()) - norms
     head_size = model.hidden_size // model.num_attention_heads
