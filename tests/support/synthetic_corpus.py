@@ -1,4 +1,4 @@
-"""Corpora that are no files: of given documents, and of more documents than there is room for."""
+"""Corpora without files: one of given documents, one of more documents than any disk could hold."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def document(*parts: list[int]) -> np.ndarray:
 
 
 class ListCorpus:
-    """Documents in memory."""
+    """A corpus of documents in memory."""
 
     longest_conversation = 0
 
@@ -57,14 +57,14 @@ class ListCorpus:
         return np.zeros(stop - first, dtype=bool)
 
     def answers(self, document: int) -> np.ndarray:
-        raise AssertionError("there are no conversations")
+        raise AssertionError("this corpus has no conversations")
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         return self.content[document][start:stop]
 
 
 class EndlessCorpus:
-    """The same lengths again and again, of as many documents as one likes, and no tokens."""
+    """A corpus of any number of documents: it repeats the same lengths and has no token ids."""
 
     longest_conversation = 0
 
@@ -93,7 +93,7 @@ class EndlessCorpus:
         return np.zeros(stop - first, dtype=bool)
 
     def answers(self, document: int) -> np.ndarray:
-        raise AssertionError("there are no conversations")
+        raise AssertionError("this corpus has no conversations")
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
-        raise AssertionError("no tokens are to be read")
+        raise AssertionError("a test must not read tokens here")

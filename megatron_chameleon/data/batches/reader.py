@@ -43,6 +43,9 @@ from megatron_chameleon.data.token_files.reader import open_token_file
 from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
+_COLUMNS = ("epoch", "document", "start", "stop", "length")
+"""The fields of ``DocumentParts`` that say what to read."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -155,27 +158,29 @@ class BatchReader:
         length = self.config.model.seq_length
         tokens = np.full(length, self.vocabulary.pad, dtype=np.int64)
         labels = tokens.copy()
-        counts = np.zeros(length, dtype=bool)
+        in_loss = np.zeros(length, dtype=bool)
         sizes = packed.parts.tokens
         part = np.repeat(np.arange(len(sizes) + 1), np.append(sizes, length - sizes.sum()))
         streams = [cursor.stream for cursor in mixture.cursors.values()]
-        place, masks = 0, self.config.data.loss_on != "all"
+        answers_only = self.config.data.loss_on != "all"
         columns = (packed.source, *(getattr(packed.parts, name) for name in _COLUMNS))
+        begin = 0
         for source, epoch, document, start, stop, whole in zip(
             *(column.tolist() for column in columns), strict=True
         ):
-            last = min(stop + 1, whole)
             documents = streams[source].documents
+            # One token more than the part, if the document has it: the label of the last one.
+            last = min(stop + 1, whole)
             ids = documents.read(epoch, document, start, last, whole)
-            tokens[place : place + stop - start] = ids[: stop - start]
-            labels[place : place + last - start - 1] = ids[1:]
-            is_marked = masks and documents.corpus.longest_conversation
-            counts[place : place + last - start - 1] = (
-                documents.trained(document, start + 1, last) if is_marked else True
-            )
-            place += stop - start
-        counts &= (labels != self.vocabulary.pad) & (labels != self.vocabulary.bos)
-        return PackedSample(tokens, labels, counts, part, packed, mixture.source_names)
+            end, labels_end = begin + stop - start, begin + last - start - 1
+            tokens[begin:end] = ids[: stop - start]
+            labels[begin:labels_end] = ids[1:]
+            in_loss[begin:labels_end] = True
+            if answers_only and documents.corpus.longest_conversation:
+                in_loss[begin:labels_end] = documents.trained(document, start + 1, last)
+            begin = end
+        in_loss &= (labels != self.vocabulary.pad) & (labels != self.vocabulary.bos)
+        return PackedSample(tokens, labels, in_loss, part, packed, mixture.source_names)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Read the samples with these indices as one batch, in their order."""
@@ -288,9 +293,6 @@ class BatchReader:
             what = f"all sources are exhausted after step {reached:,} of {steps:,}"
             remedy = f"Let one of them repeat, or set training.steps to at most {reached}"
             raise ConfigErrors([ConfigError("data", what, remedy)]) from error
-
-
-_COLUMNS = ("epoch", "document", "start", "stop", "length")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Batches: the shift, the masks, the deal to ranks, and the config's faults."""
+"""Batches: the shift of labels, the masks, dealing to ranks, and faults of the config."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def config(tmp_path, token_file, numbered):
 
 @pytest.fixture
 def images(config, token_file, tokenizer):
-    """One document of text, an image and a ``<pad>``; ten of them in the config's only source."""
+    """A document of an image, text and a ``<pad>``; the config's only source has ten of them."""
     v = tokenizer.vocabulary
     image = [v.begin_image, *v.code_token_ids[:4], v.end_image]
     document = np.array([v.bos, *image, 300, v.pad, v.eos])
@@ -46,7 +46,7 @@ def same_batches(left, right):
 
 @pytest.mark.parametrize("isolated", [False, True])
 def test_labels_follow_their_tokens(config, tokenizer, isolated):
-    """Within each part; at its end the next token of the document, or ``<pad>``."""
+    """Within each part. At its end comes the next token of the document, or ``<pad>``."""
     config.data.reset_attention = isolated
     reader = BatchReader(config, tokenizer)
     corpora = [cursor.stream.corpus for cursor in reader.mixture(0).cursors.values()]
@@ -77,7 +77,7 @@ def test_masks(config, tokenizer, images):
     config.model.seq_length = len(images) + 3
     batch = BatchReader(config, tokenizer).batch([0])
     pad = tokenizer.vocabulary.pad
-    # the labels are: begin, 4 codes, end, text, <pad>, </s>, none; then the padding
+    # The labels: begin, 4 codes, end, text, <pad>, </s>, none; then the padding.
     assert batch.tokens[0].tolist() == [*images, pad, pad, pad]
     assert batch.labels[0].tolist() == [*images[1:], pad, pad, pad, pad]
     assert batch.loss_mask[0].tolist() == [1] * 7 + [0, 1, 0, 0, 0, 0]
@@ -85,11 +85,11 @@ def test_masks(config, tokenizer, images):
 
 
 def test_every_label_counts_once(config, tokenizer):
-    """Of text that flows: each token of each document but ``<s>``, wherever documents are cut."""
+    """Every token of text that flows, apart from ``<s>``, wherever documents are cut."""
     config.data.stage2 = []
     reader = BatchReader(config, tokenizer)
     corpus = next(iter(reader.mixture(0).cursors.values())).stream.corpus
-    samples = 16 * 40  # ten blocks: each is as many epochs as its tokens
+    samples = 16 * 40  # ten blocks, each of as many epochs as its tokens fill
     batch = reader.batch(range(samples))
     counted = batch.labels[batch.loss_mask > 0]
     whole = np.concatenate([corpus.read(n, 0, int(corpus.token_file.lengths[n])) for n in range(6)])
@@ -99,7 +99,7 @@ def test_every_label_counts_once(config, tokenizer):
 
 
 def test_stages_follow_the_steps(config, tokenizer):
-    """8 of 10 steps of 8 samples are stage 1."""
+    """8 of 10 steps of 8 samples belong to stage 1."""
     for tokens, border in ((None, 64), (16 * 20, 20), (16 * 20 + 1, 21)):
         config.data.stage1_tokens = tokens
         reader = BatchReader(config, tokenizer)

@@ -1,4 +1,4 @@
-"""Text-image pairs in the order of their epoch, token files as corpora, and the permutation."""
+"""Text-image pairs in the order of their epoch, token files as corpora, and permutations."""
 
 import json
 import struct
@@ -64,7 +64,7 @@ def test_share_of_pairs_with_the_image_first(token_file, make_pair, tokenizer):
     corpus = TokenFileCorpus(token_file(pairs))
     for share, low, high in ((0.0, 0, 0), (0.25, 0.18, 0.32), (1.0, 1, 1), (None, 0, 0)):
         documents = OrderedDocuments(corpus, v, share, (5, 0))
-        # 0.07 is 3 standard deviations of a share of 0.25 among 400; the key fixes the draw
+        # 0.07 is 3 standard deviations of a share of 0.25 among 400. The key fixes the draw.
         assert low <= images_first(documents, 0, 400, v.begin_image).mean() <= high
 
 
@@ -102,7 +102,7 @@ def test_positions_that_do_not_follow_from_the_lengths(token_file, numbered, tok
 
 
 def test_a_token_file_of_a_billion_documents_opens_at_once(token_file, numbered, tokenizer):
-    """Sparse files: neither lengths nor positions are read, but for the last."""
+    """With sparse files: of the lengths and positions only the last ones are read."""
     path = Path(token_file(numbered([5, 9, 4])).prefix)
     documents, tokens = 10**9, 10**11
     index = path.with_suffix(".idx")
@@ -149,7 +149,7 @@ def test_large_permutations_cost_nothing():
 
 
 def test_random_numbers_are_the_same_in_every_version():
-    """Golden values: a change here means that no old run can be continued."""
+    """Golden values: if they change, old runs cannot be continued."""
     assert Permutation(10, 5, 2)(np.arange(10)).tolist() == TEN
     assert shuffled(8, 5, 0, 1).tolist() == EIGHT
     assert uniform(5, 0, 1, 2) == 0.7109656225500515

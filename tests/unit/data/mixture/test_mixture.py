@@ -38,7 +38,7 @@ def pairs(documents=10**9):
 
 
 def taken(mixture, phase, block):
-    """Tokens of each source in a block, by key."""
+    """The tokens that a block takes from each source, by key."""
     packed = mixture.block(phase, block)
     totals = np.bincount(
         packed.source, weights=packed.parts.tokens, minlength=len(mixture.source_names)
@@ -70,7 +70,7 @@ def test_a_million_steps_switch_at_the_exact_sample_and_keep_the_weights():
     whole = sum(amounts.values())
     for key, share in zip(cursors, (1.45, 0.75, 1.45, 0.75), strict=True):
         assert amounts[key] == pytest.approx(whole * share / 4.4, abs=2)
-    # each source goes on where stage 1 left it: its epochs and its place in the last of them
+    # Each source continues where stage 1 left it: in the same epoch, at the same place.
     for key in ("text", "pairs"):
         used = one.position(key, border // mixture.block_sequences)
         assert two.cursors[key].base == used
@@ -90,7 +90,7 @@ def test_the_shares_of_a_block_are_exact_where_text_is_cut_anywhere():
 
 
 def test_sources_are_mixed_within_a_block():
-    """Any 100 sequences in a row have the shares to within some sequences."""
+    """Any 100 consecutive sequences have the shares, give or take a few sequences."""
     cursors = {"a": cursor(web(10**6), 1), "b": cursor(pairs(10**6), 2)}
     mixture = Mixture(
         MixtureWeights((SourceWeight("a", 3.0), SourceWeight("b", 1.0))), cursors, 1, SEQ_LENGTH
@@ -182,7 +182,7 @@ def test_samples_end_with_the_last_source():
 
 
 def test_an_exhausted_text_that_filled_the_room_beside_images():
-    """When the text is out, fewer pairs go into a block, and it still holds them."""
+    """When the text is used up, a block takes fewer pairs, and still holds them."""
     draw = np.random.default_rng(1)
     captions = ListCorpus([document(image(16, draw), words(2, draw)) for _ in range(500)])
     cursors = {"text": small(100, stream=1), "pairs": cursor(captions, 2, seq_length=50)}
@@ -211,7 +211,7 @@ def test_images_that_do_not_fit_are_named():
     with pytest.raises(DataError, match=message):
         for block in range(300):
             mixture.block(phase, block)
-    # with more reserve the run goes on from there
+    # With a larger reserve the run continues from there.
     weights = MixtureWeights((SourceWeight("a", 1.0),), reserve=0.3)
     more = Mixture(weights, mixture.cursors_at(block * 64), 1, 50, block * 64, 64)
     phase = more.locate(block * 64).phase

@@ -1,4 +1,4 @@
-"""Resuming: the same order on any cluster, mixtures edited in mid-run, and what is refused."""
+"""Resuming: the same order on any cluster, mixtures edited during a run, and what is refused."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def source(folder, name, weight=1.0, **values):
 
 
 def resumed(reader, config, tokenizer, step):
-    """As from the checkpoint of a run after ``step`` updates."""
+    """A reader as from the checkpoint of a run after ``step`` updates."""
     return BatchReader(config, tokenizer, json.loads(json.dumps(reader.state())), step)
 
 
@@ -97,7 +97,7 @@ class Seen:
                 self.parts[sample.source_names[number], int(parts.epoch[i])].append(part)
 
     def check_complete(self, reader, step):
-        """With what is still to come of their epochs, all sources are whole."""
+        """Check that all sources are complete, together with the rest of their epochs."""
         sample = reader.history.first_sample(step)
         cursors = reader.mixture(sample - 1).cursors_at(sample)
         for key, cursor in cursors.items():
@@ -128,7 +128,7 @@ def test_an_edited_mixture_repeats_and_skips_nothing(config, tokenizer, tmp_path
     seen.add(reader, 0, 7 * 24)
     before = [row(reader.sample(i)) for i in range(7 * 24)]
 
-    # other weights, another order of the list, the third source earlier
+    # Other weights, another order of the list, and the third source from now on.
     config.data.stage1 = [
         source(tmp_path, "new", 1.0),
         source(tmp_path, "pairs", 3.0, image_first=1.0),
@@ -140,7 +140,7 @@ def test_an_edited_mixture_repeats_and_skips_nothing(config, tokenizer, tmp_path
     seen.add(reader, 7 * 24, 20 * 24)
     assert [row(reader.sample(i)) for i in range(7 * 24)] == before
 
-    # a source is left out for some steps, and comes again where it was
+    # A source is left out for some steps, and then continues where it was.
     config.data.stage1 = config.data.stage1[:2]
     reader = resumed(reader, config, tokenizer, 20)
     seen.add(reader, 20 * 24, 23 * 24)
@@ -175,7 +175,7 @@ def test_what_does_not_change_the_order_makes_no_new_mixture(config, tokenizer):
     assert len(reader.history.entries) == 1
     assert [row(reader.sample(i)) for i in range(290)] == reference
     assert reader.mixture(290).locate(290).phase.stage == 2
-    # stage 2 that has begun stays where it began
+    # A stage 2 that has begun stays where it began.
     config.data.stage1_tokens = 400 * SEQ_LENGTH
     reader = resumed(reader, config, tokenizer, 13)
     assert reader.mixture(290).locate(290).phase.stage == 2
@@ -216,9 +216,9 @@ def test_moved_files_want_their_name(config, tokenizer, tmp_path):
     reader = resumed(reader, config, tokenizer, 10)
     assert len(reader.history.entries) == 1
     assert row(reader.sample(250)) == reference
-    config.data.stage1[1].name = "anew"
+    config.data.stage1[1].name = "renamed"
     reader = resumed(reader, config, tokenizer, 10)
-    assert reader.mixture(240).cursors["anew"].base == 0
+    assert reader.mixture(240).cursors["renamed"].base == 0
 
 
 def test_changed_files_are_refused(config, tokenizer, token_file, numbered):

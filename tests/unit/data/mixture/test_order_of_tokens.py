@@ -1,4 +1,4 @@
-"""Random corpora: every token once an epoch, images whole, whatever the blocks and the edits."""
+"""Random corpora: every token once per epoch and whole images, whatever the blocks and edits."""
 
 from collections import defaultdict
 
@@ -53,7 +53,7 @@ def weights_of(draw, cursors):
 
 
 def check_sequence(packed, cursors, seq_length):
-    """Images are whole, and so is what need not be cut."""
+    """Check that images are whole, and documents that need not be cut."""
     streams = [cursor.stream for cursor in cursors.values()]
     assert packed.parts.tokens.sum() <= seq_length
     parts = packed.parts
@@ -66,7 +66,7 @@ def check_sequence(packed, cursors, seq_length):
 
 
 def read_all(mixture, first, last, found):
-    """Adds to ``found`` what samples ``first`` to ``last`` - 1 hold of each source and epoch."""
+    """Add what the samples ``first`` to ``last`` - 1 hold of each source and epoch to ``found``."""
     for sample in range(first, last):
         packed = mixture.sequence(sample)
         check_sequence(packed, mixture.cursors, mixture.seq_length)
@@ -78,7 +78,7 @@ def read_all(mixture, first, last, found):
 
 
 def complete(found, cursors):
-    """Adds what is still to come of the epochs that were begun, from where the sources stand."""
+    """Add the rest of the epochs that have begun, from where the sources stand."""
     for key, cursor in cursors.items():
         epochs = (
             max([cursor.base // cursor.stream.corpus.tokens, *(e for n, e in found if n == key)])
@@ -91,7 +91,7 @@ def complete(found, cursors):
 
 
 def assert_whole_epochs(found, cursors):
-    """Each epoch has every token of every document exactly once."""
+    """Check that each epoch has every token of every document exactly once."""
     for (key, _), parts in found.items():
         expected = {n: len(d) for n, d in enumerate(cursors[key].stream.corpus.content)}
         ends = dict.fromkeys(expected, 0)
@@ -119,7 +119,7 @@ def test_every_token_once_an_epoch_and_images_whole(seed, isolated):
 
 @pytest.mark.parametrize("seed", range(100, 115))
 def test_nothing_is_lost_by_stages_and_edits_in_the_middle_of_blocks(seed):
-    """Five mixtures after each other, each from some sample on, and a stage in each."""
+    """Five mixtures one after the other, each with a second stage that may begin at any sample."""
     draw, seq_length, cursors = random_run(seed, isolated=bool(seed % 2))
     found, first, all_cursors = defaultdict(list), 0, dict(cursors)
     for _ in range(5):

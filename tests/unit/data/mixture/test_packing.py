@@ -1,4 +1,4 @@
-"""Packing: nothing lost, images whole, the best fit, and the padding of the recipe's mixtures."""
+"""Packing: nothing is lost, images stay whole, the best fit, the recipe's padding."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ SEQ_LENGTH = 100
 
 
 def items_of(lengths, whole):
-    """Documents of one source; ``whole`` is a flag or one each."""
+    """Documents of one source; ``whole`` is one flag for all or one for each."""
     stop = np.array(lengths)
     zero = np.zeros_like(stop)
     whole = np.broadcast_to(whole, stop.shape).copy()
@@ -44,7 +44,7 @@ def contents(result):
 def test_text_flows_from_sequence_to_sequence():
     result = packed(items_of([70, 70, 160], whole=False), 3)
     assert contents(result) == [
-        [(1, 0, 30), (0, 0, 70)],  # as ``order`` says: the last item first
+        [(1, 0, 30), (0, 0, 70)],  # ``order`` puts the last item first
         [(2, 0, 60), (1, 30, 70)],
         [(2, 60, 160)],
     ]
@@ -102,7 +102,7 @@ def recipe_corpora():
     text = draw.lognormal(np.log(800) - 0.72, 1.2, 50_000).astype(int) + 3
     pairs = 1028 + draw.poisson(43, 10_000) + 1
     interleaved = draw.integers(1, 6, 4_000) * 1026 + draw.lognormal(5.5, 1, 4_000).astype(int) + 3
-    # where images lie in a longer one takes its tokens to know, which there are not
+    # Cutting a longer one takes its tokens, which this corpus does not have.
     interleaved = interleaved[interleaved <= 4096]
     return tuple(
         EndlessCorpus(lengths, 100 * len(lengths), images=images)
@@ -132,7 +132,7 @@ def test_padding_is_below_one_percent_on_the_recipe_s_mixtures(weights, isolated
         assert filled.max() <= 4096
         assert 1 - filled.mean() / 4096 < 0.01
         assert filled.min() > 0
-        # nothing that a sequence holds is cut, but for text that flows
+        # Documents are whole, apart from text that flows.
         assert (
             isolated or (result.parts.tokens == result.parts.length)[result.parts.stays_whole].all()
         )

@@ -1,4 +1,4 @@
-"""Token files: megatron-core reads what we write, and each way to be broken has its own message."""
+"""Token files: megatron-core reads what we write, and each kind of damage has its own message."""
 
 import dataclasses
 import json
@@ -87,7 +87,7 @@ def test_uncommitted_writer_leaves_the_old_files(written, tokenizer, numbered, t
 def test_sidecar_is_gone_before_anything_is_replaced(
     written, tokenizer, numbered, tmp_path, monkeypatch
 ):
-    """A crash in between must not leave old and new files that look like one whole."""
+    """A crash in between must not leave a mix of old and new files that looks complete."""
     real_replace = type(tmp_path).replace
 
     def replace(self, target):
@@ -224,7 +224,7 @@ def image_document(vocabulary, before, images, after):
 
 @pytest.fixture
 def with_images(tmp_path, tokenizer):
-    """Documents with 2, 0, 1 and 3 images, of two sources, from line 5 on of one of two inputs."""
+    """Documents with 2, 0, 1 and 3 images, from two corpora, from line 5 of an input on."""
     with TokenFileWriter(tmp_path / "tokens", tokenizer, inputs=["a.jsonl"]) as writer:
         for line, (images, source) in enumerate(((2, "x"), (0, "y"), (1, "x"), (3, "x")), start=5):
             writer.add(image_document(tokenizer.vocabulary, line, images, 2), images, source, line)
@@ -294,7 +294,7 @@ def test_damaged_number_shows_when_its_document_is_read(
 
 
 def test_opening_reads_nothing_but_the_ends(with_images, monkeypatch):
-    """A billion documents must open as fast as four: no array is read on the way."""
+    """A billion documents must open as fast as four, so no array is read on the way."""
     monkeypatch.setattr(np, "fromfile", None)
     file = open_token_file(with_images.prefix, None)
     maps = (file.documents, file.images, file.lengths, file.offsets)

@@ -1,4 +1,4 @@
-"""What a step saw, as a table and as a page: the counts add up, and the documents are those."""
+"""What a step has read, as a table and as a page: the counts add up, the documents are right."""
 
 import re
 
@@ -16,7 +16,7 @@ from megatron_chameleon.errors import ConfigError
 
 @pytest.fixture
 def config(tmp_path, token_file, numbered, tokenizer, picture):
-    """Text, and documents of a picture and a caption."""
+    """A config with text, and with documents of a picture and a caption."""
     image = ImagePart(str(tmp_path / picture("i.png")))
     content = [[TextPart(f"a handwritten seven {i}"), image] for i in range(12)]
     documents = [Document(str(i), "s", tuple(parts), "f:1") for i, parts in enumerate(content)]
@@ -71,7 +71,7 @@ def test_the_table_names_files_documents_and_shares(config, tokenizer, tmp_path)
     assert short[-1] == f"... and {len(rows) - 2} more: --documents {len(rows)}"
 
 
-def test_a_step_that_the_run_has_not(config, tokenizer):
+def test_a_step_that_the_run_does_not_have(config, tokenizer):
     reader = BatchReader(config, tokenizer)
     for step in (0, 11):
         with pytest.raises(ConfigError, match=f"--step: the run has no step {step}. Give 1 to 10"):

@@ -1,4 +1,4 @@
-"""The page: what was written is what is seen, and text stays text."""
+"""The page of a token file: it shows what was written, and text stays text."""
 
 import base64
 import io
