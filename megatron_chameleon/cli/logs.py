@@ -10,6 +10,8 @@ Library code calls ``logging.getLogger(__name__)`` and never prints. Every verb 
 
 A record with ``extra={"stderr": True}`` goes to stderr at any level. That is for progress of verbs
 whose standard output is a result; in this folder ``progress`` does it.
+
+Processes that a verb spawns have no such handler: they return lines to their parent.
 """
 
 import contextlib

@@ -15,8 +15,8 @@ from megatron_chameleon.config.constraints import find_violations
 from megatron_chameleon.config.schema import Config, ParallelConfig, SourceConfig
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
-_SIZES = ("model.", "parallel.", "training.")
-"""Sections that other checks divide by. Their values must be valid before those checks run."""
+_BASIC = ("model.", "parallel.", "optimizer.", "training.")
+"""Sections that other checks divide by or compare. Their values must be valid before those run."""
 
 
 def check_config(config: Config, world_size: int) -> None:
@@ -26,7 +26,7 @@ def check_config(config: Config, world_size: int) -> None:
         ConfigErrors: One entry per problem.
     """
     problems = list(find_violations(config))
-    if not any(problem.where.startswith(_SIZES) for problem in problems):
+    if not any(problem.where.startswith(_BASIC) for problem in problems):
         problems += _check_combinations(config, world_size)
     if problems:
         raise ConfigErrors(problems)
@@ -108,7 +108,7 @@ def _check_schedule(config: Config) -> Iterator[ConfigError]:
         yield ConfigError("optimizer.lr_warmup_steps", what, f"Use at most {steps - 1}")
     if config.optimizer.min_lr > config.optimizer.lr:
         what = f"{config.optimizer.min_lr} is above lr {config.optimizer.lr}"
-        yield ConfigError("optimizer.min_lr", what, "Use at most that")
+        yield ConfigError("optimizer.min_lr", what, f"Use at most {config.optimizer.lr}")
     for step in config.training.skip_steps:
         if not 1 <= step <= steps:
             what = f"{step} is not one of the {steps} steps"

@@ -89,7 +89,7 @@ def test_a_config_that_works_is_let_through() -> None:
             1,
             "skip_steps: 101 is not one of the 100 steps. Gi",
         ),
-        (change("optimizer", "min_lr", 1.0), 1, "1.0 is above lr 0.0001"),
+        (change("optimizer", "min_lr", 1.0), 1, "1.0 is above lr 0.0001. Use at most 0.0001."),
         (change("training", "z_loss", -1.0), 1, "training.z_loss: -1.0 is not 0 or more"),
         (change("tokenizer", "path", ""), 1, "tokenizer.path: not set"),
         (change("data", "stage1", []), 1, "data.stage1: no sources"),
@@ -131,6 +131,18 @@ def test_all_problems_come_at_once() -> None:
     lines = problems(config, world_size=2)
     assert len(lines) == 4
     assert lines[2].startswith("parallel: tensor 1 x pipeline 1 does not work on 2 processes")
+
+
+def test_an_invalid_value_causes_no_second_problem() -> None:
+    config = good()
+    config.optimizer.lr = -1.0
+    config.data.stage1[0].weight = 0.0
+    assert problems(config) == ["optimizer.lr: -1.0 is not above 0. Use a number above 0."]
+    config.optimizer.lr, config.data.stage2_share = 1e-4, 3.0
+    assert [line.partition(":")[0] for line in problems(config)] == [
+        "data.stage2_share",
+        "data.stage1[0].weight",
+    ]
 
 
 def test_qk_norm_groups_that_fit_the_heads_but_not_the_key_heads() -> None:
