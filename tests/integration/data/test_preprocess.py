@@ -252,6 +252,8 @@ def test_inspect_names_what_is_wrong(tmp_path, tokenizer_folder, documents, cham
     assert refused("inspect", output, "--start", 147) == (
         f"error: --start: 147, but {output} has 147 documents. Give a number from 0 to 146."
     )
-    assert refused("inspect", output, "--documents", 0).startswith("error: --documents: 0 is less")
+    assert refused("inspect", output, "--documents", 0).startswith(
+        "error: --documents: 0 is below 1"
+    )
     line = refused("inspect", output, "--html", tmp_path, "--tokenizer", moved)
     assert line.startswith(f"error: {tmp_path}: cannot be written (")
