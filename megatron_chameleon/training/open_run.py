@@ -31,6 +31,15 @@ class Run:
     Args:
         inputs: From ``prepare_run``.
         stop_signals: Entered by the caller.
+
+    Attributes:
+        topology: The place of this process.
+        engine: Model, gradients, optimizer and schedule.
+        watch: Ends the run if it hangs.
+        sampler: Writes text and images during training.
+        reporter: Takes the metrics of each step, and lines for the user.
+        saver: Writes checkpoints.
+        guard: Acts on values that are not finite.
     """
 
     def __init__(self, inputs: RunInputs, stop_signals: StopSignals) -> None:

@@ -1,1 +1,1 @@
-"""What is measured of a step: activations and logits, divergence, slow ranks, traces."""
+"""What each step is measured by: activations and logits, divergence, slow ranks, traces."""

@@ -1,1 +1,1 @@
-"""The run folder: its lock, metrics, console lines, trackers and skipped steps."""
+"""What belongs to a run besides the model: inputs, run folder, lock, console and trackers."""

@@ -1,1 +1,1 @@
-"""Text and images that the model writes while it is trained."""
+"""Text and images that the model writes during training."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron.core import parallel_state
 
+from megatron_chameleon.cli.logs import shown_logs
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.parallel.launch import find_launch, join_process_group, leave_process_group
 from megatron_chameleon.parallel.megatron_setup import prepare_megatron
@@ -28,7 +29,8 @@ def main() -> None:
         resume = words.pop(words.index("--resume") + 1) if "--resume" in words else "auto"
         overrides = [word for word in words if word != "--resume"]
         config = load_config(config_file, [*overrides, f"logging.run_dir={run}"])
-        train_joined(prepare_run(config, launch.world_size, resume), StopSignals())
+        with shown_logs():
+            train_joined(prepare_run(config, launch.world_size, resume), StopSignals())
         parallel_state.destroy_model_parallel()
     leave_process_group()
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from forked_jobs import Job, run_forked
+from megatron_chameleon.cli.logs import shown_logs
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.errors import ChameleonError
@@ -120,7 +121,7 @@ def run_job(job: Job, output: Path) -> None:
     try:
         inputs = prepare_run(config, job["processes"], job.get("resume", "auto"))
         prepare_megatron()
-        with StopSignals() as stop_signals:
+        with shown_logs(), StopSignals() as stop_signals:
             result["finished"] = train_joined(inputs, stop_signals)
     except ChameleonError as error:
         result["error"] = str(error)
