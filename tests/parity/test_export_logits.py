@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from exported_logits import exported_logits, random_token_ids
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.config.schema import Config, ModelConfig
 from tiny_model import (
     PADDED_VOCAB_SIZE,
     VOCAB_SIZE,
+    exported_logits,
     model_config,
     random_tensors,
+    random_token_ids,
     write_checkpoint,
 )
 

@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from exported_logits import exported_logits, random_token_ids
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.config.schema import ModelConfig
 from places import PROGRAMS
 from run_command import environment
-from tiny_model import VOCAB_SIZE, random_tensors, write_checkpoint
+from tiny_model import (
+    VOCAB_SIZE,
+    exported_logits,
+    random_tensors,
+    random_token_ids,
+    write_checkpoint,
+)
 
 # fp32 is precise to 6e-8, and the logits reach about 4. The project promises 1e-5.
 TOLERANCE = 1e-5

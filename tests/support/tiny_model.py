@@ -130,12 +130,8 @@ def write_checkpoint(
     ``main_weights``. If ``sharded_state`` is given, it is saved in place of the tensors, without
     optimizer state.
     """
-    from megatron.core import dist_checkpointing
-
-    from megatron_chameleon.parallel.megatron_setup import prepare_megatron
     from megatron_chameleon.tokenizer.folder import fingerprint
 
-    prepare_megatron()
     folder.mkdir(parents=True)
     named = {prefix + name: tensor for name, tensor in tensors.items()}
     moments = {
@@ -154,15 +150,7 @@ def write_checkpoint(
         for name, tensor in {**named, **optimizer}.items()
         for number, chunk in enumerate(_chunks(name, tensor))
     }
-    own_group = not torch.distributed.is_initialized()
-    if own_group:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        dist_checkpointing.save({"model": state, "step": step}, str(folder))
-    finally:
-        if own_group:
-            torch.distributed.destroy_process_group()
+    _save_sharded({"model": state, "step": step}, folder)
     config = Config(model=model, tokenizer=TokenizerConfig(path=str(tokenizer_folder)))
     save_config(config, folder / "config.yaml")
     values = {
@@ -176,6 +164,24 @@ def write_checkpoint(
     }
     (folder / "state.json").write_text(json.dumps(values))
     return folder
+
+
+def _save_sharded(state: dict[str, Any], folder: Path) -> None:
+    """Let megatron-core save, in this process's group or in one of its own."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_chameleon.parallel.megatron_setup import prepare_megatron
+
+    prepare_megatron()
+    own_group = not torch.distributed.is_initialized()
+    if own_group:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        dist_checkpointing.save(state, str(folder))
+    finally:
+        if own_group:
+            torch.distributed.destroy_process_group()
 
 
 def _chunks(key: str, tensor: Tensor) -> list:
@@ -213,3 +219,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pa
     folder = tmp_path_factory.mktemp("tiny_run") / "checkpoints" / "step_00000007"
     tensors = random_tensors(model, PADDED_VOCAB_SIZE)
     return write_checkpoint(folder, model, tensors, tiny_tokenizer)
+
+
+def exported_logits(folder: Path, token_ids: Tensor) -> Tensor:
+    """Transformers' logits [B, T, V], before the mask that its ``forward`` puts on image codes."""
+    from transformers import ChameleonForConditionalGeneration
+
+    model = ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model.lm_head(model.model(input_ids=token_ids).last_hidden_state)
+
+
+def random_token_ids(tokens: int) -> Tensor:
+    """[2, tokens] from the whole vocabulary, including ``<pad>`` and image codes."""
+    return torch.randint(VOCAB_SIZE, (2, tokens), generator=torch.Generator().manual_seed(3))

@@ -5,6 +5,7 @@ them. A new arrow between two folders is a decision: add it here in the same com
 """
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,6 +134,11 @@ Everything may import ``errors.py``. ``cli`` may import everything, and nothing 
 
 FREE = {"", "cli"}
 
+MOST_LINES_PER_FILE = 450
+MOST_LINES_PER_FUNCTION = 60
+MOST_FILES_PER_FOLDER = 12
+CODE = (PACKAGE, "tools", "examples", "benchmarks", "tests")
+
 
 def modules() -> dict[str, Path]:
     root = REPOSITORY / PACKAGE
@@ -209,6 +215,36 @@ def cycle(graph: dict) -> list | None:
         return None
 
     return next((found for node in graph if (found := visit(node, []))), None)
+
+
+def code_files() -> list[Path]:
+    return sorted(path for folder in CODE for path in (REPOSITORY / folder).rglob("*.py"))
+
+
+def test_no_file_is_too_long() -> None:
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in code_files()}
+    assert {path for path, count in lines.items() if count > MOST_LINES_PER_FILE} == set()
+
+
+def test_no_function_is_too_long() -> None:
+    functions = [
+        (path, node.name, (node.end_lineno or node.lineno) - node.lineno + 1)
+        for path in code_files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert len(functions) > 1000
+    assert [found for found in functions if found[2] > MOST_LINES_PER_FUNCTION] == []
+
+
+def test_no_folder_is_too_wide() -> None:
+    """One file per verb in ``cli`` and one test file per verb beside it may be more."""
+    counts = Counter(path.parent for path in code_files())
+    assert {
+        folder: count
+        for folder, count in counts.items()
+        if count > MOST_FILES_PER_FOLDER and folder.name != "cli"
+    } == {}
 
 
 def test_a_circle_is_found() -> None:
