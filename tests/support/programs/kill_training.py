@@ -69,7 +69,7 @@ class Killer:
                 time.sleep(0.002)
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
-            if self._is_finished(name):
+            if self._is_finished(name, pids):
                 return done
             done += 1
             self._look_at(self._folder / name / "checkpoints")
@@ -77,13 +77,10 @@ class Killer:
     def _has_ended(self, pids: list[int]) -> bool:
         return os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-    def _is_finished(self, name: str) -> bool:
+    def _is_finished(self, name: str, pids: list[int]) -> bool:
         """Wait for the processes; returns whether the run is finished."""
-        while True:
-            try:
-                os.wait()
-            except ChildProcessError:
-                break
+        for pid in pids:
+            os.waitpid(pid, 0)
         last = self._folder / name / "checkpoints" / f"step_{STEPS:08d}"
         return last.is_dir()
 
