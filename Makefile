@@ -1,5 +1,7 @@
-# make demo: from nothing to a trained small Chameleon and its report (runs/digits/report/index.html)
-# make test: every test       make test-fast: the unit tests       make check: formatting, lint and types
+# make demo        from nothing to a small trained Chameleon and its report, runs/digits/report/index.html
+# make test        every test
+# make test-fast   the quick unit tests
+# make check       formatting, lint and types
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,10 +25,10 @@ $(VENV)/installed: $(VENV)/demo
 demo: $(VENV)/demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" SEED=$(SEED) bash examples/digits/run.sh $(RUN)
 
-# tests/slurm start a SLURM cluster of two nodes on this machine; they need its daemons (slurm-wlm, munge) and root
+# tests/slurm start a SLURM cluster of two nodes on this machine. They need slurm-wlm, munge and root.
 SLURM := $(shell command -v slurmctld >/dev/null && command -v munged >/dev/null && [ "$$(id -u)" = 0 ] && echo yes)
 
-# Files of tests are spread over the cores, but what measures time runs alone.
+# Test files are spread over the cores. Tests that measure time then run alone.
 SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/installed
