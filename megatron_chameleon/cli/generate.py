@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_chameleon.cli.logs import progress
 from megatron_chameleon.cli.options import add_sampling_options, check_at_least_1
+from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
     from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         partial = folder / f".{ANSWERS_FILE}.{os.getpid()}"
         partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         partial.replace(folder / ANSWERS_FILE)
-        progress(f"{len(answers)} answers: {folder / ANSWERS_FILE}")
+        progress(f"{counted(len(answers), 'answer')}: {folder / ANSWERS_FILE}")
 
 
 def _options(args: argparse.Namespace) -> "GenerationOptions":

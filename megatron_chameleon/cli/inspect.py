@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 from megatron_chameleon.cli.options import add_overrides, check_at_least_1
+from megatron_chameleon.wording import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
         raise ConfigError("--start", what, f"Give a number from 0 to {len(token_file) - 1}")
     if args.verify:
         token_file.verify()
-        print(f"{args.prefix}: {len(token_file):,} documents match their index")
+        print(f"{args.prefix}: the index agrees with {counted(len(token_file), 'document')}")
     print(token_file_summary(args.prefix, token_file.info, token_file.lengths))
     if args.html and tokenizer is not None:
         try:
@@ -131,4 +132,4 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
         except OSError as error:
             what = f"cannot be written ({error.strerror})"
             raise DataError(args.html, what, "Choose another file for --html") from error
-        print(f"{args.html}: {written} documents")
+        print(f"{args.html}: {counted(written, 'document')}")

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from megatron_chameleon.cli.options import add_action, add_common_options
+from megatron_chameleon.wording import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ def _train_image(args: argparse.Namespace) -> None:
         report=_logger.info,
     )
     print(
-        f"{args.output}: image tokenizer from {result.images} images ({result.dropped} dropped), "
+        f"{args.output}: image tokenizer from {counted(result.images, 'image')} "
+        f"({result.dropped} dropped), "
         f"{result.psnr:.1f} dB, {result.codes_used} of {result.codebook_size} codes used, "
         f"in {time.perf_counter() - start_seconds:.1f} s"
     )

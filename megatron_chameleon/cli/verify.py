@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.wording import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,4 +80,4 @@ def _check_files(checkpoint: str) -> None:
         what = f"has no {SUMS_FILE} to compare its files with"
         remedy = "Give a second checkpoint to compare the tensors of both"
         raise CheckpointError(str(folder), what, remedy)
-    print(f"whole: {folder}: {files} files are what was written (SHA-256)")
+    print(f"whole: {folder}: {counted(files, 'file')} checked against SHA-256 sums")

@@ -21,6 +21,7 @@ from megatron_chameleon.evaluation.tasks import cider, harness, item_files, item
 from megatron_chameleon.evaluation.tasks.catalogue import TASKS, TaskInfo, find_task
 from megatron_chameleon.evaluation.tasks.results import TaskResult
 from megatron_chameleon.tokenizer.common.files import write_text
+from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.session import Session
@@ -139,7 +140,7 @@ def run_tasks(
     lines: list[str] = []
     with AnswerCache(output, model) as answers:
         if len(answers):
-            progress(f"{len(answers)} answers exist already: {answers.path}")
+            progress(f"found {counted(len(answers), 'answer')} of an earlier run: {answers.path}")
         for name, run_task in runners.items():
             report = partial(_report, progress, name)
             result = run_task(Asker(session, answers, report))

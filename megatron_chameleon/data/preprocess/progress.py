@@ -19,6 +19,7 @@ from megatron_chameleon.data.token_files.format import (
 )
 from megatron_chameleon.data.token_files.writer_state import WriterState, read_writer_state
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.wording import counted, format_duration
 
 logger = logging.getLogger(__name__)
 
@@ -109,21 +110,15 @@ def describe_token_file(info: TokenFileInfo, path: Path) -> str:
     if info.dropped:
         dropped += f" ({count_reasons(info.dropped)}; listed in {path}.dropped.jsonl)"
     return (
-        f"{path}: {info.documents:,} documents, {info.tokens:,} tokens ({share:.1f}% image), "
-        f"{info.images:,} images, {info.bin_bytes / 1e6:.2f} MB of {info.dtype}, {dropped}"
+        f"{path}: {counted(info.documents, 'document')}, {counted(info.tokens, 'token')} "
+        f"({share:.1f}% image), {counted(info.images, 'image')}, "
+        f"{info.bin_bytes / 1e6:.2f} MB of {info.dtype}, {dropped}"
     )
 
 
 def count_reasons(counts: Mapping[str, int]) -> str:
     """``2 corrupt image, 1 missing image``."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-
-
-def format_duration(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 # Status

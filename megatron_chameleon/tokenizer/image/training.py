@@ -31,6 +31,7 @@ from megatron_chameleon.tokenizer.image.discriminator import (
 )
 from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan, to_pixels
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganOutput
+from megatron_chameleon.wording import format_duration
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +255,7 @@ class _Progress:
         line = (
             f"step {done}/{self.config.steps} {values} codes {self.used.unique().numel()} "
             f"{done * self.config.batch_size / seconds:.0f} images/s "
-            f"ETA {format_seconds(seconds / done * (self.config.steps - done))}"
+            f"ETA {format_duration(seconds / done * (self.config.steps - done))}"
         )
         self.report(f"{line} dropped {dropped}" if dropped else line)
         self.used = None
@@ -267,13 +268,6 @@ def learning_rate_share(config: ImageTrainingConfig, step: int) -> float:
         return (step + 1) / (warmup + 1)
     position = (step - warmup) / max(1, config.steps - warmup)
     return config.lr_final + (1 - config.lr_final) * 0.5 * (1 + float(np.cos(np.pi * position)))
-
-
-def format_seconds(seconds: float) -> str:
-    """75 -> 1:15, 3675 -> 1:01:15."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _latent_rows(latents_BDhw: Tensor) -> Tensor:

@@ -6,19 +6,9 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
+from megatron_chameleon.wording import format_duration
+
 logger = logging.getLogger(__name__)
-
-
-def format_duration(seconds: float) -> str:
-    """12s, 3m05s, 2h07m or 4d03h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
 class Progress:

@@ -39,7 +39,7 @@ def test_results_and_samples_are_written_and_kept(
     kept = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join(kept[:3]))  # killed after the first batch
     evaluate(*words, "--batch-size", 2)
-    assert "2 answers exist already" in capsys.readouterr().err
+    assert "found 2 answers of an earlier run" in capsys.readouterr().err
     assert answers.read_text() == "".join(kept)
     assert (own / "out/samples.jsonl").read_text().splitlines() == samples
 

@@ -128,7 +128,7 @@ def test_progress_line(caplog):
     (line,) = caplog.messages
     assert caplog.records[0].stderr  # the command line shows it there
     assert line.startswith("preprocess: 400 documents, 3 bad, 25% of input, 20 documents/s, 300 to")
-    assert line.endswith(", 1.0 images/s, 0.05 MB/s, ETA 1:00")
+    assert line.endswith(", 1.0 images/s, 0.05 MB/s, ETA 1m00s")
 
 
 def test_rates_of_a_resumed_run_are_its_own(caplog):
@@ -138,7 +138,7 @@ def test_rates_of_a_resumed_run_are_its_own(caplog):
     report.started, report.printed = report.started - 10, report.printed - 20
     report.update(WriterState(documents=400, tokens=6000, images=20), 1_000_000)
     (line,) = caplog.messages
-    assert ", 10 documents/s, 100 tokens/s, 0.0 images/s, 0.05 MB/s, ETA 1:00" in line
+    assert ", 10 documents/s, 100 tokens/s, 0.0 images/s, 0.05 MB/s, ETA 1m00s" in line
 
 
 def test_shard_option():

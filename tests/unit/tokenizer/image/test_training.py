@@ -20,7 +20,6 @@ from megatron_chameleon.tokenizer.image.discriminator import PatchDiscriminator,
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer, to_pixels
 from megatron_chameleon.tokenizer.image.training import (
     _Trainer,
-    format_seconds,
     learning_rate_share,
     train_image_tokenizer,
 )
@@ -231,7 +230,3 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert shares[-1] == pytest.approx(0.1, abs=1e-3)
     assert shares[9:] == sorted(shares[9:], reverse=True)
     assert learning_rate_share(ImageTrainingConfig(steps=10), 9) == 1.0
-
-
-def test_times_read_like_a_clock() -> None:
-    assert [format_seconds(s) for s in (4.6, 75, 3675)] == ["0:05", "1:15", "1:01:15"]

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_chameleon.training.run import console
-from megatron_chameleon.training.run.console import Progress, format_duration
+from megatron_chameleon.training.run.console import Progress
+from megatron_chameleon.wording import format_duration
 
 METRICS = {
     "loss": 3.25,
@@ -17,7 +18,16 @@ METRICS = {
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0s"), (59.6, "1m00s"), (185, "3m05s"), (7625, "2h07m"), (363600, "4d05h")],
+    [
+        (0.4, "0s"),
+        (4.6, "5s"),
+        (59.6, "1m00s"),
+        (75, "1m15s"),
+        (185, "3m05s"),
+        (3675, "1h01m"),
+        (7625, "2h07m"),
+        (363600, "4d05h"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
