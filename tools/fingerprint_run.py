@@ -30,7 +30,9 @@ MEASURED = (
 )
 """Keys of ``metrics.jsonl`` that depend on the computation alone."""
 
-PATTERNS = ("data/*", "tokenizer/**/*", "tokens/*", "exported/**/*")
+TOKEN_FILES = ("bin", "idx", "documents", "images")
+PATTERNS = ("data/*", "tokenizer/**/*", *(f"tokens/*.{n}" for n in TOKEN_FILES), "exported/**/*")
+"""Files whose bytes depend on the computation alone; the token files' ``.json`` names paths."""
 
 
 def fingerprint(run: Path, steps: int) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Chameleon's transformer layer: megatron-core's, with QK-norm and a choice of norm order.
 
 Dimension letters in tensor names: S sequence, B batch, N heads of this rank, D head size.
-Source: paper, section 2.3; Meta's reference inference code for QK-norm (LayerNorm with bias over
-the head dimension, before the rotary embedding).
+Source: the Chameleon paper (arXiv 2405.09818), section 2.3; Meta's reference inference code for
+QK-norm (LayerNorm with bias over the head dimension, before the rotary embedding).
 """
 
 from collections.abc import Callable
@@ -88,7 +88,7 @@ def pre_norm_layer(norm: Spec, attention: ModuleSpec, feed_forward: ModuleSpec) 
 
 
 def swin_layer(norm: Spec, attention: ModuleSpec, feed_forward: ModuleSpec) -> ModuleSpec:
-    """A layer with the norms after its branches, as in Swin Transformers and the 34B.
+    """A layer with the norms after its branches, as in Swin Transformer V2 and the 34B.
 
     h = x + dropout(norm(attention(x)))
     y = h + dropout(norm(feed_forward(h)))
@@ -176,7 +176,7 @@ class HeadLayerNorm(nn.Module):
     def forward(self, x_SBND: Tensor) -> Tensor:
         """Normalize each head, then scale and shift it by its group's weight and bias."""
         shape = x_SBND.shape[-1:]
-        if len(self.weight) == 1:  # the same for all heads: one fused kernel, half of the time
+        if len(self.weight) == 1:  # shared by all heads: a single fused kernel takes half the time
             weight_D, bias_D = self.weight[0], self.bias[0]
             return functional.layer_norm(x_SBND, shape, weight_D, bias_D, QK_NORM_EPSILON)
         x_SBND = functional.layer_norm(x_SBND, shape, eps=QK_NORM_EPSILON)
@@ -187,7 +187,10 @@ class HeadLayerNorm(nn.Module):
 
 
 class ChameleonLayer(TransformerLayer):
-    """megatron-core's layer, with dropout masks that depend on the layer and not on the layout."""
+    """megatron-core's layer, with dropout masks that are the layer's own in every pipeline layout.
+
+    Only sequence and context parallelism change them (``parallel/random_streams.py``).
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and self.config.hidden_dropout > 0:

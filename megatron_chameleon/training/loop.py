@@ -1,4 +1,4 @@
-"""The training loop, from checked inputs to a trained checkpoint.
+"""The training loop, from checked inputs to the last checkpoint.
 
 Try it: ``torchrun --nproc-per-node 2 -m megatron_chameleon train examples/digits/train.yaml``
 """
@@ -27,8 +27,10 @@ def train(inputs: RunInputs, launch: Launch) -> bool:
         Whether the last step was done; False if a signal stopped the run before it.
 
     Raises:
-        ConfigErrors: The machine lacks something that the config needs.
+        ConfigErrors: The machine lacks several things that the config needs.
         ConfigError: Another run is writing the run folder.
+        CheckpointError: A checkpoint cannot be read or written.
+        TrainingError: The run cannot go on, for example after a non-finite loss.
     """
     check_machine(inputs.config)
     with StopSignals() as stop_signals:
@@ -42,7 +44,7 @@ def train(inputs: RunInputs, launch: Launch) -> bool:
 
 
 def train_joined(inputs: RunInputs, stop_signals: StopSignals) -> bool:
-    """``train`` for a process that is already in its process group, and stays in it."""
+    """``train`` for a process that has joined its process group, which it does not leave."""
     with Run(inputs, stop_signals) as run:
         while True:
             try:
@@ -53,10 +55,10 @@ def train_joined(inputs: RunInputs, stop_signals: StopSignals) -> bool:
 
 
 def train_steps(run: Run) -> bool:
-    """Do the steps that are left; returns whether the last one was done.
+    """Do the remaining steps. Return whether the last one was done.
 
     Raises:
-        TrainingError: The run cannot go on, such as after a loss that is not finite.
+        TrainingError: The run cannot go on, for example after a non-finite loss.
         Rollback: The run is to continue from an earlier checkpoint.
     """
     for step, micro_batches in run.steps():

@@ -1,4 +1,4 @@
-"""A run that is open: its model is built, its data is being read, its files are being written."""
+"""A run that is open: model built, data being read, and files being written."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -30,10 +30,13 @@ class Run:
 
     Args:
         inputs: From ``prepare_run``.
-        stop_signals: Entered by the caller.
+        stop_signals: The caller has already entered its ``with`` block.
 
     Attributes:
-        topology: The place of this process.
+        inputs: As given; after a rollback, as they were at that checkpoint.
+        config: The run's config.
+        stop_signals: As given.
+        topology: This rank's position in the layout.
         engine: Model, gradients, optimizer and schedule.
         watch: Ends the run if it hangs.
         sampler: Writes text and images during training.
@@ -104,7 +107,7 @@ class Run:
         )
 
     def _load(self, checkpoint: Path) -> int:
-        """Fill the engine from a checkpoint; returns the steps that lie behind it."""
+        """Fill the engine from a checkpoint. Return the number of steps done up to it."""
         self.watch.begin("loading", 0, is_long=True)
         steps_done = load(checkpoint, self.engine)
         check_loaded_weights(self.engine.named_parameters(), checkpoint)
@@ -119,7 +122,7 @@ class Run:
         return step in self.inputs.skipped_steps
 
     def save(self, step: int) -> None:
-        """Start saving a checkpoint, unless no step so far has made an update.
+        """Start saving a checkpoint, once at least one step has made an update.
 
         Before the first update AdamW has no moments to save.
         """

@@ -1,11 +1,11 @@
-"""The table of tensor names: megatron-core's, Hugging Face's and Meta's.
+"""The table of tensor names: megatron-core's, Hugging Face's (HF) and Meta's.
 
-Megatron-core's names are those of its GPTModel. It stacks the layers along a leading dim; HF and
-Meta number them, and ``{layer}`` stands for that number. ``mapping`` says how megatron-core's
-tensor becomes HF's (``mappings.py``), and ``meta`` how each of HF's tensors becomes Meta's shards
-(``meta_shards.py``).
+The names on megatron-core's side are those of its distributed checkpoints, which stack the layers
+along a leading dimension. HF and Meta number the layers, and ``{layer}`` stands for that number.
 
-To change how a tensor is converted, change its row here: all directions come from it.
+To change what a tensor is called, or which mapping it uses, change its row here: all directions
+come from it. The mappings themselves are in ``mappings.py`` (megatron-core's tensor to HF's) and
+``meta_shards.py`` (each of HF's tensors to Meta's shards).
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,8 @@ class RowTemplate:
         hf: HF's names, in the order of the mapping.
         meta: Meta's tensor for each of HF's.
         mapping: How megatron-core's tensor becomes HF's.
-        norm_order: The only norm order whose models have this tensor; None: all models have it.
+        norm_order: The only norm order whose models have this tensor; None: it does not depend on
+            the norm order. Models without QK-norm lack its four rows (``tensor_rows.py``).
     """
 
     megatron: str
@@ -47,8 +48,8 @@ class RowTemplate:
     norm_order: str | None = None
 
 
-# HF and Meta name the two norms of a layer after their place in the pre-norm order, even where the
-# norms stand behind the branches (swin).
+# HF and Meta name the two norms of a layer for their place in the pre-norm order, even in swin
+# layers, where they come after the branches.
 TABLE: tuple[RowTemplate, ...] = (
     RowTemplate(
         megatron="embedding.word_embeddings.weight",

@@ -19,7 +19,7 @@ def summed_loss(
     Args:
         batch: On this process's device.
         output: What the model returned: cross-entropy, log(Z) and largest logit, each [B, S].
-        z_loss: Weight of log(Z)^2.
+        z_loss: Weight of log(Z)^2. ``StepMetrics.z_loss`` logs the same term.
         monitor: Takes in the micro-batch.
 
     Returns:
