@@ -65,6 +65,7 @@ def train_steps(run: Run) -> bool:
         run.reporter.begin_step(step)
         metrics = run.engine.train_step(step, micro_batches, update=not run.skips(step))
         metrics = run.reporter.complete(metrics | run.inputs.consumed(step), run.engine.clock)
+        # First, because a step that ends the run or is undone leaves no line in metrics.jsonl.
         run.guard.check(step, metrics, micro_batches, before_save=run.saver.is_due(step))
         run.reporter.end_step(step, metrics)
 
