@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from megatron_chameleon.cli.options import add_action, add_common_options, add_overrides
 
 if TYPE_CHECKING:
-    from megatron_chameleon.config.paper import Comparison
+    from megatron_chameleon.config.paper import PaperComparison
     from megatron_chameleon.config.schema import Config
 
 _logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def find_vocab_size(config: "Config") -> tuple[int, str]:
     return VOCAB_SIZE, "; the vocabulary is the paper's, because there is no tokenizer yet"
 
 
-def _table(rows: "Sequence[Comparison]", derived: "Sequence[Comparison]") -> str:
+def _table(rows: "Sequence[PaperComparison]", derived: "Sequence[PaperComparison]") -> str:
     """Aligned columns, as wide as they need to be on any terminal, so that nothing is cut."""
     cells: list[tuple[str, tuple[str, ...]]] = []
     for row in [*rows, *derived]:

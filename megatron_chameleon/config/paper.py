@@ -44,7 +44,7 @@ class PaperValue:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PaperComparison:
     """One value of a config beside the paper's."""
 
     key: str
@@ -140,7 +140,7 @@ def nearest_size(config: Config) -> str:
     return min(SIZES, key=distance)
 
 
-def compare(config: Config, size: str, stage: str = "pretraining") -> list[Comparison]:
+def compare(config: Config, size: str, stage: str = "pretraining") -> list[PaperComparison]:
     """Compare every value of a config with the paper's, in the order of the schema.
 
     Args:
@@ -152,14 +152,14 @@ def compare(config: Config, size: str, stage: str = "pretraining") -> list[Compa
     return [_row(key, value, recipe, size) for key, value in _effective_values(config)]
 
 
-def _row(key: str, value: object, recipe: dict[str, PaperValue], size: str) -> Comparison:
+def _row(key: str, value: object, recipe: dict[str, PaperValue], size: str) -> PaperComparison:
     is_share_of_pairs = key.endswith(".image_first") and value is not None
     published = recipe.get("data.image_first" if is_share_of_pairs else key)
     if published is None:
-        return Comparison(key, value)
+        return PaperComparison(key, value)
     paper = published.of(size)
     mark = _mark(_same(value, paper), size in published.derived)
-    return Comparison(key, value, mark, paper, published.source)
+    return PaperComparison(key, value, mark, paper, published.source)
 
 
 def _mark(equal: bool, derived: bool) -> str:
@@ -194,7 +194,7 @@ def _effective_values(config: Config) -> Iterator[tuple[str, object]]:
 
 def derived_rows(
     config: Config, size: str, stage: str = "pretraining", vocab_size: int = VOCAB_SIZE
-) -> list[Comparison]:
+) -> list[PaperComparison]:
     """Compare numbers that follow from a config, such as its parameters, with the paper's."""
     model, training, place = config.model, config.training, SIZES.index(size)
     batch_tokens = training.global_batch_size * model.seq_length
@@ -207,25 +207,29 @@ def derived_rows(
     vocabulary_mark = _mark(vocab_size == VOCAB_SIZE, False)
     count_source = _WEIGHTS if exact else "follows from the shape"
     rows = [
-        Comparison(
+        PaperComparison(
             "derived.vocabulary", vocab_size, vocabulary_mark, VOCAB_SIZE, "paper, section 2.1"
         ),
-        Comparison(
+        PaperComparison(
             "derived.parameters", count, _mark(count_equal, not exact), parameters, count_source
         ),
-        Comparison("derived.head size", head_size, _mark(head_size == 128, False), 128, _WEIGHTS),
+        PaperComparison(
+            "derived.head size", head_size, _mark(head_size == 128, False), 128, _WEIGHTS
+        ),
     ]
     where = _STABILITY if stage == "pretraining" else f"{_TUNING}, 128 x 4,096"
     mark = _mark(batch_tokens == batch, stage == "sft")
-    rows.append(Comparison("derived.tokens per batch", batch_tokens, mark, batch, where))
+    rows.append(PaperComparison("derived.tokens per batch", batch_tokens, mark, batch, where))
     if stage == "sft":
         words = "the paper gives no number of epochs; one has 1,102.9M tokens (sum of table 3)"
-        return [*rows, Comparison("derived.total tokens", total_tokens, source=words)]
+        return [*rows, PaperComparison("derived.total tokens", total_tokens, source=words)]
     near = math.isclose(total_tokens, TOTAL_TOKENS, rel_tol=5e-3)  # both readings of _STEPS
     words = "see training.steps"
     return [
         *rows,
-        Comparison("derived.total tokens", total_tokens, _mark(near, True), TOTAL_TOKENS, words),
+        PaperComparison(
+            "derived.total tokens", total_tokens, _mark(near, True), TOTAL_TOKENS, words
+        ),
     ]
 
 

@@ -122,14 +122,14 @@ def plan_conversion(
     Args and Raises: as for ``convert``.
     """
     destination, chosen = Path(destination), ConversionOptions(**options)
-    check_options(to, chosen, destination)
+    check_conversion_options(to, chosen, destination)
     reader = open_checkpoint(source)
     with tempfile.TemporaryDirectory() as scratch:
         target = make_target(reader, to, chosen, Path(scratch))
         return make_plan(reader, target, load_format(to).Writer(target), destination, to)
 
 
-def check_options(to: str, options: ConversionOptions, destination: Path) -> None:
+def check_conversion_options(to: str, options: ConversionOptions, destination: Path) -> None:
     """Refuse options that do not fit, before anything is opened.
 
     Raises:

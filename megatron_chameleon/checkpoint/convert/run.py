@@ -17,7 +17,7 @@ from typing import Any
 from megatron_chameleon.checkpoint.convert.partial_folder import flushing, partial_folder, sync
 from megatron_chameleon.checkpoint.convert.plan import (
     ConversionOptions,
-    check_options,
+    check_conversion_options,
     make_plan,
     make_target,
 )
@@ -25,7 +25,7 @@ from megatron_chameleon.checkpoint.convert.streaming import (
     Progress,
     TensorStream,
     checksum,
-    read_ahead,
+    read_tensors_ahead,
 )
 from megatron_chameleon.checkpoint.formats import load_format
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader, CheckpointWriter, Target
@@ -84,7 +84,7 @@ def convert(
     """
     started = time.monotonic()
     destination, chosen = Path(destination), ConversionOptions(**options)
-    check_options(to, chosen, destination)
+    check_conversion_options(to, chosen, destination)
     reader = open_checkpoint(source)
     if verify:
         _check_source(reader, progress)
@@ -148,7 +148,7 @@ def _verify_written(
         if new != old:
             what = f"{name} differ after writing: {new}, was {old}"
             raise CheckpointError(str(written.folder), what, "Report this bug")
-    for row, found in read_ahead(target.rows, lambda row: checksum(written.read(row))):
+    for row, found in read_tensors_ahead(target.rows, lambda row: checksum(written.read(row))):
         expected = checksums[row.key]
         if found != expected:
             raise CheckpointError(

@@ -49,7 +49,7 @@ class TensorStream:
     def __iter__(self) -> Iterator[tuple[TensorRow, torch.Tensor]]:
         started, layers = time.monotonic(), self._target.dimensions.num_layers
         layer = None
-        for row, tensor in read_ahead(self._target.rows, self._read):
+        for row, tensor in read_tensors_ahead(self._target.rows, self._read):
             if layer is not None and row.layer != layer:
                 seconds = time.monotonic() - started
                 left_seconds = seconds / (layer + 1) * (layers - layer - 1)
@@ -73,7 +73,7 @@ class TensorStream:
         return tensor
 
 
-def read_ahead(
+def read_tensors_ahead(
     rows: Sequence[TensorRow], read: Callable[[TensorRow], T]
 ) -> Iterator[tuple[TensorRow, T]]:
     """Each row and what ``read`` returns for it; the next row is read while one is in use."""

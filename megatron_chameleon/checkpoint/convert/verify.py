@@ -66,7 +66,7 @@ class Difference:
 
 
 @dataclass
-class Comparison:
+class CheckpointComparison:
     """How two checkpoints compare."""
 
     first: CheckpointReader
@@ -94,7 +94,7 @@ def verify(
     *,
     tolerance: float = 0.0,
     progress: Callable[[str], None] = lambda line: None,
-) -> Comparison:
+) -> CheckpointComparison:
     """Compare settings, tensors, tokenizers and, for models that fit into memory, logits.
 
     The tensors are read one at a time.
@@ -115,7 +115,7 @@ def verify(
         raise ConfigError(f"--tolerance {tolerance}", "is below 0", "Give 0 or more")
     a, b = open_checkpoint(first), open_checkpoint(second)
     optimizer, differences = a.has_optimizer and b.has_optimizer, _compare_settings(a, b)
-    result = Comparison(a, b, 0, 0, optimizer, 0.0, "", differences, "not compared")
+    result = CheckpointComparison(a, b, 0, 0, optimizer, 0.0, "", differences, "not compared")
     if result.differences:
         return result
     with tempfile.TemporaryDirectory() as scratch:
@@ -131,7 +131,9 @@ def verify(
     return result
 
 
-def _compare_tensors(result: Comparison, tolerance: float, progress: Callable[[str], None]) -> None:
+def _compare_tensors(
+    result: CheckpointComparison, tolerance: float, progress: Callable[[str], None]
+) -> None:
     a, b = result.first, result.second
     layer = None
     for row_a, row_b in _compared_rows(a, b):
@@ -167,7 +169,12 @@ def _compared_main_weights(a: CheckpointReader, b: CheckpointReader) -> bool:
 
 
 def _compare(
-    result: Comparison, part: str | None, name: str, a: Tensor, b: Tensor, tolerance: float
+    result: CheckpointComparison,
+    part: str | None,
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    tolerance: float,
 ) -> None:
     result.tensors += 1
     if part not in MOMENTS:

@@ -21,7 +21,7 @@ from megatron_chameleon.data.token_files.format import (
     REQUIRED_SUFFIXES,
     TokenFileInfo,
     file_of,
-    partial_folder,
+    partial_folder_of,
     read_info,
 )
 from megatron_chameleon.data.token_files.writer import (
@@ -47,7 +47,7 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
     """
     count = find_shards(prefix)
     if count < 2:
-        if file_of(prefix, ".json").is_file() and not partial_folder(prefix).is_dir():
+        if file_of(prefix, ".json").is_file() and not partial_folder_of(prefix).is_dir():
             info = read_info(prefix)
             logger.info("%s; no shards are left to merge", describe_token_file(info, Path(prefix)))
             return info
@@ -83,11 +83,11 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
 
 def _merged(prefix: str | Path, shards: list[str]) -> TokenFileInfo | None:
     """The token file, if an earlier run merged these shards and was killed while removing them."""
-    if partial_folder(prefix).is_dir() or not file_of(prefix, ".json").is_file():
+    if partial_folder_of(prefix).is_dir() or not file_of(prefix, ".json").is_file():
         return None
     info = read_info(prefix)
     jobs = {read_info(shard).job for shard in shards if file_of(shard, ".json").is_file()}
-    unfinished = any(partial_folder(shard).is_dir() for shard in shards)
+    unfinished = any(partial_folder_of(shard).is_dir() for shard in shards)
     return info if jobs <= {info.job} and not unfinished else None
 
 

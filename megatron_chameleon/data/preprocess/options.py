@@ -10,7 +10,7 @@ from megatron_chameleon.data.token_files.format import (
     ANSWERS_SUFFIX,
     REQUIRED_SUFFIXES,
     file_of,
-    partial_folder,
+    partial_folder_of,
 )
 from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX
 from megatron_chameleon.errors import ConfigError
@@ -55,7 +55,7 @@ class PreprocessOptions:
     encoding: EncodeOptions = field(default_factory=lambda: EncodeOptions(device="auto"))
 
 
-def check_options(prefix: str | Path, options: PreprocessOptions) -> None:
+def check_preprocess_options(prefix: str | Path, options: PreprocessOptions) -> None:
     """Refuse options that cannot work.
 
     Raises:
@@ -89,7 +89,7 @@ def check_output(files: Sequence[InputFile], output: str) -> None:
     """
     suffixes = (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, ".json", DROPPED_SUFFIX)
     written = {file_of(output, suffix).resolve() for suffix in suffixes}
-    folder = partial_folder(output).resolve()
+    folder = partial_folder_of(output).resolve()
     for item in files:
         path = Path(item.path).resolve()
         if not item.is_remote and (path in written or folder in path.parents):

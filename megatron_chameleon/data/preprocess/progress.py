@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_chameleon.data.token_files.format import (
     TokenFileInfo,
     file_of,
-    partial_folder,
+    partial_folder_of,
     read_info,
 )
 from megatron_chameleon.data.token_files.writer_state import WriterState, read_writer_state
@@ -152,7 +152,7 @@ def status_of(prefix: str | Path, name: str) -> ShardStatus:
     Raises:
         DataError: If its sidecar or state cannot be read.
     """
-    if partial_folder(prefix).is_dir():
+    if partial_folder_of(prefix).is_dir():
         state = read_writer_state(prefix)
         if state is None:
             return ShardStatus(name, "unfinished", 0.0)

@@ -27,8 +27,8 @@ from megatron_chameleon.data.preprocess.encode import EncodedBlock
 from megatron_chameleon.data.preprocess.options import (
     EncodeOptions,
     PreprocessOptions,
-    check_options,
     check_output,
+    check_preprocess_options,
     find_device,
 )
 from megatron_chameleon.data.preprocess.progress import (
@@ -42,7 +42,7 @@ from megatron_chameleon.data.token_files.format import (
     ANSWERS_FORMAT,
     TokenFileInfo,
     file_of,
-    partial_folder,
+    partial_folder_of,
     read_info,
 )
 from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality
@@ -85,7 +85,7 @@ def preprocess(
             document is left.
     """
     options = options or PreprocessOptions()
-    check_options(prefix, options)
+    check_preprocess_options(prefix, options)
     files = find_inputs(inputs)
     output = shard_prefix(prefix, options.shard)
     check_output(files, output)
@@ -123,7 +123,7 @@ def _job_digest(files: Sequence[InputFile], tokenizer: Tokenizer, encoding: Enco
 
 def _finished(output: str, job: str) -> TokenFileInfo | None:
     """The token file that an earlier run of the same command has finished, if there is one."""
-    if partial_folder(output).is_dir() or not file_of(output, ".json").is_file():
+    if partial_folder_of(output).is_dir() or not file_of(output, ".json").is_file():
         return None
     try:
         info = read_info(output)

@@ -167,7 +167,7 @@ def file_of(prefix: str | Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def partial_folder(prefix: str | Path) -> Path:
+def partial_folder_of(prefix: str | Path) -> Path:
     """The folder in which an unfinished token file grows."""
     return file_of(prefix, ".partial")
 
@@ -181,9 +181,9 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
     missing = [
         suffix for suffix in (".bin", ".idx", ".json") if not file_of(prefix, suffix).is_file()
     ]
-    if ".json" in missing and partial_folder(prefix).is_dir():
+    if ".json" in missing and partial_folder_of(prefix).is_dir():
         remedy = "Finish it with the same `chameleon preprocess` command"
-        what = f"the token file is unfinished: {partial_folder(prefix)} still exists"
+        what = f"the token file is unfinished: {partial_folder_of(prefix)} still exists"
         raise DataError(str(prefix), what, remedy)
     if missing == [".json"]:
         raise DataError(

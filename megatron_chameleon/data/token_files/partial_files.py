@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from megatron_chameleon.data.token_files.format import file_of, partial_folder
+from megatron_chameleon.data.token_files.format import file_of, partial_folder_of
 from megatron_chameleon.errors import DataError
 
 _BUFFER_BYTES = 1 << 20
@@ -32,7 +32,7 @@ class PartialFiles:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
-        self.folder = partial_folder(prefix)
+        self.folder = partial_folder_of(prefix)
         self._files: dict[str, IO[bytes]] = {}
         self._lock: int | None = None
 

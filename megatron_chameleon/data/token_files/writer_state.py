@@ -9,7 +9,7 @@ from megatron_chameleon.data.token_files.format import (
     CorpusTotals,
     TokenBlock,
     TokenFileInfo,
-    partial_folder,
+    partial_folder_of,
 )
 from megatron_chameleon.data.token_files.totals import answers_of_documents, totals_of_block
 from megatron_chameleon.errors import DataError
@@ -76,7 +76,7 @@ def read_writer_state(prefix: str | Path) -> WriterState | None:
     Raises:
         DataError: The file exists and cannot be read.
     """
-    path = partial_folder(prefix) / STATE_FILE
+    path = partial_folder_of(prefix) / STATE_FILE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["sources"] = {

@@ -25,7 +25,7 @@ ANSWERS_FILE = "answers.jsonl"
 FORMAT = "megatron_chameleon.answers/1"
 
 
-def fingerprint(value: Any) -> str:
+def value_digest(value: Any) -> str:
     """A hash of a JSON value: 16 hexadecimal digits, the same in every process."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:16]

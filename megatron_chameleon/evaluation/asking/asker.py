@@ -19,7 +19,7 @@ from PIL import Image
 
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, fingerprint
+from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, value_digest
 from megatron_chameleon.evaluation.asking.likelihood import ContinuationScore, score_continuations
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Asker:
 
     def score_ids(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[ContinuationScore]:
         """Like ``score``, for token ids. Each context begins with ``<s>``."""
-        keys = [fingerprint(["score", *pair]) for pair in pairs]
+        keys = [value_digest(["score", *pair]) for pair in pairs]
         new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._answers}
         names, asked = list(new), list(new.values())
         done, started = 0, time.monotonic()
@@ -118,7 +118,7 @@ class Asker:
         seen: Counter[str] = Counter()
         keys = []
         for prompt in prompts:
-            asked = fingerprint(["write", prompt_as_json(prompt), settings])
+            asked = value_digest(["write", prompt_as_json(prompt), settings])
             keys.append(f"{asked}-{seen[asked]}" if seen[asked] else asked)
             seen[asked] += 1
         started, new = time.monotonic(), 0
@@ -126,7 +126,7 @@ class Asker:
             batch = slice(start, start + options.batch_size)
             if all(key in self._answers for key in keys[batch]):
                 continue
-            seed = int(fingerprint([options.seed, *keys[batch]])[:12], 16)
+            seed = int(value_digest([options.seed, *keys[batch]])[:12], 16)
             fitted = [self._fit(prompt, options) for prompt in prompts[batch]]
             answers = self.session.generate(fitted, replace(options, seed=seed))
             self._answers.add(dict(zip(keys[batch], map(keep, answers), strict=True)))

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_chameleon.data.documents.schema import ImagePart, TextPart, image_part
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking.answer_cache import fingerprint
+from megatron_chameleon.evaluation.asking.answer_cache import value_digest
 from megatron_chameleon.evaluation.asking.record_files import read_json, read_records, require_keys
 from megatron_chameleon.evaluation.human.form_page import form_page
 from megatron_chameleon.evaluation.human.safety import looks_like_refusal
@@ -97,7 +97,7 @@ def write_questionnaire(
     names = list(models)
     answers = [{answer.id: answer for answer in found} for found in models.values()]
     _check_same(names, answers)
-    identity = fingerprint(
+    identity = value_digest(
         [kind, seed, [[a.id, a.prompt, a.content] for found in answers for a in found.values()]]
     )
     key = _key(kind, identity, names, answers)
@@ -148,7 +148,7 @@ def _form_items(
     for name in order:
         sides = [found[name] for found in answers]
         swapped = len(sides) == 2 and draw.random() < 0.5
-        item = fingerprint([identity, annotator, name])
+        item = value_digest([identity, annotator, name])
         places[item] = {"item": name, "swapped": swapped}
         shown = sides[::-1] if swapped else sides
         items.append(

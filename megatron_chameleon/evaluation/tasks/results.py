@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_chameleon.evaluation.asking.answer_cache import fingerprint
+from megatron_chameleon.evaluation.asking.answer_cache import value_digest
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TaskResult:
             **figures[self.metric],
             "shots": self.shots,
             "paper": dict(self.paper),
-            "prompts_fingerprint": fingerprint(
+            "prompts_fingerprint": value_digest(
                 [scored_item.prompt for scored_item in self.scored_items]
             ),
             "settings": dict(self.settings),

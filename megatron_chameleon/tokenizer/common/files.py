@@ -43,7 +43,7 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
 
 
-def read_json(path: Path, expected_format: str, made_by: str) -> dict[str, Any]:
+def read_checked_json(path: Path, expected_format: str, made_by: str) -> dict[str, Any]:
     """Read a file with a JSON object that names its format.
 
     Args:

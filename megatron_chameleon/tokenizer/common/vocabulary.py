@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.common.files import read_json, write_text
+from megatron_chameleon.tokenizer.common.files import read_checked_json, write_text
 
 VOCABULARY_FILE = "vocabulary.json"
 FORMAT = "megatron_chameleon.vocabulary/1"
@@ -204,7 +204,7 @@ class Vocabulary:
             DataError: If the file is missing, unreadable or not a vocabulary.
         """
         path = Path(folder) / VOCABULARY_FILE
-        content = read_json(path, FORMAT, made_by="chameleon tokenizer text")
+        content = read_checked_json(path, FORMAT, made_by="chameleon tokenizer text")
         tokens = content.get("tokens")
         if not isinstance(tokens, list) or not all(isinstance(name, str) for name in tokens):
             raise DataError(

@@ -25,7 +25,7 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.common.files import (
     IMAGE_CONFIG_FILE,
     IMAGE_WEIGHTS_FILE,
-    read_json,
+    read_checked_json,
     write_bytes,
     write_text,
 )
@@ -318,7 +318,7 @@ def read_vqgan_config(folder: str | Path) -> VqganConfig:
         DataError: If the file is missing or unreadable, or does not describe a network.
     """
     path = Path(folder) / IMAGE_CONFIG_FILE
-    model = read_json(path, FORMAT, MADE_BY).get("model")
+    model = read_checked_json(path, FORMAT, MADE_BY).get("model")
     names = {item.name for item in fields(VqganConfig)}
     if not isinstance(model, dict) or set(model) != names:
         found = sorted(model) if isinstance(model, dict) else model

@@ -15,7 +15,7 @@ def preset(size: str, *overrides: str) -> Config:
     return load_config(PRESETS / f"chameleon_{size}.yaml", overrides)
 
 
-def rows(config: Config, size: str, stage: str = "pretraining") -> dict[str, paper.Comparison]:
+def rows(config: Config, size: str, stage: str = "pretraining") -> dict[str, paper.PaperComparison]:
     found = paper.compare(config, size, stage) + paper.derived_rows(config, size, stage)
     return {row.key: row for row in found}
 
