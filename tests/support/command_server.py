@@ -51,7 +51,7 @@ def serve() -> None:
 
 def run(request: dict[str, Any]) -> int | None:
     """Fork the processes of one request and wait for all of them."""
-    port = _free_port()
+    port = free_port()
     running = [_fork(request, rank, port) for rank in range(request["processes"])]
     deadline = time.monotonic() + request["timeout"]
     codes: list[int] = []
@@ -94,7 +94,7 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(request[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
         _enter(request, rank, port)
-        code = _main(request["words"])
+        code = run_main(request["words"])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -104,19 +104,24 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
 
 
 def _enter(request: dict[str, Any], rank: int, port: int) -> None:
-    """Set the variables that torchrun would set, and the working directory."""
+    """Take over the request's working directory, environment and words."""
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    if request["processes"] > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["processes"]}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in (place | meeting).items()})
+    become_rank(rank, request["processes"], port)
     sys.argv = [str(Path(sys.executable).with_name("chameleon")), *request["words"]]
 
 
-def _main(words: list[str]) -> int:
-    """Run the command; its exit code, a crash's traceback included."""
+def become_rank(rank: int, processes: int, port: int) -> None:
+    """Set the variables that torchrun would set; nothing for a process that is alone."""
+    if processes > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in (place | meeting).items()})
+
+
+def run_main(words: list[str]) -> int:
+    """Run the command on one thread and return its exit code. A crash is raised."""
     import torch
 
     from megatron_chameleon.cli.main import main
@@ -132,7 +137,8 @@ def _main(words: list[str]) -> int:
     return 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

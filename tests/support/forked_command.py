@@ -4,15 +4,12 @@ Starting Python takes 6 to 16 seconds each time; a fork takes a moment.
 """
 
 import os
-import socket
 import sys
 import traceback
 from pathlib import Path
 
-import torch
-
 import megatron_chameleon.training.engines.megatron  # noqa: F401
-from megatron_chameleon.cli.main import main
+from command_server import become_rank, free_port, run_main
 
 
 def start(words: list[str], log: Path, processes: int = 1) -> list[int]:
@@ -26,7 +23,7 @@ def start(words: list[str], log: Path, processes: int = 1) -> list[int]:
     Returns:
         The process ids, for ``os.waitpid``.
     """
-    port = _free_port()
+    port = free_port()
     return [_fork(words, log, rank, processes, port) for rank in range(processes)]
 
 
@@ -49,24 +46,11 @@ def _fork(words: list[str], log: Path, rank: int, processes: int, port: int) -> 
         with log.open("ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        if processes > 1:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in (place | meeting).items()})
-        torch.set_num_threads(1)
-        main(words)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        become_rank(rank, processes, port)
+        code = run_main(words)
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # skips the clean-up of the parent
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
