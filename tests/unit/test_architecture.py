@@ -132,7 +132,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ``cli`` may import everything, and nothing imports ``cli``.
 """
 
-FOR_ALL = {"errors.py", "wording.py"}
+FOR_ALL = {"errors.py", "files.py", "wording.py"}
 """Files that every folder may import."""
 
 FREE = {"", "cli"}

@@ -1,0 +1,368 @@
+"""One way to write a file and one way to read it, used by every verb.
+
+    write_text(Path("report.html"), page)
+    with replace_file(Path("image.safetensors")) as file: ...
+    config = read_json_object(folder / "config.json", CheckpointError)
+
+A written file is complete or absent: it grows under a temporary name that nobody can foresee, is
+flushed to the disk and then renamed. A failure of the disk is one error that names the file, and it
+leaves nothing half-written. Temporary names, locks and partial folders are opened without following
+links, because in a folder that others can write a link could lead anywhere.
+
+A read is bounded by a limit in bytes, and only regular files are opened: a FIFO would block
+forever, and a device has no end.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_chameleon.errors import ChameleonError, DataError
+
+SMALL_FILE_BYTES = 64 << 20
+"""Limit of the small files: configs, indices, states, sidecars. The largest one of a real run is
+the index of a 34B export, about 0.1 MB."""
+LARGEST_DEPTH = 64
+"""Nesting of JSON objects and lists; deeper values make recursive code fail."""
+
+_REMEDIES = {
+    errno.ENOSPC: "Make room on the disk and run the same command again",
+    errno.EDQUOT: "Make room in your quota and run the same command again",
+    errno.EROFS: "Choose another folder: this file system is read-only",
+    errno.EACCES: "Choose another folder, or change its permissions",
+    errno.EPERM: "Choose another folder, or change its permissions",
+    errno.ENOTDIR: "Choose another folder: a part of this path is a file",
+    errno.EISDIR: "Give the name of a file: this is a folder",
+    errno.ENOENT: "Create the folder that it lies in",
+    errno.ELOOP: "Remove the link and run the same command again",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EIO: "Check the disk",
+}
+
+
+def cannot_write(
+    path: str | Path, error: OSError, kind: type[ChameleonError] = DataError
+) -> ChameleonError:
+    """The error to raise for an ``OSError`` while a file was written: one line that names it."""
+    reason = error.strerror or str(error) or type(error).__name__
+    remedy = _REMEDIES.get(error.errno or 0, "Check the file system, or choose another folder")
+    return kind(str(path), f"cannot be written ({reason})", remedy)
+
+
+def cannot_read(
+    path: str | Path, error: OSError, kind: type[ChameleonError] = DataError
+) -> ChameleonError:
+    """The error to raise for an ``OSError`` while a file was read: one line that names it."""
+    if isinstance(error, FileNotFoundError):
+        return kind(str(path), "no such file", "Check the path")
+    reason = error.strerror or str(error) or type(error).__name__
+    return kind(str(path), f"cannot be read ({reason})", "Check its permissions and the disk")
+
+
+@contextmanager
+def writing(path: str | Path, kind: type[ChameleonError] = DataError) -> Iterator[None]:
+    """Turn every ``OSError`` of the block into ``cannot_write(path, ...)``.
+
+    Raises:
+        ChameleonError: Of the given kind.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error, kind) from error
+
+
+def make_folder(path: str | Path, kind: type[ChameleonError] = DataError) -> Path:
+    """Create a folder if it is missing, and check that a file can be written there.
+
+    Call this before the work starts, not after hours of it.
+
+    Raises:
+        ChameleonError: Of the given kind: it cannot be created or not written.
+    """
+    folder = Path(path)
+    with writing(folder, kind):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    return folder
+
+
+@contextmanager
+def replace_file(
+    path: str | Path, kind: type[ChameleonError] = DataError, private: bool = False
+) -> Iterator[IO[bytes]]:
+    """Write a file completely or not at all.
+
+    The file appears under its name when the block ends without an exception; otherwise what had
+    that name before is still there. Missing folders are created. A device or a FIFO, such as
+    ``/dev/stdout``, is written directly.
+
+    Args:
+        path: The file.
+        kind: The class of the error.
+        private: Whether only the owner may read it (mode 0600), for files that may hold secrets.
+
+    Raises:
+        ChameleonError: Of the given kind, if the file system refuses it.
+    """
+    path = Path(path)
+    with writing(path, kind):
+        if _is_special(path):
+            with path.open("wb") as stream:
+                yield stream
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(partial, flags, 0o600 if private else 0o666), "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_bytes(
+    path: str | Path,
+    content: bytes,
+    kind: type[ChameleonError] = DataError,
+    private: bool = False,
+) -> None:
+    """Write a file completely or not at all; see ``replace_file``."""
+    with replace_file(path, kind, private) as file:
+        file.write(content)
+
+
+def write_text(
+    path: str | Path, content: str, kind: type[ChameleonError] = DataError, private: bool = False
+) -> None:
+    """Like ``write_bytes``, for text, which is written as UTF-8."""
+    write_bytes(path, content.encode("utf-8", "surrogatepass"), kind, private)
+
+
+def open_to_append(
+    path: str | Path, kind: type[ChameleonError] = DataError, private: bool = False
+) -> IO[bytes]:
+    """Open a growing file, unbuffered, so that each ``write`` reaches it or raises ``OSError``.
+
+    The caller wraps its writes in ``writing(path)``.
+
+    Raises:
+        ChameleonError: Of the given kind: it is a link, not a regular file, or not writable.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with writing(path, kind):
+        descriptor = os.open(path, flags, 0o600 if private else 0o666)
+        _check_regular(descriptor)
+        return os.fdopen(descriptor, "ab", buffering=0)
+
+
+def open_lock(path: str | Path, kind: type[ChameleonError] = DataError) -> int:
+    """Open a lock file without following a link; the caller locks and closes it.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        ChameleonError: Of the given kind: it is a link, not a regular file, or not writable.
+    """
+    with writing(path, kind):
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        _check_regular(descriptor)
+        return descriptor
+
+
+def own_folder(path: str | Path, kind: type[ChameleonError] = DataError) -> Path:
+    """Create or reuse a folder with a foreseeable name, such as ``PREFIX.partial``.
+
+    Raises:
+        ChameleonError: Of the given kind: the name is a link or a file, belongs to someone else, or
+            cannot be created. Nothing behind it is touched.
+    """
+    folder = Path(path)
+    with writing(folder, kind):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir()
+        found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        what = "is a link" if stat.S_ISLNK(found.st_mode) else "is not a folder"
+        remedy = "Remove it if you do not need it, or give another --output"
+        raise kind(str(folder), f"{what}, and this name is used for unfinished work", remedy)
+    if found.st_uid != os.geteuid():
+        what = f"belongs to user {found.st_uid}, and this name is used for unfinished work"
+        raise kind(str(folder), what, "Give another --output, or ask its owner to remove it")
+    return folder
+
+
+def empty_folder(folder: Path) -> bool:
+    """Remove all in a folder, not following links; returns whether there was anything."""
+    entries = list(folder.iterdir())
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    return bool(entries)
+
+
+def open_to_read(path: str | Path, kind: type[ChameleonError] = DataError) -> IO[bytes]:
+    """Open a regular file; never blocks, as a FIFO without a writer would.
+
+    Raises:
+        ChameleonError: Of the given kind: there is no such file, it is not a regular file, or it
+            cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            _check_regular(descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        raise cannot_read(path, error, kind) from error
+    except ValueError as error:  # a null byte in the name
+        raise kind(repr(str(path))[:99], "no such file", "Check the path") from error
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(
+    path: str | Path, kind: type[ChameleonError] = DataError, limit: int = SMALL_FILE_BYTES
+) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        ChameleonError: Of the given kind: see ``open_to_read``; or it has more bytes.
+    """
+    with open_to_read(path, kind) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            content = file.read(limit + 1) if size <= limit else b""
+        except OSError as error:
+            raise cannot_read(path, error, kind) from error
+    if size > limit or len(content) > limit:
+        what = (
+            f"has {max(size, len(content))} bytes, more than the {limit} that such a file may have"
+        )
+        raise kind(str(path), what, "Check that it is the right file")
+    return content
+
+
+def read_text(
+    path: str | Path, kind: type[ChameleonError] = DataError, limit: int = SMALL_FILE_BYTES
+) -> str:
+    """Read a whole UTF-8 file.
+
+    Raises:
+        ChameleonError: Of the given kind: see ``read_bytes``; or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, kind, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        what = f"is not UTF-8 (byte {error.start})"
+        raise kind(str(path), what, "Write the file again, as UTF-8") from error
+
+
+def read_json(
+    path: str | Path, kind: type[ChameleonError] = DataError, limit: int = SMALL_FILE_BYTES
+) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ChameleonError: Of the given kind: see ``read_text``; or it is not JSON, or nested deeper
+            than ``LARGEST_DEPTH``.
+    """
+    text = read_text(path, kind, limit)
+    remedy = "Restore the file, or write it again"
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        value = None
+        depth = LARGEST_DEPTH + 1
+    except ValueError as error:
+        problem = str(error).splitlines()[0]
+        raise kind(str(path), f"is not valid JSON ({problem})", remedy) from error
+    else:
+        depth = _depth(value)
+    if depth > LARGEST_DEPTH:
+        what = f"has JSON values nested deeper than {LARGEST_DEPTH} levels"
+        raise kind(str(path), what, remedy)
+    return value
+
+
+def read_json_object(
+    path: str | Path, kind: type[ChameleonError] = DataError, limit: int = SMALL_FILE_BYTES
+) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ChameleonError: Of the given kind: see ``read_json``; or the value is not an object.
+    """
+    value = read_json(path, kind, limit)
+    if not isinstance(value, dict):
+        what = f"must hold a JSON object, not {_json_type(value)}"
+        raise kind(str(path), what, "Restore the file, or write it again")
+    return value
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file for this process; False if another process holds it.
+
+    Raises:
+        OSError: The file system does not support locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a device, FIFO or socket, also behind a link, as ``/dev/stdout`` is."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    if path.is_symlink() and str(path.readlink()).startswith("/proc/self/fd"):
+        return True
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _check_regular(descriptor: int) -> None:
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, found without recursion; it stops at one above the limit."""
+    level = [value] if isinstance(value, dict | list) else []
+    depth = 0
+    while level and depth <= LARGEST_DEPTH:
+        depth += 1
+        entries = (c.values() if isinstance(c, dict) else c for c in level)
+        level = [e for container in entries for e in container if isinstance(e, dict | list)]
+    return depth
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
