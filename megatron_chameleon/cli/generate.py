@@ -19,7 +19,8 @@ from megatron_chameleon.cli.options import add_sampling_options, check_at_least_
 from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
-    from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
+    from megatron_chameleon.data.documents.image_part import ImagePart
+    from megatron_chameleon.data.documents.schema import Document, TextPart
     from megatron_chameleon.inference.options import GenerationOptions
     from megatron_chameleon.inference.session import Answer
 
@@ -136,8 +137,9 @@ def _check_device(args: argparse.Namespace) -> None:
 
 def _prompts(args: argparse.Namespace) -> list["Document"]:
     """The documents of ``--document``, or the one prompt of ``--image`` and ``--prompt``."""
+    from megatron_chameleon.data.documents.image_part import ImagePart
     from megatron_chameleon.data.documents.parse import read_documents
-    from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
+    from megatron_chameleon.data.documents.schema import Document, TextPart
     from megatron_chameleon.errors import ConfigError
 
     if args.document:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from megatron_chameleon.data.documents.conversations import turns_of
-from megatron_chameleon.data.documents.schema import USER, Document, ImagePart, TextPart
+from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.documents.schema import USER, Document, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import prepare_image

@@ -26,7 +26,8 @@ from megatron_chameleon.checkpoint.formats.opening import (
     open_checkpoint,
     open_tokenizer,
 )
-from megatron_chameleon.data.documents.schema import ImagePart, TextPart
+from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import ControlToken
 from megatron_chameleon.inference.decode import BatchDecoder, collect

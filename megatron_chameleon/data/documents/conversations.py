@@ -18,7 +18,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_chameleon.data.documents.schema import ASSISTANT, Document, ImagePart, TextPart
+from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.documents.schema import ASSISTANT, Document, TextPart
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_chameleon.data.documents.image_part import ImagePart, folder_of, image_part, one_line
 from megatron_chameleon.data.documents.schema import (
     Document,
-    ImagePart,
     TextPart,
-    folder_of,
-    image_part,
-    one_line,
     parse_line,
     parse_messages,
     record_name,

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chameleon.data.documents.conversations import are_padded, fault_of
+from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
 from megatron_chameleon.data.documents.parse import parse_block
-from megatron_chameleon.data.documents.schema import Document, ImageError, ImagePart, TextPart
+from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.data.inputs.records import BROKEN_DOCUMENT, Block, Fault, Position
 from megatron_chameleon.data.preprocess.image_codes import ImageCache, ImageEncoder
 from megatron_chameleon.data.preprocess.layout import (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_chameleon.data.documents.schema import ImageError, ImagePart, one_line
+from megatron_chameleon.data.documents.image_part import ImageError, ImagePart, one_line
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.common.files import write_bytes
 

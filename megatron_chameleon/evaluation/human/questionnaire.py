@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.data.documents.schema import ImagePart, TextPart, image_part
+from megatron_chameleon.data.documents.image_part import ImagePart, image_part
+from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.answer_cache import value_digest
 from megatron_chameleon.evaluation.asking.record_files import read_json, read_records, require_keys

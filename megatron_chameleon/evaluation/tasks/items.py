@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_chameleon.data.documents.schema import ImagePart, TextPart
+from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker, cut_at_stop, prompt_as_json
 from megatron_chameleon.evaluation.tasks import cider

@@ -113,7 +113,8 @@ class Sampler:
 
 
 def _parts(prompt: SamplePromptConfig) -> list[Any]:
-    from megatron_chameleon.data.documents.schema import ImagePart, TextPart
+    from megatron_chameleon.data.documents.image_part import ImagePart
+    from megatron_chameleon.data.documents.schema import TextPart
 
     parts: list[Any] = [] if prompt.image is None else [ImagePart(prompt.image)]
     return [*parts, TextPart(prompt.text)] if prompt.text else parts

@@ -28,8 +28,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
 from megatron_chameleon.data.documents.parse import parse_block
-from megatron_chameleon.data.documents.schema import Document, ImageError, ImagePart
+from megatron_chameleon.data.documents.schema import Document
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import find_inputs
 from megatron_chameleon.data.inputs.records import Fault

@@ -8,8 +8,9 @@ import re
 import numpy as np
 import pytest
 
+from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.parse import read_documents
-from megatron_chameleon.data.documents.schema import ImagePart, TextPart
+from megatron_chameleon.data.documents.schema import TextPart
 from places import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples" / "digits" / "make_documents.py"

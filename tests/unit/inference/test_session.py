@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from megatron_chameleon.checkpoint.convert.run import convert
-from megatron_chameleon.data.documents.schema import ImagePart, TextPart
+from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import CheckpointError, ConfigError, DataError
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force

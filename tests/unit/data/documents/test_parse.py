@@ -9,8 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.parse import read_documents
-from megatron_chameleon.data.documents.schema import ImagePart, TextPart
+from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
+from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.data.inputs.records import Fault
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.data.preprocess.options import EncodeOptions

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.reader import BatchReader
-from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
+from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.data.views.audit import audit_step, count_kinds, format_audit, kinds_of
 from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page

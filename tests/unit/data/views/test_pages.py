@@ -7,7 +7,8 @@ import re
 import numpy as np
 from PIL import Image
 
-from megatron_chameleon.data.documents.schema import Document, ImagePart, TextPart
+from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file
 from megatron_chameleon.data.views.token_file_page import (
