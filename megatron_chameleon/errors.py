@@ -1,7 +1,8 @@
 """Errors that a user can cause: where the problem is, what is wrong, and what to do about it.
 
 The command line prints each as one line, ``error: WHERE: WHAT. REMEDY.``, and exits with code 2.
-Any other exception is a bug of ours: it exits with code 1 and a traceback.
+A fault of the machine that nobody expected gets such a line too (``cli/outside_faults.py``). Any
+other exception is a bug of ours: it exits with code 1 and asks for a report (``cli/bugs.py``).
 """
 
 from collections.abc import Sequence

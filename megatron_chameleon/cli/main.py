@@ -13,8 +13,17 @@ import traceback
 import warnings
 
 from megatron_chameleon import __version__
+from megatron_chameleon.cli.bugs import report_bug
+from megatron_chameleon.cli.console import (
+    EXIT_OUTPUT_CLOSED,
+    OutputClosed,
+    drop_output,
+    open_console,
+)
 from megatron_chameleon.cli.logs import shown_logs
 from megatron_chameleon.cli.options import add_action, add_common_options
+from megatron_chameleon.cli.outside_faults import outside_fault
+from megatron_chameleon.cli.shrunken_files import report_shrunken_files
 from megatron_chameleon.errors import ChameleonError
 
 OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=.*", re.DOTALL)
@@ -58,12 +67,44 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run one verb.
 
-    The exit code is 0 after success, 2 after a mistake of the user and 1 after a crash.
+    The exit code is 0 after success, 2 after a mistake of the user or a fault of the machine, and 1
+    after a bug of ours.
+
+    Args:
+        argv: The words behind ``chameleon``. None: this process is the command; it takes its own
+            words, prints through ``console.py`` and ends. With words, the caller is a program, and
+            a bug is raised to it.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        sys.exit(_run_process(sys.argv[1:]))
+    _run(argv)
+
+
+def _run(argv: list[str]) -> None:
     if argv and argv[0].startswith(("--local_rank=", "--local-rank=")):
         argv = argv[1:]  # the deepspeed launcher adds it; LOCAL_RANK holds the same number
     verb = argv[0] if argv and argv[0] in VERBS else None
+    args = _parse(argv, verb)
+    if not args.debug:  # `chameleon doctor` and our own errors say what matters of these
+        warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
+        logging.getLogger("megatron").setLevel(logging.CRITICAL)
+    try:
+        with shown_logs(args.log_level):
+            args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        fault = error if isinstance(error, ChameleonError) else outside_fault(error, args.verb)
+        if fault is None:
+            raise
+        if args.debug:
+            traceback.print_exc()
+        _print_error(fault)
+        sys.exit(2)
+
+
+def _parse(argv: list[str], verb: str | None) -> argparse.Namespace:
     parser = build_parser(verb)
     args, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if OVERRIDE.fullmatch(word)]
@@ -71,18 +112,43 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if overrides:  # argparse does not find section.key=value after an option
         args.overrides = [*args.overrides, *overrides]
-    if not args.debug:  # `chameleon doctor` and our own errors say what matters of these
-        warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
-        logging.getLogger("megatron").setLevel(logging.CRITICAL)
+    return args
+
+
+def _run_process(argv: list[str]) -> int:
+    """Run one verb as this process; returns its exit code."""
+    open_console()
+    handler = report_shrunken_files()
+    code = 0
     try:
-        with shown_logs(args.log_level):
-            args.run(args)
-    except ChameleonError as error:
-        if args.debug:
-            traceback.print_exc()
-        for line in error.lines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = _exit_code(argv)
+        sys.stdout.flush()
+    except OutputClosed:
+        drop_output()
+        code = EXIT_OUTPUT_CLOSED
+    except ChameleonError as error:  # the last of the output cannot be written
+        drop_output()
+        if not code:
+            _print_error(error)
+            code = 2
+    del handler
+    return code
+
+
+def _exit_code(argv: list[str]) -> int:
+    try:
+        _run(argv)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except Exception as error:
+        report_bug(error, argv)
+        return 1
+    return 0
+
+
+def _print_error(error: ChameleonError) -> None:
+    for line in error.lines():
+        print(f"error: {line}", file=sys.stderr)
