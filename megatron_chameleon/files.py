@@ -21,7 +21,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -43,8 +43,10 @@ _REMEDIES = {
     errno.ENOTDIR: "Choose another folder: a part of this path is a file",
     errno.EISDIR: "Give the name of a file: this is a folder",
     errno.ENOENT: "Create the folder that it lies in",
+    errno.EEXIST: "Choose another name: a file already has this one",
     errno.ELOOP: "Remove the link and run the same command again",
     errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another disk",
     errno.EIO: "Check the disk",
 }
 
@@ -92,9 +94,18 @@ def make_folder(path: str | Path, kind: type[ChameleonError] = DataError) -> Pat
     folder = Path(path)
     with writing(folder, kind):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try_to_write(folder)
     return folder
+
+
+def try_to_write(folder: Path) -> None:
+    """Write a little into a folder, and leave nothing there.
+
+    Raises:
+        OSError: It cannot be written, or its disk is full.
+    """
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        file.write(bytes(4096))  # an empty file fits on a full disk
 
 
 @contextmanager
@@ -117,23 +128,54 @@ def replace_file(
     """
     path = Path(path)
     with writing(path, kind):
-        if _is_special(path):
+        if is_special(path):
             with path.open("wb") as stream:
                 yield stream
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        partial = _partial_of(path)
         try:
-            with os.fdopen(os.open(partial, flags, 0o600 if private else 0o666), "wb") as file:
+            with _create(partial, private) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
+
+
+def write_together(contents: Mapping[Path, bytes], kind: type[ChameleonError] = DataError) -> None:
+    """Write files that belong together: all of them or none.
+
+    Args:
+        contents: What to write. The first file says that the set is whole: it is removed before
+            the others are replaced, and appears last.
+        kind: The class of the error.
+
+    Raises:
+        ChameleonError: Of the given kind, if the file system refuses one; the old files remain.
+    """
+    marker, *others = contents
+    partials: dict[Path, Path] = {}
+    try:
+        for path, content in contents.items():
+            with writing(path, kind):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partials[path] = _partial_of(path)
+                with _create(partials[path]) as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+        with writing(marker, kind):
+            marker.unlink(missing_ok=True)
+        for path in (*others, marker):
+            with writing(path, kind):
+                partials[path].replace(path)
+    finally:
+        for partial in partials.values():
+            with suppress(OSError):
+                partial.unlink()
 
 
 def write_bytes(
@@ -333,7 +375,23 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
-def _is_special(path: Path) -> bool:
+def _partial_of(path: Path) -> Path:
+    """A name beside a file under which it grows.
+
+    Raises:
+        IsADirectoryError: The path is a folder, which cannot be replaced by a file.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
+
+
+def _create(path: Path, private: bool = False) -> IO[bytes]:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o600 if private else 0o666), "wb")
+
+
+def is_special(path: Path) -> bool:
     """Whether it is a device, FIFO or socket, also behind a link, as ``/dev/stdout`` is."""
     try:
         mode = path.stat().st_mode

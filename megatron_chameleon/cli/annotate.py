@@ -132,7 +132,7 @@ def _score(args: argparse.Namespace) -> None:
     from megatron_chameleon.errors import ConfigError
     from megatron_chameleon.evaluation.human.questionnaire import read_judgements, read_key
     from megatron_chameleon.evaluation.human.scores import score_judgements, score_table
-    from megatron_chameleon.tokenizer.common.files import write_text
+    from megatron_chameleon.files import write_text
 
     key = read_key(args.key) if args.key else None
     kind = key["kind"] if key else args.kind

@@ -6,6 +6,7 @@ chameleon generate tuned --chat --image three.png --prompt "Which digit is this?
 """
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -79,11 +80,13 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.inference.chat import chat_prompt
     from megatron_chameleon.inference.options import Execution
     from megatron_chameleon.inference.session import Session
+    from megatron_chameleon.outputs import save_anyhow
 
     check_at_least_1(args, "count")
     options = _options(args)
     options.check()
     _check_device(args)
+    folder = _check_output(args)
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.count)]
     session = Session.load(args.checkpoint, args.device, args.tokenizer)
     session.execution = Execution.on(args.device, "inductor" if args.compile else None)
@@ -96,18 +99,30 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     answers = session.generate(asked, options, lambda done, total: _report(done, total, started))
     progress(f"{args.device}: {session.execution.summary()}")
-    folder = Path(args.output or "generated")
     has_images = any(not isinstance(part, str) for answer in answers for part in answer.content)
-    lines = [
-        _show(number, prompt.content, answer, folder)
-        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-    ]
-    if args.output or has_images:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{ANSWERS_FILE}.{os.getpid()}"
-        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        partial.replace(folder / ANSWERS_FILE)
+    shown = None
+    try:
+        if args.output is not None or has_images:
+            save_anyhow(lambda place: _save(place, prompts, answers), folder)
+            shown = folder
+    finally:
+        for number, answer in enumerate(answers):
+            _print(number, answer, shown)
+    if shown is not None:
         progress(f"{counted(len(answers), 'answer')}: {folder / ANSWERS_FILE}")
+
+
+def _check_output(args: argparse.Namespace) -> Path:
+    """The folder for the answers, which must replace nothing that the command reads."""
+    from megatron_chameleon.errors import ConfigError
+    from megatron_chameleon.outputs import check_output_folder, keep_inputs
+
+    folder = check_output_folder("--output", "generated" if args.output is None else args.output)
+    if folder.exists() and folder.resolve() == Path(args.checkpoint).resolve():
+        raise ConfigError(f"--output {folder}", "is the checkpoint", "Give another --output")
+    replaced = [folder / ANSWERS_FILE, *folder.glob("[0-9]*-[0-9]*.png")]
+    keep_inputs("--output", replaced, [*args.image, *([args.document] if args.document else [])])
+    return folder
 
 
 def _options(args: argparse.Namespace) -> "GenerationOptions":
@@ -164,29 +179,46 @@ def _report(done: int, total: int, started: float) -> None:
     )
 
 
-def _show(
-    number: int, prompt: Sequence["TextPart | ImagePart"], answer: "Answer", folder: Path
-) -> str:
-    """Print an answer and save its images. Returns its line for ``documents.jsonl``."""
-    parts: list[dict[str, str]] = []
+def _save(folder: Path, prompts: Sequence["Document"], answers: Sequence["Answer"]) -> None:
+    """Write the images, then ``documents.jsonl`` with a line for each answer: all or none."""
+    from megatron_chameleon.files import write_together
+
+    lines: list[str] = []
+    images: dict[Path, bytes] = {}
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        parts: list[dict[str, str]] = []
+        for index, part in enumerate(answer.content):
+            if isinstance(part, str):
+                parts.append({"type": "text", "text": part})
+                continue
+            name = _image_name(number, index)
+            content = io.BytesIO()
+            part.save(content, "png")
+            images[folder / name] = content.getvalue()
+            parts.append({"type": "image", "image": name})
+        line: dict[str, Any] = {
+            "id": f"{number:04d}",
+            "source": "chameleon generate",
+            "prompt": [_describe(part, folder) for part in prompt.content],
+            "content": parts,
+            "token_ids": answer.token_ids,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    text = "".join(lines).encode("utf-8", "surrogatepass")
+    write_together({folder / ANSWERS_FILE: text, **images})
+
+
+def _print(number: int, answer: "Answer", folder: Path | None) -> None:
+    """Print an answer; its images are left out if they could not be saved."""
     for index, part in enumerate(answer.content):
         if isinstance(part, str):
             print(part)
-            parts.append({"type": "text", "text": part})
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{number:04d}-{index}.png"
-        part.save(file)
-        print(f"[image: {file}]")
-        parts.append({"type": "image", "image": file.name})
-    line: dict[str, Any] = {
-        "id": f"{number:04d}",
-        "source": "chameleon generate",
-        "prompt": [_describe(part, folder) for part in prompt],
-        "content": parts,
-        "token_ids": answer.token_ids,
-    }
-    return json.dumps(line, ensure_ascii=False)
+        elif folder is not None:
+            print(f"[image: {folder / _image_name(number, index)}]")
+
+
+def _image_name(number: int, index: int) -> str:
+    return f"{number:04d}-{index}.png"
 
 
 def _describe(part: "TextPart | ImagePart", folder: Path) -> dict[str, str]:

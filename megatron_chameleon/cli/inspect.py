@@ -75,10 +75,10 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
     from megatron_chameleon.data.views.audit import audit_step
     from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
-    from megatron_chameleon.errors import DataError
     from megatron_chameleon.training.run.open_data import open_newest
 
     check_at_least_1(args, "sequences")
+    _check_page(args, [args.prefix])
     config = load_config(args.prefix, args.overrides)
     check_config(config, smallest_world_size(config.parallel))
     tokenizer = load_for_encoding(args.tokenizer or config.tokenizer.path)
@@ -88,16 +88,13 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
         _logger.warning(line)
     if args.html:
         audit = audit_step(reader, args.step)
-        try:
-            written = write_sequence_page(Path(args.html), audit, reader, tokenizer, args.sequences)
-        except OSError as error:
-            what = f"cannot be written ({error.strerror})"
-            raise DataError(args.html, what, "Choose another file for --html") from error
+        written = write_sequence_page(Path(args.html), audit, reader, tokenizer, args.sequences)
         print(f"{args.html}: {written} sequences")
 
 
 def _inspect_token_file(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
+    from megatron_chameleon.data.token_files.format import ANSWERS_SUFFIX, REQUIRED_SUFFIXES
     from megatron_chameleon.data.token_files.reader import open_token_file, read_info
     from megatron_chameleon.data.views.token_file_page import (
         token_file_summary,
@@ -109,6 +106,8 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
         what = f"{args.prefix} is a token file, which has no values to override"
         raise ConfigError(args.overrides[0], what, "Remove it, or name a YAML file")
     check_at_least_1(args, "documents")
+    names = [args.prefix + suffix for suffix in (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, ".json")]
+    _check_page(args, names)
     folder = args.tokenizer or read_info(args.prefix).tokenizer
     try:
         tokenizer = load_for_encoding(folder) if args.html or args.tokenizer else None
@@ -125,11 +124,14 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
         print(f"{args.prefix}: the index agrees with {counted(len(token_file), 'document')}")
     print(token_file_summary(args.prefix, token_file.info, token_file.lengths))
     if args.html and tokenizer is not None:
-        try:
-            written = write_token_file_page(
-                args.html, token_file, tokenizer, args.start, args.documents
-            )
-        except OSError as error:
-            what = f"cannot be written ({error.strerror})"
-            raise DataError(args.html, what, "Choose another file for --html") from error
+        written = write_token_file_page(
+            args.html, token_file, tokenizer, args.start, args.documents
+        )
         print(f"{args.html}: {counted(written, 'document')}")
+
+
+def _check_page(args: argparse.Namespace, inputs: list[str]) -> None:
+    from megatron_chameleon.outputs import check_output
+
+    if args.html is not None:
+        check_output("--html", args.html, inputs)

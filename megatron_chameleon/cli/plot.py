@@ -4,7 +4,7 @@ chameleon plot runs/digits --output curves.svg --keys loss_text,loss_image --smo
 """
 
 import argparse
-import os
+import io
 from pathlib import Path
 
 from megatron_chameleon.cli.options import check_at_least_1
@@ -31,10 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read the metrics and write the figure."""
     from megatron_chameleon.errors import ConfigError
-    from megatron_chameleon.evaluation.curves import draw_curves, read_metrics
+    from megatron_chameleon.evaluation.curves import METRICS_FILE, draw_curves, read_metrics
+    from megatron_chameleon.files import write_bytes
+    from megatron_chameleon.outputs import check_name, check_output
 
-    output = Path(args.output)
-    if output.suffix not in SUFFIXES:
+    inputs = [path / METRICS_FILE if path.is_dir() else path for path in map(Path, args.runs)]
+    output = check_name("--output", args.output)
+    if output.suffix.lower() not in SUFFIXES:
         raise ConfigError(
             str(output), f"the suffix is {output.suffix!r}", f"Use {' or '.join(SUFFIXES)}"
         )
@@ -42,17 +45,14 @@ def run(args: argparse.Namespace) -> None:
     keys = [key.strip() for key in args.keys.split(",") if key.strip()]
     if not keys:
         raise ConfigError("--keys", "no key is given", f"Write, for example, {KEYS}")
+    check_output("--output", output, inputs)
     runs = {
         name: read_metrics(path) for name, path in zip(_names(args.runs), args.runs, strict=True)
     }
+    content = io.BytesIO()
     figure = draw_curves(runs, keys, args.smooth)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
-    try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    figure.savefig(content, dpi=150, format=output.suffix[1:].lower())
+    write_bytes(output, content.getvalue())
     steps = ", ".join(f"{name} to step {records[-1]['step']:,}" for name, records in runs.items())
     print(f"{output}: {len(keys)} panels, {steps}")
 

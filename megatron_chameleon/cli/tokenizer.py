@@ -17,6 +17,13 @@ from megatron_chameleon.wording import counted
 _logger = logging.getLogger(__name__)
 
 
+WRITTEN = {
+    "text": ("text.model", "vocabulary.json"),
+    "image": ("image.safetensors", "image.json", "image.dropped.jsonl"),
+}
+"""The files of the tokenizer folder that each kind replaces."""
+
+
 def is_override(word: str) -> bool:
     """Whether a word is ``key=value``, and neither an option nor the name of a file."""
     return "=" in word and not word.startswith("-") and not Path(word).exists()
@@ -67,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from megatron_chameleon.outputs import check_name, keep_inputs
+
+    folder = check_name("--output", args.output)
+    inputs = args.files if args.kind == "text" else args.images
+    keep_inputs("--output", [folder / name for name in WRITTEN[args.kind]], inputs)
     if args.kind == "text":
         _train_text(args)
     else:

@@ -20,7 +20,7 @@ from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.tasks import cider, harness, item_files, items
 from megatron_chameleon.evaluation.tasks.catalogue import TASKS, TaskInfo, find_task
 from megatron_chameleon.evaluation.tasks.results import TaskResult
-from megatron_chameleon.tokenizer.common.files import write_text
+from megatron_chameleon.files import write_text
 from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:

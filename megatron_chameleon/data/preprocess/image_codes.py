@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_chameleon.data.documents.image_part import ImageError, ImagePart, one_line
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.common.files import write_bytes
+from megatron_chameleon.files import write_bytes
 
 if TYPE_CHECKING:
     from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer

@@ -45,7 +45,7 @@ from megatron_chameleon.data.token_files.writer_state import (
     read_writer_state,
 )
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.common.files import write_text
+from megatron_chameleon.files import write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 DROPPED_SUFFIX = ".dropped.jsonl"

@@ -21,7 +21,7 @@ from megatron_chameleon.data.views.audit import (
     kinds_of,
 )
 from megatron_chameleon.data.views.token_file_page import PAGE, render_tokens
-from megatron_chameleon.tokenizer.common.files import write_text
+from megatron_chameleon.files import write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 _STYLE = """<style>

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_chameleon.data.token_files.modality_balance import describe_answers
 from megatron_chameleon.data.token_files.reader import TokenFile, TokenFileInfo
-from megatron_chameleon.tokenizer.common.files import write_text
+from megatron_chameleon.files import write_text
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
 

@@ -12,7 +12,7 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.asking.record_files import read_records
 from megatron_chameleon.evaluation.human.questionnaire import data_uri, part_json
-from megatron_chameleon.tokenizer.common.files import write_text
+from megatron_chameleon.files import write_text
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.decode import GenerationOptions

@@ -23,7 +23,7 @@ from megatron_chameleon.evaluation.asking.record_files import read_json, read_re
 from megatron_chameleon.evaluation.human.form_page import form_page
 from megatron_chameleon.evaluation.human.safety import looks_like_refusal
 from megatron_chameleon.evaluation.human.scores import Judgement
-from megatron_chameleon.tokenizer.common.files import write_text
+from megatron_chameleon.files import write_text
 
 KEY_FORMAT = "megatron_chameleon.questionnaire/1"
 JUDGEMENTS_FORMAT = "megatron_chameleon.judgements/1"

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.common.files import read_checked_json, write_text
+from megatron_chameleon.files import write_bytes
+from megatron_chameleon.tokenizer.common.files import read_checked_json
 
 VOCABULARY_FILE = "vocabulary.json"
 FORMAT = "megatron_chameleon.vocabulary/1"
@@ -213,12 +214,19 @@ class Vocabulary:
         return cls.from_tokens(tokens, where=str(path))
 
     def save(self, folder: str | Path) -> None:
-        """Write FOLDER/vocabulary.json: the special ids, for people, then all tokens by id."""
+        """Write FOLDER/vocabulary.json.
+
+        Raises:
+            DataError: If the file system refuses it.
+        """
+        write_bytes(Path(folder) / VOCABULARY_FILE, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of vocabulary.json: the special ids, for people, then all tokens by id."""
         values = asdict(self)
         tokens = values.pop("tokens")
         content = {"format": FORMAT, "size": self.size, **values, "tokens": tokens}
-        text = json.dumps(content, ensure_ascii=False, indent=0)
-        write_text(Path(folder) / VOCABULARY_FILE, text + "\n")
+        return (json.dumps(content, ensure_ascii=False, indent=0) + "\n").encode()
 
 
 def _codes_by_token_id(tokens: Sequence[str]) -> dict[int, int]:

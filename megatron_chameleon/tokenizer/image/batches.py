@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.files import write_text, writing
 from megatron_chameleon.tokenizer.common.corpus import ImageEntry
-from megatron_chameleon.tokenizer.common.files import write_text
 from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
 from megatron_chameleon.tokenizer.image.tokenizer import prepare_image, to_pixels, unreadable_image
 
@@ -82,7 +82,8 @@ class ImageSet:
         if lines:
             write_text(path, "\n".join(lines) + "\n")
         else:
-            path.unlink(missing_ok=True)
+            with writing(path):
+                path.unlink(missing_ok=True)
 
     def _get(self, index: int) -> np.ndarray | None:
         cached = self._cache.get(index)

@@ -21,13 +21,12 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
-from megatron_chameleon.errors import DataError
+from megatron_chameleon.errors import DataError, first_line
+from megatron_chameleon.files import open_to_read, write_together
 from megatron_chameleon.tokenizer.common.files import (
     IMAGE_CONFIG_FILE,
     IMAGE_WEIGHTS_FILE,
     read_checked_json,
-    write_bytes,
-    write_text,
 )
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 
@@ -178,12 +177,12 @@ class ImageTokenizer:
         path = Path(folder) / IMAGE_WEIGHTS_FILE
         remedy = f"Make it with `{MADE_BY}`"
         try:
+            open_to_read(path).close()
             weights = load_file(path)
-        except FileNotFoundError:
-            raise DataError(str(path), "no such file", remedy) from None
+        except DataError as error:
+            raise DataError(error.where, error.what, remedy) from error
         except (OSError, safetensors.SafetensorError) as error:
-            problem = str(error).splitlines()[0]
-            raise DataError(str(path), f"cannot be read ({problem})", remedy) from None
+            raise DataError(str(path), f"cannot be read ({first_line(error)})", remedy) from error
         with torch.device("meta"):
             model = Vqgan(config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -335,13 +334,19 @@ def save_vqgan(model: Vqgan, folder: str | Path, details: Mapping[str, Any] | No
         model: The network.
         folder: The tokenizer folder; created if it is missing.
         details: What else image.json says, apart from the shape of the network: how it was trained.
+
+    Raises:
+        DataError: If the file system refuses them; older files in the folder then remain.
     """
     folder = Path(folder)
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = {"format": FORMAT, "model": vqgan_config_to_json(model.config), **(details or {})}
-    (folder / IMAGE_CONFIG_FILE).unlink(missing_ok=True)
-    write_bytes(folder / IMAGE_WEIGHTS_FILE, to_safetensors(weights))
-    write_text(folder / IMAGE_CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+    write_together(
+        {
+            folder / IMAGE_CONFIG_FILE: (json.dumps(content, indent=2) + "\n").encode(),
+            folder / IMAGE_WEIGHTS_FILE: to_safetensors(weights),
+        }
+    )
 
 
 def vqgan_config_to_json(config: VqganConfig) -> dict[str, object]:

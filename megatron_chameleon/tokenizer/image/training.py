@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.files import make_folder
+from megatron_chameleon.outputs import save_anyhow
 from megatron_chameleon.tokenizer.common.corpus import ImageEntry
-from megatron_chameleon.tokenizer.common.files import make_folder
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.image.batches import ImageSet, training_batch
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig, ImageTrainingConfig
@@ -77,7 +78,8 @@ def train_image_tokenizer(
 
     Raises:
         ConfigError: If the folder's vocabulary has a different number of image codes.
-        DataError: If no image can be read.
+        DataError: If no image can be read, or the folder cannot be written. If it cannot take the
+            result, the error names another folder that has it.
     """
     output, device = make_folder(output), torch.device(device)
     _check_vocabulary(output, config.model.codebook_size)
@@ -88,9 +90,13 @@ def train_image_tokenizer(
         trainer = _Trainer(config, seed, device)
         trainer.fit(images, report)
         result = measure_reconstruction(trainer.model, images, config.training.batch_size)
-    images.write_dropped(output)
     details = {"training": asdict(config.training), "seed": seed, "result": asdict(result)}
-    save_vqgan(trainer.model, output, details)
+
+    def save(folder: Path) -> None:
+        images.write_dropped(folder)
+        save_vqgan(trainer.model, folder, details)
+
+    save_anyhow(save, output)
     return result
 
 

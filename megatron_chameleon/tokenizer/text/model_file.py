@@ -14,6 +14,7 @@ from typing import Any
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.files import read_json
 from megatron_chameleon.tokenizer.text.tokenizer import TextTokenizer
 
 HARD_TEXTS = (
@@ -38,8 +39,8 @@ def sentencepiece_from_huggingface(path: Path) -> bytes:
         DataError: If the file is not such a ``tokenizer.json``, or sentencepiece would give other
             ids.
     """
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         model = content["model"]
         if model["type"] != "BPE":
             raise DataError(str(path), f"is a {model['type']}, not a BPE", _REMEDY)
@@ -48,7 +49,7 @@ def sentencepiece_from_huggingface(path: Path) -> bytes:
             raise DataError(str(path), f"the {len(names)} ids have gaps", _REMEDY)
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         controls = {token["content"] for token in content["added_tokens"] if token["special"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"is not a valid tokenizer.json ({error!r})"
         raise DataError(str(path), what, _REMEDY) from error
     ranks: dict[str, int] = {}

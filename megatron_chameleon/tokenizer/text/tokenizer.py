@@ -14,6 +14,7 @@ import numpy as np
 import sentencepiece
 
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.files import read_bytes
 
 TEXT_MODEL_FILE = "text.model"
 
@@ -60,13 +61,10 @@ class TextTokenizer:
         """
         path = Path(folder) / TEXT_MODEL_FILE
         try:
-            model = path.read_bytes()
-        except OSError as error:
-            raise DataError(
-                str(path),
-                f"cannot be read ({error.strerror})",
-                "Make it with `chameleon tokenizer text`",
-            ) from None
+            model = read_bytes(path)
+        except DataError as error:
+            remedy = "Make it with `chameleon tokenizer text`"
+            raise DataError(error.where, error.what, remedy) from error
         return cls(model, where=str(path))
 
     @property

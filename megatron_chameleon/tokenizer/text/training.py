@@ -16,7 +16,8 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.tokenizer.common.files import make_folder, write_bytes
+from megatron_chameleon.files import make_folder, write_together
+from megatron_chameleon.outputs import save_anyhow
 from megatron_chameleon.tokenizer.common.vocabulary import (
     BOS,
     EOS,
@@ -53,7 +54,8 @@ def train_text_tokenizer(
     Raises:
         ConfigError: If the size is too small for what it must contain or larger than the corpus can
             fill, or if an image tokenizer in the folder has another codebook size.
-        DataError: If there is no text.
+        DataError: If there is no text, or the folder cannot be written. If it cannot take the
+            result, the error names another folder that has it.
     """
     output = make_folder(output)
     _check_sizes(vocab_size, image_codes)
@@ -71,11 +73,12 @@ def train_text_tokenizer(
             f"Use --vocab-size {tokenizer.size}, or more text",
         )
     vocabulary = Vocabulary.from_tokens(tokenizer.tokens)
-    # The old table is removed first: a crash in between then leaves an incomplete folder instead of
-    # two files that contradict each other.
-    (output / VOCABULARY_FILE).unlink(missing_ok=True)
-    write_bytes(output / TEXT_MODEL_FILE, model)
-    vocabulary.save(output)
+    contents = {VOCABULARY_FILE: vocabulary.to_bytes(), TEXT_MODEL_FILE: model}
+
+    def save(folder: Path) -> None:
+        write_together({folder / name: content for name, content in contents.items()})
+
+    save_anyhow(save, output)
     return vocabulary
 
 
