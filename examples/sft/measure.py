@@ -15,7 +15,8 @@ from make_chats import DRAW, WORDS, answer, request
 from PIL import Image
 from report import CLASSES, Judge
 
-from megatron_chameleon.data.documents.schema import Document, TextPart, parse_line
+from megatron_chameleon.data.documents.records import parse_line
+from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.inference.chat import chat_prompt
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.session import Answer, Session

@@ -99,6 +99,13 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
         "image code in a hundred",
     )
     parser.add_argument(
+        "--ignore-keys",
+        metavar="KEY,...",
+        default="",
+        help="keys or columns to leave out, for example one that holds masks: a picture in a key "
+        "that is not read otherwise drops the document",
+    )
+    parser.add_argument(
         "--save-every",
         type=float,
         default=10.0,
@@ -152,6 +159,7 @@ def _preprocess(args: argparse.Namespace) -> None:
             corpus_name=args.source,
             image_fit=args.image_fit,
             image_dtype=args.image_dtype,
+            ignored_keys=tuple(sorted({key for key in args.ignore_keys.split(",") if key})),
         ),
     )
     launch = find_launch()

@@ -3,29 +3,37 @@
     from megatron_chameleon.data.documents.parse import read_documents
     for document in read_documents(["data/*.jsonl.zst", "s3://bucket/pairs-*.tar"]): ...
 
-``inputs/files.py`` knows the kinds of file, ``inputs/blocks.py`` cuts them into blocks, and
-``schema.py`` has the schema of lines of JSON. The other kinds of record are:
-
-- WebDataset: an image and its ``.txt`` or ``.json`` caption; the image comes first
-- OBELICS-style parquet: parallel lists ``images`` and ``texts``, one of which is null at each place
-- parquet with a column ``text``, or with ``messages`` as in lines of JSON
+``inputs/files.py`` knows the kinds of file, and ``inputs/blocks.py`` cuts them into blocks. A line
+of JSON and a parquet row are a record of the same forms (``shapes.py``). So is the ``.json`` of a
+WebDataset sample; the sample's picture files stand beside its text, and ``KEY.txt`` is its caption.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.data.documents.image_part import ImagePart, folder_of, image_part, one_line
-from megatron_chameleon.data.documents.schema import (
-    Document,
-    TextPart,
-    parse_line,
-    parse_messages,
+from megatron_chameleon.data.documents.image_part import ImagePart, one_line
+from megatron_chameleon.data.documents.media import (
+    AUDIO,
+    IMAGE,
+    VIDEO,
+    medium_of_bytes,
+    medium_of_suffix,
+)
+from megatron_chameleon.data.documents.pictures import shown_key
+from megatron_chameleon.data.documents.records import (
+    Origin,
+    document_of,
+    parse_json,
+    prompt_of,
     record_name,
 )
+from megatron_chameleon.data.documents.schema import Document
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import find_inputs
+from megatron_chameleon.data.inputs.form_keys import FORM_KEYS
 from megatron_chameleon.data.inputs.records import (
     BROKEN_DOCUMENT,
     Block,
@@ -37,29 +45,85 @@ from megatron_chameleon.data.inputs.records import (
 from megatron_chameleon.data.inputs.shards import plan_ranges
 from megatron_chameleon.errors import DataError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+logger = logging.getLogger(__name__)
+
+Maker = Callable[..., Document]
+"""``document_of`` or ``prompt_of``: what to make of a record."""
+
+MOST_SHOWN_KEYS = 20
+MOST_KEPT_KEYS = 1000
+"""Names of keys that are kept for the list of unused keys; more are only counted as more."""
+_CAPTION_SUFFIXES = ("txt", "caption", "text")
 
 
-def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
+def read_documents(paths: Sequence[str | Path], make: Maker = document_of) -> Iterator[Document]:
     """Read the documents of all inputs, in order.
 
     Args:
         paths: Files, globs or URLs (``inputs/files.py``).
+        make: What to make of each record.
 
     Raises:
         DataError: If a file is missing, damaged or of an unknown kind, or a document is broken. The
             error names the file and the line.
     """
     inputs = find_inputs(paths)
+    unused = UnusedKeys()
     for block in read_blocks(inputs, plan_ranges(inputs)):
-        for item in parse_block(block):
+        for item in unused.watch(parse_block(block, make)):
             if isinstance(item, Fault):
                 raise item.error
             yield item
+    unused.report()
 
 
-def parse_block(block: Block) -> Iterator[Document | Fault]:
+def read_prompts(paths: Sequence[str | Path]) -> list[Document]:
+    """Read prompts to continue; an answer at the end of a conversation is left out.
+
+    Raises:
+        DataError: As ``read_documents``; or a conversation has nothing to answer.
+    """
+    return list(read_documents(paths, prompt_of))
+
+
+class UnusedKeys:
+    """Collects the keys of records that nobody reads, and lists them once."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def add(self, keys: Iterable[str]) -> None:
+        """Add keys; past ``MOST_KEPT_KEYS`` they are passed over."""
+        if len(self.names) < MOST_KEPT_KEYS:
+            self.names.update(map(shown_key, keys))
+
+    def watch(self, items: Iterable[Document | Fault]) -> Iterator[Document | Fault]:
+        """The same items; the unused keys of the documents are added on the way."""
+        for item in items:
+            if isinstance(item, Document) and item.unused_keys:
+                self.add(item.unused_keys)
+            yield item
+
+    def report(self) -> None:
+        """Log the list, if there is anything to list."""
+        if not self.names:
+            return
+        listed = sorted(self.names)
+        more = len(listed) - MOST_SHOWN_KEYS
+        tail = f" and {'at least ' if len(listed) >= MOST_KEPT_KEYS else ''}{more:,} more"
+        shown = ", ".join(listed[:MOST_SHOWN_KEYS]) + (tail if more > 0 else "")
+        logger.warning("keys not used: %s", shown)
+
+
+def parse_block(
+    block: Block, make: Maker = document_of, ignored: frozenset[str] = frozenset()
+) -> Iterator[Document | Fault]:
     """Parse the documents of a block; each broken one is replaced by a ``Fault``.
+
+    Args:
+        block: The block.
+        make: What to make of each record.
+        ignored: Keys that are left out of every record, whatever they hold.
 
     Raises:
         DataError: If the file has become shorter since the block was cut.
@@ -68,22 +132,36 @@ def parse_block(block: Block) -> Iterator[Document | Fault]:
     if isinstance(payload, Fault):
         yield payload
     elif isinstance(payload, TarSamples):
-        yield from _parse_samples(block, payload)
+        yield from _parse_samples(block, payload, make, ignored)
     elif isinstance(payload, ParquetRows):
-        yield from _parse_rows(block, payload)
+        yield from _parse_rows(block, payload, make, ignored)
     else:
-        yield from _parse_lines(block, payload)
+        yield from _parse_lines(block, payload, make, ignored)
 
 
-def _parse_lines(block: Block, payload: bytes | FileSlice) -> Iterator[Document | Fault]:
+def _without(record: dict[str, Any], ignored: frozenset[str]) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if k not in ignored} if ignored else record
+
+
+def _parse_lines(
+    block: Block, payload: bytes | FileSlice, make: Maker, ignored: frozenset[str]
+) -> Iterator[Document | Fault]:
     content = _read_slice(block.path, payload) if isinstance(payload, FileSlice) else payload
     for number, line in enumerate(content.split(b"\n"), start=block.record + 1):
         if not line or line.isspace():
             continue
+        origin = Origin(block.path, number)
+        record: dict[str, Any] = {}
         try:
-            yield parse_line(line, block.path, number)
+            record = parse_json(line, origin.where, number)
+            yield make(_without(record, ignored), origin)
         except DataError as error:
-            yield Fault(error, BROKEN_DOCUMENT, f"{_name(block.path)}:{number}", _stem(block.path))
+            yield _fault(error, block.path, record, f"{_name(block.path)}:{number}")
+
+
+def _fault(error: DataError, path: str, record: Mapping[str, Any], default: str) -> Fault:
+    name = record_name(record.get("id"), default)
+    return Fault(error, BROKEN_DOCUMENT, name, record_name(record.get("source"), _stem(path)))
 
 
 def _read_slice(path: str, part: FileSlice) -> bytes:
@@ -108,112 +186,114 @@ def _stem(path: str) -> str:
 # WebDataset
 
 
-def _parse_samples(block: Block, payload: TarSamples) -> Iterator[Document | Fault]:
+def _parse_samples(
+    block: Block, payload: TarSamples, make: Maker, ignored: frozenset[str]
+) -> Iterator[Document | Fault]:
     for record, sample in enumerate(payload.samples, start=block.record + 1):
+        origin = Origin(block.path, record, sample["__key__"])
         try:
-            yield _tar_document(sample, block.path, record)
+            yield _tar_document(sample, origin, make, ignored)
         except DataError as error:
-            yield Fault(error, BROKEN_DOCUMENT, sample["__key__"], _stem(block.path))
+            yield _fault(error, block.path, {}, sample["__key__"])
 
 
-def _tar_document(sample: dict[str, Any], path: str, record: int) -> Document:
-    key = sample["__key__"]
-    where = f"{path}:{key}"
-    metadata: dict[str, Any] = {}
-    if "json" in sample:
+def _tar_document(
+    sample: dict[str, Any], origin: Origin, make: Maker, ignored: frozenset[str]
+) -> Document:
+    files = {name: data for name, data in sample.items() if not name.startswith("__")}
+    base = origin.key.rsplit("/", 1)[-1]
+    pictures: dict[str, bytes] = {}
+    unused = []
+    for suffix, data in files.items():
+        if suffix in (*_CAPTION_SUFFIXES, "json") or suffix in ignored:
+            continue
+        medium = medium_of_suffix(f"{base}.{suffix}") or medium_of_bytes(data)
+        if medium in (AUDIO, VIDEO):
+            name = "a video" if medium == VIDEO else "sound"
+            what = f"its .{shown_key(suffix)} holds {name}, which is not read"
+            raise DataError(origin.where, what, "Remove the sample or the file")
+        if medium == IMAGE:
+            pictures[f"{base}.{suffix}".lower()] = data
+        else:
+            unused.append(f".{suffix}")
+    record = _without(_metadata(files, origin.where), ignored)
+    unused += [key for key in ("id", "source") if record.pop(key, None) is not None]
+    caption = _caption(files, origin.where)
+    if caption is None and isinstance(record.get("caption"), str):
+        caption = record["caption"]
+    if caption is not None:
+        forms = [key for key in FORM_KEYS if key in record]
+        told = {key: record.pop(key) for key in forms}
+        unused += [k for k, v in told.items() if v is not None and v not in (caption, "")]
+        record["text"] = caption
+    elif not any(record.get(key) is not None for key in FORM_KEYS):
+        what = f"no caption among its files ({', '.join(map(shown_key, files))})"
+        raise DataError(origin.where, what, 'Add KEY.txt, or KEY.json with a "caption"')
+    if isinstance(record.get("text"), str):
+        # One rule for .txt and .json: a caption ends with a line break in most files.
+        record["text"] = record["text"].removeprefix("\ufeff").strip()
+    document = make(record, origin, pictures)
+    has_picture = any(isinstance(part, ImagePart) for part in document.content)
+    if document.roles is None and not has_picture:
+        # img2dataset leaves captions whose image could not be downloaded. Such a document counts
+        # as one with a missing image, and is dropped.
+        missing = ImagePart(f"{origin.path}/{origin.key}.<image>")
+        document.content = (missing, *document.content)
+    document.unused_keys = (*document.unused_keys, *unused)
+    return document
+
+
+def _metadata(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
+    """The object in the ``.json`` of a sample; empty if there is none."""
+    if "json" not in files:
+        return {}
+    try:
+        found = json.loads(files["json"].decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        what = f"its .json is not valid JSON ({one_line(error)})"
+        raise DataError(where, what, "Fix or remove the sample") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _caption(files: Mapping[str, bytes], where: str) -> str | None:
+    """The text beside a sample's picture; None if no file holds one."""
+    found: dict[str, str] = {}
+    for suffix in _CAPTION_SUFFIXES:
+        if suffix not in files:
+            continue
         try:
-            metadata = json.loads(sample["json"])
-        except (ValueError, RecursionError) as error:
-            what = f"its .json is not valid JSON ({one_line(error)})"
-            raise DataError(where, what, "Fix or remove the sample") from error
-    caption = metadata.get("caption", metadata.get("text")) if isinstance(metadata, dict) else None
-    if "txt" in sample:
-        try:
-            caption = sample["txt"].decode("utf-8").strip()
+            found[suffix] = files[suffix].decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise DataError(where, "its .txt is not UTF-8", "Write captions as UTF-8") from error
-    if not isinstance(caption, str):
-        what = f"no caption among its files ({', '.join(_suffixes(sample))})"
-        raise DataError(where, what, 'Add KEY.txt, or KEY.json with a "caption"')
-    images = [sample[suffix] for suffix in _suffixes(sample) if suffix in IMAGE_SUFFIXES]
-    # img2dataset leaves captions whose image could not be downloaded. Such a document counts as one
-    # with a missing image, and is dropped.
-    image = ImagePart(images[0]) if images else ImagePart(f"{path}/{key}.<image>")
-    return Document(key, _stem(path), (image, TextPart(caption)), where, record=record)
-
-
-def _suffixes(sample: dict[str, Any]) -> list[str]:
-    return [name for name in sample if not name.startswith("__")]
+            what = f"its .{suffix} is not UTF-8"
+            raise DataError(where, what, "Write captions as UTF-8") from error
+    if len(set(found.values())) > 1:
+        what = f"has different captions in {' and '.join(f'.{suffix}' for suffix in found)}"
+        raise DataError(where, what, "Keep one of them")
+    return next(iter(found.values()), None)
 
 
 # Parquet
 
 
-def _parse_rows(block: Block, payload: ParquetRows) -> Iterator[Document | Fault]:
+def _parse_rows(
+    block: Block, payload: ParquetRows, make: Maker, ignored: frozenset[str]
+) -> Iterator[Document | Fault]:
     import pyarrow
 
     with pyarrow.ipc.open_stream(payload.stream) as stream:
         records = stream.read_all()
     for position in range(records.num_rows):
-        row = block.record + position + 1
+        origin = Origin(block.path, block.record + position + 1)
+        record: dict[str, Any] = {}
         try:
             # raises if a text is not UTF-8
             (record,) = records.slice(position, 1).to_pylist()
-            yield _parquet_document(record, block.path, row)
+            document = make(_without(record, ignored), origin)
+            if payload.unread:
+                document.unused_keys = (*document.unused_keys, *payload.unread)
+            yield document
         except (DataError, ValueError, pyarrow.ArrowException) as error:
             if not isinstance(error, DataError):
-                where, what = f"{block.path}:{row}", f"cannot be decoded ({one_line(error)})"
-                error = DataError(where, what, "Write the row again")
-            yield Fault(error, BROKEN_DOCUMENT, f"{_name(block.path)}:{row}", _stem(block.path))
-
-
-def _parquet_document(record: dict[str, Any], path: str, row: int) -> Document:
-    where = f"{path}:{row}"
-    document_id = record_name(record, "id", f"{_name(path)}:{row}", where)
-    corpus_name = record_name(record, "source", _stem(path), where)
-    parts: tuple[TextPart | ImagePart, ...]
-    roles = None
-    if "messages" in record:
-        parts, roles = parse_messages(record["messages"], folder_of(path), where)
-    elif "text" in record:
-        if not isinstance(record["text"], str):
-            what = f"text must be a string, not {type(record['text']).__name__}"
-            raise DataError(where, what, "Write strings into the column")
-        parts = (TextPart(record["text"]),)
-    else:
-        parts = _interleaved(record, path, where)
-    return Document(document_id, corpus_name, parts, where, roles, row)
-
-
-def _interleaved(record: dict[str, Any], path: str, where: str) -> tuple[TextPart | ImagePart, ...]:
-    images, texts = record["images"] or [], record["texts"] or []
-    if not isinstance(images, list) or not isinstance(texts, list):
-        what = "images and texts must be lists"
-        raise DataError(
-            where, what, "Write two list columns; at each place one of the two must be null"
-        )
-    if len(images) != len(texts) or not images:
-        what = f"images has {len(images)} entries, but texts has {len(texts)}"
-        raise DataError(where, what, "Write two lists of the same length, at least 1")
-    pairs = enumerate(zip(images, texts, strict=True))
-    return tuple(_parquet_part(i, image, text, path, where) for i, (image, text) in pairs)
-
-
-def _parquet_part(
-    position: int, image: Any, text: Any, path: str, where: str
-) -> TextPart | ImagePart:
-    if (image is None) == (text is None):
-        both = "both null" if image is None else "both set"
-        what = f"images[{position}] and texts[{position}] are {both}"
-        raise DataError(where, what, "Set exactly one of the two at each place")
-    if text is not None:
-        if not isinstance(text, str):
-            what = f"texts[{position}] must be a string, not {type(text).__name__}"
-            raise DataError(where, what, "Write strings into the list")
-        return TextPart(text)
-    if isinstance(image, dict):  # the Image feature of Hugging Face datasets
-        image = image.get("bytes") or image.get("path") or b""
-    if not isinstance(image, str | bytes):
-        what = f"images[{position}] must be a path or bytes, not {type(image).__name__}"
-        raise DataError(where, what, "Write paths or bytes into the list")
-    return image_part(image, folder_of(path), where)
+                what = f"cannot be decoded ({one_line(error)})"
+                error = DataError(origin.where, what, "Write the row again")
+            yield _fault(error, block.path, record, f"{_name(block.path)}:{origin.number}")

@@ -1,9 +1,10 @@
-"""Reads parquet: lists ``images`` and ``texts`` (OBELICS), or a column ``text`` or ``messages``."""
+"""Reads the rows of parquet files: all columns that could hold text or pictures."""
 
 from collections.abc import Iterator
 from typing import IO, Any
 
 from megatron_chameleon.data.inputs.files import InputFile, InputRange
+from megatron_chameleon.data.inputs.form_keys import FORM_KEYS, PICTURE_KEY
 from megatron_chameleon.data.inputs.records import BROKEN_FILE, Fault, FileBlock, ParquetRows
 from megatron_chameleon.errors import DataError
 
@@ -27,13 +28,13 @@ def parquet_blocks(
     row = max(done, part.start)
     try:
         with _open(file) as parquet:
-            columns = _columns(item, parquet.schema_arrow.names)
+            columns, unread = _columns(item, parquet.schema_arrow)
             rows = parquet.metadata.num_rows
             stop = rows if part.stop is None else min(part.stop, rows)
             for batch in _batches(parquet, columns, row, stop):
                 end = row + batch.num_rows
                 yield FileBlock(
-                    _to_stream(batch), row, end, end, item.size_bytes * end // max(rows, 1)
+                    _to_stream(batch, unread), row, end, end, item.size_bytes * end // max(rows, 1)
                 )
                 row = end
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -62,34 +63,58 @@ def _fault(
     return FileBlock(fault, row, row, row, item.size_bytes)
 
 
-def _to_stream(batch: Any) -> ParquetRows:
+def _to_stream(batch: Any, unread: list[str]) -> ParquetRows:
     import pyarrow
 
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
-    return ParquetRows(sink.getvalue().to_pybytes())
+    return ParquetRows(sink.getvalue().to_pybytes(), tuple(unread))
 
 
 def _cause(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _columns(item: InputFile, names: list[str]) -> list[str]:
-    wanted: tuple[str, ...] = ("images", "texts") if {"images", "texts"} & set(names) else ("text",)
-    if "messages" in names and not set(wanted) & set(names):
-        wanted = ("messages",)
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        what = f"has no column {' and '.join(missing)} (it has {', '.join(names)[:200]})"
-        remedy = "Write the parallel list columns images and texts, or a column text or messages"
+def _columns(item: InputFile, schema: Any) -> tuple[list[str], list[str]]:
+    """The columns to read, and those that can hold neither text nor a picture."""
+    names: list[str] = schema.names
+    if not set(FORM_KEYS) & set(names):
+        what = f"has no column {', '.join(FORM_KEYS)} (it has {', '.join(names)[:200]})"
+        remedy = "Write a column text or messages, or the parallel list columns images and texts"
         raise DataError(item.path, what, remedy)
-    return [name for name in ("id", "source", *wanted) if name in names]
+    named = {"id", "source", *FORM_KEYS, *filter(PICTURE_KEY.fullmatch, names)}
+    read = [n for n in names if n in named or _holds_texts(schema.field(n).type)]
+    return read, [name for name in names if name not in read]
+
+
+def _holds_texts(kind: Any) -> bool:
+    """Whether a column can hold strings or bytes, at any depth."""
+    import pyarrow
+
+    if pyarrow.types.is_nested(kind):
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        return any(_holds_texts(field.type) for field in fields)
+    if pyarrow.types.is_dictionary(kind):
+        return _holds_texts(kind.value_type)
+    is_of = pyarrow.types
+    return not (is_of.is_primitive(kind) or is_of.is_null(kind) or is_of.is_decimal(kind))
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column can hold the bytes of files, at any depth."""
+    import pyarrow
+
+    if pyarrow.types.is_nested(kind):
+        return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
 
 def _batches(parquet: Any, columns: list[str], start: int, stop: int) -> Iterator[Any]:
     """The rows [start, stop), group by group: groups before them are not read."""
-    size = INTERLEAVED_ROWS if "images" in columns else TEXT_ROWS
+    fields = [parquet.schema_arrow.field(name) for name in columns]
+    has_pictures = "images" in columns or any(_holds_bytes(field.type) for field in fields)
+    size = INTERLEAVED_ROWS if has_pictures else TEXT_ROWS
     first = 0
     for group in range(parquet.metadata.num_row_groups):
         count = parquet.metadata.row_group(group).num_rows

@@ -71,6 +71,8 @@ class ParquetRows:
     stream: bytes
     """One record batch as an Arrow IPC stream. It carries these rows alone, whatever batch they
     were sliced from."""
+    unread: tuple[str, ...] = ()
+    """Columns of the file that can hold neither text nor a picture."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_chameleon.data.documents.conversations import are_padded, fault_of
 from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
-from megatron_chameleon.data.documents.parse import parse_block
+from megatron_chameleon.data.documents.parse import UnusedKeys, parse_block
 from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.data.inputs.records import BROKEN_DOCUMENT, Block, Fault, Position
 from megatron_chameleon.data.preprocess.image_codes import ImageCache, ImageEncoder
@@ -58,6 +58,8 @@ class EncodedBlock:
     tokens: TokenBlock
     dropped: list[DroppedDocument] = field(default_factory=list)
     after: Position = field(default_factory=Position)
+    unused_keys: frozenset[str] = frozenset()
+    """Keys of its records that nobody reads."""
 
 
 class DocumentEncoder:
@@ -83,8 +85,11 @@ class DocumentEncoder:
             DataError: If documents have images and there is no image tokenizer, or a disk or
                 network fails.
         """
-        tokens, dropped = self.encode(parse_block(block), block.input)
-        return EncodedBlock(tokens, dropped, block.after)
+        unused = UnusedKeys()
+        ignored = frozenset(self.options.ignored_keys)
+        items = unused.watch(parse_block(block, ignored=ignored))
+        tokens, dropped = self.encode(items, block.input)
+        return EncodedBlock(tokens, dropped, block.after, frozenset(unused.names))
 
     def encode(
         self, items: Iterable[Document | Fault], input_number: int = 0

@@ -36,6 +36,8 @@ class EncodeOptions:
     """How images become square; one of ``IMAGE_FITS``."""
     image_dtype: str = "fp32"
     """Type of the image tokenizer's convolutions: fp32, or bf16 for a GPU."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of records that are left out, whatever they hold."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_chameleon.data.documents.parse import parse_block
+from megatron_chameleon.data.documents.parse import UnusedKeys, parse_block
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import InputFile, InputRange, find_inputs, signature_of
@@ -106,6 +106,7 @@ def preprocess(
         if not writer.state.finishing:
             run.write(tokenizer)
         info = writer.commit()
+    run.unused_keys.report()
     run.report.finish(info, writer.state, writer.path(""))
     for line in describe_answers(info):
         logger.info(line)
@@ -117,7 +118,9 @@ def preprocess(
 def _job_digest(files: Sequence[InputFile], tokenizer: Tokenizer, encoding: EncodeOptions) -> str:
     """A digest of all that determines the output's bytes: equal digests may resume each other."""
     parts = (ANSWERS_FORMAT, signature_of(files), tokenizer.fingerprint, encoding.corpus_name)
-    ways = (encoding.device, encoding.image_fit, encoding.image_dtype)
+    ways = [encoding.device, encoding.image_fit, encoding.image_dtype]
+    if encoding.ignored_keys:  # without them the digest is that of earlier versions
+        ways.append(json.dumps(sorted(encoding.ignored_keys)))
     return hashlib.sha256(json.dumps([*parts, *ways]).encode()).hexdigest()
 
 
@@ -152,6 +155,7 @@ class _PreprocessRun:
         self.report = ProgressReport(self.total_bytes, writer.state, self.position.read_bytes)
         self.first_bad: list[str] = []
         """The first three bad documents, for error messages."""
+        self.unused_keys = UnusedKeys()
         self._started = self._saved = time.monotonic()
         if saved:
             line = f"preprocess: resuming after {writer.documents:,} documents of an earlier run"
@@ -182,6 +186,7 @@ class _PreprocessRun:
             if len(self.first_bad) < 3:
                 at = "" if bad.detail.startswith(bad.where) else f"{bad.where}: "
                 self.first_bad.append(f"{at}{bad.detail}")
+        self.unused_keys.add(encoded.unused_keys)
         self.position = encoded.after
         self.report.update(self.writer.state, self.position.read_bytes)
         if time.monotonic() - self._saved >= self.options.save_seconds:

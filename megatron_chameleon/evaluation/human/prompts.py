@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from PIL import Image
 
-from megatron_chameleon.data.documents.schema import Document, parse_line
+from megatron_chameleon.data.documents.records import parse_line
+from megatron_chameleon.data.documents.schema import Document
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.asking.record_files import read_records

@@ -13,7 +13,8 @@ from typing import Any
 import orjson
 
 from megatron_chameleon.data.documents.image_part import image_part
-from megatron_chameleon.data.documents.schema import TextPart, parse_line
+from megatron_chameleon.data.documents.records import parse_line
+from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.evaluation.asking.record_files import read_json, read_records, require_keys
 from megatron_chameleon.evaluation.tasks.catalogue import TaskInfo

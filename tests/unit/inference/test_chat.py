@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_chameleon.data.documents.schema import Document, parse_line
+from megatron_chameleon.data.documents.records import parse_line
+from megatron_chameleon.data.documents.schema import Document
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import chat_prompt

@@ -11,7 +11,8 @@ from PIL import Image
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.documents.image_part import ImagePart
-from megatron_chameleon.data.documents.schema import TextPart, parse_line
+from megatron_chameleon.data.documents.records import parse_line
+from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.data.preprocess.options import EncodeOptions
 from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality

@@ -142,7 +142,7 @@ def test_parquet_images_as_bytes_and_paths(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"images": [["i"]]}, r"o\.parquet: has no column texts \(it has images\)"),
+        ({"images": [["i"]]}, r"o\.parquet: has no column content, text, .*\(it has images\)"),
         (
             {"images": [["i"]], "texts": [[None, "x"]]},
             r"o\.parquet:1: images has 1 entries, but texts has 2",

@@ -1,0 +1,16 @@
+"""The keys and columns that tell which form a record has (``data/documents/shapes.py``)."""
+
+import re
+
+FIRST_FORM_KEYS = ("content", "text", "messages", "conversations")
+"""A record has one of these at most."""
+OTHER_FORM_KEYS = ("prompt", "question", "instruction", "texts", "caption")
+"""The first one decides if there is none of ``FIRST_FORM_KEYS``."""
+FORM_KEYS = (*FIRST_FORM_KEYS, *OTHER_FORM_KEYS)
+
+PICTURE_KEY = re.compile(
+    r"(?:image|img|picture|pic|photo)s?(?:_?(?P<number>\d{1,4}))?(?:_(?:bytes|base64|b64|data))?"
+    r"|jpe?g|png|webp|gif|bmp|tiff?",
+    re.IGNORECASE,
+)
+"""Keys that hold pictures, such as ``image``, ``images`` and ``image_1``."""
