@@ -1,4 +1,8 @@
-"""Numbers in sentences: durations, and nouns that follow a count."""
+"""Values in sentences: durations, sizes, nouns that follow a count, and values of any length."""
+
+from typing import Any
+
+_LONGEST_VALUE = 60
 
 
 def format_duration(seconds: float) -> str:
@@ -24,3 +28,48 @@ def counted(count: int, noun: str) -> str:
     ('1 answer', '2,300 documents')
     """
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes in the largest unit of which there is at least one.
+
+    >>> format_bytes(4.2e15), format_bytes(24 * 2**30), format_bytes(100)
+    ('3.7 PiB', '24.0 GiB', '100 B')
+    """
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+    power = 0
+    while count >= 1024 and power < len(units) - 1:
+        count, power = count / 1024, power + 1
+    return f"{count:,.1f} {units[power]}" if power else f"{count:.0f} B"
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, cut after some 60 characters.
+
+    A message stays one line of a readable length, whatever a user wrote.
+
+    >>> shown("a" * 1000)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa... (1,000 characters)"
+    """
+    if isinstance(value, int) and value.bit_length() > 4000:  # Python refuses to write these out
+        return f"a number of about {int(value.bit_length() * 0.30103):,} digits"
+    if isinstance(value, str):  # before repr makes it longer
+        text = repr(value[: _LONGEST_VALUE + 1])
+        length = len(value)
+    else:
+        text = repr(value)
+        length = len(text)
+    if len(text) <= _LONGEST_VALUE + 2:
+        return text
+    return f"{text[:_LONGEST_VALUE]}... ({length:,} characters)"
+
+
+def cut(text: str) -> str:
+    """A text that stands without quotation marks in a message, cut after some 60 characters.
+
+    >>> cut("model.num_layers=3")
+    'model.num_layers=3'
+    """
+    if len(text) <= 2 * _LONGEST_VALUE and text.isprintable():
+        return text
+    return shown(text)

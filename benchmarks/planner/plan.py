@@ -9,7 +9,8 @@ used for that. The last lines compare the planner with the most that one H200 ca
 import argparse
 from dataclasses import replace
 
-from megatron_chameleon.config.load import PRESETS, load_config
+from megatron_chameleon.config.load import load_config
+from megatron_chameleon.config.names import PRESETS
 from megatron_chameleon.planner.gpus import GPUS
 from megatron_chameleon.planner.published import (
     PublishedRun,

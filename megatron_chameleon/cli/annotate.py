@@ -12,10 +12,15 @@ from pathlib import Path
 
 from megatron_chameleon.cli.logs import progress
 from megatron_chameleon.cli.options import (
+    BATCH,
+    COUNT,
+    FORMS,
+    RESAMPLES,
+    SEED,
     add_action,
     add_common_options,
     add_sampling_options,
-    check_at_least_1,
+    device,
 )
 
 KINDS = ("absolute", "pairwise", "safety")
@@ -34,15 +39,15 @@ def _add_answer(answer: argparse.ArgumentParser) -> None:
         "prompts", help="documents (.jsonl), with or without `category` and `modality`"
     )
     answer.add_argument("--output", metavar="DIR", required=True, help="folder for documents.jsonl")
-    answer.add_argument("--limit", type=int, metavar="N", help="answer only the first N prompts")
+    answer.add_argument("--limit", type=COUNT, metavar="N", help="answer only the first N prompts")
     add_sampling_options(answer)
     answer.add_argument(
-        "--batch-size", type=int, default=32, help="prompts to answer together (default: 32)"
+        "--batch-size", type=BATCH, default=32, help="prompts to answer together (default: 32)"
     )
     answer.add_argument(
         "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
     )
-    answer.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    answer.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
     add_common_options(answer, nested=True)
 
 
@@ -58,9 +63,9 @@ def _add_prepare(prepare: argparse.ArgumentParser) -> None:
     prepare.add_argument(
         "--output", metavar="DIR", required=True, help="folder for the forms and key.json"
     )
-    prepare.add_argument("--annotators", type=int, default=3, help="number of forms (default: 3)")
+    prepare.add_argument("--annotators", type=FORMS, default=3, help="number of forms (default: 3)")
     prepare.add_argument(
-        "--seed", type=int, default=1, help="seed of the order and sides of answers (default: 1)"
+        "--seed", type=SEED, default=1, help="seed of the order and sides of answers (default: 1)"
     )
     add_common_options(prepare, nested=True)
 
@@ -73,14 +78,13 @@ def _add_score(score: argparse.ArgumentParser) -> None:
     score.add_argument("--kind", choices=KINDS, help="kind of the judgements, if there is no key")
     score.add_argument("--output", metavar="FILE", help="write the figures as JSON")
     score.add_argument(
-        "--bootstraps", type=int, default=1000, help="number of resamples (default: 1000)"
+        "--bootstraps", type=RESAMPLES, default=1000, help="number of resamples (default: 1000)"
     )
-    score.add_argument("--seed", type=int, default=1, help="seed of the resampling (default: 1)")
+    score.add_argument("--seed", type=SEED, default=1, help="seed of the resampling (default: 1)")
     add_common_options(score, nested=True)
 
 
 def run(args: argparse.Namespace) -> None:
-    check_at_least_1(args, "limit", "batch_size", "annotators", "bootstraps")
     {"answer": _answer, "prepare": _prepare, "score": _score}[args.action](args)
 
 

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_chameleon.cli.options import add_action, add_common_options, add_overrides
+from megatron_chameleon.cli.options import CONFIG, add_action, add_common_options, add_overrides
 
 if TYPE_CHECKING:
     from megatron_chameleon.config.paper import PaperComparison
@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     check = add_action(kinds, "check", "show every value beside the paper's and mark deviations")
-    check.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a preset")
+    check.add_argument("config", metavar="CONFIG", help=CONFIG)
     add_overrides(check)
     check.add_argument(
         "--paper",
@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config import paper
     from megatron_chameleon.config.checks.check import check_config, smallest_world_size
-    from megatron_chameleon.config.load import find_config, find_preset, load_config
+    from megatron_chameleon.config.load import find_preset, load_config
+    from megatron_chameleon.config.names import find_config
 
     path = find_config(args.config)
     config = load_config(path, args.overrides)

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.cli.options import FILES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shards",
-        type=int,
+        type=FILES,
         metavar="N",
         help="number of files in Meta's format (default: as few as the QK-norms allow)",
     )

@@ -7,10 +7,11 @@ command shows what a new run would see.
 import argparse
 
 from megatron_chameleon.cli.options import (
+    CONFIG,
+    COUNT,
     add_action,
     add_common_options,
     add_overrides,
-    check_at_least_1,
 )
 
 
@@ -19,14 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     audit = add_action(
         actions, "audit", "show the samples, sources and documents of one step of a run"
     )
-    audit.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    audit.add_argument("config", metavar="CONFIG", help=CONFIG)
     add_overrides(audit)
     audit.add_argument(
-        "--step", type=int, required=True, metavar="N", help="the step, counted from 1"
+        "--step", type=COUNT, required=True, metavar="N", help="the step, counted from 1"
     )
     audit.add_argument(
         "--documents",
-        type=int,
+        type=COUNT,
         default=40,
         metavar="N",
         help="how many parts of documents to list (default: 40)",
@@ -42,13 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.checks.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import load_config
+    from megatron_chameleon.config.names import find_config
     from megatron_chameleon.data.batches.reader import BatchReader
     from megatron_chameleon.data.views.audit import audit_step, format_audit
     from megatron_chameleon.tokenizer.folder import load_tokenizer
     from megatron_chameleon.training.run.open_data import open_newest
 
-    check_at_least_1(args, "documents")
-    config = load_config(args.config, args.overrides)
+    config = load_config(find_config(args.config), args.overrides)
     check_config(config, smallest_world_size(config.parallel))
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
     reader = BatchReader(config, tokenizer) if args.new else open_newest(config, tokenizer)

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from megatron_chameleon.cli.logs import progress
-from megatron_chameleon.cli.options import check_at_least_1
+from megatron_chameleon.cli.options import BATCH, COUNT, SEED, device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,18 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="DIR", help="folder with local data (default: the hub, text tasks only)"
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="use only the first N items per task"
+        "--limit", type=COUNT, metavar="N", help="use only the first N items per task"
     )
     parser.add_argument(
-        "--seed", type=int, default=1, help="seed of the shots and of sampling (default: 1)"
+        "--seed", type=SEED, default=1, help="seed of the shots and of sampling (default: 1)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=32, help="prompts to answer together (default: 32)"
+        "--batch-size", type=BATCH, default=32, help="prompts to answer together (default: 32)"
     )
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(
                 name, "is missing", f"Add it to chameleon evaluate --tasks {args.tasks}"
             )
-    check_at_least_1(args, "limit", "batch_size")
 
     from megatron_chameleon.evaluation.runner import RESULTS_FILE, load_tasks, run_tasks
     from megatron_chameleon.evaluation.tasks.results import results_table

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_chameleon.cli.logs import progress
-from megatron_chameleon.cli.options import add_sampling_options, check_at_least_1
+from megatron_chameleon.cli.options import ANSWERS, BATCH, GUIDANCE, add_sampling_options
 from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
@@ -52,15 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="folder for images (default: generated) and answers"
     )
-    parser.add_argument("--count", type=int, default=1, help="answers per prompt (default: 1)")
+    parser.add_argument("--count", type=ANSWERS, default=1, help="answers per prompt (default: 1)")
     add_sampling_options(parser)
     parser.add_argument(
         "--guidance-image",
-        type=float,
+        type=GUIDANCE,
         help="separate guidance scale for the images of a prompt; --guidance then applies to its "
         "text. Meta's code uses 1.2 and 3",
     )
-    parser.add_argument("--batch-size", type=int, help="prompts to answer together (default: 64)")
+    parser.add_argument("--batch-size", type=BATCH, help="prompts to answer together (default: 64)")
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
     )
@@ -82,7 +82,6 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.inference.session import Session
     from megatron_chameleon.outputs import save_anyhow
 
-    check_at_least_1(args, "count")
     options = _options(args)
     options.check()
     _check_device(args)

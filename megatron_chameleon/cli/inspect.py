@@ -8,7 +8,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from megatron_chameleon.cli.options import add_overrides, check_at_least_1
+from megatron_chameleon.cli.options import COUNT, INDEX, add_overrides
 from megatron_chameleon.wording import counted
 
 _logger = logging.getLogger(__name__)
@@ -31,28 +31,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--documents",
-        type=int,
+        type=COUNT,
         default=20,
         metavar="N",
         help="number of documents on the page (default: 20)",
     )
     parser.add_argument(
         "--start",
-        type=int,
+        type=INDEX,
         default=0,
         metavar="K",
         help="index of the first document on the page (default: 0)",
     )
     parser.add_argument(
         "--step",
-        type=int,
+        type=COUNT,
         default=1,
         metavar="N",
         help="with a config: the step whose sequences the page shows, counted from 1 (default: 1)",
     )
     parser.add_argument(
         "--sequences",
-        type=int,
+        type=COUNT,
         default=8,
         metavar="N",
         help="with a config: number of sequences on the page (default: 8)",
@@ -77,7 +77,6 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
     from megatron_chameleon.training.run.open_data import open_newest
 
-    check_at_least_1(args, "sequences")
     _check_page(args, [args.prefix])
     config = load_config(args.prefix, args.overrides)
     check_config(config, smallest_world_size(config.parallel))
@@ -105,7 +104,6 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
     if args.overrides:
         what = f"{args.prefix} is a token file, which has no values to override"
         raise ConfigError(args.overrides[0], what, "Remove it, or name a YAML file")
-    check_at_least_1(args, "documents")
     names = [args.prefix + suffix for suffix in (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, ".json")]
     _check_page(args, names)
     folder = args.tokenizer or read_info(args.prefix).tokenizer

@@ -21,12 +21,13 @@ from megatron_chameleon.cli.console import (
     open_console,
 )
 from megatron_chameleon.cli.logs import shown_logs
-from megatron_chameleon.cli.options import add_action, add_common_options
+from megatron_chameleon.cli.options import Parser, add_action, add_common_options
 from megatron_chameleon.cli.outside_faults import outside_fault
 from megatron_chameleon.cli.shrunken_files import report_shrunken_files
 from megatron_chameleon.errors import ChameleonError
 
-OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=.*", re.DOTALL)
+OVERRIDE = re.compile(r"[^-=\s][^=\s]*=.*", re.DOTALL)
+"""A word for ``config/overrides.py`` behind an option, where argparse does not expect it."""
 
 VERBS = {
     "tokenizer": "train a text tokenizer or an image tokenizer",
@@ -48,7 +49,7 @@ VERBS = {
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser, with the arguments of one verb only: no other verb's module is imported."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="chameleon",
         description="Train, convert and run mixed-modal early-fusion models (arXiv 2405.09818).",
     )

@@ -1,8 +1,91 @@
-"""Options and arguments that several verbs share, and the checks of their values."""
+"""Options and arguments that several verbs share, and the limits of their values.
+
+An option that takes a number has one of the types below, so ``--gpus nan`` ends with a line that
+says what the option takes. ``tests/unit/cli/test_option_values.py`` finds options without one.
+"""
 
 import argparse
 import logging
-from typing import Any
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from megatron_chameleon.config.constraints import Above, Between, Constraint
+from megatron_chameleon.wording import shown
+
+_LONGEST_NUMBER = 100
+"""Characters; Python takes a long time to read a number of millions of digits."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of all other mistakes."""
+
+    def error(self, message: str) -> NoReturn:
+        text = message.splitlines()[0].removeprefix("argument ")
+        if len(text) > 400 or not text.isprintable():
+            text = shown(text[:300])
+        end = "" if text.endswith((".", "?", "!")) else "."
+        self.exit(2, f"error: {text}{end} See `{self.prog} --help`.\n")
+
+
+@dataclass(frozen=True)
+class NumberOption:
+    """The ``type`` of an option that takes a number."""
+
+    kind: type[int] | type[float]
+    constraint: Constraint
+
+    def __call__(self, text: str) -> int | float:
+        value = _read_number(text, self.kind)
+        if value is None or not self.constraint.allows(value):
+            noun = "a whole number" if self.kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {noun} {self.constraint}")
+        return value
+
+
+def _read_number(text: str, kind: type[int] | type[float]) -> int | float | None:
+    """The number, or None. A whole number may be written as 1e3."""
+    if len(text) > _LONGEST_NUMBER:
+        return None
+    try:
+        if kind is int and re.fullmatch(r"\s*[-+]?[0-9_]+\s*", text):
+            return int(text)
+        value = float(text)
+    except ValueError:
+        return None
+    if kind is float:
+        return value
+    return int(value) if value.is_integer() else None
+
+
+CONFIG = "a YAML file, a run folder, or the name of a preset"
+"""What ``config/names.py`` finds a config by."""
+
+COUNT = NumberOption(int, Between(1, 10**9))
+INDEX = NumberOption(int, Between(0, 10**15))
+SEED = NumberOption(int, Between(0, 2**63 - 1))
+BATCH = NumberOption(int, Between(1, 2**16))
+WORKERS = NumberOption(int, Between(1, 1024))
+IDS = NumberOption(int, Between(1, 2**20))
+TOKENS = NumberOption(int, Between(1, 2**24))
+ANSWERS = NumberOption(int, Between(1, 10**5))
+FORMS = NumberOption(int, Between(1, 1000))
+RESAMPLES = NumberOption(int, Between(1, 10**5))
+FILES = NumberOption(int, Between(1, 1024))
+GPU_COUNT = NumberOption(int, Between(1, 10**6))
+SHARE = NumberOption(float, Between(0, 1))
+PROBABILITY = NumberOption(float, Above(0, at_most=1))
+TEMPERATURE = NumberOption(float, Between(0, 100))
+GUIDANCE = NumberOption(float, Between(0, 1000))
+SECONDS = NumberOption(float, Between(0, 10**7))
+TOLERANCE = NumberOption(float, Between(0, 1000))
+
+
+def device(text: str) -> str:
+    """The ``type`` of ``--device``: cpu, cuda, or cuda:1 and so on."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", text):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not cpu, cuda or cuda:N")
+    return text
 
 
 def add_common_options(parser: argparse.ArgumentParser, nested: bool = False) -> None:
@@ -52,18 +135,22 @@ def add_action(actions: Any, name: str, summary: str) -> argparse.ArgumentParser
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how answers are sampled; defaults are ``GenerationOptions``'s."""
-    parser.add_argument("--seed", type=int, default=1, help="seed of the sampling (default: 1)")
+    parser.add_argument("--seed", type=SEED, default=1, help="seed of the sampling (default: 1)")
     parser.add_argument(
-        "--temperature", type=float, help="0 always takes the likeliest token (default: 0.7)"
+        "--temperature", type=TEMPERATURE, help="0 always takes the likeliest token (default: 0.7)"
     )
     parser.add_argument(
-        "--top-p", type=float, help="sample from this share of the probability (default: 0.9)"
+        "--top-p",
+        type=PROBABILITY,
+        help="sample from this share of the probability (default: 0.9)",
     )
     parser.add_argument(
-        "--guidance", type=float, help="guidance scale of images; 1 is off (default: 1)"
+        "--guidance", type=GUIDANCE, help="guidance scale of images; 1 is off (default: 1)"
     )
     parser.add_argument(
-        "--max-tokens", type=int, help="most tokens per answer (default: until the context is full)"
+        "--max-tokens",
+        type=TOKENS,
+        help="most tokens per answer (default: until the context is full)",
     )
     parser.add_argument(
         "--force", choices=("image", "text"), help="answer with one image, or with text only"
@@ -84,22 +171,3 @@ def add_overrides(parser: argparse.ArgumentParser, condition: str = "") -> None:
         metavar="section.key=value",
         help=f"{condition}: {summary}" if condition else summary,
     )
-
-
-def check_at_least_1(args: argparse.Namespace, *names: str) -> None:
-    """Refuse a number below 1.
-
-    Args:
-        args: What was parsed.
-        names: Options, such as ``batch_size``. One that was not given or does not exist is fine.
-
-    Raises:
-        ConfigError: A number is below 1.
-    """
-    from megatron_chameleon.errors import ConfigError
-
-    for name in names:
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(option, f"{value} is below 1", "Use 1 or more")

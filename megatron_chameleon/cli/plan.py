@@ -9,18 +9,18 @@ This is a calculation only. It needs no GPU, tokenizer or data.
 
 import argparse
 
-from megatron_chameleon.cli.options import add_overrides, check_at_least_1
+from megatron_chameleon.cli.options import CONFIG, COUNT, GPU_COUNT, add_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a preset")
+    parser.add_argument("config", metavar="CONFIG", help=CONFIG)
     add_overrides(parser)
     parser.add_argument(
-        "--gpus", type=int, required=True, metavar="N", help="number of GPUs of the job"
+        "--gpus", type=GPU_COUNT, required=True, metavar="N", help="number of GPUs of the job"
     )
     parser.add_argument("--gpu", choices=("h200", "h100", "a100"), required=True, help="their type")
     parser.add_argument(
-        "--top", type=int, default=10, metavar="N", help="how many layouts to show (default: 10)"
+        "--top", type=COUNT, default=10, metavar="N", help="how many layouts to show (default: 10)"
     )
     parser.add_argument(
         "--all",
@@ -34,12 +34,12 @@ def run(args: argparse.Namespace) -> None:
     import json
 
     from megatron_chameleon.cli.config import filled_in, find_vocab_size
-    from megatron_chameleon.config.load import find_config, load_config
+    from megatron_chameleon.config.load import load_config
+    from megatron_chameleon.config.names import find_config
     from megatron_chameleon.planner.gpus import GPUS
     from megatron_chameleon.planner.report import as_json, as_text, check_any_fits
     from megatron_chameleon.planner.search import PlanRequest, search_layouts
 
-    check_at_least_1(args, "gpus", "top")
     config = load_config(find_config(args.config), args.overrides)
     vocab_size, _ = find_vocab_size(config)
     result = search_layouts(PlanRequest(filled_in(config), vocab_size, args.gpus, GPUS[args.gpu]))

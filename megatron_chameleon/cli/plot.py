@@ -7,7 +7,7 @@ import argparse
 import io
 from pathlib import Path
 
-from megatron_chameleon.cli.options import check_at_least_1
+from megatron_chameleon.cli.options import COUNT
 
 KEYS = "loss_text,loss_image,grad_norm,learning_rate"
 SUFFIXES = (".png", ".svg")
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", default=KEYS, help=f"metrics, one panel each (default: {KEYS})")
     parser.add_argument(
         "--smooth",
-        type=int,
+        type=COUNT,
         default=1,
         metavar="N",
         help="draw the mean of the last N steps (default: 1)",
@@ -41,7 +41,6 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(
             str(output), f"the suffix is {output.suffix!r}", f"Use {' or '.join(SUFFIXES)}"
         )
-    check_at_least_1(args, "smooth")
     keys = [key.strip() for key in args.keys.split(",") if key.strip()]
     if not keys:
         raise ConfigError("--keys", "no key is given", f"Write, for example, {KEYS}")

@@ -10,7 +10,9 @@ mpiexec -n 64 chameleon preprocess ...                        # shards and merge
 import argparse
 import re
 
+from megatron_chameleon.cli.options import SECONDS, SHARE, WORKERS
 from megatron_chameleon.data.documents.image_fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
+from megatron_chameleon.wording import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=WORKERS,
         default=1,
         metavar="N",
         help="number of processes that encode (default: 1)",
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bad",
-        type=float,
+        type=SHARE,
         default=1.0,
         metavar="SHARE",
         help="stop when more than this share of the documents is bad (default: 1, never)",
@@ -107,7 +109,7 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--save-every",
-        type=float,
+        type=SECONDS,
         default=10.0,
         metavar="SECONDS",
         help="save this often, so that a kill loses at most so much work (default: 10)",
@@ -116,9 +118,9 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """``"2/8"`` to (2, 8)."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,7})/([0-9]{1,7})", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 0/8")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not of the form I/N, such as 0/8")
     return int(match[1]), int(match[2])
 
 

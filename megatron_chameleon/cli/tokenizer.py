@@ -11,7 +11,7 @@ import logging
 import time
 from pathlib import Path
 
-from megatron_chameleon.cli.options import add_action, add_common_options
+from megatron_chameleon.cli.options import IDS, SEED, add_action, add_common_options
 from megatron_chameleon.wording import counted
 
 _logger = logging.getLogger(__name__)
@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--vocab-size",
         required=True,
-        type=int,
+        type=IDS,
         metavar="N",
         help="number of token ids, including image codes and special tokens",
     )
     text.add_argument(
         "--image-codes",
         required=True,
-        type=int,
+        type=IDS,
         metavar="N",
         help="codebook size of the image tokenizer",
     )
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a preset (chameleon_512, digits) or a YAML file; section.key=value replaces values",
     )
     image.add_argument(
-        "--seed", type=int, default=1, metavar="N", help="seed of the training (default: 1)"
+        "--seed", type=SEED, default=1, metavar="N", help="seed of the training (default: 1)"
     )
     image.set_defaults(overrides=[])
     for kind in (text, image):

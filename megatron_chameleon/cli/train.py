@@ -4,13 +4,13 @@ import argparse
 import logging
 import sys
 
-from megatron_chameleon.cli.options import add_overrides
+from megatron_chameleon.cli.options import CONFIG, add_overrides
 
 _logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+    parser.add_argument("config", metavar="CONFIG", help=CONFIG)
     add_overrides(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything and stop before the first step"
@@ -29,12 +29,13 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config import paper
     from megatron_chameleon.config.checks.check import smallest_world_size
     from megatron_chameleon.config.load import load_config
+    from megatron_chameleon.config.names import find_config
     from megatron_chameleon.errors import ChameleonError
     from megatron_chameleon.parallel.launch import find_launch, is_reported_by_rank_0
 
     launch = find_launch()
     try:
-        config = load_config(args.config, args.overrides)
+        config = load_config(find_config(args.config), args.overrides)
         from megatron_chameleon.training.loop import train
         from megatron_chameleon.training.prepare import dry_run_text, prepare_run
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.cli.options import TOLERANCE
 from megatron_chameleon.wording import counted
 
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=TOLERANCE,
         default=0.0,
         metavar="X",
         help="largest allowed difference, as a share of a tensor's largest number (default: 0)",

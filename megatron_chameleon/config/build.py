@@ -7,10 +7,13 @@ reported at once, each unknown key with the nearest name.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_chameleon.wording import cut, shown
 
 _NAMES = {int: "a whole number", float: "a number", str: "a string", type(None): "null"}
 _NO_DEFAULT = dataclasses.MISSING
@@ -52,7 +55,7 @@ class Builder:
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         known = {}
         for name, value in values.items():
-            full = f"{key}.{name}".lstrip(".")
+            full = f"{key}.{cut(str(name))}".lstrip(".")
             if name in hints:
                 known[name] = self._convert(hints[name], value, full, defaults[name])
             else:
@@ -81,19 +84,22 @@ class Builder:
         return converted
 
     def _unknown_key(self, key: str, name: str, known: list[str]) -> None:
-        section = key.removesuffix(name)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        section = key.removesuffix(cut(name))
+        near = difflib.get_close_matches(name[:60], known, n=1, cutoff=0.4)
         remedy = f"Did you mean `{section}{near[0]}`?" if near else f"Use one of {', '.join(known)}"
         self.mistakes.append(Mistake(key, "Unknown key", remedy, names_key=False))
 
     def _wrong_type(self, key: str, wanted: str, value: Any, remedy: str) -> None:
-        self.mistakes.append(Mistake(key, f"{key} must be {wanted} (got {value!r})", remedy))
+        self.mistakes.append(Mistake(key, f"{key} must be {wanted} (got {shown(value)})", remedy))
 
 
 def _convert_number(value: Any, allowed: tuple[type, ...]) -> Any:
     """A number as the wanted type, if nothing is lost by it; any other value as it is."""
     if float in allowed and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number of more than 308 digits
+            return math.inf if value > 0 else -math.inf
     if float in allowed and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:
             return float(value)

@@ -12,15 +12,20 @@ from typing import TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from megatron_chameleon.config.build import Builder, Mistake
+from megatron_chameleon.config.interpolation import check_interpolation, unresolved
+from megatron_chameleon.config.names import PRESETS, preset_names
+from megatron_chameleon.config.overrides import Override, apply_overrides, parse_overrides
 from megatron_chameleon.config.schema import Config
+from megatron_chameleon.config.yaml_file import ERRORS, read_yaml
 from megatron_chameleon.errors import ConfigError, ConfigErrors, first_line
+from megatron_chameleon.wording import shown
 
 T = TypeVar("T")
 
-PRESETS = Path(__file__).parent / "presets"
+LISTED = 20
+"""Mistakes of one config that are reported."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -29,42 +34,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: A YAML file. Its key ``preset`` may name a file of ``presets/``, whose values then
             apply wherever the file itself sets none.
-        overrides: Words of the form ``section.key=value``, the value in YAML.
+        overrides: Words of the form ``section.key=value``, the value in YAML. An entry of a list is
+            ``data.stage1[0].weight=2``.
 
     Raises:
         ConfigError: The file, the preset or an override cannot be read.
         ConfigErrors: Keys are unknown, or values have the wrong type.
     """
     path = Path(path)
-    own, words = read_yaml(path), _read_overrides(overrides)
-    preset = words.get("preset", own.get("preset"))
-    layers = [own, words]
-    if preset is not None:
-        layers.insert(0, read_yaml(_preset_path(str(preset), where=str(path))))
-    return _resolve(Config, layers, str(path), overrides)
-
-
-def find_config(name: str | Path) -> Path:
-    """The path of a config: ``name`` itself if it is a file, or the preset of that name.
-
-    Raises:
-        ConfigError: It is neither.
-    """
-    path, preset = Path(name), PRESETS / f"{name}.yaml"
-    if path.is_file():
-        return path
-    if not preset.is_file():
-        names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-        remedy = f"Give the path of a YAML file, or a preset: {names}"
-        raise ConfigError(str(name), "no such config file", remedy)
-    return preset
+    own, words = read_yaml(path), parse_overrides(overrides)
+    layers = [own]
+    if (preset := _preset_of(own, words)) is not None:
+        where = _origin("preset", f"{path}: preset", words)
+        layers.insert(0, read_yaml(_preset_path(preset, where)))
+    return _resolve(Config, layers, str(path), words)
 
 
 def find_preset(path: Path, overrides: Sequence[str] = ()) -> str | None:
     """The name of the preset that a config builds on, or that it is itself; None without one."""
-    own = path.stem if path.parent == PRESETS else None
-    preset = _read_overrides(overrides).get("preset", read_yaml(path).get("preset", own))
-    return None if preset is None else str(preset)
+    preset = _preset_of(read_yaml(path), parse_overrides(overrides))
+    if preset is not None:
+        return str(preset)
+    return path.stem if path.parent == PRESETS else None
 
 
 def load_dataclass(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
@@ -79,37 +70,52 @@ def load_dataclass(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
         ConfigError: The file or an override cannot be read.
         ConfigErrors: Keys are unknown, or values have the wrong type.
     """
-    return _resolve(cls, [read_yaml(path), _read_overrides(overrides)], str(path), overrides)
+    return _resolve(cls, [read_yaml(path)], str(path), parse_overrides(overrides))
 
 
-def _resolve(cls: type[T], layers: Sequence[DictConfig], where: str, overrides: Sequence[str]) -> T:
-    """The dataclass of all layers merged: a later layer wins. The last one are the overrides."""
+def _resolve(
+    cls: type[T], layers: Sequence[DictConfig], where: str, overrides: Sequence[Override]
+) -> T:
+    """The dataclass of all layers merged, a later one wins, and then changed by the overrides."""
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
-    except OmegaConfBaseException as error:
+        merged = OmegaConf.merge(*layers)
+        assert isinstance(merged, DictConfig)
+    except ERRORS as error:
         raise ConfigError(where, first_line(error), "Correct that value") from error
-    assert isinstance(merged, dict)
+    apply_overrides(merged, overrides)
+    check_interpolation(merged, where)
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except ERRORS as error:
+        key = str(getattr(error, "full_key", None) or "")
+        what = f"{key}: {first_line(error)}" if key else first_line(error)
+        place = _origin(key, where, overrides)
+        raise ConfigError(place, what[:400], "Correct that value") from error
+    assert isinstance(values, dict)
     for key in ("preset", "variables"):
-        merged.pop(key, None)
+        values.pop(key, None)
     builder = Builder()
-    config = builder.build(cls, merged)
+    config = builder.build(cls, values)
     if builder.mistakes:
-        raise ConfigErrors([_locate(mistake, where, overrides) for mistake in builder.mistakes])
+        problems = [_locate(found, where, overrides) for found in builder.mistakes[:LISTED]]
+        if (more := len(builder.mistakes) - LISTED) > 0:
+            problems.append(ConfigError(where, f"{more} more mistakes", "Is it a config file?"))
+        raise ConfigErrors(problems)
     assert isinstance(config, cls)
     return config
 
 
-def _locate(mistake: Mistake, where: str, overrides: Sequence[str]) -> ConfigError:
+def _locate(mistake: Mistake, where: str, overrides: Sequence[Override]) -> ConfigError:
     """The mistake with the override that caused it, if one did, or with the file."""
-    place = where if mistake.names_key else f"{where}: {mistake.key}"
-    for word in overrides:
-        key = word.partition("=")[0]
-        if f"{key}.".startswith(f"{mistake.key}.") or mistake.key.startswith(
-            (f"{key}.", f"{key}[")
-        ):
-            place = word
-            break
+    place = _origin(mistake.key, "", overrides)
+    if not place:
+        place = where if mistake.names_key else f"{where}: {mistake.key}"
     return ConfigError(place, mistake.what, mistake.remedy)
+
+
+def _origin(key: str, where: str, overrides: Sequence[Override]) -> str:
+    """The last override that set a key, or something above or below it; else ``where``."""
+    return next((str(word) for word in reversed(overrides) if key and word.concerns(key)), where)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -122,46 +128,18 @@ def format_config(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """A YAML file whose top level is a mapping.
-
-    Raises:
-        ConfigError: The file does not exist, is not valid YAML or is not a mapping.
-    """
-    if not path.is_file():
-        raise ConfigError(str(path), "no such config file", "Give the path of a YAML file")
-    try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        what = f"not valid YAML ({getattr(error, 'problem', None) or first_line(error)})"
-        raise ConfigError(where, what, "Correct that line") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(str(path), "the top level is not a mapping", "Write sections with keys")
-    return loaded
+def _preset_of(own: DictConfig, overrides: Sequence[Override]) -> object:
+    """What the key ``preset`` says; None if it is absent or null."""
+    layer = OmegaConf.create({"preset": unresolved(own).get("preset")})
+    apply_overrides(layer, [word for word in overrides if word.key == "preset"])
+    # Not resolved: ${...} may stand for a value of the file that the preset is a part of.
+    return unresolved(layer)["preset"]
 
 
-def _read_overrides(words: Sequence[str]) -> DictConfig:
-    for word in words:
-        key, equals, _ = word.partition("=")
-        if not equals or not key.strip() or " " in key:
-            raise ConfigError(
-                word, "not of the form section.key=value", "Write, for example, training.steps=100"
-            )
-    try:
-        return OmegaConf.from_dotlist(list(words))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(
-            " ".join(words), f"not valid overrides ({first_line(error)})", "Quote the value"
-        ) from error
-
-
-def _preset_path(name: str, where: str) -> Path:
-    path = PRESETS / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
-        raise ConfigError(
-            f"{where}: preset", f"no preset is called {name!r}", f"Use one of: {', '.join(names)}"
-        )
-    return path
+def _preset_path(name: object, where: str) -> Path:
+    names = preset_names(PRESETS)
+    if name not in names:
+        what = f"no preset is called {shown(name)}"
+        remedy = f"Use one of: {', '.join(names)}"
+        raise ConfigError(where, what, remedy)
+    return PRESETS / f"{name}.yaml"

@@ -9,44 +9,56 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from megatron_chameleon.config.constraints import (
+    Above,
+    Below,
     Between,
-    NonNegativeFloat,
     NonNegativeInt,
     OneOf,
-    PositiveFloat,
+    PathText,
     PositiveInt,
+    Repeats,
+    Seed,
     Share,
+    Text,
 )
+
+WEIGHTS = Between(1e-9, 1e15, remedy="Use a number in that range, or remove the source")
+LayerCount = Annotated[int, Between(1, 2000)]
+Width = Annotated[int, Between(1, 2**20)]
+HeadCount = Annotated[int, Between(1, 2**14)]
+RankCount = Annotated[int, Between(1, 2**16)]
+SequenceLength = Annotated[int, Between(1, 2**24)]
+Name = Annotated[str, Text(200)]
 
 
 @dataclass
 class ModelConfig:
     """The transformer. Source: paper, section 2.3."""
 
-    num_layers: PositiveInt = 4
-    hidden_size: PositiveInt = 128
-    ffn_hidden_size: PositiveInt = 344
+    num_layers: LayerCount = 4
+    hidden_size: Width = 128
+    ffn_hidden_size: Width = 344
     """Width of each of the two halves of the SwiGLU feed-forward layer."""
-    num_attention_heads: PositiveInt = 4
-    num_query_groups: int | None = None
+    num_attention_heads: HeadCount = 4
+    num_query_groups: HeadCount | None = None
     """Key/value heads (GQA); null: as many as attention heads."""
-    seq_length: PositiveInt = 256
+    seq_length: SequenceLength = 256
     """Tokens per training sequence, and the longest context in generation."""
     norm_order: Annotated[str, OneOf("pre", "swin")] = "pre"
     """pre: ``x + f(norm(x))`` (7B); swin: ``x + norm(f(x))`` (34B)."""
-    qk_norm_groups: int | None = None
+    qk_norm_groups: Annotated[int, Between(0, 2**14)] | None = None
     """Groups of heads that share one QK-norm weight and bias; null: one group per head; 0: no
     QK-norm."""
-    hidden_dropout: Share = 0.0
+    hidden_dropout: Annotated[float, Below(0, 1)] = 0.0
     """Dropout rate after attention and after the feed-forward layer."""
-    layernorm_epsilon: PositiveFloat = 1e-5
-    rotary_base: PositiveInt = 10000
-    init_method_std: PositiveFloat = 0.02
+    layernorm_epsilon: Annotated[float, Between(1e-12, 0.1)] = 1e-5
+    rotary_base: Annotated[int, Between(2, 10**12)] = 10000
+    init_method_std: Annotated[float, Between(1e-6, 10)] = 0.02
 
 
 @dataclass
 class TokenizerConfig:
-    path: str = ""
+    path: PathText = ""
     """Folder written by ``chameleon tokenizer``."""
 
 
@@ -54,17 +66,17 @@ class TokenizerConfig:
 class SourceConfig:
     """One .bin/.idx pair of files and its share of the mixture."""
 
-    prefix: str = ""
+    prefix: PathText = ""
     """Path of the two files without .bin and .idx."""
-    weight: float = 1.0
+    weight: Annotated[float, WEIGHTS] = 1.0
     """Share of the tokens among the sources of its stage; the weights need not sum to 1."""
     image_first: Share | None = None
     """Share of the text-image pairs that start with the image; null keeps each pair as written."""
-    repeat: bool | int = True
+    repeat: Annotated[bool | int, Repeats(10**6)] = True
     """How often its documents may be seen. true: as often as needed, in a new order each time;
     false: once; a number: at most that many times. When a source is used up, the other sources
     take its share."""
-    name: str = ""
+    name: Name = ""
     """By which a resumed run recognizes the source and finds its place in it; empty: the prefix.
     With a name, the files may be moved."""
 
@@ -89,7 +101,7 @@ class DataConfig:
     even where they are unevenly spread."""
     stage1_fraction: Share = 0.8
     """Share of the steps that belong to stage 1."""
-    stage1_tokens: PositiveInt | None = None
+    stage1_tokens: Annotated[int, Between(1, 10**18)] | None = None
     """Number of consumed tokens, padding included, at which stage 2 begins. Replaces
     ``stage1_fraction``."""
     stage2_share: Share = 0.5
@@ -100,15 +112,15 @@ class DataConfig:
 class ParallelConfig:
     """The layout over the processes. Data parallelism takes what is left of the world size."""
 
-    tensor_model_parallel_size: PositiveInt = 1
-    pipeline_model_parallel_size: PositiveInt = 1
+    tensor_model_parallel_size: RankCount = 1
+    pipeline_model_parallel_size: RankCount = 1
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence dimension over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Split the optimizer state over the data-parallel ranks (ZeRO-1)."""
-    virtual_pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: LayerCount | None = None
     """Parts of the model that each pipeline stage holds (interleaved schedule); null: one part."""
-    context_parallel_size: PositiveInt = 1
+    context_parallel_size: RankCount = 1
     """Number of ranks that each sequence is split over; needs Transformer Engine."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass is still running; needs GPUs."""
@@ -116,7 +128,7 @@ class ParallelConfig:
     """Gather the distributed optimizer's weights during the forward pass; needs GPUs."""
     recompute_granularity: Annotated[str, OneOf("selective", "full")] | None = None
     """Activations to recompute. null: none; selective: attention only; full: each layer."""
-    recompute_num_layers: PositiveInt = 1
+    recompute_num_layers: LayerCount = 1
     """Layers per recomputed block, with full recompute."""
 
 
@@ -124,17 +136,17 @@ class ParallelConfig:
 class OptimizerConfig:
     """AdamW. Source: paper, section 2.3."""
 
-    lr: PositiveFloat = 1e-4
+    lr: Annotated[float, Above(0, at_most=1e6)] = 1e-4
     """Peak learning rate."""
-    min_lr: NonNegativeFloat = 0.0
+    min_lr: Annotated[float, Between(0, 1e6)] = 0.0
     lr_warmup_steps: NonNegativeInt = 0
     lr_decay_style: Annotated[str, OneOf("exponential", "cosine", "constant")] = "exponential"
     """exponential (pretraining), cosine (fine-tuning) or constant."""
-    weight_decay: NonNegativeFloat = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: PositiveFloat = 1e-5
-    clip_grad: NonNegativeFloat = 1.0
+    weight_decay: Annotated[float, Between(0, 1000)] = 0.1
+    adam_beta1: Annotated[float, Below(0, 1)] = 0.9
+    adam_beta2: Annotated[float, Below(0, 1)] = 0.95
+    adam_eps: Annotated[float, Between(1e-30, 1)] = 1e-5
+    clip_grad: Annotated[float, Between(0, 1e6)] = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
 
 
@@ -142,14 +154,14 @@ class OptimizerConfig:
 class TrainingConfig:
     steps: PositiveInt = 100
     """Optimizer updates in the whole run."""
-    seed: NonNegativeInt = 1
-    micro_batch_size: PositiveInt = 1
+    seed: Seed = 1
+    micro_batch_size: Annotated[int, Between(1, 2**16)] = 1
     """Sequences per forward and backward pass on one data-parallel rank."""
-    global_batch_size: PositiveInt = 1
+    global_batch_size: Annotated[int, Between(1, 2**20)] = 1
     """Sequences per optimizer update over the whole job."""
     dtype: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
     """fp32, or bf16 with fp32 main weights."""
-    z_loss: NonNegativeFloat = 1e-5
+    z_loss: Annotated[float, Between(0, 1000)] = 1e-5
     """Weight of ``log(Z)^2``, where Z is the normaliser of the output softmax."""
     nonfinite: Annotated[str, OneOf("stop", "skip", "rollback")] = "stop"
     """What to do about a loss or gradient that is not finite, which is detected before the update.
@@ -157,13 +169,13 @@ class TrainingConfig:
     checkpoint, replay the steps since, and leave out the update when that step comes again."""
     nonfinite_limit: NonNegativeInt = 3
     """How many updates of the whole run may be left out for this reason before the run stops."""
-    skip_steps: list[int] = field(default_factory=list)
+    skip_steps: list[PositiveInt] = field(default_factory=list)
     """Steps, counted from 1, whose update is always left out."""
-    hang_seconds: NonNegativeFloat = 480.0
+    hang_seconds: Annotated[float, Between(0, 10**7)] = 480.0
     """If a step or the wait for its data takes longer, the job ends and prints the stacks of all
     ranks. Loading, saving and sampling, and a step after one of them, may take four times as long.
     0: no limit. The default is shorter than NCCL's own limit of ten minutes."""
-    profile_steps: list[int] = field(default_factory=list)
+    profile_steps: list[PositiveInt] = field(default_factory=list)
     """First and last step to trace with torch's profiler, such as [10, 12]. The traces go into the
     run folder's ``profile/``. Empty: no trace."""
     profile_all_ranks: bool = False
@@ -208,15 +220,15 @@ class Fp8Config:
     recipe: Annotated[str, OneOf("delayed", "tensorwise")] = "delayed"
     """Where scales come from. delayed: from the largest values of earlier steps; tensorwise: from
     the tensor itself (current scaling)."""
-    margin: NonNegativeInt = 0
+    margin: Annotated[int, Between(0, 1000)] = 0
     """Scales are divided by 2^margin (delayed scaling)."""
-    amax_history_len: PositiveInt = 1024
+    amax_history_len: Annotated[int, Between(1, 2**16)] = 1024
     """How many steps delayed scaling looks back."""
     amax_compute_algo: Annotated[str, OneOf("max", "most_recent")] = "max"
     """max: the largest value of the whole history; most_recent: that of the last step."""
-    num_layers_at_start_in_bf16: NonNegativeInt = 0
+    num_layers_at_start_in_bf16: Annotated[int, Between(0, 2000)] = 0
     """How many of the first layers stay in bf16 (tensorwise only)."""
-    num_layers_at_end_in_bf16: NonNegativeInt = 0
+    num_layers_at_end_in_bf16: Annotated[int, Between(0, 2000)] = 0
     """How many of the last layers stay in bf16 (tensorwise only)."""
     emulate: bool = False
     """Quantise and dequantise in the same places on a machine without FP8, to see the effect of a
@@ -240,26 +252,26 @@ class CheckpointConfig:
 class SamplePromptConfig:
     """One prompt that the model answers for the samples of a run."""
 
-    text: str = ""
-    image: str | None = None
+    text: Annotated[str, Text(100_000, lines=True)] = ""
+    image: PathText | None = None
     """An image file that is placed before the text."""
-    force: str | None = None
+    force: Annotated[str, OneOf("image", "text")] | None = None
     """image: answer with one image; text: with text only; null: the model chooses."""
 
 
 @dataclass
 class LoggingConfig:
-    run_dir: str = "runs/default"
+    run_dir: PathText = "runs/default"
     every_steps: PositiveInt = 10
     """Steps between two progress lines. ``metrics.jsonl`` has every step."""
     tensorboard: bool = False
     """Write event files into the run folder's ``tensorboard/``."""
-    wandb_project: str | None = None
+    wandb_project: Name | None = None
     """Project of Weights & Biases, offline where no API key is set; null: not used."""
     sample_every_steps: NonNegativeInt = 0
     """Let the model answer ``sample_prompts`` every so many steps, into ``samples/``; 0: never."""
     sample_prompts: list[SamplePromptConfig] = field(default_factory=list)
-    sample_max_tokens: PositiveInt | None = None
+    sample_max_tokens: SequenceLength | None = None
     """Most tokens per sample; null: until the context is full."""
 
 

@@ -1,5 +1,6 @@
 """How an answer is drawn, and how its steps run on a machine."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_chameleon.errors import ConfigError
@@ -49,12 +50,12 @@ class GenerationOptions:
         """
         image = self.guidance_image
         rules = (
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("guidance", self.guidance >= 0, "0 or more"),
-            ("guidance_image", image is None or image >= 0, "0 or more"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("guidance", 0 <= self.guidance < math.inf, "0 or more"),
+            ("guidance_image", image is None or 0 <= image < math.inf, "0 or more"),
             ("max_tokens", self.max_tokens is None or self.max_tokens > 0, "above 0"),
             ("batch_size", self.batch_size > 0, "above 0"),
         )

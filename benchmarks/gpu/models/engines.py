@@ -9,7 +9,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from megatron_chameleon.config.load import find_config, load_config
+from megatron_chameleon.config.load import load_config
+from megatron_chameleon.config.names import find_config
 from megatron_chameleon.config.schema import Config, Fp8Config, ModelConfig
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model import chameleon

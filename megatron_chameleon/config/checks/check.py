@@ -15,9 +15,6 @@ from megatron_chameleon.config.constraints import find_violations
 from megatron_chameleon.config.schema import Config, ParallelConfig, SourceConfig
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
-_BASIC = ("model.", "parallel.", "optimizer.", "training.")
-"""Sections that other checks divide by or compare. Their values must be valid before those run."""
-
 
 def check_config(config: Config, world_size: int) -> None:
     """Refuse a config that cannot work on ``world_size`` processes.
@@ -26,9 +23,8 @@ def check_config(config: Config, world_size: int) -> None:
         ConfigErrors: One entry per problem.
     """
     problems = list(find_violations(config))
-    if not any(problem.where.startswith(_BASIC) for problem in problems):
-        problems += _check_combinations(config, world_size)
-    if problems:
+    # Other checks divide by these values or compare them, so they must be valid before those run.
+    if problems := problems or _check_combinations(config, world_size):
         raise ConfigErrors(problems)
 
 
@@ -137,12 +133,6 @@ def _check_source(source: SourceConfig, key: str) -> Iterator[ConfigError]:
     if not source.prefix:
         remedy = "Give the path of the token files without .bin"
         yield ConfigError(f"{key}.prefix", "not set", remedy)
-    if not 0 < source.weight < float("inf"):
-        what = f"{source.weight} is not positive and finite"
-        yield ConfigError(f"{key}.weight", what, "Give a weight above 0, or remove the source")
-    if source.repeat is not False and source.repeat < 1:
-        what = f"{source.repeat} is not a number of epochs"
-        yield ConfigError(f"{key}.repeat", what, "Use true, false or a number from 1")
 
 
 def _divisors(number: int) -> str:

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError
 
-FORCES = (None, "image", "text")
-
 
 def check_reporting(config: Config) -> Iterator[ConfigError]:
     """Everything in ``logging`` and ``training.profile_steps`` that cannot work with the rest."""
@@ -44,7 +42,3 @@ def _check_samples(config: Config) -> Iterator[ConfigError]:
     if config.model.qk_norm_groups == 0:
         what = f"{every} generates with transformers, whose Chameleon always has QK-norm"
         yield ConfigError(key, what, "Set it to 0, because model.qk_norm_groups is 0")
-    for i, prompt in enumerate(logging.sample_prompts):
-        if prompt.force not in FORCES:
-            what = f"{prompt.force!r} is not one of null, image, text"
-            yield ConfigError(f"logging.sample_prompts[{i}].force", what, "Choose one of them")

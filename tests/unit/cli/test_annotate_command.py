@@ -69,7 +69,7 @@ def test_safety_from_answers_to_the_table(
         (("score", "rows.csv"), "error: --kind: is missing; the key's kind is unknown."),
         (("score", "rows.csv", "--kind", "pairwise"), "error: item 1, annotator a: the label 'x'"),
         (("answer", "gone", "gone.jsonl", "--output", "o"), "error: gone.jsonl: cannot be read"),
-        (("answer", "gone", "a.jsonl", "--output", "o", "--top-p", "0"), "error: top_p: 0.0 is"),
+        (("answer", "gone", "a.jsonl", "--output", "o", "--top-p", "0"), "error: --top-p: '0' is"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -101,7 +101,7 @@ def test_neither_a_file_nor_a_preset(capsys: pytest.CaptureFixture[str]) -> None
         check(capsys, "chameleon_8b")
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
-        "error: chameleon_8b: no such config file. "
+        "error: chameleon_8b: no such config file. Did you mean chameleon_7b or chameleon_34b? "
         "Give the path of a YAML file, or a preset: chameleon_34b, chameleon_7b.\n"
     )
 

@@ -58,11 +58,14 @@ def test_inspect_a_config(config: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ),
         (
             ["data", "audit", "CONFIG", "--step", "1", "--documents", "0"],
-            "--documents: 0 is below 1. Use 1 or more.",
+            "--documents: '0' is not a whole number between 1 and",
         ),
         (["data", "audit", "/none.yaml", "--step", "1"], "/none.yaml: no such config file"),
         (["inspect", "CONFIG", "--html", "UNDER"], "UNDER: cannot be written (File exists)"),
-        (["inspect", "CONFIG", "--sequences", "0"], "--sequences: 0 is below 1."),
+        (
+            ["inspect", "CONFIG", "--sequences", "0"],
+            "--sequences: '0' is not a whole number between 1",
+        ),
         (["inspect", "PREFIX", "training.steps=3"], "training.steps=3: PREFIX is a token file"),
     ],
 )

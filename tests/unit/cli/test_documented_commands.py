@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.cli.main import OVERRIDE, VERBS, build_parser
-from megatron_chameleon.config.load import find_config, load_config
+from megatron_chameleon.config.load import load_config
+from megatron_chameleon.config.names import find_config
 from places import REPOSITORY
 
 PAGES = [

@@ -61,7 +61,7 @@ def test_the_list_needs_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> Non
         (("--tasks", "piqa", "--output", "o"), "error: CHECKPOINT: is missing."),
         (
             ("gone", "--tasks", "piqa", "--output", "o", "--limit", "0"),
-            "error: --limit: 0 is below",
+            "error: --limit: '0' is not a whole number between 1 and",
         ),
         (("gone", "--tasks", "piqa", "--output", "o", "--data", "d"), "error: d/piqa: no such fol"),
         (

@@ -1,19 +1,8 @@
 """Options that several verbs share."""
 
-import argparse
-
 import pytest
 
 from megatron_chameleon.cli.main import main
-from megatron_chameleon.cli.options import check_at_least_1
-from megatron_chameleon.errors import ConfigError
-
-
-def test_a_number_below_1_is_refused_by_its_option() -> None:
-    args = argparse.Namespace(batch_size=0, limit=None, count=1)
-    check_at_least_1(args, "limit", "count", "no_such_option")
-    with pytest.raises(ConfigError, match=r"^--batch-size: 0 is below 1\. Use 1 or more\.$"):
-        check_at_least_1(args, "count", "batch_size")
 
 
 @pytest.mark.parametrize(

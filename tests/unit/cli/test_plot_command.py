@@ -42,7 +42,10 @@ def test_two_runs_of_one_name_are_told_apart(run_folder: Path, tmp_path: Path) -
     ("words", "message"),
     [
         (["--output", "x.pdf"], "x.pdf: the suffix is '.pdf'. Use .png or .svg."),
-        (["--output", "x.png", "--smooth", "0"], "--smooth: 0 is below 1."),
+        (
+            ["--output", "x.png", "--smooth", "0"],
+            "--smooth: '0' is not a whole number between 1 and",
+        ),
         (["--output", "x.png", "--keys", ","], "--keys: no key is given."),
         (["--output", "x.png", "--keys", "lr"], "--keys lr: no run has a value for it."),
     ],

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 
 from megatron_chameleon.config import schema
 from megatron_chameleon.config.constraints import (
+    Above,
     OneOf,
-    PositiveFloat,
     PositiveInt,
     Share,
     field_constraints,
@@ -19,7 +19,7 @@ from megatron_chameleon.config.constraints import (
 
 @dataclass
 class Part:
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Above(0, at_most=10)] = 1.0
     share: Share | None = None
 
 
@@ -39,9 +39,9 @@ def test_the_defaults_of_the_schema_break_nothing() -> None:
 def test_every_violation_is_found_in_the_order_of_the_fields() -> None:
     whole = Whole([Part(), Part(0.0, 1.5)], count=0, order="post", kind="c")
     assert [str(violation) for violation in find_violations(whole)] == [
-        "parts[1].weight: 0.0 is not above 0. Use a number above 0.",
-        "parts[1].share: 1.5 is not between 0 and 1. Use a number between 0 and 1, or null.",
-        "count: 0 is not above 0. Use a number above 0.",
+        "parts[1].weight: 0.0 is not above 0 and at most 10. Use a number in that range.",
+        "parts[1].share: 1.5 is not between 0 and 1. Use a number in that range, or null.",
+        "count: 0 is not between 1 and 1,000,000,000. Use a number in that range.",
         "order: 'post' is not one of pre, swin. Choose one of them.",
         "kind: 'c' is not one of a, b. Choose one of them, or null.",
     ]
@@ -62,7 +62,7 @@ def test_constraints_can_be_read_from_the_fields() -> None:
         name: (str(constraint), nullable)
         for name, (constraint, nullable) in field_constraints(schema.ParallelConfig).items()
     }
-    assert found["tensor_model_parallel_size"] == ("above 0", False)
+    assert found["tensor_model_parallel_size"] == ("between 1 and 65,536", False)
     assert found["recompute_granularity"] == ("one of selective, full", True)
     assert "sequence_parallel" not in found
 

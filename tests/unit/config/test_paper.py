@@ -4,7 +4,8 @@ import pytest
 
 from megatron_chameleon.config import paper
 from megatron_chameleon.config.checks.check import check_config, get_value
-from megatron_chameleon.config.load import PRESETS, load_config
+from megatron_chameleon.config.load import load_config
+from megatron_chameleon.config.names import PRESETS
 from megatron_chameleon.config.schema import Config, SourceConfig
 from places import REPOSITORY
 

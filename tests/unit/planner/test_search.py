@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from megatron_chameleon.config.checks.check import check_config
-from megatron_chameleon.config.load import PRESETS, load_config
+from megatron_chameleon.config.load import load_config
+from megatron_chameleon.config.names import PRESETS
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config, SourceConfig, TokenizerConfig
 from megatron_chameleon.errors import ChameleonError, ConfigError
@@ -123,7 +124,7 @@ def test_no_layout_passes_the_checks() -> None:
             "engine.name: is deepspeed, but the planner only knows the megatron engine",
         ),
         (["fp8.format=hybrid"], "a100", "fp8.format: is hybrid, but a100 has no FP8. Set"),
-        (["model.num_layers=0"], "h100", "model.num_layers: 0 is not above 0"),
+        (["model.num_layers=0"], "h100", "model.num_layers: 0 is not between 1 and 2,000"),
     ],
 )
 def test_what_cannot_be_planned(overrides: list[str], gpu: str, message: str) -> None:

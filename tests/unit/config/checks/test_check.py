@@ -65,7 +65,7 @@ def test_a_config_that_works_is_let_through() -> None:
         (change("model", "num_query_groups", 3), 1, "Use one of 1, 2, 4"),
         (change("model", "qk_norm_groups", 3), 1, "model.qk_norm_groups: 3 does not divide"),
         (change("model", "norm_order", "post"), 1, "'post' is not one of pre, swin"),
-        (change("model", "hidden_dropout", 1.5), 1, "1.5 is not between 0 and 1"),
+        (change("model", "hidden_dropout", 1.5), 1, "1.5 is not 0 or more and below 1"),
         (change("optimizer", "lr", 0.0), 1, "optimizer.lr: 0.0 is not above 0"),
         (change("optimizer", "lr", float("nan")), 1, "optimizer.lr: nan is not above 0"),
         (change("optimizer", "lr_warmup_steps", 100), 1, "100 is not below training.steps 100"),
@@ -77,12 +77,12 @@ def test_a_config_that_works_is_let_through() -> None:
         (
             change("training", "nonfinite_limit", -1),
             1,
-            "training.nonfinite_limit: -1 is not 0 or more",
+            "training.nonfinite_limit: -1 is not between 0 and 1,000,000,000",
         ),
         (
             change("training", "hang_seconds", -1.0),
             1,
-            "training.hang_seconds: -1.0 is not 0 or more",
+            "training.hang_seconds: -1.0 is not between 0 and 10,000,000",
         ),
         (
             change("training", "skip_steps", [101]),
@@ -90,14 +90,14 @@ def test_a_config_that_works_is_let_through() -> None:
             "skip_steps: 101 is not one of the 100 steps. Gi",
         ),
         (change("optimizer", "min_lr", 1.0), 1, "1.0 is above lr 0.0001. Use at most 0.0001."),
-        (change("training", "z_loss", -1.0), 1, "training.z_loss: -1.0 is not 0 or more"),
+        (change("training", "z_loss", -1.0), 1, "training.z_loss: -1.0 is not between 0 and 1,000"),
         (change("tokenizer", "path", ""), 1, "tokenizer.path: not set"),
         (change("data", "stage1", []), 1, "data.stage1: no sources"),
-        (change("data", "stage1", [SourceConfig("a", -1.0)]), 1, "-1.0 is not positive and finite"),
+        (change("data", "stage1", [SourceConfig("a", -1.0)]), 1, "-1.0 is not between 1e-09 and"),
         (
             change("data", "stage2", [SourceConfig("a", float("inf"))]),
             1,
-            "inf is not positive and",
+            "inf is not between 1e-09 and",
         ),
         (change("data", "stage1_fraction", 1.5), 1, "1.5 is not between 0 and 1"),
         (change("data", "stage1", [SourceConfig("")]), 1, "data.stage1[0].prefix: not set"),
@@ -105,16 +105,20 @@ def test_a_config_that_works_is_let_through() -> None:
         (
             change("data", "stage1", [SourceConfig("a", 0.0)]),
             1,
-            "0.0 is not positive and finite. Give a weight above 0, or remove",
+            "0.0 is not between 1e-09 and 1e+15. Use a number in that range, or remove the source.",
         ),
-        (change("data", "stage1", [SourceConfig("a", repeat=0)]), 1, "0 is not a number of epochs"),
+        (
+            change("data", "stage1", [SourceConfig("a", repeat=0)]),
+            1,
+            "0 is not true, false or a number",
+        ),
         (
             change("data", "stage2", [SourceConfig("a", name="x"), SourceConfig("b", name="x")]),
             1,
             "data.stage2[1].name: 'x' is also the name of data.stage2[0]. Give each source a name",
         ),
         (change("data", "packing_reserve", 0.6), 1, "0.6 is not between 0 and 0.5"),
-        (change("data", "stage1_tokens", 0), 1, "data.stage1_tokens: 0 is not above 0"),
+        (change("data", "stage1_tokens", 0), 1, "data.stage1_tokens: 0 is not between 1 and"),
     ],
 )
 def test_what_cannot_work(edit: Callable[[Config], None], world_size: int, message: str) -> None:
@@ -136,12 +140,14 @@ def test_all_problems_come_at_once() -> None:
 def test_an_invalid_value_causes_no_second_problem() -> None:
     config = good()
     config.optimizer.lr = -1.0
-    config.data.stage1[0].weight = 0.0
-    assert problems(config) == ["optimizer.lr: -1.0 is not above 0. Use a number above 0."]
+    assert problems(config) == [
+        "optimizer.lr: -1.0 is not above 0 and at most 1,000,000. Use a number in that range."
+    ]
     config.optimizer.lr, config.data.stage2_share = 1e-4, 3.0
+    config.data.stage1[0].weight = 0.0
     assert [line.partition(":")[0] for line in problems(config)] == [
-        "data.stage2_share",
         "data.stage1[0].weight",
+        "data.stage2_share",
     ]
 
 

@@ -70,9 +70,12 @@ def test_the_papers_models_have_shapes_for_fp8(preset: str, tensor_size: int, tm
         ),
         (
             {"fp8.amax_history_len": 0},
-            "fp8.amax_history_len: 0 is not above 0. Use a number above 0.",
+            "fp8.amax_history_len: 0 is not between 1 and 65,536. Use a number in that range.",
         ),
-        ({"fp8.margin": -1}, "fp8.margin: -1 is not 0 or more. Use 0 or more."),
+        (
+            {"fp8.margin": -1},
+            "fp8.margin: -1 is not between 0 and 1,000. Use a number in that range.",
+        ),
         (
             {"fp8.margin": 17},
             "fp8.margin: 17 is above 16: E4M3 spans 2^18, and nothing would be left. Use 0, "

@@ -243,8 +243,8 @@ SAMPLES = {"logging.sample_every_steps": 5}
             "5 needs whole weights, but ZeRO 3 splits them. Set it to 0",
         ),
         ({**SAMPLES, "model.qk_norm_groups": 0}, "whose Chameleon always has QK-norm"),
-        ({"logging.sample_max_tokens": 0}, "logging.sample_max_tokens: 0 is not above 0"),
-        ({"logging.sample_every_steps": -1}, "logging.sample_every_steps: -1 is not 0 or more"),
+        ({"logging.sample_max_tokens": 0}, "logging.sample_max_tokens: 0 is not between 1 and"),
+        ({"logging.sample_every_steps": -1}, "logging.sample_every_steps: -1 is not between 0"),
     ],
 )
 def test_what_cannot_be_reported(config: Config, values: dict[str, Any], message: str) -> None:
