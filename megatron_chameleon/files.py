@@ -34,6 +34,8 @@ the index of a 34B export, about 0.1 MB."""
 LARGEST_DEPTH = 64
 """Nesting of JSON objects and lists; deeper values make recursive code fail."""
 
+_READ_BYTES = 1 << 16
+
 _REMEDIES = {
     errno.ENOSPC: "Make room on the disk and run the same command again",
     errno.EDQUOT: "Make room in your quota and run the same command again",
@@ -294,7 +296,11 @@ def read_bytes(
     with open_to_read(path, kind) as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            content = file.read(limit + 1) if size <= limit else b""
+            content = b""
+            if size <= limit:
+                content = file.read(size)  # read(limit) would allocate the limit
+                while len(content) <= limit and (more := file.read(_READ_BYTES)):
+                    content += more
         except OSError as error:
             raise cannot_read(path, error, kind) from error
     if size > limit or len(content) > limit:

@@ -23,9 +23,8 @@ sequence.
 Source of the .idx: megatron/core/datasets/indexed_dataset.py.
 """
 
-import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.files import read_json
 
 FORMAT = "megatron_chameleon.tokens/2"
 ANSWERS_FORMAT = "megatron_chameleon.tokens/3"
@@ -194,11 +194,14 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
     if missing:
         raise DataError(str(prefix), f"no token file here: {_listed(missing)} missing", REMEDY)
     try:
-        record: Any = json.loads(file_of(prefix, ".json").read_text(encoding="utf-8"))
+        record: Any = read_json(file_of(prefix, ".json"))
+    except DataError as error:
+        raise DataError(error.where, error.what, REMEDY) from error
+    try:
         known = {entry.name for entry in fields(TokenFileInfo)}
         if record["format"] not in (FORMAT, ANSWERS_FORMAT):
             known_formats = f"{FORMAT!r} and {ANSWERS_FORMAT!r}"
-            what = f"the format is {record['format']!r}, but this version reads {known_formats}"
+            what = f"the format is {record['format']!r:.99}, but this version reads {known_formats}"
             raise DataError(f"{prefix}.json", what, REMEDY)
         values = {key: value for key, value in record.items() if key in known}
         values["sources"] = {
@@ -206,8 +209,8 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
         }
         info = TokenFileInfo(**values)
         _check_info(info)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        cause = " ".join(str(error).split())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        cause = " ".join(str(error).split())[:300]
         raise DataError(
             f"{prefix}.json", f"not the sidecar of a token file ({cause})", REMEDY
         ) from error
@@ -227,23 +230,38 @@ def _listed(suffixes: Sequence[str]) -> str:
     return f"{' and '.join(suffixes)} {'is' if len(suffixes) == 1 else 'are'}"
 
 
+def check_totals(sources: Mapping[str, CorpusTotals]) -> None:
+    """Check totals that were read from a file.
+
+    Raises:
+        ValueError: A total is not a number of 0 or more.
+    """
+    for name, totals in sources.items():
+        for key, value in vars(totals).items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{key} of the source {name[:60]!r} is {value!r:.99}")
+
+
 def _check_info(info: TokenFileInfo) -> None:
     """Check what the reader relies on; ``reader.py`` compares the numbers with the files."""
     numbers = ("vocab_size", "documents", "tokens", "image_tokens", "images", "bin_bytes")
     for name in (*numbers, "answers", "longest_conversation"):
         value = getattr(info, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} is {value!r}")
+            raise ValueError(f"{name} is {value!r:.99}")
+    if info.documents and not info.tokens:
+        raise ValueError(f"{info.documents} documents with 0 tokens")
+    check_totals(info.sources)
     if (info.answers > 0) != (info.format == ANSWERS_FORMAT):
         raise ValueError(f"{info.answers} answers in the format {info.format}")
     for name in ("tokenizer_fingerprint", "tokenizer", "dtype", "job", "image_fit"):
         if not isinstance(getattr(info, name), str):
-            raise ValueError(f"{name} is {getattr(info, name)!r}")
+            raise ValueError(f"{name} is {getattr(info, name)!r:.99}")
     if info.dtype not in ("uint16", "int32"):
-        raise ValueError(f"dtype is {info.dtype!r}")
+        raise ValueError(f"dtype is {info.dtype!r:.99}")
     if not isinstance(info.inputs, list) or not all(isinstance(name, str) for name in info.inputs):
         raise ValueError("inputs is not a list of names")
-    if not all(isinstance(count, int) for count in info.dropped.values()):
+    if not all(type(count) is int for count in info.dropped.values()):
         raise ValueError("dropped is not a table of numbers")
     if info.bin_bytes != info.tokens * np.dtype(info.dtype).itemsize:
         raise ValueError(f"{info.bin_bytes} bytes for {info.tokens} tokens of {info.dtype}")

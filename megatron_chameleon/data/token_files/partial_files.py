@@ -6,16 +6,19 @@ lost.
 """
 
 import errno
-import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 from megatron_chameleon.data.token_files.format import file_of, partial_folder_of
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.files import open_lock, own_folder, try_lock
 
+STATE_FILE = "state.json"
+"""How far the work is; ``writer_state.py`` reads it."""
 _BUFFER_BYTES = 1 << 20
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of ``copy_file_range`` after which ``sendfile`` may still work."""
@@ -44,18 +47,14 @@ class PartialFiles:
         """Make the folder and take its lock.
 
         Raises:
-            DataError: Another process holds the lock.
-            OSError: The folder cannot be made.
+            DataError: The folder cannot be made, is not ours, or is locked by another process.
+            OSError: The file system has no locks.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        own_folder(self.folder)
+        self._lock = open_lock(self.folder / "lock")
+        if not try_lock(self._lock):
             what = "another process is writing this token file"
-            raise DataError(
-                str(self.prefix), what, "Wait for it, or choose another --output"
-            ) from error
+            raise DataError(str(self.prefix), what, "Wait for it, or choose another --output")
 
     def unlock(self) -> None:
         """Release the lock, if it is held."""
@@ -70,18 +69,24 @@ class PartialFiles:
             sizes: Size in bytes by suffix.
 
         Raises:
-            DataError: A file is shorter than its saved size.
-            OSError: A file cannot be opened.
+            DataError: A file is shorter than its saved size, or is not a regular file.
+            OSError: A file cannot be opened, for example because it is a link.
         """
         for suffix, size in sizes.items():
             path = self.path(suffix)
-            path.touch()
-            if path.stat().st_size < size:
-                what = f"{path.stat().st_size} bytes, but state.json names {size}"
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(path, flags, 0o666)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                os.close(descriptor)
+                raise DataError(str(path), "is not a regular file", "Start again with --restart")
+            file = os.fdopen(descriptor, "r+b", buffering=_BUFFER_BYTES)
+            self._files[suffix] = file
+            if status.st_size < size:
+                what = f"{status.st_size} bytes, but state.json names {size}"
                 raise DataError(str(path), what, "Start again with --restart")
-            os.truncate(path, size)
-            self._files[suffix] = path.open("r+b", buffering=_BUFFER_BYTES)
-            self._files[suffix].seek(size)
+            os.ftruncate(file.fileno(), size)
+            file.seek(size)
 
     def file(self, suffix: str) -> IO[bytes]:
         """The open file with this suffix; it is written at its end."""
@@ -134,6 +139,11 @@ class PartialFiles:
     def remove(self) -> None:
         """Remove the folder with everything in it, as far as possible."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder if this process holds it and no work in it has been saved."""
+        if self._lock is not None and not (self.folder / STATE_FILE).exists():
+            self.remove()
 
     def move_into_place(self, suffix: str) -> None:
         """Replace the finished file by the new one, unless an earlier process has already done

@@ -38,17 +38,15 @@ from megatron_chameleon.data.token_files.format import (
     token_dtype,
 )
 from megatron_chameleon.data.token_files.index_file import CHUNK_DOCUMENTS, finish_index
-from megatron_chameleon.data.token_files.partial_files import PartialFiles
-from megatron_chameleon.data.token_files.writer_state import (
-    STATE_FILE,
-    WriterState,
-    read_writer_state,
-)
+from megatron_chameleon.data.token_files.partial_files import STATE_FILE, PartialFiles
+from megatron_chameleon.data.token_files.writer_state import WriterState, read_writer_state
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import write_text
+from megatron_chameleon.outputs import keep_inputs
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 DROPPED_SUFFIX = ".dropped.jsonl"
+WRITTEN_SUFFIXES = (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, DROPPED_SUFFIX, ".json")
 MERGE_JOB_SUFFIX = " merge"
 """At the end of the ``job`` of a writer that puts finished shards together."""
 
@@ -68,7 +66,8 @@ class TokenFileWriter:
 
     Raises:
         DataError: From any method, when the disk does not take the files; from ``__enter__``, when
-            another process is writing here or an unfinished token file cannot be continued.
+            another process is writing here, an unfinished token file cannot be continued, or an
+            input would be replaced.
     """
 
     def __init__(
@@ -119,6 +118,8 @@ class TokenFileWriter:
     # Opening and leaving
 
     def __enter__(self) -> "TokenFileWriter":
+        written = [self.path(suffix) for suffix in WRITTEN_SUFFIXES]
+        keep_inputs("--output", written, self.inputs)
         try:
             with self._disk_errors():
                 self._partial.lock()
@@ -127,6 +128,8 @@ class TokenFileWriter:
                 if not self.state.finishing:
                     self._open_files()
         except BaseException:
+            self._partial.close_anyhow()
+            self._partial.remove_if_empty()
             self._partial.unlock()
             raise
         return self

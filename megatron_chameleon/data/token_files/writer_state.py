@@ -1,7 +1,6 @@
 """How far an unfinished token file is: ``state.json`` in the folder PREFIX.partial."""
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,13 @@ from megatron_chameleon.data.token_files.format import (
     CorpusTotals,
     TokenBlock,
     TokenFileInfo,
+    check_totals,
     partial_folder_of,
 )
+from megatron_chameleon.data.token_files.partial_files import STATE_FILE
 from megatron_chameleon.data.token_files.totals import answers_of_documents, totals_of_block
 from megatron_chameleon.errors import DataError
-
-STATE_FILE = "state.json"
+from megatron_chameleon.files import read_json_object
 
 
 @dataclass
@@ -77,16 +77,30 @@ def read_writer_state(prefix: str | Path) -> WriterState | None:
         DataError: The file exists and cannot be read.
     """
     path = partial_folder_of(prefix) / STATE_FILE
+    if not path.exists():
+        return None
+    remedy = "Start again with --restart"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json_object(path)
         record["sources"] = {
             name: CorpusTotals(**totals) for name, totals in record["sources"].items()
         }
-        return WriterState(**record)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        cause = " ".join(str(error).split())
-        raise DataError(
-            str(path), f"cannot be read ({cause})", "Start again with --restart"
-        ) from error
+        state = WriterState(**record)
+        _check(state)
+    except DataError as error:
+        raise DataError(error.where, error.what, remedy) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise DataError(str(path), f"cannot be read ({cause})", remedy) from error
+    return state
+
+
+def _check(state: WriterState) -> None:
+    """Check the types of a state that was read; ``PartialFiles.open`` compares the sizes."""
+    for entry in fields(WriterState):
+        value, default = getattr(state, entry.name), getattr(WriterState(), entry.name)
+        if type(value) is not type(default) or (type(value) is int and value < 0):
+            raise ValueError(f"{entry.name} is {value!r:.99}")
+    check_totals(state.sources)
+    if not all(type(count) is int and count >= 0 for count in state.dropped.values()):
+        raise ValueError("dropped is not a table of numbers")

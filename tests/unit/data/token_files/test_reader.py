@@ -112,7 +112,7 @@ def test_sidecar_is_gone_before_anything_is_replaced(
 def test_unwritable_output(tmp_path, tokenizer):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(DataError, match=r"cannot write the token file \((File exists|Not a dir)"),
+        pytest.raises(DataError, match=r"tokens.partial: cannot be written \((File e|Not a dir)"),
         TokenFileWriter(tmp_path / "file" / "tokens", tokenizer),
     ):
         pass
@@ -200,7 +200,8 @@ def test_sidecar_that_does_not_fit(written, tokenizer, tmp_path, changes, messag
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"format": "megatron_chameleon.tokens/2"}'])
 def test_sidecar_that_is_none(written, tmp_path, content):
     (tmp_path / "tokens.json").write_text(content)
-    with pytest.raises(DataError, match=r"tokens\.json: not the sidecar of a token file"):
+    message = r"tokens\.json: (not the sidecar of a token file|is not valid JSON).* Write the files"
+    with pytest.raises(DataError, match=message):
         open_token_file(tmp_path / "tokens", None)
 
 
