@@ -31,7 +31,7 @@ setup(
             "tokenizer/image/presets/*.yaml",
         ]
     },
-    entry_points={"console_scripts": ["chameleon = megatron_chameleon.cli.main:main"]},
+    entry_points={"console_scripts": ["chameleon = megatron_chameleon.__main__:main"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core~=0.16.1",

@@ -10,7 +10,7 @@ chameleon annotate score judgements_1.json judgements_2.json judgements_3.json \
 import argparse
 from pathlib import Path
 
-from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.cli.logs import progress, show
 from megatron_chameleon.cli.options import (
     BATCH,
     COUNT,
@@ -109,7 +109,7 @@ def _answer(args: argparse.Namespace) -> None:
     output = Path(args.output)
     with AnswerCache(output, model_fingerprint(session)) as answers:
         asker = Asker(session, answers, progress)
-        print(answer_prompts(asker, Path(args.prompts), output, options, args.limit))
+        show(answer_prompts(asker, Path(args.prompts), output, options, args.limit))
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -127,7 +127,7 @@ def _prepare(args: argparse.Namespace) -> None:
     models = {path: read_answered_prompts(path) for path in args.answers}
     key = write_questionnaire(args.kind, models, Path(args.output), args.annotators, args.seed)
     count = len(next(iter(models.values())))
-    print(f"{args.annotators} forms of {count} items: {key.parent}/form_*.html, key: {key}")
+    show(f"{args.annotators} forms of {count} items: {key.parent}/form_*.html, key: {key}")
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -154,11 +154,11 @@ def _score(args: argparse.Namespace) -> None:
         if kind == "safety":
             refusals = [about["refusals"][0] for about in key["items"].values()]
             result["refusals_by_wording"] = sum(refusals) / len(refusals)
-    print(score_table(result, result.get("models")))
+    show(score_table(result, result.get("models")))
     if result.get("items_without_judgement"):
-        print(f"{result['items_without_judgement']} items have no judgement")
+        show(f"{result['items_without_judgement']} items have no judgement")
     if "refusals_by_wording" in result:
         share = 100 * result["refusals_by_wording"]
-        print(f"answers worded like refusals (a heuristic, not a judgement): {share:.1f}%")
+        show(f"answers worded like refusals (a heuristic, not a judgement): {share:.1f}%")
     if args.output:
         write_text(Path(args.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")

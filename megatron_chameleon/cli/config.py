@@ -14,6 +14,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, add_action, add_common_options, add_overrides
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     missing = [row.key for row in rows if row.value == paper.TO_BE_SET]
     if missing:
         text.append(f"{paper.TO_BE_SET} before training: {', '.join(missing)}")
-    print("\n".join(text))
+    show("\n".join(text))
     for line in paper.warnings(config):
         _logger.warning(line)
 

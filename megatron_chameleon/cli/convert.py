@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.cli.logs import progress, show
 from megatron_chameleon.cli.options import FILES
 
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         "optimizer": not args.no_optimizer,
     }
     if args.dry_run:
-        print(plan_conversion(args.source, args.destination, args.to, **options).text())
+        show(plan_conversion(args.source, args.destination, args.to, **options).text())
         return
     result = convert(
         args.source,
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         verify=not args.no_verify,
         progress=progress,
     )
-    print(
+    show(
         f"{result.source} (step {result.step:,}) -> {result.destination}: "
         f"{result.parameters:,} parameters, {result.total_bytes:,} bytes, {result.seconds:.1f} s, "
         + (
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
             else "not verified"
         )
     )
-    print(result.optimizer)
+    show(result.optimizer)
     if result.largest_change:
         change, name = result.largest_change
-        print(f"largest relative change by the cast to {args.dtype}: {change:.3g}, in {name}")
+        show(f"largest relative change by the cast to {args.dtype}: {change:.3g}, in {name}")

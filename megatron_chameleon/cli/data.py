@@ -6,6 +6,7 @@ command shows what a new run would see.
 
 import argparse
 
+from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
     CONFIG,
     COUNT,
@@ -54,4 +55,4 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
     reader = BatchReader(config, tokenizer) if args.new else open_newest(config, tokenizer)
     audit = audit_step(reader, args.step)
-    print(format_audit(audit, tokenizer.vocabulary, args.documents))
+    show(format_audit(audit, tokenizer.vocabulary, args.documents))

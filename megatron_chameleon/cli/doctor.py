@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_chameleon.cli.logs import show
+
 GIB = 1024**3
 TRAINING_GIB_7B = 125
 """The 7B with bf16 gradients and no recompute: 16 bytes per parameter, plus activations."""
@@ -51,12 +53,10 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.json:
         rows = [asdict(check) for check in checks]
-        print(
-            json.dumps({"checks": rows, "verdict": verdict, "cpu_ok": not cpu_problems}, indent=1)
-        )
+        show(json.dumps({"checks": rows, "verdict": verdict, "cpu_ok": not cpu_problems}, indent=1))
     else:
         _print_table(checks)
-        print("\n".join(verdict.values()))
+        show("\n".join(verdict.values()))
     if cpu_problems:
         sys.exit(2)
 

@@ -11,7 +11,7 @@ If it is killed, the same command continues from the answers that it has already
 import argparse
 from pathlib import Path
 
-from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.cli.logs import progress, show
 from megatron_chameleon.cli.options import BATCH, COUNT, SEED, device
 
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.evaluation.tasks.catalogue import listing
 
     if args.tasks == "list":
-        print(listing())
+        show(listing())
         return
     for name, value in (("CHECKPOINT", args.checkpoint), ("--output", args.output)):
         if not value:
@@ -68,5 +68,5 @@ def run(args: argparse.Namespace) -> None:
     runs = load_tasks(names, data, args.limit, args.seed, args.batch_size)
     session = Session.load(args.checkpoint, args.device, args.tokenizer)
     results = run_tasks(session, args.checkpoint, runs, Path(args.output), progress)
-    print(results_table(results["tasks"]))
+    show(results_table(results["tasks"]))
     progress(f"written: {Path(args.output) / RESULTS_FILE}")

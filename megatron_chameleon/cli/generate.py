@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.cli.logs import progress, show, show_generated
 from megatron_chameleon.cli.options import ANSWERS, BATCH, GUIDANCE, add_sampling_options
 from megatron_chameleon.wording import counted
 
@@ -211,9 +211,9 @@ def _print(number: int, answer: "Answer", folder: Path | None) -> None:
     """Print an answer; its images are left out if they could not be saved."""
     for index, part in enumerate(answer.content):
         if isinstance(part, str):
-            print(part)
+            show_generated(part)
         elif folder is not None:
-            print(f"[image: {folder / _image_name(number, index)}]")
+            show(f"[image: {folder / _image_name(number, index)}]")
 
 
 def _image_name(number: int, index: int) -> str:

@@ -8,6 +8,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import COUNT, INDEX, add_overrides
 from megatron_chameleon.wording import counted
 
@@ -82,13 +83,13 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
     check_config(config, smallest_world_size(config.parallel))
     tokenizer = load_for_encoding(args.tokenizer or config.tokenizer.path)
     reader = open_newest(config, tokenizer)
-    print(mixture_summary(reader))
+    show(mixture_summary(reader))
     for line in reader.warnings():
         _logger.warning(line)
     if args.html:
         audit = audit_step(reader, args.step)
         written = write_sequence_page(Path(args.html), audit, reader, tokenizer, args.sequences)
-        print(f"{args.html}: {written} sequences")
+        show(f"{args.html}: {written} sequences")
 
 
 def _inspect_token_file(args: argparse.Namespace) -> None:
@@ -119,13 +120,13 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
         raise ConfigError("--start", what, f"Give a number from 0 to {len(token_file) - 1}")
     if args.verify:
         token_file.verify()
-        print(f"{args.prefix}: the index agrees with {counted(len(token_file), 'document')}")
-    print(token_file_summary(args.prefix, token_file.info, token_file.lengths))
+        show(f"{args.prefix}: the index agrees with {counted(len(token_file), 'document')}")
+    show(token_file_summary(args.prefix, token_file.info, token_file.lengths))
     if args.html and tokenizer is not None:
         written = write_token_file_page(
             args.html, token_file, tokenizer, args.start, args.documents
         )
-        print(f"{args.html}: {counted(written, 'document')}")
+        show(f"{args.html}: {counted(written, 'document')}")
 
 
 def _check_page(args: argparse.Namespace, inputs: list[str]) -> None:

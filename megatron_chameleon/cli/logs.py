@@ -11,6 +11,9 @@ Library code calls ``logging.getLogger(__name__)`` and never prints. Every verb 
 A record with ``extra={"stderr": True}`` goes to stderr at any level. That is for progress of verbs
 whose standard output is a result; in this folder ``progress`` does it.
 
+Texts from files are shown without the characters that a terminal would obey: ids, file names, keys,
+captions. Results are printed by ``show``, which does the same.
+
 Processes that a verb spawns have no such handler: they return lines to their parent.
 """
 
@@ -18,6 +21,8 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+
+from megatron_chameleon.terminal import escape_line, escape_text
 
 PACKAGE = "megatron_chameleon"
 
@@ -47,6 +52,21 @@ def progress(line: str) -> None:
     _logger.info(line, extra={"stderr": True})
 
 
+def show(result: object) -> None:
+    """Print a result on stdout: a line, or a text of several lines."""
+    print(escape_text(str(result)))
+
+
+def show_error(line: str) -> None:
+    """Print one error on stderr."""
+    print(f"error: {escape_line(line)}", file=sys.stderr)
+
+
+def show_generated(text: str) -> None:
+    """Print what a model wrote: escaped on a terminal, and as it is into a file or a pipe."""
+    print(escape_text(text) if sys.stdout.isatty() else text)
+
+
 class ConsoleHandler(logging.Handler):
     """Prints each message to stdout or stderr, whatever these are at that moment."""
 
@@ -54,4 +74,4 @@ class ConsoleHandler(logging.Handler):
         prefix = "warning: " if record.levelno == logging.WARNING else ""
         is_error = record.levelno >= logging.WARNING or getattr(record, "stderr", False)
         stream = sys.stderr if is_error else sys.stdout
-        print(f"{prefix}{self.format(record)}", file=stream, flush=True)
+        print(f"{prefix}{escape_text(self.format(record))}", file=stream, flush=True)

@@ -20,7 +20,8 @@ from megatron_chameleon.cli.console import (
     drop_output,
     open_console,
 )
-from megatron_chameleon.cli.logs import shown_logs
+from megatron_chameleon.cli.interrupts import interruptible
+from megatron_chameleon.cli.logs import show_error, shown_logs
 from megatron_chameleon.cli.options import Parser, add_action, add_common_options
 from megatron_chameleon.cli.outside_faults import outside_fault
 from megatron_chameleon.cli.shrunken_files import report_shrunken_files
@@ -68,8 +69,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run one verb.
 
-    The exit code is 0 after success, 2 after a mistake of the user or a fault of the machine, and 1
-    after a bug of ours.
+    The exit code is 0 after success, 2 after a mistake of the user or a fault of the machine, 1
+    after a bug of ours, and 128 + the signal's number after a signal.
 
     Args:
         argv: The words behind ``chameleon``. None: this process is the command; it takes its own
@@ -78,31 +79,40 @@ def main(argv: list[str] | None = None) -> None:
     """
     if argv is None:
         sys.exit(_run_process(sys.argv[1:]))
-    _run(argv)
+    _run(argv, ends_process=False)
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str], ends_process: bool) -> None:
     if argv and argv[0].startswith(("--local_rank=", "--local-rank=")):
         argv = argv[1:]  # the deepspeed launcher adds it; LOCAL_RANK holds the same number
-    verb = argv[0] if argv and argv[0] in VERBS else None
-    args = _parse(argv, verb)
+    with interruptible(argv, ends_process) as interrupts:
+        try:
+            _run_verb(argv)
+            if interrupts.received is not None:
+                interrupts.end(is_complete=True)
+        except BaseException as error:
+            # after a signal, all else that fails is a consequence of it
+            if interrupts.received is not None or isinstance(error, KeyboardInterrupt):
+                interrupts.end()
+            if not isinstance(error, Exception):
+                raise
+            verb = argv[0] if argv else ""
+            fault = error if isinstance(error, ChameleonError) else outside_fault(error, verb)
+            if fault is None:
+                raise
+            if "--debug" in argv:
+                traceback.print_exc()
+            _print_error(fault)
+            sys.exit(2)
+
+
+def _run_verb(argv: list[str]) -> None:
+    args = _parse(argv, argv[0] if argv and argv[0] in VERBS else None)
     if not args.debug:  # `chameleon doctor` and our own errors say what matters of these
         warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
         logging.getLogger("megatron").setLevel(logging.CRITICAL)
-    try:
-        with shown_logs(args.log_level):
-            args.run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        fault = error if isinstance(error, ChameleonError) else outside_fault(error, args.verb)
-        if fault is None:
-            raise
-        if args.debug:
-            traceback.print_exc()
-        _print_error(fault)
-        sys.exit(2)
+    with shown_logs(args.log_level):
+        args.run(args)
 
 
 def _parse(argv: list[str], verb: str | None) -> argparse.Namespace:
@@ -138,7 +148,7 @@ def _run_process(argv: list[str]) -> int:
 
 def _exit_code(argv: list[str]) -> int:
     try:
-        _run(argv)
+        _run(argv, ends_process=True)
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0
@@ -152,4 +162,4 @@ def _exit_code(argv: list[str]) -> int:
 
 def _print_error(error: ChameleonError) -> None:
     for line in error.lines():
-        print(f"error: {line}", file=sys.stderr)
+        show_error(line)

@@ -9,6 +9,7 @@ This is a calculation only. It needs no GPU, tokenizer or data.
 
 import argparse
 
+from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, COUNT, GPU_COUNT, add_overrides
 
 
@@ -45,6 +46,6 @@ def run(args: argparse.Namespace) -> None:
     result = search_layouts(PlanRequest(filled_in(config), vocab_size, args.gpus, GPUS[args.gpu]))
     check_any_fits(result)
     if args.json:
-        print(json.dumps(as_json(result, args.top), indent=1))
+        show(json.dumps(as_json(result, args.top), indent=1))
     else:
-        print(as_text(result, args.top, args.all))
+        show(as_text(result, args.top, args.all))

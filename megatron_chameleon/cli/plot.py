@@ -7,6 +7,7 @@ import argparse
 import io
 from pathlib import Path
 
+from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import COUNT
 
 KEYS = "loss_text,loss_image,grad_norm,learning_rate"
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     figure.savefig(content, dpi=150, format=output.suffix[1:].lower())
     write_bytes(output, content.getvalue())
     steps = ", ".join(f"{name} to step {records[-1]['step']:,}" for name, records in runs.items())
-    print(f"{output}: {len(keys)} panels, {steps}")
+    show(f"{output}: {len(keys)} panels, {steps}")
 
 
 def _names(paths: list[str]) -> list[str]:

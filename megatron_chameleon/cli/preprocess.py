@@ -10,6 +10,7 @@ mpiexec -n 64 chameleon preprocess ...                        # shards and merge
 import argparse
 import re
 
+from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import SECONDS, SHARE, WORKERS
 from megatron_chameleon.data.documents.image_fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
 from megatron_chameleon.wording import shown
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     if args.status:
         from megatron_chameleon.data.preprocess.progress import status_table
 
-        print(status_table(args.output))
+        show(status_table(args.output))
         return
     if args.merge:
         from megatron_chameleon.data.preprocess.merge_shards import merge_shards

@@ -11,6 +11,7 @@ import logging
 import time
 from pathlib import Path
 
+from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import IDS, SEED, add_action, add_common_options
 from megatron_chameleon.wording import counted
 
@@ -94,7 +95,7 @@ def _train_text(args: argparse.Namespace) -> None:
         read_texts(args.files), args.output, args.vocab_size, args.image_codes
     )
     seconds = time.perf_counter() - start_seconds
-    print(
+    show(
         f"{args.output}: text tokenizer with {vocabulary.size} ids, "
         f"{vocabulary.image_codes} of them image codes, in {seconds:.1f} s"
     )
@@ -117,7 +118,7 @@ def _train_image(args: argparse.Namespace) -> None:
         device=platform.device(),
         report=_logger.info,
     )
-    print(
+    show(
         f"{args.output}: image tokenizer from {counted(result.images, 'image')} "
         f"({result.dropped} dropped), "
         f"{result.psnr:.1f} dB, {result.codes_used} of {result.codebook_size} codes used, "

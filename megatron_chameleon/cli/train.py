@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 
+from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, add_overrides
 
 _logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
                 _logger.warning(line)
         if args.dry_run:
             if launch.rank == 0:
-                print(dry_run_text(inputs, launch))
+                show(dry_run_text(inputs, launch))
             return
         finished = train(inputs, launch)
     except ChameleonError:

@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.cli.logs import progress, show
 from megatron_chameleon.cli.options import TOLERANCE
 from megatron_chameleon.wording import counted
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         progress=progress,
     )
     for difference in result.differences[:SHOWN_DIFFERENCES]:
-        print(difference)
+        show(difference)
     if count := len(result.differences):
         raise CheckpointError(
             str(args.second),
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         if result.largest == 0
         else f"up to {result.largest:.3g} (in {result.largest_name})"
     )
-    print(
+    show(
         f"equal: {result.first.folder} ({result.first.format}) and {result.second.folder} "
         f"({result.second.format}): {result.tensors:,} tensors, {result.parameters:,} parameters "
         f"{largest}; optimizer state {'equal too' if result.optimizer else 'not compared'}; logits "
@@ -81,4 +81,4 @@ def _check_files(checkpoint: str) -> None:
         what = f"has no {SUMS_FILE} to compare its files with"
         remedy = "Give a second checkpoint to compare the tensors of both"
         raise CheckpointError(str(folder), what, remedy)
-    print(f"whole: {folder}: {counted(files, 'file')} checked against SHA-256 sums")
+    show(f"whole: {folder}: {counted(files, 'file')} checked against SHA-256 sums")

@@ -131,7 +131,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 ``cli`` may import everything, and nothing imports ``cli``.
 """
 
-FOR_ALL = {"errors.py", "files.py", "outputs.py", "wording.py"}
+FOR_ALL = {
+    "errors.py",
+    "files.py",
+    "masking.py",
+    "outputs.py",
+    "terminal.py",
+    "wording.py",
+}
 """Files that every folder may import."""
 
 FREE = {"", "cli"}
