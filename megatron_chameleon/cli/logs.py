@@ -11,8 +11,9 @@ Library code calls ``logging.getLogger(__name__)`` and never prints. Every verb 
 A record with ``extra={"stderr": True}`` goes to stderr at any level. That is for progress of verbs
 whose standard output is a result; in this folder ``progress`` does it.
 
-Texts from files are shown without the characters that a terminal would obey: ids, file names, keys,
-captions. Results are printed by ``show``, which does the same.
+Texts from files, such as ids, file names and captions, are shown without the characters that a
+terminal would obey; ``show`` prints results in the same way. Secrets in log lines and errors, such
+as the password of a URL, are masked.
 
 Processes that a verb spawns have no such handler: they return lines to their parent.
 """
@@ -22,6 +23,7 @@ import logging
 import sys
 from collections.abc import Iterator
 
+from megatron_chameleon.masking import mask_secrets
 from megatron_chameleon.terminal import escape_line, escape_text
 
 PACKAGE = "megatron_chameleon"
@@ -59,7 +61,7 @@ def show(result: object) -> None:
 
 def show_error(line: str) -> None:
     """Print one error on stderr."""
-    print(f"error: {escape_line(line)}", file=sys.stderr)
+    print(f"error: {escape_line(mask_secrets(line))}", file=sys.stderr)
 
 
 def show_generated(text: str) -> None:
@@ -74,4 +76,5 @@ class ConsoleHandler(logging.Handler):
         prefix = "warning: " if record.levelno == logging.WARNING else ""
         is_error = record.levelno >= logging.WARNING or getattr(record, "stderr", False)
         stream = sys.stderr if is_error else sys.stdout
-        print(f"{prefix}{escape_text(self.format(record))}", file=stream, flush=True)
+        text = escape_text(mask_secrets(self.format(record)))
+        print(f"{prefix}{text}", file=stream, flush=True)

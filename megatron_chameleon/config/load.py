@@ -20,6 +20,7 @@ from megatron_chameleon.config.overrides import Override, apply_overrides, parse
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.config.yaml_file import ERRORS, read_yaml
 from megatron_chameleon.errors import ConfigError, ConfigErrors, first_line
+from megatron_chameleon.masking import masked_values
 from megatron_chameleon.wording import shown
 
 T = TypeVar("T")
@@ -125,7 +126,7 @@ def save_config(config: Config, path: Path) -> None:
 
 def format_config(config: Config) -> str:
     """The resolved config as YAML text, in the order of the schema."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.safe_dump(masked_values(dataclasses.asdict(config)), sort_keys=False)
 
 
 def _preset_of(own: DictConfig, overrides: Sequence[Override]) -> object:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -20,6 +19,8 @@ from megatron_chameleon import __version__
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.files import open_to_append, writing
+from megatron_chameleon.masking import masked_command, masked_values
 
 HistoryEntry = tuple[int, float | None, float | None]
 
@@ -80,8 +81,7 @@ class RunFolder:
         for name in ("logs", "checkpoints", "samples"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         save_config(config, self.path / "config.yaml")
-        with (self.path / "command.txt").open("a", encoding="utf-8") as file:
-            file.write(shlex.join(sys.argv) + "\n")
+        _append_command(self.path / "command.txt")
         environment = json.dumps(_environment(), indent=1)
         (self.path / "environment.json").write_text(environment + "\n", encoding="utf-8")
         lines, self.history = _kept_metrics(self.path / "metrics.jsonl", steps_done)
@@ -108,6 +108,13 @@ class RunFolder:
     def close(self) -> None:
         self._metrics.close()
         self._alarms.close()
+
+
+def _append_command(path: Path) -> None:
+    """Note this process's command. Only the owner may read it, because it may hold a secret."""
+    with writing(path), open_to_append(path, private=True) as file:
+        os.fchmod(file.fileno(), 0o600)  # an older version created it for everybody
+        file.write(f"{masked_command(sys.argv)}\n".encode("utf-8", "backslashreplace"))
 
 
 def _kept_metrics(path: Path, steps_done: int) -> tuple[list[str], list[HistoryEntry]]:
@@ -165,7 +172,7 @@ def _environment() -> dict[str, object]:
         "cpu_count": os.cpu_count(),
         "launch": {
             name: value
-            for name, value in os.environ.items()
+            for name, value in masked_values(dict(os.environ)).items()
             if name in ("WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
             or name.startswith(("SLURM_JOB", "SLURM_N"))
         },

@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.masking import masked_values
 
 WANDB_ID_FILE = "wandb_id.txt"
 
@@ -116,7 +117,7 @@ class WeightsAndBiases:
                 resume="allow" if mode == "online" else None,
                 dir=str(folder),
                 mode=mode,
-                config=asdict(config),
+                config=masked_values(asdict(config)),
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except (wandb.Error, ValueError) as error:  # pydantic raises ValueErrors
