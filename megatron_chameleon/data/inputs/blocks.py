@@ -15,13 +15,22 @@ from typing import IO
 from megatron_chameleon.data.inputs.files import InputFile, InputRange
 from megatron_chameleon.data.inputs.lines import line_blocks
 from megatron_chameleon.data.inputs.parquet import parquet_blocks
-from megatron_chameleon.data.inputs.records import BROKEN_FILE, Block, Fault, Position
+from megatron_chameleon.data.inputs.records import (
+    BROKEN_FILE,
+    LARGEST_DOCUMENT_BYTES,
+    Block,
+    Fault,
+    Position,
+)
 from megatron_chameleon.data.inputs.tar import tar_blocks
 from megatron_chameleon.errors import DataError
 
 
 def read_blocks(
-    inputs: Sequence[InputFile], ranges: Sequence[InputRange], position: Position | None = None
+    inputs: Sequence[InputFile],
+    ranges: Sequence[InputRange],
+    position: Position | None = None,
+    largest_bytes: int = LARGEST_DOCUMENT_BYTES,
 ) -> Iterator[Block]:
     """Read the blocks of all ranges, starting at a position.
 
@@ -29,6 +38,7 @@ def read_blocks(
         inputs: All input files.
         ranges: The parts of them to read, in order.
         position: Where to resume; None starts at the first range.
+        largest_bytes: Most bytes of a line, sample or row; a larger one is a ``Fault``.
 
     Raises:
         DataError: If a file cannot be opened, or a disk or network fails.
@@ -40,7 +50,7 @@ def read_blocks(
         start = position if index == position.range_index else Position(index)
         try:
             with item.open() as file:
-                yield from _blocks_of_range(item, part, file, start, before)
+                yield from _blocks_of_range(item, part, file, start, before, largest_bytes)
         except OSError as error:
             what = f"reading failed in mid-file ({' '.join(str(error).split())})"
             remedy = "Check the disk or network, then run the same command again"
@@ -49,16 +59,22 @@ def read_blocks(
 
 
 def _blocks_of_range(
-    item: InputFile, part: InputRange, file: IO[bytes], start: Position, before: int
+    item: InputFile,
+    part: InputRange,
+    file: IO[bytes],
+    start: Position,
+    before: int,
+    largest_bytes: int,
 ) -> Iterator[Block]:
     """The blocks of one range from ``start`` on; ``before`` counts the bytes of earlier ranges."""
-    if item.kind == "lines":
-        found = line_blocks(item, part, file, start)
-    elif item.kind == "tar":
-        found = tar_blocks(item, file, start.record)
-    else:
+    first_byte = 0
+    if item.kind == "tar":
+        found = tar_blocks(item, file, start.record, largest_bytes)
+    elif item.kind == "parquet":
         found = parquet_blocks(item, part, file, start.record)
-    first_byte = part.start if item.kind == "lines" else 0
+    else:
+        found = line_blocks(item, part, file, start, largest_bytes)
+        first_byte = part.start
     for block in found:
         read_bytes = before + max(block.read_bytes - first_byte, 0)
         after = Position(start.range_index, block.offset, block.record_after, read_bytes)

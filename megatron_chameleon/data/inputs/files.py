@@ -4,11 +4,12 @@ An input is a local path, a glob, or a URL of any file system that fsspec knows 
 ``gs://``, ``hf://``, ...; some need a package of their own). The files of a glob are sorted by
 name. The suffix says what kind of file it is:
 
-- ``.jsonl``, ``.json``, ``.ndjson``: one document per line
+- ``.jsonl``, ``.ndjson``: one document per line
+- ``.json``: one document per line, or an array of documents
 - ``.tar``: WebDataset
 - ``.parquet``: OBELICS-style, or a column ``text`` or ``messages``
 
-JSON Lines and tars may be compressed: ``.gz``, ``.zst``.
+JSON and tars may be compressed: ``.gz``, ``.zst``.
 """
 
 import glob
@@ -22,7 +23,7 @@ import fsspec
 
 from megatron_chameleon.errors import DataError
 
-KINDS = {"jsonl": "lines", "json": "lines", "ndjson": "lines", "tar": "tar", "parquet": "parquet"}
+KINDS = {"jsonl": "lines", "json": "json", "ndjson": "lines", "tar": "tar", "parquet": "parquet"}
 COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd"}
 SUFFIXES = ".jsonl, .json, .ndjson or .tar (each also with .gz or .zst), or .parquet"
 
@@ -34,7 +35,7 @@ class InputFile:
     path: str
     """As the user gave it, or as the glob found it."""
     kind: str
-    """lines, tar or parquet."""
+    """lines, json, tar or parquet; a json file may be lines, too."""
     compression: str | None
     """gzip, zstd or None."""
     size_bytes: int

@@ -3,7 +3,7 @@
 Positions count bytes of lines after decompression, samples of a tar, and rows of a parquet file.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -12,12 +12,14 @@ from megatron_chameleon.errors import DataError
 
 BLOCK_IMAGES = 32
 """Most images of one block, so that a relaunch repeats little work."""
-READ_BYTES = 1 << 16
-"""Compressed files are always read in steps of this size, so that a broken file always breaks off
-at the same place."""
+
+LARGEST_DOCUMENT_BYTES = 128 << 20
+"""Most bytes of one line, tar sample or parquet row, unless ``--largest-document`` says otherwise:
+as many as an image may have."""
 
 BROKEN_FILE = "broken file"
 BROKEN_DOCUMENT = "broken document"
+TOO_LARGE_DOCUMENT = "too large document"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,20 @@ class Fault:
     corpus_name: str = ""
 
 
+def too_large(where: str, what: str, limit: int, name: str = "") -> Fault:
+    """The fault of a document that is larger than a document may be.
+
+    Args:
+        where: File and line, sample or row.
+        what: What is too large, with the number, such as "the line has 300 MiB".
+        limit: The limit in bytes.
+        name: The document's id.
+    """
+    what = f"{what}, more than the {limit / (1 << 20):g} MiB of a document"
+    remedy = "Split or remove it, or raise --largest-document"
+    return Fault(DataError(where, what, remedy), TOO_LARGE_DOCUMENT, name)
+
+
 @dataclass(frozen=True)
 class Block:
     """Consecutive records of one input."""
@@ -101,7 +117,53 @@ class Block:
 
 
 class BrokenFile(Exception):
-    """Raised with the cause by the code that decodes a file."""
+    """Raised with the cause by the code that decodes a file, at the place where it breaks off.
+
+    Args:
+        cause: What is wrong.
+        remedy: What to do, if the file is whole but not what its name says.
+    """
+
+    def __init__(self, cause: str, remedy: str = "") -> None:
+        super().__init__(cause)
+        self.remedy = remedy
+
+    def fault(self, where: str, place: str) -> Fault:
+        """The fault of the rest of the file.
+
+        Args:
+            where: The file, and the line if there are lines.
+            place: Where the rest begins, such as "after sample 3".
+        """
+        what, remedy = str(self), self.remedy
+        if not remedy:
+            what = f"the file breaks off {place}, the rest of it is lost ({self})"
+            remedy = "Copy or write the file again"
+        return Fault(DataError(where, what, remedy), BROKEN_FILE)
+
+
+_OTHER_KINDS = {
+    b"\x1f\x8b": ("the file is compressed with gzip", "Let its name end with .gz"),
+    b"\x28\xb5\x2f\xfd": ("the file is compressed with zstd", "Let its name end with .zst"),
+    b"BZh": ("the file is compressed with bzip2", "Compress it with gzip or zstd"),
+    b"\xfd7zXZ\0": ("the file is compressed with xz", "Compress it with gzip or zstd"),
+    b"PK\x03\x04": ("the file is a zip archive", "Unpack it"),
+    b"PAR1": ("the file is parquet", "Let its name end with .parquet"),
+    b"\xff\xfe": ("the file is UTF-16", "Write it as UTF-8"),
+    b"\xfe\xff": ("the file is UTF-16", "Write it as UTF-8"),
+}
+"""How files begin that are neither lines nor tars, and what to say of them."""
+
+
+def check_signature(head: bytes) -> None:
+    """Check that a file of lines or a tar, decompressed, is not of another kind.
+
+    Raises:
+        BrokenFile: It is; the remedy says what to do.
+    """
+    for signature, (what, remedy) in _OTHER_KINDS.items():
+        if head.startswith(signature):
+            raise BrokenFile(what, remedy)
 
 
 @dataclass(frozen=True)
@@ -121,24 +183,5 @@ class FileBlock:
 
 
 def tell(file: IO[bytes], item: InputFile) -> int:
-    """How many bytes of a file have been read; a decompressor closes the file at its end."""
-    return item.size_bytes if file.closed else file.tell()
-
-
-def decompressed(item: InputFile, file: IO[bytes]) -> Iterator[bytes]:
-    """The content of a compressed file in steps of ``READ_BYTES``.
-
-    Raises:
-        BrokenFile: If it breaks off or is damaged.
-    """
-    import pyarrow
-
-    assert item.compression is not None
-    try:
-        with pyarrow.CompressedInputStream(pyarrow.PythonFile(file), item.compression) as stream:
-            while chunk := stream.read(READ_BYTES):
-                yield chunk
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk, not the content
-            raise
-        raise BrokenFile(" ".join(str(error).split())) from error
+    """How many bytes of a file have been read."""
+    return min(file.tell(), item.size_bytes)

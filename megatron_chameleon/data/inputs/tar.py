@@ -1,111 +1,164 @@
 """Reads WebDataset tars: the files that share a key are one sample.
 
 The key is a file's path up to the first dot of its name; the rest is the suffix. A tar is read as a
-stream, so it may be compressed or remote.
+stream, so it may be compressed or remote. What archivers add of their own is passed over: links,
+folders, ``._name`` and ``__MACOSX/`` of macOS, ``PaxHeaders`` folders, and names that begin with a
+dot.
 """
 
-import tarfile
 from collections.abc import Iterator
-from typing import IO, Any, cast
+from dataclasses import dataclass, field, replace
+from typing import IO, Any
 
+from megatron_chameleon.data.inputs.compression import decompressed
 from megatron_chameleon.data.inputs.files import InputFile
 from megatron_chameleon.data.inputs.records import (
     BLOCK_IMAGES,
+    BROKEN_DOCUMENT,
     BROKEN_FILE,
     BrokenFile,
     Fault,
     FileBlock,
     TarSamples,
-    decompressed,
     tell,
+    too_large,
 )
+from megatron_chameleon.data.inputs.tar_entries import Entry, Reader, read_entries
 from megatron_chameleon.errors import DataError
 
 BLOCK_SAMPLES = BLOCK_IMAGES
 BLOCK_BYTES = 16 << 20
-LARGEST_FILE_BYTES = 128 << 20
-"""Bytes of one file in a tar; a larger file is neither an image nor a caption."""
+_FOREIGN_FOLDERS = ("__MACOSX", "PaxHeaders")
 
 
 class _Stream:
-    """Gives ``tarfile`` the ``read`` method that it needs, over an iterator of chunks."""
+    """A reader of the chunks of a decompressed file."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
-        self._rest = b""
+        self._rest = memoryview(b"")
 
     def read(self, size: int) -> bytes:
+        if size <= len(self._rest):
+            data, self._rest = self._rest[:size], self._rest[size:]
+            return bytes(data)
         parts = [self._rest]
         have = len(self._rest)
+        self._rest = memoryview(b"")
         while have < size and (chunk := next(self._chunks, b"")):
-            parts.append(chunk)
-            have += len(chunk)
-        data = b"".join(parts)
-        self._rest = data[size:]
-        return data[:size]
+            parts.append(memoryview(chunk)[: size - have])
+            self._rest = memoryview(chunk)[size - have :]
+            have += len(parts[-1])
+        return b"".join(parts)
 
 
-def tar_blocks(item: InputFile, file: IO[bytes], done: int) -> Iterator[FileBlock]:
+@dataclass
+class _Sample:
+    """The files of one key; their contents are let go when they are too large together."""
+
+    key: str
+    files: dict[str, Any] = field(default_factory=dict)
+    size: int = 0
+    problem: str = ""
+
+    def add(self, suffix: str, entry: Entry, limit: int) -> None:
+        self.size += entry.size
+        self.problem = self.problem or (f"{entry.name}: {entry.problem}" if entry.problem else "")
+        if self.size > limit or entry.content is None:
+            self.files.clear()
+        else:
+            self.files[suffix] = entry.content
+
+
+def tar_blocks(item: InputFile, file: IO[bytes], done: int, limit: int) -> Iterator[FileBlock]:
     """Blocks of the samples that follow the first ``done`` ones.
 
     A sample is a dict of suffixes to bytes, plus ``__key__``. If a suffix occurs twice, the last
-    file is kept.
+    file is kept. A sample that cannot be used, or a damaged place, is a ``Fault`` and counts as
+    one sample.
+
+    Args:
+        item: The file.
+        file: The open file.
+        done: Samples that an earlier run has read.
+        limit: Most bytes of a sample.
     """
-    stream = file if item.compression is None else _Stream(decompressed(item, file))
-    count, size, waiting = 0, 0, []
-    broken: BrokenFile | None = None
-    samples = _samples(stream)
-    while True:
-        try:
-            sample = next(samples, None)
-        except BrokenFile as cause:
-            sample, broken = None, cause
-        if sample is not None:
-            count += 1
-            if count > done:
-                waiting.append(sample)
-                size += sum(len(value) for value in sample.values())
-        if waiting and (sample is None or len(waiting) == BLOCK_SAMPLES or size > BLOCK_BYTES):
+    stream: Reader = file if item.compression is None else _Stream(decompressed(item, file))
+    count, size = 0, 0
+    waiting: list[dict[str, Any]] = []
+    for found in _samples(item, stream, limit):
+        is_bad = isinstance(found, Fault)
+        if waiting and (is_bad or len(waiting) == BLOCK_SAMPLES or size > BLOCK_BYTES):
             before = count - len(waiting)
             yield FileBlock(TarSamples(waiting), before, count, count, tell(file, item))
             size, waiting = 0, []
-        if sample is None:
-            break
-    if broken is not None:
-        what = f"the tar is damaged after sample {count}, the rest of it is lost ({broken})"
-        error = DataError(item.path, what, "Copy or write the tar again")
-        yield FileBlock(Fault(error, BROKEN_FILE), count, count, count, item.size_bytes)
+        count += 1
+        if isinstance(found, Fault):
+            after = count - (found.reason == BROKEN_FILE)
+            if count > done:
+                yield FileBlock(found, count - 1, after, after, tell(file, item))
+        elif count > done:
+            waiting.append({**found.files, "__key__": found.key})
+            size += found.size
+    if waiting:
+        yield FileBlock(TarSamples(waiting), count - len(waiting), count, count, tell(file, item))
 
 
-def _samples(stream: Any) -> Iterator[dict[str, Any]]:
-    sample: dict[str, Any] = {}
-    for name, content in _files(stream):
-        folder, _, base = name.rpartition("/")
-        stem, dot, suffix = base.partition(".")
-        if not dot:
-            continue
-        key = f"{folder}/{stem}" if folder else stem
-        if sample and sample["__key__"] != key:
-            yield sample
-            sample = {}
-        sample["__key__"] = key
-        sample[suffix.lower()] = content
-    if sample:
-        yield sample
-
-
-def _files(stream: Any) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file; the content of a file that is too large is cut off."""
+def _samples(item: InputFile, stream: Reader, limit: int) -> Iterator[_Sample | Fault]:
+    """The samples in order, and a fault in the place of each that cannot be used."""
+    sample: _Sample | None = None
+    count = 0
     try:
-        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
-            for member in tar:
-                if member.isfile():
-                    opened = tar.extractfile(member)
-                    assert opened is not None
-                    content = opened.read(LARGEST_FILE_BYTES)
-                    if len(content) < min(member.size, LARGEST_FILE_BYTES):
-                        raise BrokenFile("unexpected end of data")
-                    yield member.name, content
-                vars(tar)["members"] = []  # otherwise tarfile keeps every member
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise BrokenFile(" ".join(str(error).split())) from error
+        for entry in _entries(stream, limit):
+            key, suffix = _key_and_suffix(entry.name)
+            if sample is not None and key != sample.key:
+                yield _finished(item, sample, limit)
+                sample, count = None, count + 1
+            if not entry.name:
+                what = f"{entry.problem} after sample {count}; reading goes on at the next one"
+                yield _fault(item.path, what)
+                count += 1
+                continue
+            sample = sample or _Sample(key)
+            sample.add(suffix, entry, limit)
+        broken = None
+    except BrokenFile as error:
+        broken = error
+    if sample is not None and not (broken and sample.problem):
+        yield _finished(item, sample, limit)
+        count += 1
+    if broken is not None:
+        yield broken.fault(item.path, f"after sample {count}")
+
+
+def _finished(item: InputFile, sample: _Sample, limit: int) -> _Sample | Fault:
+    where = f"{item.path}:{sample.key}"
+    if sample.size > limit:
+        what = f"the files of the sample have {sample.size >> 20} MiB"
+        return too_large(where, what, limit, sample.key)
+    return _fault(where, sample.problem, sample.key) if sample.problem else sample
+
+
+def _fault(where: str, what: str, name: str = "") -> Fault:
+    return Fault(DataError(where, what, "Copy or write the tar again"), BROKEN_DOCUMENT, name)
+
+
+def _entries(stream: Reader, limit: int) -> Iterator[Entry]:
+    """The files that may belong to samples, and the damaged places."""
+    for entry in read_entries(stream, limit):
+        name = entry.name.removeprefix("./")
+        folders, _, base = name.rpartition("/")
+        is_foreign = base.startswith(".") or "." not in base
+        if entry.name and (is_foreign or _is_foreign_folder(folders)):
+            continue
+        yield replace(entry, name=name)
+
+
+def _is_foreign_folder(path: str) -> bool:
+    return bool(path) and any(name.startswith(_FOREIGN_FOLDERS) for name in path.split("/"))
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return f"{folder}{slash}{stem}", suffix.lower()

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_chameleon.data.documents.parse import parse_block
-from megatron_chameleon.data.inputs import lines, records
+from megatron_chameleon.data.inputs import compression, lines
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import find_inputs
 from megatron_chameleon.data.inputs.records import BLOCK_IMAGES, Fault, Position
@@ -20,9 +20,9 @@ from mixed_corpus import write_corpus
 LINES = b"".join(b'{"text": "%d"}\n' % i for i in range(20_000))
 
 
-def blocks_of(*paths, position=None):
+def blocks_of(*paths, position=None, **options):
     inputs = find_inputs(paths)
-    return list(read_blocks(inputs, plan_ranges(inputs), position))
+    return list(read_blocks(inputs, plan_ranges(inputs), position, **options))
 
 
 def contents(blocks):
@@ -39,7 +39,7 @@ def contents(blocks):
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(lines, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(records, "READ_BYTES", 512)
+    monkeypatch.setattr(compression, "READ_BYTES", 512)
 
 
 def test_resuming_after_any_block_gives_the_rest(tmp_path, small_blocks):
@@ -103,25 +103,26 @@ def test_not_compressed_at_all(tmp_path):
 
 def test_line_that_is_too_long_is_one_fault(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(lines, "LONGEST_LINE_BYTES", 5000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "1"}\n{"text": "' + "x" * 20_000 + '"}\n{"text": "3"}\n')
-    items = [item for block in blocks_of(path) for item in parse_block(block)]
+    found = blocks_of(path, largest_bytes=5000)
+    items = [item for block in found for item in parse_block(block)]
     assert [getattr(item, "record", None) for item in items] == [1, None, 3]
-    assert str(items[1].error).startswith(f"{path}:2: the line is longer than 0 MiB")
+    assert str(items[1].error).startswith(f"{path}:2: the line has 0 MiB, more than the 0.00476")
+    assert items[1].error.remedy == "Split or remove it, or raise --largest-document"
 
 
-def test_zip_bomb_needs_no_memory(tmp_path, monkeypatch):
+def test_zip_bomb_needs_no_memory(tmp_path):
     """A single line of 256 MiB, packed into a few hundred KB: none of it may be kept."""
-    monkeypatch.setattr(lines, "LONGEST_LINE_BYTES", 1 << 20)
     part = gzip.compress(b"x" * (1 << 24))
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(part * 16 + gzip.compress(b'\n{"text": "2"}\n'))
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    items = [item for block in blocks_of(path) for item in parse_block(block)]
-    assert items[0].reason == "broken document" and items[1].record == 2
+    found = blocks_of(path, largest_bytes=1 << 21)
+    items = [item for block in found for item in parse_block(block)]
+    assert items[0].reason == "too large document" and items[1].record == 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 

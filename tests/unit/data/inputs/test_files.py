@@ -34,7 +34,7 @@ def test_globs_are_sorted_and_words_keep_their_order(tmp_path, write_lines):
     ("name", "kind", "compression"),
     [
         ("a.jsonl", "lines", None),
-        ("a.b.JSON.gz", "lines", "gzip"),
+        ("a.b.JSON.gz", "json", "gzip"),
         ("a.ndjson.zst", "lines", "zstd"),
         ("a.tar", "tar", None),
         ("a.tgz", "tar", "gzip"),
