@@ -11,6 +11,7 @@ WebDataset sample; the sample's picture files stand beside its text, and ``KEY.t
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from megatron_chameleon.data.documents.schema import Document
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import find_inputs
 from megatron_chameleon.data.inputs.form_keys import FORM_KEYS
+from megatron_chameleon.data.inputs.json_values import BYTE_ORDER_MARK, check_values
 from megatron_chameleon.data.inputs.records import (
     BROKEN_DOCUMENT,
     Block,
@@ -44,6 +46,7 @@ from megatron_chameleon.data.inputs.records import (
 )
 from megatron_chameleon.data.inputs.shards import plan_ranges
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.files import open_to_read
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +133,7 @@ def parse_block(
     """
     payload = block.payload
     if isinstance(payload, Fault):
-        yield payload
+        yield replace(payload, corpus_name=payload.corpus_name or _stem(block.path))
     elif isinstance(payload, TarSamples):
         yield from _parse_samples(block, payload, make, ignored)
     elif isinstance(payload, ParquetRows):
@@ -153,7 +156,9 @@ def _parse_lines(
         origin = Origin(block.path, number)
         record: dict[str, Any] = {}
         try:
-            record = parse_json(line, origin.where, number)
+            check_values(line, origin.where)
+            # files that were put one behind the other have a byte order mark in the middle
+            record = parse_json(line.removeprefix(BYTE_ORDER_MARK), origin.where, number)
             yield make(_without(record, ignored), origin)
         except DataError as error:
             yield _fault(error, block.path, record, f"{_name(block.path)}:{number}")
@@ -165,12 +170,12 @@ def _fault(error: DataError, path: str, record: Mapping[str, Any], default: str)
 
 
 def _read_slice(path: str, part: FileSlice) -> bytes:
-    with Path(path).open("rb") as file:
+    with open_to_read(path) as file:
         file.seek(part.offset)
         content = file.read(part.size)
     if len(content) < part.size:
         what = f"the file now ends before byte {part.offset + part.size}: it has become shorter"
-        raise DataError(path, what, "Do not change inputs while they are read")
+        raise DataError(path, what, "Restore it, and run the same command again")
     return content
 
 

@@ -10,12 +10,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_chameleon.data.inputs.records import BrokenFile
+from megatron_chameleon.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
 _OUTSIDE_STRINGS = re.compile(rb'["\[\]{},]')
 _IN_STRINGS = re.compile(rb'["\\]')
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _NO_LIMIT = 1 << 62
+
+MOST_VALUES = 1 << 20
+"""Values in one document. Two bytes of JSON become 60 bytes of memory and more, so a line of a
+permitted length could still take gigabytes."""
+_SMALL_BYTES = 4 << 20
+"""Lines up to this size are parsed without a look at their values."""
+
+
+def check_values(line: bytes, where: str) -> None:
+    """Refuse a line of JSON that would take far more memory than its size.
+
+    Raises:
+        DataError: It has more than ``MOST_VALUES`` values.
+    """
+    if len(line) <= _SMALL_BYTES or _count_values(line) <= MOST_VALUES:
+        return
+    count = _count_values(_STRING.sub(b"", line))
+    if count > MOST_VALUES:
+        what = f"the line has {count:,} values, more than the {MOST_VALUES:,} of a document"
+        raise DataError(where, what, "Split or remove it")
+
+
+def _count_values(text: bytes) -> int:
+    return sum(text.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def depth_of_records(head: bytes) -> int | None:

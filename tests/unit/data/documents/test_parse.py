@@ -92,7 +92,7 @@ def test_truncated_tar_says_after_which_sample(tmp_path):
     files = {f"{i}.{kind}": b"x" * 5000 for i in range(3) for kind in ("png", "txt")}
     path = write_tar(tmp_path / "s.tar", files)
     path.write_bytes(path.read_bytes()[: 5 * 5632 + 1000])  # 5632 bytes: header + padded content
-    with pytest.raises(DataError, match=r"s\.tar: the tar is damaged after sample 2, .* \(unexp"):
+    with pytest.raises(DataError, match=r"s\.tar: the file breaks off after sample 2, .* \(unexp"):
         list(read_documents([path]))
 
 
