@@ -8,7 +8,7 @@ import pytest
 from places import PROGRAMS
 from run_command import environment
 
-SCRIPT = PROGRAMS / "kill_training.py"
+SCRIPT = PROGRAMS / "kills" / "kill_training.py"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """SIGKILL a run at random moments, also during saves, resume it each time, and compare its end.
 
-    PYTHONPATH=tests/support python tests/support/programs/kill_training.py --kills 50
+    PYTHONPATH=tests/support python tests/support/programs/kills/kill_training.py --kills 50
 
 Add ``--async-save`` to write checkpoints while training goes on.
 
@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import forked_command
-from megatron_chameleon.checkpoint.state.folders import list_checkpoints
 from megatron_chameleon.checkpoint.state.integrity import find_damage
+from megatron_chameleon.checkpoint.state.line import list_line
 from tiny_project import make_tiny_project
 
 EXACT = ("step", "loss", "loss_text", "loss_image", "z_loss", "grad_norm", "consumed_samples")
@@ -87,7 +87,7 @@ class Killer:
     def _look_at(self, checkpoints: Path) -> None:
         self.kills += 1
         self.kills_in_saves += any(checkpoints.glob(".step_*.saving"))
-        for checkpoint in list_checkpoints(checkpoints):
+        for checkpoint in list_line(checkpoints):
             damage = find_damage(checkpoint)
             assert damage is None, damage
 
