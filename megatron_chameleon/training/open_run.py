@@ -69,6 +69,8 @@ class Run:
             # What a rollback closes and opens again has a stack of its own.
             self._restarted = stack.enter_context(ExitStack())
             self._open_after(self._load(start) if start else 0)
+            if self.inputs.start.note:
+                self.reporter.say(self.inputs.start.note)
             if changes := changed_settings(start, config):
                 self.reporter.say(f"changed since {start}: {changes}")
             self._opened = stack.pop_all()

@@ -4,9 +4,11 @@ Nothing here builds a model, so a missing file or a config that does not fit is 
 seconds; ``chameleon train --dry-run`` stops after it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_chameleon.checkpoint.state.resume import check_fits, find_resume, find_sound
+from megatron_chameleon.checkpoint.state.resume import check_fits
+from megatron_chameleon.checkpoint.state.start import Start, find_sound, find_start
 from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.checks.layouts import check_vocabulary
 from megatron_chameleon.config.load import format_config
@@ -14,9 +16,11 @@ from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.mixture.mixture_history import stage1_steps
 from megatron_chameleon.model.backend import machine_problems
+from megatron_chameleon.parallel.collectives import run_on_rank_0
 from megatron_chameleon.parallel.launch import Launch
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.training.engines.base import check_installed
+from megatron_chameleon.training.run.branches import carry_out, finish_moves
 from megatron_chameleon.training.run.folder import check_run_folder, checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.open_data import open_reader
@@ -25,13 +29,16 @@ from megatron_chameleon.training.run.trackers import check_trackers
 from megatron_chameleon.training.samples.sampler import check_samples
 
 
-def prepare_run(config: Config, world_size: int, resume: str) -> RunInputs:
+def prepare_run(
+    config: Config, world_size: int, resume: str, start: Start | None = None
+) -> RunInputs:
     """Check the config, the tokenizer, the data and the checkpoint of a run.
 
     Args:
         config: As loaded.
         world_size: Number of processes of the run.
         resume: ``auto``, ``never`` or the path of a checkpoint.
+        start: What ``resume`` means, if that is known already.
 
     Raises:
         ChameleonError: Something is missing or does not fit.
@@ -44,30 +51,40 @@ def prepare_run(config: Config, world_size: int, resume: str) -> RunInputs:
     for problem in check_vocabulary(tokenizer.vocabulary.size, config):
         raise problem
     check_samples(config)
-    checkpoint = find_resume(checkpoints_folder(config), resume)
+    start = start or find_start(checkpoints_folder(config), resume)
+    checkpoint = start.checkpoint
     if checkpoint is not None:
         check_fits(checkpoint, config, tokenizer.fingerprint)
     reader = open_reader(config, tokenizer, checkpoint)
     skipped_steps = find_skipped_steps(config, checkpoint)
-    return RunInputs(config, tokenizer, reader, checkpoint, skipped_steps, resume)
+    return RunInputs(config, tokenizer, reader, checkpoint, skipped_steps, resume, start)
 
 
 def refresh_inputs(inputs: RunInputs, world_size: int) -> RunInputs:
-    """Choose the checkpoint again, now that this run holds the lock. A collective.
+    """Choose the start again, now that this run holds the lock, and carry it out. A collective.
 
-    An earlier run may have saved another checkpoint while it was ending, and the files of the
-    chosen one may turn out to be damaged. In both cases the run is prepared again.
+    An earlier run may have saved another checkpoint while it was ending, or may have been killed
+    while it went back, and the files of the chosen checkpoint may turn out to be damaged. Rank 0
+    looks, and all ranks follow. Nothing moves before it is known that the checkpoint fits.
 
     Raises:
-        ChameleonError: As ``prepare_run`` does, or because no checkpoint is sound.
+        ChameleonError: On every rank: as ``prepare_run`` does, no checkpoint is sound, or the
+            file system refuses to set a branch aside.
     """
     folder = checkpoints_folder(inputs.config)
-    checkpoint = find_resume(folder, inputs.resume)
-    if checkpoint is not None:
-        checkpoint = find_sound(folder, checkpoint, inputs.resume)
-    if checkpoint == inputs.checkpoint:
+
+    def look() -> Start:
+        finish_moves(folder)
+        return find_start(folder, inputs.resume)
+
+    start = find_sound(folder, run_on_rank_0(look))
+    if start != inputs.start:
+        inputs = prepare_run(inputs.config, world_size, inputs.resume, start)
+    run_on_rank_0(lambda: carry_out(folder, start))
+    if start.moves is None:
         return inputs
-    return prepare_run(inputs.config, world_size, str(checkpoint or inputs.resume))
+    start = replace(start, checkpoint=start.checkpoint_after_moves, moves=None)
+    return prepare_run(inputs.config, world_size, inputs.resume, start)
 
 
 def describe_run(inputs: RunInputs) -> str:
@@ -95,4 +112,6 @@ def dry_run_text(inputs: RunInputs, launch: Launch) -> str:
         f"But this machine cannot run it: {problem.where}: {problem.what}."
         for problem in machine_problems(inputs.config)
     ]
+    if note := inputs.start.note:
+        lines.insert(1, f"{note[0].upper()}{note[1:]}.")
     return "\n".join(lines)

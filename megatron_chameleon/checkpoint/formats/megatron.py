@@ -46,8 +46,8 @@ from megatron_chameleon.checkpoint.state.folders import (
     STATE_FILE,
     STATE_FORMAT,
     STEP_FOLDER,
-    find_checkpoint,
 )
+from megatron_chameleon.checkpoint.state.line import find_checkpoint
 from megatron_chameleon.checkpoint.state.reader import TensorInfo, TrainingCheckpoint
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.load import save_config

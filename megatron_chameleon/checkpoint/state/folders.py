@@ -35,49 +35,12 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a ``checkpoints/`` folder, oldest first."""
-    return [path for path in list_step_folders(folder) if (path / STATE_FILE).is_file()]
-
-
 def list_step_folders(folder: Path) -> list[Path]:
     """The checkpoints of a ``checkpoints/`` folder, whole or not, oldest first."""
     if not folder.is_dir():
         return []
     steps = [p for p in folder.iterdir() if STEP_FOLDER.fullmatch(p.name) and p.is_dir()]
     return sorted(steps, key=step_of)
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """Find the checkpoint that a path means: a ``step_...`` folder, or a run's newest whole one.
-
-    Args:
-        path: A checkpoint folder, a ``checkpoints`` folder or a run folder.
-
-    Raises:
-        CheckpointError: There is no whole checkpoint; the message says what was found.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(str(path), "no such folder", "Give a checkpoint or a run folder")
-    if (path / STATE_FILE).is_file():
-        return path
-    if (path / ".metadata").exists() or STEP_FOLDER.fullmatch(path.name):
-        raise CheckpointError(
-            str(path),
-            f"the checkpoint is not whole: it has no {STATE_FILE}, which is written last",
-            "Use an earlier step, or let the run save again",
-        )
-    parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    whole = list_checkpoints(parent)
-    if not whole:
-        broken = sum(1 for folder in parent.iterdir() if STEP_FOLDER.fullmatch(folder.name))
-        raise CheckpointError(
-            str(path),
-            f"no whole checkpoint in {parent} ({broken} step folders without {STATE_FILE})",
-            "Train until the first save, or give another run's folder",
-        )
-    return whole[-1]
 
 
 def other_format(folder: Path) -> str | None:

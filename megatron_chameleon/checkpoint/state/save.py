@@ -22,11 +22,11 @@ from megatron_chameleon.checkpoint.state.folders import (
     STATE_FILE,
     STATE_FORMAT,
     flush_to_disk,
-    list_checkpoints,
     step_folder,
     step_of,
 )
 from megatron_chameleon.checkpoint.state.integrity import write_sums
+from megatron_chameleon.checkpoint.state.line import list_line
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import CheckpointConfig, Config
 from megatron_chameleon.errors import CheckpointError, TrainingError, first_line
@@ -195,7 +195,7 @@ class Saver:
         digests = gather_on_rank_0(pending.files.digests)
         _on_all_ranks(pending.final, lambda: _finish(pending, self._engine.config, digests))
         if torch.distributed.get_rank() == 0:
-            for old in disposable(list_checkpoints(self._folder), self._engine.config.checkpoint):
+            for old in disposable(list_line(self._folder), self._engine.config.checkpoint):
                 hidden = _hide(old)  # at once; deleting its data may take a while
                 self._deletions.submit(shutil.rmtree, hidden, ignore_errors=True)
         self._say(f"saved {pending.final}")
@@ -205,7 +205,7 @@ def disposable(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:
     """The checkpoints that neither ``keep_last`` nor ``keep_every`` keeps.
 
     Args:
-        checkpoints: Whole checkpoints, oldest first.
+        checkpoints: Those of the run's line, oldest first.
         config: Says which checkpoints to keep.
     """
     every = config.keep_every

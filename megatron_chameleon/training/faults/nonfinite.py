@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.checkpoint.state.folders import list_checkpoints, load_state, step_of
+from megatron_chameleon.checkpoint.state.folders import load_state, step_of
+from megatron_chameleon.checkpoint.state.line import list_line
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.errors import ChameleonError, TrainingError
 from megatron_chameleon.parallel.collectives import broadcast
@@ -198,9 +199,9 @@ def find_rollback_checkpoint(step: int, inputs: RunInputs) -> Path | None:
     state = load_state(start) if start is not None else {}
     if state.get("optimizer") is False:  # bare weights have no moments to go back to
         start, state = None, {}
-    # A run that started from an older checkpoint may have later ones of its past in the folder.
+    # What this run has saved since: it may have started from elsewhere.
     steps = range(state.get("step", 0) + 1, step)
-    saved = list_checkpoints(checkpoints_folder(inputs.config))
+    saved = list_line(checkpoints_folder(inputs.config))
     found = [path for path in saved if step_of(path) in steps]
     return found[-1] if found else start
 

@@ -1,8 +1,9 @@
 """What a run is made from: config, tokenizer, data and checkpoint, once they have been checked."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatron_chameleon.checkpoint.state.start import Start
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.tokenizer.folder import Tokenizer
@@ -22,6 +23,8 @@ class RunInputs:
     skipped_steps: SkippedSteps
     resume: str
     """``auto``, ``never`` or a path, as the user asked for it."""
+    start: Start = field(default_factory=Start)
+    """How ``resume`` was understood."""
 
     def reader_after(self, steps_done: int) -> BatchReader:
         """A second reader of the same data, at the step after ``steps_done``."""

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from megatron_chameleon.checkpoint.state.folders import list_checkpoints, load_state
+from megatron_chameleon.checkpoint.state.folders import load_state
+from megatron_chameleon.checkpoint.state.line import list_line
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.errors import CheckpointError
@@ -43,5 +44,5 @@ def open_newest(config: Config, tokenizer: Tokenizer) -> BatchReader:
         config: A checked config.
         tokenizer: The one that the token files were written with.
     """
-    found = list_checkpoints(checkpoints_folder(config))
+    found = list_line(checkpoints_folder(config))
     return open_reader(config, tokenizer, found[-1] if found else None)

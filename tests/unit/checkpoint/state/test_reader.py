@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_chameleon.checkpoint.state.folders import find_checkpoint
+from megatron_chameleon.checkpoint.state.line import find_checkpoint
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.errors import CheckpointError
 from tiny_model import (
