@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto (the default): resume from the newest checkpoint of the run's line; never: start "
-        "at step 0, in a run folder without checkpoints; PATH: start from that checkpoint if the "
-        "run has none yet, or go back to one of the run's own and set later ones aside. The same "
-        "command, given again, goes on from the newest checkpoint",
+        help="auto (the default): resume from the newest checkpoint of the run's line; never: "
+        "start at step 0, in a run folder without checkpoints; PATH: start from that checkpoint if "
+        "the run has none yet, or go back to one of the run's own and set later ones aside. The "
+        "same command, given again, goes on from the newest checkpoint",
     )
 
 
