@@ -1,6 +1,7 @@
 """Reads the input files of evaluations: JSON, JSON Lines, Parquet, CSV and YAML."""
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import Any
 import yaml
 
 from megatron_chameleon.errors import DataError, first_line
+from megatron_chameleon.files import cannot_read, open_to_read, read_bytes
+
+LARGEST_FILE_BYTES = 4 << 30
+"""Bytes of a file that is read as a whole; the largest one, VQAv2's annotations, has 0.4 GB."""
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -21,13 +26,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         DataError: The file cannot be read, has no records, or a record is not an object.
     """
     path = Path(path)
-    try:
-        records = _READERS.get(path.suffix.lower(), _json_lines)(path)
-    except OSError as error:
-        what = f"cannot be read ({error.strerror or first_line(error)})"
-        raise DataError(str(path), what, "Pass a file that exists and can be read") from error
-    except UnicodeDecodeError as error:
-        raise DataError(str(path), "is not UTF-8 text", "Save it as UTF-8") from error
+    records = _READERS.get(path.suffix.lower(), _json_lines)(path)
     if not records:
         raise DataError(str(path), "has no records", "Pass a file with at least one record")
     return records
@@ -40,12 +39,9 @@ def read_json(path: str | Path) -> Any:
         DataError: The file cannot be read or is not valid.
     """
     path = Path(path)
+    text = _text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-    except OSError as error:
-        what = f"cannot be read ({error.strerror or first_line(error)})"
-        raise DataError(str(path), what, "Pass a file that exists and can be read") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         kind = "YAML" if path.suffix in (".yaml", ".yml") else "JSON"
         raise DataError(
@@ -66,18 +62,26 @@ def require_keys(record: dict[str, Any], keys: Sequence[str], where: str) -> Non
         raise DataError(where, what, f"Give each record the keys {', '.join(keys)}")
 
 
+def _text(path: Path) -> str:
+    try:
+        return read_bytes(path, limit=LARGEST_FILE_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        what = f"is not UTF-8 text (byte {error.start})"
+        raise DataError(str(path), what, "Save it as UTF-8") from error
+
+
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     records = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                what = f"not valid JSON ({first_line(error)})"
-                raise DataError(f"{path}:{number}", what, "Fix or remove the line") from error
-            records.append(_object(record, f"{path}:{number}"))
+    # not splitlines(), which also splits at U+2028 and the like inside of a JSON string
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            what = f"not valid JSON ({first_line(error)})"
+            raise DataError(f"{path}:{number}", what, "Fix or remove the line") from error
+        records.append(_object(record, f"{path}:{number}"))
     return records
 
 
@@ -90,8 +94,18 @@ def _json_list(path: Path) -> list[dict[str, Any]]:
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return [dict(row) for row in csv.DictReader(file)]
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row:
+                what = f"has more than {len(reader.fieldnames or ())} fields, the number of columns"
+                raise DataError(f"{path}:{reader.line_num}", what, "Put quotes around the text")
+            rows.append(dict(row))
+    except csv.Error as error:
+        where = f"{path}:{reader.line_num}"
+        raise DataError(where, f"is not valid CSV ({first_line(error)})", "Fix the line") from error
+    return rows
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
@@ -99,8 +113,12 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
+        with open_to_read(path) as file:
+            table = pyarrow.parquet.read_table(file, pre_buffer=False)
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except (pyarrow.ArrowException, ValueError) as error:
         what = f"is not a valid Parquet file ({first_line(error)})"
         raise DataError(str(path), what, "Pass a complete Parquet file") from error
     return rows
