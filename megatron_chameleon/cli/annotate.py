@@ -9,6 +9,7 @@ chameleon annotate score judgements_1.json judgements_2.json judgements_3.json \
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_chameleon.cli.logs import progress, show
 from megatron_chameleon.cli.options import (
@@ -22,6 +23,11 @@ from megatron_chameleon.cli.options import (
     add_sampling_options,
     device,
 )
+from megatron_chameleon.cli.patience import tell_if_slow
+from megatron_chameleon.wording import counted
+
+if TYPE_CHECKING:
+    from megatron_chameleon.inference.options import GenerationOptions
 
 KINDS = ("absolute", "pairwise", "safety")
 
@@ -40,6 +46,12 @@ def _add_answer(answer: argparse.ArgumentParser) -> None:
     )
     answer.add_argument("--output", metavar="DIR", required=True, help="folder for documents.jsonl")
     answer.add_argument("--limit", type=COUNT, metavar="N", help="answer only the first N prompts")
+    answer.add_argument(
+        "--chat",
+        action="store_true",
+        help="ask a fine-tuned model: all prompts take the form of conversations in its training, "
+        "also those that are not written as conversations",
+    )
     add_sampling_options(answer)
     answer.add_argument(
         "--batch-size", type=BATCH, default=32, help="prompts to answer together (default: 32)"
@@ -89,27 +101,36 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace) -> None:
-    from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, model_fingerprint
-    from megatron_chameleon.evaluation.asking.asker import Asker
-    from megatron_chameleon.evaluation.human.prompts import answer_prompts, read_prompts
-    from megatron_chameleon.inference.decode import GenerationOptions
-    from megatron_chameleon.inference.modality import Force
-    from megatron_chameleon.inference.session import Session
+    with tell_if_slow(f"annotate: reading {args.prompts}"):
+        from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, model_fingerprint
+        from megatron_chameleon.evaluation.asking.asker import Asker
+        from megatron_chameleon.evaluation.human.prompts import answer_prompts, read_prompts
+        from megatron_chameleon.inference.session import Session
+        from megatron_chameleon.outputs import check_output_folder
 
-    given = {
-        name: getattr(args, name)
-        for name in ("temperature", "top_p", "guidance", "max_tokens")
-        if getattr(args, name) is not None
-    }
+        options = _generation_options(args)
+        prompts = read_prompts(Path(args.prompts))[: args.limit]
+        output = check_output_folder("--output", args.output)
+    with tell_if_slow(f"annotate: opening {args.checkpoint}"):
+        session = Session.load(args.checkpoint, args.device, args.tokenizer)
+    with AnswerCache(output, model_fingerprint(session)) as answers:
+        if len(answers):
+            progress(f"found {counted(len(answers), 'answer')} of an earlier run: {answers.path}")
+        progress(f"annotate: answering {counted(len(prompts), 'prompt')}")
+        asker = Asker(session, answers, progress)
+        show(answer_prompts(asker, prompts, output, options, args.chat))
+
+
+def _generation_options(args: argparse.Namespace) -> "GenerationOptions":
+    from megatron_chameleon.inference.modality import Force
+    from megatron_chameleon.inference.options import GenerationOptions
+
+    names = ("temperature", "top_p", "guidance", "max_tokens")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     force = Force(args.force) if args.force else None
     options = GenerationOptions(seed=args.seed, force=force, batch_size=args.batch_size, **given)
     options.check()
-    read_prompts(Path(args.prompts))
-    session = Session.load(args.checkpoint, args.device, args.tokenizer)
-    output = Path(args.output)
-    with AnswerCache(output, model_fingerprint(session)) as answers:
-        asker = Asker(session, answers, progress)
-        show(answer_prompts(asker, Path(args.prompts), output, options, args.limit))
+    return options
 
 
 def _prepare(args: argparse.Namespace) -> None:

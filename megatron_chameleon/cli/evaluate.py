@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_chameleon.cli.logs import progress, show
 from megatron_chameleon.cli.options import BATCH, COUNT, SEED, device
+from megatron_chameleon.cli.patience import tell_if_slow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,14 +60,18 @@ def run(args: argparse.Namespace) -> None:
                 name, "is missing", f"Add it to chameleon evaluate --tasks {args.tasks}"
             )
 
-    from megatron_chameleon.evaluation.runner import RESULTS_FILE, load_tasks, run_tasks
-    from megatron_chameleon.evaluation.tasks.results import results_table
-    from megatron_chameleon.inference.session import Session
+    with tell_if_slow(f"evaluate: reading {args.tasks}"):
+        from megatron_chameleon.evaluation.runner import RESULTS_FILE, load_tasks, run_tasks
+        from megatron_chameleon.evaluation.tasks.results import results_table
+        from megatron_chameleon.inference.session import Session
+        from megatron_chameleon.outputs import check_output_folder
 
-    data = Path(args.data) if args.data else None
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    runs = load_tasks(names, data, args.limit, args.seed, args.batch_size)
-    session = Session.load(args.checkpoint, args.device, args.tokenizer)
-    results = run_tasks(session, args.checkpoint, runs, Path(args.output), progress)
+        data = Path(args.data) if args.data else None
+        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+        runs = load_tasks(names, data, args.limit, args.seed, args.batch_size)
+        output = check_output_folder("--output", args.output)
+    with tell_if_slow(f"evaluate: opening {args.checkpoint}"):
+        session = Session.load(args.checkpoint, args.device, args.tokenizer)
+    results = run_tasks(session, args.checkpoint, runs, output, progress)
     show(results_table(results["tasks"]))
-    progress(f"written: {Path(args.output) / RESULTS_FILE}")
+    progress(f"written: {output / RESULTS_FILE}")

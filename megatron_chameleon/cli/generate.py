@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--document",
         metavar="FILE",
         help="file of prompts, one document per line (.jsonl); in a conversation, the last message "
-        "is answered",
+        "of the user is answered, and an answer behind it is not shown to the model",
     )
     parser.add_argument(
         "--chat",
@@ -152,7 +152,7 @@ def _check_device(args: argparse.Namespace) -> None:
 def _prompts(args: argparse.Namespace) -> list["Document"]:
     """The documents of ``--document``, or the one prompt of ``--image`` and ``--prompt``."""
     from megatron_chameleon.data.documents.image_part import ImagePart
-    from megatron_chameleon.data.documents.parse import read_documents
+    from megatron_chameleon.data.documents.parse import read_prompts
     from megatron_chameleon.data.documents.schema import Document, TextPart
     from megatron_chameleon.errors import ConfigError
 
@@ -163,7 +163,7 @@ def _prompts(args: argparse.Namespace) -> list["Document"]:
                 "cannot be combined with --prompt or --image",
                 "Put everything into the document, or leave it out",
             )
-        return list(read_documents([args.document]))
+        return read_prompts([args.document])
     prompt: list[TextPart | ImagePart] = [ImagePart(image) for image in args.image]
     if args.prompt is not None:
         prompt.append(TextPart(args.prompt))

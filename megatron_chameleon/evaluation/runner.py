@@ -143,6 +143,7 @@ def run_tasks(
             progress(f"found {counted(len(answers), 'answer')} of an earlier run: {answers.path}")
         for name, run_task in runners.items():
             report = partial(_report, progress, name)
+            report(f"asking {checkpoint}")
             result = run_task(Asker(session, answers, report))
             results["tasks"][name] = result.summary()
             lines += [

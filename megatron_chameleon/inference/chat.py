@@ -6,7 +6,7 @@ A prompt is ``<s>`` and the turns so far, and the answer follows the last separa
 ``data/documents/conversations.py`` for the format.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from PIL import Image
 
@@ -25,6 +25,19 @@ class ControlToken:
     token_id: int
 
 
+@dataclass(slots=True)
+class PaddedImage(ImagePart):
+    """An image of a prompt: it is padded to a square when it is opened, so nothing is cropped."""
+
+    resolution: int = 0
+    """Pixels of its edge."""
+
+    def open(self) -> Image.Image:
+        # not super(): a dataclass with slots is another class than the one that is written here
+        image = ImagePart.open(self)
+        return Image.fromarray(prepare_image(image, self.resolution, pad=True))
+
+
 ChatPart = TextPart | ImagePart | Image.Image | ControlToken
 
 
@@ -37,7 +50,7 @@ def chat_prompt(document: Document, tokenizer: Tokenizer) -> list[ChatPart]:
         tokenizer: The model's tokenizer.
 
     Raises:
-        DataError: There is no message, the last one is not the user's, or an image cannot be read.
+        DataError: There is no message, or the last one is not the user's.
     """
     if document.roles is None:
         document = Document(
@@ -61,7 +74,8 @@ def chat_prompt(document: Document, tokenizer: Tokenizer) -> list[ChatPart]:
 
 
 def _padded(part: TextPart | ImagePart, tokenizer: Tokenizer) -> ChatPart:
-    """The part, an image padded to the tokenizer's size, so that nothing is cropped."""
+    """The part; an image is padded to the tokenizer's size."""
     if isinstance(part, TextPart) or tokenizer.image is None:
         return part
-    return Image.fromarray(prepare_image(part.open(), tokenizer.image.resolution, pad=True))
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    return PaddedImage(**values, resolution=tokenizer.image.resolution)

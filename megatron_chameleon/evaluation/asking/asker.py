@@ -22,6 +22,7 @@ from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, value_digest
 from megatron_chameleon.evaluation.asking.likelihood import ContinuationScore, score_continuations
+from megatron_chameleon.inference.chat import ControlToken
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.decode import GenerationOptions
@@ -197,6 +198,8 @@ def prompt_as_json(prompt: Sequence["PromptPart"]) -> list[Any]:
             described.append(part)
         elif isinstance(part, TextPart):
             described.append(part.text)
+        elif isinstance(part, ControlToken):
+            described.append({"token": part.token_id})
         elif isinstance(part, ImagePart):
             data = part.image
             name = data if isinstance(data, str) else hashlib.sha256(data).hexdigest()

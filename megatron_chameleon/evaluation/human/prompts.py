@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from PIL import Image
 
-from megatron_chameleon.data.documents.records import parse_line
-from megatron_chameleon.data.documents.schema import Document
+from megatron_chameleon.data.documents.conversations import turns_of
+from megatron_chameleon.data.documents.records import Origin, prompt_of
+from megatron_chameleon.data.documents.schema import USER, Document
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.asking.record_files import read_records
 from megatron_chameleon.evaluation.human.questionnaire import data_uri, part_json
 from megatron_chameleon.files import write_text
+from megatron_chameleon.inference.chat import chat_prompt
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.decode import GenerationOptions
@@ -23,9 +24,12 @@ ANSWERED_FILE = "documents.jsonl"
 KEPT = ("category", "modality")
 """Optional keys of a prompt that its answer repeats."""
 
+Prompt = tuple[Document, dict[str, str]]
+"""A prompt, and its category and modality if it has them."""
 
-def read_prompts(path: Path) -> list[tuple[Document, dict[str, str]]]:
-    """The prompts of a file, each with its category and modality if it has them.
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file; an answer at the end of a conversation is left out.
 
     Raises:
         DataError: The file cannot be read, or an id occurs twice.
@@ -33,7 +37,7 @@ def read_prompts(path: Path) -> list[tuple[Document, dict[str, str]]]:
     prompts = []
     seen: set[str] = set()
     for number, record in enumerate(read_records(path), start=1):
-        document = parse_line(orjson.dumps(record), path, number)
+        document = prompt_of(record, Origin(str(path), number))
         if document.id in seen:
             remedy = "Give each prompt its own id"
             raise DataError(document.where, f"the id {document.id} occurs twice", remedy)
@@ -44,31 +48,40 @@ def read_prompts(path: Path) -> list[tuple[Document, dict[str, str]]]:
 
 
 def answer_prompts(
-    asker: Asker, path: Path, output: Path, options: "GenerationOptions", limit: int | None = None
+    asker: Asker,
+    prompts: list[Prompt],
+    output: Path,
+    options: "GenerationOptions",
+    chat: bool = False,
 ) -> Path:
     """Answer every prompt. Prompts that already have an answer are not asked again.
 
     Args:
         asker: The model and its stored answers.
-        path: A file of documents; the content of each is the prompt.
+        prompts: What ``read_prompts`` returns.
         output: The folder to write to.
         options: How to generate.
-        limit: Answer only so many prompts, from the first one on; None answers all.
+        chat: Whether all prompts take the form of conversations in fine-tuning. Prompts that are
+            written as conversations always do.
 
     Returns:
         The file of answers, which ``annotate prepare`` reads.
 
     Raises:
-        DataError: The file or an image cannot be read, or a prompt does not fit the context.
+        DataError: An image or the disk cannot be used, or a prompt does not fit the context.
     """
-    prompts = read_prompts(path)[:limit]
-    answers = asker.answer([document.content for document, _ in prompts], options, _keep)
+    tokenizer = asker.session.tokenizer
+    asked = [
+        chat_prompt(document, tokenizer) if chat or document.roles else list(document.content)
+        for document, _ in prompts
+    ]
+    answers = asker.answer(asked, options, _keep)
     lines = [
         {
             "id": document.id,
             "source": "chameleon annotate",
             **about,
-            "prompt": [part_json(part) for part in document.content],
+            "prompt": _shown(document),
             "content": content,
         }
         for (document, about), content in zip(prompts, answers, strict=True)
@@ -76,6 +89,18 @@ def answer_prompts(
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_text(output / ANSWERED_FILE, text)
     return output / ANSWERED_FILE
+
+
+def _shown(document: Document) -> list[dict[str, str]]:
+    """The parts of a prompt; those of a longer conversation stand under the speakers' names."""
+    if not set(document.roles or ()) - {USER}:
+        return [part_json(part) for part in document.content]
+    parts: list[dict[str, str]] = []
+    for turn in turns_of(document):
+        name = "Assistant" if turn.is_answer else "User"
+        parts.append({"type": "text", "text": f"{name}:\n" if not parts else f"\n\n{name}:\n"})
+        parts += [part_json(part) for part in turn.parts]
+    return parts
 
 
 def _keep(answer: "Answer") -> list[Any]:

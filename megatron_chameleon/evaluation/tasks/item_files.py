@@ -6,15 +6,13 @@ DIR/vqav2/*val2014_questions.json, *val2014_annotations.json, and the same for t
 DIR/vqav2/{train,val}2014/COCO_val2014_000000262148.jpg
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from megatron_chameleon.data.documents.image_part import image_part
-from megatron_chameleon.data.documents.records import parse_line
-from megatron_chameleon.data.documents.schema import TextPart
+from megatron_chameleon.data.documents.records import Origin, Question, question_of
+from megatron_chameleon.data.documents.schema import USER, TextPart
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.evaluation.asking.record_files import read_json, read_records, require_keys
 from megatron_chameleon.evaluation.tasks.catalogue import TaskInfo
@@ -24,6 +22,7 @@ from megatron_chameleon.evaluation.tasks.items import (
     Item,
     ItemTask,
     check_image,
+    check_references,
 )
 
 CAPTION_TOKENS = 30
@@ -31,7 +30,7 @@ CAPTION_TOKENS = 30
 VQA_TOKENS = 10
 FILE_KEYS = (
     *("name", "data", "metric", "shots", "examples", "prompt", "max_tokens", "stop"),
-    *("separator", "paper"),
+    *("separator", "chat", "paper"),
 )
 
 
@@ -147,64 +146,80 @@ def read_task_file(path: Path, data: Path | None) -> ItemTask:
             raise ConfigError(
                 str(path), f"{key} is {spec[key]!r}", f"Use a whole number from {least} on"
             )
+    chat = spec.get("chat")
+    if chat not in (None, True, False):
+        raise ConfigError(str(path), f"chat is {chat!r}", "Use true or false, or leave it out")
     folder = data or path.parent
-    prompt = str(spec.get("prompt", ""))
+    prompt = str(spec.get("prompt") or "")
     if "data" not in spec:
         raise ConfigError(
             str(path), "lacks the key `data`", "Set it to the name of the file of items"
         )
-    items = _own_items(folder / str(spec["data"]), metric, prompt)
+    options = (metric, prompt, chat)
+    items = _own_items(folder / str(spec["data"]), *options)
     shots = int(spec.get("shots", 0))
     examples: Sequence[Item] = items
     if "examples" in spec:
-        examples = _own_items(folder / str(spec["examples"]), metric, prompt)
+        examples = _own_items(folder / str(spec["examples"]), *options)
     return ItemTask(
         *(str(spec.get("name", path.stem)), metric, items, shots, examples),
         max_tokens=int(spec.get("max_tokens", CAPTION_TOKENS)),
         stop=str(spec.get("stop", "\n")),
         separator=str(spec.get("separator", "\n")),
         prefix=" " if prompt and not prompt[-1].isspace() else "",
-        paper={str(size): float(value) for size, value in dict(spec.get("paper") or {}).items()},
+        paper=_paper(spec.get("paper"), path),
+        chat=chat,
     )
 
 
-def _own_items(file: Path, metric: str, prompt: str) -> list[Item]:
-    """The items of a file of documents.
+def _paper(value: Any, path: Path) -> dict[str, float]:
+    """The figures of the paper by model size."""
+    try:
+        return {str(size): float(figure) for size, figure in dict(value or {}).items()}
+    except (TypeError, ValueError) as error:
+        what = f"paper is {str(value)[:60]!r}, not figures by model size"
+        raise ConfigError(str(path), what, "Write it like {7B: 66.0}") from error
 
-    The key ``answers`` or the document's last text holds the answer; the key ``choices`` holds the
-    candidates.
-    """
+
+def _own_items(file: Path, metric: str, prompt: str, chat: bool | None) -> list[Item]:
+    """The items of a file of questions; the key ``choices`` holds the candidates."""
     items = []
     for number, record in enumerate(read_records(file), start=1):
-        document = parse_line(orjson.dumps(record), file, number)
-        parts = list(document.content)
-        references = _references(record, document.where)
-        if not references:
-            last = parts.pop() if parts else None
-            if not isinstance(last, TextPart) or not last.text.strip():
-                what = "has neither `answers` nor a last text that is the answer"
-                raise DataError(document.where, what, "Add `answers`, a list of texts")
-            references = (last.text,)
+        question = question_of(record, Origin(str(file), number))
+        where, document = question.prompt.where, question.prompt
+        check_references(metric, question.references, where)
+        if chat is False and set(document.roles or ()) - {USER}:
+            what = "is a conversation of several messages, and the task has `chat: false`"
+            raise DataError(where, what, "Remove `chat: false`, or write `content`")
+        parts, roles = document.content, document.roles
         if prompt:
-            parts.append(TextPart(prompt))
-        choices = tuple(map(str, record.get("choices") or ()))
-        if metric in CHOICE_METRICS and not set(references) <= set(choices):
-            what = f"{references[0]!r} is not among its {len(choices)} `choices`"
-            raise DataError(document.where, what, "List all candidates, including the answer")
-        items.append(Item(document.id, tuple(parts), references, choices))
+            parts = (*parts, TextPart(prompt))
+            roles = None if roles is None else (*roles, USER)
+        choices = _choices(record.get("choices"), question, metric)
+        items.append(Item(document.id, parts, question.references, choices, roles))
     _check_ids(items, file)
     return items
 
 
-def _references(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    answers = record.get("answers", record.get("answer"))
-    if answers is None:
-        return ()
-    if isinstance(answers, str):
-        return (answers,)
-    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-        raise DataError(where, "`answers` must be a list of texts", "Write at least one text")
-    return tuple(answers)
+def _choices(value: Any, question: Question, metric: str) -> tuple[str, ...]:
+    """The candidates of an item; the references are among them if the metric compares them."""
+    where = question.prompt.where
+    if value is None:
+        value = []
+    is_texts = isinstance(value, list) and all(isinstance(v, str | int | float) for v in value)
+    choices = tuple(map(str, value)) if is_texts else ()
+    if not is_texts or not all(choice.strip() for choice in choices):
+        what = "`choices` must be a list of texts that are not empty"
+        raise DataError(where, what, "Write all candidates as texts")
+    if metric not in CHOICE_METRICS:
+        return choices
+    if missing := [r for r in question.references if r not in choices]:
+        what = f"{missing[0]!r} is not among its {len(choices)} `choices`"
+        remedy = "List all candidates, including the answer, and write the answer as its text"
+        raise DataError(where, what, remedy)
+    if len(set(choices)) < len(choices):
+        raise DataError(where, "lists a candidate twice in `choices`", "Remove one of them")
+    return choices
 
 
 def _check_ids(items: Sequence[Item], file: Path) -> None:

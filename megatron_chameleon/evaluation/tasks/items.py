@@ -8,16 +8,23 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from megatron_chameleon.data.documents.image_part import ImagePart
-from megatron_chameleon.data.documents.schema import TextPart
+from megatron_chameleon.data.documents.schema import ASSISTANT, USER, Document, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker, cut_at_stop, prompt_as_json
 from megatron_chameleon.evaluation.tasks import cider
 from megatron_chameleon.evaluation.tasks.captions import first_digit
+from megatron_chameleon.evaluation.tasks.matching import (
+    contains,
+    exact_match,
+    normalised_reference,
+)
 from megatron_chameleon.evaluation.tasks.results import ScoredItem, TaskResult
-from megatron_chameleon.evaluation.tasks.vqa import normalise, vqa_accuracy
+from megatron_chameleon.evaluation.tasks.vqa import vqa_accuracy
+from megatron_chameleon.inference.chat import ChatPart, chat_prompt
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
 
@@ -34,6 +41,8 @@ class Item:
     """Right answers or, with choices, the right candidate. Examples show the first one."""
     choices: tuple[str, ...] = ()
     """Candidates; empty if the model writes the answer itself."""
+    roles: tuple[str, ...] | None = None
+    """The speaker of each part of the prompt if it is a conversation, which ends with the user."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +63,13 @@ class ItemTask:
     prefix: str = ""
     """Text between prompt and answer: a space that belongs to the answer's first token."""
     paper: Mapping[str, float] = field(default_factory=dict)
+    chat: bool | None = None
+    """Whether items are asked as conversations, with the separator of fine-tuning; None asks those
+    that are written as conversations so."""
 
-
-def _contains(answer: str, references: Sequence[str]) -> float:
-    return float(any(normalise(r) in normalise(answer) for r in references if normalise(r)))
-
-
-def _exact(answer: str, references: Sequence[str]) -> float:
-    return float(normalise(answer) in [normalise(reference) for reference in references])
+    def is_chat(self, item: Item) -> bool:
+        """Whether an item is asked as a conversation."""
+        return item.roles is not None if self.chat is None else self.chat
 
 
 def _first_digit(answer: str, references: Sequence[str]) -> float:
@@ -71,24 +79,45 @@ def _first_digit(answer: str, references: Sequence[str]) -> float:
 
 def _words(answer: str, references: Sequence[str]) -> float:
     """Share of a reference's words that the answer contains; the best reference counts."""
-    said = set(re.findall(r"\w+", answer.lower()))
-    shares = [
-        len(said & words) / len(words)
-        for words in (set(re.findall(r"\w+", r.lower())) for r in references)
-        if words
-    ]
+    said = _words_of(answer)
+    shares = [len(said & words) / len(words) for words in map(_words_of, references) if words]
     return max(shares, default=0.0)
 
 
+def _words_of(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
 SCORERS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
-    "exact_match": _exact,
-    "contains": _contains,
+    "exact_match": exact_match,
+    "contains": contains,
     "first_digit": _first_digit,
     "words": _words,
     "accuracy": vqa_accuracy,
 }
 CHOICE_METRICS = ("acc", "acc_norm")
 METRICS = (*SCORERS, "CIDEr", *CHOICE_METRICS)
+_LEFT_OF: Mapping[str, Callable[[str], object]] = {
+    "exact_match": normalised_reference,
+    "contains": normalised_reference,
+    "first_digit": lambda reference: first_digit(reference) is not None,
+    "words": _words_of,
+    "CIDEr": _words_of,
+}
+"""What a metric compares of a reference; others compare its text."""
+
+
+def check_references(metric: str, references: Sequence[str], where: str) -> None:
+    """Check that there is something to compare in every reference.
+
+    Raises:
+        DataError: Nothing is left of one, so that every answer, or none, would match it.
+    """
+    left_of = _LEFT_OF.get(metric, str.strip)
+    for reference in references:
+        if not left_of(reference):
+            what = f"nothing is left of the answer {reference[:40]!r} to compare by {metric}"
+            raise DataError(where, what, "Correct the answer, or choose another metric")
 
 
 def evaluate_items(
@@ -111,16 +140,17 @@ def evaluate_items(
         DataError: An image cannot be read, or a prompt does not fit the context.
     """
     items = task.items[:limit]
-    prompts = [_with_examples(task, item, seed) for item in items]
-    settings = {
+    prompts = [_with_examples(asker, task, item, seed) for item in items]
+    settings: dict[str, object] = {
         "limit": limit,
         "seed": seed,
         "max_tokens": task.max_tokens,
         "separator": task.separator,
         "stop": task.stop,
+        "asked_as_conversations": sum(map(task.is_chat, items)),
     }
     if task.metric in CHOICE_METRICS:
-        scored_items = _choose(asker, items, prompts, task.prefix)
+        scored_items = _choose(asker, task, items, prompts)
     else:
         scored_items = _write(asker, task, items, prompts, batch_size)
         if task.metric == "CIDEr":
@@ -132,7 +162,7 @@ def _write(
     asker: Asker,
     task: ItemTask,
     items: Sequence[Item],
-    prompts: Sequence[Sequence[ItemPart]],
+    prompts: Sequence["_Prompt"],
     batch_size: int,
 ) -> list[ScoredItem]:
     """The model's own answers, up to the stop string, with their scores."""
@@ -144,10 +174,11 @@ def _write(
         force=Force.TEXT,
         batch_size=batch_size,
     )
-    texts = [cut_at_stop(text, task.stop).strip() for text in asker.write(prompts, options)]
+    answers = asker.write([prompt.asked for prompt in prompts], options)
+    texts = [cut_at_stop(text, task.stop).strip() for text in answers]
     scores = _score(task.metric, items, texts)
     return [
-        ScoredItem(item.id, prompt_as_json(prompt), text, list(item.references), score)
+        ScoredItem(item.id, prompt.shown, text, list(item.references), score)
         for item, prompt, text, score in zip(items, prompts, texts, scores, strict=True)
     ]
 
@@ -163,11 +194,11 @@ def _score(metric: str, items: Sequence[Item], texts: Sequence[str]) -> list[dic
 
 
 def _choose(
-    asker: Asker, items: Sequence[Item], prompts: Sequence[Sequence[ItemPart]], prefix: str
+    asker: Asker, task: ItemTask, items: Sequence[Item], prompts: Sequence["_Prompt"]
 ) -> list[ScoredItem]:
     """The likeliest candidate, by its log-likelihood (``acc``) and per byte (``acc_norm``)."""
     pairs = [
-        (prompt, prefix + choice)
+        (prompt.asked, choice if task.is_chat(item) else task.prefix + choice)
         for item, prompt in zip(items, prompts, strict=True)
         for choice in item.choices
     ]
@@ -184,22 +215,54 @@ def _choose(
             "acc_norm": float(best_mean in item.references),
         }
         answer = dict(zip(item.choices, sums, strict=True))
-        scored_items.append(
-            ScoredItem(item.id, prompt_as_json(prompt), answer, list(item.references), right)
-        )
+        scored_items.append(ScoredItem(item.id, prompt.shown, answer, list(item.references), right))
     return scored_items
 
 
-def _with_examples(task: ItemTask, item: Item, seed: int) -> list[ItemPart]:
+@dataclass(frozen=True)
+class _Prompt:
+    """What the model is asked, and how ``samples.jsonl`` shows it."""
+
+    asked: Sequence[ChatPart]
+    shown: list[object]
+
+
+def _with_examples(asker: Asker, task: ItemTask, item: Item, seed: int) -> _Prompt:
     """The item's prompt after ``shots`` examples, which are drawn for this item."""
-    parts: list[ItemPart] = []
     pool = [example for example in task.examples if example.id != item.id]
     if len(pool) < task.shots:
         what = f"there are {len(pool)} items to draw {task.shots} examples from"
         raise DataError(task.name, what, "Add training items, or use fewer shots")
-    for example in random.Random(f"{seed}-{item.id}").sample(pool, task.shots):
+    examples = random.Random(f"{seed}-{item.id}").sample(pool, task.shots)
+    if task.is_chat(item):
+        return _as_conversation(asker, item, examples)
+    parts: list[ItemPart] = []
+    for example in examples:
         parts += [*example.prompt, TextPart(task.prefix + example.references[0] + task.separator)]
-    return _joined([*parts, *item.prompt])
+    joined = _joined([*parts, *item.prompt])
+    return _Prompt(joined, prompt_as_json(joined))
+
+
+def _as_conversation(asker: Asker, item: Item, examples: Sequence[Item]) -> _Prompt:
+    """The item as the last message of a conversation in which the examples are answered."""
+    parts: list[ItemPart] = []
+    roles: list[str] = []
+    for example in (*examples, item):
+        parts += example.prompt
+        roles += example.roles or [USER] * len(example.prompt)
+        if example is not item:
+            parts.append(TextPart(example.references[0]))
+            roles.append(ASSISTANT)
+    document = Document(item.id, "", tuple(parts), f"item {item.id}", tuple(roles))
+    asked = chat_prompt(document, asker.session.tokenizer)
+    if set(roles) == {USER}:
+        return _Prompt(asked, prompt_as_json(parts))
+    turns = groupby(zip(roles, parts, strict=True), key=lambda pair: pair[0])
+    shown: list[object] = [
+        {"role": role, "content": prompt_as_json([part for _, part in pairs])}
+        for role, pairs in turns
+    ]
+    return _Prompt(asked, shown)
 
 
 def _joined(parts: Sequence[ItemPart]) -> list[ItemPart]:

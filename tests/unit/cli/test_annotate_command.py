@@ -64,11 +64,11 @@ def test_safety_from_answers_to_the_table(
             ("prepare", "pairwise", "a.jsonl", "--output", "o"),
             "error: ANSWERS: pairwise needs 2 different files of answers, but got a.jsonl. Give",
         ),
-        (("prepare", "safety", "gone.jsonl", "--output", "o"), "error: gone.jsonl: cannot be read"),
+        (("prepare", "safety", "gone.jsonl", "--output", "o"), "error: gone.jsonl: no such file"),
         (("prepare", "safety", "a.jsonl", "--output", "o", "--annotators", "0"), "error: --annota"),
         (("score", "rows.csv"), "error: --kind: is missing; the key's kind is unknown."),
         (("score", "rows.csv", "--kind", "pairwise"), "error: item 1, annotator a: the label 'x'"),
-        (("answer", "gone", "gone.jsonl", "--output", "o"), "error: gone.jsonl: cannot be read"),
+        (("answer", "gone", "gone.jsonl", "--output", "o"), "error: gone.jsonl: no such file"),
         (("answer", "gone", "a.jsonl", "--output", "o", "--top-p", "0"), "error: --top-p: '0' is"),
     ],
 )

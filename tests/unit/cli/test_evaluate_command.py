@@ -68,7 +68,7 @@ def test_the_list_needs_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> Non
             ("gone", "--tasks", "vqav2", "--output", "o"),
             "error: vqav2: the hub does not have the images of this task.",
         ),
-        (("gone", "--tasks", "x.yaml", "--output", "o"), "error: x.yaml: cannot be read (No such"),
+        (("gone", "--tasks", "x.yaml", "--output", "o"), "error: x.yaml: no such file"),
         (("gone", "--tasks", "own.yaml", "--output", "o"), "error: gone: "),
     ],
 )

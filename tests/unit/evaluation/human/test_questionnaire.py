@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
-from megatron_chameleon.evaluation.human.prompts import answer_prompts
+from megatron_chameleon.evaluation.human.prompts import answer_prompts, read_prompts
 from megatron_chameleon.evaluation.human.questionnaire import (
     read_answered_prompts,
     read_judgements,
@@ -142,7 +142,9 @@ def test_prompts_are_answered_for_a_form(asker: Asker, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     options = GenerationOptions(force=Force.IMAGE, max_tokens=20)
-    answered = read_answered_prompts(answer_prompts(asker, file, tmp_path / "out", options))
+    answered = read_answered_prompts(
+        answer_prompts(asker, read_prompts(file), tmp_path / "out", options)
+    )
     assert [(a.id, a.category, a.modality) for a in answered] == [
         ("a", "Story", "text only"),
         ("b", "", "mixed-modal"),

@@ -146,7 +146,7 @@ def test_shots_never_show_the_item_itself(asker: Asker, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metric", "answer", "references", "score"),
     [
-        ("exact_match", "The Dog.", ["dog"], 1.0),
+        ("exact_match", "Dog.", ["dog"], 1.0),
         ("exact_match", "dogs", ["dog"], 0.0),
         ("contains", "it is a big dog", ["cat", "Dog"], 1.0),
         ("contains", "anything", [""], 0.0),
@@ -171,9 +171,9 @@ def read_own(folder: Path, record: dict[str, Any], **spec: Any) -> ItemTask:
         ({"text": "a", "answer": "b"}, {"shots": -1}, "shots is -1"),
         ({"text": "a", "answer": "b"}, {"metric": "acc"}, "'b' is not among its 0 `choices`"),
         ({"text": " "}, {}, "has neither `answers` nor a last text"),
-        ({"text": "a", "answers": [1]}, {}, "`answers` must be a list of texts"),
+        ({"text": "a", "answers": [None]}, {}, "`answers` must be a list of texts"),
         ({"answers": ["b"]}, {}, "has none of the keys content, text, messages and prompt"),
-        ({"text": "a", "answer": "b"}, {"data": "gone.jsonl"}, "gone.jsonl: cannot be read"),
+        ({"text": "a", "answer": "b"}, {"data": "gone.jsonl"}, "gone.jsonl: no such file"),
     ],
 )
 def test_mistakes_in_own_tasks(
