@@ -212,7 +212,7 @@ def model_file(folder: Path) -> Path:
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "malicious": (
         lambda f: torch.save({"x": _Runs(f.parent / "ran")}, optimizer_file(f, 1)),
-        r"optim_states\.pt: would run code when it is loaded \(.*GLOBAL",
+        r"optim_states\.pt: would run code when it is loaded \(it asks for",
     ),
     "truncated": (
         lambda f: optimizer_file(f, 0).write_bytes(optimizer_file(f, 0).read_bytes()[:-500]),

@@ -137,6 +137,7 @@ FOR_ALL = {
     "masking.py",
     "outputs.py",
     "terminal.py",
+    "values.py",
     "wording.py",
 }
 """Files that every folder may import."""

@@ -16,8 +16,8 @@ A universal checkpoint, as ``ds_to_universal.py`` writes it:
     global_step8_universal/zero/optimizer_state.pt
     global_step8_universal/*_model_states.pt                as above
 
-The files are pickles. They are read with torch's ``weights_only``, and five of DeepSpeed's classes
-are allowed, in whose place empty ones are used. Source: deepspeed 0.19.8,
+The files are pickles. They are read by ``tensor_files/torch_pickles.py``, and five of DeepSpeed's
+classes are allowed, in whose place empty ones are used. Source: deepspeed 0.19.8,
 checkpoint/ds_to_universal.py and utils/zero_to_fp32.py.
 """
 
@@ -32,10 +32,17 @@ from typing import Any
 import torch
 
 from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, MOMENTS
-from megatron_chameleon.checkpoint.tensor_files.pth import StoredTensor, load_without_data
-from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.checkpoint.tensor_files.raw import element_count
+from megatron_chameleon.checkpoint.tensor_files.torch_pickles import (
+    StoredTensor,
+    load_without_data,
+)
+from megatron_chameleon.errors import CheckpointError, first_line
+from megatron_chameleon.files import read_bytes
+from megatron_chameleon.values import LARGEST_COUNT, Values, shown
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
+LARGEST_TAG_BYTES = 4096
 ZERO_FOLDER = "zero"
 OPTIMIZER_FILE = "optimizer_state.pt"
 UNIVERSAL_FILES = {MAIN_WEIGHT: "fp32.pt", **{part: f"{part}.pt" for part in MOMENTS}}
@@ -55,13 +62,13 @@ class _ZeroStage(int):
     """Used in place of DeepSpeed's enum of ZeRO stages."""
 
 
-_ALLOWED = [
-    (_StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_StandIn, "deepspeed.checkpoint.universal_checkpoint.SubparamShape"),
-]
+_ALLOWED = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": _StandIn,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _StandIn,
+    "deepspeed.utils.tensor_fragment.fragment_address": _StandIn,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": _ZeroStage,
+    "deepspeed.checkpoint.universal_checkpoint.SubparamShape": _StandIn,
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ class DeepSpeedFiles:
         Raises:
             CheckpointError: The stored tensor is too short.
         """
-        size = torch.Size(stored.shape).numel()
+        size = stored.elements
         if not 0 <= start <= start + count <= size:
             what = f"{name} is at {start:,} to {start + count:,} of a tensor of {size:,} elements"
             raise CheckpointError(str(stored.path), what, "Copy it again")
@@ -131,7 +138,7 @@ class DeepSpeedFiles:
         for name, shape in self.shapes.items():
             for part in (MAIN_WEIGHT, *(MOMENTS if name in trained else ())):
                 found = sum(f.count for f in self.fragments.get((name, part), []))
-                size = torch.Size(shape).numel()
+                size = element_count(shape)
                 if found != size:
                     what = f"{part} of {name} has {found:,} of {size:,} elements in its files"
                     raise CheckpointError(str(self.folder), what, "Copy the whole folder again")
@@ -147,9 +154,11 @@ def find_step_folder(folder: Path) -> Path | None:
         return folder
     for name in (LATEST, LATEST_UNIVERSAL):
         if (folder / name).is_file():
-            tag = (folder / name).read_text(encoding="utf-8", errors="replace").strip()
-            if Path(tag).name != tag or not _is_step_folder(folder / tag):
-                what = f"names {tag!r}, but there is no such step folder beside it"
+            content = read_bytes(folder / name, CheckpointError, LARGEST_TAG_BYTES)
+            tag = content.decode("utf-8", "replace").strip()
+            is_name = Path(tag).name == tag and tag.isprintable()
+            if not is_name or not _is_step_folder(folder / tag):
+                what = f"names {shown(tag)}, but there is no such step folder beside it"
                 raise CheckpointError(str(folder / name), what, "Copy the whole folder again")
             return folder / tag
     return None
@@ -176,8 +185,9 @@ def open_deepspeed_files(folder: Path) -> DeepSpeedFiles:
             _read_universal(files)
         else:
             _read_zero(files)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        what = f"differs from what DeepSpeed 0.19 writes ({error!r})"
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        what = f"differs from what DeepSpeed 0.19 writes ({reason})"
         raise CheckpointError(str(folder), what, _REMEDY) from error
     files.check()
     return files
@@ -206,7 +216,7 @@ def _read_zero(files: DeepSpeedFiles) -> None:
         what = "has no model states of rank 0"
         raise CheckpointError(str(files.folder), what, "Copy the whole folder again")
     model = load_without_data(model_files[0], _ALLOWED)
-    files.step = int(model["global_steps"])
+    files.step = _whole(model_files[0], model["global_steps"])
     _read_module(files, model)
     states = [
         load_without_data(ranks[rank], _ALLOWED)["optimizer_state_dict"] for rank in sorted(ranks)
@@ -214,7 +224,8 @@ def _read_zero(files: DeepSpeedFiles) -> None:
     if states:
         stage = int(states[0]["zero_stage"])
         counts = states[0]["partition_count"]
-        _check_ranks(files.folder, ranks, counts if isinstance(counts, int) else max(counts))
+        count = _whole(ranks[0], counts if isinstance(counts, int) else max(counts))
+        _check_ranks(files.folder, ranks, count)
         for rank, state in enumerate(states):
             read_rank = _read_rank_of_zero_3 if stage == 3 else _read_rank_of_zero_2
             read_rank(files, ranks[rank], state, model["param_shapes"], rank, len(states))
@@ -222,22 +233,22 @@ def _read_zero(files: DeepSpeedFiles) -> None:
 
 
 def _check_ranks(folder: Path, found: Mapping[int, Path], expected: int) -> None:
-    missing = [rank for rank in range(expected) if rank not in found]
-    if missing or len(found) != expected:
-        what = f"has optimizer states of {len(found)} ranks, but {expected} ranks wrote them"
-        what += f"; that of rank {missing[0]} is missing" if missing else ""
+    missing = next((rank for rank in range(len(found) + 1) if rank not in found), 0)
+    if len(found) != expected or missing < expected:
+        what = f"has optimizer states of {len(found)} ranks, but {expected:,} ranks wrote them"
+        what += f"; that of rank {missing} is missing" if missing < expected else ""
         raise CheckpointError(str(folder), what, "Copy the whole folder again")
 
 
 def _read_module(files: DeepSpeedFiles, model: Mapping[str, Any]) -> None:
     """Shapes and dtypes of the parameters; under ZeRO 3 their tensors are empty."""
     shapes = [*(model.get("param_shapes") or []), model.get("frozen_param_shapes") or {}]
-    known = {name: tuple(shape) for group in shapes for name, shape in group.items()}
+    known = {name: _shape(shape) for group in shapes for name, shape in group.items()}
     for name, tensor in model["module"].items():
-        if isinstance(tensor, torch.Tensor) and not name.endswith("_extra_state"):
-            files.dtypes[str(name)] = tensor.dtype
-            if name in known or tensor.numel():
-                files.shapes[str(name)] = known.get(name, tuple(tensor.shape))
+        if isinstance(tensor, StoredTensor) and not name.endswith("_extra_state"):
+            files.dtypes[name] = tensor.dtype
+            if name in known or tensor.elements:
+                files.shapes[name] = known.get(name, tensor.shape)
 
 
 def _read_untrained(files: DeepSpeedFiles, model_files: Mapping[int, Path]) -> None:
@@ -249,11 +260,10 @@ def _read_untrained(files: DeepSpeedFiles, model_files: Mapping[int, Path]) -> N
         model = load_without_data(model_files[rank], _ALLOWED)
         parts = {**model["module"], **(model.get("frozen_param_fragments") or {})}
         for name in untrained:
-            size = torch.Size(files.shapes[name]).numel()
+            size = element_count(files.shapes[name])
             found = sum(f.count for f in files.fragments[name, MAIN_WEIGHT])
-            count = min(parts[name].numel(), size - found)
-            stored = StoredTensor.find(model_files[rank], name, parts[name])
-            files.add(name, MAIN_WEIGHT, stored, 0, count)
+            stored = _stored(parts[name], name)
+            files.add(name, MAIN_WEIGHT, stored, 0, min(stored.elements, size - found))
 
 
 def _read_rank_of_zero_2(
@@ -265,7 +275,7 @@ def _read_rank_of_zero_2(
         raise CheckpointError(str(path), "belongs to an elastic checkpoint", remedy)
     weights = state["single_partition_of_fp32_groups"]
     for group, fragments in enumerate(state["param_slice_mappings"]):
-        flat = _flat_states(path, weights[group], base, group)
+        flat = _flat_states(weights[group], base, group)
         files.step = _step_of(path, base, group, files.step)
         for name, place in fragments.items():
             for part, stored in flat.items():
@@ -277,11 +287,11 @@ def _read_rank_of_zero_3(
 ) -> None:
     base = state["optimizer_state_dict"]
     for group, parameters in enumerate(shapes):
-        flat = _flat_states(path, state["fp32_flat_groups"][group], base, group)
+        flat = _flat_states(state["fp32_flat_groups"][group], base, group)
         files.step = _step_of(path, base, group, files.step)
         start = 0
         for name, shape in parameters.items():
-            size = torch.Size(shape).numel()
+            size = element_count(_shape(shape))
             padded = math.ceil(size / ranks)
             count = max(0, min(padded, size - rank * padded))
             for part, stored in flat.items():
@@ -289,13 +299,11 @@ def _read_rank_of_zero_3(
             start += padded
 
 
-def _flat_states(
-    path: Path, weights: torch.Tensor, base: Mapping[str, Any], group: int
-) -> dict[str, StoredTensor]:
+def _flat_states(weights: Any, base: Mapping[str, Any], group: int) -> dict[str, StoredTensor]:
     """A rank's flat tensors of one parameter group; before the first step there are no moments."""
     moments = base["state"].get(group, {})
     flat = {MAIN_WEIGHT: weights, **{part: moments[part] for part in MOMENTS if part in moments}}
-    return {part: StoredTensor.find(path, part, tensor) for part, tensor in flat.items()}
+    return {part: _stored(tensor, part) for part, tensor in flat.items()}
 
 
 def _step_of(path: Path, base: Mapping[str, Any], group: int, otherwise: int) -> int:
@@ -307,16 +315,40 @@ def _step_of(path: Path, base: Mapping[str, Any], group: int, otherwise: int) ->
 
 
 def _number(path: Path, value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        value = StoredTensor.find(path, "step", value).read("step").item()
-    return int(value)
+    if isinstance(value, StoredTensor):
+        value = value.check("step").read_flat("step", 0, 1).item()
+    return _whole(path, value)
+
+
+def _whole(path: Path, value: Any) -> int:
+    """A number of steps or ranks.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    values = Values({"a count in it": value}, str(path), _REMEDY)
+    found: int = values.whole("a count in it", high=LARGEST_COUNT)
+    return found
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    shape = tuple(value)
+    if not all(type(size) is int and 0 <= size < 2**40 for size in shape) or len(shape) > 8:
+        raise ValueError("a shape has impossible sizes")
+    return shape
+
+
+def _stored(value: Any, name: str) -> StoredTensor:
+    if not isinstance(value, StoredTensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, not a tensor")
+    return value.check(name)
 
 
 def _read_universal(files: DeepSpeedFiles) -> None:
     model_files = _ranks(files.folder, _MODEL)
     if 0 in model_files:
         model = load_without_data(model_files[0], _ALLOWED)
-        files.step = int(model["global_steps"])
+        files.step = _whole(model_files[0], model["global_steps"])
         _read_module(files, model)
     for name, folder in _parameter_folders(files.folder / ZERO_FOLDER):
         for part, file in UNIVERSAL_FILES.items():
@@ -324,13 +356,13 @@ def _read_universal(files: DeepSpeedFiles) -> None:
                 continue
             content = load_without_data(folder / file, _ALLOWED)
             tensor = content["param"] if isinstance(content, Mapping) else content
-            stored = StoredTensor.find(folder / file, name, tensor)
+            stored = _stored(tensor, name)
             if part == MAIN_WEIGHT:
                 known = files.shapes.get(name, ())
-                is_flat = torch.Size(known).numel() == tensor.numel()  # as ZeRO 3 stores it
+                is_flat = element_count(known) == stored.elements  # as ZeRO 3 stores it
                 files.shapes[name] = known if is_flat else stored.shape
                 files.dtypes.setdefault(name, torch.float32)
-            files.add(name, part, stored, 0, tensor.numel())
+            files.add(name, part, stored, 0, stored.elements)
         if (folder / "step.pt").is_file():
             step = load_without_data(folder / "step.pt", _ALLOWED)
             files.step = _number(folder / "step.pt", step)

@@ -16,54 +16,26 @@ The content does not depend on the engine, optimizer and layout that wrote it:
 Try: ``TrainingCheckpoint(find_checkpoint("runs/digits")).read("output_layer.weight")``
 """
 
-import pickle
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_chameleon.checkpoint.names.optimizer_state import OPTIMIZER_PREFIX
 from megatron_chameleon.checkpoint.state.folders import load_checkpoint_config, load_state
-from megatron_chameleon.checkpoint.tensor_files.pth import StoredTensor
+from megatron_chameleon.checkpoint.tensor_files.metadata import read_metadata
 from megatron_chameleon.checkpoint.tensor_files.raw import empty_tensor, read_into
+from megatron_chameleon.checkpoint.tensor_files.torch_pickles import (
+    StoredTensor,
+    load_without_data,
+)
 from megatron_chameleon.errors import CheckpointError
 
 MODEL_PREFIX = "model."
-
-_METADATA_NAMES = frozenset(
-    {
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        *(
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "Metadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "TensorProperties",
-                "TensorStorageMetadata",
-                "_MEM_FORMAT_ENCODING",
-            )
-        ),
-        *(
-            ("torch.distributed.checkpoint.planner", name)
-            for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-        ),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -97,9 +69,7 @@ class TrainingCheckpoint:
         self.folder = Path(folder)
         self.state = load_state(self.folder)
         self.config = load_checkpoint_config(self.folder)
-        self._storage = _SafeReader(self.folder)
-        self._metadata = _read_metadata(self._storage, self.folder)
-        self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._metadata = read_metadata(self.folder)
         self.names = frozenset(self._metadata.state_dict_metadata)
         self._stored = {
             name.removeprefix(MODEL_PREFIX): (name, item)
@@ -134,15 +104,15 @@ class TrainingCheckpoint:
             offsets=torch.Size([first, *[0] * (len(shape) - 1)][: len(shape)]),
             sizes=torch.Size(shape),
         )
-        target = empty_tensor(shape, info.dtype)
         items = create_read_items_for_chunk_list(key, stored, [chunk])
         read_elements = sum(item.lengths.numel() for item in items)
-        if read_elements != target.numel():
+        if read_elements != chunk.sizes.numel():
             raise CheckpointError(
                 str(self.folder),
-                f"{name} has {read_elements} of {target.numel()} elements in its files",
+                f"{name} has {read_elements} of {chunk.sizes.numel()} elements in its files",
                 "Use another step",
             )
+        target = empty_tensor(shape, info.dtype)
         for item in items:
             self._read_item(name, item, target)
         return target if layer is None else target[0]
@@ -154,6 +124,12 @@ class TrainingCheckpoint:
         info = self._metadata.storage_data[item.storage_index]
         path = self.folder / info.relative_path
         found = self._find(name, path, info)
+        ends = (s + n for s, n in zip(item.storage_offsets, item.lengths, strict=True))
+        if len(found.shape) != len(item.lengths) or any(
+            end > size for end, size in zip(ends, found.shape, strict=True)
+        ):
+            what = f"a chunk of {name} is {list(found.shape)}, not what the index says"
+            raise CheckpointError(str(path), what, "Use another step")
         is_whole = (tuple(place.shape), place.dtype) == (found.shape, found.dtype)
         tensor = place
         if not is_whole or not place.is_contiguous():
@@ -172,54 +148,7 @@ class TrainingCheckpoint:
         if info.transform_descriptors:
             what = "is compressed, which this version cannot read"
             raise CheckpointError(str(path), what, remedy)
-        try:
-            with path.open("rb") as stream:
-                archive = cast(IO[bytes], _create_file_view(stream, info.offset, info.length))
-                chunk = torch.load(archive, map_location="meta", weights_only=True)
-            found = StoredTensor.find(path, name, chunk)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            what = f"cannot read {name} ({reason})"
-            raise CheckpointError(str(self.folder), what, remedy) from error
-        return replace(found, offset_bytes=info.offset + found.offset_bytes)
-
-
-class _SafeReader(FileSystemReader):
-    """PyTorch's reader, except that ``.metadata`` may only contain a fixed list of classes.
-
-    PyTorch already reads the chunks with ``weights_only=True``, but ``.metadata`` is a plain
-    pickle, which could run any code.
-    """
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            return _MetadataUnpickler(file).load()
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file)
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _METADATA_NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
-
-
-def _read_metadata(storage: FileSystemReader, folder: Path) -> Metadata:
-    try:
-        metadata = storage.read_metadata()
-        files = {info.relative_path for info in metadata.storage_data.values()}
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
-        raise CheckpointError(
-            str(folder / ".metadata"), f"cannot be read ({error})", "Use another step"
-        ) from error
-    missing = sorted(name for name in files if not (folder / name).is_file())
-    if missing:
-        raise CheckpointError(
-            str(folder),
-            f"{len(missing)} of {len(files)} data files are missing, the first is {missing[0]}",
-            "Copy the whole folder, or use another step",
-        )
-    return metadata
+        chunk = load_without_data(path, start=info.offset, size=info.length)
+        if not isinstance(chunk, StoredTensor):
+            raise CheckpointError(str(path), f"cannot read {name} (it is not a tensor)", remedy)
+        return chunk.check(name)

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as strategies
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
@@ -28,11 +29,17 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
+from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 from torch.utils.serialization import config as serialization_config
 
 from megatron_chameleon.checkpoint.state.integrity import sha256
+from megatron_chameleon.checkpoint.tensor_files.metadata import read_metadata
+from megatron_chameleon.checkpoint.tensor_files.torch_pickles import load_without_data
 from megatron_chameleon.errors import CheckpointError, first_line
+from megatron_chameleon.files import read_json_object
 
 
 class ShardedSnapshot:
@@ -84,7 +91,7 @@ class ShardedSnapshot:
                 self._state, str(folder), strategy, async_sharded_save=True
             )
         except (Exception, CheckpointException) as error:
-            raise OSError(_root_cause(error)) from error
+            raise OSError(first_line(_root_cause(error))) from error
         assert request is not None
         # one thread while the training continues, several while it waits
         return ShardedFiles(
@@ -159,7 +166,7 @@ class ShardedFiles:
             for finalize in self._finalize_fns:
                 finalize()
         except (Exception, CheckpointException) as error:
-            raise OSError(_root_cause(error)) from error
+            raise OSError(first_line(_root_cause(error))) from error
 
 
 def _copied(planned: WriteBucket, staged: WriteBucket) -> WriteBucket:
@@ -187,19 +194,51 @@ def load_sharded(
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.
     """
+    read_json_object(checkpoint / "metadata.json", CheckpointError)
+    load_without_data(checkpoint / "common.pt")
+    strategies._get_filesystem_reader = _CheckedReader
     try:
         folder = str(checkpoint)
         return dict(dist_checkpointing.load(state, folder, validate_access_integrity=is_whole))
     except (Exception, CheckpointException) as error:
-        what = f"cannot be loaded ({_root_cause(error)})"
+        cause = _root_cause(error)
+        if isinstance(cause, CheckpointError):
+            raise cause from error
+        what = f"cannot be loaded ({first_line(cause)})"
         raise CheckpointError(str(checkpoint), what, "Use an older checkpoint") from error
 
 
-def _root_cause(error: BaseException) -> str:
-    """The innermost cause of megatron-core's nested checkpoint errors, in one line."""
+class _CheckedReader(FileSystemReader):
+    """torch's reader, for files that someone else may have written.
+
+    torch and megatron-core load ``.metadata`` and the objects beside the tensors as plain pickles,
+    which could run any code. Here all of them are read within bounds first, by a reader that runs
+    none and refuses what no checkpoint needs.
+    """
+
+    def __init__(self, folder: str | Path, cache_metadata: bool = False) -> None:
+        super().__init__(str(folder))
+        self._folder = Path(folder)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = read_metadata(self._folder)
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            place = self.storage_data[item.storage_index]
+            path = self._folder / place.relative_path
+            load_without_data(path, {"_io.BytesIO": bytes}, place.offset, place.length)
+        return super().read_data(plan, planner)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The innermost cause of megatron-core's nested checkpoint errors."""
     failures = getattr(error, "failures", None)
     if failures:
         return _root_cause(next(iter(failures.values()))[0])
-    if error.__cause__ is not None:
+    if error.__cause__ is not None and not isinstance(error, CheckpointError):
         return _root_cause(error.__cause__)
-    return first_line(error)
+    return error

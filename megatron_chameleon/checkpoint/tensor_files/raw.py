@@ -4,6 +4,7 @@ Where the kernel provides memory in pages of 4 KiB, getting fresh memory costs m
 into it. numpy asks for large pages, so buffers are allocated by numpy.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,16 +12,19 @@ import numpy as np
 import torch
 
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import cannot_read, open_to_read
 
 
 def element_count(shape: Sequence[int]) -> int:
     """The number of elements of a tensor of this shape."""
-    return torch.Size(shape).numel()
+    return math.prod(shape)
 
 
 def empty_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor on the CPU with undefined content."""
     size_bytes = element_count(shape) * dtype.itemsize
+    if not size_bytes:
+        return torch.empty(tuple(shape), dtype=dtype)
     return torch.from_numpy(np.empty(size_bytes, np.uint8)).view(dtype).view(torch.Size(shape))
 
 
@@ -45,13 +49,13 @@ def read_into(tensor: torch.Tensor, path: Path, offset_bytes: int, name: str) ->
         CheckpointError: The file ends too early.
     """
     buffer = as_bytes(tensor)
-    with path.open("rb", buffering=0) as stream:
-        stream.seek(offset_bytes)
-        found = 0
-        while found < len(buffer):
-            count = stream.readinto(buffer[found:])
-            if not count:
-                what = f"ends after {found:,} of {len(buffer):,} bytes of {name}"
-                raise CheckpointError(str(path), what, "Copy it again")
-            found += count
+    with open_to_read(path, CheckpointError) as stream:
+        try:
+            stream.seek(offset_bytes)
+            found = stream.readinto(buffer)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise cannot_read(path, error, CheckpointError) from error
+    if found < len(buffer):
+        what = f"ends after {found:,} of {len(buffer):,} bytes of {name}"
+        raise CheckpointError(str(path), what, "Copy it again")
     return tensor

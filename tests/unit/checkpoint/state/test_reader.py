@@ -122,10 +122,8 @@ def test_a_missing_data_file_is_named(copy: Path) -> None:
 def test_a_cut_data_file_is_refused(copy: Path) -> None:
     for file in copy.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    checkpoint = TrainingCheckpoint(copy)
-    with pytest.raises(CheckpointError, match="cannot read"):
-        for name in checkpoint.tensors:
-            checkpoint.read(name)
+    with pytest.raises(CheckpointError, match=r"distcp: has [\d,]+ bytes, but a chunk of it ends"):
+        TrainingCheckpoint(copy)
 
 
 def test_an_unknown_tensor_is_named(tiny_checkpoint: Path) -> None:
