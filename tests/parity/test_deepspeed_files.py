@@ -248,7 +248,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another version": (
         lambda f: _change(model_file(f), lambda c: c.pop("module")),
-        r"differs from what DeepSpeed 0\.19 writes \(KeyError\('module'\)\)",
+        r"differs from what DeepSpeed 0\.19 writes \(KeyError: 'module'\)",
     ),
 }
 
