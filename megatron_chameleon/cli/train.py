@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
                 _logger.warning(line)
         if args.dry_run:
             if launch.rank == 0:
-                show(dry_run_text(inputs, launch))
+                show(dry_run_text(inputs, launch, world_size))
             return
         finished = train(inputs, launch)
     except ChameleonError:

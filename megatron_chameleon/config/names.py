@@ -19,7 +19,7 @@ def find_config(name: str | Path, presets: Path = PRESETS) -> Path:
     Args:
         name: A YAML file; the name of a preset, with or without ``.yaml``; or a folder that holds a
             ``config.yaml``, as runs and checkpoints do, or a ``train.yaml``. A file of that name
-            comes before a preset.
+            comes before a preset, and a preset before a folder.
         presets: The folder of the presets.
 
     Raises:
@@ -34,11 +34,11 @@ def find_config(name: str | Path, presets: Path = PRESETS) -> Path:
         is_folder = bool(text) and path.is_dir()
     except (OSError, ValueError):  # too long for a path, or with a null byte
         inside, is_folder = [], False
-    if inside:
-        return inside[0]
     preset = next((p for p in sorted(presets.glob("*.yaml")) if text in (p.stem, p.name)), None)
     if preset is not None:
         return preset
+    if inside:
+        return inside[0]
     raise _not_found(text, is_folder, presets)
 
 

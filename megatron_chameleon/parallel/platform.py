@@ -24,6 +24,13 @@ def device_name() -> str | None:
     return torch.cuda.get_device_name() if has_gpu() else None
 
 
+def gpu_memory_bytes() -> int | None:
+    """Memory of the GPU that this process computes on; None on a CPU."""
+    if not has_gpu():
+        return None
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
 def distributed_backend() -> str:
     """The torch.distributed backend for this machine."""
     return "nccl" if has_gpu() else "gloo"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.checks.fp8 import check_fp8
-from megatron_chameleon.config.checks.layouts import check_vocabulary, layout_problems
+from megatron_chameleon.config.checks.layouts import check_vocabulary, divisors, layout_problems
 from megatron_chameleon.config.schema import Config, ParallelConfig
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.planner.gpus import Gpu
@@ -194,14 +194,14 @@ def _layouts(request: PlanRequest) -> Iterator[Config]:
     """Every layout to consider, including impossible ones, in no particular order."""
     layers = request.config.model.num_layers
     cp = request.config.parallel.context_parallel_size
-    sizes = [size for size in range(1, request.gpus + 1) if request.gpus % size == 0]
+    sizes = divisors(request.gpus)
     tensor = [size for size in sizes if size <= request.gpu.gpus_per_node]
     pipeline = [size for size in sizes if size <= layers]
     for tp, pp, micro in itertools.product(tensor, pipeline, MICRO_BATCHES):
         if tp * pp * cp > request.gpus:
             continue
         each = layers // pp
-        parts = [size for size in range(2, each + 1) if each % size == 0] if pp > 1 else []
+        parts = divisors(each)[1:] if pp > 1 else []
         for vpp in (None, *parts):
             layout = dataclasses.replace(
                 request.config.parallel,

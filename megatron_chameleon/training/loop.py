@@ -14,6 +14,7 @@ from megatron_chameleon.training.open_run import Run
 from megatron_chameleon.training.prepare import refresh_inputs
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.lock import lock_run
+from megatron_chameleon.training.run.memory_check import memory_problem
 
 
 def train(inputs: RunInputs, launch: Launch) -> bool:
@@ -28,11 +29,15 @@ def train(inputs: RunInputs, launch: Launch) -> bool:
 
     Raises:
         ConfigErrors: The machine lacks several things that the config needs.
+        ConfigError: The run cannot fit into the memory of this machine.
         ConfigError: Another run is writing the run folder.
         CheckpointError: A checkpoint cannot be read or written.
         TrainingError: The run cannot go on, for example after a non-finite loss.
     """
     check_machine(inputs.config)
+    vocab_size = inputs.tokenizer.vocabulary.size
+    if problem := memory_problem(inputs.config, vocab_size, launch.world_size):
+        raise problem
     with StopSignals() as stop_signals:
         prepare_megatron()
         join_process_group(launch)

@@ -23,6 +23,7 @@ from megatron_chameleon.training.engines.base import check_installed
 from megatron_chameleon.training.run.branches import carry_out, finish_moves
 from megatron_chameleon.training.run.folder import check_run_folder, checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
+from megatron_chameleon.training.run.memory_check import memory_problem
 from megatron_chameleon.training.run.open_data import open_reader
 from megatron_chameleon.training.run.skipped_steps import find_skipped_steps
 from megatron_chameleon.training.run.trackers import check_trackers
@@ -100,7 +101,7 @@ def describe_run(inputs: RunInputs) -> str:
     )
 
 
-def dry_run_text(inputs: RunInputs, launch: Launch) -> str:
+def dry_run_text(inputs: RunInputs, launch: Launch, world_size: int) -> str:
     """What ``--dry-run`` prints: the resolved config, and what the run would do."""
     start = f"resumes from {inputs.checkpoint}" if inputs.checkpoint else "starts from step 0"
     lines = [
@@ -108,9 +109,12 @@ def dry_run_text(inputs: RunInputs, launch: Launch) -> str:
         "Dry run passed: config, tokenizer, data and checkpoint are ready.",
     ]
     # A login node may lack what the config needs; that does not make the config wrong.
+    vocab_size = inputs.tokenizer.vocabulary.size
+    problems = machine_problems(inputs.config)
+    if lack := memory_problem(inputs.config, vocab_size, world_size):
+        problems.append(lack)
     lines += [
-        f"But this machine cannot run it: {problem.where}: {problem.what}."
-        for problem in machine_problems(inputs.config)
+        f"But this machine cannot run it: {problem.where}: {problem.what}." for problem in problems
     ]
     if note := inputs.start.note:
         lines.insert(1, f"{note[0].upper()}{note[1:]}.")

@@ -134,6 +134,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 FOR_ALL = {
     "errors.py",
     "files.py",
+    "machine.py",
     "masking.py",
     "outputs.py",
     "terminal.py",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from megatron_chameleon.config.checks.engines import check_engine
 from megatron_chameleon.config.checks.fp8 import check_fp8
 from megatron_chameleon.config.checks.fusion import check_fusions
-from megatron_chameleon.config.checks.layouts import check_layout
+from megatron_chameleon.config.checks.layouts import check_layout, list_divisors
 from megatron_chameleon.config.checks.reporting import check_reporting
 from megatron_chameleon.config.constraints import find_violations
 from megatron_chameleon.config.schema import Config, ParallelConfig, SourceConfig
@@ -65,15 +65,15 @@ def _check_model(config: Config) -> Iterator[ConfigError]:
         yield ConfigError("model.hidden_size", what, "Change either: RoPE needs an even size")
     if groups < 1 or heads % groups:
         what = f"{groups} does not divide num_attention_heads {heads}"
-        yield ConfigError("model.num_query_groups", what, _divisors(heads))
+        yield ConfigError("model.num_query_groups", what, f"Use one of {list_divisors(heads)}")
         return
     norm_groups = model.qk_norm_groups
     if norm_groups and (heads % norm_groups or norm_groups < 0):
         what = f"{norm_groups} does not divide num_attention_heads {heads}"
-        yield ConfigError("model.qk_norm_groups", what, _divisors(heads))
+        yield ConfigError("model.qk_norm_groups", what, f"Use one of {list_divisors(heads)}")
     elif norm_groups and groups % min(norm_groups, groups):
         what = f"{norm_groups} does not divide num_query_groups {groups}"
-        yield ConfigError("model.qk_norm_groups", what, _divisors(groups))
+        yield ConfigError("model.qk_norm_groups", what, f"Use one of {list_divisors(groups)}")
 
 
 def _check_parallel(config: Config) -> Iterator[ConfigError]:
@@ -133,8 +133,3 @@ def _check_source(source: SourceConfig, key: str) -> Iterator[ConfigError]:
     if not source.prefix:
         remedy = "Give the path of the token files without .bin"
         yield ConfigError(f"{key}.prefix", "not set", remedy)
-
-
-def _divisors(number: int) -> str:
-    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
-    return f"Use one of {', '.join(divisors)}"

@@ -5,18 +5,30 @@ Presets are in ``presets/``; a YAML file and ``section.key=value`` words overrid
     chameleon tokenizer image photos/ --output DIR --config digits model.codebook_size=64
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from megatron_chameleon.config.constraints import (
+    Below,
+    Between,
+    NonNegativeInt,
+    PositiveInt,
+    Share,
+    find_violations,
+)
 from megatron_chameleon.config.load import load_dataclass
+from megatron_chameleon.config.names import find_config
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.tokenizer.image.discriminator import smallest_resolution
 from megatron_chameleon.tokenizer.image.vqgan import VqganConfig
+from megatron_chameleon.wording import cut
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "chameleon_512"
+
+LossWeight = Annotated[float, Between(0, 1e6)]
 
 
 @dataclass
@@ -26,52 +38,47 @@ class ImageTrainingConfig:
     The paper gives no values; the defaults follow Esser et al. 2021.
     """
 
-    steps: int = 1000
-    batch_size: int = 8
+    steps: PositiveInt = 1000
+    batch_size: Annotated[int, Between(1, 2**16)] = 8
     """Images per step."""
-    lr: float = 4.5e-6
+    lr: Annotated[float, Between(0, 10)] = 4.5e-6
     """Peak learning rate of Adam (betas 0.5 and 0.9), for the network and the discriminator."""
-    lr_warmup_steps: int = 0
-    lr_final: float = 1.0
+    lr_warmup_steps: NonNegativeInt = 0
+    lr_final: Annotated[float, Between(0, 100)] = 1.0
     """Learning rate at the end as a share of the peak, along a cosine; 1 keeps it constant."""
-    l1_weight: float = 1.0
+    l1_weight: LossWeight = 1.0
     """Weight of the mean absolute error of pixels in [-1, 1]."""
-    l2_weight: float = 0.0
+    l2_weight: LossWeight = 0.0
     """Weight of their mean squared error."""
-    codebook_weight: float = 1.0
-    commitment_beta: float = 0.25
+    codebook_weight: LossWeight = 1.0
+    commitment_beta: LossWeight = 0.25
     """Weight of the commitment loss."""
-    reseed_every_steps: int = 0
+    reseed_every_steps: NonNegativeInt = 0
     """Move codebook vectors that were unused for this many steps to latents; 0 turns this off."""
-    reseed_fraction: float = 0.8
+    reseed_fraction: Share = 0.8
     """Share of the steps after which vectors are no longer moved, so that all of them settle."""
-    discriminator_weight: float = 0.0
+    discriminator_weight: LossWeight = 0.0
     """Weight of the adversarial loss, in addition to the adaptive weight; 0: no discriminator."""
-    discriminator_start: int = 0
+    discriminator_start: NonNegativeInt = 0
     """Step from which the adversarial loss is added."""
-    discriminator_channels: int = 64
-    discriminator_layers: int = 3
+    discriminator_channels: Annotated[int, Between(1, 4096)] = 64
+    discriminator_layers: Annotated[int, Between(0, 10)] = 3
     """How often the resolution is halved before a patch is judged."""
-    rotate_degrees: float = 0.0
+    rotate_degrees: Annotated[float, Between(0, 180)] = 0.0
     """Augmentation: largest rotation in either direction."""
-    shift: float = 0.0
+    shift: Share = 0.0
     """Augmentation: largest shift along each axis, as a share of the image."""
-    scale: float = 0.0
+    scale: Annotated[float, Below(0, 1)] = 0.0
     """Augmentation: largest change of size, as a share; 0.1 draws scales from 0.9 to 1.1."""
-    cache_gib: float = 4.0
+    cache_gib: Annotated[float, Between(0, 1e6)] = 4.0
     """Memory for prepared images; images that do not fit are read again whenever they are drawn."""
-    log_every_steps: int = 50
+    log_every_steps: PositiveInt = 50
 
 
 @dataclass
 class ImageTokenizerConfig:
     model: VqganConfig = field(default_factory=VqganConfig)
     training: ImageTrainingConfig = field(default_factory=ImageTrainingConfig)
-
-
-def preset_names() -> list[str]:
-    """The names that ``--config`` takes in place of a file."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def load_image_config(
@@ -87,44 +94,22 @@ def load_image_config(
         ConfigError: If there is no such config, a key is unknown, or values are invalid or
             contradict each other.
     """
-    config = load_dataclass(ImageTokenizerConfig, _config_path(name), overrides)
-    where = " ".join([str(name), *overrides])
+    path = find_config(name, PRESETS)
+    config = load_dataclass(ImageTokenizerConfig, path, overrides)
+    where = " ".join([str(name), *map(cut, overrides)])
     config.model.check(where)
     _check_training(config, where)
     return config
 
 
-def _config_path(name: str | Path) -> Path:
-    preset = PRESETS / f"{name}.yaml"
-    if str(name) in preset_names():
-        return preset
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigError(
-            f"--config {name}",
-            "is neither a preset nor a file",
-            f"Use one of {', '.join(preset_names())}, or a YAML file",
-        )
-    return path
-
-
 def _check_training(config: ImageTokenizerConfig, where: str) -> None:
     training = config.training
-    for item in dataclasses.fields(training):
-        value = getattr(training, item.name)
-        least = 1 if item.name in ("steps", "batch_size", "log_every_steps") else 0
-        if value < least:
-            raise ConfigError(
-                f"{where}: training.{item.name}",
-                f"{value} is below {least}",
-                f"Use {least} or more",
-            )
+    for problem in find_violations(training, "training"):
+        raise ConfigError(f"{where}: {problem.where}", problem.what, problem.remedy)
     if training.l1_weight == training.l2_weight == 0:
         raise ConfigError(
             f"{where}: training.l1_weight", "l1_weight and l2_weight are both 0", "Set one above 0"
         )
-    if not training.scale < 1:
-        raise ConfigError(f"{where}: training.scale", f"{training.scale} is not below 1", "Use 0.1")
     smallest = smallest_resolution(training.discriminator_layers)
     if training.discriminator_weight > 0 and config.model.resolution < smallest:
         raise ConfigError(

@@ -30,6 +30,7 @@ from megatron_chameleon.tokenizer.image.discriminator import (
     adaptive_weight,
     hinge_loss,
 )
+from megatron_chameleon.tokenizer.image.limits import FiniteLosses, check_memory, check_weights
 from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan, to_pixels
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganOutput
 from megatron_chameleon.wording import format_duration
@@ -77,12 +78,15 @@ def train_image_tokenizer(
         report: Called with each progress line.
 
     Raises:
-        ConfigError: If the folder's vocabulary has a different number of image codes.
+        ConfigError: If the folder's vocabulary has a different number of image codes, or the
+            training cannot fit into memory.
+        TrainingError: If a loss or weight is not finite. The folder is left as it was.
         DataError: If no image can be read, or the folder cannot be written. If it cannot take the
             result, the error names another folder that has it.
     """
     output, device = make_folder(output), torch.device(device)
     _check_vocabulary(output, config.model.codebook_size)
+    check_memory(config, device)
     images = ImageSet(entries, config.model.resolution, int(config.training.cache_gib * 2**30))
     # fork_rng leaves the state of the caller's random generators unchanged
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -148,6 +152,7 @@ class _Trainer:
             )
         self.uses_K = torch.zeros(config.model.codebook_size, dtype=torch.int64, device=device)
         """How often each code has been chosen since the last reseeding."""
+        self.finite = FiniteLosses(device)
 
     def fit(self, images: ImageSet, report: Callable[[str], None]) -> None:
         """Train all steps, with a progress line every ``log_every_steps``."""
@@ -158,6 +163,9 @@ class _Trainer:
             self.set_learning_rate(step)
             pixels_BCHW = training_batch(images, config, self.seed, step).to(self.device)
             losses, output = self.step(pixels_BCHW, step)
+            self.finite.note(losses, step)
+            if self.device.type == "cpu" or (step + 1) % config.log_every_steps == 0:
+                self.finite.check()  # on a GPU, this waits for the step
             self.uses_K += output.codes_BN.flatten().bincount(minlength=len(self.uses_K))
             progress.step(step, losses, output.codes_BN, len(images.dropped))
             every = config.reseed_every_steps
@@ -167,6 +175,8 @@ class _Trainer:
                 and step + 1 <= config.reseed_fraction * config.steps
             ):
                 self.reseed(output.latents_BDhw.detach(), step)
+        self.finite.check()
+        check_weights(self.model, config.steps)
 
     @torch.no_grad()
     def start_codebook(self, images: ImageSet) -> None:

@@ -11,48 +11,43 @@ latent positions, N = h * w codes per image, M latents in all, K codebook vector
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_chameleon.config.constraints import Below, Between, OneOf, find_violations
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.wording import shown
 
 NORM_GROUPS = 32
 SEARCH_ROWS = 1024
 """Latents that are compared with the codebook at once, so that distances fit in a GPU's cache."""
 
-_LEAST = {
-    "resolution": 1,
-    "in_channels": 1,
-    "base_channels": 1,
-    "num_res_blocks": 1,
-    "z_channels": 1,
-    "embed_dim": 1,
-    "codebook_size": 2,
-}
+MOST_LEVELS = 12
 
 
 @dataclass
 class VqganConfig:
     """Shape of the network. The defaults are the paper's."""
 
-    resolution: int = 512
+    resolution: Annotated[int, Between(1, 8192)] = 512
     """Width and height of an image in pixels."""
-    in_channels: int = 3
-    base_channels: int = 128
+    in_channels: Annotated[int, OneOf(3)] = 3
+    base_channels: Annotated[int, Between(1, 4096)] = 128
     """Channels at full resolution; a multiple of 32 (GroupNorm has 32 groups)."""
-    ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
+    ch_mult: list[Annotated[int, Between(1, 64)]] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     """Channels of each level in units of base_channels; each level but the last halves the
     resolution."""
-    num_res_blocks: int = 2
+    num_res_blocks: Annotated[int, Between(1, 64)] = 2
     """Residual blocks per level of the encoder; the decoder has one more per level."""
-    z_channels: int = 256
+    z_channels: Annotated[int, Between(1, 2**16)] = 256
     """Channels between the network and the codebook's own projection."""
-    embed_dim: int = 256
+    embed_dim: Annotated[int, Between(1, 2**16)] = 256
     """Width of a codebook vector."""
-    codebook_size: int = 8192
-    dropout: float = 0.0
+    codebook_size: Annotated[int, Between(2, 2**20)] = 8192
+    dropout: Annotated[float, Below(0, 1)] = 0.0
 
     @property
     def downsampling(self) -> int:
@@ -77,15 +72,13 @@ class VqganConfig:
         Raises:
             ConfigError: For the first value that cannot work.
         """
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value < least:
-                what = f"{value} is below {least}"
-                raise ConfigError(f"{where}: model.{name}", what, f"Use at least {least}")
-        if not self.ch_mult or min(self.ch_mult) < 1:
+        for problem in find_violations(self, "model"):
+            raise ConfigError(f"{where}: {problem.where}", problem.what, problem.remedy)
+        if not 1 <= len(self.ch_mult) <= MOST_LEVELS:
             raise ConfigError(
                 f"{where}: model.ch_mult",
-                f"{list(self.ch_mult)} is empty or has a factor below 1",
+                f"{shown(list(self.ch_mult))} has {len(self.ch_mult)} levels, not 1 to "
+                f"{MOST_LEVELS}",
                 "Use one factor of 1 or more for each level",
             )
         if self.base_channels % NORM_GROUPS:

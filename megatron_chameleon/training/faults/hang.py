@@ -7,7 +7,8 @@ all ranks and reports in one line which of them do not wait for the others. Ever
 
 That thread needs the interpreter, which may be blocked too, for example by a page of a mapped file
 on a dead server. So the thread restarts faulthandler's timer at every check. If the timer runs out,
-faulthandler prints the stacks on standard error and ends the process with exit code 1.
+faulthandler prints the stacks on standard error and ends the process with exit code 1. If the
+thread itself fails, it ends the process with ``EXIT_CODE`` and a line that says so.
 """
 
 import faulthandler
@@ -25,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from megatron_chameleon.errors import TrainingError
+from megatron_chameleon.errors import TrainingError, first_line
 from megatron_chameleon.training.metrics.stragglers import StepClock
 
 T = TypeVar("T")
@@ -116,6 +117,18 @@ class HangWatch:
             yield step, batch
 
     def _watch(self) -> None:
+        """Watch until the end. A watch that fails ends the run, which nobody would watch then."""
+        try:
+            self._poll()
+        except BaseException as error:  # whatever it is, nobody would see it in this thread
+            what = f"the thread that watches for hangs has failed ({first_line(error)})"
+            remedy = "Run the same command to resume; training.hang_seconds=0 runs without it"
+            print(
+                f"error: {TrainingError('hang watch', what, remedy)}", file=sys.stderr, flush=True
+            )
+            os._exit(EXIT_CODE)
+
+    def _poll(self) -> None:
         poll = min(2.0, self._limit / 4)
         while not self._done.wait(poll):
             doing, step, since, limit = self._state

@@ -2,12 +2,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_chameleon.config.names import preset_names
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.tokenizer.image.config import load_image_config, preset_names
+from megatron_chameleon.tokenizer.image.config import PRESETS, load_image_config
 
 
 def test_presets() -> None:
-    assert preset_names() == ["chameleon_512", "digits"]
+    assert preset_names(PRESETS) == ["chameleon_512", "digits"]
     paper = load_image_config().model
     assert (paper.resolution, paper.codebook_size, paper.embed_dim, paper.z_channels) == (
         512,
@@ -35,9 +36,9 @@ def test_overrides_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Pat
         (["training.step=9"], r"training.step=9: Unknown key. Did you mean `training.steps`\?"),
         (["steps=9"], r"^steps=9: Unknown key. Use one of model, training\."),
         (["training.steps=many"], r"training.steps must be a whole number \(got 'many'\)"),
-        (["training.steps=0"], "training.steps: 0 is below 1. Use 1 or more"),
-        (["training.shift=-0.1"], r"training.shift: -0.1 is below 0"),
-        (["training.scale=1"], r"training.scale: 1.0 is not below 1"),
+        (["training.steps=0"], "training.steps: 0 is not between 1 and 1,000,000,000. Use a"),
+        (["training.shift=-0.1"], r"training.shift: -0.1 is not between 0 and 1"),
+        (["training.scale=1"], r"training.scale: 1.0 is not 0 or more and below 1"),
         (["training.l1_weight=0", "training.l2_weight=0"], "l1_weight and l2_weight are both 0"),
         (["model.base_channels=48"], "48 is not a multiple of 32"),
         (
@@ -54,7 +55,7 @@ def test_what_cannot_work_is_refused(words: list[str], message: str) -> None:
 
 def test_a_config_that_is_not_there_is_named_with_the_presets() -> None:
     with pytest.raises(
-        ConfigError, match=r"--config digit: is neither a preset nor a file.*digits, or"
+        ConfigError, match=r"^digit: no such config file. Did you mean digits\? .*_512, digits\.$"
     ):
         load_image_config("digit")
 

@@ -104,8 +104,8 @@ def test_the_paper_preset_has_the_released_shape() -> None:
         ({"resolution": 18}, "model.resolution: 18 is not a multiple of 4.*Use 20,"),
         ({"ch_mult": []}, "model.ch_mult"),
         ({"ch_mult": [1, 0]}, "model.ch_mult"),
-        ({"codebook_size": 1}, "model.codebook_size: 1 is below 2"),
-        ({"embed_dim": 0}, "model.embed_dim: 0 is below 1"),
+        ({"codebook_size": 1}, "model.codebook_size: 1 is not between 2"),
+        ({"embed_dim": 0}, "model.embed_dim: 0 is not between 1"),
     ],
 )
 def test_a_shape_that_cannot_work_is_refused(changes: dict[str, object], message: str) -> None:

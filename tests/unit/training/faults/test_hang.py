@@ -63,6 +63,21 @@ def test_a_process_whose_interpreter_is_blocked(tmp_path: Path) -> None:
     assert 'File "<string>", line 15 in <module>' in result.stderr
 
 
+def test_a_watch_that_fails_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = threading.Event()
+    codes: list[int] = []
+    monkeypatch.setattr(hang.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    # faulthandler's clock cannot hold such a limit; the config refuses it
+    with HangWatch(1e12, tmp_path, 0, 1):
+        assert ended.wait(20)
+    assert codes == [hang.EXIT_CODE]
+    line = capfd.readouterr().err
+    assert line.startswith("error: hang watch: the thread that watches for hangs has failed (")
+    assert line.endswith("training.hang_seconds=0 runs without it.\n")
+
+
 def test_no_limit_needs_no_thread(tmp_path: Path) -> None:
     with HangWatch(0, tmp_path, 0, 1):
         assert "hang-watch" not in [thread.name for thread in threading.enumerate()]
