@@ -21,8 +21,8 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,10 +94,23 @@ def make_folder(path: str | Path, kind: type[ChameleonError] = DataError) -> Pat
         ChameleonError: Of the given kind: it cannot be created or not written.
     """
     folder = Path(path)
-    with writing(folder, kind):
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, kind), _made(folder):
         try_to_write(folder)
     return folder
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Create a folder if it is missing; what was created is removed if the block fails."""
+    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
+        raise
 
 
 def try_to_write(folder: Path) -> None:
@@ -134,17 +147,17 @@ def replace_file(
             with path.open("wb") as stream:
                 yield stream
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial_of(path)
-        try:
-            with _create(partial, private) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            with suppress(OSError):
-                partial.unlink()
+        with _made(path.parent):
+            partial = _partial_of(path)
+            try:
+                with _create(partial, private) as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                with suppress(OSError):
+                    partial.unlink()
 
 
 def write_together(contents: Mapping[Path, bytes], kind: type[ChameleonError] = DataError) -> None:
@@ -160,7 +173,10 @@ def write_together(contents: Mapping[Path, bytes], kind: type[ChameleonError] = 
     """
     marker, *others = contents
     partials: dict[Path, Path] = {}
-    try:
+    with ExitStack() as stack:
+        stack.callback(_remove, partials.values())
+        with writing(marker, kind):
+            stack.enter_context(_made(marker.parent))
         for path, content in contents.items():
             with writing(path, kind):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,10 +190,12 @@ def write_together(contents: Mapping[Path, bytes], kind: type[ChameleonError] = 
         for path in (*others, marker):
             with writing(path, kind):
                 partials[path].replace(path)
-    finally:
-        for partial in partials.values():
-            with suppress(OSError):
-                partial.unlink()
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_bytes(

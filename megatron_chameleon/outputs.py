@@ -29,7 +29,7 @@ def check_output(
 
     Args:
         option: What an error calls it, such as ``--output``.
-        path: The file. A missing folder is created.
+        path: The file. Missing folders are fine, and not made here.
         inputs: Files that the command reads; the output must be none of them.
         kind: The class of the error.
 
@@ -42,8 +42,7 @@ def check_output(
         with writing(path, kind):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try_to_write(path.parent)
+            _try_folder(path.parent)
     return path
 
 
@@ -61,14 +60,18 @@ def check_output_folder(
         ChameleonError: Of the given kind.
     """
     path = check_name(option, path, kind)
-    place = path
+    with writing(path, kind):
+        _try_folder(path)
+    return path
+
+
+def _try_folder(place: Path) -> None:
+    """Write a little into a folder, or into the one that it would be made in."""
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
-    with writing(path, kind):
-        if not place.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        try_to_write(place)
-    return path
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    try_to_write(place)
 
 
 def check_name(option: str, path: str | Path, kind: type[ChameleonError] = DataError) -> Path:

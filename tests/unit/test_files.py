@@ -153,3 +153,23 @@ def test_a_folder_is_checked_before_the_work(tmp_path: Path) -> None:
         files.make_folder(tmp_path / "file")
     with pytest.raises(DataError, match="a part of this path is a file"):
         files.make_folder(tmp_path / "file" / "a")
+
+
+def test_folders_that_were_made_for_a_failed_write_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr(files, "_create", full)
+    monkeypatch.setattr(files, "try_to_write", full)
+    for write in (
+        lambda path: files.write_bytes(path, b"x"),
+        lambda path: files.write_together({path: b"x"}),
+        files.make_folder,
+    ):
+        for place in (tmp_path / "a" / "b" / "c", tmp_path / "kept" / "c"):
+            with pytest.raises(DataError, match="No space left"):
+                write(place)
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]

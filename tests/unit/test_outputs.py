@@ -98,11 +98,11 @@ def test_a_result_that_no_folder_takes_is_the_first_error(
         ("", r"--html: the name is empty"),
         ("-", r"--html: a dash is not a name here. Write /dev/stdout"),
         ("folder", r"folder: cannot be written \(Is a directory\). Give the name of a file"),
-        ("input/x.html", r"x.html: cannot be written \((Not a directory|File exists)\)"),
+        ("input/x.html", r"x.html: cannot be written \(Not a directory\)"),
         ("input", r"--html input: would replace input, which the command reads"),
         ("link", r"--html link: would replace link, which the command reads"),
         ("hard", r"--html hard: would replace hard, which the command reads"),
-        ("loop/x", r"loop/x: cannot be written \((Too many levels|File exists)"),
+        ("loop/x", r"loop/x: cannot be written \(Not a directory\)"),
         ("full/x", r"full/x: cannot be written \(No space left on device\). Make room"),
     ],
 )
@@ -122,7 +122,7 @@ def test_an_output_file_is_checked_before_the_work(
 
 def test_an_output_that_can_be_written_passes_and_nothing_stays(tmp_path: Path) -> None:
     assert outputs.check_output("--html", tmp_path / "new" / "a") == tmp_path / "new" / "a"
-    assert list((tmp_path / "new").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     for device in ("/dev/stdout", "/dev/full", "/dev/null"):
         outputs.check_output("--html", device, ["/dev/null"])
 
