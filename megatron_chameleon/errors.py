@@ -76,5 +76,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def one_line(error: BaseException) -> str:
+    """The whole message of an exception on a single line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _sentence(text: str) -> str:
     return text if text.endswith(("?", "!", ".")) else f"{text}."

@@ -20,8 +20,10 @@ from megatron_chameleon.cli.options import (
     SEED,
     add_action,
     add_common_options,
+    add_image_options,
     add_sampling_options,
     device,
+    image_options,
 )
 from megatron_chameleon.cli.patience import tell_if_slow
 from megatron_chameleon.wording import counted
@@ -60,6 +62,7 @@ def _add_answer(answer: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
     )
     answer.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
+    add_image_options(answer)
     add_common_options(answer, nested=True)
 
 
@@ -79,6 +82,7 @@ def _add_prepare(prepare: argparse.ArgumentParser) -> None:
     prepare.add_argument(
         "--seed", type=SEED, default=1, help="seed of the order and sides of answers (default: 1)"
     )
+    add_image_options(prepare)
     add_common_options(prepare, nested=True)
 
 
@@ -109,7 +113,7 @@ def _answer(args: argparse.Namespace) -> None:
         from megatron_chameleon.outputs import check_output_folder
 
         options = _generation_options(args)
-        prompts = read_prompts(Path(args.prompts))[: args.limit]
+        prompts = read_prompts(Path(args.prompts), image_options(args))[: args.limit]
         output = check_output_folder("--output", args.output)
     with tell_if_slow(f"annotate: opening {args.checkpoint}"):
         session = Session.load(args.checkpoint, args.device, args.tokenizer)
@@ -145,7 +149,8 @@ def _prepare(args: argparse.Namespace) -> None:
         files = f"{wanted} different files" if wanted > 1 else "1 file"
         what = f"{args.kind} needs {files} of answers, but got {' '.join(args.answers)}"
         raise ConfigError("ANSWERS", what, "Give one file per model")
-    models = {path: read_answered_prompts(path) for path in args.answers}
+    images = image_options(args)
+    models = {path: read_answered_prompts(path, images) for path in args.answers}
     key = write_questionnaire(args.kind, models, Path(args.output), args.annotators, args.seed)
     count = len(next(iter(models.values())))
     show(f"{args.annotators} forms of {count} items: {key.parent}/form_*.html, key: {key}")

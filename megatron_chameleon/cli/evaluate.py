@@ -12,7 +12,14 @@ import argparse
 from pathlib import Path
 
 from megatron_chameleon.cli.logs import progress, show
-from megatron_chameleon.cli.options import BATCH, COUNT, SEED, device
+from megatron_chameleon.cli.options import (
+    BATCH,
+    COUNT,
+    SEED,
+    add_image_options,
+    device,
+    image_options,
+)
 from megatron_chameleon.cli.patience import tell_if_slow
 
 
@@ -44,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
     )
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
+    add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
 
         data = Path(args.data) if args.data else None
         names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-        runs = load_tasks(names, data, args.limit, args.seed, args.batch_size)
+        images = image_options(args)
+        runs = load_tasks(names, data, args.limit, args.seed, args.batch_size, images)
         output = check_output_folder("--output", args.output)
     with tell_if_slow(f"evaluate: opening {args.checkpoint}"):
         session = Session.load(args.checkpoint, args.device, args.tokenizer)

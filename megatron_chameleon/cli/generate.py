@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_chameleon.cli.logs import progress, show, show_generated
-from megatron_chameleon.cli.options import ANSWERS, BATCH, GUIDANCE, add_sampling_options
+from megatron_chameleon.cli.options import (
+    ANSWERS,
+    BATCH,
+    GUIDANCE,
+    add_image_options,
+    add_sampling_options,
+    image_options,
+)
 from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
@@ -60,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="separate guidance scale for the images of a prompt; --guidance then applies to its "
         "text. Meta's code uses 1.2 and 3",
     )
+    add_image_options(parser)
     parser.add_argument("--batch-size", type=BATCH, help="prompts to answer together (default: 64)")
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
@@ -156,6 +164,7 @@ def _prompts(args: argparse.Namespace) -> list["Document"]:
     from megatron_chameleon.data.documents.schema import Document, TextPart
     from megatron_chameleon.errors import ConfigError
 
+    images = image_options(args)
     if args.document:
         if args.prompt is not None or args.image:
             raise ConfigError(
@@ -163,8 +172,8 @@ def _prompts(args: argparse.Namespace) -> list["Document"]:
                 "cannot be combined with --prompt or --image",
                 "Put everything into the document, or leave it out",
             )
-        return read_prompts([args.document])
-    prompt: list[TextPart | ImagePart] = [ImagePart(image) for image in args.image]
+        return read_prompts([args.document], images)
+    prompt: list[TextPart | ImagePart] = [ImagePart(image, images) for image in args.image]
     if args.prompt is not None:
         prompt.append(TextPart(args.prompt))
     return [Document("", "", tuple(prompt), "--prompt")]

@@ -8,10 +8,13 @@ import argparse
 import logging
 import re
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_chameleon.config.constraints import Above, Between, Constraint
 from megatron_chameleon.wording import shown
+
+if TYPE_CHECKING:
+    from megatron_chameleon.images.options import ImageOptions
 
 _LONGEST_NUMBER = 100
 """Characters; Python takes a long time to read a number of millions of digits."""
@@ -73,6 +76,9 @@ FORMS = NumberOption(int, Between(1, 1000))
 RESAMPLES = NumberOption(int, Between(1, 10**5))
 FILES = NumberOption(int, Between(1, 1024))
 GPU_COUNT = NumberOption(int, Between(1, 10**6))
+PIXELS = NumberOption(int, Between(1, 178_956_970))
+"""Pillow itself refuses larger images."""
+MIB = NumberOption(int, Between(1, 2**20))
 SHARE = NumberOption(float, Between(0, 1))
 PROBABILITY = NumberOption(float, Above(0, at_most=1))
 TEMPERATURE = NumberOption(float, Between(0, 100))
@@ -155,6 +161,65 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", choices=("image", "text"), help="answer with one image, or with text only"
     )
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which images may be opened; ``image_options`` reads them."""
+    parser.add_argument(
+        "--image-root",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="folder or URL below which images may lie, besides the folder of their documents; can "
+        "be repeated",
+    )
+    parser.add_argument(
+        "--image-protocols",
+        metavar="NAME,...",
+        default="",
+        help="protocols by which documents may name images, such as http,https,s3 (default: none)",
+    )
+    parser.add_argument(
+        "--image-profiles",
+        choices=("apply", "ignore"),
+        default="apply",
+        help="apply an image's colour profile, so that its colours are those of sRGB (the "
+        "default), or ignore it",
+    )
+    parser.add_argument(
+        "--max-image-pixels",
+        type=PIXELS,
+        default=1 << 26,
+        metavar="N",
+        help="images with more pixels are dropped (default: 67108864)",
+    )
+    parser.add_argument(
+        "--max-image-mib",
+        type=MIB,
+        default=128,
+        metavar="N",
+        help="image files with more MiB are dropped (default: 128)",
+    )
+
+
+def image_options(args: argparse.Namespace) -> "ImageOptions":
+    """What ``add_image_options`` parsed.
+
+    Raises:
+        ConfigError: A value cannot work.
+    """
+    from megatron_chameleon.images.options import ImageOptions
+
+    names = (name.strip().lower() for name in args.image_protocols.split(","))
+    options = ImageOptions(
+        roots=tuple(args.image_root),
+        protocols=tuple(name for name in names if name),
+        profiles=args.image_profiles,
+        max_pixels=args.max_image_pixels,
+        max_mib=args.max_image_mib,
+    )
+    options.check()
+    return options
 
 
 def add_overrides(parser: argparse.ArgumentParser, condition: str = "") -> None:

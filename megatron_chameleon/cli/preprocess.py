@@ -11,7 +11,13 @@ import argparse
 import re
 
 from megatron_chameleon.cli.logs import show
-from megatron_chameleon.cli.options import SECONDS, SHARE, WORKERS
+from megatron_chameleon.cli.options import (
+    SECONDS,
+    SHARE,
+    WORKERS,
+    add_image_options,
+    image_options,
+)
 from megatron_chameleon.data.documents.image_fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
 from megatron_chameleon.wording import shown
 
@@ -101,6 +107,7 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
         help="fp32 is the default. bf16 is several times as fast on a GPU, but changes about one "
         "image code in a hundred",
     )
+    add_image_options(parser)
     parser.add_argument(
         "--ignore-keys",
         metavar="KEY,...",
@@ -163,6 +170,7 @@ def _preprocess(args: argparse.Namespace) -> None:
             image_fit=args.image_fit,
             image_dtype=args.image_dtype,
             ignored_keys=tuple(sorted({key for key in args.ignore_keys.split(",") if key})),
+            images=image_options(args),
         ),
     )
     launch = find_launch()

@@ -12,7 +12,14 @@ import time
 from pathlib import Path
 
 from megatron_chameleon.cli.logs import show
-from megatron_chameleon.cli.options import IDS, SEED, add_action, add_common_options
+from megatron_chameleon.cli.options import (
+    IDS,
+    SEED,
+    add_action,
+    add_common_options,
+    add_image_options,
+    image_options,
+)
 from megatron_chameleon.wording import counted
 
 _logger = logging.getLogger(__name__)
@@ -69,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     image.add_argument(
         "--seed", type=SEED, default=1, metavar="N", help="seed of the training (default: 1)"
     )
+    add_image_options(image)
     image.set_defaults(overrides=[])
     for kind in (text, image):
         add_common_options(kind, nested=True)
@@ -111,7 +119,7 @@ def _train_image(args: argparse.Namespace) -> None:
     words = [word for word in args.images if is_override(word)]
     config = load_image_config(args.config, [*words, *args.overrides])
     result = train_image_tokenizer(
-        find_images([image for image in args.images if image not in words]),
+        find_images([image for image in args.images if image not in words], image_options(args)),
         config,
         args.output,
         seed=args.seed,

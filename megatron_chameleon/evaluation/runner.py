@@ -21,6 +21,7 @@ from megatron_chameleon.evaluation.tasks import cider, harness, item_files, item
 from megatron_chameleon.evaluation.tasks.catalogue import TASKS, TaskInfo, find_task
 from megatron_chameleon.evaluation.tasks.results import TaskResult
 from megatron_chameleon.files import write_text
+from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def load_tasks(
     limit: int | None = None,
     seed: int = 1,
     batch_size: int = 32,
+    images: ImageOptions | None = None,
 ) -> dict[str, TaskRunner]:
     """Find the tasks and read their items, before a model is loaded.
 
@@ -49,6 +51,7 @@ def load_tasks(
         limit: Ask only so many items of each task; None asks all.
         seed: Seed of everything that is drawn.
         batch_size: Prompts that are answered together.
+        images: Where images may lie, and how they are read.
 
     Returns:
         The function that runs each task, by the task's name.
@@ -60,14 +63,16 @@ def load_tasks(
     runners: dict[str, TaskRunner] = {}
     options = {"limit": limit, "seed": seed, "batch_size": batch_size}
     for given in names:
-        name, runner = _load_task(given, data, options)
+        name, runner = _load_task(given, data, options, images or ImageOptions())
         if name in runners:
             raise ConfigError("--tasks", f"{name} occurs twice", "Name each task once")
         runners[name] = runner
     return runners
 
 
-def _load_task(name: str, data: Path | None, options: dict[str, Any]) -> tuple[str, TaskRunner]:
+def _load_task(
+    name: str, data: Path | None, options: dict[str, Any], images: ImageOptions
+) -> tuple[str, TaskRunner]:
     """The task's own name, and the function that runs it."""
     info = find_task(name)
     if info is not None and info.kind == "harness":
@@ -75,22 +80,22 @@ def _load_task(name: str, data: Path | None, options: dict[str, Any]) -> tuple[s
         harness.check_data(info, data)
         return name, _harness_runner(info, data, options)
     if info is not None:
-        return name, _items_runner(_read_items(info, data), options)
+        return name, _items_runner(_read_items(info, data, images), options)
     if name.endswith((".yaml", ".yml")):
-        task = item_files.read_task_file(Path(name), data)
+        task = item_files.read_task_file(Path(name), data, images)
         return task.name, _items_runner(task, options)
     known = ", ".join(task.name for task in TASKS)
     raise ConfigError("--tasks", f"there is no task {name!r}", f"Use {known}, or a FILE.yaml")
 
 
-def _read_items(info: TaskInfo, data: Path | None) -> items.ItemTask:
+def _read_items(info: TaskInfo, data: Path | None, images: ImageOptions) -> items.ItemTask:
     if data is None:
         what = "the hub does not have the images of this task"
         raise ConfigError(info.name, what, "Pass their folder with --data")
     if info.kind == "caption":
         cider.check_cider(info.name)
-        return item_files.read_captions(info, data / info.data)
-    return item_files.read_vqa(info, data / info.data)
+        return item_files.read_captions(info, data / info.data, images)
+    return item_files.read_vqa(info, data / info.data, images)
 
 
 def _items_runner(task: items.ItemTask, options: dict[str, Any]) -> TaskRunner:

@@ -29,6 +29,7 @@ from megatron_chameleon.data.documents.schema import (
     TextPart,
 )
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.images.references import ImageFolder
 
 _ROLES: Mapping[str, str] = {
     **dict.fromkeys((SYSTEM, "developer"), SYSTEM),
@@ -49,12 +50,12 @@ Names = tuple[str, ...]
 Messages = tuple[tuple[Part, ...], tuple[str, ...], set[str]]
 
 
-def parse_messages(value: Any, folder: str, where: str, names: Names = ()) -> Messages:
+def parse_messages(value: Any, folder: ImageFolder, where: str, names: Names = ()) -> Messages:
     """Parse messages: their parts in order, the role of each part, and keys that are not read.
 
     Args:
         value: The list of messages.
-        folder: The folder or URL of the file of documents.
+        folder: Where references to images start from.
         where: File and line, for errors.
         names: What errors call each message; if empty, they use its place in the list.
 
@@ -124,13 +125,17 @@ def _check_order(role: str, before: str | None, name: str, where: str) -> None:
 
 
 def parse_content(
-    value: Any, folder: str, where: str, name: str = "content", unused: set[str] | None = None
+    value: Any,
+    folder: ImageFolder,
+    where: str,
+    name: str = "content",
+    unused: set[str] | None = None,
 ) -> tuple[Part, ...]:
     """Parse content: a text, or a list of text and image parts.
 
     Args:
         value: The content.
-        folder: The folder or URL of the file of documents.
+        folder: Where references to images start from.
         where: File and line, for errors.
         name: What errors call it.
         unused: Receives the keys of parts that are not read.
@@ -153,7 +158,7 @@ def parse_content(
 
 
 def _parse_part(
-    part: Any, name: str, folder: str, where: str, unused: set[str] | None
+    part: Any, name: str, folder: ImageFolder, where: str, unused: set[str] | None
 ) -> TextPart | ImagePart | Mark:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in (*_TEXT_TYPES, *_IMAGE_TYPES):
@@ -178,7 +183,11 @@ def _parse_part(
 
 
 def _check_rest(
-    part: Mapping[str, Any], used: set[str], folder: str, where: str, unused: set[str] | None
+    part: Mapping[str, Any],
+    used: set[str],
+    folder: ImageFolder,
+    where: str,
+    unused: set[str] | None,
 ) -> None:
     """Refuse pictures in keys of a part that are not read, and list the other such keys."""
     if len(part) <= len(used) and part.keys() <= used:

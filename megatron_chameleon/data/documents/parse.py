@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.data.documents.image_part import ImagePart, one_line
+from megatron_chameleon.data.documents.image_part import ImagePart, missing_image
 from megatron_chameleon.data.documents.media import (
     AUDIO,
     IMAGE,
@@ -45,8 +45,9 @@ from megatron_chameleon.data.inputs.records import (
     TarSamples,
 )
 from megatron_chameleon.data.inputs.shards import plan_ranges
-from megatron_chameleon.errors import DataError
+from megatron_chameleon.errors import DataError, one_line
 from megatron_chameleon.files import open_to_read
+from megatron_chameleon.images.options import ImageOptions
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +60,15 @@ MOST_KEPT_KEYS = 1000
 _CAPTION_SUFFIXES = ("txt", "caption", "text")
 
 
-def read_documents(paths: Sequence[str | Path], make: Maker = document_of) -> Iterator[Document]:
+def read_documents(
+    paths: Sequence[str | Path], make: Maker = document_of, images: ImageOptions | None = None
+) -> Iterator[Document]:
     """Read the documents of all inputs, in order.
 
     Args:
         paths: Files, globs or URLs (``inputs/files.py``).
         make: What to make of each record.
+        images: Where images may lie, and how they are read.
 
     Raises:
         DataError: If a file is missing, damaged or of an unknown kind, or a document is broken. The
@@ -73,20 +77,20 @@ def read_documents(paths: Sequence[str | Path], make: Maker = document_of) -> It
     inputs = find_inputs(paths)
     unused = UnusedKeys()
     for block in read_blocks(inputs, plan_ranges(inputs)):
-        for item in unused.watch(parse_block(block, make)):
+        for item in unused.watch(parse_block(block, make, images=images)):
             if isinstance(item, Fault):
                 raise item.error
             yield item
     unused.report()
 
 
-def read_prompts(paths: Sequence[str | Path]) -> list[Document]:
+def read_prompts(paths: Sequence[str | Path], images: ImageOptions | None = None) -> list[Document]:
     """Read prompts to continue; an answer at the end of a conversation is left out.
 
     Raises:
         DataError: As ``read_documents``; or a conversation has nothing to answer.
     """
-    return list(read_documents(paths, prompt_of))
+    return list(read_documents(paths, prompt_of, images))
 
 
 class UnusedKeys:
@@ -119,7 +123,10 @@ class UnusedKeys:
 
 
 def parse_block(
-    block: Block, make: Maker = document_of, ignored: frozenset[str] = frozenset()
+    block: Block,
+    make: Maker = document_of,
+    ignored: frozenset[str] = frozenset(),
+    images: ImageOptions | None = None,
 ) -> Iterator[Document | Fault]:
     """Parse the documents of a block; each broken one is replaced by a ``Fault``.
 
@@ -127,19 +134,21 @@ def parse_block(
         block: The block.
         make: What to make of each record.
         ignored: Keys that are left out of every record, whatever they hold.
+        images: Where images may lie, and how they are read.
 
     Raises:
         DataError: If the file has become shorter since the block was cut.
     """
     payload = block.payload
+    images = images or ImageOptions()
     if isinstance(payload, Fault):
         yield replace(payload, corpus_name=payload.corpus_name or _stem(block.path))
     elif isinstance(payload, TarSamples):
-        yield from _parse_samples(block, payload, make, ignored)
+        yield from _parse_samples(block, payload, make, ignored, images)
     elif isinstance(payload, ParquetRows):
-        yield from _parse_rows(block, payload, make, ignored)
+        yield from _parse_rows(block, payload, make, ignored, images)
     else:
-        yield from _parse_lines(block, payload, make, ignored)
+        yield from _parse_lines(block, payload, make, ignored, images)
 
 
 def _without(record: dict[str, Any], ignored: frozenset[str]) -> dict[str, Any]:
@@ -147,13 +156,17 @@ def _without(record: dict[str, Any], ignored: frozenset[str]) -> dict[str, Any]:
 
 
 def _parse_lines(
-    block: Block, payload: bytes | FileSlice, make: Maker, ignored: frozenset[str]
+    block: Block,
+    payload: bytes | FileSlice,
+    make: Maker,
+    ignored: frozenset[str],
+    images: ImageOptions,
 ) -> Iterator[Document | Fault]:
     content = _read_slice(block.path, payload) if isinstance(payload, FileSlice) else payload
     for number, line in enumerate(content.split(b"\n"), start=block.record + 1):
         if not line or line.isspace():
             continue
-        origin = Origin(block.path, number)
+        origin = Origin(block.path, number, images=images)
         record: dict[str, Any] = {}
         try:
             check_values(line, origin.where)
@@ -192,10 +205,14 @@ def _stem(path: str) -> str:
 
 
 def _parse_samples(
-    block: Block, payload: TarSamples, make: Maker, ignored: frozenset[str]
+    block: Block,
+    payload: TarSamples,
+    make: Maker,
+    ignored: frozenset[str],
+    images: ImageOptions,
 ) -> Iterator[Document | Fault]:
     for record, sample in enumerate(payload.samples, start=block.record + 1):
-        origin = Origin(block.path, record, sample["__key__"])
+        origin = Origin(block.path, record, sample["__key__"], images)
         try:
             yield _tar_document(sample, origin, make, ignored)
         except DataError as error:
@@ -242,7 +259,7 @@ def _tar_document(
     if document.roles is None and not has_picture:
         # img2dataset leaves captions whose image could not be downloaded. Such a document counts
         # as one with a missing image, and is dropped.
-        missing = ImagePart(f"{origin.path}/{origin.key}.<image>")
+        missing = missing_image(f"{origin.path}/{origin.key}.<image>", origin.folder)
         document.content = (missing, *document.content)
     document.unused_keys = (*document.unused_keys, *unused)
     return document
@@ -281,14 +298,18 @@ def _caption(files: Mapping[str, bytes], where: str) -> str | None:
 
 
 def _parse_rows(
-    block: Block, payload: ParquetRows, make: Maker, ignored: frozenset[str]
+    block: Block,
+    payload: ParquetRows,
+    make: Maker,
+    ignored: frozenset[str],
+    images: ImageOptions,
 ) -> Iterator[Document | Fault]:
     import pyarrow
 
     with pyarrow.ipc.open_stream(payload.stream) as stream:
         records = stream.read_all()
     for position in range(records.num_rows):
-        origin = Origin(block.path, block.record + position + 1)
+        origin = Origin(block.path, block.record + position + 1, images=images)
         record: dict[str, Any] = {}
         try:
             # raises if a text is not UTF-8

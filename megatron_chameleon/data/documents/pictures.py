@@ -31,6 +31,7 @@ from megatron_chameleon.data.documents.media import (
 from megatron_chameleon.data.documents.schema import SYSTEM, TextPart
 from megatron_chameleon.data.inputs.form_keys import PICTURE_KEY
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.images.references import ImageFolder
 from megatron_chameleon.wording import counted
 
 MARK = "<image>"
@@ -80,7 +81,7 @@ class Beside:
 def find_beside(
     record: Mapping[str, Any],
     used: Collection[str],
-    folder: str,
+    folder: ImageFolder,
     where: str,
     own: Sequence[str] | None = None,
 ) -> Beside:
@@ -89,7 +90,7 @@ def find_beside(
     Args:
         record: A record, a message or a part.
         used: The keys that are read otherwise.
-        folder: The folder or URL of the file of documents.
+        folder: Where references to images start from.
         where: File and line, for errors.
         own: Names of the files that hold the record's own pictures, if it has any.
 
@@ -266,12 +267,12 @@ def _in_order(keys: list[str], where: str) -> list[str]:
     return [key for _, key in sorted(pairs, key=lambda pair: pair[0] or 0)]
 
 
-def _read(value: Any, key: str, folder: str, where: str) -> list[ImagePart]:
+def _read(value: Any, key: str, folder: ImageFolder, where: str) -> list[ImagePart]:
     if isinstance(value, bytes):
-        return [ImagePart(value)]
+        return [image_part(value, folder)]
     if isinstance(value, str):
         data = image_of_base64(value)
-        return [ImagePart(data) if data is not None else image_part(value, folder, where)]
+        return [image_part(value if data is None else data, folder)]
     if isinstance(value, list | tuple):
         return [part for v in value if v is not None for part in _read(v, key, folder, where)]
     if isinstance(value, dict):
@@ -284,7 +285,7 @@ def _read(value: Any, key: str, folder: str, where: str) -> list[ImagePart]:
     raise DataError(where, what, "Write its path, a data: URI, bytes, or a list of these")
 
 
-def read_picture(value: Any, key: str, folder: str, where: str) -> ImagePart:
+def read_picture(value: Any, key: str, folder: ImageFolder, where: str) -> ImagePart:
     """The one picture that a value holds: a path, data: URI, bytes, or an object with one of them.
 
     Raises:
@@ -298,7 +299,7 @@ def read_picture(value: Any, key: str, folder: str, where: str) -> ImagePart:
 
 
 def _named_pictures(
-    record: Mapping[str, Any], keys: Sequence[str], folder: str, where: str
+    record: Mapping[str, Any], keys: Sequence[str], folder: ImageFolder, where: str
 ) -> tuple[list[ImagePart], list[str]]:
     """The pictures that keys such as ``file_name`` name, and the keys that name them."""
     for key in keys:

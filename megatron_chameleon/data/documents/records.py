@@ -11,18 +11,20 @@ The second and the third never show an answer to the model: neither the key ``an
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from megatron_chameleon.data.documents.image_part import ImagePart, folder_of, one_line
+from megatron_chameleon.data.documents.image_part import ImagePart, image_part
 from megatron_chameleon.data.documents.messages import join_texts
 from megatron_chameleon.data.documents.pictures import Beside, find_beside, place_pictures
 from megatron_chameleon.data.documents.schema import ASSISTANT, USER, Document, TextPart
 from megatron_chameleon.data.documents.shapes import answer_key, form_of, read_shape
-from megatron_chameleon.errors import DataError
+from megatron_chameleon.errors import DataError, one_line
+from megatron_chameleon.images.options import ImageOptions
+from megatron_chameleon.images.references import ImageFolder
 
 Record = Mapping[str, Any]
 
@@ -42,14 +44,16 @@ class Origin:
     """Line, row or sample of the file, counted from 1."""
     key: str = ""
     """The key of a tar sample, which is its default id."""
+    images: ImageOptions = field(default_factory=ImageOptions)
+    """Where images may lie, and how they are read."""
 
     @property
     def where(self) -> str:
         return f"{self.path}:{self.key or self.number}"
 
     @property
-    def folder(self) -> str:
-        return folder_of(self.path)
+    def folder(self) -> ImageFolder:
+        return ImageFolder.of(self.path, self.images)
 
 
 @dataclass(frozen=True)
@@ -62,18 +66,21 @@ class Question:
     """The right answers in text; at least one."""
 
 
-def parse_line(line: bytes, path: str | Path, number: int) -> Document:
+def parse_line(
+    line: bytes, path: str | Path, number: int, images: ImageOptions | None = None
+) -> Document:
     """Turn one line of JSON into a document to train on.
 
     Args:
         line: UTF-8 text of one JSON object.
         path: The file or URL, for relative image paths and errors.
         number: The number of the line, counted from 1.
+        images: Where images may lie, and how they are read.
 
     Raises:
         DataError: If the line is not a JSON object or breaks the schema.
     """
-    origin = Origin(str(path), number)
+    origin = Origin(str(path), number, images=images or ImageOptions())
     return document_of(parse_json(line, origin.where, number), origin)
 
 
@@ -117,7 +124,7 @@ def document_of(record: Record, origin: Origin, own: Mapping[str, bytes] | None 
     used = {*shaped.used, *NAMES}
     beside = find_beside(record, used, folder, where, None if own is None else list(own))
     if own is not None:
-        pictures = (*(ImagePart(data) for data in own.values()), *beside.pictures)
+        pictures = (*(image_part(data, folder) for data in own.values()), *beside.pictures)
         beside = Beside(pictures, bool(own) or beside.has_key, beside.unused_keys)
     parts, roles = place_pictures(shaped.parts, shaped.roles, beside, where, form == "content")
     if form == "caption" and not any(isinstance(part, ImagePart) for part in parts):

@@ -23,6 +23,7 @@ from megatron_chameleon.data.documents.pictures import Part, read_picture, shown
 from megatron_chameleon.data.documents.schema import ASSISTANT, SYSTEM, USER, TextPart
 from megatron_chameleon.data.inputs.form_keys import FIRST_FORM_KEYS, OTHER_FORM_KEYS
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.images.references import ImageFolder
 
 Record = Mapping[str, Any]
 
@@ -69,13 +70,13 @@ def form_of(record: Record, where: str) -> str:
     raise DataError(where, what, "Write content, text, messages, or prompt and answer")
 
 
-def read_shape(record: Record, form: str, folder: str, where: str) -> Shaped:
+def read_shape(record: Record, form: str, folder: ImageFolder, where: str) -> Shaped:
     """Read the parts of a record of a form.
 
     Args:
         record: The record.
         form: What ``form_of`` found.
-        folder: The folder or URL of the file of documents.
+        folder: Where references to images start from.
         where: File and line, for errors.
 
     Raises:
@@ -91,13 +92,13 @@ def answer_key(record: Record, form: str) -> str | None:
     return next((key for key in ANSWER_KEYS if record.get(key) is not None), None)
 
 
-def _read_content(record: Record, key: str, folder: str, where: str) -> Shaped:
+def _read_content(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:
     unused: set[str] = set()
     parts = parse_content(record[key], folder, where, key, unused)
     return Shaped(parts, None, frozenset((key,)), frozenset(unused))
 
 
-def _read_text(record: Record, key: str, folder: str, where: str) -> Shaped:
+def _read_text(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:
     value = record[key]
     if not isinstance(value, str):
         what = f"{key} must be a string, not {type(value).__name__}"
@@ -105,11 +106,11 @@ def _read_text(record: Record, key: str, folder: str, where: str) -> Shaped:
     return Shaped((TextPart(value.removeprefix("\ufeff")),), None, frozenset((key,)))
 
 
-def _read_messages(record: Record, key: str, folder: str, where: str) -> Shaped:
+def _read_messages(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:
     return _conversation(record, record[key], {key}, folder, where)
 
 
-def _read_prompt(record: Record, key: str, folder: str, where: str) -> Shaped:
+def _read_prompt(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:
     prompt, used = record[key], {key}
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict) and "role" in prompt[0]:
         messages, names = list(prompt), [f"{key}[{i}]" for i in range(len(prompt))]
@@ -131,7 +132,7 @@ def _append_answer(messages: list[Any], names: list[str], answer: Any, key: str)
     names.append(key)
 
 
-def _read_instruction(record: Record, key: str, folder: str, where: str) -> Shaped:
+def _read_instruction(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:
     used, messages, names = {key, "history"}, list[Any](), list[str]()
     history = record.get("history") or []
     pairs = isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history)
@@ -161,7 +162,7 @@ def _conversation(
     record: Record,
     messages: Any,
     used: set[str],
-    folder: str,
+    folder: ImageFolder,
     where: str,
     names: list[str] | None = None,
 ) -> Shaped:
@@ -178,7 +179,7 @@ def _conversation(
     return Shaped(parts, roles, frozenset(used), frozenset(unused))
 
 
-def _read_interleaved(record: Record, key: str, folder: str, where: str) -> Shaped:
+def _read_interleaved(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:
     images, texts = record.get("images") or [], record.get("texts") or []
     if not isinstance(images, list) or not isinstance(texts, list):
         what = "images and texts must be lists"
@@ -193,7 +194,9 @@ def _read_interleaved(record: Record, key: str, folder: str, where: str) -> Shap
     return Shaped(parts, None, frozenset(("images", "texts")))
 
 
-def _interleaved_part(position: int, image: Any, text: Any, folder: str, where: str) -> Part:
+def _interleaved_part(
+    position: int, image: Any, text: Any, folder: ImageFolder, where: str
+) -> Part:
     if (image is None) == (text is None):
         both = "both null" if image is None else "both set"
         what = f"images[{position}] and texts[{position}] are {both}"
@@ -209,7 +212,7 @@ def _interleaved_part(position: int, image: Any, text: Any, folder: str, where: 
     return TextPart(text.removeprefix("\ufeff"))
 
 
-_READERS: Mapping[str, Callable[[Record, str, str, str], Shaped]] = {
+_READERS: Mapping[str, Callable[[Record, str, ImageFolder, str], Shaped]] = {
     "content": _read_content,
     "text": _read_text,
     "messages": _read_messages,

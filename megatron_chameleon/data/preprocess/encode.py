@@ -27,6 +27,8 @@ from megatron_chameleon.data.preprocess.layout import (
 from megatron_chameleon.data.preprocess.options import EncodeOptions
 from megatron_chameleon.data.token_files.format import TokenBlock, token_dtype
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.images.options import APPLY
+from megatron_chameleon.images.pixels import RULES
 from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_image_tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.text.fast import make_text_encoder
@@ -87,8 +89,8 @@ class DocumentEncoder:
         """
         unused = UnusedKeys()
         ignored = frozenset(self.options.ignored_keys)
-        items = unused.watch(parse_block(block, ignored=ignored))
-        tokens, dropped = self.encode(items, block.input)
+        found = parse_block(block, ignored=ignored, images=self.options.images)
+        tokens, dropped = self.encode(unused.watch(found), block.input)
         return EncodedBlock(tokens, dropped, block.after, frozenset(unused.names))
 
     def encode(
@@ -176,6 +178,7 @@ class DocumentEncoder:
             shape = (image.codes_per_image, image.codebook_size)
             name = tokenizer.fingerprint[:16] + ("" if options.device == "cpu" else "-gpu")
             name += "" if options.image_dtype == "fp32" else f"-{options.image_dtype}"
+            name += f"-pixels{RULES}" + ("" if options.images.profiles == APPLY else "-ignored")
             cache = ImageCache(options.image_cache, name, shape)
         self._images = ImageEncoder(image, cache)
         return self._images

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_chameleon.data.documents.image_part import ImageError, ImagePart, one_line
-from megatron_chameleon.errors import DataError
+from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
+from megatron_chameleon.errors import DataError, one_line
 from megatron_chameleon.files import write_bytes
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from megatron_chameleon.data.token_files.format import (
 )
 from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.tokenizer.text.fast import EXACT
 
 SAVE_SECONDS = 10.0
@@ -38,6 +39,8 @@ class EncodeOptions:
     """Type of the image tokenizer's convolutions: fp32, or bf16 for a GPU."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of records that are left out, whatever they hold."""
+    images: ImageOptions = field(default_factory=ImageOptions)
+    """Where images may lie, and how they are read."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def check_preprocess_options(prefix: str | Path, options: PreprocessOptions) -> 
     if options.encoding.image_fit not in IMAGE_FITS:
         what = f"{options.encoding.image_fit!r} is not one of {', '.join(IMAGE_FITS)}"
         raise ConfigError("--image-fit", what, "Choose one of them")
+    options.encoding.images.check()
     if options.encoding.corpus_name == "":
         raise ConfigError("--source", "the name is empty", "Give a name, such as web")
     if not Path(prefix).name:

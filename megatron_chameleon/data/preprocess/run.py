@@ -13,9 +13,10 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_chameleon.data.documents.parse import UnusedKeys, parse_block
 from megatron_chameleon.data.documents.schema import TextPart
@@ -48,6 +49,8 @@ from megatron_chameleon.data.token_files.format import (
 from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality
 from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX, TokenFileWriter
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.images.options import ImageOptions
+from megatron_chameleon.images.pixels import RULES
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.text.fast import choose_text_encoder
 
@@ -93,8 +96,9 @@ def preprocess(
     device = find_device(options.encoding.device)
     options = replace(options, encoding=replace(options.encoding, device=device))
     job = _job_digest(files, tokenizer, options.encoding)
+    jobs = {job, _job_digest(files, tokenizer, options.encoding, with_images=False)}
     for done in {output, str(prefix)} if not options.restart else ():
-        finished = _finished(done, job)
+        finished = _finished(done, jobs)
         if finished is not None:
             summary = describe_token_file(finished, Path(done))
             logger.info("%s; an earlier run has written it", summary)
@@ -115,16 +119,27 @@ def preprocess(
     return info
 
 
-def _job_digest(files: Sequence[InputFile], tokenizer: Tokenizer, encoding: EncodeOptions) -> str:
-    """A digest of all that determines the output's bytes: equal digests may resume each other."""
+def _job_digest(
+    files: Sequence[InputFile],
+    tokenizer: Tokenizer,
+    encoding: EncodeOptions,
+    with_images: bool = True,
+) -> str:
+    """A digest of all that determines the output's bytes: equal digests may resume each other.
+
+    Versions before the options of images had digests without them. What such a version finished is
+    still the output of this command, but what it left unfinished may hold other image codes.
+    """
     parts = (ANSWERS_FORMAT, signature_of(files), tokenizer.fingerprint, encoding.corpus_name)
-    ways = [encoding.device, encoding.image_fit, encoding.image_dtype]
+    words: list[Any] = [*parts, encoding.device, encoding.image_fit, encoding.image_dtype]
     if encoding.ignored_keys:  # without them the digest is that of earlier versions
-        ways.append(json.dumps(sorted(encoding.ignored_keys)))
-    return hashlib.sha256(json.dumps([*parts, *ways]).encode()).hexdigest()
+        words.append(json.dumps(sorted(encoding.ignored_keys)))
+    if with_images or encoding.images != ImageOptions():
+        words += [RULES, asdict(encoding.images)]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
-def _finished(output: str, job: str) -> TokenFileInfo | None:
+def _finished(output: str, jobs: Collection[str]) -> TokenFileInfo | None:
     """The token file that an earlier run of the same command has finished, if there is one."""
     if partial_folder_of(output).is_dir() or not file_of(output, ".json").is_file():
         return None
@@ -132,7 +147,7 @@ def _finished(output: str, job: str) -> TokenFileInfo | None:
         info = read_info(output)
     except DataError:
         return None
-    return info if info.job == job else None
+    return info if info.job in jobs else None
 
 
 class _PreprocessRun:

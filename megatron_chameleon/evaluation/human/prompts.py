@@ -14,6 +14,7 @@ from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.asking.record_files import read_records
 from megatron_chameleon.evaluation.human.questionnaire import data_uri, part_json
 from megatron_chameleon.files import write_text
+from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.inference.chat import chat_prompt
 
 if TYPE_CHECKING:
@@ -28,8 +29,12 @@ Prompt = tuple[Document, dict[str, str]]
 """A prompt, and its category and modality if it has them."""
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path, images: ImageOptions | None = None) -> list[Prompt]:
     """The prompts of a file; an answer at the end of a conversation is left out.
+
+    Args:
+        path: The file.
+        images: Where images may lie, and how they are read.
 
     Raises:
         DataError: The file cannot be read, or an id occurs twice.
@@ -37,7 +42,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     prompts = []
     seen: set[str] = set()
     for number, record in enumerate(read_records(path), start=1):
-        document = prompt_of(record, Origin(str(path), number))
+        document = prompt_of(record, Origin(str(path), number, images=images or ImageOptions()))
         if document.id in seen:
             remedy = "Give each prompt its own id"
             raise DataError(document.where, f"the id {document.id} occurs twice", remedy)

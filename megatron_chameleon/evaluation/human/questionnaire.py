@@ -24,6 +24,9 @@ from megatron_chameleon.evaluation.human.form_page import form_page
 from megatron_chameleon.evaluation.human.safety import looks_like_refusal
 from megatron_chameleon.evaluation.human.scores import Judgement
 from megatron_chameleon.files import write_text
+from megatron_chameleon.images.options import ImageOptions
+from megatron_chameleon.images.pixels import upright_rgb
+from megatron_chameleon.images.references import ImageFolder
 
 KEY_FORMAT = "megatron_chameleon.questionnaire/1"
 JUDGEMENTS_FORMAT = "megatron_chameleon.judgements/1"
@@ -42,6 +45,8 @@ class AnsweredPrompt:
     content: list[dict[str, str]]
     category: str
     modality: str
+    images: ImageFolder
+    """Where the images of both lie."""
 
     @property
     def text(self) -> str:
@@ -49,8 +54,14 @@ class AnsweredPrompt:
         return "".join(part.get("text", "") for part in self.content)
 
 
-def read_answered_prompts(path: str | Path) -> list[AnsweredPrompt]:
+def read_answered_prompts(
+    path: str | Path, images: ImageOptions | None = None
+) -> list[AnsweredPrompt]:
     """Read answers as ``chameleon annotate answer`` and ``chameleon generate`` write them.
+
+    Args:
+        path: The file.
+        images: Where images may lie, and how they are read.
 
     Raises:
         DataError: The file cannot be read, or an id occurs twice in it.
@@ -60,15 +71,16 @@ def read_answered_prompts(path: str | Path) -> list[AnsweredPrompt]:
     for number, record in enumerate(read_records(path), start=1):
         where = f"{path}:{number}"
         require_keys(record, ("id", "prompt", "content"), where)
-        prompt = _parts(record["prompt"], path.parent, where)
-        content = _parts(record["content"], path.parent, where)
+        prompt = _parts(record["prompt"], where)
+        content = _parts(record["content"], where)
         has_image = any(part["type"] == "image" for part in prompt)
         modality = str(record.get("modality") or ("mixed-modal" if has_image else "text only"))
         name = str(record["id"])
         if name in found:
             raise DataError(where, f"the id {name} occurs twice", "Give each answer its own id")
         found[name] = AnsweredPrompt(
-            name, prompt, content, str(record.get("category") or ""), modality
+            *(name, prompt, content, str(record.get("category") or ""), modality),
+            images=ImageFolder.of(path, images),
         )
     return list(found.values())
 
@@ -99,7 +111,10 @@ def write_questionnaire(
     answers = [{answer.id: answer for answer in found} for found in models.values()]
     _check_same(names, answers)
     identity = value_digest(
-        [kind, seed, [[a.id, a.prompt, a.content] for found in answers for a in found.values()]]
+        [
+            *(kind, seed),
+            [[a.id, a.prompt, a.content, a.images.path] for f in answers for a in f.values()],
+        ]
     )
     key = _key(kind, identity, names, answers)
     for annotator in range(1, annotators + 1):
@@ -155,8 +170,8 @@ def _form_items(
         items.append(
             {
                 "id": item,
-                "prompt": _inline(sides[0].prompt),
-                "answers": [_inline(side.content) for side in shown],
+                "prompt": _inline(sides[0].prompt, sides[0].images),
+                "answers": [_inline(side.content, side.images) for side in shown],
             }
         )
     return items, places
@@ -255,27 +270,23 @@ def _read_rows(file: Path, key: Mapping[str, Any] | None) -> Iterable[Judgement]
         )
 
 
-def _parts(value: Any, folder: Path, where: str) -> list[dict[str, str]]:
+def _parts(value: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list):
         raise DataError(where, "`prompt` and `content` must be lists of parts", "Write lists")
-    parts = []
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get(part.get("type", "")), str):
             raise DataError(
                 where, "a part is neither a text nor an image", "Write parts as in documents"
             )
-        if part["type"] == "image" and not part["image"].startswith("data:"):
-            part = {**part, "image": str(folder / part["image"])}
-        parts.append(part)
-    return parts
+    return value
 
 
-def _inline(parts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+def _inline(parts: Sequence[Mapping[str, str]], images: ImageFolder) -> list[dict[str, str]]:
     """The same parts, with images as ``data:`` URIs."""
     shown = []
     for part in parts:
         if part["type"] == "image":
-            image = image_part(part["image"], "", "form").open()
+            image = image_part(part["image"], images).open()
             shown.append({"type": "image", "image": data_uri(image)})
         else:
             shown.append({"type": "text", "text": part["text"]})
@@ -283,9 +294,9 @@ def _inline(parts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 def data_uri(image: Any) -> str:
-    """A ``data:`` URI with a PIL image as PNG."""
+    """A ``data:`` URI with a PIL image as PNG, as a model sees it."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
+    upright_rgb(image).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -293,6 +304,4 @@ def part_json(part: TextPart | ImagePart) -> dict[str, str]:
     """A part of a prompt as it is written in documents."""
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
-    if isinstance(part.image, bytes):
-        return {"type": "image", "image": data_uri(part.open())}
-    return {"type": "image", "image": str(Path(part.image).absolute())}
+    return {"type": "image", "image": data_uri(part.open())}

@@ -24,6 +24,8 @@ from megatron_chameleon.evaluation.tasks.items import (
     check_image,
     check_references,
 )
+from megatron_chameleon.images.options import ImageOptions
+from megatron_chameleon.images.references import ImageFolder
 
 CAPTION_TOKENS = 30
 """The paper's limit (section 5.2)."""
@@ -34,8 +36,13 @@ FILE_KEYS = (
 )
 
 
-def read_captions(info: TaskInfo, folder: Path) -> ItemTask:
+def read_captions(info: TaskInfo, folder: Path, images: ImageOptions | None = None) -> ItemTask:
     """Read the test split of Karpathy's JSON. Examples come from its training split.
+
+    Args:
+        info: The task.
+        folder: Has the JSON, and the images below it.
+        images: Where else images may lie, and how they are read.
 
     Raises:
         DataError: A file or image is missing, or the JSON is not one of Karpathy's.
@@ -44,6 +51,7 @@ def read_captions(info: TaskInfo, folder: Path) -> ItemTask:
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise DataError(str(file), "has no list `images`", "Pass one of Karpathy's split files")
+    below = ImageFolder(str(folder), images or ImageOptions())
     splits: dict[str, list[Item]] = {"test": [], "train": []}
     for index, record in enumerate(content["images"]):
         where = f"{file}: image {index}"
@@ -51,12 +59,14 @@ def read_captions(info: TaskInfo, folder: Path) -> ItemTask:
         split = "train" if record["split"] == "restval" else record["split"]
         if split not in splits:
             continue
-        path = folder / record.get("filepath", "") / record["filename"]
+        path = Path(str(record.get("filepath", "")), str(record["filename"]))
         captions = tuple(str(sentence["raw"]).strip() for sentence in record["sentences"])
         if not captions:
             raise DataError(where, "has no sentences", "Remove the image from the file")
-        image = (check_image(path, where) if split == "test" else image_part(str(path), "", where),)
-        splits[split].append(Item(record["filename"], image, captions))
+        image = image_part(str(path), below)
+        if split == "test":
+            check_image(image, where)
+        splits[split].append(Item(record["filename"], (image,), captions))
     if not splits["test"]:
         raise DataError(str(file), "has no images of the split `test`", "Pass the complete file")
     return ItemTask(
@@ -66,16 +76,22 @@ def read_captions(info: TaskInfo, folder: Path) -> ItemTask:
     )
 
 
-def read_vqa(info: TaskInfo, folder: Path) -> ItemTask:
+def read_vqa(info: TaskInfo, folder: Path, images: ImageOptions | None = None) -> ItemTask:
     """Read VQAv2's validation questions. Examples come from its training questions.
 
     The annotations of the test splits are not public.
 
+    Args:
+        info: The task.
+        folder: Has the JSON files, and the images below it.
+        images: Where else images may lie, and how they are read.
+
     Raises:
         DataError: A file or image is missing or broken.
     """
-    items = _vqa_items(folder, "val2014")
-    examples = _vqa_items(folder, "train2014") if info.shots else []
+    below = ImageFolder(str(folder), images or ImageOptions())
+    items = _vqa_items(below, "val2014")
+    examples = _vqa_items(below, "train2014") if info.shots else []
     return ItemTask(
         *(info.name, info.metric, items, info.shots, examples),
         max_tokens=VQA_TOKENS,
@@ -84,7 +100,8 @@ def read_vqa(info: TaskInfo, folder: Path) -> ItemTask:
     )
 
 
-def _vqa_items(folder: Path, split: str) -> list[Item]:
+def _vqa_items(images: ImageFolder, split: str) -> list[Item]:
+    folder = Path(images.path)
     files = {kind: _only(folder, f"*{split}_{kind}.json") for kind in ("questions", "annotations")}
     lists: dict[str, list[dict[str, Any]]] = {}
     for kind, file in files.items():
@@ -106,9 +123,9 @@ def _vqa_items(folder: Path, split: str) -> list[Item]:
             what = f"question {record['question_id']} has no answers in {files['annotations'].name}"
             raise DataError(where, what, "Pass the two files of the same split")
         name = f"COCO_{split}_{int(record['image_id']):012d}.jpg"
-        image = image_part(str(folder / split / name), "", where)
+        image = image_part(f"{split}/{name}", images)
         if split == "val2014":
-            image = check_image(folder / split / name, where)
+            check_image(image, where)
         said = answers[record["question_id"]]
         most = max(said, key=said.count)
         references = tuple(sorted(said, key=lambda answer: answer != most))
@@ -117,12 +134,13 @@ def _vqa_items(folder: Path, split: str) -> list[Item]:
     return items
 
 
-def read_task_file(path: Path, data: Path | None) -> ItemTask:
+def read_task_file(path: Path, data: Path | None, images: ImageOptions | None = None) -> ItemTask:
     """Read one of the user's own tasks.
 
     Args:
         path: The YAML file of the task.
         data: The folder of its files; None means the folder of the YAML file.
+        images: Where images may lie, and how they are read.
 
     Raises:
         ConfigError: A key is unknown, or its value cannot be used.
@@ -155,7 +173,7 @@ def read_task_file(path: Path, data: Path | None) -> ItemTask:
         raise ConfigError(
             str(path), "lacks the key `data`", "Set it to the name of the file of items"
         )
-    options = (metric, prompt, chat)
+    options = (metric, prompt, chat, images or ImageOptions())
     items = _own_items(folder / str(spec["data"]), *options)
     shots = int(spec.get("shots", 0))
     examples: Sequence[Item] = items
@@ -181,11 +199,13 @@ def _paper(value: Any, path: Path) -> dict[str, float]:
         raise ConfigError(str(path), what, "Write it like {7B: 66.0}") from error
 
 
-def _own_items(file: Path, metric: str, prompt: str, chat: bool | None) -> list[Item]:
+def _own_items(
+    file: Path, metric: str, prompt: str, chat: bool | None, images: ImageOptions
+) -> list[Item]:
     """The items of a file of questions; the key ``choices`` holds the candidates."""
     items = []
     for number, record in enumerate(read_records(file), start=1):
-        question = question_of(record, Origin(str(file), number))
+        question = question_of(record, Origin(str(file), number, images=images))
         where, document = question.prompt.where, question.prompt
         check_references(metric, question.references, where)
         if chat is False and set(document.roles or ()) - {USER}:

@@ -276,12 +276,12 @@ def _joined(parts: Sequence[ItemPart]) -> list[ItemPart]:
     return joined
 
 
-def check_image(path: Path, where: str) -> ImagePart:
-    """An image part, if the image exists.
+def check_image(image: ImagePart, where: str) -> None:
+    """Check that the file of an image exists.
 
     Raises:
         DataError: There is no such file.
     """
+    path = Path(str(image.image))
     if not path.is_file():
         raise DataError(where, f"the image {path} does not exist", "Put the images below --data")
-    return ImagePart(str(path))

@@ -5,35 +5,50 @@ nothing else. A document may have ``"weight": 2``: its images are then drawn twi
 paper does this with images that show faces (section 2.1).
 """
 
-import base64
-import binascii
-import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.images.decoding import decode_image
+from megatron_chameleon.images.local_files import read_named
+from megatron_chameleon.images.options import ImageOptions
+from megatron_chameleon.images.references import ImageFolder, decode_data_uri
 
 
 @dataclass(frozen=True)
 class ImageEntry:
     """One image to train on, not yet opened."""
 
-    image: Path | bytes
-    """The path of an image file, or its bytes."""
+    image: Path | bytes | str
+    """The path of an image file that the user named, the bytes of one, or a document's reference
+    to one in ``folder``."""
     where: str
     """What errors name: the file, or the line of the document."""
     weight: float = 1.0
     """How often it is drawn relative to the others."""
+    folder: ImageFolder = field(default_factory=ImageFolder)
+    """Where a reference may lead, and how images are read."""
 
     def open(self) -> Image.Image:
-        """Open the image; Pillow reads the pixels only when they are needed."""
-        source = io.BytesIO(self.image) if isinstance(self.image, bytes) else self.image
-        return Image.open(source)
+        """Read and decode the image.
+
+        Raises:
+            ImageError: It cannot be read or decoded.
+            DataError: A disk fails.
+        """
+        options = self.folder.options
+        if isinstance(self.image, bytes):
+            data = self.image
+        elif isinstance(self.image, Path):
+            data = read_named(str(self.image), options)
+        else:
+            data = self.folder.read(self.image)
+        return decode_image(data, self.where, options)
 
 
 def read_texts(paths: Sequence[str | Path]) -> Iterator[str]:
@@ -55,25 +70,32 @@ def read_texts(paths: Sequence[str | Path]) -> Iterator[str]:
             raise DataError(str(path), what, "Pass a .txt or .jsonl file")
 
 
-def find_images(paths: Sequence[str | Path]) -> list[ImageEntry]:
+def find_images(
+    paths: Sequence[str | Path], images: ImageOptions | None = None
+) -> list[ImageEntry]:
     """Find images: image files, all images in folders (by name), and those of .jsonl documents.
+
+    Args:
+        paths: Files and folders.
+        images: Where images of documents may lie, and how all are read.
 
     Raises:
         DataError: If a path is missing, a document is broken, or there is no image at all.
     """
     entries: list[ImageEntry] = []
     for path in map(Path, paths):
+        folder = ImageFolder.of(path, images)
         if path.is_dir():
             suffixes = Image.registered_extensions()
             files = (file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-            entries += [ImageEntry(file, str(file)) for file in sorted(files)]
+            entries += [ImageEntry(file, str(file), folder=folder) for file in sorted(files)]
             continue
         _check_file(path)
         if path.suffix == ".jsonl":
             for where, document in _documents(path):
-                entries += _images_of(document, where, path.parent)
+                entries += _images_of(document, where, folder)
         else:
-            entries.append(ImageEntry(path, str(path)))
+            entries.append(ImageEntry(path, str(path), folder=folder))
     if not entries:
         names = ", ".join(map(str, paths))
         raise DataError(names, "no image found", "Pass image files, folders or .jsonl documents")
@@ -135,7 +157,7 @@ def _texts_of(document: dict[str, Any], where: str) -> list[str]:
     raise _bad_document(where, "has neither `content` nor a string `text`")
 
 
-def _images_of(document: dict[str, Any], where: str, folder: Path) -> list[ImageEntry]:
+def _images_of(document: dict[str, Any], where: str, folder: ImageFolder) -> list[ImageEntry]:
     weight = document.get("weight", 1.0)
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or not 0 <= weight < float("inf"):
@@ -143,15 +165,12 @@ def _images_of(document: dict[str, Any], where: str, folder: Path) -> list[Image
     entries = []
     for number, part in enumerate(_parts(document, where, "image"), start=1):
         name = part["image"]
-        data = name.partition(",")[2] if name.startswith("data:") else None
-        if data is None:
-            entries.append(ImageEntry(folder / name, f"{where}: {name}", weight))
-            continue
-        try:
-            content = base64.b64decode(data, validate=True)
-        except binascii.Error:
-            content = b""  # dropped, counted and listed like any other unreadable image
-        entries.append(ImageEntry(content, f"{where}: image {number}", weight))
+        if name.startswith("data:"):
+            # one that cannot be decoded is dropped like any other unreadable image
+            image, shown = decode_data_uri(name) or b"", f"image {number}"
+            entries.append(ImageEntry(image, f"{where}: {shown}", weight, folder))
+        else:
+            entries.append(ImageEntry(name, f"{where}: {name}", weight, folder))
     return entries
 
 

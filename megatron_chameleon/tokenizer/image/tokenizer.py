@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from megatron_chameleon.errors import DataError, first_line
 from megatron_chameleon.files import open_to_read, write_together
+from megatron_chameleon.images.pixels import upright_rgb
 from megatron_chameleon.tokenizer.common.files import (
     IMAGE_CONFIG_FILE,
     IMAGE_WEIGHTS_FILE,
@@ -45,10 +46,10 @@ very thin image would take gigabytes."""
 
 
 def prepare_image(image: Image.Image, resolution: int, *, pad: bool = False) -> np.ndarray:
-    """Turn an image upright, blend it on white, resize it to cover a square, and crop the centre.
+    """Turn an image into RGB on white, upright; resize it to cover a square, and crop the centre.
 
     Args:
-        image: Any PIL image, of any mode and size.
+        image: Any PIL image, of any mode and size (``images/pixels.py`` says what its pixels are).
         resolution: Width and height of the result in pixels.
         pad: Resize the whole image to fit into the square, with a white border, instead of cropping
             (paper, section 3.2: images in prompts).
@@ -60,8 +61,8 @@ def prepare_image(image: Image.Image, resolution: int, *, pad: bool = False) -> 
     Hugging Face's processor truncates it, which shifts the crop of some images by one pixel.
     """
     if pad:
-        return np.asarray(_with_border(_on_white(_upright(image)), resolution))
-    rgb = _without_ends(_on_white(_upright(image)))
+        return np.asarray(_with_border(upright_rgb(image), resolution))
+    rgb = _without_ends(upright_rgb(image))
     scale = resolution / min(rgb.size)
     width, height = (max(resolution, round(side * scale)) for side in rgb.size)
     resized = rgb.resize((width, height), Image.Resampling.LANCZOS)
@@ -96,27 +97,6 @@ def to_images(pixels_BCHW: torch.Tensor) -> list[Image.Image]:
     """The inverse of ``to_pixels``; values outside [-1, 1] are clamped."""
     scaled = pixels_BCHW.float().clamp(-1, 1).add(1).mul(255 / 2).round().to(torch.uint8)
     return [Image.fromarray(array) for array in scaled.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # raises if the image is broken
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        # The pixels are fine, but some cameras and editors write EXIF blocks that Pillow's parser
-        # cannot read. The orientation is then unknown.
-        return image
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255, which is all white
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _without_ends(image: Image.Image) -> Image.Image:

@@ -180,6 +180,7 @@ def test_conversations_that_cannot_be_trained_are_listed(tmp_path, tokenizer):
         {"messages": [message(USER, image("none.png")), message(ASSISTANT, "five")]},
         {"messages": [*good]},
     ]
+    (tmp_path / "chat.jsonl").touch()
     block, _, dropped = encode(records, tokenizer, tmp_path)
     assert [(bad.reason, bad.detail) for bad in dropped] == [
         ("broken document", "the conversation has no assistant message"),

@@ -2,7 +2,12 @@
 
 import pytest
 
-from megatron_chameleon.data.documents.image_part import ImageError, ImagePart, image_part
+from megatron_chameleon.data.documents.image_part import (
+    ImageError,
+    ImageFolder,
+    ImagePart,
+    image_part,
+)
 
 
 def test_image_opens(tmp_path, picture):
@@ -39,7 +44,7 @@ def test_truncated_image_is_corrupt(tmp_path, picture):
 
 
 def test_data_uri_of_broken_base64_is_a_corrupt_image():
-    part = image_part("data:image/png;base64,abc", "folder", "data.jsonl:3")
+    part = image_part("data:image/png;base64,abc", ImageFolder())
     with pytest.raises(ImageError, match="the base64 text of a data: URI cannot be decoded") as c:
         part.open()
     assert c.value.reason == "corrupt image"

@@ -152,7 +152,6 @@ def test_parquet_images_as_bytes_and_paths(tmp_path):
         ({"images": [[None]], "texts": [[3]]}, r"texts\[0\] must be a string, not int"),
         ({"images": [[4]], "texts": [[None]]}, r"images\[0\] must be a path or bytes, not int"),
         ({"images": ["i"], "texts": ["x"]}, r"images and texts must be lists"),
-        ({"images": [["http://x"]], "texts": [[None]]}, r"the image is a link \(http://x\)"),
     ],
 )
 def test_parquet_of_another_shape(tmp_path, columns, message):

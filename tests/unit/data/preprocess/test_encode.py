@@ -12,6 +12,7 @@ from megatron_chameleon.data.inputs.records import Fault
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.data.preprocess.options import EncodeOptions
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.images.pixels import RULES
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 
 
@@ -149,7 +150,7 @@ def test_codes_of_another_dtype_are_kept_apart(tmp_path, tokenizer, picture):
     folders = {path.parent for path in cache.rglob("*") if path.is_file()}
     names = sorted(folder.relative_to(cache).parts[0] for folder in folders)
     name = tokenizer.fingerprint[:16]
-    assert set(names) == {name, f"{name}-bf16"}
+    assert set(names) == {f"{name}-pixels{RULES}", f"{name}-bf16-pixels{RULES}"}
 
 
 def test_images_need_an_image_tokenizer(tokenizer, tmp_path):

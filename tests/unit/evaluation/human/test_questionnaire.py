@@ -149,7 +149,7 @@ def test_prompts_are_answered_for_a_form(asker: Asker, tmp_path: Path) -> None:
         ("a", "Story", "text only"),
         ("b", "", "mixed-modal"),
     ]
-    assert answered[1].prompt[0]["image"] == str(tmp_path / "red.png")
+    assert answered[1].prompt[0]["image"].startswith("data:image/png")
     assert answered[0].content[0]["image"].startswith("data:image/png")
     key = write_questionnaire("safety", {"ours": answered}, tmp_path / "judged", annotators=1)
     assert read_key(key)["items"]["a"]["refusals"] == [False]
