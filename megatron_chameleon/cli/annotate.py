@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import progress, show
 from megatron_chameleon.cli.options import (
     BATCH,
@@ -172,7 +173,8 @@ def _score(args: argparse.Namespace) -> None:
     judgements = read_judgements(args.files, key)
     if not judgements:
         raise ConfigError("FILES", "no judgements in them", "Give forms that somebody filled in")
-    result = score_judgements(kind, judgements, args.bootstraps, args.seed)
+    with announced(f"resampling {args.bootstraps} times"):
+        result = score_judgements(kind, judgements, args.bootstraps, args.seed)
     if key:
         result["models"] = key["models"]
         missing = set(key["items"]) - {judgement.item for judgement in judgements}

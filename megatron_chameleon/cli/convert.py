@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import progress, show
 from megatron_chameleon.cli.options import FILES
 
@@ -61,7 +62,9 @@ def run(args: argparse.Namespace) -> None:
         "optimizer": not args.no_optimizer,
     }
     if args.dry_run:
-        show(plan_conversion(args.source, args.destination, args.to, **options).text())
+        with announced(f"reading {args.source}"):
+            plan = plan_conversion(args.source, args.destination, args.to, **options)
+        show(plan.text())
         return
     result = convert(
         args.source,

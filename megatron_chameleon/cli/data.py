@@ -6,6 +6,7 @@ command shows what a new run would see.
 
 import argparse
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
     CONFIG,
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(find_config(args.config), args.overrides)
     check_config(config, smallest_world_size(config.parallel))
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
-    reader = BatchReader(config, tokenizer) if args.new else open_newest(config, tokenizer)
-    audit = audit_step(reader, args.step)
+    with announced(f"reading the data of step {args.step}"):
+        reader = BatchReader(config, tokenizer) if args.new else open_newest(config, tokenizer)
+        audit = audit_step(reader, args.step)
     show(format_audit(audit, tokenizer.vocabulary, args.documents))

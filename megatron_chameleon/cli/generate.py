@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import progress, show, show_generated
 from megatron_chameleon.cli.options import (
     ANSWERS,
@@ -104,7 +105,11 @@ def run(args: argparse.Namespace) -> None:
         for prompt in prompts
     ]
     started = time.monotonic()
-    answers = session.generate(asked, options, lambda done, total: _report(done, total, started))
+    compiling = ", after compiling the layers" if args.compile else ""
+    with announced(f"generating {counted(len(asked), 'answer')}{compiling}"):
+        answers = session.generate(
+            asked, options, lambda done, total: _report(done, total, started)
+        )
     progress(f"{args.device}: {session.execution.summary()}")
     has_images = any(not isinstance(part, str) for answer in answers for part in answer.content)
     shown = None

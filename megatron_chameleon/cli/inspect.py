@@ -8,6 +8,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import COUNT, INDEX, add_overrides
 from megatron_chameleon.wording import counted
@@ -82,13 +83,15 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
     config = load_config(args.prefix, args.overrides)
     check_config(config, smallest_world_size(config.parallel))
     tokenizer = load_for_encoding(args.tokenizer or config.tokenizer.path)
-    reader = open_newest(config, tokenizer)
+    with announced("reading the indices of the data sources"):
+        reader = open_newest(config, tokenizer)
     show(mixture_summary(reader))
     for line in reader.warnings():
         _logger.warning(line)
     if args.html:
-        audit = audit_step(reader, args.step)
-        written = write_sequence_page(Path(args.html), audit, reader, tokenizer, args.sequences)
+        with announced(f"writing {args.html}"):
+            audit = audit_step(reader, args.step)
+            written = write_sequence_page(Path(args.html), audit, reader, tokenizer, args.sequences)
         show(f"{args.html}: {written} sequences")
 
 
@@ -114,18 +117,21 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
         if args.tokenizer:
             raise
         raise DataError(error.where, error.what, "Name the folder with --tokenizer DIR") from error
-    token_file = open_token_file(args.prefix, tokenizer)
+    with announced(f"opening {args.prefix}"):
+        token_file = open_token_file(args.prefix, tokenizer)
     if not 0 <= args.start < len(token_file):
         what = f"{args.start}, but {args.prefix} has {len(token_file)} documents"
         raise ConfigError("--start", what, f"Give a number from 0 to {len(token_file) - 1}")
     if args.verify:
-        token_file.verify()
+        with announced(f"checking the index of {counted(len(token_file), 'document')}"):
+            token_file.verify()
         show(f"{args.prefix}: the index agrees with {counted(len(token_file), 'document')}")
     show(token_file_summary(args.prefix, token_file.info, token_file.lengths))
     if args.html and tokenizer is not None:
-        written = write_token_file_page(
-            args.html, token_file, tokenizer, args.start, args.documents
-        )
+        with announced(f"writing {args.html}"):
+            written = write_token_file_page(
+                args.html, token_file, tokenizer, args.start, args.documents
+            )
         show(f"{args.html}: {counted(written, 'document')}")
 
 

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from megatron_chameleon.announce import is_importing
+
 GRACE_SECONDS = 2.5
 """How long a command may close its files after the first signal."""
 IMPORT_GRACE_SECONDS = 0.3
@@ -28,7 +30,6 @@ SAME_PRESS_SECONDS = 0.5
 """A terminal sends Ctrl-C to torchrun and to its ranks, and torchrun passes it on to them again."""
 REQUEUE_CODE = 75
 """``training.faults.signals.EXIT_CODE``, which cannot be imported before torch."""
-
 
 AGAIN = "the same command starts again"
 NOTHING = f"nothing was written, and {AGAIN}"
@@ -181,7 +182,7 @@ class Interrupts:
                 self._force()
             return
         self._raised = True
-        if _imports(frame):
+        if is_importing(frame):
             # an extension module may drop the exception; there is hardly anything to close
             self._force_after(IMPORT_GRACE_SECONDS)
         raise Interrupted
@@ -254,12 +255,3 @@ class Interrupts:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
-
-
-def _imports(frame: FrameType | None) -> bool:
-    """Whether a module is being imported."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False

@@ -13,6 +13,7 @@ import traceback
 import warnings
 
 from megatron_chameleon import __version__
+from megatron_chameleon.announce import announced_imports
 from megatron_chameleon.cli.bugs import report_bug
 from megatron_chameleon.cli.console import (
     EXIT_OUTPUT_CLOSED,
@@ -111,7 +112,7 @@ def _run_verb(argv: list[str]) -> None:
     if not args.debug:  # `chameleon doctor` and our own errors say what matters of these
         warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
         logging.getLogger("megatron").setLevel(logging.CRITICAL)
-    with shown_logs(args.log_level):
+    with shown_logs(args.log_level), announced_imports():
         args.run(args)
 
 

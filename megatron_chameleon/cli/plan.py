@@ -9,6 +9,7 @@ This is a calculation only. It needs no GPU, tokenizer or data.
 
 import argparse
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, COUNT, GPU_COUNT, add_overrides
 
@@ -43,7 +44,9 @@ def run(args: argparse.Namespace) -> None:
 
     config = load_config(find_config(args.config), args.overrides)
     vocab_size, _ = find_vocab_size(config)
-    result = search_layouts(PlanRequest(filled_in(config), vocab_size, args.gpus, GPUS[args.gpu]))
+    request = PlanRequest(filled_in(config), vocab_size, args.gpus, GPUS[args.gpu])
+    with announced(f"comparing the layouts of {args.gpus} GPUs"):
+        result = search_layouts(request)
     check_any_fits(result)
     if args.json:
         show(json.dumps(as_json(result, args.top), indent=1))

@@ -7,8 +7,10 @@ import argparse
 import io
 from pathlib import Path
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import COUNT
+from megatron_chameleon.wording import counted
 
 KEYS = "loss_text,loss_image,grad_norm,learning_rate"
 SUFFIXES = (".png", ".svg")
@@ -46,12 +48,13 @@ def run(args: argparse.Namespace) -> None:
     if not keys:
         raise ConfigError("--keys", "no key is given", f"Write, for example, {KEYS}")
     check_output("--output", output, inputs)
-    runs = {
-        name: read_metrics(path) for name, path in zip(_names(args.runs), args.runs, strict=True)
-    }
+    with announced(f"reading the metrics of {counted(len(args.runs), 'run')}"):
+        names = zip(_names(args.runs), args.runs, strict=True)
+        runs = {name: read_metrics(path) for name, path in names}
     content = io.BytesIO()
-    figure = draw_curves(runs, keys, args.smooth)
-    figure.savefig(content, dpi=150, format=output.suffix[1:].lower())
+    with announced(f"drawing {counted(len(keys), 'panel')}"):
+        figure = draw_curves(runs, keys, args.smooth)
+        figure.savefig(content, dpi=150, format=output.suffix[1:].lower())
     write_bytes(output, content.getvalue())
     steps = ", ".join(f"{name} to step {records[-1]['step']:,}" for name, records in runs.items())
     show(f"{output}: {len(keys)} panels, {steps}")

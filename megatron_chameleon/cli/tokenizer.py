@@ -11,6 +11,7 @@ import logging
 import time
 from pathlib import Path
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
     IDS,
@@ -99,9 +100,10 @@ def _train_text(args: argparse.Namespace) -> None:
     from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
     start_seconds = time.perf_counter()
-    vocabulary = train_text_tokenizer(
-        read_texts(args.files), args.output, args.vocab_size, args.image_codes
-    )
+    with announced(f"reading {counted(len(args.files), 'file')} and training on their text"):
+        vocabulary = train_text_tokenizer(
+            read_texts(args.files), args.output, args.vocab_size, args.image_codes
+        )
     seconds = time.perf_counter() - start_seconds
     show(
         f"{args.output}: text tokenizer with {vocabulary.size} ids, "
@@ -118,8 +120,11 @@ def _train_image(args: argparse.Namespace) -> None:
     start_seconds = time.perf_counter()
     words = [word for word in args.images if is_override(word)]
     config = load_image_config(args.config, [*words, *args.overrides])
+    with announced(f"listing the images of {counted(len(args.images) - len(words), 'path')}"):
+        paths = [image for image in args.images if image not in words]
+        images = find_images(paths, image_options(args))
     result = train_image_tokenizer(
-        find_images([image for image in args.images if image not in words], image_options(args)),
+        images,
         config,
         args.output,
         seed=args.seed,

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 
+from megatron_chameleon import announce
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, add_overrides
 
@@ -33,9 +34,17 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.load import load_config
     from megatron_chameleon.config.names import find_config
     from megatron_chameleon.errors import ChameleonError
-    from megatron_chameleon.parallel.launch import find_launch, is_reported_by_rank_0
+    from megatron_chameleon.parallel.launch import (
+        describe_launch,
+        find_launch,
+        is_reported_by_rank_0,
+    )
 
     launch = find_launch()
+    if not args.dry_run and (place := describe_launch(launch)):
+        _logger.info(place, extra={"stderr": True})  # before the imports, which take seconds
+    if launch.rank > 0:
+        logging.getLogger(announce.__name__).setLevel(logging.WARNING)  # rank 0 speaks for all
     try:
         config = load_config(find_config(args.config), args.overrides)
         from megatron_chameleon.training.loop import train

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.formats import hf
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader, read_origin
 from megatron_chameleon.checkpoint.formats.hf_model import load_transformers, read_transformers
@@ -93,9 +94,10 @@ class Session:
             DataError: The tokenizer cannot be used.
         """
         path = Path(path)
-        if (path / "config.json").is_file():
-            return _open_export(path, device, tokenizer_folder)
-        return _open_with_reader(open_checkpoint(path), device, tokenizer_folder)
+        with announced(f"loading the model from {path}"):
+            if (path / "config.json").is_file():
+                return _open_export(path, device, tokenizer_folder)
+            return _open_with_reader(open_checkpoint(path), device, tokenizer_folder)
 
     @property
     def codes_per_image(self) -> int:

@@ -3,10 +3,12 @@
 Try it: ``torchrun --nproc-per-node 2 -m megatron_chameleon train examples/digits/train.yaml``
 """
 
+import logging
 from pathlib import Path
 
 from megatron_chameleon.model.backend import check_machine
 from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
+from megatron_chameleon.parallel.meeting import StoppedWaiting
 from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.training.faults.nonfinite import Rollback
 from megatron_chameleon.training.faults.signals import StopSignals
@@ -15,6 +17,8 @@ from megatron_chameleon.training.prepare import refresh_inputs
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.lock import lock_run
 from megatron_chameleon.training.run.memory_check import memory_problem
+
+logger = logging.getLogger(__name__)
 
 
 def train(inputs: RunInputs, launch: Launch) -> bool:
@@ -40,7 +44,13 @@ def train(inputs: RunInputs, launch: Launch) -> bool:
         raise problem
     with StopSignals() as stop_signals:
         prepare_megatron()
-        join_process_group(launch)
+        try:
+            join_process_group(launch, stop_signals.received)
+        except StoppedWaiting as stop:
+            logger.info(
+                f"{stop}: stopped before all ranks were here; the same command starts again"
+            )
+            return False
         try:
             with lock_run(Path(inputs.config.logging.run_dir)):
                 return train_joined(refresh_inputs(inputs, launch.world_size), stop_signals)

@@ -5,6 +5,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.state.resume import changed_settings, load
 from megatron_chameleon.checkpoint.state.save import Saver
 from megatron_chameleon.data.batches.reader import Batch, read_ahead
@@ -63,7 +64,8 @@ class Run:
                 )
             )
             self.watch.begin("building the model", 0, is_long=True)
-            self.engine = build_engine(config, vocab_size, self.topology)
+            with announced("building the model"):
+                self.engine = build_engine(config, vocab_size, self.topology)
             self.watch.clock = self.engine.clock
             self.sampler = Sampler(config, self.topology)
             # What a rollback closes and opens again has a stack of its own.
@@ -111,7 +113,8 @@ class Run:
     def _load(self, checkpoint: Path) -> int:
         """Fill the engine from a checkpoint. Return the number of steps done up to it."""
         self.watch.begin("loading", 0, is_long=True)
-        steps_done = load(checkpoint, self.engine)
+        with announced(f"loading {checkpoint}"):
+            steps_done = load(checkpoint, self.engine)
         check_loaded_weights(self.engine.named_parameters(), checkpoint)
         return steps_done
 

@@ -7,6 +7,7 @@ seconds; ``chameleon train --dry-run`` stops after it.
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.state.resume import check_fits
 from megatron_chameleon.checkpoint.state.start import Start, find_sound, find_start
 from megatron_chameleon.config.checks.check import check_config
@@ -56,7 +57,8 @@ def prepare_run(
     checkpoint = start.checkpoint
     if checkpoint is not None:
         check_fits(checkpoint, config, tokenizer.fingerprint)
-    reader = open_reader(config, tokenizer, checkpoint)
+    with announced("reading the indices of the data sources"):
+        reader = open_reader(config, tokenizer, checkpoint)
     skipped_steps = find_skipped_steps(config, checkpoint)
     return RunInputs(config, tokenizer, reader, checkpoint, skipped_steps, resume, start)
 

@@ -139,6 +139,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """
 
 FOR_ALL = {
+    "announce.py",
     "errors.py",
     "files.py",
     "machine.py",

@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader, most_precise_row
 from megatron_chameleon.checkpoint.formats.hf_model import (
     load_transformers,
@@ -190,9 +191,10 @@ def _compare(
 def _compare_logits(a: CheckpointReader, b: CheckpointReader, tokenizer: Tokenizer) -> float:
     """The largest difference between the logits that transformers computes from each, in fp32."""
     document = fixed_document(tokenizer.vocabulary, a.model.seq_length)
-    first, second = (
-        logits(_open_in_transformers(reader, tokenizer).float(), document) for reader in (a, b)
-    )
+    with announced("loading both models to compare their logits"):
+        first, second = (
+            logits(_open_in_transformers(reader, tokenizer).float(), document) for reader in (a, b)
+        )
     return (first - second).abs().nan_to_num(nan=torch.inf).max().item()
 
 

@@ -7,12 +7,15 @@ Each checkpoint of a run and each converted folder has a ``SHA256SUMS``, in the 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.state.folders import STATE_FILE, load_state
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.wording import counted
 
 SUMS_FILE = "SHA256SUMS"
 SMALL_FILES = ("config.yaml", STATE_FILE)
@@ -65,7 +68,7 @@ def check_files(folder: Path) -> int | None:
         raise CheckpointError(where, f"cannot be read ({error})", remedy) from error
     if sums is None:
         return None
-    with ThreadPoolExecutor(READER_THREADS) as pool:
+    with _announced_reading(folder, list(sums)), ThreadPoolExecutor(READER_THREADS) as pool:
         found = pool.map(lambda name: _find_damage_of_file(folder / name, sums[name]), sums)
         damages = [damage for damage in found if damage]
     if damages:
@@ -111,12 +114,16 @@ def _find_damage(
         return _find_damage_without_sums(checkpoint)
     if missing := [name for name in SMALL_FILES if name not in sums]:
         return f"{checkpoint / SUMS_FILE} cannot be read (it has no line for {missing[0]})"
-    names = [name for name in sums if only is None or name in only]
-    for name in names[rank::world_size]:
-        damage = _find_damage_of_file(checkpoint / name, sums[name])
-        if damage:
-            return damage
-    return None
+    names = [name for name in sums if only is None or name in only][rank::world_size]
+    with _announced_reading(checkpoint, names):
+        damages = (_find_damage_of_file(checkpoint / name, sums[name]) for name in names)
+        return next(filter(None, damages), None)
+
+
+def _announced_reading(folder: Path, names: Sequence[str]) -> AbstractContextManager[None]:
+    sizes = ((folder / name).stat().st_size for name in names if (folder / name).is_file())
+    total = sum(sizes) / 2**30
+    return announced(f"checking {counted(len(names), 'file')} of {folder}, {total:.1f} GiB")
 
 
 def _find_damage_without_sums(checkpoint: Path) -> str | None:

@@ -12,7 +12,7 @@ from megatron_chameleon.data.preprocess.options import PreprocessOptions
 from megatron_chameleon.data.preprocess.progress import find_shards
 from megatron_chameleon.data.preprocess.run import preprocess
 from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
-from megatron_chameleon.parallel.launch import Launch
+from megatron_chameleon.parallel.launch import Launch, run_alone
 
 
 def preprocess_on_ranks(
@@ -75,5 +75,6 @@ def _world(launch: Launch) -> Any:
     # with srun and no --mpi=pmi2, each process would write everything
     if world.size != launch.world_size:
         what = f"{launch.world_size} processes, but mpi4py sees {world.size}"
-        raise ConfigError(launch.launcher, what, "Use mpiexec, or srun --mpi=pmi2")
+        remedy = f"Use mpiexec, or srun --mpi=pmi2. To run alone: {run_alone()}"
+        raise ConfigError(launch.launcher, what, remedy)
     return world

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.files import make_folder
 from megatron_chameleon.outputs import save_anyhow
@@ -33,7 +34,7 @@ from megatron_chameleon.tokenizer.image.discriminator import (
 from megatron_chameleon.tokenizer.image.limits import FiniteLosses, check_memory, check_weights
 from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan, to_pixels
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganOutput
-from megatron_chameleon.wording import format_duration
+from megatron_chameleon.wording import counted, format_duration
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +88,15 @@ def train_image_tokenizer(
     output, device = make_folder(output), torch.device(device)
     _check_vocabulary(output, config.model.codebook_size)
     check_memory(config, device)
-    images = ImageSet(entries, config.model.resolution, int(config.training.cache_gib * 2**30))
+    with announced(f"opening {counted(len(entries), 'image')}"):
+        images = ImageSet(entries, config.model.resolution, int(config.training.cache_gib * 2**30))
     # fork_rng leaves the state of the caller's random generators unchanged
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         trainer = _Trainer(config, seed, device)
         trainer.fit(images, report)
-        result = measure_reconstruction(trainer.model, images, config.training.batch_size)
+        with announced("measuring the reconstruction"):
+            result = measure_reconstruction(trainer.model, images, config.training.batch_size)
     details = {"training": asdict(config.training), "seed": seed, "result": asdict(result)}
 
     def save(folder: Path) -> None:

@@ -54,6 +54,11 @@ class StopSignals:
         while (found := signal.sigtimedwait(SIGNALS, 0)) is not None:
             self._received = found.si_signo
 
+    def received(self) -> str | None:
+        """The name of a signal that this rank has received, or None."""
+        self._take_pending()
+        return signal.Signals(self._received).name if self._received else None
+
     def agreed(self) -> str | None:
         """The name of a signal that any rank has received, or None; the same on every rank.
 

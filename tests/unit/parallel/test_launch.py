@@ -1,5 +1,6 @@
 """The launcher that started this process is recognised by its variables."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.parallel.launch import (
     Launch,
+    describe_launch,
     find_launch,
     is_reported_by_rank_0,
     join_process_group,
@@ -26,6 +28,29 @@ from megatron_chameleon.parallel.launch import (
             Launch("srun", 1, 2, 0),
         ),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, Launch("alone", 0, 1, 0)),  # the batch script
+        (  # the interactive shell of salloc
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "4294967290"},
+            Launch("alone", 0, 1, 0),
+        ),
+        (  # the shell of `srun --pty bash`
+            {
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_ID": "1",
+                "SLURM_PTY_PORT": "1",
+                "SLURM_TASK_PID": "1",
+            },
+            Launch("alone", 0, 1, 0),
+        ),
+        (  # a step of one task in an allocation of two
+            {
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_ID": "1",
+                "SLURM_STEP_NUM_TASKS": "1",
+            },
+            Launch("srun", 0, 1, 0),
+        ),
         ({"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}, Launch("mpich", 1, 4, 1)),
         (
             {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"},
@@ -41,6 +66,38 @@ def test_launchers(environment: dict[str, str], expected: Launch) -> None:
 def test_a_rank_outside_the_job(rank: str) -> None:
     with pytest.raises(ConfigError, match=f"RANK={rank} is not a rank of a job with WORLD_SIZE=4"):
         find_launch({"RANK": rank, "WORLD_SIZE": "4"})
+
+
+SRUN = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, ""),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set and RANK is not, so this process runs alone"),
+        (
+            SRUN,
+            "rank 0 of 2 (srun: SLURM_PROCID=0 SLURM_NTASKS=2) waits for the other rank. To run "
+            "this process alone: env -u SLURM_NTASKS -u SLURM_STEP_ID chameleon ",
+        ),
+        (SRUN | {"SLURM_TASK_PID": str(os.getpid())}, "rank 0 of 2 (srun: SLURM_PROCID=0 SLURM"),
+        ({"RANK": "1", "WORLD_SIZE": "3"}, "rank 1 of 3 (torchrun: RANK=1 WORLD_SIZE=3) waits for"),
+        ({"RANK": "1", "WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "x"}, ""),
+    ],
+)
+def test_what_is_said_at_the_start(environment: dict[str, str], said: str) -> None:
+    found = describe_launch(find_launch(environment), environment)
+    assert found.startswith(said)
+    assert bool(found) == bool(said)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "x"])
+def test_a_port_that_is_none(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(ConfigError, match=f"MASTER_PORT: {port} is not a port"):
+        join_process_group(Launch("torchrun", 0, 2, 0))
 
 
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
