@@ -109,7 +109,8 @@ def find_beside(
             of_names.append(key)
         else:
             _refuse_medium(key, value, where)
-            unused.append(key)
+            if value or isinstance(value, int | float):  # an empty text or list says nothing
+                unused.append(key)
     if not (of_pictures or of_names):
         return Beside(unused_keys=tuple(unused))
     pictures: list[ImagePart] = []
