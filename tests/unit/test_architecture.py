@@ -28,8 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenizer/text": {"tokenizer/common", "tokenizer/image"},
     "tokenizer": {"tokenizer/common", "tokenizer/image", "tokenizer/text"},
     "data": set(),
-    "data/inputs": set(),
-    "data/documents": {"data/inputs", "images"},
+    "data/inputs/decoding": set(),
+    "data/inputs": {"data/inputs/decoding"},
+    "data/documents": {"data/inputs", "data/inputs/decoding", "images"},
     "data/token_files": {"tokenizer"},
     "data/preprocess": {"data/documents", "data/inputs", "data/token_files", "images", "parallel"}
     | TOKENIZERS,

@@ -33,9 +33,9 @@ from megatron_chameleon.data.documents.records import (
 )
 from megatron_chameleon.data.documents.schema import Document
 from megatron_chameleon.data.inputs.blocks import read_blocks
+from megatron_chameleon.data.inputs.decoding.json_values import BYTE_ORDER_MARK, check_values
 from megatron_chameleon.data.inputs.files import find_inputs
 from megatron_chameleon.data.inputs.form_keys import FORM_KEYS
-from megatron_chameleon.data.inputs.json_values import BYTE_ORDER_MARK, check_values
 from megatron_chameleon.data.inputs.records import (
     BROKEN_DOCUMENT,
     Block,

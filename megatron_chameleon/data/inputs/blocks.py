@@ -16,10 +16,8 @@ from megatron_chameleon.data.inputs.files import InputFile, InputRange
 from megatron_chameleon.data.inputs.lines import line_blocks
 from megatron_chameleon.data.inputs.parquet import parquet_blocks
 from megatron_chameleon.data.inputs.records import (
-    BROKEN_FILE,
-    LARGEST_DOCUMENT_BYTES,
     Block,
-    Fault,
+    Limits,
     Position,
 )
 from megatron_chameleon.data.inputs.tar import tar_blocks
@@ -30,7 +28,7 @@ def read_blocks(
     inputs: Sequence[InputFile],
     ranges: Sequence[InputRange],
     position: Position | None = None,
-    largest_bytes: int = LARGEST_DOCUMENT_BYTES,
+    limits: Limits | None = None,
 ) -> Iterator[Block]:
     """Read the blocks of all ranges, starting at a position.
 
@@ -38,7 +36,7 @@ def read_blocks(
         inputs: All input files.
         ranges: The parts of them to read, in order.
         position: Where to resume; None starts at the first range.
-        largest_bytes: Most bytes of a line, sample or row; a larger one is a ``Fault``.
+        limits: What a document may have; None for the usual limits.
 
     Raises:
         DataError: If a file cannot be opened, or a disk or network fails.
@@ -50,7 +48,7 @@ def read_blocks(
         start = position if index == position.range_index else Position(index)
         try:
             with item.open() as file:
-                yield from _blocks_of_range(item, part, file, start, before, largest_bytes)
+                yield from _blocks_of_range(item, part, file, start, before, limits or Limits())
         except OSError as error:
             what = f"reading failed in mid-file ({' '.join(str(error).split())})"
             remedy = "Check the disk or network, then run the same command again"
@@ -64,20 +62,20 @@ def _blocks_of_range(
     file: IO[bytes],
     start: Position,
     before: int,
-    largest_bytes: int,
+    limits: Limits,
 ) -> Iterator[Block]:
     """The blocks of one range from ``start`` on; ``before`` counts the bytes of earlier ranges."""
     first_byte = 0
     if item.kind == "tar":
-        found = tar_blocks(item, file, start.record, largest_bytes)
+        found = tar_blocks(item, file, start.record, limits.document_bytes)
     elif item.kind == "parquet":
-        found = parquet_blocks(item, part, file, start.record)
+        found = parquet_blocks(item, part, file, start.record, limits)
     else:
-        found = line_blocks(item, part, file, start, largest_bytes)
+        found = line_blocks(item, part, file, start, limits.document_bytes)
         first_byte = part.start
     for block in found:
         read_bytes = before + max(block.read_bytes - first_byte, 0)
         after = Position(start.range_index, block.offset, block.record_after, read_bytes)
-        if isinstance(block.payload, Fault) and block.payload.reason == BROKEN_FILE:
+        if block.ends_file:
             after = Position(start.range_index + 1, read_bytes=before + part.size_bytes)
         yield Block(item.path, part.input, block.record, after, block.payload)

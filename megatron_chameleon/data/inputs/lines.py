@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO
 
-from megatron_chameleon.data.inputs.compression import decompressed
+from megatron_chameleon.data.inputs.decoding.broken_file import BrokenFile, check_signature
+from megatron_chameleon.data.inputs.decoding.compression import decompressed
+from megatron_chameleon.data.inputs.decoding.json_values import Value, ValueCutter, depth_of_records
 from megatron_chameleon.data.inputs.files import InputFile, InputRange
-from megatron_chameleon.data.inputs.json_values import Value, ValueCutter, depth_of_records
 from megatron_chameleon.data.inputs.records import (
     BLOCK_IMAGES,
-    BrokenFile,
     Fault,
     FileBlock,
     FileSlice,
     Position,
-    check_signature,
+    fault_of_rest,
     tell,
     too_large,
 )
@@ -77,8 +77,8 @@ def line_blocks(
             yield FileBlock(payload, record, after, records.end, read)
             record = after
     except BrokenFile as error:
-        fault = error.fault(f"{item.path}:{record + 1}", "here")
-        yield FileBlock(fault, record, record, 0, item.size_bytes)
+        fault = fault_of_rest(error, f"{item.path}:{record + 1}", "here")
+        yield FileBlock.last(fault, record, item.size_bytes)
 
 
 def _long_record(item: InputFile, number: int, size: int, limit: int) -> Fault:
@@ -110,7 +110,7 @@ def _open_chunks(item: InputFile, file: IO[bytes], offset: int) -> tuple[bytes, 
         file.seek(0)
         head = file.read(BLOCK_BYTES)
         return head, _plain(file, offset)
-    pieces = _megabytes(decompressed(item, file))
+    pieces = _megabytes(decompressed(file, item.compression))
     head = next(pieces, b"")
     return head, _without_first(chain([head], pieces), offset)
 

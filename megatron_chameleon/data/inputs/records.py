@@ -7,19 +7,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
+from megatron_chameleon.data.inputs.decoding.broken_file import BrokenFile
 from megatron_chameleon.data.inputs.files import InputFile
 from megatron_chameleon.errors import DataError
 
 BLOCK_IMAGES = 32
 """Most images of one block, so that a relaunch repeats little work."""
 
-LARGEST_DOCUMENT_BYTES = 128 << 20
-"""Most bytes of one line, tar sample or parquet row, unless ``--largest-document`` says otherwise:
-as many as an image may have."""
-
 BROKEN_FILE = "broken file"
 BROKEN_DOCUMENT = "broken document"
 TOO_LARGE_DOCUMENT = "too large document"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one document may have, whatever its file says; more is a ``Fault``."""
+
+    document_bytes: int = 128 << 20
+    """Bytes of a line, tar sample or parquet row: as many as an image may have
+    (``--largest-document``)."""
+    text_bytes: int = 16 << 20
+    """Bytes of text. Encoding takes about 30 times as much memory (``--largest-text``)."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,13 @@ def too_large(where: str, what: str, limit: int, name: str = "") -> Fault:
     return Fault(DataError(where, what, remedy), TOO_LARGE_DOCUMENT, name)
 
 
+def too_long_text(where: str, size: int, limit: int) -> Fault:
+    """The fault of a document with more bytes of text than a document may have."""
+    what = f"the document has {size >> 20} MiB of text, more than {limit / (1 << 20):g} MiB"
+    remedy = "Split or remove it, or raise --largest-text"
+    return Fault(DataError(where, what, remedy), TOO_LARGE_DOCUMENT)
+
+
 @dataclass(frozen=True)
 class Block:
     """Consecutive records of one input."""
@@ -116,54 +131,19 @@ class Block:
     """Lines as bytes or as a ``FileSlice``, ``TarSamples``, ``ParquetRows``, or a ``Fault``."""
 
 
-class BrokenFile(Exception):
-    """Raised with the cause by the code that decodes a file, at the place where it breaks off.
+def fault_of_rest(error: BrokenFile, where: str, place: str) -> Fault:
+    """The fault of the rest of a file.
 
     Args:
-        cause: What is wrong.
-        remedy: What to do, if the file is whole but not what its name says.
+        error: Why it is lost.
+        where: The file, and the line if there are lines.
+        place: Where the rest begins, such as "after sample 3".
     """
-
-    def __init__(self, cause: str, remedy: str = "") -> None:
-        super().__init__(cause)
-        self.remedy = remedy
-
-    def fault(self, where: str, place: str) -> Fault:
-        """The fault of the rest of the file.
-
-        Args:
-            where: The file, and the line if there are lines.
-            place: Where the rest begins, such as "after sample 3".
-        """
-        what, remedy = str(self), self.remedy
-        if not remedy:
-            what = f"the file breaks off {place}, the rest of it is lost ({self})"
-            remedy = "Copy or write the file again"
-        return Fault(DataError(where, what, remedy), BROKEN_FILE)
-
-
-_OTHER_KINDS = {
-    b"\x1f\x8b": ("the file is compressed with gzip", "Let its name end with .gz"),
-    b"\x28\xb5\x2f\xfd": ("the file is compressed with zstd", "Let its name end with .zst"),
-    b"BZh": ("the file is compressed with bzip2", "Compress it with gzip or zstd"),
-    b"\xfd7zXZ\0": ("the file is compressed with xz", "Compress it with gzip or zstd"),
-    b"PK\x03\x04": ("the file is a zip archive", "Unpack it"),
-    b"PAR1": ("the file is parquet", "Let its name end with .parquet"),
-    b"\xff\xfe": ("the file is UTF-16", "Write it as UTF-8"),
-    b"\xfe\xff": ("the file is UTF-16", "Write it as UTF-8"),
-}
-"""How files begin that are neither lines nor tars, and what to say of them."""
-
-
-def check_signature(head: bytes) -> None:
-    """Check that a file of lines or a tar, decompressed, is not of another kind.
-
-    Raises:
-        BrokenFile: It is; the remedy says what to do.
-    """
-    for signature, (what, remedy) in _OTHER_KINDS.items():
-        if head.startswith(signature):
-            raise BrokenFile(what, remedy)
+    what, remedy = str(error), error.remedy
+    if not remedy:
+        what = f"the file breaks off {place}, the rest of it is lost ({error})"
+        remedy = "Copy or write the file again"
+    return Fault(DataError(where, what, remedy), BROKEN_FILE)
 
 
 @dataclass(frozen=True)
@@ -180,6 +160,13 @@ class FileBlock:
     """Bytes, samples or rows of the file up to the end of the block."""
     read_bytes: int
     """Bytes on disk of the file that have been read so far."""
+    ends_file: bool = False
+    """Whether nothing more of the file can be read."""
+
+    @classmethod
+    def last(cls, fault: "Fault", record: int, size_bytes: int) -> "FileBlock":
+        """The block of a fault that ends a file before its end."""
+        return cls(fault, record, record, record, size_bytes, ends_file=True)
 
 
 def tell(file: IO[bytes], item: InputFile) -> int:

@@ -10,24 +10,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
-from megatron_chameleon.data.inputs.compression import decompressed
+from megatron_chameleon.data.inputs.decoding.broken_file import BrokenFile
+from megatron_chameleon.data.inputs.decoding.compression import decompressed
+from megatron_chameleon.data.inputs.decoding.tar_entries import Entry, Reader, read_entries
 from megatron_chameleon.data.inputs.files import InputFile
 from megatron_chameleon.data.inputs.records import (
     BLOCK_IMAGES,
     BROKEN_DOCUMENT,
     BROKEN_FILE,
-    BrokenFile,
     Fault,
     FileBlock,
     TarSamples,
+    fault_of_rest,
     tell,
     too_large,
 )
-from megatron_chameleon.data.inputs.tar_entries import Entry, Reader, read_entries
 from megatron_chameleon.errors import DataError
 
 BLOCK_SAMPLES = BLOCK_IMAGES
 BLOCK_BYTES = 16 << 20
+_REMEDY = "Copy or write the tar again"
 _FOREIGN_FOLDERS = ("__MACOSX", "PaxHeaders")
 
 
@@ -83,25 +85,36 @@ def tar_blocks(item: InputFile, file: IO[bytes], done: int, limit: int) -> Itera
         done: Samples that an earlier run has read.
         limit: Most bytes of a sample.
     """
-    stream: Reader = file if item.compression is None else _Stream(decompressed(item, file))
+    stream: Reader = (
+        file if item.compression is None else _Stream(decompressed(file, item.compression))
+    )
     count, size = 0, 0
     waiting: list[dict[str, Any]] = []
-    for found in _samples(item, stream, limit):
-        is_bad = isinstance(found, Fault)
-        if waiting and (is_bad or len(waiting) == BLOCK_SAMPLES or size > BLOCK_BYTES):
+    broken = None
+    samples = _samples(item, stream, limit)
+    while True:
+        try:
+            found = next(samples, None)
+        except BrokenFile as error:
+            found, broken = None, error
+        is_sample = isinstance(found, _Sample)
+        if waiting and (not is_sample or len(waiting) == BLOCK_SAMPLES or size > BLOCK_BYTES):
             before = count - len(waiting)
             yield FileBlock(TarSamples(waiting), before, count, count, tell(file, item))
             size, waiting = 0, []
+        if found is None:
+            break
         count += 1
+        if count <= done:
+            continue
         if isinstance(found, Fault):
-            after = count - (found.reason == BROKEN_FILE)
-            if count > done:
-                yield FileBlock(found, count - 1, after, after, tell(file, item))
-        elif count > done:
+            yield FileBlock(found, count - 1, count, count, tell(file, item))
+        else:
             waiting.append({**found.files, "__key__": found.key})
             size += found.size
-    if waiting:
-        yield FileBlock(TarSamples(waiting), count - len(waiting), count, count, tell(file, item))
+    if broken is not None:
+        fault = fault_of_rest(broken, item.path, f"after sample {count}")
+        yield FileBlock.last(fault, count, item.size_bytes)
 
 
 def _samples(item: InputFile, stream: Reader, limit: int) -> Iterator[_Sample | Fault]:
@@ -116,19 +129,17 @@ def _samples(item: InputFile, stream: Reader, limit: int) -> Iterator[_Sample | 
                 sample, count = None, count + 1
             if not entry.name:
                 what = f"{entry.problem} after sample {count}; reading goes on at the next one"
-                yield _fault(item.path, what)
+                yield Fault(DataError(item.path, what, _REMEDY), BROKEN_FILE)
                 count += 1
                 continue
             sample = sample or _Sample(key)
             sample.add(suffix, entry, limit)
-        broken = None
-    except BrokenFile as error:
-        broken = error
-    if sample is not None and not (broken and sample.problem):
+    except BrokenFile:
+        if sample is not None and not sample.problem:
+            yield _finished(item, sample, limit)
+        raise
+    if sample is not None:
         yield _finished(item, sample, limit)
-        count += 1
-    if broken is not None:
-        yield broken.fault(item.path, f"after sample {count}")
 
 
 def _finished(item: InputFile, sample: _Sample, limit: int) -> _Sample | Fault:
@@ -136,11 +147,9 @@ def _finished(item: InputFile, sample: _Sample, limit: int) -> _Sample | Fault:
     if sample.size > limit:
         what = f"the files of the sample have {sample.size >> 20} MiB"
         return too_large(where, what, limit, sample.key)
-    return _fault(where, sample.problem, sample.key) if sample.problem else sample
-
-
-def _fault(where: str, what: str, name: str = "") -> Fault:
-    return Fault(DataError(where, what, "Copy or write the tar again"), BROKEN_DOCUMENT, name)
+    if sample.problem:
+        return Fault(DataError(where, sample.problem, _REMEDY), BROKEN_DOCUMENT, sample.key)
+    return sample
 
 
 def _entries(stream: Reader, limit: int) -> Iterator[Entry]:

@@ -164,7 +164,7 @@ def test_truncated_parquet(tmp_path):
     path = write_parquet(tmp_path / "o.parquet", images=[["i"]], texts=[[None]])
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(
-        DataError, match=r"o\.parquet: the file is damaged after row 0, the rest of it is lost"
+        DataError, match=r"o\.parquet: the file breaks off after row 0, the rest of it is lost"
     ):
         list(read_documents([path]))
 

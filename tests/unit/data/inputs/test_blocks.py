@@ -10,10 +10,11 @@ import pyarrow.parquet
 import pytest
 
 from megatron_chameleon.data.documents.parse import parse_block
-from megatron_chameleon.data.inputs import compression, lines
+from megatron_chameleon.data.inputs import lines
 from megatron_chameleon.data.inputs.blocks import read_blocks
+from megatron_chameleon.data.inputs.decoding import compression
 from megatron_chameleon.data.inputs.files import find_inputs
-from megatron_chameleon.data.inputs.records import BLOCK_IMAGES, Fault, Position
+from megatron_chameleon.data.inputs.records import BLOCK_IMAGES, Fault, Limits, Position
 from megatron_chameleon.data.inputs.shards import plan_ranges
 from mixed_corpus import write_corpus
 
@@ -43,8 +44,9 @@ def small_blocks(monkeypatch):
 
 
 def test_resuming_after_any_block_gives_the_rest(tmp_path, small_blocks):
-    paths = write_corpus(tmp_path, 40)
-    paths[2].write_bytes(paths[2].read_bytes()[:30_000])  # a broken tar in the middle
+    # parquet first: it is read by a process of its own, which takes a moment to start
+    paths = sorted(write_corpus(tmp_path, 40), key=lambda path: path.suffix != ".parquet")
+    paths[3].write_bytes(paths[3].read_bytes()[:30_000])  # a broken tar in the middle
     paths[4].write_bytes(paths[4].read_bytes()[:-40])
     blocks = blocks_of(*paths)
     whole = contents(blocks)
@@ -105,7 +107,7 @@ def test_line_that_is_too_long_is_one_fault(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "BLOCK_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "1"}\n{"text": "' + "x" * 20_000 + '"}\n{"text": "3"}\n')
-    found = blocks_of(path, largest_bytes=5000)
+    found = blocks_of(path, limits=Limits(5000))
     items = [item for block in found for item in parse_block(block)]
     assert [getattr(item, "record", None) for item in items] == [1, None, 3]
     assert str(items[1].error).startswith(f"{path}:2: the line has 0 MiB, more than the 0.00476")
@@ -120,7 +122,7 @@ def test_zip_bomb_needs_no_memory(tmp_path):
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = blocks_of(path, largest_bytes=1 << 21)
+    found = blocks_of(path, limits=Limits(1 << 21))
     items = [item for block in found for item in parse_block(block)]
     assert items[0].reason == "too large document" and items[1].record == 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB

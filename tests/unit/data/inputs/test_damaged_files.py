@@ -11,10 +11,11 @@ import pyarrow
 import pytest
 
 from megatron_chameleon.data.documents.parse import parse_block
-from megatron_chameleon.data.inputs import compression, lines
+from megatron_chameleon.data.inputs import lines
 from megatron_chameleon.data.inputs.blocks import read_blocks
+from megatron_chameleon.data.inputs.decoding import compression
 from megatron_chameleon.data.inputs.files import find_inputs
-from megatron_chameleon.data.inputs.records import Fault, TarSamples
+from megatron_chameleon.data.inputs.records import Fault, Limits, TarSamples
 from megatron_chameleon.data.inputs.shards import plan_ranges
 
 LINES = b"".join(b'{"text": "%d"}\n' % i for i in range(9000))
@@ -178,7 +179,7 @@ def test_arrays_with_faults(tmp_path, content, message):
 def test_an_element_that_is_too_large_is_one_fault(tmp_path):
     long = {"text": "x" * 5000}
     content = json.dumps([{"text": "a"}, long, {"text": "b"}]).encode()
-    texts, (fault,) = read(tmp_path / "a.json", content, largest_bytes=3000)
+    texts, (fault,) = read(tmp_path / "a.json", content, limits=Limits(3000))
     assert texts == ["a", "b"] and fault.reason == "too large document"
 
 
@@ -250,7 +251,7 @@ def test_no_end_and_garbage_at_the_end(tmp_path):
     assert keys(samples) == list("01234567") and faults == []
     samples, faults = samples_of(tmp_path / "a.tar", whole + b"garbage" * 999)
     assert keys(samples) == list("01234567")
-    assert [fault.reason for fault in faults] == ["broken document"]
+    assert [fault.reason for fault in faults] == ["broken file"]
     samples, faults = samples_of(tmp_path / "a.tar", whole + tar_of([("z.txt", b"z")]))
     assert keys(samples) == [*"01234567", "z"] and faults == []
 
@@ -327,7 +328,7 @@ def test_extended_headers_and_sparse_files(tmp_path):
             tar.addfile(entry, io.BytesIO(b"x"))
     sparse = header("e.txt", 1, b"S")
     content = buffer.getvalue() + sparse + b"y" + bytes(511) + header("f.txt", 0)
-    samples, faults = samples_of(tmp_path / "a.tar", content, largest_bytes=50_000)
+    samples, faults = samples_of(tmp_path / "a.tar", content, limits=Limits(50_000))
     assert keys(samples) == ["a", "d", "f"]
     assert [fault.error.where.rpartition(":")[2] for fault in faults] == ["b", "c", "e"]
     assert [fault.reason for fault in faults] == ["too large document", *["broken document"] * 2]
@@ -336,6 +337,6 @@ def test_extended_headers_and_sparse_files(tmp_path):
 
 def test_a_sample_that_is_too_large_is_one_fault(tmp_path):
     files = [("a.txt", b"a"), *((f"k.{i}.png", bytes(4000)) for i in range(5)), ("z.txt", b"z")]
-    samples, (fault,) = samples_of(tmp_path / "a.tar", tar_of(files), largest_bytes=15_000)
+    samples, (fault,) = samples_of(tmp_path / "a.tar", tar_of(files), limits=Limits(15_000))
     assert keys(samples) == ["a", "z"] and fault.id == "k"
     assert "the files of the sample have 0 MiB, more than" in str(fault.error)

@@ -8,8 +8,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
-from megatron_chameleon.data.inputs.files import InputFile
-from megatron_chameleon.data.inputs.records import BrokenFile
+from megatron_chameleon.data.inputs.decoding.broken_file import BrokenFile
 
 READ_BYTES = 1 << 16
 """Compressed files are read, and their content is given, in steps of at most this size."""
@@ -20,15 +19,19 @@ _NO_FRAME = "Unknown frame descriptor"
 """What zstd says where a frame should begin and something else does."""
 
 
-def decompressed(item: InputFile, file: IO[bytes]) -> Iterator[bytes]:
+def decompressed(file: IO[bytes], compression: str) -> Iterator[bytes]:
     """The content of a compressed file, in pieces of at most ``READ_BYTES``.
+
+    Args:
+        file: The file, at its beginning.
+        compression: gzip or zstd.
 
     Raises:
         BrokenFile: After everything that could be decompressed, if the file breaks off or is
             damaged.
         OSError: If the disk or network fails.
     """
-    return _gunzip(file) if item.compression == "gzip" else _unzstd(file)
+    return _gunzip(file) if compression == "gzip" else _unzstd(file)
 
 
 def _gunzip(file: IO[bytes]) -> Iterator[bytes]:

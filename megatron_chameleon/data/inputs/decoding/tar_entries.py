@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_chameleon.data.inputs.records import BrokenFile, check_signature
+from megatron_chameleon.data.inputs.decoding.broken_file import BrokenFile, check_signature
 
 BLOCK = 512
 _SKIP_BYTES = 1 << 20

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_chameleon.data.inputs.records import BrokenFile
+from megatron_chameleon.data.inputs.decoding.broken_file import BrokenFile
 from megatron_chameleon.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
