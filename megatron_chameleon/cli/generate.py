@@ -167,7 +167,7 @@ def _prompts(args: argparse.Namespace) -> list["Document"]:
     from megatron_chameleon.data.documents.image_part import ImagePart
     from megatron_chameleon.data.documents.parse import read_prompts
     from megatron_chameleon.data.documents.schema import Document, TextPart
-    from megatron_chameleon.errors import ConfigError
+    from megatron_chameleon.errors import ConfigError, DataError
 
     images = image_options(args)
     if args.document:
@@ -178,6 +178,9 @@ def _prompts(args: argparse.Namespace) -> list["Document"]:
                 "Put everything into the document, or leave it out",
             )
         return read_prompts([args.document], images)
+    for image in args.image:  # before the model is loaded
+        if not Path(image).is_file():
+            raise DataError(image, "no such image file", "Check the path that --image names")
     prompt: list[TextPart | ImagePart] = [ImagePart(image, images) for image in args.image]
     if args.prompt is not None:
         prompt.append(TextPart(args.prompt))

@@ -65,22 +65,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if Path(args.prefix).suffix in (".yaml", ".yml"):
+    if _is_config(args.prefix):
         _inspect_mixture(args)
     else:
         _inspect_token_file(args)
 
 
+def _is_config(name: str) -> bool:
+    """Whether it names a config in the way of the other verbs, rather than a token file."""
+    from megatron_chameleon.config.names import SUFFIXES, preset_names
+
+    try:
+        if Path(f"{name}.idx").exists():
+            return False
+        is_folder = Path(name).is_dir()
+    except (OSError, ValueError):  # too long for a path, or with a null byte
+        is_folder = False
+    return name.endswith(SUFFIXES) or is_folder or name in preset_names()
+
+
 def _inspect_mixture(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.checks.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import load_config
+    from megatron_chameleon.config.names import find_config
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
     from megatron_chameleon.data.views.audit import audit_step
     from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
     from megatron_chameleon.training.run.open_data import open_newest
 
     _check_page(args, [args.prefix])
-    config = load_config(args.prefix, args.overrides)
+    config = load_config(find_config(args.prefix), args.overrides)
     check_config(config, smallest_world_size(config.parallel))
     tokenizer = load_for_encoding(args.tokenizer or config.tokenizer.path)
     with announced("reading the indices of the data sources"):
