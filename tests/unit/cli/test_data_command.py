@@ -61,7 +61,7 @@ def test_inspect_a_config(config: Path, tmp_path: Path, capsys: pytest.CaptureFi
             "--documents: '0' is not a whole number between 1 and",
         ),
         (["data", "audit", "/none.yaml", "--step", "1"], "/none.yaml: no such config file"),
-        (["inspect", "CONFIG", "--html", "UNDER"], "UNDER: cannot be written (File exists)"),
+        (["inspect", "CONFIG", "--html", "UNDER"], "UNDER: cannot be written (Not a directory)"),
         (
             ["inspect", "CONFIG", "--sequences", "0"],
             "--sequences: '0' is not a whole number between 1",
