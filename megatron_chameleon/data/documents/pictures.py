@@ -14,6 +14,7 @@ No key may hold a picture that is not read. Keys of three kinds are told apart:
 - other keys: a picture in one of them drops the document
 """
 
+import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,10 @@ _FILE_KEYS = (
 )
 """Where an object holds its picture; the first one with a value counts."""
 _EMPTY: tuple[Any, ...] = (None, "", b"", False, [], {}, ())
+
+
+_LONGEST_KEY = 64
+"""Longer keys than this are of no known kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +108,10 @@ def find_beside(
     for key, value in record.items():
         if key in used or value is None:
             continue
-        if PICTURE_KEY.fullmatch(key):
+        kind = _kind_of_key(key[:_LONGEST_KEY])
+        if kind == "picture":
             of_pictures.append(key)
-        elif _NAME_KEY.fullmatch(key):
+        elif kind == "name":
             of_names.append(key)
         else:
             _refuse_medium(key, value, where)
@@ -252,6 +258,14 @@ def _before(
     speaker = roles[at] if at < len(roles) else SYSTEM
     placed = [*whole[:at], *pictures, *whole[at:]]
     return placed, [*roles[:at], *[speaker] * len(pictures), *roles[at:]]
+
+
+@functools.lru_cache(maxsize=1024)
+def _kind_of_key(key: str) -> str:
+    """What a key holds by its name: ``picture``, ``name`` or something else (empty)."""
+    if PICTURE_KEY.fullmatch(key):
+        return "picture"
+    return "name" if _NAME_KEY.fullmatch(key) else ""
 
 
 def _in_order(keys: list[str], where: str) -> list[str]:

@@ -8,6 +8,7 @@ The second and the third never show an answer to the model: neither the key ``an
 ``answers``, nor the message that ends a conversation if it is the assistant's.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Collection, Mapping
@@ -53,7 +54,12 @@ class Origin:
 
     @property
     def folder(self) -> ImageFolder:
-        return ImageFolder.of(self.path, self.images)
+        return _folder_of(self.path, self.images)
+
+
+@functools.lru_cache(maxsize=16)
+def _folder_of(path: str, images: ImageOptions) -> ImageFolder:
+    return ImageFolder.of(path, images)
 
 
 @dataclass(frozen=True)

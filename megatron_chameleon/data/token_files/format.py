@@ -68,6 +68,8 @@ that one binary search finds the answers of a document."""
 
 MOST_CORPORA = 1 << 16
 """Different corpus names that a token file can hold."""
+OTHER_CORPORA = "(other sources)"
+"""The name that all corpora share which are too many to be told apart."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ that never saved leaves nothing behind.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,6 +30,7 @@ from megatron_chameleon.data.token_files.format import (
     IDX_HEADER,
     IMAGE_RECORD,
     MOST_CORPORA,
+    OTHER_CORPORA,
     REQUIRED_SUFFIXES,
     TOKEN_SPAN,
     CorpusTotals,
@@ -44,6 +46,8 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import write_text
 from megatron_chameleon.outputs import keep_inputs
 from megatron_chameleon.tokenizer.folder import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 DROPPED_SUFFIX = ".dropped.jsonl"
 WRITTEN_SUFFIXES = (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, DROPPED_SUFFIX, ".json")
@@ -248,12 +252,18 @@ class TokenFileWriter:
         return records
 
     def _number_of(self, corpus_name: str) -> int:
-        """The number of a corpus in this file; a new one is added to the totals."""
+        """The number of a corpus in this file; a new one is added to the totals.
+
+        When only one number is left, all further corpora share it. A page's address as the source
+        of each document thus ends no job, and the totals do not grow with the documents.
+        """
+        is_new = corpus_name not in self._corpus_numbers
+        if is_new and len(self._corpus_numbers) >= MOST_CORPORA - 1:
+            corpus_name = OTHER_CORPORA
         if corpus_name not in self._corpus_numbers:
-            if len(self._corpus_numbers) == MOST_CORPORA:
-                what = f"more than {MOST_CORPORA} different sources, such as {corpus_name[:60]!r}"
-                remedy = "A source is the name of a corpus. Give all documents one with --source"
-                raise DataError(str(self.prefix), what, remedy)
+            if corpus_name == OTHER_CORPORA:
+                what = f"more than {MOST_CORPORA - 1} different sources; the rest is counted as"
+                logger.warning("%s: %s %r", self.prefix, what, OTHER_CORPORA)
             self._corpus_numbers[corpus_name] = len(self._corpus_numbers)
             self.state.sources[corpus_name] = CorpusTotals()
         return self._corpus_numbers[corpus_name]

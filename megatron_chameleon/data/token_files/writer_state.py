@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chameleon.data.token_files.format import (
+    OTHER_CORPORA,
     CorpusTotals,
     TokenBlock,
     TokenFileInfo,
@@ -43,7 +44,7 @@ class WriterState:
     def add_block(self, block: TokenBlock) -> None:
         """Count the documents of a block."""
         for name, totals in totals_of_block(block).items():
-            self.sources[name].add(totals)
+            self._totals_of(name).add(totals)
         is_conversation = answers_of_documents(block) > 0
         longest = int(block.lengths[is_conversation].max(initial=0))
         self.longest_conversation = max(self.longest_conversation, longest)
@@ -53,10 +54,14 @@ class WriterState:
         self.images += len(block.images)
         self.image_tokens += int(block.images["length"].sum())
 
+    def _totals_of(self, name: str) -> CorpusTotals:
+        """The totals that count a corpus: its own, or those of all that share a number."""
+        return self.sources[name if name in self.sources else OTHER_CORPORA]
+
     def add_file(self, info: TokenFileInfo) -> None:
         """Count the documents of a whole token file, given its sidecar."""
         for name, totals in info.sources.items():
-            self.sources[name].add(totals)
+            self._totals_of(name).add(totals)
         for reason, count in info.dropped.items():
             self.dropped[reason] = self.dropped.get(reason, 0) + count
         self.longest_conversation = max(self.longest_conversation, info.longest_conversation)

@@ -10,8 +10,12 @@ import pyarrow.parquet
 import pytest
 
 from megatron_chameleon.data.documents.image_part import ImagePart
-from megatron_chameleon.data.documents.parse import read_documents
+from megatron_chameleon.data.documents.parse import parse_block, read_documents
 from megatron_chameleon.data.documents.schema import TextPart
+from megatron_chameleon.data.inputs.blocks import read_blocks
+from megatron_chameleon.data.inputs.files import find_inputs
+from megatron_chameleon.data.inputs.records import Fault
+from megatron_chameleon.data.inputs.shards import plan_ranges
 from megatron_chameleon.errors import DataError
 
 
@@ -86,6 +90,108 @@ def test_tar_sample_without_a_caption(tmp_path, files, message):
     path = write_tar(tmp_path / "s.tar", files)
     with pytest.raises(DataError, match=message):
         list(read_documents([path]))
+
+
+def shown(path):
+    """The texts of each document, with None in the place of a picture; or why it is dropped."""
+    inputs = find_inputs([path])
+    found = []
+    for block in read_blocks(inputs, plan_ranges(inputs)):
+        for item in parse_block(block):
+            if isinstance(item, Fault):
+                found.append(item.error.what)
+            else:
+                parts = item.content
+                found.append([p.text if isinstance(p, TextPart) else None for p in parts])
+    return found
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"k.png": PNG, "k.jpg": b"x", "k.txt": b"two"}, [None, None, "two"]),
+        ({"k.0.png": PNG, "k.1.png": PNG, "k.txt": b"<image>a<image>"}, [None, "a", None]),
+        ({"k.picture": PNG, "k.txt": b"x", "k.cls": b"7"}, [None, "x"]),
+        ({"k.PNG": PNG, "k.TXT": b"\xef\xbb\xbf x\n"}, [None, "x"]),
+        ({"k.png": PNG, "k.json": b'\xef\xbb\xbf{"caption": "\\ufeff x\\n"}'}, [None, "x"]),
+        ({"k.png": PNG, "k.caption": b"x", "k.txt": b"x\n"}, [None, "x"]),
+        ({"k.png": PNG, "k.txt": b"x", "k.json": b'{"caption": "y", "text": "z"}'}, [None, "x"]),
+        ({"k.png": PNG, "k.txt": b"x", "k.json": b'{"url": "https://a.b/c.jpg"}'}, [None, "x"]),
+        ({"k.png": PNG, "k.txt": b"x", "k.json": b'{"image": "d/k.png"}'}, [None, "x"]),
+        (
+            {"k.png": PNG, "k.json": b'{"prompt": "<image>Which?", "answer": "Zero."}'},
+            [None, "Which?", "Zero."],
+        ),
+        (
+            {"k.png": PNG, "k.caption": b"x", "k.txt": b"y"},
+            "has different captions in .txt and .cap",
+        ),
+        (
+            {"k.png": PNG, "k.txt": b"a<image>b<image>"},
+            "has 2 places for pictures (<image>) and 1 ",
+        ),
+        ({"k.png": PNG, "k.txt": b"x", "k.wav": b"y"}, "its .wav holds sound, which is not read"),
+        (
+            {"k.png": PNG, "k.txt": b"x", "k.json": b'{"mask": "m.png"}'},
+            "the key mask holds a pict",
+        ),
+        (
+            {"k.png": PNG, "k.json": b'{"caption": ["x", "y"]}'},
+            "caption must be a string, not list",
+        ),
+    ],
+)
+def test_all_pictures_of_a_tar_sample_are_read_or_it_is_dropped(tmp_path, files, expected):
+    (found,) = shown(write_tar(tmp_path / "s.tar", files))
+    assert found == expected or found.startswith(expected)
+
+
+IMAGE = {"bytes": PNG, "path": "0.png"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"image": [IMAGE], "text": ["x"]}, [None, "x"]),
+        ({"text": ["<image>x"], "images": [[IMAGE]]}, [None, "x"]),
+        ({"caption": ["x"], "jpg": [PNG]}, [None, "x"]),
+        ({"image": [None], "text": ["x"]}, ["x"]),
+        ({"text": ["x"], "image": [[[0, 255]]]}, "the key image must hold a picture, not a number"),
+        ({"text": ["x"], "mask": [IMAGE]}, "the key mask holds a picture"),
+        ({"text": ["x"], "thumbnail": [PNG]}, "the key thumbnail holds a picture"),
+        ({"text": ["x"], "views": [[{"file": "a.jpg"}]]}, "the key views holds a picture"),
+        ({"text": ["x"], "embedding": [[0.5] * 9], "day": [1]}, ["x"]),
+        ({"question": ["x"], "answer": ["y"], "image": ["a.png"]}, [None, "x", "y"]),
+        ({"instruction": ["x"], "input": [""], "output": ["y"]}, ["x", "y"]),
+    ],
+)
+def test_pictures_in_columns_are_read_or_the_row_is_dropped(tmp_path, columns, expected):
+    (found,) = shown(write_parquet(tmp_path / "p.parquet", **columns))
+    assert found == expected or found.startswith(expected)
+
+
+def test_keys_that_nobody_reads_are_listed_once(tmp_path, caplog, write_lines):
+    keys = {f"key {number:02}": 1 for number in range(30)} | {"\x1b[2J" + "k" * 99: 1}
+    path = write_lines("a.jsonl", *[{"text": "x", **keys}] * 3)
+    with caplog.at_level("WARNING"):
+        list(read_documents([path]))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("keys not used: \\x1b[2Jkkk") and line.endswith("key 18 and 11 more")
+    assert len(line) < 300
+    columns = {"text": ["x"], "score": [0.5], "note": ["n"]}
+    (document,) = read_documents([write_parquet(tmp_path / "p.parquet", **columns)])
+    assert sorted(document.unused_keys) == ["note", "score"]
+
+
+def test_ignored_keys_are_left_out_whatever_they_hold(write_lines):
+    path = write_lines("a.jsonl", {"text": "x", "mask": "m.png", "image": 7})
+    inputs = find_inputs([path])
+    (block,) = read_blocks(inputs, plan_ranges(inputs))
+    (document,) = parse_block(block, ignored=frozenset(("mask", "image")))
+    assert document.content == (TextPart("x"),)
 
 
 def test_truncated_tar_says_after_which_sample(tmp_path):

@@ -300,3 +300,13 @@ def test_opening_reads_nothing_but_the_ends(with_images, monkeypatch):
     file = open_token_file(with_images.prefix, None)
     maps = (file.documents, file.images, file.lengths, file.offsets)
     assert all(not array.flags.owndata and not array.flags.writeable for array in maps)
+
+
+def test_sources_past_the_limit_are_counted_together(tmp_path, tokenizer, numbered, monkeypatch):
+    monkeypatch.setattr("megatron_chameleon.data.token_files.writer.MOST_CORPORA", 3)
+    with TokenFileWriter(tmp_path / "tokens", tokenizer) as writer:
+        for name, document in zip("abcdab", numbered([2] * 6), strict=True):
+            writer.add(document, 0, corpus_name=name)
+        info = writer.commit()
+    counts = {name: totals.documents for name, totals in info.sources.items()}
+    assert counts == {"a": 2, "b": 2, "(other sources)": 2}
