@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from megatron_chameleon.model.backend import check_machine
+from megatron_chameleon.parallel.collectives import raise_together
 from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
 from megatron_chameleon.parallel.meeting import StoppedWaiting
 from megatron_chameleon.parallel.megatron_setup import prepare_megatron
@@ -85,13 +86,13 @@ def train_steps(run: Run) -> bool:
         run.reporter.end_step(step, metrics)
 
         run.saver.poll()
-        stop = run.stop_signals.agreed()
-        if stop or run.saver.is_due(step):
-            run.save(step)
+        stop = run.stop_signals.agreed(run.reporter.failure)
+        is_saved = (stop or run.saver.is_due(step)) and run.save(step)
         if stop and step < run.config.training.steps:
             run.saver.wait()
-            run.reporter.say(f"{stop}: stopped after step {step}; the same command resumes the run")
+            run.reporter.say(f"{stop}: stopped after step {step}; {run.after_restart(is_saved)}")
             return False
         if run.sampler.is_due(step):
             run.sample(step)
+    raise_together(run.reporter.failure)
     return True

@@ -6,10 +6,13 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_chameleon.announce import announced
+from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.checkpoint.state.resume import changed_settings, load
 from megatron_chameleon.checkpoint.state.save import Saver
 from megatron_chameleon.data.batches.reader import Batch, read_ahead
+from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.model.fusions import fusion_names
+from megatron_chameleon.parallel.collectives import raise_together
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.training.engines.base import build_engine
 from megatron_chameleon.training.faults.hang import HangWatch
@@ -90,8 +93,14 @@ class Run:
         """Open reporter, data and saver for the steps after ``steps_done``."""
         config, inputs, topology = self.config, self.inputs, self.topology
         self._steps_done = steps_done
-        reporter = Reporter(config, inputs.tokenizer.vocabulary.size, topology, steps_done)
-        self.reporter = self._restarted.enter_context(closing(reporter))
+        vocab_size = inputs.tokenizer.vocabulary.size
+        failure = None
+        try:
+            reporter = Reporter(config, vocab_size, topology, steps_done)
+            self.reporter = self._restarted.enter_context(closing(reporter))
+        except ChameleonError as error:
+            failure = error
+        raise_together(failure)
         self.reporter.say(f"{topology}; {describe_run(inputs)}; starts at step {steps_done}")
         if fused := fusion_names(config):
             self.reporter.say(f"fused kernels: {', '.join(fused)}")
@@ -112,7 +121,7 @@ class Run:
 
     def _load(self, checkpoint: Path) -> int:
         """Fill the engine from a checkpoint. Return the number of steps done up to it."""
-        self.watch.begin("loading", 0, is_long=True)
+        self.watch.begin("loading", load_state(checkpoint)["step"], is_long=True)
         with announced(f"loading {checkpoint}"):
             steps_done = load(checkpoint, self.engine)
         check_loaded_weights(self.engine.named_parameters(), checkpoint)
@@ -126,19 +135,40 @@ class Run:
         """Whether the step's update is left out: the config says so, or it was not finite."""
         return step in self.inputs.skipped_steps
 
-    def save(self, step: int) -> None:
+    def save(self, step: int) -> bool:
         """Start saving a checkpoint, once at least one step has made an update.
 
         Before the first update AdamW has no moments to save.
+
+        Returns:
+            Whether there was anything to save.
         """
-        if self.inputs.skipped_steps.count_updates(step):
-            self.watch.begin("saving", step, is_long=True)
-            self.saver.save(step, self.inputs.checkpoint_entries(step))
+        if not self.inputs.skipped_steps.count_updates(step):
+            return False
+        self.watch.begin("saving", step, is_long=True)
+        self.reporter.flush_to_disk()
+        self.saver.save(step, self.inputs.checkpoint_entries(step))
+        return True
+
+    def after_restart(self, is_saved: bool) -> str:
+        """What the same command does after this process has stopped, in words."""
+        if is_saved:
+            return "the same command resumes the run"
+        begin = self.inputs.checkpoint or "step 0"
+        return (
+            "nothing was saved, because no step has made an update yet; the same command starts "
+            f"again from {begin}"
+        )
 
     def sample(self, step: int) -> None:
         """Let the model write its samples."""
         self.watch.begin("sampling", step, is_long=True)
-        if line := self.sampler.sample(step, self.engine.named_parameters()):
+        try:
+            line = self.sampler.sample(step, self.engine.named_parameters())
+        except ChameleonError as error:
+            self.reporter.failure = error
+            return
+        if line:
             self.reporter.say(line)
 
     def roll_back_to(self, checkpoint: Path) -> None:

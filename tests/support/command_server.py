@@ -5,14 +5,16 @@ process; a fork costs a moment. ``run_command.run_chameleon`` starts one such se
 process and sends it requests. Tests of launchers start processes of their own instead.
 
 A request is one line of JSON on standard input: ``words`` behind ``chameleon``, ``processes``,
-``environment``, ``folder`` (the working directory), ``stdout`` and ``stderr`` (paths), and
-``timeout`` in seconds. The answer is one line with the exit code, or null after the timeout.
+``environment``, ``folder`` (the working directory), ``stdout`` and ``stderr`` (paths), ``timeout``
+in seconds, and ``file_bytes``, a limit on the size of files, or null. The answer is one line with
+the exit code, or null after the timeout.
 """
 
 import contextlib
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -106,6 +108,9 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
 def _enter(request: dict[str, Any], rank: int, port: int) -> None:
     """Take over the request's working directory, environment and words."""
     os.chdir(request["folder"])
+    if request["file_bytes"] is not None:
+        limit = request["file_bytes"]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     os.environ.clear()
     os.environ.update(request["environment"])
     become_rank(rank, request["processes"], port)

@@ -49,6 +49,7 @@ def run_chameleon(
     processes: int = 1,
     succeeds: bool = True,
     launched: bool = False,
+    file_bytes: int | None = None,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end, in processes that the command server forks.
@@ -59,9 +60,15 @@ def run_chameleon(
         succeeds: Whether an exit code other than 0 fails the test.
         launched: Start Python, and torchrun for several processes, instead of the server's forks:
             for tests of what torchrun prints, or of how the command starts.
+        file_bytes: The largest size of a file, beyond which a write fails as on a full disk; not
+            for what is launched.
         variables: Of the environment, in addition.
     """
-    result = (_launch if launched else _fork)([str(w) for w in words], processes, variables)
+    text = [str(word) for word in words]
+    if launched:
+        result = _launch(text, processes, variables)
+    else:
+        result = _fork(text, processes, variables, file_bytes)
     if succeeds:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
@@ -80,7 +87,7 @@ def _launch(
 
 
 def _fork(
-    words: list[str], processes: int, variables: dict[str, str]
+    words: list[str], processes: int, variables: dict[str, str], file_bytes: int | None
 ) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory(prefix="chameleon-") as folder:
         outputs = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
@@ -92,6 +99,7 @@ def _fork(
             "environment": environment(**variables),
             "folder": str(Path.cwd()),
             "timeout": TIMEOUT_SECONDS,
+            "file_bytes": file_bytes,
             **outputs,
         }
         server = _server()

@@ -22,11 +22,13 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 from megatron_chameleon.errors import TrainingError, first_line
+from megatron_chameleon.files import replace_file, write_text
 from megatron_chameleon.training.metrics.stragglers import StepClock
 
 T = TypeVar("T")
@@ -143,19 +145,24 @@ class HangWatch:
         faulthandler.dump_traceback_later(self._grace + 15, exit=True)
         own = self._own_report(doing, step, elapsed)
         path = self._folder / f"{PREFIX}{self._rank:05d}.txt"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(own) + "\n\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        try:
+            with replace_file(path, TrainingError) as file:
+                file.write((json.dumps(own) + "\n\n").encode())
+                file.flush()
+                faulthandler.dump_traceback(file.fileno(), all_threads=True)
+        except TrainingError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            faulthandler.dump_traceback(all_threads=True)
         # The ranks began to wait at about the same time. When one ends, the launcher (torchrun,
         # srun) ends the others, so the ranks that do not report wait longer.
         time.sleep(2 + min(5.0, self._limit / 10))
         if self._rank != 0:
             time.sleep(3)
         if _is_first_to_create(self._folder / SUMMARY):
-            text = f"error: {summarize(read_reports(self._folder), self._world_size, self._folder)}"
-            (self._folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
+            reports = read_reports(self._folder) or [own]
+            text = f"error: {summarize(reports, self._world_size, self._folder)}"
+            with suppress(TrainingError):  # it is printed too
+                write_text(self._folder / SUMMARY, text + "\n", TrainingError)
             # Not a logger: the thread that hangs may hold its lock.
             print(text, file=sys.stderr, flush=True)
         elif self._rank == 0:
@@ -248,23 +255,29 @@ def summarize(reports: Sequence[dict[str, Any]], world_size: int, folder: Path) 
         f"Look at the stacks in {folder}/{PREFIX}*.txt. The same command resumes from the last "
         "checkpoint; training.hang_seconds sets the limit"
     )
-    return TrainingError(f"step {step}", what, remedy)
+    return TrainingError(f"step {step}" if step else "before the first step", what, remedy)
 
 
 def _is_first_to_create(path: Path) -> bool:
-    """Create a file; returns False if another process already has."""
+    """Create a file; returns False if another process already has.
+
+    Where no file can be created, each process may be the first.
+    """
     try:
         path.touch(exist_ok=False)
     except FileExistsError:
         return False
+    except OSError:
+        return True
     return True
 
 
 def _archive_reports(folder: Path) -> None:
     """Move the reports of an earlier hang into a folder of their own."""
     found = [*folder.glob(f"{PREFIX}*.txt"), *folder.glob(SUMMARY)]
-    if found:
+    with suppress(OSError):  # the run finds out itself that it cannot write
         place = folder / f"hang-before-{time.strftime('%Y%m%dT%H%M%S')}"
-        place.mkdir(exist_ok=True)
+        if found:
+            place.mkdir(exist_ok=True)
         for path in found:
             path.rename(place / path.name)

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_chameleon.checkpoint.state.folders import load_state, step_of
 from megatron_chameleon.checkpoint.state.line import list_line
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.errors import ChameleonError, TrainingError
-from megatron_chameleon.parallel.collectives import broadcast
+from megatron_chameleon.parallel.collectives import broadcast, run_on_rank_0
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.base import TrainingEngine
 from megatron_chameleon.training.faults.nonfinite_origin import (
@@ -29,6 +30,7 @@ from megatron_chameleon.training.faults.nonfinite_origin import (
 )
 from megatron_chameleon.training.faults.weights import name_broken_weights
 from megatron_chameleon.training.run.folder import checkpoints_folder
+from megatron_chameleon.training.run.growing_file import GrowingFile, cut_broken_end
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.skipped_steps import NONFINITE_FILE, Outcome
 
@@ -120,12 +122,9 @@ class NonFiniteGuard:
         """Find the origin, record it, and do what the config says."""
         findings = find_origin(step, self._engine, micro_batches, self._topology)
         outcome, checkpoint = self._decide(step, findings)
-        text = problem
-        if self._topology.rank == 0:
-            layer = first_bad_layer(metrics["layer_output_norms"])
-            text = self._record(step, problem, outcome, layer, findings)
+        layer = first_bad_layer(metrics["layer_output_norms"])
         # No rank ends before rank 0 has written: the launcher would end rank 0 too.
-        text = broadcast(text)
+        text = run_on_rank_0(lambda: self._record(step, problem, outcome, layer, findings))
         found, limit = sorted(self._skipped.found), self._training.nonfinite_limit
         if not outcome.leaves_out:
             raise stop_error(step, text, outcome, found, limit)
@@ -180,9 +179,13 @@ class NonFiniteGuard:
                 "ranks": [asdict(f) for f in findings if f.micro_batches or f.weights],
                 "samples": samples,
             }
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            cut_broken_end(path)
+            with closing(GrowingFile(path)) as file:
+                file.append((json.dumps(record) + "\n").encode())
+                file.flush_to_disk()
             place = f"documents in {path}"
+        except TrainingError as error:
+            place = f"{error.where} {error.what}"
         except (ChameleonError, OSError) as error:
             place = f"{path} could not be written: {error}"
         return describe_findings(problem, layer, findings, samples, place)

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.parallel import platform
+from megatron_chameleon.parallel.collectives import raise_together
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 EXIT_CODE = 75
@@ -59,13 +61,22 @@ class StopSignals:
         self._take_pending()
         return signal.Signals(self._received).name if self._received else None
 
-    def agreed(self) -> str | None:
+    def agreed(self, failure: ChameleonError | None = None) -> str | None:
         """The name of a signal that any rank has received, or None; the same on every rank.
 
         A collective: every rank calls it after every step.
+
+        Args:
+            failure: Why this rank cannot go on.
+
+        Raises:
+            ChameleonError: On every rank, if any rank has a failure.
         """
         self._take_pending()
-        received = torch.tensor([self._received], device=platform.device())
+        own = [self._received, int(failure is not None)]
+        received = torch.tensor(own, device=platform.device())
         torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        number = int(received.item())
+        number, has_failure = map(int, received.tolist())
+        if has_failure:
+            raise_together(failure)
         return signal.Signals(number).name if number else None

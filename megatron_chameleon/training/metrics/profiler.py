@@ -1,9 +1,14 @@
 """Record some steps with torch's profiler, for chrome://tracing or Perfetto."""
 
+import errno
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import TrainingError
+from megatron_chameleon.files import make_folder, writing
 from megatron_chameleon.parallel import platform
 
 
@@ -35,15 +40,31 @@ class StepProfiler:
         self._profile.start()
 
     def end(self, step: int) -> Path | None:
-        """Write the trace if this step was the last one to record; returns its path."""
+        """Write the trace if this step was the last one to record; returns its path.
+
+        Raises:
+            TrainingError: The file system refuses it.
+        """
         if self._profile is None or self._steps is None or step < self._steps[1]:
             return None
         self._profile.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        profile, self._profile = self._profile, None
+        make_folder(self._folder, TrainingError)
         first, last = self._steps
         path = self._folder / f"rank{self._rank:05d}_steps_{first}-{last}.json"
-        partial = path.with_suffix(".partial.json")
-        self._profile.export_chrome_trace(str(partial))
-        partial.replace(path)
-        self._profile = None
+        # A folder of its own, because the profiler follows links.
+        with writing(path, TrainingError), tempfile.TemporaryDirectory(dir=self._folder) as scratch:
+            trace = Path(scratch) / path.name
+            profile.export_chrome_trace(str(trace))
+            if not _is_complete(trace):  # it does not say so
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            trace.replace(path)
         return path
+
+
+def _is_complete(trace: Path) -> bool:
+    if not trace.is_file():
+        return False
+    with trace.open("rb") as file:
+        file.seek(-min(16, trace.stat().st_size), os.SEEK_END)
+        return file.read().rstrip().endswith(b"}")

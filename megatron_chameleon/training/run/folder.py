@@ -10,17 +10,32 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_chameleon import __version__
-from megatron_chameleon.config.load import save_config
+from megatron_chameleon.checkpoint.state.line import METRICS_FILE
+from megatron_chameleon.config.load import format_config
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.files import open_to_append, writing
+from megatron_chameleon.errors import ConfigError, TrainingError
+from megatron_chameleon.files import (
+    cannot_write,
+    make_folder,
+    replace_file,
+    try_to_write,
+    write_text,
+)
 from megatron_chameleon.masking import masked_command, masked_values
+from megatron_chameleon.training.run.growing_file import GrowingFile, read_json_lines
+
+FOLDERS = ("logs", "checkpoints", "samples")
+ALARMS_FILE = "alarms.jsonl"
+REPLACED_FILES = ("config.yaml", "environment.json", METRICS_FILE, ALARMS_FILE)
+OPENED_FILES = ("command.txt", "run.lock")
 
 HistoryEntry = tuple[int, float | None, float | None]
 
@@ -48,20 +63,31 @@ def checkpoints_folder(config: Config) -> Path:
 
 
 def check_run_folder(path: Path) -> None:
-    """Check, without writing, that the folder exists or can be created.
+    """Check that a run can write its folder and what is in it; nothing stays behind.
 
     Raises:
-        ConfigError: A file is in the way, or its parent folder is not writable.
+        ConfigError: A file is in the way, or something is not writable.
     """
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    if not path.is_dir():
-        what = f"{path} is a file"
-    elif not os.access(path, os.W_OK):
-        what = f"{path} is not writable"
-    else:
-        return
-    raise ConfigError("logging.run_dir", what, "Choose another folder")
+    folder = path
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ConfigError("logging.run_dir", f"{folder} is a file", "Choose another folder")
+    for name in (*REPLACED_FILES, *OPENED_FILES):
+        if (path / name).is_dir():
+            what = f"{path / name} is a folder, where a file of the run belongs"
+            raise ConfigError("logging.run_dir", what, "Choose another folder")
+    opened = [path / name for name in OPENED_FILES if os.path.lexists(path / name)]
+    for place in (folder, *(path / name for name in FOLDERS if (path / name).is_dir()), *opened):
+        try:
+            if place in opened:
+                os.close(os.open(place, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+            else:
+                try_to_write(place)
+        except OSError as error:
+            what = f"{place} is not writable ({error.strerror})"
+            remedy = cannot_write(place, error).remedy
+            raise ConfigError("logging.run_dir", what, remedy) from error
 
 
 class RunFolder:
@@ -74,75 +100,115 @@ class RunFolder:
 
     Attributes:
         history: Step, output norm and loss of each earlier step.
+
+    Raises:
+        ChameleonError: The file system refuses a file, or ``metrics.jsonl`` is damaged.
     """
 
     def __init__(self, config: Config, steps_done: int) -> None:
         self.path = Path(config.logging.run_dir)
-        for name in ("logs", "checkpoints", "samples"):
-            (self.path / name).mkdir(parents=True, exist_ok=True)
-        save_config(config, self.path / "config.yaml")
-        _append_command(self.path / "command.txt")
+        for name in FOLDERS:
+            make_folder(self.path / name, TrainingError)
+        write_text(self.path / "config.yaml", format_config(config), TrainingError)
+        append_command(self.path / "command.txt")
         environment = json.dumps(_environment(), indent=1)
-        (self.path / "environment.json").write_text(environment + "\n", encoding="utf-8")
-        lines, self.history = _kept_metrics(self.path / "metrics.jsonl", steps_done)
-        self._metrics = _reopen(self.path / "metrics.jsonl", lines)
-        self._alarms = _reopen(self.path / "alarms.jsonl", [])
+        write_text(self.path / "environment.json", environment + "\n", TrainingError)
+        self._metrics_path = self.path / METRICS_FILE
+        self.history = _keep_metrics(self._metrics_path, steps_done)
+        self._metrics = GrowingFile(self._metrics_path)
+        write_text(self.path / ALARMS_FILE, "", TrainingError)
+        self._alarms = GrowingFile(self.path / ALARMS_FILE)
+
+    def past_metrics(self) -> Iterator[dict[str, Any]]:
+        """The metrics of each earlier step, as they were written."""
+        last = self.history[-1][0] if self.history else 0
+        for record, _ in read_json_lines(self._metrics_path):
+            if record["step"] <= last:
+                yield record
+
+    def missing_steps(self, steps_done: int) -> str | None:
+        """The earlier steps that have no metrics, in words; None if there are none.
+
+        A run that began from a checkpoint elsewhere has none before that.
+        """
+        steps = [entry[0] for entry in self.history]
+        gaps = [(a + 1, b - 1) for a, b in pairwise([*steps, steps_done + 1]) if b - a > 1]
+        names = [f"{first} to {last}" if last > first else str(first) for first, last in gaps]
+        return ", ".join(names[:4]) + (" and more" if len(names) > 4 else "") or None
 
     def write_metrics(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Append the line of a step: the keys of ``METRICS``, then all others.
 
         Returns:
             The line, in which missing values and those that are not finite are None.
+
+        Raises:
+            TrainingError: The file system refuses it.
         """
         record = _finite({**dict.fromkeys(METRICS), **values})
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        self._metrics.append((json.dumps(record) + "\n").encode())
         return record
 
+    def flush_to_disk(self) -> None:
+        """Make sure that the metrics survive a crash of the machine, as checkpoints do.
+
+        Raises:
+            TrainingError: The disk refuses it.
+        """
+        self._metrics.flush_to_disk()
+
     def write_alarms(self, alarms: Sequence[Mapping[str, Any]]) -> None:
-        """Append to ``alarms.jsonl``, which each process starts afresh."""
-        for alarm in alarms:
-            self._alarms.write(json.dumps(_finite(dict(alarm))) + "\n")
-        self._alarms.flush()
+        """Append to ``alarms.jsonl``, which each process starts afresh.
+
+        Raises:
+            TrainingError: The file system refuses it.
+        """
+        lines = [json.dumps(_finite(dict(alarm))) + "\n" for alarm in alarms]
+        self._alarms.append("".join(lines).encode())
 
     def close(self) -> None:
         self._metrics.close()
         self._alarms.close()
 
 
-def _append_command(path: Path) -> None:
-    """Note this process's command. Only the owner may read it, because it may hold a secret."""
-    with writing(path), open_to_append(path, private=True) as file:
-        os.fchmod(file.fileno(), 0o600)  # an older version created it for everybody
-        file.write(f"{masked_command(sys.argv)}\n".encode("utf-8", "backslashreplace"))
+def append_command(path: Path) -> None:
+    """Note this process's command. Only the owner may read it, because it may hold a secret.
+
+    Raises:
+        TrainingError: The file system refuses it.
+    """
+    with closing(GrowingFile(path, private=True)) as file:
+        file.append(f"{masked_command(sys.argv)}\n".encode("utf-8", "backslashreplace"))
 
 
-def _kept_metrics(path: Path, steps_done: int) -> tuple[list[str], list[HistoryEntry]]:
-    """The whole lines of the first ``steps_done`` steps, and what the alarm needs from them."""
-    kept: list[str] = []
-    history: list[HistoryEntry] = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            step = record["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break  # a crash cut it off
-            what = "the line is not a JSON object with a step"
-            raise DataError(f"{path}:{number}", what, "Fix or remove that line") from error
-        if step <= steps_done:
-            kept.append(line + "\n")
-            history.append((step, record.get("output_norm"), record.get("loss")))
-    return kept, history
+def _keep_metrics(path: Path, steps_done: int) -> list[HistoryEntry]:
+    """Reduce the file to whole lines of the first ``steps_done`` steps, one per step, in order.
+
+    Returns:
+        What the alarm needs from them.
+    """
+    history: dict[int, HistoryEntry] = {}
+    last, is_in_order = 0, True
+    for record, _ in read_json_lines(path):
+        if (step := record["step"]) <= steps_done:
+            history[step] = (step, _number(record, "output_norm"), _number(record, "loss"))
+            is_in_order &= step > last
+            last = step
+    lines: Iterable[tuple[int, bytes]] = (
+        (record["step"], text)
+        for record, text in read_json_lines(path)
+        if record["step"] <= steps_done
+    )
+    if not is_in_order:  # somebody has edited it: the last line of a step counts
+        lines = sorted(dict(lines).items())
+    with replace_file(path, TrainingError) as file:
+        file.writelines(text + b"\n" for _, text in lines)
+    return [history[step] for step in sorted(history)]
 
 
-def _reopen(path: Path, lines: Sequence[str]) -> TextIO:
-    """Reduce a file to these lines, and open it to append."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
-    return path.open("a", encoding="utf-8")
+def _number(record: Mapping[str, Any], key: str) -> float | None:
+    value = record.get(key)
+    return value if isinstance(value, int | float) else None
 
 
 def _finite(value: Any) -> Any:

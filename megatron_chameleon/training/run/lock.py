@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch
 
-from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.errors import ChameleonError, ConfigError
+from megatron_chameleon.files import open_lock, read_text
 from megatron_chameleon.parallel.collectives import broadcast
 
 logger = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ def _open_locked(path: Path, wait_seconds: float) -> int | None:
     """Open the file and lock it; None if another process held the lock all the time."""
     deadline = time.monotonic() + wait_seconds
     while True:
-        lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        lock = open_lock(path, ConfigError)
         if _try_lock(lock, path) and _is_still_there(lock, path):
             return lock
         os.close(lock)
@@ -123,8 +125,8 @@ def _is_still_there(lock: int, path: Path) -> bool:
 
 def _replace_locked(path: Path) -> int:
     """Put a new, locked file in place of the one that a dead node has locked."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    lock = os.open(temporary, os.O_CREAT | os.O_RDWR, 0o644)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    lock = open_lock(temporary, ConfigError)
     _try_lock(lock, temporary)
     temporary.replace(path)
     return lock
@@ -143,8 +145,8 @@ def _this_run(environment: Mapping[str, str]) -> dict[str, Any]:
 def _read_holder(path: Path) -> dict[str, Any]:
     """What the file says about its last holder; empty if it cannot be read."""
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        holder = json.loads(read_text(path))
+    except (ChameleonError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 
@@ -155,7 +157,8 @@ def _is_earlier_start(holder: Mapping[str, Any], own: Mapping[str, Any]) -> bool
     SLURM restarts a job only after its earlier start has ended or its node is gone.
     """
     same = own["slurm_job"] is not None and holder.get("slurm_job") == own["slurm_job"]
-    return same and holder.get("slurm_restart", 0) < own["slurm_restart"]
+    restart = holder.get("slurm_restart", 0)
+    return same and isinstance(restart, int) and restart < own["slurm_restart"]
 
 
 def _describe_holder(holder: Mapping[str, Any]) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from megatron_chameleon.checkpoint.state.line import METRICS_FILE
 from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.planner.flops import training_flops_per_token
@@ -30,11 +32,19 @@ class Reporter:
         vocab_size: Number of tokens in the vocabulary.
         topology: The place of this process.
         steps_done: Steps that earlier processes of the run have done.
+
+    Attributes:
+        failure: Why this rank cannot write a file. The loop lets all ranks end with it; an error
+            that only one rank raises would leave the others waiting.
+
+    Raises:
+        ChameleonError: The file system refuses a file, or one is damaged.
     """
 
     def __init__(
         self, config: Config, vocab_size: int, topology: Topology, steps_done: int
     ) -> None:
+        self.failure: ChameleonError | None = None
         self.config = config
         self._speed = SpeedMeter(config, vocab_size, topology.world_size)
         self._profiler = StepProfiler(config, topology.rank)
@@ -48,8 +58,10 @@ class Reporter:
         past = (self._alarm.observe(*record) for record in self._run.history)
         self._run.write_alarms([asdict(alarm) for alarm in past if alarm is not None])
         self._progress = Progress(steps_done, config.training.steps)
+        self._trackers = open_trackers(config, steps_done, self._run.past_metrics())
         self._console = open_console(steps_done, config.training.steps)
-        self._trackers = open_trackers(config, steps_done)
+        if missing := self._run.missing_steps(steps_done):
+            self._console.warn(f"{METRICS_FILE} has no lines for steps {missing}")
 
     def say(self, text: str) -> None:
         """Show a line, on rank 0."""
@@ -81,6 +93,20 @@ class Reporter:
 
     def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record a step that was just done, with the metrics of ``complete``."""
+        try:
+            self._end_step(step, metrics)
+        except ChameleonError as error:
+            self.failure = error
+
+    def flush_to_disk(self) -> None:
+        """Make sure that the metrics survive a crash of the machine, as checkpoints do."""
+        try:
+            if self._is_writer:
+                self._run.flush_to_disk()
+        except ChameleonError as error:
+            self.failure = error
+
+    def _end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         trace = self._profiler.end(step)
         if not self._is_writer:
             return

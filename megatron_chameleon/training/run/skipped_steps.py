@@ -5,7 +5,6 @@ run folder holds those that were found since. So a run that is resumed, or repla
 rollback, leaves out the same steps again.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,7 +13,8 @@ from typing import Any
 
 from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.errors import CheckpointError, DataError
+from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.training.run.growing_file import read_json_lines
 
 NONFINITE_FILE = "nonfinite.jsonl"
 
@@ -116,18 +116,6 @@ def _saved_steps(state: Mapping[str, Any], checkpoint: Path) -> list[int]:
 
 def _logged_steps(path: Path) -> set[int]:
     """The steps that ``nonfinite.jsonl`` says were left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     left_out = [outcome.value for outcome in Outcome if outcome.leaves_out]
-    found = set()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            step, action = int(record["step"]), record["action"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break  # a crash cut it off
-            what = "the line is not a JSON object with step and action"
-            raise DataError(f"{path}:{number}", what, "Fix or remove that line") from error
-        if action in left_out:
-            found.add(step)
-    return found
+    lines = read_json_lines(path, ("step", "action"))
+    return {record["step"] for record, _ in lines if record["action"] in left_out}

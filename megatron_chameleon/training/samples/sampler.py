@@ -7,7 +7,6 @@ Training is not affected, and a sample that cannot be written does not end it.
 
 import html
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from megatron_chameleon.checkpoint.state.folders import step_folder, step_of
 from megatron_chameleon.config.schema import Config, SamplePromptConfig
-from megatron_chameleon.errors import ChameleonError, ConfigError
+from megatron_chameleon.errors import ChameleonError, ConfigError, TrainingError
+from megatron_chameleon.files import make_folder, replace_file, write_text
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
@@ -74,6 +74,9 @@ class Sampler:
 
         Returns:
             A line for the user; empty on the other ranks.
+
+        Raises:
+            TrainingError: On rank 0, if the file system refuses a file.
         """
         if not self._takes_part:
             return ""
@@ -85,6 +88,8 @@ class Sampler:
             folder = self._folder / step_folder(step)
             _write_answers(folder, self._config.logging.sample_prompts, answers)
             _write_index(self._folder, self._config.logging.sample_prompts)
+        except TrainingError:  # the folder or the disk
+            raise
         except (ChameleonError, OSError, torch.OutOfMemoryError) as error:
             return f"step {step}: no samples were written: {str(error).splitlines()[0]}"
         return f"sampled {folder}"
@@ -123,7 +128,7 @@ def _parts(prompt: SamplePromptConfig) -> list[Any]:
 def _write_answers(
     folder: Path, prompts: Sequence[SamplePromptConfig], answers: "Sequence[Answer]"
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, TrainingError)
     lines = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         parts: list[dict[str, str]] = []
@@ -132,11 +137,12 @@ def _write_answers(
                 parts.append({"type": "text", "text": part})
                 continue
             name = f"{number:04d}-{index}.png"
-            part.save(folder / name)
+            with replace_file(folder / name, TrainingError) as file:
+                part.save(file, "png")
             parts.append({"type": "image", "image": name})
         line = {"prompt": vars(prompt), "content": parts, "token_ids": answer.token_ids}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    _replace(folder / SAMPLES_FILE, "".join(lines))
+    write_text(folder / SAMPLES_FILE, "".join(lines), TrainingError)
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>Samples</title>
@@ -158,7 +164,8 @@ def _write_index(folder: Path, prompts: Sequence[SamplePromptConfig]) -> None:
         ]
         step = step_of(file.parent)
         rows.append(f"<tr><th>{step:,}{''.join(f'<td>{cell}' for cell in cells)}</tr>\n")
-    _replace(folder / "index.html", PAGE.format(header=header, rows="".join(rows)))
+    page = PAGE.format(header=header, rows="".join(rows))
+    write_text(folder / "index.html", page, TrainingError)
 
 
 def _show_prompt(prompt: SamplePromptConfig) -> str:
@@ -171,10 +178,3 @@ def _show_part(folder: str, part: dict[str, str]) -> str:
     if part["type"] == "text":
         return f"<p>{html.escape(part['text'])}</p>"
     return f'<img src="{html.escape(folder)}/{html.escape(part["image"])}">'
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.training.faults.signals import SIGNALS, StopSignals
 
 
@@ -38,6 +39,13 @@ def test_a_signal_is_noted_and_named(name: str) -> None:
             pass
         assert stop_signals.agreed() == name
         assert stop_signals.agreed() == name, "the signal was forgotten"
+
+
+def test_a_failure_of_a_rank_is_raised() -> None:
+    failure = TrainingError("metrics.jsonl", "cannot be written", "Make room")
+    with StopSignals() as stop_signals, pytest.raises(TrainingError) as caught:
+        stop_signals.agreed(failure)
+    assert caught.value is failure
 
 
 def test_processes_started_meanwhile_survive() -> None:

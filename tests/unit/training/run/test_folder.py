@@ -1,14 +1,21 @@
 """metrics.jsonl has one whole line per step, even after a crash."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.training.run.folder import METRICS, RunFolder, check_run_folder
+from megatron_chameleon.errors import ConfigError, DataError, TrainingError
+from megatron_chameleon.training.run.folder import (
+    METRICS,
+    RunFolder,
+    append_command,
+    check_run_folder,
+)
 
 
 @pytest.fixture
@@ -56,7 +63,7 @@ def test_a_broken_line_in_the_middle_is_refused_and_kept(config: Config) -> None
     write(config, 0, 1)
     path = Path(config.logging.run_dir) / "metrics.jsonl"
     path.write_text("nonsense\n" + path.read_text())
-    message = r"metrics\.jsonl:1: the line is not a JSON object with a step"
+    message = r"metrics\.jsonl:1: the line is not a JSON object with step"
     with pytest.raises(DataError, match=message):
         RunFolder(config, 1)
     assert path.read_text().startswith("nonsense\n")
@@ -80,9 +87,108 @@ def test_a_place_where_no_run_folder_can_be(tmp_path: Path) -> None:
 
 
 def test_a_place_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # root may write anywhere, so the answer of the operating system is replaced.
-    monkeypatch.setattr(
-        "megatron_chameleon.training.run.folder.os.access", lambda path, mode: False
+    # root may write anywhere, so the answer of the operating system is replaced
+    def refuse(folder: Path) -> None:
+        if folder.name == refused:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("megatron_chameleon.training.run.folder.try_to_write", refuse)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for refused in ("run", "checkpoints"):
+        with pytest.raises(ConfigError) as caught:
+            check_run_folder(tmp_path / "run")
+        assert str(caught.value).endswith(
+            f"{refused} is not writable (Read-only file system). Choose another folder: this file "
+            "system is read-only."
+        )
+
+
+@pytest.mark.parametrize("name", ["command.txt", "run.lock", "metrics.jsonl"])
+def test_a_file_that_is_not_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"{name} is a folder, where a file of the run belongs"):
+        check_run_folder(tmp_path)
+    (tmp_path / name).rmdir()
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    if name == "metrics.jsonl":  # the link is replaced
+        check_run_folder(tmp_path)
+        return
+    with pytest.raises(ConfigError, match=f"{name} is not writable .* Remove the link and run"):
+        check_run_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [b'{"step": 4, "lo', b'{"step": 4, "loss": "\xff\xfe', b"\x00" * 50, b'{"step": "4"}\n'],
+    ids=["cut", "undecodable", "zeros after a power cut", "another type"],
+)
+def test_any_last_line_that_is_not_one_is_dropped(config: Config, end: bytes) -> None:
+    write(config, 0, 3)
+    with (Path(config.logging.run_dir) / "metrics.jsonl").open("ab") as file:
+        file.write(end)
+    write(config, 3, 5)
+    assert steps(config) == [1, 2, 3, 4, 5]
+
+
+def test_metrics_that_were_edited(config: Config) -> None:
+    write(config, 0, 4)
+    path = Path(config.logging.run_dir) / "metrics.jsonl"
+    first, second, third, fourth = path.read_text().splitlines()
+    changed = second.replace("1.0", "9.0")
+    text = f"\ufeff{first}\r\n\n{third}\n{second}\n{changed}\n{fourth}"
+    path.write_bytes(text.encode())
+    run = RunFolder(config, 4)
+    run.write_metrics({"step": 5, "loss": 1.0})
+    run.close()
+    lines = path.read_text().splitlines()
+    assert lines[:4] == [first, changed, third, fourth], "the last line of a step counts"
+    assert steps(config) == [1, 2, 3, 4, 5]
+    assert list(run.past_metrics())[1]["loss"] == 9.0
+
+
+def test_steps_without_metrics_are_named(config: Config) -> None:
+    write(config, 0, 9)
+    path = Path(config.logging.run_dir) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:1] + lines[2:5]))
+    run = RunFolder(config, 9)
+    assert run.missing_steps(9) == "2, 6 to 9"
+    run.close()
+    path.write_text("".join(lines[5:]))  # the run began from a checkpoint elsewhere
+    run = RunFolder(config, 9)
+    assert run.missing_steps(9) is None
+    run.close()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "alarms.jsonl", "command.txt"])
+def test_a_full_disk_leaves_whole_lines(
+    config: Config, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write(config, 0, 2)
+    path = Path(config.logging.run_dir) / name
+    before = path.read_bytes()
+    run = RunFolder(config, 2)
+    real = os.write
+
+    def few_bytes_left(descriptor: int, content: bytes) -> int:
+        if Path(f"/proc/self/fd/{descriptor}").readlink() != path:
+            return real(descriptor, content)
+        if len(content) > 3:
+            return real(descriptor, bytes(content)[:3])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", few_bytes_left)
+        with pytest.raises(TrainingError) as caught:
+            run.write_metrics({"step": 3, "loss": 1.0})
+            run.write_alarms([{"step": 3}])
+            append_command(path)
+    run.close()
+    assert str(caught.value) == (
+        f"{path}: cannot be written (No space left on device). Make room on the disk and run the "
+        "same command again."
     )
-    with pytest.raises(ConfigError, match="is not writable"):
-        check_run_folder(tmp_path / "run")
+    if name != "command.txt":  # to which the second start has added its line
+        assert path.read_bytes() == before
+    write(config, 2, 3)
+    assert steps(config) == [1, 2, 3]

@@ -1,8 +1,12 @@
 """What a run reports after each step: speed, files, alarm, trackers."""
 
+import errno
 import io
 import json
 import logging
+import os
+import re
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +22,7 @@ from megatron_chameleon.config.schema import (
     SourceConfig,
     TokenizerConfig,
 )
-from megatron_chameleon.errors import ConfigError, ConfigErrors
+from megatron_chameleon.errors import ConfigError, ConfigErrors, TrainingError
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.planner.flops import training_flops_per_token
 from megatron_chameleon.training.metrics.profiler import StepProfiler
@@ -290,3 +294,80 @@ def test_wandb_that_cannot_start(config: Config, monkeypatch: Any) -> None:
     config.logging.wandb_project = "digits"
     with pytest.raises(ConfigError, match=r"logging\.wandb_project: wandb cannot start \("):
         Reporter(config, 512, MAIN_RANK, 0)
+
+
+def steps_for_sync(run: Path) -> list[int]:
+    """The steps in the run that ``wandb sync`` would send.
+
+    The file has LevelDB's log format behind 7 bytes of its own: in blocks of 32 KiB, pieces of
+    records with a checksum (4 bytes), a length (2) and a kind (1: whole, 2: first, 4: last).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = (run / "wandb" / "latest-run").glob("*.wandb")
+    content, place, record, steps = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        if place % 32768 > 32768 - 7:
+            place += 32768 - place % 32768
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            parsed, record = Record.FromString(record), b""
+            if parsed.WhichOneof("record_type") == "history":
+                steps.append(parsed.history.step.num)
+    return steps
+
+
+def test_wandb_offline_has_the_whole_run_after_a_restart(
+    config: Config, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = Path(config.logging.run_dir)
+    report(config, 0, 3)
+    (run / "wandb_id.txt").write_text("\0")  # cut by a full disk
+    config.logging.wandb_project = "digits"
+    with shown_logs():
+        report(config, 2, 4)
+    assert steps_for_sync(run) == [1, 2, 3, 4]
+    assert re.fullmatch("[0-9a-f]{12}\n", (run / "wandb_id.txt").read_text())
+    assert f"offline: `wandb sync {run}/wandb/latest-run` sends the" in capsys.readouterr().out
+
+
+def test_tensorboard_hides_steps_that_are_done_again(config: Config) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config.logging.tensorboard = True
+    report(config, 0, 4, growth=1.5)
+    report(config, 2, 3, growth=2.0)
+    events = EventAccumulator(str(Path(config.logging.run_dir) / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("output_norm")]
+    assert found == [(1, 1.5), (2, 2.25), (3, 8.0)]
+
+
+def test_a_tracker_on_a_full_disk(config: Config, monkeypatch: Any) -> None:
+    config.logging.tensorboard = True
+    reporter = Reporter(config, 512, MAIN_RANK, 0)
+
+    def refuse(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", refuse)
+    reporter.end_step(1, reporter.complete(metrics_of(1), StepClock()))
+    assert "metrics.jsonl: cannot be written (No space left" in str(reporter.failure)
+    with pytest.raises(TrainingError, match=r"tfevents\S+: cannot be written \(No space left"):
+        reporter._trackers[0].record(1, {"loss": 1.0})
+    reporter.close()
+
+
+def test_a_trace_that_does_not_fit(config: Config, monkeypatch: Any) -> None:
+    config.training.profile_steps = [2, 2]
+    profiler = StepProfiler(config, rank=0)
+    profiler.begin(2)
+    monkeypatch.setattr(
+        profiler._profile, "export_chrome_trace", lambda path: Path(path).write_text('{"trace')
+    )
+    with pytest.raises(TrainingError, match=r"steps_2-2\.json: cannot be written \(No space left"):
+        profiler.end(2)
+    assert list((Path(config.logging.run_dir) / "profile").iterdir()) == []
