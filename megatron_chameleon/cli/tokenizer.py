@@ -10,6 +10,7 @@ import argparse
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import show
@@ -23,12 +24,17 @@ from megatron_chameleon.cli.options import (
 )
 from megatron_chameleon.wording import counted
 
+if TYPE_CHECKING:
+    from megatron_chameleon.data.tokenizer_corpus.documents import DroppedDocuments
+
 _logger = logging.getLogger(__name__)
 
 
+DROPPED_TEXTS, DROPPED_DOCUMENTS = "text.dropped.jsonl", "image.dropped_documents.jsonl"
+"""Lists of the documents that were left out. ``image.dropped.jsonl`` has the unreadable images."""
 WRITTEN = {
-    "text": ("text.model", "vocabulary.json"),
-    "image": ("image.safetensors", "image.json", "image.dropped.jsonl"),
+    "text": ("text.model", "vocabulary.json", DROPPED_TEXTS),
+    "image": ("image.safetensors", "image.json", "image.dropped.jsonl", DROPPED_DOCUMENTS),
 }
 """The files of the tokenizer folder that each kind replaces."""
 
@@ -43,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = add_action(
         kinds, "text", "train a sentencepiece BPE, which defines the vocabulary of the model"
     )
-    text.add_argument("files", nargs="+", metavar="FILE", help=".txt files or .jsonl documents")
+    text.add_argument(
+        "files", nargs="+", metavar="FILE", help="documents, as for preprocess, or .txt files"
+    )
     text.add_argument("--output", required=True, metavar="DIR", help="the tokenizer folder")
     text.add_argument(
         "--vocab-size",
@@ -64,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="image files, folders, or .jsonl documents (their `weight` says how often one is "
-        "drawn)",
+        help="image files, folders, or documents, as for preprocess (their key `weight` says how "
+        "often an image is drawn)",
     )
     image.add_argument("--output", required=True, metavar="DIR", help="the tokenizer folder")
     image.add_argument(
@@ -96,14 +104,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train_text(args: argparse.Namespace) -> None:
-    from megatron_chameleon.tokenizer.common.corpus import read_texts
+    from megatron_chameleon.data.tokenizer_corpus.documents import DroppedDocuments
+    from megatron_chameleon.data.tokenizer_corpus.texts import read_texts
     from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
     start_seconds = time.perf_counter()
-    with announced(f"reading {counted(len(args.files), 'file')} and training on their text"):
-        vocabulary = train_text_tokenizer(
-            read_texts(args.files), args.output, args.vocab_size, args.image_codes
-        )
+    dropped = DroppedDocuments()
+    try:
+        with announced(f"reading {counted(len(args.files), 'file')} and training on their text"):
+            vocabulary = train_text_tokenizer(
+                read_texts(args.files, dropped), args.output, args.vocab_size, args.image_codes
+            )
+    finally:
+        _report(dropped)
+    dropped.write(Path(args.output) / DROPPED_TEXTS)
     seconds = time.perf_counter() - start_seconds
     show(
         f"{args.output}: text tokenizer with {vocabulary.size} ids, "
@@ -112,17 +126,22 @@ def _train_text(args: argparse.Namespace) -> None:
 
 
 def _train_image(args: argparse.Namespace) -> None:
+    from megatron_chameleon.data.tokenizer_corpus.documents import DroppedDocuments
+    from megatron_chameleon.data.tokenizer_corpus.images import find_images
     from megatron_chameleon.parallel import platform
-    from megatron_chameleon.tokenizer.common.corpus import find_images
     from megatron_chameleon.tokenizer.image.config import load_image_config
     from megatron_chameleon.tokenizer.image.training import train_image_tokenizer
 
     start_seconds = time.perf_counter()
     words = [word for word in args.images if is_override(word)]
     config = load_image_config(args.config, [*words, *args.overrides])
-    with announced(f"listing the images of {counted(len(args.images) - len(words), 'path')}"):
-        paths = [image for image in args.images if image not in words]
-        images = find_images(paths, image_options(args))
+    dropped = DroppedDocuments()
+    try:
+        with announced(f"listing the images of {counted(len(args.images) - len(words), 'path')}"):
+            paths = [image for image in args.images if image not in words]
+            images = find_images(paths, image_options(args), dropped)
+    finally:
+        _report(dropped)
     result = train_image_tokenizer(
         images,
         config,
@@ -131,9 +150,16 @@ def _train_image(args: argparse.Namespace) -> None:
         device=platform.device(),
         report=_logger.info,
     )
+    dropped.write(Path(args.output) / DROPPED_DOCUMENTS)
     show(
         f"{args.output}: image tokenizer from {counted(result.images, 'image')} "
         f"({result.dropped} dropped), "
         f"{result.psnr:.1f} dB, {result.codes_used} of {result.codebook_size} codes used, "
         f"in {time.perf_counter() - start_seconds:.1f} s"
     )
+
+
+def _report(dropped: "DroppedDocuments") -> None:
+    dropped.unused_keys.report()
+    if summary := dropped.summary():
+        _logger.warning("%s", summary)

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": {"config"},
     "planner": {"config", "config/checks"},
     "images": set(),
-    "tokenizer/common": {"images"},
+    "tokenizer/common": set(),
     "tokenizer/image": {"config", "images", "tokenizer/common"},
     "tokenizer/text": {"tokenizer/common", "tokenizer/image"},
     "tokenizer": {"tokenizer/common", "tokenizer/image", "tokenizer/text"},
@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data/inputs": {"data/inputs/decoding"},
     "data/documents": {"data/inputs", "data/inputs/decoding", "images"},
     "data/token_files": {"tokenizer"},
+    "data/tokenizer_corpus": {"data/documents", "data/inputs", "images"},
     "data/preprocess": {"data/documents", "data/inputs", "data/token_files", "images", "parallel"}
     | TOKENIZERS,
     "data/mixture": {"config", "data/token_files", "tokenizer/common"},

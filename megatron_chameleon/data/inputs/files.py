@@ -104,6 +104,15 @@ def find_inputs(words: Sequence[str | Path]) -> list[InputFile]:
     return found
 
 
+def has_documents(path: str) -> bool:
+    """Whether the suffix of a path is that of a file of documents."""
+    try:
+        _kind(path)
+    except DataError:
+        return False
+    return True
+
+
 def _local(path: str) -> InputFile:
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "no such file"

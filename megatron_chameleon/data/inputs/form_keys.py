@@ -7,6 +7,8 @@ FIRST_FORM_KEYS = ("content", "text", "messages", "conversations")
 OTHER_FORM_KEYS = ("prompt", "question", "instruction", "texts", "caption")
 """The first one decides if there is none of ``FIRST_FORM_KEYS``."""
 FORM_KEYS = (*FIRST_FORM_KEYS, *OTHER_FORM_KEYS)
+WEIGHT_KEY = "weight"
+"""How often the image tokenizer's training draws the images of a document."""
 
 PICTURE_KEY = re.compile(
     r"(?:image|img|picture|pic|photo)s?(?:_?(?P<number>\d{1,4}))?(?:_(?:bytes|base64|b64|data))?"

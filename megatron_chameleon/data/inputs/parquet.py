@@ -12,7 +12,7 @@ from megatron_chameleon.data.inputs.decoding.broken_file import BrokenFile
 from megatron_chameleon.data.inputs.decoding.json_values import MOST_VALUES
 from megatron_chameleon.data.inputs.decoding.parquet_client import ParquetClient, ParquetFault
 from megatron_chameleon.data.inputs.files import InputFile, InputRange
-from megatron_chameleon.data.inputs.form_keys import FORM_KEYS, PICTURE_KEY
+from megatron_chameleon.data.inputs.form_keys import FORM_KEYS, PICTURE_KEY, WEIGHT_KEY
 from megatron_chameleon.data.inputs.records import (
     BROKEN_FILE,
     TOO_LARGE_DOCUMENT,
@@ -174,7 +174,7 @@ def _columns(schema: Any) -> tuple[list[str], list[str]]:
         what = f"has no column {', '.join(FORM_KEYS)} (it has {', '.join(names)[:200]})"
         remedy = "Write a column text or messages, or the parallel list columns images and texts"
         raise BrokenFile(what, remedy)
-    named = {"id", "source", *FORM_KEYS, *filter(PICTURE_KEY.fullmatch, names)}
+    named = {"id", "source", WEIGHT_KEY, *FORM_KEYS, *filter(PICTURE_KEY.fullmatch, names)}
     read = [n for n in names if n in named or _holds_texts(schema.field(n).type)]
     return read, [name for name in names if name not in read]
 

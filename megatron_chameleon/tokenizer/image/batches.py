@@ -7,20 +7,38 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import write_text, writing
-from megatron_chameleon.tokenizer.common.corpus import ImageEntry
+from megatron_chameleon.images.image_error import ImageError
 from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
 from megatron_chameleon.tokenizer.image.tokenizer import prepare_image, to_pixels, unreadable_image
 
 READING_THREADS = 8
 DROPPED_FILE = "image.dropped.jsonl"
+
+
+class TrainingImage(Protocol):
+    """An image to train on, not yet opened."""
+
+    @property
+    def where(self) -> str:
+        """What errors name."""
+
+    @property
+    def weight(self) -> float:
+        """How often it is drawn relative to the others."""
+
+    def open(self) -> Image.Image:
+        """Read and decode it; raises any exception if it cannot be used, and a ``DataError`` that
+        is no ``ImageError`` if a disk fails."""
 
 
 class ImageSet:
@@ -35,7 +53,7 @@ class ImageSet:
         cache_bytes: Memory for prepared images.
     """
 
-    def __init__(self, entries: Sequence[ImageEntry], resolution: int, cache_bytes: int) -> None:
+    def __init__(self, entries: Sequence[TrainingImage], resolution: int, cache_bytes: int) -> None:
         self.entries = list(entries)
         self.resolution = resolution
         self.weights = np.array([entry.weight for entry in entries], dtype=np.float64)
@@ -55,7 +73,8 @@ class ImageSet:
             RGB, uint8 [count, resolution, resolution, 3].
 
         Raises:
-            DataError: If every image with a weight above 0 turned out to be unreadable.
+            DataError: If every image with a weight above 0 turned out to be unreadable, or a disk
+                or network fails.
         """
         drawn: list[np.ndarray] = []
         while len(drawn) < count:
@@ -96,6 +115,8 @@ class ImageSet:
             with self.entries[index].open() as image:
                 return prepare_image(image, self.resolution)
         except Exception as error:  # Pillow's decoders raise all kinds of exceptions
+            if isinstance(error, DataError) and not isinstance(error, ImageError):
+                raise  # a failing disk would drop one image after another
             self.dropped[index] = unreadable_image(self.entries[index].where, error).what
             self.weights[index] = 0
             return None

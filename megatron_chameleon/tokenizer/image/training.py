@@ -22,9 +22,8 @@ from megatron_chameleon.announce import announced
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.files import make_folder
 from megatron_chameleon.outputs import save_anyhow
-from megatron_chameleon.tokenizer.common.corpus import ImageEntry
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
-from megatron_chameleon.tokenizer.image.batches import ImageSet, training_batch
+from megatron_chameleon.tokenizer.image.batches import ImageSet, TrainingImage, training_batch
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig, ImageTrainingConfig
 from megatron_chameleon.tokenizer.image.discriminator import (
     PatchDiscriminator,
@@ -58,7 +57,7 @@ class ImageTrainingResult:
 
 
 def train_image_tokenizer(
-    entries: Sequence[ImageEntry],
+    entries: Sequence[TrainingImage],
     config: ImageTokenizerConfig,
     output: str | Path,
     *,

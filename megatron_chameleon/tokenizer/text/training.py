@@ -28,7 +28,11 @@ from megatron_chameleon.tokenizer.common.vocabulary import (
     control_names,
 )
 from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, read_vqgan_config
-from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer
+from megatron_chameleon.tokenizer.text.tokenizer import (
+    TEXT_MODEL_FILE,
+    TextTokenizer,
+    without_surrogates,
+)
 
 BYTE_PIECES = 256
 CHARACTER_COVERAGE = 0.99995
@@ -64,7 +68,12 @@ def train_text_tokenizer(
     first = next(lines, None)
     if first is None:
         raise DataError("text corpus", "has no text", "Pass files with at least one line of text")
-    model = _train(itertools.chain([first], lines), vocab_size, image_codes)
+    guarded = _Guarded(itertools.chain([first], lines))
+    try:
+        model = _train(guarded, vocab_size, image_codes)
+    finally:
+        if guarded.error is not None:
+            raise guarded.error
     tokenizer = TextTokenizer(model)
     if tokenizer.size < vocab_size:
         raise ConfigError(
@@ -124,6 +133,29 @@ def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:
     return model.getvalue()
 
 
+class _Guarded:
+    """The lines up to an exception, which is kept: sentencepiece, which is C++, would report
+    another one, or end the process."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self.error is not None:
+            raise StopIteration
+        try:
+            return next(self._lines)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise StopIteration from None
+
+
 def _check_sizes(vocab_size: int, image_codes: int) -> None:
     if image_codes < 1:
         raise ConfigError(
@@ -156,6 +188,6 @@ def _check_image_tokenizer(output: Path, image_codes: int) -> None:
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        for line in filter(str.strip, text.splitlines()):
+        for line in filter(str.strip, without_surrogates(text).splitlines()):
             for start in range(0, len(line), LONGEST_LINE_CHARACTERS):
                 yield line[start : start + LONGEST_LINE_CHARACTERS]

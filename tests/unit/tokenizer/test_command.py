@@ -62,7 +62,7 @@ def test_overrides_may_stand_before_options_and_after(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["text", "none.txt"], "error: none.txt: no such file. Pass an existing file.\n"),
+        (["text", "none.txt"], "error: none.txt: no such file. Check the path.\n"),
         (["image", "none"], "error: none: no such file. Pass an existing file.\n"),
         (
             ["image", ".", "model.codebok=3"],

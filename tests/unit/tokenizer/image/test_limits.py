@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_chameleon.data.tokenizer_corpus.images import find_images
 from megatron_chameleon.errors import ConfigError, TrainingError
-from megatron_chameleon.tokenizer.common.corpus import find_images
 from megatron_chameleon.tokenizer.image import limits
 from megatron_chameleon.tokenizer.image.config import load_image_config
 from megatron_chameleon.tokenizer.image.limits import FiniteLosses, activation_bytes, check_memory

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.tokenizer_corpus.images import ImageEntry, find_images
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.tokenizer.common.corpus import ImageEntry, find_images
 from megatron_chameleon.tokenizer.image.batches import ImageSet, augment, training_batch
 from megatron_chameleon.tokenizer.image.config import (
     ImageTokenizerConfig,
@@ -153,7 +154,10 @@ def test_a_step_sees_the_same_whenever_it_is_asked(photos: Path) -> None:
 
 def test_images_are_drawn_by_weight(photos: Path) -> None:
     paths = sorted(photos.iterdir())[:3]
-    entries = [ImageEntry(path, str(path), w) for path, w in zip(paths, (2, 1, 0), strict=True)]
+    entries = [
+        ImageEntry(ImagePart(str(path)), str(path), weight)
+        for path, weight in zip(paths, (2, 1, 0), strict=True)
+    ]
     images = ImageSet(entries, 8, cache_bytes=10**6)
     drawn = Counter(image.tobytes() for image in images.draw(3000, np.random.default_rng(0)))
     shares = [drawn[image.tobytes()] / 3000 for image in images.first(3)]

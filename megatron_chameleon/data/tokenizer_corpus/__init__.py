@@ -1,0 +1,2 @@
+"""What the tokenizers are trained on: texts and images, from documents as ``preprocess`` reads
+them, and from plain files."""
