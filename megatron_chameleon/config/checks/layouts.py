@@ -9,6 +9,8 @@ from megatron_chameleon.config.schema import Config, ParallelConfig
 from megatron_chameleon.errors import ConfigError
 
 SUGGESTIONS = 3
+MOST_PROCESSES = 2**20
+"""Of a job. The largest machines have a tenth of these."""
 
 
 def check_layout(config: Config, world_size: int) -> Iterator[ConfigError]:
@@ -18,6 +20,10 @@ def check_layout(config: Config, world_size: int) -> Iterator[ConfigError]:
         config: A config whose single values are valid.
         world_size: Number of processes of the job.
     """
+    if world_size > MOST_PROCESSES:
+        what = f"{world_size:,} processes are more than {MOST_PROCESSES:,}"
+        yield ConfigError("parallel", what, "Check the launcher and the sizes of the layout")
+        return
     problems = list(layout_problems(config, world_size))
     layouts = nearest_layouts(config, world_size) if problems else []
     if not layouts:

@@ -1,5 +1,7 @@
 """Runs every option of every verb and every key of every config with every value of the table.
 
+Numbers are also tried with the two ends of what they may be.
+
     PYTHONPATH=$PWD:$PWD/tests/support:$PWD/tests/support/programs:$PWD/tests/support/tables \
         python tests/support/tables/run_table.py --folder /tmp/table          # about an hour
     ... run_table.py --folder /tmp/table --only model. --only 'plan --'       # some rows
@@ -23,14 +25,18 @@ import resource
 import shutil
 import sys
 import time
+import typing
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from value_table import VALUES, config_keys, options
+from value_table import VALUES, config_keys, ends, options
 
 import run_command
+from megatron_chameleon.cli.options import NumberOption
+from megatron_chameleon.config.constraints import Constraint, without_null
 from run_command import run_chameleon
 from tiny_project import IMAGE_CODES, TinyProject, make_tiny_project
 
@@ -64,9 +70,12 @@ def main() -> None:
     work = folder / "work"
     work.mkdir(exist_ok=True)
     os.chdir(work)  # a value that is a name makes a file of that name
+    run_chameleon("doctor")  # starts the server
     classes: Counter[str] = Counter()
     for cell in _cells(project, folder):
         if args.only and not any(part in f"{cell.name} {cell.value}" for part in args.only):
+            continue
+        if args.ends and cell.value in VALUES:
             continue
         found, detail = _run(cell, folder)
         classes[found] += 1
@@ -80,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", required=True, help="for the project; reused if it is there")
     parser.add_argument("--only", action="append", default=[], help="rows with this text")
+    parser.add_argument("--ends", action="store_true", help="only the ends of the numbers' limits")
     parser.add_argument("--all", action="store_true", help="print every cell")
     return parser.parse_args()
 
@@ -165,7 +175,9 @@ def _cells(project: TinyProject, folder: Path) -> Iterator[Cell]:
         base = bases.get(option.verb)
         if base is None:  # doctor and others without values to set
             continue
-        for value in VALUES:
+        kind = option.action.type
+        limits = ends(kind.constraint) if isinstance(kind, NumberOption) else []
+        for value in (*VALUES, *limits):
             yield Cell(str(option), value, [*option.verb, *_replace(base, option, value)])
     yield from _config_cells(project)
     yield from _image_cells(bases)
@@ -191,11 +203,11 @@ def _config_cells(project: TinyProject) -> Iterator[Cell]:
 
     base = ["train", str(project.config), *STEPS, "logging.run_dir=OUT/run"]
     prompts = "logging.sample_prompts=[{text: a}]"
-    for key, _ in config_keys(Config):
+    for key, hint in config_keys(Config):
         extra = [prompts] if "sample" in key else []
         if key == "logging.run_dir":
             extra = ["checkpoint.every_steps=0"]
-        for value in VALUES:
+        for value in (*VALUES, *_ends(hint)):
             word = f"{key}=OUT/{value}" if key == "logging.run_dir" else f"{key}={value}"
             words = [*base, *extra, word]
             yield Cell(key, value, [*words, "--dry-run"], then=words)
@@ -209,13 +221,22 @@ def _image_cells(bases: dict[tuple[str, ...], list[str]]) -> Iterator[Cell]:
     from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig
 
     verb = ("tokenizer", "image")
-    for key, _ in config_keys(ImageTokenizerConfig):
+    for key, hint in config_keys(ImageTokenizerConfig):
         extra = ["training.discriminator_weight=1"] if "discriminator" in key else []
         extra += ["training.discriminator_layers=0"] if key.endswith("_weight") else []
-        for value in VALUES:
+        for value in (*VALUES, *_ends(hint)):
             word = f"{key}=[{value}]" if key == "model.ch_mult" else f"{key}={value}"
             words = [*verb, *bases[verb], *extra, word]
             yield Cell(f"image {key}", value, words, image=True)
+
+
+def _ends(hint: Any) -> list[str]:
+    """The ends of the constraint in a field's type hint."""
+    for found in (hint, without_null(hint), *typing.get_args(hint)):
+        for note in getattr(found, "__metadata__", ()):
+            if isinstance(note, Constraint):
+                return ends(note)
+    return []
 
 
 def _run(cell: Cell, folder: Path) -> tuple[str, str]:
@@ -235,6 +256,8 @@ def _run_words(words: list[str], folder: Path, image: bool) -> tuple[str, str]:
     try:
         result = run_chameleon(*words, succeeds=False)
     except AssertionError as error:
+        if _trains_on(output):
+            return "works", "it was still training"
         return "hang", str(error)[-300:].replace("\n", " | ")
     seconds = time.monotonic() - start
     lines = result.stderr.splitlines()
@@ -252,6 +275,12 @@ def _run_words(words: list[str], folder: Path, image: bool) -> tuple[str, str]:
     if seconds > LIMIT_SECONDS and "step" not in errors[0]:
         return "slow", f"{seconds:.1f} s: {shown}"
     return ("refused" if len(errors) == 1 else "lines"), shown
+
+
+def _trains_on(output: Path) -> bool:
+    """Whether a command that was killed had done more than two steps."""
+    metrics = output / "run" / "metrics.jsonl"
+    return metrics.exists() and len(metrics.read_text().splitlines()) > 2
 
 
 def _not_finite(output: Path, image: bool) -> str:

@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -189,3 +190,12 @@ def test_the_planner_needs_no_torch() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "tokens/s/GPU" in result.stdout
+
+
+@pytest.mark.parametrize("gpus", [720_720, 999_983, 1_000_000])
+def test_any_number_of_gpus_is_answered_at_once(gpus: int) -> None:
+    words = ["model.num_layers=1680", "training.global_batch_size=720720"]
+    start = time.monotonic()
+    result = search_layouts(PlanRequest(preset("7b", *words), VOCAB_SIZE, gpus, GPUS["h100"]))
+    assert result.fitting or result.refused
+    assert time.monotonic() - start < 5

@@ -1,10 +1,16 @@
 """Impossible layouts are refused with the numbers and the nearest layouts that work."""
 
+import time
 from typing import Any
 
 import pytest
 
-from megatron_chameleon.config.checks.layouts import check_layout, nearest_layouts
+from megatron_chameleon.config.checks.layouts import (
+    MOST_PROCESSES,
+    check_layout,
+    divisors,
+    nearest_layouts,
+)
 from megatron_chameleon.config.schema import Config
 
 
@@ -114,3 +120,25 @@ def test_every_suggestion_works() -> None:
 
 def test_nothing_is_suggested_where_nothing_works() -> None:
     assert nearest_layouts(config_of(global_batch_size=1), 5) == []
+
+
+def test_divisors() -> None:
+    for number in (1, 2, 12, 36, 97, 720):
+        assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
+
+
+def test_large_sizes_are_answered_at_once() -> None:
+    """A number with many divisors, and one of which a loop would never see the end."""
+    config = config_of(num_attention_heads=5040, num_layers=1680, global_batch_size=720_720)
+    config.model.ffn_hidden_size = 720_720
+    config.parallel.tensor_model_parallel_size = 16
+    config.parallel.pipeline_model_parallel_size = 11
+    start = time.monotonic()
+    assert nearest_layouts(config, 720_720)
+    assert lines(config, MOST_PROCESSES)
+    (line,) = lines(config, 10**30)
+    assert line == (
+        "parallel: 1,000,000,000,000,000,000,000,000,000,000 processes are more than 1,048,576. "
+        "Check the launcher and the sizes of the layout."
+    )
+    assert time.monotonic() - start < 5
