@@ -44,6 +44,14 @@ LIMIT_SECONDS = 5.0
 HANG_SECONDS = 60
 MEMORY_BYTES = 24 << 30
 GOOD = {"works", "refused", "lines"}
+NEEDED = {
+    "fp8.": ["fp8.format=hybrid", "fp8.emulate=true"],
+    "checkpoint.": ["checkpoint.every_steps=1"],
+    "engine.": ["engine.name=deepspeed"],
+    "logging.sample": ["logging.sample_prompts=[{text: a}]", "logging.sample_every_steps=1"],
+    "data.reset": ["data.loss_on=all"],
+}
+"""Without which a key of the training config would not be used."""
 STEPS = ("training.steps=2", "optimizer.lr_warmup_steps=0", "training.hang_seconds=50")
 
 
@@ -202,13 +210,12 @@ def _config_cells(project: TinyProject) -> Iterator[Cell]:
     from megatron_chameleon.config.schema import Config
 
     base = ["train", str(project.config), *STEPS, "logging.run_dir=OUT/run"]
-    prompts = "logging.sample_prompts=[{text: a}]"
     for key, hint in config_keys(Config):
-        extra = [prompts] if "sample" in key else []
-        if key == "logging.run_dir":
-            extra = ["checkpoint.every_steps=0"]
+        extra = next((words for start, words in NEEDED.items() if key.startswith(start)), [])
         for value in (*VALUES, *_ends(hint)):
             word = f"{key}=OUT/{value}" if key == "logging.run_dir" else f"{key}={value}"
+            if typing.get_origin(hint) is list:
+                word = f"{key}=[{value},{value}]"
             words = [*base, *extra, word]
             yield Cell(key, value, [*words, "--dry-run"], then=words)
     for key, _ in config_keys(Config):
