@@ -142,10 +142,15 @@ class Run:
 
         Returns:
             Whether there was anything to save.
+
+        Raises:
+            TrainingError: Weights are not finite.
         """
         if not self.inputs.skipped_steps.count_updates(step):
             return False
         self.watch.begin("saving", step, is_long=True)
+        if not self.saver.is_due(step):  # a signal asks for it, so the guard has not looked
+            self.guard.check_weights(step)
         self.reporter.flush_to_disk()
         self.saver.save(step, self.inputs.checkpoint_entries(step))
         return True

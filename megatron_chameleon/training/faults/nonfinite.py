@@ -109,7 +109,16 @@ class NonFiniteGuard:
             if not is_skipped:
                 raise stop_error(step, problem)
             self._handle(step, problem, metrics, micro_batches)
-        elif before_save and (names := name_broken_weights(self._engine.named_parameters())):
+        elif before_save:
+            self.check_weights(step)
+
+    def check_weights(self, step: int) -> None:
+        """Refuse to go on with weights that are not finite. A collective.
+
+        Raises:
+            TrainingError: It names them.
+        """
+        if names := name_broken_weights(self._engine.named_parameters()):
             raise stop_error(step, f"weights not finite: {names}")
 
     def _handle(

@@ -172,7 +172,7 @@ def test_corrupt_and_empty_images_drop_their_documents(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny) -> None:
-    overrides = ["optimizer.lr=1e30", "optimizer.lr_warmup_steps=0", "checkpoint.every_steps=1"]
+    overrides = ["optimizer.lr=1e6", "optimizer.lr_warmup_steps=0", "checkpoint.every_steps=1"]
     result = tiny.train("diverged", *overrides, succeeds=False)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]

@@ -82,6 +82,8 @@ def check(
     )
     metrics = {**values, **options.get("values", {})}
     guard.check(3, metrics, [], before_save=options.get("saves", False))
+    if options.get("stops"):
+        guard.check_weights(3)
     assert skipped.done == ({3} if metrics.get("skipped") else set())
     assert len(lines) <= 1
     return "".join(lines)
@@ -124,6 +126,7 @@ def test_a_run_continues(
     ("options", "words"),
     [
         ({"saves": True, "weight": math.nan}, "step 3: weights not finite: weight on rank 0. Res"),
+        ({"stops": True, "weight": math.nan}, "step 3: weights not finite: weight on rank 0. Res"),
         ({"values": BAD}, "step 3: loss is nan (first in the output of decoder.layers.1)"),
         ({"values": {**BAD, "loss": math.inf}}, "step 3: loss is inf (first"),
         ({"values": {**BAD, "loss": 1.0, "grad_norm": math.nan}}, "step 3: grad_norm is nan "),
