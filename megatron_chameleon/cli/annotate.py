@@ -26,7 +26,6 @@ from megatron_chameleon.cli.options import (
     device,
     image_options,
 )
-from megatron_chameleon.cli.patience import tell_if_slow
 from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
@@ -106,18 +105,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace) -> None:
-    with tell_if_slow(f"annotate: reading {args.prompts}"):
-        from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, model_fingerprint
-        from megatron_chameleon.evaluation.asking.asker import Asker
-        from megatron_chameleon.evaluation.human.prompts import answer_prompts, read_prompts
-        from megatron_chameleon.inference.session import Session
-        from megatron_chameleon.outputs import check_output_folder
+    from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, model_fingerprint
+    from megatron_chameleon.evaluation.asking.asker import Asker
+    from megatron_chameleon.evaluation.human.prompts import answer_prompts, read_prompts
+    from megatron_chameleon.inference.session import Session
+    from megatron_chameleon.outputs import check_output_folder
 
-        options = _generation_options(args)
+    options = _generation_options(args)
+    with announced(f"reading {args.prompts}"):
         prompts = read_prompts(Path(args.prompts), image_options(args))[: args.limit]
-        output = check_output_folder("--output", args.output)
-    with tell_if_slow(f"annotate: opening {args.checkpoint}"):
-        session = Session.load(args.checkpoint, args.device, args.tokenizer)
+    output = check_output_folder("--output", args.output)
+    session = Session.load(args.checkpoint, args.device, args.tokenizer)
     with AnswerCache(output, model_fingerprint(session)) as answers:
         if len(answers):
             progress(f"found {counted(len(answers), 'answer')} of an earlier run: {answers.path}")

@@ -20,7 +20,6 @@ from megatron_chameleon.cli.options import (
     device,
     image_options,
 )
-from megatron_chameleon.cli.patience import tell_if_slow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,19 +67,21 @@ def run(args: argparse.Namespace) -> None:
                 name, "is missing", f"Add it to chameleon evaluate --tasks {args.tasks}"
             )
 
-    with tell_if_slow(f"evaluate: reading {args.tasks}"):
-        from megatron_chameleon.evaluation.runner import RESULTS_FILE, load_tasks, run_tasks
-        from megatron_chameleon.evaluation.tasks.results import results_table
-        from megatron_chameleon.inference.session import Session
-        from megatron_chameleon.outputs import check_output_folder
+    from megatron_chameleon.announce import announced
+    from megatron_chameleon.evaluation.runner import RESULTS_FILE, load_tasks, run_tasks
+    from megatron_chameleon.evaluation.tasks.results import results_table
+    from megatron_chameleon.inference.session import Session
+    from megatron_chameleon.outputs import check_output_folder
 
-        data = Path(args.data) if args.data else None
-        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-        images = image_options(args)
+    data = Path(args.data) if args.data else None
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--tasks", "names no task", "Give names, or FILE.yaml")
+    images = image_options(args)
+    with announced(f"reading {args.tasks}"):
         runs = load_tasks(names, data, args.limit, args.seed, args.batch_size, images)
-        output = check_output_folder("--output", args.output)
-    with tell_if_slow(f"evaluate: opening {args.checkpoint}"):
-        session = Session.load(args.checkpoint, args.device, args.tokenizer)
+    output = check_output_folder("--output", args.output)
+    session = Session.load(args.checkpoint, args.device, args.tokenizer)
     results = run_tasks(session, args.checkpoint, runs, output, progress)
     show(results_table(results["tasks"]))
     progress(f"written: {output / RESULTS_FILE}")

@@ -6,7 +6,7 @@ OUTPUT/results.json     every figure with its error and settings, beside the pap
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +20,7 @@ from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.tasks import cider, harness, item_files, items
 from megatron_chameleon.evaluation.tasks.catalogue import TASKS, TaskInfo, find_task
 from megatron_chameleon.evaluation.tasks.results import TaskResult
-from megatron_chameleon.files import write_text
+from megatron_chameleon.files import write_together
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.wording import counted
 
@@ -155,11 +155,19 @@ def run_tasks(
                 json.dumps({"task": name, **asdict(scored_item)}, ensure_ascii=False)
                 for scored_item in result.scored_items
             ]
-            write_text(output / SAMPLES_FILE, "".join(line + "\n" for line in lines))
-            write_text(
-                output / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-            )
+            _write(output, results, lines)
     return results
+
+
+def _write(output: Path, results: Mapping[str, Any], lines: Sequence[str]) -> None:
+    """Write the results and the samples: both or none."""
+    contents = {
+        RESULTS_FILE: json.dumps(results, indent=2, ensure_ascii=False) + "\n",
+        SAMPLES_FILE: "".join(line + "\n" for line in lines),
+    }
+    write_together(
+        {output / name: text.encode("utf-8", "surrogatepass") for name, text in contents.items()}
+    )
 
 
 def _report(progress: Callable[[str], None], name: str, line: str) -> None:

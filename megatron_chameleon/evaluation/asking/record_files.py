@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,27 @@ def read_json(path: str | Path) -> Any:
         ) from error
 
 
+@contextmanager
+def well_formed(where: str) -> Iterator[None]:
+    """Turn what Python raises at a value of another kind than expected into an error of the file.
+
+    Raises:
+        DataError: A key is missing, or a value is of another kind.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        what = f"a value is missing or of another kind than expected ({first_line(error)[:100]})"
+        raise DataError(where, what, "Write the file again, as docs/evaluation.md says") from error
+
+
 def require_keys(record: dict[str, Any], keys: Sequence[str], where: str) -> None:
     """Check that a record has the keys it needs.
 
     Raises:
         DataError: Keys are missing. The message names them and the keys that the record has.
     """
+    _object(record, where)
     if missing := [key for key in keys if record.get(key) is None]:
         what = (
             f"lacks {', '.join(missing)} (it has {', '.join(map(str, record))[:200] or 'nothing'})"

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chameleon.data.documents.image_part import ImagePart, image_part
+from megatron_chameleon.data.documents.records import record_name
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.answer_cache import value_digest
 from megatron_chameleon.evaluation.asking.record_files import read_json, read_records, require_keys
 from megatron_chameleon.evaluation.human.form_page import form_page
 from megatron_chameleon.evaluation.human.safety import looks_like_refusal
-from megatron_chameleon.evaluation.human.scores import Judgement
+from megatron_chameleon.evaluation.human.scores import LABELS, Judgement
 from megatron_chameleon.files import write_text
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.images.pixels import upright_rgb
@@ -75,7 +76,7 @@ def read_answered_prompts(
         content = _parts(record["content"], where)
         has_image = any(part["type"] == "image" for part in prompt)
         modality = str(record.get("modality") or ("mixed-modal" if has_image else "text only"))
-        name = str(record["id"])
+        name = record_name(record["id"], "")
         if name in found:
             raise DataError(where, f"the id {name} occurs twice", "Give each answer its own id")
         found[name] = AnsweredPrompt(
@@ -201,10 +202,45 @@ def read_key(path: str | Path) -> dict[str, Any]:
         DataError: The file is not such a key.
     """
     key = read_json(path)
-    if not isinstance(key, dict) or key.get("format") != KEY_FORMAT:
+    if not isinstance(key, dict) or key.get("format") != KEY_FORMAT or not _is_whole(key):
         remedy = "Pass the key.json that `chameleon annotate prepare` wrote"
         raise DataError(str(path), "is not the key of a questionnaire", remedy)
     return key
+
+
+def _is_whole(key: Mapping[str, Any]) -> bool:
+    """Whether a key has all that ``prepare`` writes, so that scoring can rely on it."""
+    items, forms, models = key.get("items"), key.get("forms"), key.get("models")
+    if not (isinstance(items, dict) and isinstance(forms, dict) and isinstance(models, dict)):
+        return False
+    abouts = all(
+        isinstance(about, dict)
+        and isinstance(about.get("category"), str)
+        and isinstance(about.get("modality"), str)
+        and isinstance(about.get("refusals"), list)
+        and bool(about["refusals"])
+        for about in items.values()
+    )
+    places = [place for form in forms.values() for place in _values(form)]
+    return (
+        abouts
+        and bool(items)
+        and key.get("kind") in tuple(LABELS)
+        and isinstance(key.get("questionnaire"), str)
+        and all(isinstance(name, str) for name in models.values())
+        and all(isinstance(form, dict) for form in forms.values())
+        and all(
+            isinstance(place, dict)
+            and isinstance(place.get("item"), str)
+            and place["item"] in items
+            and isinstance(place.get("swapped"), bool)
+            for place in places
+        )
+    )
+
+
+def _values(form: Any) -> list[Any]:
+    return list(form.values()) if isinstance(form, dict) else []
 
 
 def read_judgements(
@@ -245,7 +281,10 @@ def _read_form(file: Path, key: Mapping[str, Any] | None) -> Iterable[Judgement]
     form = str(content.get("form"))
     places = key["forms"].get(form)
     judged = content.get("judgements")
-    if places is None or not isinstance(judged, dict) or not set(judged) <= set(places):
+    if not isinstance(judged, dict) or not all(isinstance(v, str) for v in judged.values()):
+        what = "has no judgements, or some that are no words"
+        raise DataError(str(file), what, "Ask for the file again")
+    if places is None or not set(judged) <= set(places):
         raise DataError(
             str(file), "has items that the form does not have", "Ask for the file again"
         )
@@ -274,7 +313,8 @@ def _parts(value: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list):
         raise DataError(where, "`prompt` and `content` must be lists of parts", "Write lists")
     for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get(part.get("type", "")), str):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image") or not isinstance(part.get(kind), str):
             raise DataError(
                 where, "a part is neither a text nor an image", "Write parts as in documents"
             )

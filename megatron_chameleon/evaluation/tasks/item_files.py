@@ -6,7 +6,7 @@ DIR/vqav2/*val2014_questions.json, *val2014_annotations.json, and the same for t
 DIR/vqav2/{train,val}2014/COCO_val2014_000000262148.jpg
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,12 @@ from megatron_chameleon.data.documents.image_part import image_part
 from megatron_chameleon.data.documents.records import Origin, Question, question_of
 from megatron_chameleon.data.documents.schema import USER, TextPart
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.evaluation.asking.record_files import read_json, read_records, require_keys
+from megatron_chameleon.evaluation.asking.record_files import (
+    read_json,
+    read_records,
+    require_keys,
+    well_formed,
+)
 from megatron_chameleon.evaluation.tasks.catalogue import TaskInfo
 from megatron_chameleon.evaluation.tasks.items import (
     CHOICE_METRICS,
@@ -30,6 +35,8 @@ from megatron_chameleon.images.references import ImageFolder
 CAPTION_TOKENS = 30
 """The paper's limit (section 5.2)."""
 VQA_TOKENS = 10
+MOST_TOKENS = 1 << 20
+"""Limit of `max_tokens` and `shots`, far above any model's context."""
 FILE_KEYS = (
     *("name", "data", "metric", "shots", "examples", "prompt", "max_tokens", "stop"),
     *("separator", "chat", "paper"),
@@ -56,17 +63,18 @@ def read_captions(info: TaskInfo, folder: Path, images: ImageOptions | None = No
     for index, record in enumerate(content["images"]):
         where = f"{file}: image {index}"
         require_keys(record, ("filename", "split", "sentences"), where)
-        split = "train" if record["split"] == "restval" else record["split"]
+        split = "train" if record["split"] == "restval" else str(record["split"])
         if split not in splits:
             continue
         path = Path(str(record.get("filepath", "")), str(record["filename"]))
-        captions = tuple(str(sentence["raw"]).strip() for sentence in record["sentences"])
+        with well_formed(where):
+            captions = tuple(str(sentence["raw"]).strip() for sentence in record["sentences"])
         if not captions:
             raise DataError(where, "has no sentences", "Remove the image from the file")
         image = image_part(str(path), below)
         if split == "test":
             check_image(image, where)
-        splits[split].append(Item(record["filename"], (image,), captions))
+        splits[split].append(Item(str(record["filename"]), (image,), captions))
     if not splits["test"]:
         raise DataError(str(file), "has no images of the split `test`", "Pass the complete file")
     return ItemTask(
@@ -114,19 +122,22 @@ def _vqa_items(images: ImageFolder, split: str) -> list[Item]:
         require_keys(
             record, ("question_id", "answers"), f"{files['annotations']}: annotation {index}"
         )
-        answers[record["question_id"]] = tuple(str(a["answer"]) for a in record["answers"])
+        with well_formed(f"{files['annotations']}: annotation {index}"):
+            said = tuple(str(a["answer"]) for a in record["answers"])
+        answers[str(record["question_id"])] = said
     items = []
     for index, record in enumerate(lists["questions"]):
         where = f"{files['questions']}: question {index}"
         require_keys(record, ("question_id", "image_id", "question"), where)
-        if not answers.get(record["question_id"]):
+        if not answers.get(str(record["question_id"])):
             what = f"question {record['question_id']} has no answers in {files['annotations'].name}"
             raise DataError(where, what, "Pass the two files of the same split")
-        name = f"COCO_{split}_{int(record['image_id']):012d}.jpg"
+        with well_formed(where):
+            name = f"COCO_{split}_{int(record['image_id']):012d}.jpg"
         image = image_part(f"{split}/{name}", images)
         if split == "val2014":
             check_image(image, where)
-        said = answers[record["question_id"]]
+        said = answers[str(record["question_id"])]
         most = max(said, key=said.count)
         references = tuple(sorted(said, key=lambda answer: answer != most))
         text = TextPart(f"Question: {record['question']} Short answer:")
@@ -154,40 +165,53 @@ def read_task_file(path: Path, data: Path | None, images: ImageOptions | None = 
             raise ConfigError(
                 str(path), f"unknown key `{key}`", f"Use one of: {', '.join(FILE_KEYS)}"
             )
-    metric = str(spec.get("metric", "exact_match"))
+    metric = _text(spec, "metric", "exact_match", path)
     if metric not in METRICS:
         raise ConfigError(
             str(path), f"unknown metric {metric!r}", f"Use one of: {', '.join(METRICS)}"
         )
     for key, least in (("shots", 0), ("max_tokens", 1)):
-        if key in spec and (not isinstance(spec[key], int) or spec[key] < least):
-            raise ConfigError(
-                str(path), f"{key} is {spec[key]!r}", f"Use a whole number from {least} on"
-            )
+        value = spec.get(key, least)
+        if type(value) is not int or not least <= value <= MOST_TOKENS:
+            remedy = f"Use a whole number from {least} to {MOST_TOKENS}"
+            raise ConfigError(str(path), f"{key} is {str(value)[:40]}", remedy)
     chat = spec.get("chat")
     if chat not in (None, True, False):
-        raise ConfigError(str(path), f"chat is {chat!r}", "Use true or false, or leave it out")
+        raise ConfigError(
+            str(path), f"chat is {str(chat)[:40]}", "Use true or false, or leave it out"
+        )
     folder = data or path.parent
-    prompt = str(spec.get("prompt") or "")
-    if "data" not in spec:
+    prompt = _text(spec, "prompt", "", path)
+    if spec.get("data") is None:
         raise ConfigError(
             str(path), "lacks the key `data`", "Set it to the name of the file of items"
         )
     options = (metric, prompt, chat, images or ImageOptions())
-    items = _own_items(folder / str(spec["data"]), *options)
+    items = _own_items(folder / _text(spec, "data", "", path), *options)
     shots = int(spec.get("shots", 0))
     examples: Sequence[Item] = items
-    if "examples" in spec:
-        examples = _own_items(folder / str(spec["examples"]), *options)
+    if spec.get("examples") is not None:
+        examples = _own_items(folder / _text(spec, "examples", "", path), *options)
     return ItemTask(
-        *(str(spec.get("name", path.stem)), metric, items, shots, examples),
+        *(_text(spec, "name", path.stem, path), metric, items, shots, examples),
         max_tokens=int(spec.get("max_tokens", CAPTION_TOKENS)),
-        stop=str(spec.get("stop", "\n")),
-        separator=str(spec.get("separator", "\n")),
+        stop=_text(spec, "stop", "\n", path),
+        separator=_text(spec, "separator", "\n", path),
         prefix=" " if prompt and not prompt[-1].isspace() else "",
         paper=_paper(spec.get("paper"), path),
         chat=chat,
     )
+
+
+def _text(spec: Mapping[str, Any], key: str, default: str, path: Path) -> str:
+    """A text in a task file; null is the default."""
+    value = spec.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        what = f"{key} is {str(value)[:40]}, not a text"
+        raise ConfigError(str(path), what, f'Write {key}: "..."')
+    return str(value)
 
 
 def _paper(value: Any, path: Path) -> dict[str, float]:

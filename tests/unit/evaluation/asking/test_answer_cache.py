@@ -1,5 +1,7 @@
 """Stored answers: a killed evaluation is resumed, and never from another model's answers."""
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,48 @@ def test_half_a_last_line_is_cut_off(tmp_path: Path) -> None:
         answers.add({"d": 1})
     with AnswerCache(tmp_path, "m") as answers:
         assert (answers["a"], answers["b"], answers["d"]) == ("eins\u2028zwei", [1.5, True], 1)
+
+
+@pytest.mark.parametrize("tail", ['{"key": "c", "value": "\u00e9', "{", "\u20ac", "\0" * 9])
+def test_a_file_that_ends_anywhere_blocks_no_rerun(tmp_path: Path, tail: str) -> None:
+    with AnswerCache(tmp_path, "m") as answers:
+        answers.add({"a": "\u00e9"})
+    path = tmp_path / "answers.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail.encode()[:-1])  # inside the last character, if it has two bytes
+    with AnswerCache(tmp_path, "m") as answers:
+        assert len(answers) == 1 and answers["a"] == "\u00e9"
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:9])  # inside the header
+    with AnswerCache(tmp_path, "m") as answers:
+        assert len(answers) == 0
+
+
+def test_a_damaged_line_loses_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with AnswerCache(tmp_path, "m") as answers:
+        answers.add({"a": 1})
+    with (tmp_path / "answers.jsonl").open("ab") as file:
+        file.write(b"\xff\n[]\n" + b"[" * 99999 + b"\n" + b'{"key": "b", "value": 2}\n')
+    with AnswerCache(tmp_path, "m") as answers:
+        assert (answers["a"], answers["b"]) == (1, 2)
+    assert "answers.jsonl: 3 damaged lines will be asked again" in caplog.text
+
+
+def test_a_write_that_fails_leaves_no_half_line(tmp_path: Path) -> None:
+    with AnswerCache(tmp_path, "m") as answers:
+        answers.add({"a": 1})
+        before = answers.path.read_bytes()
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limit[1]))
+        try:
+            with pytest.raises(DataError, match=r"answers\.jsonl: cannot be written \(File too la"):
+                answers.add({"b": "x" * 100})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert answers.path.read_bytes() == before
+        answers.add({"b": 2})
 
 
 @pytest.mark.parametrize(

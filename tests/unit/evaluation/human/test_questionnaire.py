@@ -180,3 +180,41 @@ def test_mistakes(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"id": 1, "prompt": "text", "content": []}\n')
     with pytest.raises(DataError, match="must be lists of parts"):
         read_answered_prompts(tmp_path / "bad.jsonl")
+
+
+def test_a_longer_conversation_is_shown_with_its_speakers(asker: Asker, tmp_path: Path) -> None:
+    turns = [("user", "a three"), ("assistant", "yes"), ("user", "a four"), ("assistant", "SECRET")]
+    record = {"id": "a", "messages": [{"role": r, "content": text} for r, text in turns]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
+    options = GenerationOptions(force=Force.TEXT, max_tokens=2)
+    out = answer_prompts(asker, read_prompts(tmp_path / "p.jsonl"), tmp_path / "out", options)
+    (answered,) = read_answered_prompts(out)
+    text = "".join(part["text"] for part in answered.prompt)
+    assert text == "User:\na three\n\nAssistant:\nyes\n\nUser:\na four"
+    assert "SECRET" not in out.read_text()
+
+
+@pytest.mark.parametrize("missing", ["kind", "items", "forms", "models", "questionnaire"])
+def test_a_key_that_lost_something_is_refused(pair: Path, missing: str) -> None:
+    content = json.loads((pair / "key.json").read_text())
+    for value in (None, 5, [], {"1": 5}, {"1": {"a": 5}}):
+        (pair / "key.json").write_text(json.dumps({**content, missing: value}))
+        with pytest.raises(DataError, match=r"key\.json: is not the key of a questionnaire"):
+            read_key(pair / "key.json")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [5, {}, {"type": ["text"]}, {"type": "video", "video": "a"}, {"type": "text", "text": 5}],
+)
+def test_parts_of_another_kind_are_refused(tmp_path: Path, part: Any) -> None:
+    record = {"id": 1, "prompt": [part], "content": []}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: a part is neither a text nor an image"):
+        read_answered_prompts(tmp_path / "a.jsonl")
+
+
+def test_judgements_that_are_no_words_are_refused(pair: Path) -> None:
+    form = fill(pair / "form_1.html", lambda item: ["left"])
+    with pytest.raises(DataError, match="has no judgements, or some that are no words"):
+        read_judgements([form], read_key(pair / "key.json"))

@@ -8,10 +8,15 @@ import pytest
 from PIL import Image
 
 from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
-from megatron_chameleon.evaluation.asking.asker import Asker
+from megatron_chameleon.evaluation.asking.asker import Asker, prompt_as_json
 from megatron_chameleon.evaluation.tasks.catalogue import TaskInfo
 from megatron_chameleon.evaluation.tasks.item_files import read_captions, read_task_file, read_vqa
-from megatron_chameleon.evaluation.tasks.items import SCORERS, ItemTask, evaluate_items
+from megatron_chameleon.evaluation.tasks.items import (
+    SCORERS,
+    ItemTask,
+    _with_examples,
+    evaluate_items,
+)
 
 CAPTION = TaskInfo("coco_caption", "caption", "CIDEr", 2, {"34B": 120.2}, data="coco")
 VQA = TaskInfo("vqav2", "vqa", "accuracy", 2, {"34B": 66.0}, data="vqav2")
@@ -134,6 +139,33 @@ def test_the_last_text_of_a_document_is_the_answer(
     assert len(asked[0]) == 1 and result.summary()["value"] == 100
 
 
+def test_a_conversation_is_asked_as_in_fine_tuning(asker: Asker, tmp_path: Path) -> None:
+    name = picture(tmp_path / "a.png").name
+    part = {"type": "image", "image": name}
+    records: list[dict[str, Any]] = [
+        {"id": "0", "prompt": [part, {"type": "text", "text": "Which digit?"}], "answer": "zero"},
+        {"id": "1", "messages": [{"role": "user", "content": "Two?"}], "answers": ["2", "two"]},
+    ]
+    separator = {"token": asker.session.tokenizer.vocabulary.separator}
+    task = read_task_file(own_task(tmp_path, records, max_tokens=2), None)
+    result = evaluate_items(asker, task)
+    first, second = result.scored_items
+    assert first.prompt == [{"image": str(tmp_path / "a.png")}, "Which digit?"]
+    assert first.reference == ["zero"] and second.reference == ["2", "two"]
+    assert result.settings["asked_as_conversations"] == 2
+    prompts = [_with_examples(asker, task, item, 1) for item in task.items]
+    assert prompt_as_json(prompts[1].asked) == ["Two?", separator]
+    with_shots = read_task_file(own_task(tmp_path, records, shots=1), None)
+    shown = _with_examples(asker, with_shots, with_shots.items[1], 1)
+    assert [turn["role"] for turn in shown.shown] == ["user", "assistant", "user"]
+    assert "two" not in json.dumps(shown.shown) and "zero" in json.dumps(shown.shown)
+    plain = read_task_file(own_task(tmp_path, records, chat=False), None)
+    assert prompt_as_json(_with_examples(asker, plain, plain.items[1], 1).asked) == ["Two?"]
+    texts = [{"text": "Two?", "answer": 2}]
+    chat = read_task_file(own_task(tmp_path, texts, chat=True), None)
+    assert prompt_as_json(_with_examples(asker, chat, chat.items[0], 1).asked)[-1] == separator
+
+
 def test_shots_never_show_the_item_itself(asker: Asker, tmp_path: Path) -> None:
     records = [{"id": str(n), "text": f"q{n}", "answers": [f"a{n}"]} for n in range(3)]
     task = read_task_file(own_task(tmp_path, records, shots=2), None)
@@ -174,6 +206,27 @@ def read_own(folder: Path, record: dict[str, Any], **spec: Any) -> ItemTask:
         ({"text": "a", "answers": [None]}, {}, "`answers` must be a list of texts"),
         ({"answers": ["b"]}, {}, "has none of the keys content, text, messages and prompt"),
         ({"text": "a", "answer": "b"}, {"data": "gone.jsonl"}, "gone.jsonl: no such file"),
+        ({"text": "a", "answer": "b"}, {"chat": "yes"}, "chat is yes. Use true or false"),
+        ({"text": "a", "answer": "b"}, {"stop": ["a"]}, r"stop is \['a'\], not a text"),
+        ({"text": "a", "answer": "b"}, {"shots": True}, "shots is True. Use a whole number"),
+        ({"text": "a", "answer": "b"}, {"max_tokens": 10**30}, "max_tokens is 1000"),
+        ({"text": "a", "answer": "b"}, {"paper": "7B"}, "paper is '7B', not figures by model"),
+        ({"text": "a", "answer": " "}, {}, "items.jsonl:1: nothing is left of the answer ' ' to"),
+        ({"text": "a", "answer": "b", "choices": "bc"}, {"metric": "acc"}, "`choices` must be a"),
+        ({"text": "a", "answer": "b", "choices": ["b", ""]}, {"metric": "acc"}, "`choices` must"),
+        ({"text": "a", "answer": 1, "choices": ["b", "c"]}, {"metric": "acc"}, "'1' is not among"),
+        ({"text": "a", "answer": "b", "choices": ["b", "b"]}, {"metric": "acc"}, "lists a candid"),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+            {"chat": False},
+            "is a conversation of several messages, and the task has `chat: false`",
+        ),
     ],
 )
 def test_mistakes_in_own_tasks(
@@ -189,6 +242,11 @@ def test_mistakes_in_published_files(tmp_path: Path) -> None:
     (karpathy(tmp_path) / "val2014/3.jpg").unlink()
     with pytest.raises(DataError, match=r"image 3: the image .*3\.jpg does not exist"):
         read_captions(CAPTION, tmp_path)
+    entry = {"filename": "3.jpg", "split": "val", "sentences": [{}]}
+    for value in (entry | {"split": "test"}, 5, entry | {"split": "test", "sentences": 5}):
+        (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": [value]}))
+        with pytest.raises(DataError, match=r"image 0: (a value is missing or of|the record is a)"):
+            read_captions(CAPTION, tmp_path)
     (tmp_path / "dataset_coco.json").write_text("[]")
     with pytest.raises(DataError, match="has no list `images`"):
         read_captions(CAPTION, tmp_path)
