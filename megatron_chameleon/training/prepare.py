@@ -15,7 +15,7 @@ from megatron_chameleon.config.checks.layouts import check_vocabulary
 from megatron_chameleon.config.load import format_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.data.mixture.mixture_history import stage1_steps
+from megatron_chameleon.data.mixture.mixture_history import count_stage2_steps
 from megatron_chameleon.model.backend import machine_problems
 from megatron_chameleon.parallel.collectives import run_on_rank_0
 from megatron_chameleon.parallel.launch import Launch
@@ -95,8 +95,9 @@ def describe_run(inputs: RunInputs) -> str:
     config = inputs.config
     parameters = count_parameters(config.model, inputs.tokenizer.vocabulary.size)
     tokens = config.training.global_batch_size * config.model.seq_length
-    stage2 = config.training.steps - stage1_steps(config)
-    stages = f", {stage2:,} of them in stage 2" if config.data.stage2 else " in one stage"
+    stage2 = count_stage2_steps(inputs.reader.history, config.training.steps)
+    has_stages = config.data.stage2 or stage2
+    stages = f", {stage2:,} of them in stage 2" if has_stages else " in one stage"
     return (
         f"{parameters:,} parameters; {tokens:,} tokens per step; {config.training.steps:,} steps"
         f"{stages}"

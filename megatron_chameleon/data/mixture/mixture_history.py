@@ -81,6 +81,13 @@ class MixtureHistory:
         batch = self._batch(steps_done)
         return batch.first_sample + (steps_done - batch.first_step) * batch.global_batch_size
 
+    def steps_before(self, sample: int) -> int:
+        """Number of steps whose first sample comes before a sample."""
+        batch = next((b for b in reversed(self.batches) if b.first_sample < sample), None)
+        if batch is None:
+            return 0
+        return batch.first_step - (batch.first_sample - sample) // batch.global_batch_size
+
     def batch_size(self, steps_done: int) -> int:
         """Number of sequences of the step after ``steps_done`` steps."""
         return self._batch(steps_done).global_batch_size
@@ -226,12 +233,21 @@ def open_mixture(
     )
 
 
-def stage1_steps(config: Config) -> int:
-    """Number of steps that belong to stage 1 if all batches of the run have the same size."""
-    if config.data.stage1_tokens is not None:
-        tokens = config.training.global_batch_size * config.model.seq_length
-        return min(config.training.steps, math.ceil(config.data.stage1_tokens / tokens))
-    return round(config.training.steps * config.data.stage1_fraction)
+def count_stage2_steps(history: MixtureHistory, steps: int) -> int:
+    """How many of a run's steps belong to stage 2: those whose first sample does.
+
+    Args:
+        history: What the run has done so far, and does next. A config alone does not say it: stage
+            2 stays where it began when a run is made longer.
+        steps: Of the whole run.
+    """
+    count = 0
+    ends = [entry.first_sample for entry in history.entries[1:]] + [history.first_sample(steps)]
+    for entry, end in zip(history.entries, ends, strict=True):
+        if entry.weights.stage2:
+            first = min(end, max(entry.first_sample, entry.weights.stage1_samples))
+            count += history.steps_before(end) - history.steps_before(first)
+    return count
 
 
 def _new_entry(

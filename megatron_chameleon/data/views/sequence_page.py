@@ -21,6 +21,7 @@ from megatron_chameleon.data.views.audit import (
     kinds_of,
 )
 from megatron_chameleon.data.views.token_file_page import PAGE, render_tokens
+from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.files import write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
@@ -56,6 +57,20 @@ def mixture_summary(reader: BatchReader) -> str:
         )
     if answers := reader.describe_answers():
         lines += ["", *answers]
+    ends = [entry.first_sample for entry in history.entries[1:]] + [samples]
+    for entry, end in zip(history.entries, ends, strict=True):
+        if entry.first_sample < end:
+            lines += _phase_lines(reader, entry.first_sample, end, width)
+    return "\n".join(lines)
+
+
+def _phase_lines(reader: BatchReader, first: int, samples: int, width: int) -> list[str]:
+    """What each phase of the mixture from a sample on takes from its sources, up to another."""
+    lines = []
+    try:
+        mixture = reader.mixture(first)
+    except ConfigError as error:  # the run has used it before, and needs its files no more
+        return ["", f"samples {first:,} to {samples - 1:,}: not known ({error.what})"]
     for phase in mixture.phases(samples):
         end = samples if phase.end_sample is None else min(samples, phase.end_sample)
         lines += ["", f"stage {phase.stage}, samples {phase.first_sample:,} to {end - 1:,}:"]
@@ -63,7 +78,7 @@ def mixture_summary(reader: BatchReader) -> str:
             blocks = -(-(end - phase.first_sample) // phase.sequences)
             epochs = phase.position(key, blocks) / mixture.cursors[key].stream.corpus.tokens
             lines.append(f"{key:{width}} {100 * share:6.2f}% of the tokens, {epochs:,.3f} epochs")
-    return "\n".join(lines)
+    return lines
 
 
 def write_sequence_page(

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.reader import BatchReader
+from megatron_chameleon.data.mixture.mixture_history import count_stage2_steps
 from megatron_chameleon.data.token_files.format import REQUIRED_SUFFIXES
 from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError
 
@@ -189,6 +190,33 @@ def test_a_border_in_the_past_is_one_at_the_resume(config, tokenizer):
     assert [row(reader.sample(i)) for i in range(240)] == reference
     assert reader.mixture(240).locate(239).phase.stage == 1
     assert reader.mixture(240).locate(240).phase.stage == 2
+
+
+@pytest.mark.parametrize(
+    ("steps_done", "begin", "longer"),
+    [(6, 32, 40), (18, 16, 40), (18, 16, 19), (20, 16, 60)],
+    ids=["before stage 2", "in stage 2", "shorter", "at the end"],
+)
+def test_stage_2_stays_where_it_began(config, tokenizer, steps_done, begin, longer):
+    config.training.steps, config.data.stage1_fraction, config.data.stage1_tokens = 20, 0.8, None
+    config.training.global_batch_size = 8
+    reader = BatchReader(config, tokenizer)
+    assert count_stage2_steps(reader.history, 20) == 4
+    config.training.steps = longer
+    reader = resumed(reader, config, tokenizer, steps_done)
+    assert count_stage2_steps(reader.history, longer) == longer - begin
+    assert stages(reader).count(2) == longer - begin
+    config.training.global_batch_size = 12  # the border may lie within a step
+    again = resumed(reader, config, tokenizer, steps_done)
+    config.data.stage1[0].weight = 3.0  # a second mixture, in which stage 2 begins again
+    for reader in (again, resumed(again, config, tokenizer, steps_done + 1)):
+        assert count_stage2_steps(reader.history, longer) == stages(reader).count(2)
+
+
+def stages(reader):
+    """The stage of each step, as the audit finds it in the data."""
+    first = [reader.history.first_sample(step) for step in range(reader.config.training.steps)]
+    return [reader.mixture(sample).locate(sample).phase.stage for sample in first]
 
 
 def refused(reader, config, tokenizer, step=10):
