@@ -3,6 +3,7 @@
 The jobs of one test run at once, since most of their time goes into starting Python.
 """
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ def submit(slurm: Cluster, venv: str, tiny) -> Callable[..., str]:
 
 @pytest.fixture(scope="module")
 def unbroken(tiny) -> list[dict[str, Any]]:
-    tiny.train("slurm-unbroken", *SETTINGS, processes=2)
+    tiny.train("slurm-unbroken", *SETTINGS, "checkpoint.keep_last=99", processes=2)
     return tiny.metrics("slurm-unbroken")
 
 
@@ -116,11 +117,21 @@ def test_a_mistake_is_not_repeated(slurm, submit, tiny) -> None:
 def test_a_process_that_dies_takes_the_job_back_into_the_queue(
     slurm, submit, tiny, unbroken
 ) -> None:
-    job = submit("dies", ("--nodes=1", "--ntasks-per-node=2"))
-    wait_for_step(slurm, tiny, "dies", 7)
+    """Its command goes back to an earlier checkpoint, and the requeued one goes on."""
+    shutil.copytree(tiny.folder / "slurm-unbroken", tiny.folder / "dies")
+    checkpoints = tiny.folder / "dies" / "checkpoints"
+    path = str(checkpoints / "step_00000006")
+    job = submit("dies", ("--nodes=1", "--ntasks-per-node=2"), "--resume", path)
+    slurm.wait_for(lambda: (checkpoints / "branch_0001" / "step_00000009").exists(), SECONDS)
+    slurm.wait_for(lambda: (checkpoints / "step_00000009").exists(), SECONDS)
     slurm.kill_task(job, rank=1)
     assert slurm.wait_until_ended(job, SECONDS) == "COMPLETED"
     assert exact(tiny.metrics("dies")) == exact(unbroken)
     text = (tiny.folder / "dies.log").read_text()
     assert "restart 1, on" in text
     assert "ended with exit code 75" not in text
+    rank0 = (tiny.folder / "dies-logs" / f"chameleon-7b-{job}-rank0.log").read_text()
+    assert rank0.count("the run goes back to step_00000006") == 1
+    assert f"the run began from {path} on" in rank0
+    names = sorted(path.name for path in (checkpoints / "branch_0001").glob("step_*"))
+    assert (names[0], names[-1]) == ("step_00000009", "step_00000040")

@@ -230,7 +230,9 @@ def _make_room(folder: Path, temporary: Path, local_bytes: int) -> None:
     if sizes is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step_*"):
+    for leftover in (*folder.glob(".step_*"), *folder.glob(".branch_*.partial")):
+        if leftover.is_symlink():  # somebody else's; nothing behind it is touched
+            leftover.unlink()
         shutil.rmtree(leftover, ignore_errors=True)
     free, total = shutil.disk_usage(folder).free, sum(sizes) + SPARE_BYTES
     if free < total:

@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,8 +99,9 @@ def finish_moves(folder: Path) -> None:
 def _make_branch(folder: Path, moves: Moves) -> None:
     """Create the branch's folder, with the records of the run as they are now."""
     partial = own_folder(folder / f".{moves.branch}.partial", CheckpointError)
-    with writing(partial, CheckpointError):
+    with ExitStack() as stack, writing(partial, CheckpointError):
         empty_folder(partial)
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
         if moves.keeps_records:
             for name in (*RECORDS, "config.yaml"):
                 _copy(folder.parent / name, partial / name)

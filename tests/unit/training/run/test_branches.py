@@ -4,6 +4,7 @@ Checkpoints are small files here, and ``Story`` plays a run that starts, saves, 
 killed, with what the real one calls in between.
 """
 
+import errno
 import json
 import os
 import random
@@ -204,6 +205,20 @@ def test_a_link_in_the_way_is_not_followed(story: Story, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="is a link, and this name is used for unfinished"):
         story.start(story.path(4))
     assert (other / "precious").is_file() and story.steps() == [4, 8, 10, 12]
+
+
+def test_a_full_disk_changes_nothing(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = sorted(story.run.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copy2", refuse)
+        with pytest.raises(CheckpointError, match=r"branch_0001\S+: cannot be written \(No space"):
+            story.start(story.path(4))
+    assert sorted(story.run.rglob("*")) == before
+    story.start(story.path(4))
+    assert story.steps() == [4]
 
 
 def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch, story: Story, resume: str) -> bool:
