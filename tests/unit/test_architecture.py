@@ -84,6 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training/run": {
         "checkpoint/state",
         "config",
+        "config/checks",
         "data/batches",
         "parallel",
         "planner",

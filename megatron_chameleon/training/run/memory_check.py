@@ -3,12 +3,15 @@
 import dataclasses
 import os
 
+from megatron_chameleon.config.checks.check import smallest_world_size
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.machine import machine_memory, too_large
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.planner.memory import predict_memory
 
+BYTES_PER_TOKEN = 29
+"""Of a ``Batch``: three int64, a float32 and a bool. A mask takes a byte per pair of tokens."""
 _ADVICE = {
     "weights": ("model.hidden_size", "Use a smaller model, or split it over more processes"),
     "activations": ("model.seq_length", "Use a smaller model.seq_length or micro_batch_size"),
@@ -27,6 +30,11 @@ def memory_problem(config: Config, vocab_size: int, world_size: int) -> ConfigEr
         vocab_size: The number of tokens in the vocabulary.
         world_size: Number of processes of the run.
     """
+    processes = _local_processes(world_size)
+    remedy = "Use a smaller global batch, or more data-parallel ranks"
+    needed = processes * batch_bytes(config, world_size)
+    if problem := too_large("training.global_batch_size", needed, machine_memory(), remedy):
+        return problem
     estimate = dataclasses.asdict(predict_memory(config, vocab_size, world_size))
     estimate["reserved"] = 0.0
     if config.engine.name == "deepspeed":
@@ -36,10 +44,18 @@ def memory_problem(config: Config, vocab_size: int, world_size: int) -> ConfigEr
         has, processes, place = gpu, 1, "a GPU of this machine"
     else:
         has, place = machine_memory(), "this machine"
-        processes = _local_processes(world_size)
     largest = max(estimate, key=lambda part: estimate[part])
     where, remedy = _ADVICE.get(largest, _ADVICE["weights"])
     return too_large(where, needed * processes, has, remedy, place)
+
+
+def batch_bytes(config: Config, world_size: int) -> int:
+    """Bytes of main memory that the micro-batches of a rank take, of this step and the next."""
+    data_size = max(1, world_size // smallest_world_size(config.parallel))
+    samples = -(-config.training.global_batch_size // data_size)
+    length = config.model.seq_length
+    mask = length if config.data.reset_attention else 0
+    return 2 * samples * length * (BYTES_PER_TOKEN + mask)
 
 
 def _local_processes(world_size: int) -> int:

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_chameleon import machine
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.config.names import PRESETS
 from megatron_chameleon.config.schema import Config
+from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.machine import machine_memory, too_large
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.training.run import memory_check
-from megatron_chameleon.training.run.memory_check import memory_problem
+from megatron_chameleon.training.run.memory_check import batch_bytes, memory_problem
 
 GIB = 1 << 30
 
@@ -77,6 +79,27 @@ def test_a_gpu_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a GPU of this machine has 40.0 GiB" in problem(preset())
     monkeypatch.setattr(platform, "gpu_memory_bytes", lambda: 200 * GIB)
     assert problem(preset()) == ""
+
+
+def test_a_step_of_many_sequences_does_not_fit_into_main_memory() -> None:
+    config = Config()
+    config.model.seq_length, config.training.global_batch_size = 4096, 2**20
+    line = problem(config)
+    assert line.startswith("training.global_batch_size: needs about 232.0 GiB of memory, and this")
+    assert problem(config, 64) == ""
+    config.data.reset_attention, config.training.global_batch_size = True, 2**10
+    assert problem(config).startswith("training.global_batch_size: needs about 32.2 GiB")
+
+
+def test_the_bytes_of_a_batch_are_those_of_a_real_one() -> None:
+    rows = torch.zeros(2, 8, dtype=torch.int64)
+    mask = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    batch = Batch(rows, rows, rows.float(), rows.bool(), rows, mask)
+    size = sum(t.nbytes for t in vars(batch).values() if isinstance(t, torch.Tensor))
+    config = Config()
+    config.model.seq_length, config.training.global_batch_size = 8, 2
+    config.data.reset_attention = True
+    assert batch_bytes(config, 1) == 2 * size
 
 
 def test_deepspeed_splits_more_so_only_its_weights_count() -> None:
