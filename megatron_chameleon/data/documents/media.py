@@ -61,14 +61,19 @@ _LEAST_BASE64 = 48
 """Fewer letters are a word or a path such as /9j/a.png, not an image file."""
 
 
-def medium_of(value: Any, depth: int = 0) -> str:
+def medium_of(value: Any, depth: int = 0, links: bool = True) -> str:
     """What a value holds: ``image``, ``audio``, ``video``, or nothing of the three (empty).
 
     A path with such a suffix, a data: URI, a file's bytes or its base64 text count, and so do
     objects and lists that hold one of them at any depth down to ``DEEPEST``.
+
+    Args:
+        value: Any value of JSON or Arrow.
+        depth: How deep inside of another value it lies.
+        links: Whether links to the web count.
     """
     if isinstance(value, str):
-        return _of_text(value)
+        return "" if not links and is_link(value) else _of_text(value)
     if isinstance(value, bytes):
         return medium_of_bytes(value)
     if isinstance(value, dict) and depth < DEEPEST:
@@ -78,11 +83,12 @@ def medium_of(value: Any, depth: int = 0) -> str:
             return AUDIO
         if value.get("bytes") and value.keys() <= {"bytes", "path"}:  # Image of HF datasets
             return medium_of(value["bytes"]) or medium_of(value.get("path")) or IMAGE
-        return next((m for v in value.values() if (m := medium_of(v, depth + 1))), "")
+        inner = value.values()
+        return next((m for v in inner if (m := medium_of(v, depth + 1, links))), "")
     if isinstance(value, list | tuple) and depth < DEEPEST:
         if _NUMBERS.issuperset(map(type, value)):  # an embedding, in a fraction of the time
             return ""
-        return next((m for v in value if (m := medium_of(v, depth + 1))), "")
+        return next((m for v in value if (m := medium_of(v, depth + 1, links))), "")
     return ""
 
 
@@ -124,6 +130,13 @@ def image_of_base64(text: str) -> bytes | None:
         return base64.b64decode("".join(text.split()), validate=True)
     except binascii.Error:
         return None
+
+
+def is_encoded(text: str) -> bool:
+    """Whether a text is nothing but the data: URI or base64 text of an image, sound or video."""
+    if text[:4].lower() not in _BEGINNINGS:
+        return False
+    return bool(_DATA_URI.match(text)) or image_of_base64(text) is not None
 
 
 def _of_text(text: str) -> str:

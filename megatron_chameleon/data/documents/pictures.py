@@ -89,6 +89,7 @@ def find_beside(
     folder: ImageFolder,
     where: str,
     own: Sequence[str] | None = None,
+    has_pictures: bool = False,
 ) -> Beside:
     """Find the pictures beside a text.
 
@@ -98,12 +99,15 @@ def find_beside(
         folder: Where references to images start from.
         where: File and line, for errors.
         own: Names of the files that hold the record's own pictures, if it has any.
+        has_pictures: Whether the text itself holds pictures, so that a link or file name beside it
+            says where one of them came from.
 
     Raises:
         DataError: A key holds a picture, sound or video that cannot be read.
     """
     of_pictures: list[str] = []
     of_names: list[str] = []
+    linked: list[str] = []
     unused: list[str] = []
     for key, value in record.items():
         if key in used or value is None:
@@ -113,20 +117,23 @@ def find_beside(
             of_pictures.append(key)
         elif kind == "name":
             of_names.append(key)
+        elif _is_only_linked(key, value, where):
+            linked.append(key)
         else:
-            _refuse_medium(key, value, where)
             if value or isinstance(value, int | float):  # an empty text or list says nothing
                 unused.append(key)
-    if not (of_pictures or of_names):
+    if not (of_pictures or of_names or linked):
         return Beside(unused_keys=tuple(unused))
     pictures: list[ImagePart] = []
     for key in _in_order([k for k in of_pictures if record[k] not in _EMPTY], where):
         if not _names_own(record[key], own):
             pictures += _read(record[key], key, folder, where)
-    if not pictures and own is None:
+    if not pictures and own is None and not has_pictures:
         pictures, read = _named_pictures(record, of_names, folder, where)
         of_names = [key for key in of_names if key not in read]
-    return Beside(tuple(pictures), bool(of_pictures), (*unused, *of_names))
+    if linked and not (pictures or own or has_pictures):
+        _refuse(linked[0], medium_of(record[linked[0]]), where)
+    return Beside(tuple(pictures), bool(of_pictures), (*unused, *of_names, *linked))
 
 
 def place_pictures(
@@ -345,13 +352,18 @@ def _base(value: Any) -> Any:
     return re.split(r"[/\\]", value)[-1] if isinstance(value, str) else repr(value)
 
 
-def _refuse_medium(key: str, value: Any, where: str) -> None:
-    """Drop a document with a picture, sound or video in a key that nobody reads."""
+def _is_only_linked(key: str, value: Any, where: str) -> bool:
+    """Whether a key that nobody reads has links to pictures, which may say where they came from.
+
+    Raises:
+        DataError: It holds a picture, sound or video itself.
+    """
     named = _OTHER_MEDIUM_KEY.fullmatch(key)
     if named and isinstance(value, str | bytes | dict | list) and value not in _EMPTY:
         _refuse(key, named["medium"].lower(), where)
-    if medium := medium_of(value):
+    if medium := medium_of(value, links=False):
         _refuse(key, medium, where)
+    return bool(medium_of(value))
 
 
 def _refuse(key: str, medium: str, where: str) -> None:

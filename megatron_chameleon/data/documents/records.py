@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from megatron_chameleon.data.documents.image_part import ImagePart, image_part
+from megatron_chameleon.data.documents.media import is_encoded
 from megatron_chameleon.data.documents.messages import join_texts
 from megatron_chameleon.data.documents.pictures import Beside, find_beside, place_pictures
 from megatron_chameleon.data.documents.schema import ASSISTANT, USER, Document, TextPart
@@ -128,7 +129,12 @@ def document_of(record: Record, origin: Origin, own: Mapping[str, bytes] | None 
     form = form_of(record, where)
     shaped = read_shape(record, form, folder, where)
     used = {*shaped.used, *NAMES}
-    beside = find_beside(record, used, folder, where, None if own is None else list(own))
+    if any(isinstance(part, TextPart) and is_encoded(part.text) for part in shaped.parts):
+        what = "has the letters of an encoded picture where a text is expected"
+        raise DataError(where, what, 'Write it as {"type": "image", "image": ...}')
+    has_pictures = any(isinstance(part, ImagePart) for part in shaped.parts)
+    names = None if own is None else list(own)
+    beside = find_beside(record, used, folder, where, names, has_pictures)
     if own is not None:
         pictures = (*(image_part(data, folder) for data in own.values()), *beside.pictures)
         beside = Beside(pictures, bool(own) or beside.has_key, beside.unused_keys)

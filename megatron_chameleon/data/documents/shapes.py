@@ -7,7 +7,8 @@
     prompt (with answer)        a conversation of two messages; also question and answer, and
                                 prompt and completion or response
     instruction (with output)   a conversation, as Alpaca writes it, with input and history
-    images and texts            OBELICS: parallel lists; one of the two is null at each place
+    images and texts            OBELICS: parallel lists; one of the two is null at each place.
+                                The Cauldron: texts are objects with user and assistant
     caption                     the caption of a picture in another key
 
 A record has one of the first four keys, or else it is of the first of the others that it has. To
@@ -186,6 +187,12 @@ def _read_interleaved(record: Record, key: str, folder: ImageFolder, where: str)
         raise DataError(
             where, what, "Write two list columns; at each place one of the two must be null"
         )
+    if texts and all(isinstance(t, dict) and {"user", "assistant"} <= t.keys() for t in texts):
+        messages = [
+            {"role": role, "content": text[role]} for text in texts for role in (USER, ASSISTANT)
+        ]
+        names = [f"texts[{i}]" for i in range(len(texts)) for _ in (USER, ASSISTANT)]
+        return _conversation(record, messages, {"texts"}, folder, where, names)
     if len(images) != len(texts) or not images:
         what = f"images has {len(images)} entries, but texts has {len(texts)}"
         raise DataError(where, what, "Write two lists of the same length, at least 1")

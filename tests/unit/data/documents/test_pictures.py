@@ -118,6 +118,8 @@ def test_pictures_are_read_at_their_places(record: dict[str, Any], content: list
         ({"text": "x", "recording": "a.wav"}, "the key recording holds sound"),
         ({"text": "x", "path": "a.mp4"}, "the key path holds a video"),
         ({"caption": "x"}, "has a caption, but no picture"),
+        ({"text": BASE64}, "has the letters of an encoded picture where a text is expected"),
+        (ask(f"data:image/png;base64,{BASE64}"), "has the letters of an encoded picture"),
         (
             {"content": [{"type": "text", "text": "x", "image": "a.png"}]},
             "a part has a picture in the key image",
@@ -141,6 +143,12 @@ def test_a_link_is_read_only_if_it_is_the_only_picture() -> None:
     link = "https://example.org/pictures/a.jpg?size=2"
     assert parse({"text": "x", "image": "a.png", "url": link}).unused_keys == ("url",)
     assert parse({"text": "x", "url": "https://example.org/page"}).unused_keys == ("url",)
+    nested = {"images": ["a", None], "texts": [None, "x"], "metadata": [{"src": link}, None]}
+    assert parse(nested).unused_keys == ("metadata",)
+    part = {"type": "image", "image": "a.png"}
+    assert parse({"content": [part], "file_name": "b.png"}).unused_keys == ("file_name",)
+    with pytest.raises(DataError, match="the key metadata holds a picture"):
+        parse({"text": "x", "metadata": [{"src": link}]})
     with pytest.raises(DataError):
         document = parse({"text": "x", "url": link})
         next(part for part in document.content if isinstance(part, ImagePart)).open()

@@ -59,6 +59,10 @@ def turns(document: Document) -> list[tuple[str, Any]]:
             {"instruction": "Who?", "context": "Ann.", "response": "Ann"},
             [("u", "Who?\n\nAnn."), ("a", "Ann")],
         ),
+        (
+            {"images": [{"path": "a"}], "texts": [{"user": "x", "assistant": "y"}]},
+            [("u", ImagePart), ("u", "x"), ("a", "y")],
+        ),
         ({"question": "1 + 1?", "answer": 2}, [("u", "1 + 1?"), ("a", "2")]),
         (
             {
