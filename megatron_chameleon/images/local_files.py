@@ -59,7 +59,7 @@ def open_checked(path: str, places: Sequence[str] | None, name: str) -> Iterator
         DataError: The disk fails.
     """
     if places is not None and not any(_below(_absolute(path), place) for place in _all(places)):
-        raise _outside(name, os.path.normpath(path))
+        raise _outside(name, _absolute(path))
     with _closed(_os_open(path, os.O_PATH, name)) as found:
         _judge(found, places, name)
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY

@@ -44,7 +44,7 @@ class ImageOptions:
             ConfigError: At the first of them.
         """
         for root in self.roots:
-            if "::" in root or ("://" not in root and not Path(root).is_dir()):
+            if "::" in root or ("://" not in root and not (root and Path(root).is_dir())):
                 what = f"{root!r} is not a folder"
                 raise ConfigError("--image-root", what, "Give a folder, or the URL of one")
         for protocol in self.protocols:

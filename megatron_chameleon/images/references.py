@@ -140,8 +140,8 @@ def decode_data_uri(value: str) -> bytes | None:
 
 
 def shown(name: str) -> str:
-    """A name as errors show it: of bounded length, without lone surrogates."""
+    """A name as errors show it: on one line of bounded length."""
     if name.startswith("data:"):
         return f"{name[:40]}..."
     short = name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..."
-    return short.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)

@@ -140,11 +140,11 @@ def _read(url: str, name: str, options: ImageOptions) -> bytes:
     import fsspec
 
     kwargs: dict[str, Any] = {}
-    if any(link.startswith(("http://", "https://")) for link in url.split("::")):
+    if web := {link.partition("://")[0] for link in url.split("::")} & {"http", "https"}:
         import aiohttp
 
         limit = {"timeout": aiohttp.ClientTimeout(total=SECONDS_PER_IMAGE)}
-        kwargs = {protocol: {"client_kwargs": limit} for protocol in ("http", "https")}
+        kwargs = {protocol: {"client_kwargs": limit} for protocol in web}
     system, path = fsspec.core.url_to_fs(url, **kwargs)
     with system.open(path, "rb") as file:
         data: bytes = file.read(options.max_bytes + 1)
@@ -162,6 +162,9 @@ def _check_there(url: str) -> None:
 
 def _is_about_the_file(error: Exception) -> bool:
     """Whether a service that works would say this of a file that a document made up."""
+    cause = error.__cause__
+    if isinstance(cause, Exception) and type(cause).__module__.startswith("aiohttp"):
+        error = cause  # fsspec says "not found" for whatever went wrong
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in _OF_THE_SERVICE

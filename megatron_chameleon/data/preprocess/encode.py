@@ -156,6 +156,8 @@ class DocumentEncoder:
                 codes.append([result for result in found if isinstance(result, np.ndarray)])
             else:
                 detail = f"{fault.where}: {fault.what}"
+                if "--" in fault.remedy:  # the option that would have kept the document
+                    detail += f". {fault.remedy}"
                 dropped[place] = self._drop(documents.pop(place), fault.reason, detail)
         return codes
 
