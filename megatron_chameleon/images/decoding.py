@@ -5,6 +5,7 @@ as ICNS are folders of other files.
 """
 
 import io
+import re
 
 from PIL import Image, UnidentifiedImageError
 
@@ -14,6 +15,7 @@ from megatron_chameleon.images.options import IGNORE, ImageOptions
 from megatron_chameleon.images.untrusted_bytes import (
     gray_bits_of_png,
     scans_of_jpeg,
+    size_in_icon,
     without_large_chunks,
 )
 
@@ -24,6 +26,8 @@ FORMATS = (
 """What Pillow may decode, by its names. An MPO is a JPEG with more images behind it."""
 MOST_SCANS = 100
 """Of a progressive JPEG. Encoders write about ten; each one is a pass over all pixels."""
+LONGEST_SIDE = 1 << 20
+"""Pixels; Pillow needs memory for each row besides that of its pixels."""
 
 
 def decode_image(data: bytes, name: str, options: ImageOptions) -> Image.Image:
@@ -44,17 +48,17 @@ def decode_image(data: bytes, name: str, options: ImageOptions) -> Image.Image:
         if (scans := scans_of_jpeg(data)) > MOST_SCANS:
             what = f"the JPEG has {scans} scans, more than {MOST_SCANS}"
             raise ImageError(name, what, "Write the image again")
+        _check_size(size_in_icon(data), name, options)
         image = Image.open(io.BytesIO(without_large_chunks(data)), formats=_formats())
-        pixels = image.width * image.height
-        if pixels > options.max_pixels:
-            what = f"{pixels} pixels, the limit is {options.max_pixels}"
-            raise too_large(name, what, "Make it smaller, or raise --max-image-pixels")
+        _check_size(image.size, name, options)
         image.load()
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise all kinds of exceptions
         if isinstance(error, Image.DecompressionBombError):
-            raise too_large(name, one_line(error), "Make it smaller or remove it") from error
+            sizes = re.findall(r"\d+", str(error))  # Pillow's own limit, above which no option goes
+            what = f"{sizes[0] if sizes else 'more'} pixels, the limit is {options.max_pixels}"
+            raise too_large(name, what, "Make it smaller or remove it") from error
         # Pillow's own message for this one holds an address, different in each run
         unknown = isinstance(error, UnidentifiedImageError)
         cause = "unknown format" if unknown else one_line(error)
@@ -64,6 +68,16 @@ def decode_image(data: bytes, name: str, options: ImageOptions) -> Image.Image:
     if options.profiles == IGNORE:
         image.info.pop("icc_profile", None)
     return image
+
+
+def _check_size(size: tuple[int, int], name: str, options: ImageOptions) -> None:
+    pixels = size[0] * size[1]
+    if pixels > options.max_pixels:
+        what = f"{pixels} pixels, the limit is {options.max_pixels}"
+        raise too_large(name, what, "Make it smaller, or raise --max-image-pixels")
+    if max(size) > LONGEST_SIDE:
+        what = f"a side of {max(size)} pixels, the limit is {LONGEST_SIDE}"
+        raise too_large(name, what, "Cut it into several images")
 
 
 def _formats() -> list[str]:

@@ -6,17 +6,16 @@ with white, and the image is turned as its EXIF data say.
 
 import functools
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
 
-from megatron_chameleon.errors import one_line
-
 RULES = 2
 """Changes whenever the same file becomes other pixels, so that image codes are not mixed."""
-ROWS_AT_ONCE_PIXELS = 1 << 20
+PIXELS_AT_ONCE = 1 << 20
 """Pixels that are computed on at once, so that an image needs little memory besides its own."""
 LARGEST_PROFILE_BYTES = 4 << 20
 
@@ -24,8 +23,8 @@ _WHITE_IS_ZERO = 0
 _BITS, _PHOTOMETRIC = 258, 262
 _RANGES = ((340, 341), (280, 281))
 """TIFF's SMinSampleValue and SMaxSampleValue, then MinSampleValue and MaxSampleValue."""
-_SPACES = {"RGB ": ("RGB", "RGBA"), "GRAY": ("L", "LA"), "CMYK": ("CMYK",), "Lab ": ("LAB",)}
-"""The colour space of a profile -> the modes that it can describe."""
+_MODE_OF_SPACE = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK", b"Lab ": "LAB"}
+"""The colour space in the header of a profile -> the mode that it describes."""
 
 
 class PixelError(ValueError):
@@ -56,21 +55,31 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _rgb_on_white(image: Image.Image) -> Image.Image:
-    profile: Any = _profile(image)
-    if image.mode == "RGB" and "transparency" not in image.info and profile is None:
+    to_srgb = _to_srgb(image)
+    if image.mode == "RGB" and "transparency" not in image.info and to_srgb is None:
         return image
-    levels, alpha = _split(image)
-    if levels.mode == "LAB":
-        profile = profile or ImageCms.createProfile("LAB")
-    rgb = _to_srgb(levels, profile) if profile is not None else levels.convert("RGB")
-    return rgb if alpha is None else _on_white(rgb, alpha)
+    scale = _scale_of(image)
+    rgb = Image.new("RGB", image.size)
+    for box in _bands(image.size):
+        levels, alpha = _split(image.crop(box), scale)
+        band = levels.convert("RGB") if to_srgb is None else to_srgb.apply(levels)
+        rgb.paste(band if alpha is None else _on_white(band, alpha), box)
+    return rgb
 
 
-def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+def _bands(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes that cut an image into bands of a million pixels."""
+    width, height = size
+    rows = max(1, PIXELS_AT_ONCE // max(width, 1))
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
+
+
+def _split(image: Image.Image, scale: "_Scale | None") -> tuple[Image.Image, Image.Image | None]:
     """Levels of 8 bits without transparency, and the alpha channel (L) if there is one."""
     key = image.info.get("transparency")
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _to_8_bits(image, key)
+    if scale is not None:
+        return scale.apply(np.asarray(image), key)
     if image.mode == "P":
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     elif image.mode in ("PA", "RGBa"):
@@ -95,93 +104,130 @@ def _alpha_of_key(image: Image.Image, key: Any) -> Image.Image | None:
         return None
     if max(levels) > 255:  # the key of a PNG with 16 bits, of which Pillow keeps the upper 8
         levels = [level >> 8 for level in levels]
-    equal = np.ones((image.height, image.width), dtype=bool)
+    equal_HW = np.ones((image.height, image.width), dtype=bool)
     for band, level in zip(image.split(), levels, strict=True):
-        equal &= np.asarray(band) == level
-    return Image.fromarray(np.where(equal, 0, 255).astype(np.uint8)) if equal.any() else None
+        equal_HW &= np.asarray(band) == level
+    return _alpha(equal_HW)
 
 
-def _to_8_bits(image: Image.Image, key: Any) -> tuple[Image.Image, Image.Image | None]:
-    """Gray levels of 16 or 32 bits or floating point, scaled to 0 to 255.
+def _alpha(clear_HW: np.ndarray) -> Image.Image | None:
+    """The alpha channel in which these pixels are transparent; None if there are none."""
+    if not clear_HW.any():
+        return None
+    return Image.fromarray(np.where(clear_HW, 0, 255).astype(np.uint8))
 
-    16 bits have the range of their bits; the others have the range that the file states, or else
-    that of their own finite values. Values that are not numbers are transparent.
-    """
-    values_HW = np.asarray(image)
-    tags: Mapping[int, Any] = getattr(image, "tag_v2", None) or {}
-    low, high = _range(image, values_HW, tags)
-    levels_HW = np.empty(values_HW.shape, dtype=np.uint8)
-    clear_HW = np.zeros(values_HW.shape, dtype=bool)
-    for rows in _bands(image.size):
-        values = values_HW[rows].astype(np.float64)
-        clear_HW[rows] = np.isnan(values)
+
+# Levels of more than 8 bits
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """How levels of 16 or 32 bits or of floating point become 8 bits."""
+
+    low: float
+    """The value that is black, or white if ``inverted``."""
+    high: float
+    inverted: bool
+
+    def apply(self, values_HW: np.ndarray, key: Any) -> tuple[Image.Image, Image.Image | None]:
+        """Scaled levels, and the alpha channel: values that are not numbers are transparent."""
+        values_HW = values_HW.astype(np.float64)
+        clear_HW = np.isnan(values_HW)
         if isinstance(key, int):
-            clear_HW[rows] |= values == key
-        scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low)
-        levels_HW[rows] = np.rint(scaled.clip(0, 1) * 255)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        levels_HW = 255 - levels_HW
-    alpha = None
-    if clear_HW.any():
-        alpha = Image.fromarray(np.where(clear_HW, 0, 255).astype(np.uint8))
-    return Image.fromarray(levels_HW), alpha
+            clear_HW |= values_HW == key
+        finite_HW = np.nan_to_num(values_HW, nan=self.low, posinf=self.high, neginf=self.low)
+        share_HW = ((finite_HW - self.low) / (self.high - self.low)).clip(0, 1)
+        levels_HW = np.rint(share_HW * 255).astype(np.uint8)
+        return Image.fromarray(255 - levels_HW if self.inverted else levels_HW), _alpha(clear_HW)
 
 
-def _range(
-    image: Image.Image, values_HW: np.ndarray, tags: Mapping[int, Any]
-) -> tuple[float, float]:
-    """The values that are black and white."""
+def _scale_of(image: Image.Image) -> _Scale | None:
+    """The scale of an image; None if its levels have 8 bits.
+
+    16 bits have the range of their bits. 32 bits and floating point have the range that the file
+    states, or else that of their own finite values.
+
+    Raises:
+        PixelError: There is no such range.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return None
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", None) or {}
+    inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     if image.mode.startswith("I;16"):
-        bits = _number(tags.get(_BITS), 16)
-        return 0, 2 ** min(max(int(bits), 1), 16) - 1
-    if getattr(image, "format", None) == "PPM":  # Pillow scales integers to 16 bits
-        return 0, 1 if image.mode == "F" else 65535
+        bits = min(max(int(_number(tags.get(_BITS)) or 16), 1), 16)
+        return _Scale(0, 2**bits - 1, inverted)
+    if image.mode == "I" and getattr(image, "format", None) == "PPM":  # scaled by Pillow
+        return _Scale(0, 65535, inverted)
     for low_tag, high_tag in _RANGES:
-        low, high = _number(tags.get(low_tag), 0), _number(tags.get(high_tag), 0)
-        if low < high:
-            return low, high
-    finite_HW = np.isfinite(values_HW)
-    if not finite_HW.any():
+        low, high = _number(tags.get(low_tag, 0)), _number(tags.get(high_tag))
+        if low is not None and high is not None and low < high:
+            return _Scale(low, high, inverted)
+    return _Scale(*_range_of_values(image), inverted)
+
+
+def _range_of_values(image: Image.Image) -> tuple[float, float]:
+    low, high = np.inf, -np.inf
+    for box in _bands(image.size):
+        values_HW = np.asarray(image.crop(box))
+        finite_HW = np.isfinite(values_HW)
+        if finite_HW.any():
+            low = min(low, float(values_HW[finite_HW].min()))
+            high = max(high, float(values_HW[finite_HW].max()))
+    if low > high:
         raise PixelError("none of its values is a number")
-    first: Any = values_HW[np.unravel_index(finite_HW.argmax(), finite_HW.shape)]
-    low = float(values_HW.min(initial=first, where=finite_HW))
-    high = float(values_HW.max(initial=first, where=finite_HW))
     if low == high:
-        what = f"all its values are {low:g}, and it states no range"
-        raise PixelError(what)
+        raise PixelError(f"all its values are {low:g}, and it states no range")
     return low, high
 
 
-def _number(value: Any, default: float) -> float:
-    """The number of a TIFF tag, which may be in a tuple; the default if it has none."""
+def _number(value: Any) -> float | None:
+    """The number of a TIFF tag, which may be in a tuple; None if it has none."""
     if isinstance(value, tuple) and value:
         value = value[0]
     try:
         number = float(value)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
-        return default
-    return number if np.isfinite(number) else default
+        return None
+    return number if np.isfinite(number) else None
 
 
 # Colours
 
 
-def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
-    """The colour profile, if it says anything that can be used.
+def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """What turns levels into the colours of sRGB; None if they have these colours."""
+    mode = _mode_of_levels(image.mode)
+    profiles: list[Any] = [_profile(image.info.get("icc_profile"), mode)]
+    if mode == "LAB":  # which Pillow converts in no other way
+        profiles.append(ImageCms.createProfile("LAB"))
+    for profile in profiles:
+        try:
+            if profile is not None:
+                srgb = ImageCms.createProfile("sRGB")
+                # Optimized, gray levels are up to 10 levels off where the tone curve is steep.
+                flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+                return ImageCms.buildTransform(profile, srgb, mode, "RGB", flags=flags)
+        except ImageCms.PyCMSError:  # a profile that lacks its tables
+            continue
+    return None
+
+
+def _mode_of_levels(mode: str) -> str:
+    """The mode of what ``_split`` returns."""
+    if mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16"):
+        return "L"
+    return mode if mode in ("CMYK", "LAB") else "RGB"
+
+
+def _profile(data: Any, mode: str) -> ImageCms.ImageCmsProfile | None:
+    """A colour profile, if it says anything that can be used.
 
     Browsers ignore a broken profile and one for another kind of image, and so do we.
     """
-    data = image.info.get("icc_profile")
     if not isinstance(data, bytes) or not 128 <= len(data) <= LARGEST_PROFILE_BYTES:
         return None
-    space = data[16:20].decode("latin-1")
-    modes = _SPACES.get(space, ())
-    mode = {"P": "RGB", "PA": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "1": "L"}.get(
-        image.mode, image.mode
-    )
-    if mode in ("I", "F", "La") or mode.startswith("I;16"):
-        mode = "L"
-    if mode not in modes:
+    if _MODE_OF_SPACE.get(data[16:20]) != mode:
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
@@ -191,31 +237,23 @@ def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
     return None if name.startswith("sRGB") else profile
 
 
-def _to_srgb(levels: Image.Image, profile: Any) -> Image.Image:
-    if levels.mode not in ("L", "CMYK", "LAB"):
-        levels = levels.convert("RGB")
-    srgb = ImageCms.createProfile("sRGB")
-    try:
-        converted = ImageCms.profileToProfile(levels, profile, srgb, outputMode="RGB")
-    except ImageCms.PyCMSError as error:  # a profile that promises more than it holds
-        if levels.mode == "LAB":
-            raise PixelError(f"its colours cannot be converted ({one_line(error)})") from error
-        converted = None
-    return levels.convert("RGB") if converted is None else converted
-
-
 # Transparency
 
 
 def _on_white(rgb: Image.Image, alpha: Image.Image) -> Image.Image:
-    values_HWC, alpha_HW = np.asarray(rgb), np.asarray(alpha)
-    if alpha_HW.min(initial=255) == 255:
-        return rgb
-    table = _blended()
-    blended_HWC = np.empty_like(values_HWC)
-    for rows in _bands(rgb.size):
-        blended_HWC[rows] = table[alpha_HW[rows][:, :, None], values_HWC[rows]]
-    return Image.fromarray(blended_HWC)
+    """Blend a band with white; what is transparent as a whole, mostly all of it, goes fast."""
+    alpha_HW = np.asarray(alpha)
+    blended_HW = (alpha_HW > 0) & (alpha_HW < 255)
+    if blended_HW.any():
+        values_HWC = np.array(rgb)
+        alpha_N, values_NC = alpha_HW[blended_HW], values_HWC[blended_HW]
+        values_HWC[blended_HW] = _blended()[alpha_N[:, None], values_NC]
+        rgb = Image.fromarray(values_HWC)
+    if alpha_HW.min(initial=255) == 0:
+        rgb.paste(
+            (255, 255, 255), mask=Image.fromarray(np.where(alpha_HW, 0, 255).astype(np.uint8))
+        )
+    return rgb
 
 
 @functools.cache
@@ -224,13 +262,6 @@ def _blended() -> np.ndarray:
     alpha = np.arange(256)[:, None] / 255.0
     levels: np.ndarray = (1 - alpha) * 255 + alpha * np.arange(256)[None, :]
     return levels.astype(np.uint8)
-
-
-def _bands(size: tuple[int, int]) -> list[slice]:
-    """Rows of an image, a million pixels at a time."""
-    width, height = size
-    rows = max(1, ROWS_AT_ONCE_PIXELS // max(width, 1))
-    return [slice(top, top + rows) for top in range(0, height, rows)]
 
 
 # Orientation

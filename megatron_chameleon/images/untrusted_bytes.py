@@ -35,6 +35,25 @@ def gray_bits_of_png(data: bytes) -> int:
     return data[24] if is_gray else 0
 
 
+def size_in_icon(data: bytes) -> tuple[int, int]:
+    """Width and height of the largest image inside an icon or cursor; (0, 0) for other files.
+
+    Pillow decodes the inner image to learn its size.
+    """
+    largest = 0, 0
+    if data[:4] not in (b"\0\0\1\0", b"\0\0\2\0"):
+        return largest
+    for number in range(int.from_bytes(data[4:6], "little")):
+        start = int.from_bytes(data[18 + 16 * number : 22 + 16 * number], "little")
+        inner = data[start : start + 24]
+        if inner.startswith(_PNG):
+            size = int.from_bytes(inner[16:20], "big"), int.from_bytes(inner[20:24], "big")
+        else:
+            size = int.from_bytes(inner[4:8], "little"), int.from_bytes(inner[8:12], "little") // 2
+        largest = max(largest, size, key=lambda size: size[0] * size[1])
+    return largest
+
+
 def without_large_chunks(data: bytes) -> bytes:
     """A PNG file without texts, which nobody reads, and without a profile that is too large."""
     if not data.startswith(_PNG):
