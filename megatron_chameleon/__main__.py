@@ -15,7 +15,7 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(75 if number in _REQUEUES else 128 + number)
 
 
-for _number in (signal.SIGINT, *_REQUEUES):
+for _number in (signal.SIGINT, signal.SIGTERM, *_REQUEUES):
     if signal.getsignal(_number) is not signal.SIG_IGN:
         signal.signal(_number, _end)
 

@@ -10,6 +10,7 @@ Ctrl-C and 143 after SIGTERM. ``train`` takes SIGTERM and SIGUSR1 as requests to
 ends with 75; until it handles them itself there is nothing to save, and this module ends it.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -25,13 +26,13 @@ from megatron_chameleon.announce import is_importing
 
 GRACE_SECONDS = 2.5
 """How long a command may close its files after the first signal."""
-IMPORT_GRACE_SECONDS = 0.3
 SAME_PRESS_SECONDS = 0.5
 """A terminal sends Ctrl-C to torchrun and to its ranks, and torchrun passes it on to them again."""
 REQUEUE_CODE = 75
 """``training.faults.signals.EXIT_CODE``, which cannot be imported before torch."""
 
 AGAIN = "the same command starts again"
+COMPLETE = "the command was already complete"
 NOTHING = f"nothing was written, and {AGAIN}"
 NEXT_STEPS = {
     "tokenizer": NOTHING,
@@ -64,6 +65,20 @@ def interruptible(words: Sequence[str], ends_process: bool) -> "Interrupts":
     return Interrupts(
         _next_step(words), saves=verb == "train", is_silent=_rank(verb) > 0, stays=ends_process
     )
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process as Python does at its end, without taking its modules apart.
+
+    That takes seconds with PyTorch loaded, and signals would find no handler in that time.
+    """
+    with contextlib.suppress(SystemExit):
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):
+            stream.flush()
+    os._exit(code)
 
 
 def _next_step(words: Sequence[str]) -> str:
@@ -119,24 +134,31 @@ class Interrupts:
         self._handlers: dict[signal.Signals, Any] = {}
         self._first_seconds = 0.0
         self._reported = threading.Lock()
-        self._raised = False
+        self._has_begun = self._raised = False
         self._over = False
         self._ends: list[int] = []
         self._old_wakeup = -1
+        self._old_hook = sys.unraisablehook
+        self._process = os.getpid()
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is not threading.main_thread():
             return self
+        self._ends = list(os.pipe())
+        os.set_blocking(self._ends[1], False)
+        self._old_wakeup = signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
+        sys.unraisablehook = self._report_unraisable
+        threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
+        os.register_at_fork(after_in_child=self._forget)
         for number in self._numbers:
             # a signal that whoever started this process ignores, as nohup does, stays ignored
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._handle)
-        self._ends = list(os.pipe())
-        os.set_blocking(self._ends[1], False)
-        self._old_wakeup = signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
-        os.register_at_fork(after_in_child=self._forget)
         return self
+
+    def begin(self) -> None:
+        """Note that the caller's ``try`` block has begun, which may see ``Interrupted``."""
+        self._has_begun = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
@@ -147,6 +169,7 @@ class Interrupts:
         if self._stays or not self._ends:
             return
         signal.set_wakeup_fd(self._old_wakeup)
+        sys.unraisablehook = self._old_hook
         self._restore()
         os.close(self._ends[1])  # ends the thread
         self._ends = []
@@ -159,7 +182,7 @@ class Interrupts:
                 imports in an extension module, drops the exception.
         """
         if is_complete:
-            self._next_step = "but the command was already complete"
+            self._next_step = COMPLETE
         if self._stays:
             with contextlib.suppress(BaseException):  # such as a reader that has gone
                 sys.stdout.flush()
@@ -174,18 +197,27 @@ class Interrupts:
         return REQUEUE_CODE if number in self._requeues else 128 + number
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._over:  # the work is done, and Python is shutting down
+        if os.getpid() != self._process:  # a fork that has not forgotten its parent's handler yet
             os._exit(128 + number)
         self._note(number)
+        if self._over:
+            self._next_step = COMPLETE
+        # An exception in the import of an extension module may be dropped or abort the process, and
+        # there is nothing to close then.
+        if self._over or not self._has_begun or (self._stays and is_importing(frame)):
+            self._report()
+            self._exit_now()
         if self._raised:
             if not self._is_same_press():
                 self._force()
             return
         self._raised = True
-        if is_importing(frame):
-            # an extension module may drop the exception; there is hardly anything to close
-            self._force_after(IMPORT_GRACE_SECONDS)
         raise Interrupted
+
+    def _report_unraisable(self, unraisable: Any) -> None:
+        """Say nothing of an ``Interrupted`` that a destructor or a callback in C has dropped."""
+        if not issubclass(unraisable.exc_type, Interrupted):
+            self._old_hook(unraisable)
 
     def _note(self, number: int) -> None:
         """Called by the handler and by the thread; either may be first."""

@@ -21,7 +21,7 @@ from megatron_chameleon.cli.console import (
     drop_output,
     open_console,
 )
-from megatron_chameleon.cli.interrupts import interruptible
+from megatron_chameleon.cli.interrupts import end_process, interruptible
 from megatron_chameleon.cli.logs import show_error, shown_logs
 from megatron_chameleon.cli.options import Parser, add_action, add_common_options
 from megatron_chameleon.cli.outside_faults import outside_fault
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             a bug is raised to it.
     """
     if argv is None:
-        sys.exit(_run_process(sys.argv[1:]))
+        end_process(_run_process(sys.argv[1:]))
     _run(argv, ends_process=False)
 
 
@@ -88,6 +88,7 @@ def _run(argv: list[str], ends_process: bool) -> None:
         argv = argv[1:]  # the deepspeed launcher adds it; LOCAL_RANK holds the same number
     with interruptible(argv, ends_process) as interrupts:
         try:
+            interrupts.begin()
             _run_verb(argv)
             if interrupts.received is not None:
                 interrupts.end(is_complete=True)
