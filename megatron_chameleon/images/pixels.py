@@ -250,9 +250,8 @@ def _on_white(rgb: Image.Image, alpha: Image.Image) -> Image.Image:
         values_HWC[blended_HW] = _blended()[alpha_N[:, None], values_NC]
         rgb = Image.fromarray(values_HWC)
     if alpha_HW.min(initial=255) == 0:
-        rgb.paste(
-            (255, 255, 255), mask=Image.fromarray(np.where(alpha_HW, 0, 255).astype(np.uint8))
-        )
+        clear_HW = np.where(alpha_HW, 0, 255).astype(np.uint8)
+        rgb.paste((255, 255, 255), mask=Image.fromarray(clear_HW))
     return rgb
 
 

@@ -1,6 +1,7 @@
 """Documents to token ids: the layout of a document, the batching, and what is dropped."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -8,10 +9,14 @@ from PIL import Image
 
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import Document, TextPart
+from megatron_chameleon.data.inputs.blocks import read_blocks
+from megatron_chameleon.data.inputs.files import find_inputs
 from megatron_chameleon.data.inputs.records import Fault
+from megatron_chameleon.data.inputs.shards import plan_ranges
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.data.preprocess.options import EncodeOptions
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.images.pixels import RULES
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 
@@ -160,3 +165,30 @@ def test_images_need_an_image_tokenizer(tokenizer, tmp_path):
         DataError, match=r"file:1: the document has 1 images, .* no image tokenizer"
     ):
         encode([document(ImagePart("i.png"))], text_only)
+
+
+def test_documents_choose_no_file_and_no_host(tmp_path, tokenizer, picture):
+    """Each such reference drops its document, with the option that would keep it."""
+    (tmp_path / "docs").mkdir()
+    good = (tmp_path / picture("good.png")).rename(tmp_path / "docs/good.png")
+    (tmp_path / "docs/link.png").symlink_to(tmp_path / picture("elsewhere.png"))
+    names = ("good.png", "../elsewhere.png", "link.png", str(tmp_path / "elsewhere.png"))
+    names += ("/etc/passwd", "https://x.invalid/y.png", "zip://a::ftp://x.invalid/b", "\0", "")
+    lines = [{"content": [{"type": "image", "image": name}]} for name in names]
+    path = tmp_path / "docs/a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def kept(**options):
+        images = ImageOptions(**options)
+        (block,) = read_blocks(find_inputs([path]), plan_ranges(find_inputs([path])))
+        encoded = DocumentEncoder(tokenizer, EncodeOptions(images=images)).encode_block(block)
+        return encoded.tokens.records.tolist(), encoded.dropped
+
+    records, dropped = kept()
+    assert records == [1]
+    told = {bad.where.rsplit(":", 1)[1]: (bad.reason, bad.detail) for bad in dropped}
+    for line in "2", "3", "4":
+        assert told[line][0] == "refused image"
+        assert told[line][1].endswith(f"add --image-root {tmp_path}")
+    assert told["6"][1].endswith("add --image-protocols https")
+    assert good.is_file() and kept(roots=(str(tmp_path),))[0] == [1, 2, 3, 4]
