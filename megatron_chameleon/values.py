@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_chameleon.errors import ChameleonError, CheckpointError
+from megatron_chameleon.wording import shown
 
 LARGEST_SIZE = 2**24
 """Most columns, heads, tokens and the like: a hundred times those of the largest models. Two such
@@ -22,16 +23,17 @@ LARGEST_COUNT = 2**53
 _REQUIRED: Any = object()
 
 
-def shown(value: Any) -> str:
-    """A value for a message: short, in one line, whatever it is."""
-    if isinstance(value, bool) or value is None or isinstance(value, float):
-        return str(value)
-    if isinstance(value, int):
-        return f"a number of {value.bit_length():,} bits" if value.bit_length() > 99 else str(value)
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:60] + "...")
+def describe(value: Any) -> str:
+    """A value for a message: short, in one line, and quick whatever it is."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return shown(value)
     names: dict[type, str] = {dict: "an object", list: "a list", tuple: "a tuple", bytes: "bytes"}
     return names.get(type(value)) or f"a {type(value).__name__}"
+
+
+def printable(name: str) -> str:
+    """A name for a message, in one line of a readable length."""
+    return name if name.isprintable() and len(name) <= 200 else shown(name)
 
 
 class Values:
@@ -59,6 +61,9 @@ class Values:
         self._remedy = remedy
         self._kind = kind
 
+    def __contains__(self, key: str) -> bool:
+        return key in self.content
+
     def whole(
         self, key: str, low: int = 0, high: int = LARGEST_SIZE, default: Any = _REQUIRED
     ) -> Any:
@@ -74,7 +79,7 @@ class Values:
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.error(
-                f"{key} is {shown(value)}, not a whole number from {low:,} to {high:,}"
+                f"{key} is {describe(value)}, not a whole number from {low:,} to {high:,}"
             )
         return value
 
@@ -97,7 +102,7 @@ class Values:
                 found = math.nan
         is_number = isinstance(found, int | float) and not isinstance(found, bool)
         if not is_number or not low <= found <= high:
-            raise self.error(f"{key} is {shown(value)}, not a number from {low:g} to {high:g}")
+            raise self.error(f"{key} is {describe(value)}, not a number from {low:g} to {high:g}")
         return float(found)
 
     def flag(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -108,7 +113,7 @@ class Values:
         """
         value = self._get(key, default)
         if value is not default and not isinstance(value, bool):
-            raise self.error(f"{key} is {shown(value)}, not true or false")
+            raise self.error(f"{key} is {describe(value)}, not true or false")
         return value
 
     def text(self, key: str, default: Any = _REQUIRED, longest: int = 4096) -> Any:
@@ -121,7 +126,7 @@ class Values:
         if value is default:
             return value
         if not isinstance(value, str):
-            raise self.error(f"{key} is {shown(value)}, not a string")
+            raise self.error(f"{key} is {describe(value)}, not a string")
         if len(value) > longest:
             raise self.error(f"{key} has {len(value):,} characters, more than {longest:,}")
         return value
@@ -136,11 +141,11 @@ class Values:
         """
         value = self._get(key, ())
         if not isinstance(value, list | tuple) or len(value) > most:
-            what = shown(value) if not isinstance(value, list) else f"a list of {len(value):,}"
+            what = describe(value) if not isinstance(value, list) else f"a list of {len(value):,}"
             raise self.error(f"{key} is {what}, not a list of at most {most:,} whole numbers")
         for index, number in enumerate(value):
             if type(number) is not int or not low <= number <= high:
-                what = f"{key}[{index}] is {shown(number)}, not a whole number"
+                what = f"{key}[{index}] is {describe(number)}, not a whole number"
                 raise self.error(f"{what} from {low:,} to {high:,}")
         return list(value)
 
@@ -152,7 +157,7 @@ class Values:
         """
         value = self._get(key, default)
         if not isinstance(value, Mapping):
-            raise self.error(f"{key} is {shown(value)}, not an object")
+            raise self.error(f"{key} is {describe(value)}, not an object")
         return Values(value, f"{self.where}: {key}", self._remedy, self._kind)
 
     def error(self, what: str) -> ChameleonError:

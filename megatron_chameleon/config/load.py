@@ -6,14 +6,16 @@ dataclasses of ``schema.py`` and finds every unknown key and every value of the 
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from megatron_chameleon.config.build import Builder, Mistake
+from megatron_chameleon.config.constraints import find_violations
 from megatron_chameleon.config.interpolation import check_interpolation, unresolved
 from megatron_chameleon.config.names import PRESETS, preset_names
 from megatron_chameleon.config.overrides import Override, apply_overrides, parse_overrides
@@ -25,6 +27,7 @@ from megatron_chameleon.wording import shown
 
 T = TypeVar("T")
 
+_RESOLVER = re.compile(r"\$\{[^}]*:[^}]*\}?")
 LISTED = 20
 """Mistakes of one config that are reported."""
 
@@ -51,6 +54,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _resolve(Config, layers, str(path), words)
 
 
+def load_recorded_config(path: Path) -> Config:
+    """Read a config that came with a checkpoint, which somebody else may have written.
+
+    Its values are taken as they stand. ``${...}`` is not replaced: a run saves its config with all
+    values replaced, and a resolver such as ``${oc.env:NAME}`` would read this machine's secrets.
+
+    Raises:
+        ConfigError: The file cannot be read, asks for a resolver, or has a model's setting that is
+            out of its bounds.
+        ConfigErrors: Keys are unknown, or values have the wrong type.
+    """
+    own = read_yaml(path)
+    if resolver := _find_resolver(unresolved(own)):
+        what = f"has {shown(resolver)}, and a checkpoint's config may not ask for a resolver"
+        raise ConfigError(str(path), what, "Write the value itself")
+    layers = [own]
+    if (preset := _preset_of(own, ())) is not None:
+        layers.insert(0, read_yaml(_preset_path(preset, f"{path}: preset")))
+    config = _resolve(Config, layers, str(path), (), replace=False)
+    for violation in find_violations(config.model, "model"):
+        raise ConfigError(f"{path}: {violation.where}", violation.what, "Restore the file")
+    return config
+
+
+def _find_resolver(value: Any) -> str | None:
+    """The first ``${name:...}`` among the values."""
+    if isinstance(value, str):
+        found = _RESOLVER.search(value)
+        return found[0] if found else None
+    entries = value.values() if isinstance(value, dict) else value
+    nested = (_find_resolver(entry) for entry in entries) if isinstance(value, dict | list) else ()
+    return next(filter(None, nested), None)
+
+
 def find_preset(path: Path, overrides: Sequence[str] = ()) -> str | None:
     """The name of the preset that a config builds on, or that it is itself; None without one."""
     preset = _preset_of(read_yaml(path), parse_overrides(overrides))
@@ -75,9 +112,22 @@ def load_dataclass(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
 
 
 def _resolve(
-    cls: type[T], layers: Sequence[DictConfig], where: str, overrides: Sequence[Override]
+    cls: type[T],
+    layers: Sequence[DictConfig],
+    where: str,
+    overrides: Sequence[Override],
+    *,
+    replace: bool = True,
 ) -> T:
-    """The dataclass of all layers merged, a later one wins, and then changed by the overrides."""
+    """The dataclass of all layers merged, a later one wins, and then changed by the overrides.
+
+    Args:
+        cls: The dataclass.
+        layers: What is merged.
+        where: For errors.
+        overrides: Applied last.
+        replace: Whether ``${...}`` is replaced.
+    """
     try:
         merged = OmegaConf.merge(*layers)
         assert isinstance(merged, DictConfig)
@@ -86,7 +136,7 @@ def _resolve(
     apply_overrides(merged, overrides)
     check_interpolation(merged, where)
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = OmegaConf.to_container(merged, resolve=replace)
     except ERRORS as error:
         key = str(getattr(error, "full_key", None) or "")
         what = f"{key}: {first_line(error)}" if key else first_line(error)

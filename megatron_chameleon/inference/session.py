@@ -4,8 +4,8 @@
     session.caption([image])                    # ["a handwritten three"]
     session.draw(["a handwritten three"])       # [<PIL.Image.Image>]
 
-It opens exported Hugging Face folders and training checkpoints alike. A checkpoint's tensors are
-renamed in memory.
+It opens exported folders of any format and training checkpoints alike. Their tensors are renamed in
+memory.
 """
 
 import tempfile
@@ -19,14 +19,8 @@ import torch
 from PIL import Image
 
 from megatron_chameleon.announce import announced
-from megatron_chameleon.checkpoint.formats import hf
-from megatron_chameleon.checkpoint.formats.base import CheckpointReader, read_origin
-from megatron_chameleon.checkpoint.formats.hf_model import load_transformers, read_transformers
-from megatron_chameleon.checkpoint.formats.opening import (
-    check_fingerprint,
-    open_checkpoint,
-    open_tokenizer,
-)
+from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
+from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
@@ -34,10 +28,8 @@ from megatron_chameleon.inference.chat import ControlToken
 from megatron_chameleon.inference.decode import BatchDecoder, collect
 from megatron_chameleon.inference.modality import Force, TokenClasses
 from megatron_chameleon.inference.options import Execution, GenerationOptions
-from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
-from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
+from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
-from megatron_chameleon.tokenizer.text.tokenizer import TextTokenizer
 
 PromptPart = str | Image.Image | TextPart | ImagePart | ControlToken
 
@@ -95,9 +87,10 @@ class Session:
         """
         path = Path(path)
         with announced(f"loading the model from {path}"):
-            if (path / "config.json").is_file():
-                return _open_export(path, device, tokenizer_folder)
-            return _open_with_reader(open_checkpoint(path), device, tokenizer_folder)
+            reader = open_checkpoint(path)
+            with tempfile.TemporaryDirectory() as scratch:
+                tokenizer = open_tokenizer(reader, tokenizer_folder, Path(scratch), device)
+            return cls(read_transformers(reader, tokenizer).to(device), tokenizer, reader.step)
 
     @property
     def codes_per_image(self) -> int:
@@ -261,27 +254,3 @@ def _text(part: PromptPart) -> str:
         return part.text
     assert isinstance(part, str)
     return part
-
-
-def _open_with_reader(
-    reader: CheckpointReader, device: str, tokenizer_folder: str | Path | None
-) -> Session:
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = open_tokenizer(reader, tokenizer_folder, Path(scratch), device)
-    return Session(read_transformers(reader, tokenizer).to(device), tokenizer, reader.step)
-
-
-def _open_export(path: Path, device: str, tokenizer_folder: str | Path | None) -> Session:
-    origin = read_origin(path)
-    if tokenizer_folder is not None:
-        tokenizer = load_tokenizer(tokenizer_folder, device=device)
-        check_fingerprint(tokenizer, origin["tokenizer_fingerprint"], str(path))
-    else:
-        tokenizer = Tokenizer(
-            path,
-            Vocabulary.load(path),
-            TextTokenizer.load(path),
-            ImageTokenizer.load(path / hf.IMAGE_TOKENIZER_FOLDER, device),
-            origin["tokenizer_fingerprint"],
-        )
-    return Session(load_transformers(path).to(device), tokenizer, origin["step"])

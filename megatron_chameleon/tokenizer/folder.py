@@ -1,6 +1,7 @@
 """Loads a tokenizer folder and checks that its files belong together.
 
-It holds text.model, vocabulary.json, image.safetensors and image.json.
+It holds text.model, vocabulary.json, image.safetensors and image.json. A Hugging Face folder that
+``chameleon convert`` wrote has them too, the last two in ``image_tokenizer/``.
 """
 
 import hashlib
@@ -9,7 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE
+from megatron_chameleon.files import open_to_read
+from megatron_chameleon.tokenizer.common.files import (
+    IMAGE_CONFIG_FILE,
+    IMAGE_WEIGHTS_FILE,
+    tokenizer_file,
+)
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer
 
@@ -110,9 +116,9 @@ def fingerprint(folder: str | Path) -> str:
     """
     digest = hashlib.sha256()
     for name in FINGERPRINTED_FILES:
-        path = Path(folder) / name
+        path = tokenizer_file(folder, name)
         if path.is_file():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
+            with open_to_read(path) as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             digest.update(f"{name} {content}\n".encode())
     return digest.hexdigest()

@@ -65,7 +65,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
         "tokenizer/common",
     },
-    "inference": {"checkpoint/formats", "data/documents", "parallel"} | TOKENIZERS,
+    "inference": {
+        "checkpoint/formats",
+        "data/documents",
+        "parallel",
+        "tokenizer",
+        "tokenizer/common",
+        "tokenizer/image",
+    },
     "evaluation/asking": {"data/documents", "inference"},
     "evaluation/tasks": {"data/documents", "evaluation/asking", "images", "inference"},
     "evaluation/human": {

@@ -22,6 +22,8 @@ from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.errors import CheckpointError, ConfigError
+from megatron_chameleon.tokenizer.common.files import tokenizer_file
+from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPARE_BYTES = 2**26
@@ -194,7 +196,7 @@ def make_plan(
     existing = destination.absolute().parent
     while not existing.is_dir():
         existing = existing.parent
-    tokenizer_files = (path for path in target.tokenizer.folder.iterdir() if path.is_file())
+    tokenizer_files = (tokenizer_file(target.tokenizer.folder, n) for n in FINGERPRINTED_FILES)
     return ConversionPlan(
         reader=reader,
         destination=destination,

@@ -19,17 +19,25 @@ import torch
 from torch import Tensor
 
 from megatron_chameleon.announce import announced
-from megatron_chameleon.checkpoint.formats.base import CheckpointReader, most_precise_row
+from megatron_chameleon.checkpoint.formats.base import (
+    CheckpointReader,
+    TokenizerMissingError,
+    most_precise_row,
+)
 from megatron_chameleon.checkpoint.formats.hf_model import (
     load_transformers,
     logits,
     read_transformers,
 )
-from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
+from megatron_chameleon.checkpoint.formats.opening import (
+    check_encoder,
+    open_checkpoint,
+    open_tokenizer,
+)
 from megatron_chameleon.checkpoint.names.optimizer_state import MOMENTS, optimizer_parts
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes
-from megatron_chameleon.errors import ChameleonError, ConfigError
+from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
@@ -260,9 +268,26 @@ def _compare_settings(a: CheckpointReader, b: CheckpointReader) -> list[Differen
 def _compare_tokenizers(
     a: CheckpointReader, b: CheckpointReader, scratch: Path
 ) -> tuple[str, Tokenizer | None]:
+    """How the tokenizers compare, and one of them if the checkpoints can be opened with it.
+
+    Raises:
+        ChameleonError: A tokenizer is damaged, or is not that of its checkpoint.
+    """
+    (first, missing_a), (second, missing_b) = (
+        _open_own_tokenizer(reader, scratch / name) for reader, name in ((a, "a"), (b, "b"))
+    )
+    if first and second:
+        equal = first.fingerprint == second.fingerprint
+        return ("equal" if equal else "different"), first
+    found, other = (first, b) if first else (second, a)
+    if found and other.encoder():
+        check_encoder(found, other)  # a Hugging Face folder has the encoder alone
+    return f"not compared ({missing_a or missing_b})", found
+
+
+def _open_own_tokenizer(reader: CheckpointReader, scratch: Path) -> tuple[Tokenizer | None, str]:
+    """A checkpoint's own tokenizer, or None and what is missing."""
     try:
-        first = open_tokenizer(a, None, scratch / "a")
-        second = open_tokenizer(b, None, scratch / "b")
-    except ChameleonError as error:
-        return f"not compared ({error.where}: {error.what})", None
-    return ("equal" if first.fingerprint == second.fingerprint else "different"), first
+        return open_tokenizer(reader, None, scratch), ""
+    except TokenizerMissingError as error:
+        return None, f"{error.where}: {error.what}"

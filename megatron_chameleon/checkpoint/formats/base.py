@@ -7,8 +7,8 @@ tensors in megatron-core's form.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +18,18 @@ from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, optimizer_parts
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
+from megatron_chameleon.config.constraints import Between, field_constraints, find_violations
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import read_json_object, write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.values import LARGEST_COUNT, Values, printable
+from megatron_chameleon.wording import shown
 
 ORIGIN_FILE = "chameleon.json"
 ORIGIN_FORMAT = "megatron_chameleon.export/1"
+LARGEST_JSON_BYTES = 16 << 20
+"""A config.json with the names of 65,536 tokens has 2 MB."""
 SHARD_BYTES = 5 * 10**9
 """Default largest size of a file."""
 
@@ -82,6 +88,17 @@ class CheckpointReader(Protocol):
         Args:
             scratch: A folder that may be created and filled, if the tokenizer's files have to be
                 put together.
+
+        Raises:
+            TokenizerMissingError: The checkpoint has no whole tokenizer, and names none.
+        """
+        ...
+
+    def encoder(self) -> Mapping[str, Callable[[], torch.Tensor]]:
+        """How to read each tensor of the image encoder that came with the checkpoint.
+
+        Returns:
+            Functions by the names of ``Vqgan``; empty if the checkpoint has no encoder.
         """
         ...
 
@@ -180,6 +197,10 @@ class CheckpointWriter(Protocol):
         ...
 
 
+class TokenizerMissingError(CheckpointError):
+    """A checkpoint without a tokenizer: there is nothing to refuse, but one must be given."""
+
+
 def most_precise_row(reader: CheckpointReader, row: TensorRow, dtype: torch.dtype) -> TensorRow:
     """The row to read for the most precise value of a row in a dtype.
 
@@ -225,7 +246,7 @@ def check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any
     for name in sorted(found.keys() - expected.keys()):
         raise CheckpointError(
             where,
-            f"the tensor {name} {list(found[name])} has no place in a Chameleon model",
+            f"the tensor {printable(name)} {list(found[name])} has no place in a Chameleon model",
             "Use a checkpoint of a Chameleon model",
         )
     for name, shape in expected.items():
@@ -252,53 +273,127 @@ def write_origin(folder: Path, target: Target) -> None:
     if target.has_optimizer:
         content["data"] = target.data
         content["skipped_steps"] = list(target.skipped_steps)
-    (folder / ORIGIN_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / ORIGIN_FILE, json.dumps(content, indent=1) + "\n", CheckpointError)
 
 
-def read_origin(folder: Path) -> dict[str, Any]:
-    """Read ``chameleon.json`` of an exported folder.
+@dataclass(frozen=True)
+class Origin:
+    """What ``chameleon.json`` says; all of it is missing where there is no such file.
 
-    Raises:
-        CheckpointError: The file is missing, damaged or of another version.
+    Attributes:
+        step: Updates that the model has seen.
+        fingerprint: The tokenizer's fingerprint.
+        model: The model's settings by name.
+        data: What the run has read.
+        skipped_steps: Steps of the run that made no update.
     """
-    file = folder / ORIGIN_FILE
-    remedy = "Give a folder that `chameleon convert` wrote, or a checkpoint"
-    origin = read_json_object(file, remedy)
-    if origin.get("format") != ORIGIN_FORMAT:
-        what = f"format is {origin.get('format')!r}, this version reads {ORIGIN_FORMAT!r}"
-        raise CheckpointError(str(file), what, remedy)
-    return origin
+
+    step: int = 0
+    fingerprint: str | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] | None = None
+    skipped_steps: Sequence[int] = ()
 
 
-def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON file whose top level is an object.
+def read_origin(folder: Path | None) -> Origin:
+    """Read ``chameleon.json`` of a folder, if there is one.
 
     Raises:
-        CheckpointError: The file is missing, or its content is something else.
+        CheckpointError: The file is damaged, of another version, or has a value of another type or
+            range.
+    """
+    if folder is None or not (folder / ORIGIN_FILE).exists():
+        return Origin()
+    remedy = "Copy the file from the original, or remove it"
+    values = read_values(folder / ORIGIN_FILE, remedy)
+    if (found := values.text("format")) != ORIGIN_FORMAT:
+        raise values.error(f"format is {shown(found)}, this version reads {ORIGIN_FORMAT!r}")
+    model = values.section("model", {})
+    recorded = {f.name: model.content[f.name] for f in fields(ModelConfig) if f.name in model}
+    data = values.section("data", {}).content if values.content.get("data") is not None else None
+    return Origin(
+        step=values.whole("step", high=LARGEST_COUNT, default=0),
+        fingerprint=values.text("tokenizer_fingerprint", None),
+        model=recorded,
+        data=None if data is None else dict(data),
+        skipped_steps=values.wholes("skipped_steps", high=LARGEST_COUNT),
+    )
+
+
+def read_values(file: Path, remedy: str) -> Values:
+    """Read a small JSON file whose top level is an object.
+
+    Raises:
+        CheckpointError: The file is missing, too large or not a JSON object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(file), f"cannot be read ({error})", remedy) from error
-    if not isinstance(content, dict):
-        what = f"is a {type(content).__name__}, not an object"
-        raise CheckpointError(str(file), what, remedy)
-    return content
+        content = read_json_object(file, CheckpointError, LARGEST_JSON_BYTES)
+    except CheckpointError as error:
+        raise CheckpointError(error.where, error.what, remedy) from error
+    return Values(content, str(file), remedy)
 
 
-def with_recorded(model: ModelConfig, origin: Mapping[str, Any], known: set[str]) -> ModelConfig:
+def with_recorded(model: ModelConfig, origin: Origin, known: set[str], where: str) -> ModelConfig:
     """Complete a model's settings with those that only ``chameleon.json`` has.
 
     Args:
         model: The settings in the format's own files.
-        origin: The content of ``chameleon.json``; may be empty.
+        origin: What ``chameleon.json`` says.
         known: The fields that the format's own files have; they are left as they are.
+        where: The folder that errors name.
+
+    Raises:
+        CheckpointError: A setting is out of its bounds.
     """
-    recorded = origin.get("model")
-    recorded = recorded if isinstance(recorded, dict) else {}
     values = asdict(model)
-    for field in fields(ModelConfig):
-        value = recorded.get(field.name, values[field.name])
-        if field.name not in known and isinstance(value, type(values[field.name])):
-            values[field.name] = value
-    return ModelConfig(**values)
+    for name, value in origin.model.items():
+        if name not in known and isinstance(value, type(values[name])):
+            values[name] = value
+    completed = ModelConfig(**values)
+    check_model(completed, where)
+    return completed
+
+
+def check_model(model: ModelConfig, where: str) -> None:
+    """Refuse settings that no model can have.
+
+    Args:
+        model: The settings.
+        where: The file or folder that errors name.
+
+    Raises:
+        CheckpointError: A setting is out of its bounds, or two of them do not fit.
+    """
+    remedy = "Use the config that belongs to the checkpoint"
+    for violation in find_violations(model, "model"):
+        raise CheckpointError(f"{where}: {violation.where}", violation.what, remedy)
+    heads, key_heads = model.num_attention_heads, model.num_query_groups
+    if model.hidden_size % (2 * heads):
+        what = f"hidden size {model.hidden_size} does not divide into {heads} heads of even width"
+        raise CheckpointError(where, what, remedy)
+    if heads % (key_heads or heads):
+        what = f"{heads} heads do not divide by {key_heads} key/value heads"
+        raise CheckpointError(where, what, remedy)
+
+
+def bounds(name: str) -> tuple[Any, Any]:
+    """The smallest and the largest value of a field of ``ModelConfig``."""
+    constraint = field_constraints(ModelConfig)[name][0]
+    assert isinstance(constraint, Between)
+    return constraint.low, constraint.high
+
+
+def check_layer_count(where: str, layers: int, tensors: int) -> None:
+    """Compare the number of layers with the files before the names of their tensors are built.
+
+    Args:
+        where: The file that states the layers, with the key.
+        layers: The number of layers.
+        tensors: The number of tensors in the files.
+
+    Raises:
+        CheckpointError: There are more layers than tensors.
+    """
+    if layers > tensors:
+        what = f"states {layers:,} layers, but the files have only {tensors:,} tensors"
+        raise CheckpointError(where, what, "Use the config that belongs to the checkpoint")

@@ -20,8 +20,9 @@ stage and with any number. It loads with ``"checkpoint": {"load_universal": true
 config and ``engine.load_checkpoint(DST, load_lr_scheduler_states=False)``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,8 @@ from megatron_chameleon.checkpoint.formats.base import (
     ORIGIN_FILE,
     RowStream,
     Target,
+    check_layer_count,
+    check_model,
     check_names,
     one_dtype,
     read_origin,
@@ -48,8 +51,8 @@ from megatron_chameleon.checkpoint.formats.deepspeed_files import (
 from megatron_chameleon.checkpoint.formats.hf import (
     VQ_PREFIX,
     check_has_norms,
+    check_has_tokenizer,
     encoder_tensors,
-    gather_tokenizer,
     write_settings,
 )
 from megatron_chameleon.checkpoint.formats.hf_config import (
@@ -63,9 +66,11 @@ from megatron_chameleon.checkpoint.names.norm_groups import norm_groups, norm_se
 from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, MOMENTS
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
-from megatron_chameleon.config.load import load_config, save_config
+from megatron_chameleon.config.load import load_recorded_config, save_config
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import write_text
+from megatron_chameleon.values import printable
 
 OWN_CONFIG_FILE = "config.yaml"
 VERSION = "0.19.8"
@@ -94,12 +99,11 @@ class Reader:
         self._places = (step_folder, step_folder.parent)
         self.step, self.has_optimizer = self._files.step, self._files.has_optimizer
         exported = self._folder_with(ORIGIN_FILE)
-        self.origin = read_origin(exported) if exported else {}
-        self.fingerprint: str | None = self.origin.get("tokenizer_fingerprint")
-        self.data: dict[str, Any] | None = self.origin.get("data")
-        self.skipped_steps: Sequence[int] = self.origin.get("skipped_steps", ())
+        self.origin = read_origin(exported)
+        self.fingerprint = self.origin.fingerprint
+        self.data, self.skipped_steps = self.origin.data, self.origin.skipped_steps
         own = self._folder_with(OWN_CONFIG_FILE)
-        self.config: Config | None = load_config(own / OWN_CONFIG_FILE) if own else None
+        self.config: Config | None = load_recorded_config(own / OWN_CONFIG_FILE) if own else None
         self._prefix, self._is_hf = _naming(self._files)
         self.model, self.dimensions = self._hf_geometry() if self._is_hf else self._own_geometry()
         expected = {
@@ -126,16 +130,25 @@ class Reader:
         return tensor if row.part else tensor.to(self.dtype(row))
 
     def tokenizer_folder(self, scratch: Path) -> Path:
-        """Gather our tokenizer's files in ``scratch``, or use the folder that the config names.
+        """The folder with our tokenizer's files, or the one that the config names.
 
         Raises:
-            CheckpointError: Neither exists.
+            TokenizerMissingError: Neither exists.
         """
         exported = self._folder_with(ORIGIN_FILE)
         if exported is None and self.config and Path(self.config.tokenizer.path).is_dir():
             return Path(self.config.tokenizer.path)
-        gather_tokenizer(exported or self._places[1], scratch)
-        return scratch
+        check_has_tokenizer(exported or self._places[1])
+        return exported or self._places[1]
+
+    def encoder(self) -> Mapping[str, Callable[[], torch.Tensor]]:
+        """How to read each tensor of transformers' image encoder, if it was in the model."""
+        prefix = self._prefix + VQ_PREFIX
+        return {
+            name.removeprefix(prefix): partial(self._files.read, name, MAIN_WEIGHT)
+            for name in self._files.shapes
+            if name.startswith(prefix)
+        }
 
     def _folder_with(self, name: str) -> Path | None:
         """The folder that has a file: the step's, the one above it, or None."""
@@ -159,9 +172,11 @@ class Reader:
             self._raise_missing(
                 CONFIG_FILE, "transformers' config.save_pretrained(FOLDER) writes it"
             )
-        model, vocab_size = model_of_config(read_config(place), str(place / CONFIG_FILE))
+        model, vocab_size = model_of_config(read_config(place))
+        where = str(place / CONFIG_FILE)
+        check_layer_count(where, model.num_layers, len(self._files.shapes))
         heads, key_heads = model.num_attention_heads, model.num_query_groups or 0
-        model = with_recorded(model, self.origin, KNOWN)
+        model = with_recorded(model, self.origin, KNOWN, where)
         return model, Dimensions.of(model, vocab_size, heads, key_heads)
 
     def _own_geometry(self) -> tuple[ModelConfig, Dimensions]:
@@ -171,11 +186,14 @@ class Reader:
         model, shapes = self.config.model, self._files.shapes
         attention = f"{self._prefix}decoder.layers.0.self_attention."
         q_groups, k_groups = (
-            shapes.get(f"{attention}{which}_layernorm.weight", (0,))[0] for which in "qk"
+            (*shapes.get(f"{attention}{which}_layernorm.weight", ()), 0)[0] for which in "qk"
         )
         key_heads = model.num_query_groups or model.num_attention_heads
         model = replace(model, num_query_groups=key_heads, qk_norm_groups=q_groups)
-        vocab_size = shapes[f"{self._prefix}output_layer.weight"][0]
+        where = str(self.folder)
+        check_model(model, where)
+        check_layer_count(where, model.num_layers, len(shapes))
+        vocab_size = (*shapes[f"{self._prefix}output_layer.weight"], 0)[0]
         return model, Dimensions.of(model, vocab_size, q_groups, k_groups)
 
     def _raise_missing(self, name: str, hint: str) -> NoReturn:
@@ -195,7 +213,7 @@ class Reader:
             )
 
         self.model.qk_norm_groups, q_groups, k_groups = norm_settings(
-            self.origin.get("model", {}).get("qk_norm_groups"),
+            self.origin.model.get("qk_norm_groups"),
             q_groups=groups("q"),
             k_groups=groups("k"),
             heads=dims.num_attention_heads,
@@ -214,7 +232,7 @@ def _naming(files: DeepSpeedFiles) -> tuple[str, bool]:
         for found in files.shapes:
             if found == name or found.endswith("." + name):
                 return found.removesuffix(name), is_hf
-    first = next(iter(files.shapes), "none")
+    first = printable(next(iter(files.shapes), "none"))
     raise CheckpointError(
         str(files.folder),
         "has no parameter lm_head.weight (transformers) or output_layer.weight (ours); its first "
@@ -261,7 +279,7 @@ class Writer:
             for part in self._parts[1:]:
                 self._write_part(zero / name, part, torch.zeros_like(tensor))
         self._write_global(step_folder, dtypes)
-        (folder / LATEST_UNIVERSAL).write_text(self._folder, encoding="utf-8")
+        write_text(folder / LATEST_UNIVERSAL, self._folder, CheckpointError)
         write_settings(folder, target)
         if target.config is not None:
             save_config(replace(target.config, model=target.model), folder / OWN_CONFIG_FILE)

@@ -39,7 +39,7 @@ from megatron_chameleon.checkpoint.tensor_files.torch_pickles import (
 )
 from megatron_chameleon.errors import CheckpointError, first_line
 from megatron_chameleon.files import read_bytes
-from megatron_chameleon.values import LARGEST_COUNT, Values, shown
+from megatron_chameleon.values import LARGEST_COUNT, Values, describe
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 LARGEST_TAG_BYTES = 4096
@@ -158,7 +158,7 @@ def find_step_folder(folder: Path) -> Path | None:
             tag = content.decode("utf-8", "replace").strip()
             is_name = Path(tag).name == tag and tag.isprintable()
             if not is_name or not _is_step_folder(folder / tag):
-                what = f"names {shown(tag)}, but there is no such step folder beside it"
+                what = f"names {describe(tag)}, but there is no such step folder beside it"
                 raise CheckpointError(str(folder / name), what, "Copy the whole folder again")
             return folder / tag
     return None

@@ -11,16 +11,17 @@ lines; its tokenizer must be given with ``--tokenizer``.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from megatron_chameleon.checkpoint.formats.base import ORIGIN_FILE as EXPORT_FILE
 from megatron_chameleon.checkpoint.formats.base import (
     RowStream,
     Target,
+    TokenizerMissingError,
+    check_layer_count,
     check_names,
     one_dtype,
     read_origin,
@@ -44,13 +45,15 @@ from megatron_chameleon.checkpoint.tensor_files.safetensors import (
     TensorSpec,
 )
 from megatron_chameleon.errors import CheckpointError
-from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE
+from megatron_chameleon.tokenizer.common.files import (
+    IMAGE_CONFIG_FILE,
+    IMAGE_TOKENIZER_FOLDER,
+    IMAGE_WEIGHTS_FILE,
+    tokenizer_file,
+)
 from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES, Tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
-from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE
 
-IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 VQ_PREFIX = "model.vqmodel."
 
 
@@ -73,24 +76,23 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        where = str(folder / CONFIG_FILE)
-        content = read_config(folder)
-        model, vocab_size = model_of_config(content, where)
-        self.origin = read_origin(folder) if (folder / EXPORT_FILE).is_file() else {}
-        self.model = with_recorded(model, self.origin, KNOWN)
-        self.step = int(self.origin.get("step", 0))
-        self.fingerprint: str | None = self.origin.get("tokenizer_fingerprint")
+        config = read_config(folder)
+        model, vocab_size = model_of_config(config)
+        self.origin = read_origin(folder)
+        self.model = with_recorded(model, self.origin, KNOWN, str(folder))
+        self.step, self.fingerprint = self.origin.step, self.origin.fingerprint
         self._files = SafetensorsReader(folder)
+        check_layer_count(config.where, model.num_layers, len(self._files.shapes))
         # one QK-norm per head, as Hugging Face has it, is enough to know every name and shape
         heads, key_heads = model.num_attention_heads, model.num_query_groups or 0
         per_head = Dimensions.of(model, vocab_size, heads, key_heads)
         expected = {n: s for row in tensor_rows(per_head) for n, s in row.hf_shapes.items()}
         self._has_encoder = any(name.startswith(VQ_PREFIX) for name in self._files.shapes)
         if self._has_encoder:
-            expected |= _encoder_shapes(vqgan_of_config(content, where))
+            expected |= _encoder_shapes(vqgan_of_config(config))
         check_names(str(folder), self._files.shapes, expected)
         self.model.qk_norm_groups, q_groups, k_groups = norm_settings(
-            self.origin.get("model", {}).get("qk_norm_groups"),
+            self.origin.model.get("qk_norm_groups"),
             q_groups=self._norm_groups("q"),
             k_groups=self._norm_groups("k"),
             heads=heads,
@@ -116,27 +118,21 @@ class Reader:
         return row.to_megatron({name: self._files.read(name) for name in row.hf_names})
 
     def tokenizer_folder(self, scratch: Path) -> Path:
-        """Gather our tokenizer's files in ``scratch``.
+        """The folder itself.
 
         Raises:
-            CheckpointError: The folder does not have them, and so has no VQ decoder either.
+            TokenizerMissingError: It does not have our tokenizer, and so has no VQ decoder either.
         """
-        gather_tokenizer(self.folder, scratch)
-        self._compare_encoder(scratch / IMAGE_WEIGHTS_FILE)
-        return scratch
+        check_has_tokenizer(self.folder)
+        return self.folder
 
-    def _compare_encoder(self, path: Path) -> None:
-        """Check that transformers and our image tokenizer would give an image the same codes."""
-        names = [name for name in self._files.shapes if name.startswith(VQ_PREFIX)]
-        with safe_open(path, framework="pt") as file:
-            for name in names:
-                ours = file.get_tensor(name.removeprefix(VQ_PREFIX))
-                if not torch.equal(ours, self._files.read(name)):
-                    raise CheckpointError(
-                        str(self.folder),
-                        f"{name} differs from {IMAGE_TOKENIZER_FOLDER}/{IMAGE_WEIGHTS_FILE}",
-                        "Copy the whole folder again, or give the tokenizer with --tokenizer",
-                    )
+    def encoder(self) -> Mapping[str, Callable[[], torch.Tensor]]:
+        """How to read each tensor of transformers' image encoder."""
+        return {
+            name.removeprefix(VQ_PREFIX): partial(self._files.read, name)
+            for name in self._files.shapes
+            if name.startswith(VQ_PREFIX)
+        }
 
 
 class Writer:
@@ -204,31 +200,20 @@ def write_settings(folder: Path, target: Target) -> None:
     write_origin(folder, target)
 
 
-def gather_tokenizer(source: Path, scratch: Path) -> None:
-    """Copy our tokenizer's files of an exported folder into one tokenizer folder.
-
-    Args:
-        source: The exported folder.
-        scratch: The tokenizer folder; it is created if missing.
+def check_has_tokenizer(folder: Path) -> None:
+    """Refuse an exported folder without our tokenizer's files.
 
     Raises:
-        CheckpointError: Some of the files are missing, and so the VQ decoder is too.
+        TokenizerMissingError: Some of the files are missing, and so the VQ decoder is too.
     """
-    folders = {
-        name: source / IMAGE_TOKENIZER_FOLDER if "image" in name else source
-        for name in FINGERPRINTED_FILES
-    }
-    missing = [name for name, folder in folders.items() if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            str(source),
-            f"has no {missing[0]}: transformers' files alone lack the VQ decoder, which turns "
-            "codes into images",
-            "Give a tokenizer folder, ours or Meta's, with --tokenizer",
-        )
-    scratch.mkdir(parents=True, exist_ok=True)
-    for name, folder in folders.items():
-        shutil.copyfile(folder / name, scratch / name)
+    for name in FINGERPRINTED_FILES:
+        if not tokenizer_file(folder, name).is_file():
+            raise TokenizerMissingError(
+                str(folder),
+                f"has no {name}: transformers' files alone lack the VQ decoder, which turns "
+                "codes into images",
+                "Give a tokenizer folder, ours or Meta's, with --tokenizer",
+            )
 
 
 def _encoder_shapes(config: VqganConfig) -> dict[str, tuple[int, ...]]:
@@ -257,8 +242,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     from megatron_chameleon.tokenizer.huggingface import write_huggingface_tokenizer
 
     write_huggingface_tokenizer(tokenizer, folder)
-    for name in (TEXT_MODEL_FILE, VOCABULARY_FILE):
-        shutil.copyfile(tokenizer.folder / name, folder / name)
     (folder / IMAGE_TOKENIZER_FOLDER).mkdir()
-    for name in (IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE):
-        shutil.copyfile(tokenizer.folder / name, folder / IMAGE_TOKENIZER_FOLDER / name)
+    for name in FINGERPRINTED_FILES:
+        is_image = name in (IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE)
+        place = folder / IMAGE_TOKENIZER_FOLDER if is_image else folder
+        shutil.copyfile(tokenizer_file(tokenizer.folder, name), place / name)

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
-from megatron_chameleon.checkpoint.formats.base import read_json_object
+from megatron_chameleon.checkpoint.formats.base import bounds, check_model, read_values
 from megatron_chameleon.config.schema import ModelConfig
-from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.errors import ChameleonError, CheckpointError
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
+from megatron_chameleon.tokenizer.image.tokenizer import vqgan_config
 from megatron_chameleon.tokenizer.image.vqgan import VqganConfig
+from megatron_chameleon.values import Values, describe
 
 CONFIG_FILE = "config.json"
 KNOWN = {
@@ -104,61 +106,55 @@ def vq_config(vqgan: VqganConfig) -> dict[str, Any]:
     return {**values, "channel_multiplier": list(vqgan.ch_mult)}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Values:
     """Read ``config.json`` of a Chameleon model.
 
     Raises:
         CheckpointError: The file cannot be read, or it is of another architecture.
     """
-    file = folder / CONFIG_FILE
-    content = read_json_object(file, "Give a Hugging Face folder of a Chameleon model")
-    if content.get("model_type") != "chameleon":
-        raise CheckpointError(
-            str(file),
-            f"is the config of a {content.get('model_type')!r} model, not of 'chameleon'",
-            "Give the folder of a Chameleon model",
-        )
-    return content
+    values = read_values(folder / CONFIG_FILE, "Give a Hugging Face folder of a Chameleon model")
+    if (found := values.content.get("model_type")) != "chameleon":
+        raise values.error(f"is the config of a {describe(found)} model, not of 'chameleon'")
+    return values
 
 
-def model_of_config(content: dict[str, Any], where: str) -> tuple[ModelConfig, int]:
+def model_of_config(config: Values) -> tuple[ModelConfig, int]:
     """Our model config, and the vocabulary's size.
 
     Args:
-        content: The content of ``config.json``.
-        where: The path of ``config.json``, for errors.
+        config: What ``config.json`` says.
 
     Raises:
-        CheckpointError: A value is missing, or our model does not support it.
+        CheckpointError: A value is missing or cannot be, or our model does not support it.
     """
     for key, only in _FIXED.items():
-        if content.get(key, only) != only:
-            what = f"{key} is {content[key]!r}, and only {only!r} is supported"
-            raise CheckpointError(where, what, "Convert another checkpoint")
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if (found := config.content.get(key, only)) != only:
+            raise _unsupported(config, f"{key} is {describe(found)}, and only {only!r} is")
+    rope = config.section("rope_parameters", config.section("rope_scaling", {}).content)
+    rope_type = rope.content.get("rope_type", rope.content.get("type", "default"))
     if rope_type != "default":
-        what = f"the RoPE type is {rope_type!r}, and only 'default' is supported"
-        raise CheckpointError(where, what, "Convert another checkpoint")
-    try:
-        heads = int(content["num_attention_heads"])
-        theta = float(rope.get("rope_theta", content.get("rope_theta", 10000.0)))
-        model = ModelConfig(
-            num_layers=int(content["num_hidden_layers"]),
-            hidden_size=int(content["hidden_size"]),
-            ffn_hidden_size=int(content["intermediate_size"]),
-            num_attention_heads=heads,
-            num_query_groups=int(content.get("num_key_value_heads") or heads),
-            seq_length=int(content.get("max_position_embeddings", 4096)),
-            norm_order="swin" if content.get("swin_norm") else "pre",
-            layernorm_epsilon=float(content.get("rms_norm_eps", 1e-5)),
-            rotary_base=whole_rotary_base(theta, where),
-            init_method_std=float(content.get("initializer_range", 0.02)),
-        )
-        return model, int(content["vocab_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"a value is missing or is not a number ({error!r})"
-        raise CheckpointError(where, what, "Use a complete config.json") from error
+        raise _unsupported(config, f"the RoPE type is {describe(rope_type)}, and only 'default' is")
+    heads = config.whole("num_attention_heads", *bounds("num_attention_heads"))
+    base = bounds("rotary_base")
+    theta = rope.number("rope_theta", *base, config.number("rope_theta", *base, 10000.0))
+    model = ModelConfig(
+        num_layers=config.whole("num_hidden_layers", *bounds("num_layers")),
+        hidden_size=config.whole("hidden_size", *bounds("hidden_size")),
+        ffn_hidden_size=config.whole("intermediate_size", *bounds("ffn_hidden_size")),
+        num_attention_heads=heads,
+        num_query_groups=config.whole("num_key_value_heads", 1, heads, heads),
+        seq_length=config.whole("max_position_embeddings", *bounds("seq_length"), 4096),
+        norm_order="swin" if config.flag("swin_norm", False) else "pre",
+        layernorm_epsilon=config.number("rms_norm_eps", *bounds("layernorm_epsilon"), 1e-5),
+        rotary_base=whole_rotary_base(theta, config.where),
+        init_method_std=config.number("initializer_range", *bounds("init_method_std"), 0.02),
+    )
+    check_model(model, config.where)
+    return model, config.whole("vocab_size", low=1)
+
+
+def _unsupported(config: Values, what: str) -> ChameleonError:
+    return CheckpointError(config.where, f"{what} supported", "Convert another checkpoint")
 
 
 def whole_rotary_base(theta: float, where: str) -> int:
@@ -174,21 +170,22 @@ def whole_rotary_base(theta: float, where: str) -> int:
     return int(theta)
 
 
-def vqgan_of_config(content: dict[str, Any], where: str) -> VqganConfig:
+def vqgan_of_config(config: Values) -> VqganConfig:
     """The image tokenizer's shape.
 
     Args:
-        content: The content of ``config.json``.
-        where: The path of ``config.json``, for errors.
+        config: What ``config.json`` says.
 
     Raises:
-        CheckpointError: It has attention in other places, or two values per latent.
+        CheckpointError: A value cannot be, or it has attention in other places or two values per
+            latent.
     """
-    values = content.get("vq_config") or {}
-    if values.get("double_latent") or values.get("attn_resolutions"):
+    values = config.section("vq_config", {})
+    if values.content.get("double_latent") or values.content.get("attn_resolutions"):
         raise CheckpointError(
-            f"{where}: vq_config",
+            values.where,
             "double_latent or attn_resolutions is set, which the image tokenizer does not have",
             "Convert another checkpoint",
         )
-    return VqganConfig(**{ours: values[hf] for hf, ours in _VQ_NAMES.items() if hf in values})
+    content = {ours: values.content[hf] for hf, ours in _VQ_NAMES.items() if hf in values}
+    return vqgan_config(Values(content, values.where, "Use the config.json of the checkpoint"))

@@ -11,7 +11,7 @@ from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.formats.hf import encoder_tensors
 from megatron_chameleon.checkpoint.formats.hf_config import build_config
 from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
-from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.errors import CheckpointError, first_line
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 
@@ -60,13 +60,11 @@ def load_transformers(path: Path) -> Any:
     try:
         with no_progress_bar():
             model, info = ChameleonForConditionalGeneration.from_pretrained(
-                path, dtype="auto", output_loading_info=True
+                path, dtype="auto", output_loading_info=True, local_files_only=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            str(path), f"transformers cannot open it ({reason})", "Convert the checkpoint again"
-        ) from error
+    except Exception as error:  # it raises all kinds of exceptions for what it finds in the files
+        what = f"transformers cannot open it ({type(error).__name__}: {first_line(error)[:200]})"
+        raise CheckpointError(str(path), what, "Convert the checkpoint again") from error
     _check_complete(info, path)
     return model
 

@@ -12,7 +12,7 @@ values.
 import io
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,13 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.utils.serialization import config as serialization_config
 
-from megatron_chameleon.checkpoint.formats.base import RowStream, Target, check_names
+from megatron_chameleon.checkpoint.formats.base import (
+    RowStream,
+    Target,
+    TokenizerMissingError,
+    check_model,
+    check_names,
+)
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.names.optimizer_state import optimizer_parts
 from megatron_chameleon.checkpoint.names.table import K_NORM, Q_NORM
@@ -53,7 +59,10 @@ from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config, TokenizerConfig
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import write_text
+from megatron_chameleon.tokenizer.common.files import tokenizer_file
 from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES
+from megatron_chameleon.wording import shown
 
 TOKENIZER_FOLDER = "tokenizer"
 CHUNK_BYTES = 2**25
@@ -84,17 +93,15 @@ class Reader:
         state, found = self._checkpoint.state, self._checkpoint.tensors
         self.folder = self._checkpoint.folder
         self.step = state["step"]
-        fingerprint = state.get("tokenizer_fingerprint")
-        self.fingerprint: str | None = None if fingerprint is None else str(fingerprint)
-        q_groups, k_groups = (
-            found[name].shape[1] if name in found else 0 for name in (Q_NORM, K_NORM)
-        )
+        self.fingerprint: str | None = state["tokenizer_fingerprint"]
+        q_groups, k_groups = (_norm_groups(found, name) for name in (Q_NORM, K_NORM))
         model = self._checkpoint.config.model
         self.model = replace(
             model,
             num_query_groups=model.num_query_groups or model.num_attention_heads,
             qk_norm_groups=q_groups,
         )
+        check_model(self.model, str(self.folder / "config.yaml"))
         self.dimensions = Dimensions.of(self.model, state["vocab_size"], q_groups, k_groups)
         has_config = state.get("training_config") is not False
         self.config: Config | None = self._checkpoint.config if has_config else None
@@ -126,17 +133,26 @@ class Reader:
         """The tokenizer folder in the checkpoint, or the one that its config names.
 
         Raises:
-            CheckpointError: The folder that the config names does not exist.
+            TokenizerMissingError: The folder that the config names does not exist.
         """
         inside = self.folder / TOKENIZER_FOLDER
         path = inside if inside.is_dir() else Path(self._checkpoint.config.tokenizer.path)
         if not path.is_dir():
-            raise CheckpointError(
+            raise TokenizerMissingError(
                 str(self.folder / "config.yaml"),
-                f"its tokenizer.path {str(path)!r} is not a folder, seen from {Path.cwd()}",
+                f"its tokenizer.path {shown(str(path))} is not a folder, seen from {Path.cwd()}",
                 "Give the folder with --tokenizer",
             )
         return path
+
+    def encoder(self) -> Mapping[str, Callable[[], torch.Tensor]]:
+        """Nothing: the fingerprint of the tokenizer says all."""
+        return {}
+
+
+def _norm_groups(found: Mapping[str, TensorInfo], name: str) -> int:
+    """The groups of a QK-norm's tensor [layers, N, D]; 0 if there is none."""
+    return found[name].shape[1] if name in found and len(found[name].shape) == 3 else 0
 
 
 def _check_tensors(where: str, found: dict[str, TensorInfo], wanted: Sequence[TensorRow]) -> None:
@@ -241,7 +257,7 @@ class Writer:
         tokenizer = folder / TOKENIZER_FOLDER
         tokenizer.mkdir()
         for name in FINGERPRINTED_FILES:
-            shutil.copyfile(target.tokenizer.folder / name, tokenizer / name)
+            shutil.copyfile(tokenizer_file(target.tokenizer.folder, name), tokenizer / name)
         config = deepcopy(target.config or Config())
         config.model = target.model
         config.tokenizer = TokenizerConfig(path=TOKENIZER_FOLDER)
@@ -258,7 +274,7 @@ class Writer:
             "vocab_size": target.dimensions.vocab_size,
             "tokenizer_fingerprint": target.tokenizer.fingerprint,
         }
-        (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / STATE_FILE, json.dumps(state, indent=1) + "\n", CheckpointError)
 
 
 class _UnnamedFolderWriter(FileSystemWriter):

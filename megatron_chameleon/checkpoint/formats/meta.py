@@ -12,26 +12,30 @@ into n shards or a multiple of n. Source: loader.py, transformer.py of facebookr
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_chameleon.checkpoint.formats.base import (
-    ORIGIN_FILE,
     RowStream,
     Target,
+    TokenizerMissingError,
+    bounds,
+    check_layer_count,
+    check_model,
     check_names,
     one_dtype,
-    read_json_object,
     read_origin,
+    read_values,
     with_recorded,
     write_origin,
 )
 from megatron_chameleon.checkpoint.formats.hf_config import whole_rotary_base
 from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
     META_TEXT_FILE,
+    meta_encoder,
     read_meta_tokenizer,
     write_meta_tokenizer,
 )
@@ -42,11 +46,14 @@ from megatron_chameleon.checkpoint.tensor_files.pth import PthFile, create_pth
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import write_text
+from megatron_chameleon.values import Values
 
 PARAMS_FILE, SHARDS_FILE = "params.json", "consolidate_params.json"
 TOKENIZER_FOLDER = "tokenizer"
 ROPE = "rope.freqs"
 """A tensor that the reference code requires in the files, and ignores."""
+LARGEST_SHARDS = 1024
 SEQ_LENGTH = 4096
 """Sequence length of the released models, whose files don't say."""
 KNOWN = {
@@ -81,18 +88,17 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.origin = read_origin(folder) if (folder / ORIGIN_FILE).is_file() else {}
-        self.step = int(self.origin.get("step", 0))
-        self.fingerprint: str | None = self.origin.get("tokenizer_fingerprint")
+        self.origin = read_origin(folder)
+        self.step, self.fingerprint = self.origin.step, self.origin.fingerprint
         params = _params(folder)
         self._shards = [PthFile(path) for path in _shard_files(folder)]
         model, dims = self._geometry(params)
         self._check(dims)
-        self.model = with_recorded(model, self.origin, KNOWN)
+        self.model = with_recorded(model, self.origin, KNOWN, str(folder))
         q_groups = k_groups = self.model.qk_norm_groups = 0
         if model.qk_norm_groups:
             self.model.qk_norm_groups, q_groups, k_groups = norm_settings(
-                self.origin.get("model", {}).get("qk_norm_groups"),
+                self.origin.model.get("qk_norm_groups"),
                 q_groups=self._norm_groups(dims, "q"),
                 k_groups=self._norm_groups(dims, "k"),
                 heads=dims.num_attention_heads,
@@ -121,52 +127,63 @@ class Reader:
         """Make our tokenizer's files in ``scratch`` from Meta's.
 
         Raises:
-            CheckpointError: Meta's are neither in the folder nor in the two above it.
+            TokenizerMissingError: Meta's are neither in the folder nor in the two above it.
+            CheckpointError: They are damaged.
         """
-        places = [self.folder, self.folder.parent, self.folder.parent.parent]
-        for place in places:  # the released models are in models/7b/, the tokenizer in tokenizer/
-            if (place / TOKENIZER_FOLDER / META_TEXT_FILE).is_file():
-                return read_meta_tokenizer(place / TOKENIZER_FOLDER, scratch)
-        raise CheckpointError(
+        if found := self._meta_tokenizer():
+            return read_meta_tokenizer(found, scratch)
+        raise TokenizerMissingError(
             str(self.folder / TOKENIZER_FOLDER),
             f"there is no {META_TEXT_FILE}, nor in the two folders above",
             "Give a tokenizer folder, ours or Meta's, with --tokenizer",
         )
 
-    def _geometry(self, params: dict[str, Any]) -> tuple[ModelConfig, Dimensions]:
+    def _meta_tokenizer(self) -> Path | None:
+        """Meta's tokenizer folder, if there is one."""
+        places = [self.folder, self.folder.parent, self.folder.parent.parent]
+        for place in places:  # the released models are in models/7b/, the tokenizer in tokenizer/
+            if (place / TOKENIZER_FOLDER / META_TEXT_FILE).is_file():
+                return place / TOKENIZER_FOLDER
+        return None
+
+    def encoder(self) -> Mapping[str, Callable[[], torch.Tensor]]:
+        """How to read each tensor of the encoder in ``vqgan.ckpt``."""
+        folder = self._meta_tokenizer()
+        return meta_encoder(folder) if folder else {}
+
+    def _geometry(self, params: Values) -> tuple[ModelConfig, Dimensions]:
         """The model's settings and sizes, from params.json and the tensors' shapes."""
-        where, first = str(self.folder / PARAMS_FILE), self._shards[0].tensors
+        first = self._shards[0].tensors
         w1, output = "layers.0.feed_forward.w1.weight", "output.weight"
         for name in (w1, output):
-            if name not in first:
+            if name not in first or not first[name].shape:
                 raise CheckpointError(
                     str(self._shards[0].path),
                     f"the tensor {name} is missing",
                     "Use a checkpoint of a whole Chameleon model",
                 )
-        try:
-            heads = int(params["n_heads"])
-            has_norms = bool(params.get("qk_normalization", False))
-            model = ModelConfig(
-                num_layers=int(params["n_layers"]),
-                hidden_size=int(params["dim"]),
-                ffn_hidden_size=first[w1].shape[0] * self.shard_count,
-                num_attention_heads=heads,
-                num_query_groups=int(params.get("n_kv_heads") or heads),
-                seq_length=int(params.get("max_seq_len") or SEQ_LENGTH),
-                norm_order="swin" if params.get("swin_norm") else "pre",
-                qk_norm_groups=self.shard_count if has_norms else 0,
-                layernorm_epsilon=float(params.get("norm_eps", 1e-5)),
-                rotary_base=whole_rotary_base(float(params.get("rope_theta", 10000.0)), where),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"a value is missing or is not a number ({error!r})"
-            raise CheckpointError(where, what, "Use the params.json of the checkpoint") from error
+        heads = params.whole("n_heads", *bounds("num_attention_heads"))
+        has_norms = params.flag("qk_normalization", False)
+        theta = params.number("rope_theta", *bounds("rotary_base"), 10000.0)
+        model = ModelConfig(
+            num_layers=params.whole("n_layers", *bounds("num_layers")),
+            hidden_size=params.whole("dim", *bounds("hidden_size")),
+            ffn_hidden_size=first[w1].shape[0] * self.shard_count,
+            num_attention_heads=heads,
+            num_query_groups=params.whole("n_kv_heads", 1, heads, heads),
+            seq_length=params.whole("max_seq_len", *bounds("seq_length"), SEQ_LENGTH),
+            norm_order="swin" if params.flag("swin_norm", False) else "pre",
+            qk_norm_groups=self.shard_count if has_norms else 0,
+            layernorm_epsilon=params.number("norm_eps", *bounds("layernorm_epsilon"), 1e-5),
+            rotary_base=whole_rotary_base(theta, params.where),
+        )
+        check_model(model, params.where)
+        check_layer_count(params.where, model.num_layers, len(first))
         groups = self.shard_count if has_norms else 0
         vocab_size = first[output].shape[0] * self.shard_count
-        if params.get("vocab_size", vocab_size) not in (vocab_size, -1, None):
-            what = f"vocab_size is {params['vocab_size']}, but the tensors have {vocab_size} tokens"
-            raise CheckpointError(where, what, "Use the params.json of the checkpoint")
+        stated = params.whole("vocab_size", low=-1, default=vocab_size)
+        if stated not in (vocab_size, -1):
+            raise params.error(f"vocab_size is {stated}, but the tensors have {vocab_size} tokens")
         return model, Dimensions.of(model, vocab_size, groups, groups)
 
     def _check(self, dims: Dimensions) -> None:
@@ -302,12 +319,12 @@ def model_params(model: ModelConfig, dims: Dimensions) -> dict[str, Any]:
     }
 
 
-def _params(folder: Path) -> dict[str, Any]:
-    content = read_json_object(
-        folder / PARAMS_FILE, "Copy the file from the same place as the shards"
-    )
-    model = content.get("model", {})
-    return {**content, **model} if isinstance(model, dict) else content
+def _params(folder: Path) -> Values:
+    """What ``params.json`` says of the model, under ``model`` or at the top level."""
+    values = read_values(folder / PARAMS_FILE, "Use the params.json of the checkpoint")
+    model = values.section("model", {})
+    values.content = {**values.content, **model.content}
+    return values
 
 
 def _shard_files(folder: Path) -> list[Path]:
@@ -327,8 +344,8 @@ def _shard_files(folder: Path) -> list[Path]:
         files = [single]
     expected = len(files)
     if (folder / SHARDS_FILE).is_file():
-        settings = read_json_object(folder / SHARDS_FILE, "Copy it again")
-        expected = int(settings.get("model_parallel_size", expected))
+        settings = read_values(folder / SHARDS_FILE, "Copy it again")
+        expected = settings.whole("model_parallel_size", 1, LARGEST_SHARDS, max(expected, 1))
     wanted = shard_names(max(expected, 1))
     missing = [name for name in wanted if not (folder / name).is_file()]
     if missing:
@@ -347,4 +364,4 @@ def _shard_files(folder: Path) -> list[Path]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n", CheckpointError)

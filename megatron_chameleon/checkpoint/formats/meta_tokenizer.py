@@ -7,23 +7,44 @@ vqgan.py of facebookresearch/chameleon.
 """
 
 import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from megatron_chameleon.checkpoint.formats.base import check_names
 from megatron_chameleon.checkpoint.tensor_files.pth import PthFile
-from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.config.yaml_file import read_yaml
+from megatron_chameleon.errors import CheckpointError, ConfigError
+from megatron_chameleon.files import write_bytes, write_text
+from megatron_chameleon.tokenizer.common.files import tokenizer_file
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, save_vqgan
+from megatron_chameleon.tokenizer.image.tokenizer import (
+    IMAGE_CONFIG_FILE,
+    save_vqgan,
+    vqgan_config,
+)
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 from megatron_chameleon.tokenizer.text.model_file import sentencepiece_from_huggingface
 from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer
+from megatron_chameleon.values import Values
 
 META_TEXT_FILE, VQGAN_FILE, VQGAN_CONFIG_FILE = "text_tokenizer.json", "vqgan.ckpt", "vqgan.yaml"
+_DDCONFIG = {
+    "resolution": "resolution",
+    "in_channels": "in_channels",
+    "ch": "base_channels",
+    "ch_mult": "ch_mult",
+    "num_res_blocks": "num_res_blocks",
+    "z_channels": "z_channels",
+    "dropout": "dropout",
+}
+"""Meta's names of the network's sizes, and ours."""
 _KEPT = (TEXT_MODEL_FILE, VOCABULARY_FILE, IMAGE_CONFIG_FILE)
 
 
@@ -43,9 +64,9 @@ def write_meta_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     torch.save({"state_dict": {n: t.cpu() for n, t in weights.items()}}, folder / VQGAN_FILE)
     content = {"model": {"params": _vqgan_params(tokenizer.image.config)}}
     text = yaml.safe_dump(content, sort_keys=False)
-    (folder / VQGAN_CONFIG_FILE).write_text(text, encoding="utf-8")
+    write_text(folder / VQGAN_CONFIG_FILE, text)
     for name in _KEPT:
-        shutil.copyfile(tokenizer.folder / name, folder / name)
+        shutil.copyfile(tokenizer_file(tokenizer.folder, name), folder / name)
 
 
 def read_meta_tokenizer(folder: Path, output: Path) -> Path:
@@ -68,13 +89,28 @@ def read_meta_tokenizer(folder: Path, output: Path) -> Path:
             shutil.copyfile(folder / name, output / name)
     else:
         model = sentencepiece_from_huggingface(folder / META_TEXT_FILE)
-        (output / TEXT_MODEL_FILE).write_bytes(model)
+        write_bytes(output / TEXT_MODEL_FILE, model)
         Vocabulary.from_tokens(TextTokenizer(model).tokens, where=str(folder)).save(output)
     config = _read_vqgan_config(folder / VQGAN_CONFIG_FILE)
     save_vqgan(_read_vqgan(folder / VQGAN_FILE, config), output)
     if (folder / IMAGE_CONFIG_FILE).is_file():
         shutil.copyfile(folder / IMAGE_CONFIG_FILE, output / IMAGE_CONFIG_FILE)
     return output
+
+
+def meta_encoder(folder: Path) -> Mapping[str, Callable[[], torch.Tensor]]:
+    """How to read each tensor of the encoder of Meta's tokenizer.
+
+    Args:
+        folder: Meta's tokenizer folder.
+
+    Raises:
+        CheckpointError: ``vqgan.ckpt`` is missing or damaged.
+    """
+    file = PthFile(folder / VQGAN_FILE)
+    others = ("loss.", "decoder.")
+    names = (name for name in file.tensors if not name.startswith(others))
+    return {name: partial(file.read, name) for name in names}
 
 
 def _read_vqgan(path: Path, config: VqganConfig) -> Vqgan:
@@ -109,30 +145,23 @@ def _vqgan_params(config: VqganConfig) -> dict[str, Any]:
 
 
 def _read_vqgan_config(path: Path) -> VqganConfig:
+    remedy = "Copy the file from the same place as vqgan.ckpt"
     try:
-        params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
-        values = params["ddconfig"]
-        config = VqganConfig(
-            resolution=int(values["resolution"]),
-            in_channels=int(values["in_channels"]),
-            base_channels=int(values["ch"]),
-            ch_mult=[int(factor) for factor in values["ch_mult"]],
-            num_res_blocks=int(values["num_res_blocks"]),
-            z_channels=int(values["z_channels"]),
-            embed_dim=int(params["embed_dim"]),
-            codebook_size=int(params["n_embed"]),
-            dropout=float(values.get("dropout", 0.0)),
-        )
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            str(path),
-            f"cannot be read ({error!r})",
-            "Copy the file from the same place as vqgan.ckpt",
-        ) from error
-    if values.get("double_z") or values.get("attn_resolutions"):
+        content = OmegaConf.to_container(read_yaml(path), resolve=False)
+    except ConfigError as error:
+        raise CheckpointError(error.where, error.what, remedy) from error
+    assert isinstance(content, dict)
+    params = Values(content, str(path), remedy).section("model").section("params")
+    values = params.section("ddconfig")
+    if values.content.get("double_z") or values.content.get("attn_resolutions"):
         raise CheckpointError(
             str(path),
             "double_z or attn_resolutions is set, which this image tokenizer does not have",
             "Give another tokenizer with --tokenizer",
         )
-    return config
+    of_network = {ours: values.content[meta] for meta, ours in _DDCONFIG.items() if meta in values}
+    of_codebook = {
+        "embed_dim": params.whole("embed_dim"),
+        "codebook_size": params.whole("n_embed"),
+    }
+    return vqgan_config(Values({**of_network, **of_codebook}, str(path), remedy))

@@ -2,14 +2,22 @@
 
 from pathlib import Path
 
+import torch
+
 from megatron_chameleon.checkpoint.formats import FORMATS, load_format
-from megatron_chameleon.checkpoint.formats.base import CheckpointReader
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader, TokenizerMissingError
 from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
     META_TEXT_FILE,
     read_meta_tokenizer,
 )
 from megatron_chameleon.errors import CheckpointError
-from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
+from megatron_chameleon.tokenizer.common.files import tokenizer_file
+from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE
+from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES, Tokenizer, load_tokenizer
+from megatron_chameleon.values import printable
+
+TOKENIZER_FOLDER = "tokenizer"
+"""Where Meta's folders and our converted checkpoints have it."""
 
 
 def open_checkpoint(path: str | Path) -> CheckpointReader:
@@ -45,20 +53,22 @@ def open_tokenizer(
 
     Args:
         reader: The checkpoint.
-        folder: A tokenizer folder, ours or Meta's; None takes the checkpoint's own.
+        folder: A tokenizer folder, ours or Meta's, or a converted folder; None takes the
+            checkpoint's own.
         scratch: A folder that may be created, for files that have to be put together.
         device: The device on which the image tokenizer runs.
 
     Raises:
-        DataError: The folder is not a whole tokenizer.
-        CheckpointError: The checkpoint was trained with another tokenizer.
+        TokenizerMissingError: There is no whole tokenizer.
+        DataError: A file of the tokenizer is damaged.
+        CheckpointError: The checkpoint was trained with another tokenizer, or its image encoder is
+            another one.
     """
-    if folder is None:
-        path = reader.tokenizer_folder(scratch)
-    elif (Path(folder) / META_TEXT_FILE).is_file():
-        path = read_meta_tokenizer(Path(folder), scratch)
-    else:
-        path = Path(folder)
+    path = reader.tokenizer_folder(scratch) if folder is None else find_tokenizer(folder, scratch)
+    for name in FINGERPRINTED_FILES:
+        if path.is_dir() and not tokenizer_file(path, name).is_file():
+            what = f"has no {name}, so it is not a whole tokenizer"
+            raise TokenizerMissingError(str(path), what, "Give the tokenizer with --tokenizer")
     tokenizer = load_tokenizer(path, device=device)
     if reader.fingerprint is not None:
         check_fingerprint(tokenizer, reader.fingerprint, str(reader.folder))
@@ -69,7 +79,27 @@ def open_tokenizer(
             f"{reader.dimensions.vocab_size}",
             "Give the tokenizer of the run with --tokenizer",
         )
+    check_encoder(tokenizer, reader)
     return tokenizer
+
+
+def find_tokenizer(folder: str | Path, scratch: Path) -> Path:
+    """Find the tokenizer that a path means.
+
+    Args:
+        folder: A tokenizer folder, ours or Meta's, or a folder that ``chameleon convert`` wrote in
+            any format.
+        scratch: A folder that may be created, for files that have to be put together.
+
+    Returns:
+        A folder for ``load_tokenizer``.
+    """
+    path = Path(folder)
+    if not (path / VOCABULARY_FILE).is_file() and (path / TOKENIZER_FOLDER).is_dir():
+        path = path / TOKENIZER_FOLDER
+    if (path / META_TEXT_FILE).is_file():
+        return read_meta_tokenizer(path, scratch)
+    return path
 
 
 def check_fingerprint(tokenizer: Tokenizer, expected: str, checkpoint: str) -> None:
@@ -82,6 +112,47 @@ def check_fingerprint(tokenizer: Tokenizer, expected: str, checkpoint: str) -> N
         raise CheckpointError(
             str(tokenizer.folder),
             f"its fingerprint is {tokenizer.fingerprint[:12]}, {checkpoint} was trained with "
-            f"{expected[:12]}",
+            f"{printable(expected[:12])}",
             "Give the tokenizer of the run with --tokenizer",
         )
+
+
+def check_encoder(tokenizer: Tokenizer, reader: CheckpointReader) -> None:
+    """Refuse a tokenizer whose image encoder is not the one that came with the checkpoint.
+
+    The codes of its images would be those of other images. The weights may have been cast to
+    another dtype on the way.
+
+    Raises:
+        CheckpointError: It names the first tensor that differs.
+    """
+    stored = reader.encoder()
+    if not stored or tokenizer.image is None:
+        return
+    weights = tokenizer.image.model.state_dict()
+    ours = {name: weight for name, weight in weights.items() if not name.startswith("decoder.")}
+    differing = [
+        name
+        for name in sorted(ours.keys() | stored.keys())
+        if name not in ours or name not in stored or not _is_same(ours[name].cpu(), stored[name]())
+    ]
+    if differing:
+        is_own = tokenizer.folder == reader.folder
+        what = (
+            "its image tokenizer is not the encoder among its weights"
+            if is_own
+            else f"its image encoder is not that of {reader.folder}"
+        )
+        raise CheckpointError(
+            str(tokenizer.folder),
+            f"{what}: {len(differing)} of {len(stored)} tensors differ, the first is "
+            f"{printable(differing[0])}",
+            f"{'Copy the whole folder again, or give' if is_own else 'Give'} the tokenizer that "
+            "the model was trained with (--tokenizer)",
+        )
+
+
+def _is_same(ours: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether a stored weight is ours, or ours rounded to a narrower dtype."""
+    dtypes = (stored.dtype, torch.bfloat16, torch.float16)
+    return any(torch.equal(ours.to(dtype).double(), stored.double()) for dtype in dtypes)

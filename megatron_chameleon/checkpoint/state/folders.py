@@ -3,18 +3,20 @@
 A ``step_00001000`` folder is whole if it has ``state.json``, which is written last.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.config.load import load_config
+from megatron_chameleon.config.load import load_recorded_config
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import read_json_object
+from megatron_chameleon.values import LARGEST_COUNT, Values, describe
 
 STATE_FILE = "state.json"
 STATE_FORMAT = "megatron_chameleon.checkpoint/1"
+LARGEST_STATE_BYTES = 16 << 20
 STEP_FOLDER = re.compile(r"step_\d{8,}")
 _FOREIGN_FILES = {
     "latest": "DeepSpeed",
@@ -55,30 +57,29 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Read ``state.json`` of a whole checkpoint.
 
     Raises:
-        CheckpointError: The file is missing, is not JSON, has another format, or lacks a key that
-            readers need.
+        CheckpointError: The file is missing, is not JSON, has another format, lacks a key that
+            readers need, or has a value of another type or range.
     """
     file = folder / STATE_FILE
     if not file.is_file():
         raise CheckpointError(
             str(folder), f"no {STATE_FILE}: the checkpoint is not whole", "Give another step"
         )
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        what = f"is not valid JSON ({error})"
-        raise CheckpointError(str(file), what, "Use another step") from error
-    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    state = read_json_object(file, CheckpointError, LARGEST_STATE_BYTES)
+    if state.get("format") != STATE_FORMAT:
         raise CheckpointError(
             str(file),
-            f"format is {found!r}, this version reads {STATE_FORMAT!r}",
+            f"format is {describe(state.get('format'))}, this version reads {STATE_FORMAT!r}",
             "Use the version of megatron_chameleon that wrote it",
         )
-    for key in ("step", "vocab_size"):
-        if not isinstance(state.get(key), int):
-            what = f"there is no whole number under {key!r}"
-            raise CheckpointError(str(file), what, "Use another step")
+    values = Values(state, str(file), "Use another step")
+    state["step"] = values.whole("step", high=LARGEST_COUNT)
+    state["vocab_size"] = values.whole("vocab_size", low=1)
+    state["tokenizer_fingerprint"] = values.text("tokenizer_fingerprint", None)
+    for key in ("optimizer", "training_config", "has_checksums"):
+        values.flag(key, None)
+    values.section("data", {})
+    values.wholes("skipped_steps", high=LARGEST_COUNT)
     return state
 
 
@@ -92,7 +93,7 @@ def load_checkpoint_config(folder: Path) -> Config:
     file = folder / "config.yaml"
     if not file.is_file():
         raise CheckpointError(str(folder), "no config.yaml", "Use another step of the run")
-    return load_config(file)
+    return load_recorded_config(file)
 
 
 def flush_to_disk(path: Path) -> None:

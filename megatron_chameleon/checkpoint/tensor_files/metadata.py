@@ -26,7 +26,7 @@ from megatron_chameleon.checkpoint.tensor_files.pickles import BoundedUnpickler
 from megatron_chameleon.checkpoint.tensor_files.torch_pickles import DTYPES
 from megatron_chameleon.errors import CheckpointError, first_line
 from megatron_chameleon.files import read_bytes
-from megatron_chameleon.values import shown
+from megatron_chameleon.values import describe
 
 METADATA_FILE = ".metadata"
 LARGEST_METADATA_BYTES = 128 << 20
@@ -100,7 +100,7 @@ class _Wrong(Exception):
 def _resolve(module: str, name: str) -> Any:
     found = _NAMES.get(f"{module}.{name}")
     if found is None:
-        what = f"it asks for {shown(f'{module}.{name}')}, which no checkpoint needs"
+        what = f"it asks for {describe(f'{module}.{name}')}, which no checkpoint needs"
         raise pickle.UnpicklingError(what)
     return found
 
@@ -112,13 +112,13 @@ def _file_sizes(metadata: Any, folder: Path) -> dict[str, int]:
         CheckpointError: One of them is missing, or is outside the folder.
     """
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise _Wrong(f"it holds {shown(metadata)}, not the index of a checkpoint")
+        raise _Wrong(f"it holds {describe(metadata)}, not the index of a checkpoint")
     sizes: dict[str, int] = {}
     missing = []
     for info in metadata.storage_data.values():
         name = info.relative_path
         if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
-            raise _Wrong(f"it names the file {shown(name)}, which is not in the folder")
+            raise _Wrong(f"it names the file {describe(name)}, which is not in the folder")
         if name not in sizes:
             path = folder / name
             sizes[name] = path.stat().st_size if path.is_file() else -1
@@ -146,7 +146,7 @@ def _check(metadata: Metadata, folder: Path) -> None:
         end = sizes[info.relative_path]
         numbers = (info.offset, info.length)
         if not all(type(n) is int and n >= 0 for n in numbers):
-            place = f"{shown(info.offset)} + {shown(info.length)}"
+            place = f"{describe(info.offset)} + {describe(info.length)}"
             raise _Wrong(f"a chunk is at {place} of {info.relative_path}")
         if sum(numbers) > end:
             what = f"has {end:,} bytes, but a chunk of it ends at {sum(numbers):,}"
@@ -160,9 +160,9 @@ def _check(metadata: Metadata, folder: Path) -> None:
             for chunk in item.chunks:
                 if MetadataIndex(name, chunk.offsets) not in metadata.storage_data:
                     at = list(chunk.offsets)
-                    raise _Wrong(f"it does not say where the chunk of {shown(name)} at {at} is")
+                    raise _Wrong(f"it does not say where the chunk of {describe(name)} at {at} is")
         elif not isinstance(item, BytesStorageMetadata):
-            raise _Wrong(f"{shown(name)} is {shown(item)}, not a tensor")
+            raise _Wrong(f"{describe(name)} is {describe(item)}, not a tensor")
     if stored_bytes > sum(sizes.values()):
         what = f"its tensors have {stored_bytes:,} bytes, the files {sum(sizes.values()):,}"
         raise _Wrong(what)
@@ -172,19 +172,19 @@ def _check_tensor(name: str, item: TensorStorageMetadata) -> int:
     """The bytes of a tensor's chunks, which must lie within it."""
     shape, dtype = item.size, item.properties.dtype
     if not _is_shape(shape) or not isinstance(dtype, torch.dtype):
-        raise _Wrong(f"{shown(name)} has an impossible shape or dtype")
+        raise _Wrong(f"{describe(name)} has an impossible shape or dtype")
     elements = 0
     if not isinstance(item.chunks, list):
-        raise _Wrong(f"{shown(name)} has no chunks")
+        raise _Wrong(f"{describe(name)} has no chunks")
     for chunk in item.chunks:
         is_chunk = isinstance(chunk, ChunkStorageMetadata)
         if not is_chunk or not _is_shape(chunk.offsets) or not _is_shape(chunk.sizes):
-            raise _Wrong(f"a chunk of {shown(name)} has an impossible shape")
+            raise _Wrong(f"a chunk of {describe(name)} has an impossible shape")
         if len({len(shape), len(chunk.offsets), len(chunk.sizes)}) > 1 or any(
             start + length > end
             for start, length, end in zip(chunk.offsets, chunk.sizes, shape, strict=True)
         ):
-            raise _Wrong(f"a chunk of {shown(name)} lies outside it")
+            raise _Wrong(f"a chunk of {describe(name)} lies outside it")
         elements += prod(chunk.sizes)
     return elements * dtype.itemsize
 

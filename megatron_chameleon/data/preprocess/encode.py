@@ -29,14 +29,14 @@ from megatron_chameleon.data.token_files.format import TokenBlock, token_dtype
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.images.options import APPLY
 from megatron_chameleon.images.pixels import RULES
-from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE
+from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE, tokenizer_file
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_image_tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.text.fast import make_text_encoder
 
 
 def load_for_encoding(folder: str | Path) -> Tokenizer:
     """Load a tokenizer, with its image tokenizer if it has one; text alone needs none."""
-    return load_tokenizer(folder, images=(Path(folder) / IMAGE_CONFIG_FILE).exists())
+    return load_tokenizer(folder, images=tokenizer_file(folder, IMAGE_CONFIG_FILE).exists())
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class DocumentEncoder:
         tokenizer, options = self.tokenizer, self.options
         image = tokenizer.image
         if image is None:
-            if not (tokenizer.folder / IMAGE_CONFIG_FILE).exists():
+            if not tokenizer_file(tokenizer.folder, IMAGE_CONFIG_FILE).exists():
                 what = f"the document has {images} images, {tokenizer.folder} no image tokenizer"
                 remedy = "Train one with: chameleon tokenizer image IMAGES --output FOLDER"
                 raise DataError(document.where, what, remedy)

@@ -8,6 +8,21 @@ from megatron_chameleon.files import read_json
 
 IMAGE_CONFIG_FILE = "image.json"
 IMAGE_WEIGHTS_FILE = "image.safetensors"
+IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
+"""Where an exported Hugging Face folder has the image tokenizer's files."""
+
+
+def tokenizer_file(folder: str | Path, name: str) -> Path:
+    """Where a file of a tokenizer is: in its folder, or in an exported one's ``image_tokenizer/``.
+
+    Args:
+        folder: A tokenizer folder, or a Hugging Face folder that ``chameleon convert`` wrote.
+        name: The file's name.
+    """
+    path = Path(folder) / name
+    exported = Path(folder) / IMAGE_TOKENIZER_FOLDER / name
+    is_image = name in (IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE)
+    return exported if is_image and not path.exists() and exported.exists() else path
 
 
 def read_checked_json(path: Path, expected_format: str, made_by: str) -> dict[str, Any]:

@@ -21,15 +21,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
-from megatron_chameleon.errors import DataError, first_line
+from megatron_chameleon.errors import ConfigError, DataError, first_line
 from megatron_chameleon.files import open_to_read, write_together
 from megatron_chameleon.images.pixels import upright_rgb
 from megatron_chameleon.tokenizer.common.files import (
     IMAGE_CONFIG_FILE,
     IMAGE_WEIGHTS_FILE,
     read_checked_json,
+    tokenizer_file,
 )
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.values import Values, printable
 
 FORMAT = "megatron_chameleon.image_tokenizer/1"
 MADE_BY = "chameleon tokenizer image"
@@ -39,6 +41,7 @@ LARGEST_BATCH = 8
 """Measured on CPU: beyond either limit, larger passes take no less time per image."""
 
 GPU_BATCH = 32
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 LARGEST_RATIO = 16
 """Images with a larger aspect ratio lose their ends before they are resized, because enlarging a
@@ -154,7 +157,7 @@ class ImageTokenizer:
             DataError: If one of them is missing or unreadable, or they do not belong together.
         """
         config = read_vqgan_config(folder)
-        path = Path(folder) / IMAGE_WEIGHTS_FILE
+        path = tokenizer_file(folder, IMAGE_WEIGHTS_FILE)
         remedy = f"Make it with `{MADE_BY}`"
         try:
             open_to_read(path).close()
@@ -175,10 +178,14 @@ class ImageTokenizer:
             raise DataError(
                 str(path),
                 f"{len(wrong)} tensors do not fit {IMAGE_CONFIG_FILE}: "
-                f"{name} is {found.get(name, 'missing')}, "
+                f"{printable(name)} is {found.get(name, 'missing')}, "
                 f"the config needs {expected.get(name, 'none')}",
                 f"Copy both files from the same `{MADE_BY}` run",
             )
+        for name, tensor in weights.items():
+            if tensor.dtype not in _WEIGHT_DTYPES:
+                what = f"{name} is {tensor.dtype}, which is not a type of weights"
+                raise DataError(str(path), what, remedy)
         model.load_state_dict(weights, assign=True)
         return cls(model, device, dtype)
 
@@ -296,7 +303,7 @@ def read_vqgan_config(folder: str | Path) -> VqganConfig:
     Raises:
         DataError: If the file is missing or unreadable, or does not describe a network.
     """
-    path = Path(folder) / IMAGE_CONFIG_FILE
+    path = tokenizer_file(folder, IMAGE_CONFIG_FILE)
     model = read_checked_json(path, FORMAT, MADE_BY).get("model")
     names = {item.name for item in fields(VqganConfig)}
     if not isinstance(model, dict) or set(model) != names:
@@ -304,7 +311,34 @@ def read_vqgan_config(folder: str | Path) -> VqganConfig:
         raise DataError(
             str(path), f"`model` has {found}, not {sorted(names)}", f"Make it with `{MADE_BY}`"
         )
-    return VqganConfig(**model)
+    remedy = f"Make it with `{MADE_BY}`"
+    return vqgan_config(Values(model, f"{path}: model", remedy, DataError))
+
+
+def vqgan_config(values: Values) -> VqganConfig:
+    """The network's shape, from what a file states; missing values are the defaults.
+
+    Raises:
+        ChameleonError: Of the values' kind: a value cannot be, or two of them do not fit.
+    """
+    default = VqganConfig()
+    factors = values.wholes("ch_mult", low=1, high=64, most=10) or default.ch_mult
+    config = VqganConfig(
+        resolution=values.whole("resolution", 1, 2**14, default.resolution),
+        in_channels=values.whole("in_channels", 1, 64, default.in_channels),
+        base_channels=values.whole("base_channels", 1, 2**12, default.base_channels),
+        ch_mult=factors,
+        num_res_blocks=values.whole("num_res_blocks", 1, 32, default.num_res_blocks),
+        z_channels=values.whole("z_channels", 1, 2**14, default.z_channels),
+        embed_dim=values.whole("embed_dim", 1, 2**14, default.embed_dim),
+        codebook_size=values.whole("codebook_size", 2, 2**24, default.codebook_size),
+        dropout=values.number("dropout", 0, 1, default.dropout),
+    )
+    try:
+        config.check(values.where)
+    except ConfigError as error:
+        raise values.error(f"{error.where.removeprefix(values.where)[2:]}: {error.what}") from error
+    return config
 
 
 def save_vqgan(model: Vqgan, folder: str | Path, details: Mapping[str, Any] | None = None) -> None:

@@ -84,3 +84,6 @@ class LiveWeightsReader:
 
     def tokenizer_folder(self, scratch: Path) -> Path:
         raise NotImplementedError("the run's tokenizer is in its config")
+
+    def encoder(self) -> dict[str, Any]:
+        return {}

@@ -147,7 +147,7 @@ def test_an_export_that_lost_a_tensor_is_refused(exported: Path, tmp_path: Path)
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"1 tensors are missing.* model\.norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"the tensor model\.norm\.weight is missing"):
         Session.load(folder)
 
 
@@ -157,8 +157,25 @@ def test_a_folder_that_is_not_our_export_is_refused(exported: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"format is 'x', this version reads"):
         Session.load(folder)
     (folder / "chameleon.json").unlink()
-    with pytest.raises(CheckpointError, match=r"chameleon\.json: cannot be read"):
+    (folder / "text.model").unlink()
+    with pytest.raises(CheckpointError, match=r"has no text\.model: .*Give a tokenizer folder"):
         Session.load(folder)
+
+
+def test_an_export_of_transformers_opens_with_a_tokenizer(
+    exported: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "hf"))
+    for name in ("chameleon.json", "text.model", "vocabulary.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "image_tokenizer")
+    session = Session.load(folder, tokenizer_folder=tiny_tokenizer)
+    weights = session.model.state_dict()
+    for name, tensor in Session.load(exported).model.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+    other = write_tokenizer(tmp_path / "other", seed=2)
+    with pytest.raises(CheckpointError, match=r"other: its image encoder is not that of .*/hf: "):
+        Session.load(folder, tokenizer_folder=other)
 
 
 def test_bad_options_are_refused_before_anything_is_drawn(session: Session) -> None:

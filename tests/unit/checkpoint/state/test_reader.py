@@ -95,9 +95,9 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "format is 'list'"),
+        ("[]", "must hold a JSON object, not a list"),
         ('{"format": "other/2"}', "format is 'other/2', this version reads"),
-        ('{"format": "megatron_chameleon.checkpoint/1"}', "no whole number under 'step'"),
+        ('{"format": "megatron_chameleon.checkpoint/1"}', "step is missing"),
     ],
 )
 def test_a_broken_state_is_refused(copy: Path, content: str, message: str) -> None:
