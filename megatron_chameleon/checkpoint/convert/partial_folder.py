@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_chameleon.checkpoint.state.folders import flush_to_disk
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import empty_folder, own_folder, writing
 
 FLUSH_SECONDS = 1.0
 
@@ -23,30 +24,40 @@ def partial_folder(destination: Path, progress: Callable[[str], None]) -> Iterat
         progress: Called with a line if an interrupted conversion left something behind.
 
     Raises:
-        CheckpointError: The folder cannot be written, or another conversion is using it.
+        CheckpointError: The folder cannot be written, its name is that of a link or of someone
+            else's folder, or another conversion is using it.
     """
     partial = destination.absolute().with_name(f".{destination.name}.partial")
+    missing = [folder for folder in partial.parents if not folder.exists()]
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-        try:
-            _lock(lock, destination)
-            if any(partial.iterdir()):
-                for path in partial.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                progress(f"removed what an interrupted conversion left in {partial}")
+        with writing(destination, CheckpointError):
+            _own(partial)
+            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                yield partial
+                _lock(lock, destination)
+                if empty_folder(partial):
+                    progress(f"removed what an interrupted conversion left in {partial}")
+                try:
+                    yield partial
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        finally:
-            os.close(lock)
-    except OSError as error:
-        raise CheckpointError(
-            str(destination),
-            f"cannot be written ({error})",
-            "Free space, or give another destination",
-        ) from error
+                os.close(lock)
+    finally:
+        for folder in missing:  # if there is no destination in them
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _own(partial: Path) -> None:
+    """Create the hidden folder, or take over what an interrupted conversion left."""
+    try:
+        own_folder(partial, CheckpointError)
+    except CheckpointError as error:
+        if error.where != str(partial) or isinstance(error.__cause__, OSError):
+            raise
+        remedy = "Remove it if you do not need it, or give another destination"
+        raise CheckpointError(error.where, error.what, remedy) from error
 
 
 def _lock(descriptor: int, destination: Path) -> None:

@@ -3,6 +3,7 @@
 chameleon convert runs/digits exported/digits --to hf --dry-run
 """
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.errors import CheckpointError, ConfigError
+from megatron_chameleon.outputs import check_name, check_output_folder
 from megatron_chameleon.tokenizer.common.files import tokenizer_file
 from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES
 
@@ -126,6 +128,7 @@ def plan_conversion(
     destination, chosen = Path(destination), ConversionOptions(**options)
     check_conversion_options(to, chosen, destination)
     reader = open_checkpoint(source)
+    check_destination(source, reader, destination)
     with tempfile.TemporaryDirectory() as scratch:
         target = make_target(reader, to, chosen, Path(scratch))
         return make_plan(reader, target, load_format(to).Writer(target), destination, to)
@@ -144,10 +147,23 @@ def check_conversion_options(to: str, options: ConversionOptions, destination: P
     if shards is not None and (to != "meta" or shards < 1):
         what = "is below 1" if shards < 1 else f"is for --to meta, and this is --to {to}"
         raise ConfigError(f"--shards {shards}", what, "Leave it out, or give 1 or more with meta")
-    if destination.exists():
-        raise CheckpointError(
-            str(destination), "already exists", "Give a new folder, or remove this one first"
-        )
+    check_name("the destination", destination, ConfigError)
+    if os.path.lexists(destination):
+        what = "is a link" if destination.is_symlink() else "already exists"
+        raise CheckpointError(str(destination), what, "Give a new folder, or remove this one first")
+
+
+def check_destination(source: str | Path, reader: CheckpointReader, destination: Path) -> None:
+    """Refuse a destination that cannot be written, or that would become a part of the source.
+
+    Raises:
+        CheckpointError: It names the destination.
+    """
+    for folder in (Path(source).resolve(), reader.folder.resolve()):
+        if folder in destination.resolve().parents:
+            what = f"lies inside {folder}, which is to be converted"
+            raise CheckpointError(str(destination), what, "Give a folder beside it")
+    check_output_folder("the destination", destination, CheckpointError)
 
 
 def make_target(

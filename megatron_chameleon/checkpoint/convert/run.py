@@ -18,6 +18,7 @@ from megatron_chameleon.checkpoint.convert.partial_folder import flushing, parti
 from megatron_chameleon.checkpoint.convert.plan import (
     ConversionOptions,
     check_conversion_options,
+    check_destination,
     make_plan,
     make_target,
 )
@@ -86,6 +87,7 @@ def convert(
     destination, chosen = Path(destination), ConversionOptions(**options)
     check_conversion_options(to, chosen, destination)
     reader = open_checkpoint(source)
+    check_destination(source, reader, destination)
     if verify:
         _check_source(reader, progress)
     with partial_folder(destination, progress) as partial:

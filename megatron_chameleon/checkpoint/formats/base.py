@@ -7,7 +7,7 @@ tensors in megatron-core's form.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +53,7 @@ class CheckpointReader(Protocol):
         data: What the run has read, as stored in ``state.json``; None if the files don't say.
         skipped_steps: Steps of the run that made no update, as stored in ``state.json``; empty if
             the files don't say.
+        weight_files: Names of the files in the folder whose tensors are read.
 
     Raises (on opening):
         CheckpointError: A tensor is missing, unexpected or of the wrong shape, a file is damaged,
@@ -69,6 +70,7 @@ class CheckpointReader(Protocol):
     config: Config | None
     data: dict[str, Any] | None
     skipped_steps: Sequence[int]
+    weight_files: Collection[str]
 
     def dtype(self, row: TensorRow) -> torch.dtype:
         """The dtype of a stored weight."""

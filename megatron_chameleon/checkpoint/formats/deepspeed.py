@@ -95,6 +95,7 @@ class Reader:
         step_folder = find_step_folder(folder)
         assert step_folder is not None
         self.folder = folder
+        self.weight_files = {path.name for path in folder.glob("*.pt")}
         self._files = open_deepspeed_files(step_folder)
         self._places = (step_folder, step_folder.parent)
         self.step, self.has_optimizer = self._files.step, self._files.has_optimizer

@@ -82,6 +82,7 @@ class Reader:
         self.model = with_recorded(model, self.origin, KNOWN, str(folder))
         self.step, self.fingerprint = self.origin.step, self.origin.fingerprint
         self._files = SafetensorsReader(folder)
+        self.weight_files = self._files.names
         check_layer_count(config.where, model.num_layers, len(self._files.shapes))
         # one QK-norm per head, as Hugging Face has it, is enough to know every name and shape
         heads, key_heads = model.num_attention_heads, model.num_query_groups or 0

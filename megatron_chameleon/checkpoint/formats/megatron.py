@@ -92,6 +92,7 @@ class Reader:
         self._checkpoint = TrainingCheckpoint(find_checkpoint(folder))
         state, found = self._checkpoint.state, self._checkpoint.tensors
         self.folder = self._checkpoint.folder
+        self.weight_files = {"common.pt"}
         self.step = state["step"]
         self.fingerprint: str | None = state["tokenizer_fingerprint"]
         q_groups, k_groups = (_norm_groups(found, name) for name in (Q_NORM, K_NORM))

@@ -92,6 +92,7 @@ class Reader:
         self.step, self.fingerprint = self.origin.step, self.origin.fingerprint
         params = _params(folder)
         self._shards = [PthFile(path) for path in _shard_files(folder)]
+        self.weight_files = {shard.path.name for shard in self._shards}
         model, dims = self._geometry(params)
         self._check(dims)
         self.model = with_recorded(model, self.origin, KNOWN, str(folder))

@@ -1,5 +1,6 @@
 """Find out which format a checkpoint has, and open it with its tokenizer."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,11 +11,15 @@ from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
     META_TEXT_FILE,
     read_meta_tokenizer,
 )
+from megatron_chameleon.checkpoint.formats.unused_files import refuse_adapter, unused_weights
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import cannot_read
 from megatron_chameleon.tokenizer.common.files import tokenizer_file
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE
 from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES, Tokenizer, load_tokenizer
 from megatron_chameleon.values import printable
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FOLDER = "tokenizer"
 """Where Meta's folders and our converted checkpoints have it."""
@@ -23,21 +28,31 @@ TOKENIZER_FOLDER = "tokenizer"
 def open_checkpoint(path: str | Path) -> CheckpointReader:
     """Open a checkpoint of any format.
 
+    Files of weights beside those that are read are named in a warning.
+
     Args:
         path: A training checkpoint, a ``checkpoints`` or run folder, a Hugging Face folder, or one
             of Meta's or of DeepSpeed's.
 
     Raises:
-        CheckpointError: The path is none of these, or the checkpoint is damaged.
+        CheckpointError: The path is none of these, the checkpoint is damaged, or it has an adapter
+            beside its weights.
     """
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file, and checkpoints are folders" if folder.exists() else "no such folder"
         raise CheckpointError(str(path), what, "Give a checkpoint or a run folder")
-    for name in FORMATS:
-        module = load_format(name)
-        if module.recognise(folder):
-            return module.Reader(folder)
+    try:
+        refuse_adapter(folder)
+        for name in FORMATS:
+            module = load_format(name)
+            if module.recognise(folder):
+                reader: CheckpointReader = module.Reader(folder)
+                if unused := unused_weights(reader.folder, reader.weight_files):
+                    logger.warning("%s: files of weights that are not used: %s", folder, unused)
+                return reader
+    except OSError as error:
+        raise cannot_read(error.filename or folder, error, CheckpointError) from error
     raise CheckpointError(
         str(path),
         "has no state.json or step_... folder (megatron), no config.json (hf), no params.json "

@@ -7,20 +7,30 @@ gaps. Source: https://github.com/huggingface/safetensors#format
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes, element_count
-from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.checkpoint.tensor_files.raw import (
+    as_bytes,
+    element_count,
+    empty_tensor,
+    read_into,
+)
+from megatron_chameleon.errors import CheckpointError, first_line
+from megatron_chameleon.files import open_to_read, read_json_object, write_text
+from megatron_chameleon.values import LARGEST_COUNT, Values, describe, printable
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+LARGEST_HEADER_BYTES = 16 << 20
+"""A file with 10,000 tensors has a header of 1.5 MB."""
+LARGEST_DIMS = 16
+_COPY_REMEDY = "Copy the whole folder again"
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -103,7 +113,7 @@ class SafetensorsWriter:
             total_bytes = sum(spec.size_bytes for spec in self._specs.values())
             weight_map = {name: file for name, (file, _) in self._places.items()}
             content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-            (folder / INDEX_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            write_text(folder / INDEX_FILE, json.dumps(content, indent=1), CheckpointError)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor to its place."""
@@ -120,12 +130,25 @@ class SafetensorsWriter:
         assert not self._missing, sorted(self._missing)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's bytes are."""
+
+    file: str
+    offset_bytes: int
+
+
 class SafetensorsReader:
     """Reads the tensors of a folder of safetensors files one by one, with or without an index.
+
+    The headers are read here and not by the safetensors library, which maps whole files into
+    memory: what has been read would stay there, and a file that becomes shorter would end the
+    process.
 
     Attributes:
         shapes: The shape of each tensor by its name.
         dtypes: The dtype of each tensor by its name.
+        names: The names of the files.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the index does not match the files.
@@ -135,75 +158,108 @@ class SafetensorsReader:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._files = self._read_index()
-        for file in sorted(set(self._files.values())):
-            self._read_header(file)
-        for name, file in self._files.items():
+        self._places: dict[str, _Place] = {}
+        index = folder / INDEX_FILE
+        files = self._read_index() if index.exists() else None
+        self.names = frozenset(files.values()) if files is not None else frozenset({SINGLE_FILE})
+        for file in sorted(self.names):
+            self._read_header(file, files)
+        for name, file in (files or {}).items():
             if name not in self.shapes:
                 raise CheckpointError(
-                    str(folder / INDEX_FILE),
-                    f"says that {name} is in {file}, where it is not",
-                    "Copy the whole folder again",
+                    str(index),
+                    f"says that {printable(name)} is in {file}, where it is not",
+                    _COPY_REMEDY,
                 )
 
     def _read_index(self) -> dict[str, str]:
         index = self.folder / INDEX_FILE
-        if not index.is_file():
-            with self._open(SINGLE_FILE) as file:
-                return dict.fromkeys(file.keys(), SINGLE_FILE)
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                str(index), f"is not an index of safetensors files ({error!r})", "Copy it again"
-            ) from error
-        for file in sorted(set(files.values())):
-            if Path(file).name != file:
-                what = f"names {file!r}, which is not in the folder"
-                raise CheckpointError(str(index), what, "Copy the whole folder again")
+        content = read_json_object(index, CheckpointError, LARGEST_HEADER_BYTES)
+        files = content.get("weight_map")
+        if not isinstance(files, dict):
+            what = f"is not an index of safetensors files: weight_map is {describe(files)}"
+            raise CheckpointError(str(index), what, "Copy it again")
+        for name, file in files.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
+                what = f"names {describe(file)} for {printable(name)}, which is not in the folder"
+                raise CheckpointError(str(index), what, _COPY_REMEDY)
         return files
 
-    def _read_header(self, file: str) -> None:
-        with self._open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is not a mapping)
-                if self._files.get(name) != file:
-                    elsewhere = self._files.get(name)
-                    raise CheckpointError(
-                        str(self.folder / file),
-                        f"holds {name}, which the index "
-                        + (f"places in {elsewhere}" if elsewhere else "does not list"),
-                        "Copy the whole folder again",
-                    )
-                part = opened.get_slice(name)
-                dtype = part.get_dtype()
-                if dtype not in _TORCH_DTYPES:
-                    what = f"{name} is {dtype}; supported are {', '.join(_TORCH_DTYPES)}"
-                    raise CheckpointError(
-                        str(self.folder / file), what, "Use an unquantised checkpoint"
-                    )
-                self.shapes[name] = tuple(part.get_shape())
-                self.dtypes[name] = _TORCH_DTYPES[dtype]
+    def _read_header(self, file: str, files: dict[str, str] | None) -> None:
+        path = self.folder / file
+        header, data_starts, data_bytes = _load_header(path)
+        end = 0
+        entries = ((name, _entry(path, name, value)) for name, value in header.items())
+        for name, (dtype, shape, begin, stop) in sorted(entries, key=lambda e: e[1][2:]):
+            if files is not None and files.get(name) != file:
+                elsewhere = files.get(name)
+                place = f"places in {elsewhere}" if elsewhere else "does not list"
+                what = f"holds {printable(name)}, which the index {place}"
+                raise CheckpointError(str(path), what, _COPY_REMEDY)
+            if begin != end or stop - begin != element_count(shape) * dtype.itemsize:
+                size = f"{list(shape)} of {str(dtype).removeprefix('torch.')}"
+                what = f"{printable(name)}, {size}, is at {begin:,} to {stop:,}"
+                raise _damaged(path, f"{what}, the one before it ends at {end:,}")
+            end = stop
+            self.shapes[name], self.dtypes[name] = shape, dtype
+            self._places[name] = _Place(file, data_starts + begin)
+        if end != data_bytes:
+            raise _damaged(path, f"its tensors end at {end:,} of {data_bytes:,} bytes")
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor to the CPU.
 
-        The file is opened for this tensor alone: it is mapped into memory, and what has been read
-        would stay there for as long as it is open.
+        Raises:
+            CheckpointError: The file ends too early.
         """
-        with self._open(self._files[name]) as file:
-            return file.get_tensor(name)
+        place = self._places[name]
+        tensor = empty_tensor(self.shapes[name], self.dtypes[name])
+        return read_into(tensor, self.folder / place.file, place.offset_bytes, name)
 
-    @contextmanager
-    def _open(self, file: str) -> Iterator[Any]:
-        path = self.folder / file
-        if not path.is_file():
-            raise CheckpointError(str(path), "no such file", "Copy the whole folder again")
-        try:
-            with safe_open(path, framework="pt") as opened:
-                yield opened
-        except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                str(path), f"is damaged or not a safetensors file ({reason})", "Copy it again"
-            ) from error
+
+def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The tensors of a file, where their bytes begin, and how many bytes there are."""
+    with open_to_read(path, CheckpointError) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, LARGEST_HEADER_BYTES):
+            most = f"{max(0, size - 8):,} bytes follow, {LARGEST_HEADER_BYTES:,} are allowed"
+            raise _damaged(path, f"its header has {length:,} bytes, {most}")
+        text = stream.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON: {first_line(error)[:200]}") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, f"its header is {describe(header)}")
+    header.pop("__metadata__", None)
+    return header, 8 + length, size - 8 - length
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{printable(twice)} occurs twice")
+    return content
+
+
+def _entry(path: Path, name: str, value: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """A tensor's dtype, shape, and where its bytes begin and end."""
+    remedy = "Use an unquantised checkpoint"
+    values = Values(value if isinstance(value, dict) else {}, f"{path}: {printable(name)}", remedy)
+    dtype = _TORCH_DTYPES.get(values.text("dtype"))
+    if dtype is None:
+        what = f"{printable(name)} is {values.text('dtype', longest=99)}; supported are "
+        raise CheckpointError(str(path), what + ", ".join(_TORCH_DTYPES), remedy)
+    shape = tuple(values.wholes("shape", high=LARGEST_COUNT, most=LARGEST_DIMS))
+    offsets = values.wholes("data_offsets", high=LARGEST_COUNT, most=2)
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise values.error(f"data_offsets is {offsets}, not where it begins and ends")
+    return dtype, shape, offsets[0], offsets[1]
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    what = f"is damaged or not a safetensors file ({reason})"
+    return CheckpointError(str(path), what, "Copy it again")

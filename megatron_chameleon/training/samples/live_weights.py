@@ -1,6 +1,6 @@
 """The current weights of a run, for code that otherwise reads them from a checkpoint."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class LiveWeightsReader:
     format = "live"
     fingerprint: str | None = None
     has_optimizer = False
+    weight_files: Collection[str] = ()
     data: dict[str, Any] | None = None
     skipped_steps: Sequence[int] = ()
 

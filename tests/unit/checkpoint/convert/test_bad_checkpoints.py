@@ -83,9 +83,9 @@ HF_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "index that leads away": (
         lambda f: change_json(f / INDEX, lambda c: c["weight_map"].update({NORM: "../x"})),
-        r"names '\.\./x', which is not in the folder",
+        r"names '\.\./x' for model\.norm\.weight, which is not in the folder",
     ),
-    "no index": (lambda f: (f / INDEX).write_text("[]"), "is not an index of safetensors files"),
+    "no index": (lambda f: (f / INDEX).write_text("{}"), "is not an index of safetensors files"),
     "extra key": (
         lambda f: (
             change_shard(f, NORM, lambda t: t.update({"lm_head.bias": torch.zeros(3)})),
