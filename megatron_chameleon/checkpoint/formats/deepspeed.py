@@ -22,7 +22,6 @@ config and ``engine.load_checkpoint(DST, load_lr_scheduler_states=False)``.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -143,13 +142,8 @@ class Reader:
         return exported or self._places[1]
 
     def encoder(self) -> Mapping[str, Callable[[], torch.Tensor]]:
-        """How to read each tensor of transformers' image encoder, if it was in the model."""
-        prefix = self._prefix + VQ_PREFIX
-        return {
-            name.removeprefix(prefix): partial(self._files.read, name, MAIN_WEIGHT)
-            for name in self._files.shapes
-            if name.startswith(prefix)
-        }
+        """Nothing: weight decay shrinks an encoder that DeepSpeed's optimizer holds."""
+        return {}
 
     def _folder_with(self, name: str) -> Path | None:
         """The folder that has a file: the step's, the one above it, or None."""
