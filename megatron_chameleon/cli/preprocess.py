@@ -12,6 +12,7 @@ import re
 
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
+    MIB,
     SECONDS,
     SHARE,
     WORKERS,
@@ -108,6 +109,7 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
         "image code in a hundred",
     )
     add_image_options(parser)
+    _add_limits(parser)
     parser.add_argument(
         "--ignore-keys",
         metavar="KEY,...",
@@ -121,6 +123,24 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
         default=10.0,
         metavar="SECONDS",
         help="save this often, so that a kill loses at most so much work (default: 10)",
+    )
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--largest-document",
+        type=MIB,
+        default=128,
+        metavar="MIB",
+        help="drop a line, sample or row with more MiB than this, images included (default: 128)",
+    )
+    parser.add_argument(
+        "--largest-text",
+        type=MIB,
+        default=16,
+        metavar="MIB",
+        help="drop a document with more MiB of text than this; encoding takes about 30 times as "
+        "much memory (default: 16)",
     )
 
 
@@ -153,6 +173,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _preprocess(args: argparse.Namespace) -> None:
+    from megatron_chameleon.data.inputs.records import Limits
     from megatron_chameleon.data.preprocess.options import EncodeOptions, PreprocessOptions
     from megatron_chameleon.data.preprocess.run import preprocess
     from megatron_chameleon.parallel.launch import find_launch
@@ -170,6 +191,7 @@ def _preprocess(args: argparse.Namespace) -> None:
             image_fit=args.image_fit,
             image_dtype=args.image_dtype,
             ignored_keys=tuple(sorted({key for key in args.ignore_keys.split(",") if key})),
+            limits=Limits(args.largest_document << 20, args.largest_text << 20),
             images=image_options(args),
         ),
     )

@@ -6,6 +6,7 @@ as ICNS are folders of other files.
 
 import io
 import re
+from collections.abc import Callable
 
 from PIL import Image, UnidentifiedImageError
 
@@ -30,13 +31,19 @@ LONGEST_SIDE = 1 << 20
 """Pixels; Pillow needs memory for each row besides that of its pixels."""
 
 
-def decode_image(data: bytes, name: str, options: ImageOptions) -> Image.Image:
+def decode_image(
+    data: bytes,
+    name: str,
+    options: ImageOptions,
+    before_pixels: Callable[[Image.Image], None] = lambda _: None,
+) -> Image.Image:
     """Decode the first frame or page of an image file.
 
     Args:
         data: The bytes of the file.
         name: What errors call it.
         options: The limit of pixels, and whether a colour profile is kept.
+        before_pixels: Called when the mode and size are known and no pixel is decoded.
 
     Returns:
         The image, with its pixels in memory. ``images/pixels.py`` says what they mean.
@@ -51,6 +58,7 @@ def decode_image(data: bytes, name: str, options: ImageOptions) -> Image.Image:
         _check_size(size_in_icon(data), name, options)
         image = Image.open(io.BytesIO(without_large_chunks(data)), formats=_formats())
         _check_size(image.size, name, options)
+        before_pixels(image)
         image.load()
     except ImageError:
         raise

@@ -4,6 +4,8 @@ An image that is missing, refused, empty, too large or corrupt is noticed when `
 called. ``images/`` says where references may lead and how files are decoded.
 """
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -59,13 +61,26 @@ class ImagePart:
             raise above_limit(self.name, len(data), self.options)
         return data
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(
+        self, data: bytes, before_pixels: Callable[[Image.Image], None] = lambda _: None
+    ) -> Image.Image:
         """Decode the bytes of an image file.
+
+        Args:
+            data: The bytes.
+            before_pixels: Called when the mode and size are known and no pixel is decoded.
 
         Raises:
             ImageError: If the image is too large or corrupt.
         """
-        return decode_image(data, self.name, self.options)
+        return decode_image(data, self.name, self.options, before_pixels)
+
+    def size_on_disk(self) -> int:
+        """Bytes of a local file; 0 if they are in memory already, or not known."""
+        try:
+            return 0 if isinstance(self.image, bytes) else os.stat(self.image).st_size  # noqa: PTH116
+        except (OSError, ValueError):
+            return 0
 
     @property
     def name(self) -> str:

@@ -163,7 +163,10 @@ def _parse_lines(
     images: ImageOptions,
 ) -> Iterator[Document | Fault]:
     content = _read_slice(block.path, payload) if isinstance(payload, FileSlice) else payload
-    for number, line in enumerate(content.split(b"\n"), start=block.record + 1):
+    # a single line, which may be large, is not copied
+    is_single = content.find(b"\n") in (-1, len(content) - 1)
+    lines = [content] if is_single else content.split(b"\n")
+    for number, line in enumerate(lines, start=block.record + 1):
         if not line or line.isspace():
             continue
         origin = Origin(block.path, number, images=images)

@@ -105,14 +105,15 @@ def too_large(where: str, what: str, limit: int, name: str = "") -> Fault:
         limit: The limit in bytes.
         name: The document's id.
     """
-    what = f"{what}, more than the {limit / (1 << 20):g} MiB of a document"
+    what = f"{what}, more than the {limit / (1 << 20):g} MiB of --largest-document"
     remedy = "Split or remove it, or raise --largest-document"
     return Fault(DataError(where, what, remedy), TOO_LARGE_DOCUMENT, name)
 
 
 def too_long_text(where: str, size: int, limit: int) -> Fault:
     """The fault of a document with more bytes of text than a document may have."""
-    what = f"the document has {size >> 20} MiB of text, more than {limit / (1 << 20):g} MiB"
+    what = f"the document has {size >> 20} MiB of text, more than the "
+    what += f"{limit / (1 << 20):g} MiB of --largest-text"
     remedy = "Split or remove it, or raise --largest-text"
     return Fault(DataError(where, what, remedy), TOO_LARGE_DOCUMENT)
 

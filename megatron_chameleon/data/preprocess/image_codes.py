@@ -9,22 +9,29 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
+from megatron_chameleon.data.preprocess.memory_budget import MemoryBudget
 from megatron_chameleon.errors import DataError, one_line
 from megatron_chameleon.files import write_bytes
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 
 THREADS = 2
 BATCHES_AHEAD = 2
 """Most batches of prepared images that wait for the network; this bounds the memory."""
+
+
+_PLAIN_PIXEL_BYTES, _OTHER_PIXEL_BYTES = 8, 16
+"""Pillow keeps 4 bytes of a pixel; a copy is turned, and transparency and levels need more."""
 
 
 class ImageCache:
@@ -87,10 +94,17 @@ class ImageEncoder:
     Args:
         tokenizer: The image tokenizer, on its device.
         cache: Where codes are kept; None keeps none.
+        budget: The memory that it shares with other workers; None if there are none.
     """
 
-    def __init__(self, tokenizer: "ImageTokenizer", cache: ImageCache | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: "ImageTokenizer",
+        cache: ImageCache | None = None,
+        budget: MemoryBudget | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.budget = budget or MemoryBudget()
         self.cache = cache
         self.cached_images = 0
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="images")
@@ -152,20 +166,32 @@ class ImageEncoder:
                 future.cancel()
 
     def _prepare(self, part: ImagePart, pad: bool) -> tuple[str, np.ndarray | ImageError]:
-        from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
-
         try:
-            data = part.read()
-            key = hashlib.sha256(data).hexdigest() if self.cache is not None else ""
-            key += "-padded" if pad else ""
-            codes = self.cache.get(key) if self.cache is not None else None
-            if codes is not None:
-                return key, codes
-            image = part.decode(data)
+            with self.budget.large_file(part.size_on_disk()):
+                data = part.read()
+                key = hashlib.sha256(data).hexdigest() if self.cache is not None else ""
+                key += "-padded" if pad else ""
+                codes = self.cache.get(key) if self.cache is not None else None
+                return key, self._pixels(part, data, pad) if codes is None else codes
         except ImageError as fault:
             return "", fault
-        try:
-            return key, prepare_image(image, self.tokenizer.resolution, pad=pad)
-        except Exception as error:  # Pillow's parsers raise all kinds of exceptions
-            what = f"the image cannot be prepared ({one_line(error)})"
-            return "", ImageError(part.name, what, "Replace or remove it")
+
+    def _pixels(self, part: ImagePart, data: bytes, pad: bool) -> np.ndarray:
+        """The prepared image: uint8 [resolution, resolution, 3]."""
+        from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
+
+        with ExitStack() as stack:
+            image = part.decode(
+                data, lambda image: stack.enter_context(self.budget.reserve(_memory_of(image)))
+            )
+            try:
+                return prepare_image(image, self.tokenizer.resolution, pad=pad)
+            except Exception as error:  # Pillow's parsers raise all kinds of exceptions
+                what = f"the image cannot be prepared ({one_line(error)})"
+                raise ImageError(part.name, what, "Replace or remove it") from error
+
+
+def _memory_of(image: "Image.Image") -> int:
+    """Bytes that an image takes until it is prepared, by its mode and size."""
+    plain = image.mode in ("1", "L", "RGB") and "transparency" not in image.info
+    return image.width * image.height * (_PLAIN_PIXEL_BYTES if plain else _OTHER_PIXEL_BYTES)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_chameleon.data.documents.image_fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
 from megatron_chameleon.data.inputs.files import InputFile
+from megatron_chameleon.data.inputs.records import Limits
 from megatron_chameleon.data.token_files.format import (
     ANSWERS_SUFFIX,
     REQUIRED_SUFFIXES,
@@ -18,6 +19,11 @@ from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.tokenizer.text.fast import EXACT
 
 SAVE_SECONDS = 10.0
+LEAST_DOCUMENT_BYTES = 2 << 20
+"""Lines are read about a megabyte at a time, so a smaller limit would not be exact."""
+MOST_DOCUMENT_BYTES = 16 << 30
+MOST_TEXT_BYTES = 1 << 30
+"""Longer texts have more tokens than the encoders can count."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class EncodeOptions:
     """The corpus name of all documents, in place of the one in each document; None keeps those."""
     image_fit: str = DEFAULT_IMAGE_FIT
     """How images become square; one of ``IMAGE_FITS``."""
+    limits: Limits = field(default_factory=Limits)
+    """What one document may have."""
     image_dtype: str = "fp32"
     """Type of the image tokenizer's convolutions: fp32, or bf16 for a GPU."""
     ignored_keys: tuple[str, ...] = ()
@@ -80,11 +88,22 @@ def check_preprocess_options(prefix: str | Path, options: PreprocessOptions) -> 
         what = f"{options.encoding.image_fit!r} is not one of {', '.join(IMAGE_FITS)}"
         raise ConfigError("--image-fit", what, "Choose one of them")
     options.encoding.images.check()
+    _check_limits(options.encoding.limits)
     if options.encoding.corpus_name == "":
         raise ConfigError("--source", "the name is empty", "Give a name, such as web")
     if not Path(prefix).name:
         what = f"{str(prefix)!r} does not name a file"
         raise ConfigError("--output", what, "Give a path such as data/train")
+
+
+def _check_limits(limits: Limits) -> None:
+    for option, size, least, most in (
+        ("--largest-document", limits.document_bytes, LEAST_DOCUMENT_BYTES, MOST_DOCUMENT_BYTES),
+        ("--largest-text", limits.text_bytes, 1 << 20, MOST_TEXT_BYTES),
+    ):
+        if not least <= size <= most:
+            what = f"{size >> 20} MiB is not between {least >> 20} and {most >> 20}"
+            raise ConfigError(option, what, "Give a number of MiB in this range")
 
 
 def check_output(files: Sequence[InputFile], output: str) -> None:

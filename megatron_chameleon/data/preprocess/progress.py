@@ -6,6 +6,7 @@ Try: ``chameleon preprocess --status --output PREFIX``
 import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from megatron_chameleon.wording import counted, format_duration
 
 logger = logging.getLogger(__name__)
 
+FIRST_SECONDS = 3.0
 _SHARD = re.compile(r"\.shard-(\d+)-of-(\d+)\.[a-z]+(?:\.jsonl)?")
 
 
@@ -51,6 +53,9 @@ def find_shards(prefix: str | Path) -> int:
 class ProgressReport:
     """Reports progress on stderr, every second on a terminal and every ten seconds in a log.
 
+    A thread of its own prints the lines, because a block of images may take minutes. The first line
+    comes after three seconds. Use it as a context.
+
     Args:
         total_bytes: Bytes of the input on disk.
         start: What earlier runs have done.
@@ -63,21 +68,43 @@ class ProgressReport:
         self.before = (start.documents, start.tokens, start.images)
         self.terminal = sys.stderr.isatty()
         self.interval_seconds = 1.0 if self.terminal else 10.0
-        self.started = self.printed = time.monotonic()
+        self.started = time.monotonic()
+        self._due = self.started + min(FIRST_SECONDS, self.interval_seconds)
+        self._now = (start, start_bytes)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def __enter__(self) -> "ProgressReport":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
 
     def update(self, state: WriterState, read_bytes: int) -> None:
+        """Say how far the work is; a line shows it when it is time for one."""
+        self._now = (state, read_bytes)
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.2):
+            self.show_if_due()
+
+    def show_if_due(self) -> None:
         """Show a line if the last one is old enough."""
         now = time.monotonic()
-        if now - self.printed < self.interval_seconds or not logger.isEnabledFor(logging.INFO):
+        if now < self._due or not logger.isEnabledFor(logging.INFO):
             return
-        self.printed = now
+        self._due = now + self.interval_seconds
+        state, read_bytes = self._now
         elapsed = now - self.started
         here = read_bytes - self.start_bytes
-        left = elapsed * (self.total_bytes - read_bytes) / max(here, 1)
+        left = elapsed * (self.total_bytes - read_bytes) / here if here else None
         done = 100 * read_bytes / max(self.total_bytes, 1)
-        bad = sum(state.dropped.values())
+        bad = sum(list(state.dropped.values()))  # the main thread may add to it
         line = f"preprocess: {state.documents:,} documents, {bad:,} bad, {done:.0f}% of input, "
-        line += f"{self._rates(state, here, elapsed)}, ETA {format_duration(left)}"
+        line += f"{self._rates(state, here, elapsed)}, "
+        line += "ETA unknown" if left is None else f"ETA {format_duration(left)}"
         if self.terminal:
             print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
         else:

@@ -14,15 +14,17 @@ import json
 import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.data.documents.parse import UnusedKeys, parse_block
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import InputFile, InputRange, find_inputs, signature_of
-from megatron_chameleon.data.inputs.records import BROKEN_FILE, Block, Fault, Position
+from megatron_chameleon.data.inputs.records import BROKEN_FILE, Block, Fault, Limits, Position
 from megatron_chameleon.data.inputs.shards import plan_ranges
 from megatron_chameleon.data.preprocess.encode import EncodedBlock
 from megatron_chameleon.data.preprocess.options import (
@@ -53,6 +55,7 @@ from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.images.pixels import RULES
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.text.fast import choose_text_encoder
+from megatron_chameleon.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +92,12 @@ def preprocess(
     """
     options = options or PreprocessOptions()
     check_preprocess_options(prefix, options)
-    files = find_inputs(inputs)
-    output = shard_prefix(prefix, options.shard)
-    check_output(files, output)
-    tokenizer = load_tokenizer(tokenizer_folder, images=False)
-    device = find_device(options.encoding.device)
+    with announced(f"looking at {counted(len(inputs), 'input')} and loading {tokenizer_folder}"):
+        files = find_inputs(inputs)
+        output = shard_prefix(prefix, options.shard)
+        check_output(files, output)
+        tokenizer = load_tokenizer(tokenizer_folder, images=False)
+        device = find_device(options.encoding.device)
     options = replace(options, encoding=replace(options.encoding, device=device))
     job = _job_digest(files, tokenizer, options.encoding)
     jobs = {job, _job_digest(files, tokenizer, options.encoding, with_images=False)}
@@ -108,7 +112,8 @@ def preprocess(
     with TokenFileWriter(output, tokenizer, job, names, options.restart, fit) as writer:
         run = _PreprocessRun(files, plan_ranges(files, options.shard), writer, options)
         if not writer.state.finishing:
-            run.write(tokenizer)
+            with run.report:
+                run.write(tokenizer)
         info = writer.commit()
     run.unused_keys.report()
     run.report.finish(info, writer.state, writer.path(""))
@@ -134,6 +139,8 @@ def _job_digest(
     words: list[Any] = [*parts, encoding.device, encoding.image_fit, encoding.image_dtype]
     if encoding.ignored_keys:  # without them the digest is that of earlier versions
         words.append(json.dumps(sorted(encoding.ignored_keys)))
+    if encoding.limits != Limits():
+        words.append(asdict(encoding.limits))
     if with_images or encoding.images != ImageOptions():
         words += [RULES, asdict(encoding.images)]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
@@ -178,19 +185,30 @@ class _PreprocessRun:
 
     def write(self, tokenizer: Tokenizer) -> None:
         """Encode everything that is left, and save it."""
-        blocks = read_blocks(self.files, self.ranges, self.position)
+        limits = self.options.encoding.limits
+        blocks = read_blocks(self.files, self.ranges, self.position, limits)
         texts, blocks = _first_texts(blocks)
         choice = choose_text_encoder(tokenizer.text, texts)
         if choice.why:
             logger.warning("text is encoded with sentencepiece, which is slower: %s", choice.why)
         encoding = replace(self.options.encoding, text_encoder=choice.name)
-        for encoded in encode_blocks(blocks, tokenizer, encoding, self.options.workers):
-            self._add(encoded)
+        with closing(encode_blocks(blocks, tokenizer, encoding, self.options.workers)) as found:
+            while (encoded := self._next(found)) is not None:
+                self._add(encoded)
         self._save()
         self._judge_bad()
         if not self.writer.documents and self.options.shard[1] == 1:
             self.writer.discard()
             raise self._no_documents()
+
+    def _next(self, found: Iterator[EncodedBlock]) -> EncodedBlock | None:
+        """The next block; what came before it is saved if it cannot be had."""
+        try:
+            return next(found, None)
+        except DataError:
+            if self.position.read_bytes > self.report.start_bytes:
+                self._save()
+            raise
 
     def _add(self, encoded: EncodedBlock) -> None:
         self.writer.add_block(encoded.tokens)

@@ -1,31 +1,44 @@
 """Encodes blocks in worker processes and returns them in order.
 
-At most two blocks per worker are in flight, so memory does not grow with the input. Each worker
-computes on one thread, because blocks are what is parallel. Workers read local files of lines
-themselves, and the parent only writes. A worker whose parent was killed exits at once.
+At most two blocks per worker are in flight, and of large blocks fewer, so memory does not grow with
+the input. Each worker computes on one thread, because blocks are what is parallel. Workers read
+local files of lines themselves, and the parent only writes. A worker whose parent was killed exits
+at once, and one that is killed ends the command with a line that names it. When the parent stops
+for any reason, the workers are killed: they may be stuck in a decoder, and have nothing to save.
 """
 
 import multiprocessing
 import os
+import pickle
+import queue
 import signal
 import threading
+import traceback
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
-from megatron_chameleon.data.inputs.records import Block
+from megatron_chameleon.data.inputs.records import Block, FileSlice, ParquetRows, TarSamples
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder, EncodedBlock
+from megatron_chameleon.data.preprocess.memory_budget import MemoryBudget
 from megatron_chameleon.data.preprocess.options import EncodeOptions
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 
+BLOCKS_PER_WORKER = 2
+LEAST_BYTES_IN_FLIGHT = 64 << 20
+BYTES_IN_FLIGHT_PER_WORKER = 16 << 20
+_END_SECONDS = 5
+
 
 def encode_blocks(
     blocks: Iterator[Block], tokenizer: Tokenizer, options: EncodeOptions, workers: int
-) -> Iterator[EncodedBlock]:
+) -> Generator[EncodedBlock, None, None]:
     """Encode blocks, in order.
 
     Args:
@@ -44,60 +57,161 @@ def encode_blocks(
             for block in blocks:
                 yield encoder.encode_block(block)
         return
-    executor = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_Worker.start,
-        initargs=(str(tokenizer.folder), options),
-    )
-    pending: deque[tuple[Block, Future[EncodedBlock]]] = deque()
+    pool = _Pool(tokenizer, options, workers)
     try:
-        for block in blocks:
-            pending.append((block, executor.submit(_Worker.encode, block)))
-            if len(pending) >= 2 * workers:
-                yield _result(*pending.popleft())
-        while pending:
-            yield _result(*pending.popleft())
+        yield from pool.encode(blocks)
     finally:
-        executor.shutdown(cancel_futures=True)
+        pool.kill()
 
 
-def _result(block: Block, future: "Future[EncodedBlock]") -> EncodedBlock:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        where = f"{block.path}:{block.record + 1}"
-        what = "a worker process died at or near this document"
-        remedy = "Check whether the system ran out of memory, and use fewer --workers"
-        raise DataError(where, what, remedy) from error
+@dataclass
+class _Task:
+    """A block that a worker has; its content is not kept here."""
+
+    where: str
+    size: int
+    result: EncodedBlock | None = None
 
 
+@dataclass
 class _Worker:
-    """What a worker process keeps between blocks; the parent never sets it."""
+    process: Any
+    pipe: "Connection[Any, Any]"
+    tasks: deque[_Task] = field(default_factory=deque)
 
-    folder: str = ""
-    options: EncodeOptions = EncodeOptions()
-    encoder: DocumentEncoder | None = None
 
-    @classmethod
-    def start(cls, folder: str, options: EncodeOptions) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles Ctrl-C
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-        _ignore_image_warnings()
-        cls.folder, cls.options = folder, options
+class _Pool:
+    """Worker processes, each with a pipe of its own."""
 
-    @classmethod
-    def encode(cls, block: Block) -> EncodedBlock:
-        # loaded here, because an error in start() would break the pool and lose its message
-        if cls.encoder is None:
-            cls.encoder = DocumentEncoder(
-                load_tokenizer(Path(cls.folder), images=False), cls.options
-            )
-        return cls.encoder.encode_block(block)
+    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions, workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._budget = MemoryBudget(workers, context)  # lives as long as the workers use it
+        self._most_bytes = max(LEAST_BYTES_IN_FLIGHT, workers * BYTES_IN_FLIGHT_PER_WORKER)
+        self._workers: list[_Worker] = []
+        self._in_flight: deque[_Task] = deque()
+        # only the parent handles Ctrl-C, also while a worker is being started
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                arguments = (theirs, str(tokenizer.folder), options, self._budget)
+                process = context.Process(target=_work, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                self._workers.append(_Worker(process, ours))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+    def encode(self, blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
+        """Encode blocks, in order."""
+        waiting = next(blocks, None)
+        while waiting is not None or self._in_flight:
+            while waiting is not None and self._has_room(waiting):
+                self._send(waiting)
+                waiting = next(blocks, None)
+            self._receive()
+            while self._in_flight and (result := self._in_flight[0].result) is not None:
+                self._in_flight.popleft()
+                yield result
+
+    def kill(self) -> None:
+        """End the processes, whatever they are doing."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join(_END_SECONDS)
+            worker.pipe.close()
+
+    def _has_room(self, block: Block) -> bool:
+        if not self._in_flight:
+            return True
+        size = sum(task.size for task in self._in_flight) + _size_of(block)
+        most = BLOCKS_PER_WORKER * len(self._workers)
+        return len(self._in_flight) < most and size <= self._most_bytes
+
+    def _send(self, block: Block) -> None:
+        worker = min(self._workers, key=lambda worker: len(worker.tasks))
+        task = _Task(f"{block.path}:{block.record + 1}", _size_of(block))
+        self._in_flight.append(task)
+        worker.tasks.append(task)
+        try:
+            worker.pipe.send_bytes(pickle.dumps(block, pickle.HIGHEST_PROTOCOL))
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._death_of(worker) from None
+
+    def _receive(self) -> None:
+        """Wait for a result, and take all that are there."""
+        pipes = {worker.pipe: worker for worker in self._workers if worker.tasks}
+        for ready in wait(list(pipes)):
+            worker = pipes[ready]  # type: ignore[index]
+            try:
+                found = worker.pipe.recv()
+            except (EOFError, ConnectionResetError):
+                raise self._death_of(worker) from None
+            if isinstance(found, BaseException):
+                raise found
+            worker.tasks.popleft().result = found
+
+    def _death_of(self, worker: _Worker) -> DataError:
+        worker.process.join(_END_SECONDS)
+        code = worker.process.exitcode
+        how = f"ended with code {code}"
+        if code is not None and code < 0:
+            how = f"was killed ({signal.Signals(-code).name})"
+        what = f"worker process {worker.process.pid} {how} at or after this document"
+        remedy = "If the system ran out of memory, use fewer --workers. The same command continues"
+        return DataError(worker.tasks[0].where, what, remedy)
+
+
+def _size_of(block: Block) -> int:
+    """Bytes of the records of a block."""
+    payload = block.payload
+    if isinstance(payload, FileSlice):
+        return payload.size
+    if isinstance(payload, TarSamples):
+        return sum(len(content) for sample in payload.samples for content in sample.values())
+    if isinstance(payload, ParquetRows):
+        return len(payload.stream)
+    return len(payload) if isinstance(payload, bytes) else 0
+
+
+# In a worker
+
+
+def _work(
+    pipe: "Connection[Any, Any]", folder: str, options: EncodeOptions, budget: MemoryBudget
+) -> None:
+    """Encode the blocks that come through the pipe, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _ignore_image_warnings()
+    blocks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    # the parent must be able to send while this worker computes: it may be about to receive
+    threading.Thread(target=_take_blocks, args=(pipe, blocks), daemon=True).start()
+    encoder = None
+    while (content := blocks.get()) is not None:
+        found: EncodedBlock | BaseException
+        try:
+            if encoder is None:
+                tokenizer = load_tokenizer(Path(folder), images=False)
+                encoder = DocumentEncoder(tokenizer, options, budget)
+            found = encoder.encode_block(pickle.loads(content))
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            found = error
+        pipe.send(found)
+
+
+def _take_blocks(pipe: "Connection[Any, Any]", blocks: "queue.SimpleQueue[bytes | None]") -> None:
+    with suppress(EOFError, OSError):
+        while True:
+            blocks.put(pipe.recv_bytes())
+    blocks.put(None)
 
 
 def _end_with_parent() -> None:
-    """Exit when the parent dies: a worker holds both ends of its queue and would wait forever."""
+    """Exit when the parent dies, whatever this worker is doing."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

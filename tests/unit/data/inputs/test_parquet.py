@@ -93,11 +93,13 @@ def test_rows_that_share_one_long_text(tmp_path, is_dictionary):
     assert good == {} and [fault.reason for fault in faults] == ["too large document"] * 4
     if is_dictionary:
         assert str(faults[1].error) == (
-            f"{path}:2: the document has 20 MiB of text, more than 16 MiB. Split or remove it, or "
-            "raise --largest-text."
+            f"{path}:2: the document has 20 MiB of text, more than the 16 MiB of --largest-text. "
+            "Split or remove it, or raise --largest-text."
         )
     else:
-        assert "the row has 20 MiB, more than the 16 MiB of a document" in str(faults[1].error)
+        assert "the row has 20 MiB, more than the 16 MiB of --largest-document" in str(
+            faults[1].error
+        )
 
 
 def test_lists_of_very_many_values(tmp_path):

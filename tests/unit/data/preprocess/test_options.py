@@ -2,15 +2,13 @@
 
 import json
 import logging
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+import time
 
 import pytest
 
 from megatron_chameleon.cli.preprocess import parse_shard
-from megatron_chameleon.data.inputs.records import Block, Position
-from megatron_chameleon.data.preprocess import workers as module
-from megatron_chameleon.data.preprocess.encode import EncodedBlock
+from megatron_chameleon.data.inputs.records import Limits
+from megatron_chameleon.data.preprocess import progress
 from megatron_chameleon.data.preprocess.options import EncodeOptions, PreprocessOptions
 from megatron_chameleon.data.preprocess.progress import ProgressReport
 from megatron_chameleon.data.preprocess.run import preprocess
@@ -25,6 +23,14 @@ from megatron_chameleon.errors import ConfigError, DataError
         ({"shard": (2, 2)}, r"--shard: 2/2 is not within 0/2 to 1/2\. Count shards from 0"),
         ({"shard": (0, 0)}, r"--shard: 0/0 is not within"),
         ({"max_bad": 1.5}, r"--max-bad: 1\.5 is not between 0 and 1\. Give a share"),
+        (
+            {"encoding": EncodeOptions(limits=Limits(1 << 20))},
+            r"--largest-document: 1 MiB is not between 2 and 16384\. Give a number of MiB",
+        ),
+        (
+            {"encoding": EncodeOptions(limits=Limits(text_bytes=2 << 30))},
+            r"--largest-text: 2048 MiB is not between 1 and 1024\. Give",
+        ),
         ({"encoding": EncodeOptions(corpus_name="")}, r"--source: the name is empty"),
         (
             {"encoding": EncodeOptions(image_fit="stretch")},
@@ -79,64 +85,41 @@ def test_text_needs_no_image_tokenizer(tmp_path, tokenizer_folder, write_lines):
         preprocess([path], folder, tmp_path / "t")
 
 
-def block(record):
-    return Block("f.jsonl", 0, record, Position(record=record), b"")
-
-
-def test_blocks_follow_the_results_closely(tokenizer, monkeypatch):
-    """The reader must not run ahead of the writer: memory would grow with the input."""
-    read = 0
-
-    def blocks():
-        nonlocal read
-        for i in range(10):
-            read += 1
-            yield block(i)
-
-    class Executor:
-        def __init__(self, *_, **__): ...
-        def shutdown(self, **_): ...
-        def submit(self, _, block):
-            future = Future()
-            future.set_result(EncodedBlock(None, [], block.after))
-            return future
-
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Executor)
-    order = []
-    encoded = module.encode_blocks(blocks(), tokenizer, EncodeOptions(), 2)
-    for written, result in enumerate(encoded):
-        assert read - written <= 4
-        order.append(result.after.record)
-    assert order == list(range(10))
-
-
-def test_a_killed_worker_is_an_error_of_one_line():
-    future = Future()
-    future.set_exception(BrokenProcessPool("a child died"))
-    with pytest.raises(DataError, match=r"f\.jsonl:65: a worker process died .* fewer --workers"):
-        module._result(block(64), future)
-
-
 def test_progress_line(caplog):
     caplog.set_level(logging.INFO)
     state = WriterState(documents=400, tokens=6000, images=20, dropped={"empty image": 3})
     report = ProgressReport(4_000_000, WriterState())
     report.update(state, 1_000_000)
+    report.show_if_due()
     assert caplog.messages == []  # too early
-    report.started, report.printed = report.started - 20, report.printed - 20
-    report.update(state, 1_000_000)
+    report.started, report._due = report.started - 20, report._due - 20
+    report.show_if_due()
     (line,) = caplog.messages
     assert caplog.records[0].stderr  # the command line shows it there
     assert line.startswith("preprocess: 400 documents, 3 bad, 25% of input, 20 documents/s, 300 to")
     assert line.endswith(", 1.0 images/s, 0.05 MB/s, ETA 1m00s")
 
 
+def test_a_line_comes_although_no_block_is_done(caplog, monkeypatch):
+    """The first block may take minutes."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
+    with ProgressReport(4_000_000, WriterState()):
+        deadline = time.monotonic() + 5
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.02)
+    (line,) = caplog.messages
+    assert line.startswith("preprocess: 0 documents, 0 bad, 0% of input, 0 documents/s")
+    assert line.endswith("0.00 MB/s, ETA unknown")
+
+
 def test_rates_of_a_resumed_run_are_its_own(caplog):
     caplog.set_level(logging.INFO)
     before = WriterState(documents=300, tokens=5000, images=20)
     report = ProgressReport(4_000_000, before, start_bytes=500_000)
-    report.started, report.printed = report.started - 10, report.printed - 20
+    report.started, report._due = report.started - 10, report._due - 20
     report.update(WriterState(documents=400, tokens=6000, images=20), 1_000_000)
+    report.show_if_due()
     (line,) = caplog.messages
     assert ", 10 documents/s, 100 tokens/s, 0.0 images/s, 0.05 MB/s, ETA 1m00s" in line
 
