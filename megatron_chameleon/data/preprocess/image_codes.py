@@ -30,10 +30,6 @@ BATCHES_AHEAD = 2
 """Most batches of prepared images that wait for the network; this bounds the memory."""
 
 
-_PLAIN_PIXEL_BYTES, _OTHER_PIXEL_BYTES = 8, 16
-"""Pillow keeps 4 bytes of a pixel; a copy is turned, and transparency and levels need more."""
-
-
 class ImageCache:
     """Codes of images that were encoded before.
 
@@ -192,6 +188,9 @@ class ImageEncoder:
 
 
 def _memory_of(image: "Image.Image") -> int:
-    """Bytes that an image takes until it is prepared, by its mode and size."""
-    plain = image.mode in ("1", "L", "RGB") and "transparency" not in image.info
-    return image.width * image.height * (_PLAIN_PIXEL_BYTES if plain else _OTHER_PIXEL_BYTES)
+    """Bytes that an image takes until it is prepared, by its size, mode and format."""
+    is_plain = image.mode in ("1", "L", "RGB") and "transparency" not in image.info
+    pixel_bytes = 8 if is_plain else 12  # Pillow keeps 4, and copies are made one after the other
+    if image.format in ("WEBP", "AVIF"):  # decoded as a whole outside Pillow
+        pixel_bytes = 16
+    return pixel_bytes * image.width * image.height

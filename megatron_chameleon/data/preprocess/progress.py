@@ -24,7 +24,7 @@ from megatron_chameleon.wording import counted, format_duration
 
 logger = logging.getLogger(__name__)
 
-FIRST_SECONDS = 3.0
+FIRST_SECONDS = 2.0
 _SHARD = re.compile(r"\.shard-(\d+)-of-(\d+)\.[a-z]+(?:\.jsonl)?")
 
 
