@@ -257,3 +257,20 @@ def test_inspect_names_what_is_wrong(tmp_path, tokenizer_folder, documents, cham
     )
     line = refused("inspect", output, "--html", tmp_path, "--tokenizer", moved)
     assert line.startswith(f"error: {tmp_path}: cannot be written (")
+
+
+def test_keys_that_nobody_reads_are_listed_or_left_out(tmp_path, tokenizer_folder, capsys):
+    """One list for the whole run; a picture among them drops its document unless it is ignored."""
+    lines = [{"text": "one", "lang": "en", "n": n, "id": [n], "source": {"w": n}} for n in range(3)]
+    lines.append({"text": "two", "mask": "m.png"})
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["preprocess", tmp_path / "d.jsonl", "--tokenizer", tokenizer_folder, "--output"]
+    main([*map(str, words), str(tmp_path / "a")])
+    assert capsys.readouterr().err.count("warning: keys not used: lang, n\n") == 1
+    info = read_info(tmp_path / "a")
+    assert info.documents == 3 and list(info.sources) == [f'{{"w": {n}}}' for n in range(3)]
+    (dropped,) = map(json.loads, (tmp_path / "a.dropped.jsonl").read_text().splitlines())
+    assert dropped["detail"].startswith("the key mask holds a picture, and no picture is read")
+    main([*map(str, words), str(tmp_path / "b"), "--ignore-keys", "mask,lang"])
+    assert "warning: keys not used: n\n" in capsys.readouterr().err
+    assert read_info(tmp_path / "b").documents == 4
