@@ -96,7 +96,10 @@ def answer_key(record: Record, form: str) -> str | None:
 def _read_content(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:
     unused: set[str] = set()
     parts = parse_content(record[key], folder, where, key, unused)
-    return Shaped(parts, None, frozenset((key,)), frozenset(unused))
+    if record.get("prompt") is None:
+        return Shaped(parts, None, frozenset((key,)), frozenset(unused))
+    # what `generate` and `annotate answer` write: the content is an answer, a document of its own
+    return Shaped(parts, None, frozenset((key, "prompt")), frozenset((*unused, "prompt")))
 
 
 def _read_text(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:

@@ -154,6 +154,12 @@ def test_a_link_is_read_only_if_it_is_the_only_picture() -> None:
         next(part for part in document.content if isinstance(part, ImagePart)).open()
 
 
+def test_answers_that_generate_wrote_are_documents() -> None:
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "x"}]
+    document = parse({"id": "0000", "prompt": parts, "content": parts[1:], "token_ids": [5]})
+    assert shown(document) == ["x"] and set(document.unused_keys) == {"prompt", "token_ids"}
+
+
 def test_the_other_keys_are_named() -> None:
     document = parse(
         {"text": "x", "id": "1", "source": "s", "score": 0.5, "lang": "en", "no": None}
