@@ -75,6 +75,21 @@ def run(args: argparse.Namespace) -> None:
         _logger.warning(line)
 
 
+def load_checked(name: str, overrides: Sequence[str]) -> "Config":
+    """Load the config of a run and check it, before the imports that take seconds.
+
+    Raises:
+        ConfigError: There is no such config, or it cannot work on any number of processes.
+    """
+    from megatron_chameleon.config.checks.check import check_config, smallest_world_size
+    from megatron_chameleon.config.load import load_config
+    from megatron_chameleon.config.names import find_config
+
+    config = load_config(find_config(name), overrides)
+    check_config(config, smallest_world_size(config.parallel))
+    return config
+
+
 def filled_in(config: "Config") -> "Config":
     """A copy in which what is still to be set has a placeholder, so that it is not an error."""
     from dataclasses import replace

@@ -7,6 +7,7 @@ command shows what a new run would see.
 import argparse
 
 from megatron_chameleon.announce import announced
+from megatron_chameleon.cli.config import load_checked
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
     CONFIG,
@@ -43,16 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_chameleon.config.checks.check import check_config, smallest_world_size
-    from megatron_chameleon.config.load import load_config
-    from megatron_chameleon.config.names import find_config
+    config = load_checked(args.config, args.overrides)
+
     from megatron_chameleon.data.batches.reader import BatchReader
     from megatron_chameleon.data.views.audit import audit_step, format_audit
     from megatron_chameleon.tokenizer.folder import load_tokenizer
     from megatron_chameleon.training.run.open_data import open_newest
 
-    config = load_config(find_config(args.config), args.overrides)
-    check_config(config, smallest_world_size(config.parallel))
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
     with announced(f"reading the data of step {args.step}"):
         reader = BatchReader(config, tokenizer) if args.new else open_newest(config, tokenizer)

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 from megatron_chameleon.announce import announced
+from megatron_chameleon.cli.config import load_checked
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import COUNT, INDEX, add_overrides
 from megatron_chameleon.wording import counted
@@ -85,17 +86,14 @@ def _is_config(name: str) -> bool:
 
 
 def _inspect_mixture(args: argparse.Namespace) -> None:
-    from megatron_chameleon.config.checks.check import check_config, smallest_world_size
-    from megatron_chameleon.config.load import load_config
-    from megatron_chameleon.config.names import find_config
+    config = load_checked(args.prefix, args.overrides)
+
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
     from megatron_chameleon.data.views.audit import audit_step
     from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
     from megatron_chameleon.training.run.open_data import open_newest
 
     _check_page(args, [args.prefix])
-    config = load_config(find_config(args.prefix), args.overrides)
-    check_config(config, smallest_world_size(config.parallel))
     tokenizer = load_for_encoding(args.tokenizer or config.tokenizer.path)
     with announced("reading the indices of the data sources"):
         reader = open_newest(config, tokenizer)

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config import paper
-    from megatron_chameleon.config.checks.check import smallest_world_size
+    from megatron_chameleon.config.checks.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import load_config
     from megatron_chameleon.config.names import find_config
     from megatron_chameleon.errors import ChameleonError
@@ -47,13 +47,15 @@ def run(args: argparse.Namespace) -> None:
         logging.getLogger(announce.__name__).setLevel(logging.WARNING)  # rank 0 speaks for all
     try:
         config = load_config(find_config(args.config), args.overrides)
-        from megatron_chameleon.training.loop import train
-        from megatron_chameleon.training.prepare import dry_run_text, prepare_run
-
         world_size = launch.world_size
         if args.dry_run and launch.launcher == "alone":
             # check as if the smallest possible number of processes had been started
             world_size = smallest_world_size(config.parallel)
+        check_config(config, world_size)  # before the imports, which take seconds
+
+        from megatron_chameleon.training.loop import train
+        from megatron_chameleon.training.prepare import dry_run_text, prepare_run
+
         inputs = prepare_run(config, world_size, args.resume)
         if launch.rank == 0:
             for line in (*paper.warnings(config), *inputs.reader.warnings()):
