@@ -126,15 +126,17 @@ def _train_text(args: argparse.Namespace) -> None:
 
 
 def _train_image(args: argparse.Namespace) -> None:
-    from megatron_chameleon.data.tokenizer_corpus.documents import DroppedDocuments
-    from megatron_chameleon.data.tokenizer_corpus.images import find_images
-    from megatron_chameleon.parallel import platform
     from megatron_chameleon.tokenizer.image.config import load_image_config
-    from megatron_chameleon.tokenizer.image.training import train_image_tokenizer
 
     start_seconds = time.perf_counter()
     words = [word for word in args.images if is_override(word)]
     config = load_image_config(args.config, [*words, *args.overrides])
+
+    from megatron_chameleon.data.tokenizer_corpus.documents import DroppedDocuments
+    from megatron_chameleon.data.tokenizer_corpus.images import find_images
+    from megatron_chameleon.parallel import platform
+    from megatron_chameleon.tokenizer.image.training import train_image_tokenizer
+
     dropped = DroppedDocuments()
     try:
         with announced(f"listing the images of {counted(len(args.images) - len(words), 'path')}"):

@@ -21,8 +21,7 @@ from megatron_chameleon.config.constraints import (
 from megatron_chameleon.config.load import load_dataclass
 from megatron_chameleon.config.names import find_config
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.tokenizer.image.discriminator import smallest_resolution
-from megatron_chameleon.tokenizer.image.vqgan import VqganConfig
+from megatron_chameleon.tokenizer.image.shape import VqganConfig, smallest_resolution
 from megatron_chameleon.wording import cut
 
 PRESETS = Path(__file__).parent / "presets"

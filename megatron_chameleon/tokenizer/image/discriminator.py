@@ -23,7 +23,7 @@ class PatchDiscriminator(nn.Module):
         channels: Channels after the first convolution; each further layer doubles them, up to eight
             times as many.
         layers: Layers that halve the resolution. At least 3 pixels must remain; see
-            ``smallest_resolution``.
+            ``smallest_resolution`` in shape.py.
     """
 
     def __init__(self, in_channels: int, channels: int, layers: int) -> None:
@@ -46,11 +46,6 @@ class PatchDiscriminator(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Logits of the patches: [B, 1, h, w]."""
         return self.main(pixels_BCHW)
-
-
-def smallest_resolution(layers: int) -> int:
-    """The smallest image of which ``layers`` halving layers leave a patch."""
-    return 3 * 2**layers
 
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -9,92 +9,18 @@ Letters in tensor names: B images, C channels, H and W pixels, D width of a code
 latent positions, N = h * w codes per image, M latents in all, K codebook vectors.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_chameleon.config.constraints import Below, Between, OneOf, find_violations
-from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.wording import shown
+from megatron_chameleon.tokenizer.image.shape import NORM_GROUPS
+from megatron_chameleon.tokenizer.image.shape import VqganConfig as VqganConfig
 
-NORM_GROUPS = 32
 SEARCH_ROWS = 1024
 """Latents that are compared with the codebook at once, so that distances fit in a GPU's cache."""
-
-MOST_LEVELS = 12
-
-
-@dataclass
-class VqganConfig:
-    """Shape of the network. The defaults are the paper's."""
-
-    resolution: Annotated[int, Between(1, 8192)] = 512
-    """Width and height of an image in pixels."""
-    in_channels: Annotated[int, OneOf(3)] = 3
-    base_channels: Annotated[int, Between(1, 4096)] = 128
-    """Channels at full resolution; a multiple of 32 (GroupNorm has 32 groups)."""
-    ch_mult: list[Annotated[int, Between(1, 64)]] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    """Channels of each level in units of base_channels; each level but the last halves the
-    resolution."""
-    num_res_blocks: Annotated[int, Between(1, 64)] = 2
-    """Residual blocks per level of the encoder; the decoder has one more per level."""
-    z_channels: Annotated[int, Between(1, 2**16)] = 256
-    """Channels between the network and the codebook's own projection."""
-    embed_dim: Annotated[int, Between(1, 2**16)] = 256
-    """Width of a codebook vector."""
-    codebook_size: Annotated[int, Between(2, 2**20)] = 8192
-    dropout: Annotated[float, Below(0, 1)] = 0.0
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per code along each axis."""
-        return 2 ** (len(self.ch_mult) - 1)
-
-    @property
-    def grid(self) -> int:
-        """Codes per image along each axis."""
-        return self.resolution // self.downsampling
-
-    @property
-    def codes_per_image(self) -> int:
-        return self.grid**2
-
-    def check(self, where: str) -> None:
-        """Refuse a shape that cannot work.
-
-        Args:
-            where: The file or preset that errors name.
-
-        Raises:
-            ConfigError: For the first value that cannot work.
-        """
-        for problem in find_violations(self, "model"):
-            raise ConfigError(f"{where}: {problem.where}", problem.what, problem.remedy)
-        if not 1 <= len(self.ch_mult) <= MOST_LEVELS:
-            raise ConfigError(
-                f"{where}: model.ch_mult",
-                f"{shown(list(self.ch_mult))} has {len(self.ch_mult)} levels, not 1 to "
-                f"{MOST_LEVELS}",
-                "Use one factor of 1 or more for each level",
-            )
-        if self.base_channels % NORM_GROUPS:
-            raise ConfigError(
-                f"{where}: model.base_channels",
-                f"{self.base_channels} is not a multiple of {NORM_GROUPS}, the groups of GroupNorm",
-                f"Use {-(-self.base_channels // NORM_GROUPS) * NORM_GROUPS}",
-            )
-        if self.resolution % self.downsampling:
-            nearest = -(-self.resolution // self.downsampling) * self.downsampling
-            raise ConfigError(
-                f"{where}: model.resolution",
-                f"{self.resolution} is not a multiple of {self.downsampling}, by which "
-                f"{len(self.ch_mult)} levels shrink it",
-                f"Use {nearest}, or fewer levels in model.ch_mult",
-            )
 
 
 def _norm(channels: int) -> nn.GroupNorm:

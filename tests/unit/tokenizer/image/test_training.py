@@ -17,7 +17,8 @@ from megatron_chameleon.tokenizer.image.config import (
     ImageTrainingConfig,
     load_image_config,
 )
-from megatron_chameleon.tokenizer.image.discriminator import PatchDiscriminator, smallest_resolution
+from megatron_chameleon.tokenizer.image.discriminator import PatchDiscriminator
+from megatron_chameleon.tokenizer.image.shape import smallest_resolution
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer, to_pixels
 from megatron_chameleon.tokenizer.image.training import (
     _Trainer,
