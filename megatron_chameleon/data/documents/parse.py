@@ -101,8 +101,10 @@ class UnusedKeys:
 
     def add(self, keys: Iterable[str]) -> None:
         """Add keys; past ``MOST_KEPT_KEYS`` they are passed over."""
-        if len(self.names) < MOST_KEPT_KEYS:
-            self.names.update(map(shown_key, keys))
+        for key in keys:
+            if len(self.names) >= MOST_KEPT_KEYS:
+                return
+            self.names.add(shown_key(key))
 
     def watch(self, items: Iterable[Document | Fault]) -> Iterator[Document | Fault]:
         """The same items; the unused keys of the documents are added on the way."""

@@ -163,24 +163,19 @@ def place_pictures(
     """
     has_own = any(isinstance(part, ImagePart) for part in parts)
     marks = _marks_in(parts, roles, beside, has_own, is_written_in_parts)
-    places = sum(isinstance(part, Mark) for part in parts)
-    pieces: list[list[TextPart | ImagePart | Mark | int]] = []
-    for part in parts:
-        if not isinstance(part, TextPart) or marks is None:
-            pieces.append([part])
-            continue
-        if beside.has_key and _INLINE.search(part.text):
-            what = "has a picture's name between <image> and </image>, which is not read"
-            raise DataError(where, what, f"Write {MARK} and the name into a key `images`")
-        pieces.append(_cut(part.text, marks))
-        places += sum(isinstance(piece, int) for piece in pieces[-1])
     pictures = beside.pictures
+    # counted before anything is cut: a text may consist of millions of marks
+    places = _count_places(parts, marks, beside, where)
     if not places:
         return _before(parts, roles, pictures, has_own, where)
     if places != len(pictures):
         what = f"has {counted(places, 'place')} for pictures ({MARK}) and "
         what += f"{counted(len(pictures), 'picture')} beside the text"
         raise DataError(where, what, "Give each place one picture, or remove the document")
+    pieces = [
+        _cut(part.text, marks) if isinstance(part, TextPart) and marks is not None else [part]
+        for part in parts
+    ]
     order = iter(_numbered(pieces, pictures, where))
     placed: list[TextPart | ImagePart] = []
     speakers: list[str] = []
@@ -190,6 +185,21 @@ def place_pictures(
         placed += kept
         speakers += [roles[index]] * len(kept) if roles is not None else []
     return placed, None if roles is None else speakers
+
+
+def _count_places(
+    parts: Sequence[Part], marks: re.Pattern[str] | None, beside: Beside, where: str
+) -> int:
+    places = 0
+    for part in parts:
+        if isinstance(part, Mark):
+            places += 1
+        elif isinstance(part, TextPart) and marks is not None:
+            if beside.has_key and _INLINE.search(part.text):
+                what = "has a picture's name between <image> and </image>, which is not read"
+                raise DataError(where, what, f"Write {MARK} and the name into a key `images`")
+            places += sum(1 for _ in marks.finditer(part.text))
+    return places
 
 
 def _marks_in(

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_chameleon.data.documents.image_part import ImagePart
-from megatron_chameleon.data.documents.parse import parse_block, read_documents
+from megatron_chameleon.data.documents.parse import UnusedKeys, parse_block, read_documents
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import find_inputs
@@ -181,6 +181,9 @@ def test_keys_that_nobody_reads_are_listed_once(tmp_path, caplog, write_lines):
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("keys not used: \\x1b[2Jkkk") and line.endswith("key 18 and 11 more")
     assert len(line) < 300
+    many = UnusedKeys()
+    many.add(map(str, range(10**5)))
+    assert len(many.names) == 1000
     columns = {"text": ["x"], "score": [0.5], "note": ["n"]}
     (document,) = read_documents([write_parquet(tmp_path / "p.parquet", **columns)])
     assert sorted(document.unused_keys) == ["note", "score"]

@@ -2,13 +2,14 @@
 
 import base64
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
 
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.media import medium_of
-from megatron_chameleon.data.documents.records import parse_line
+from megatron_chameleon.data.documents.records import Origin, document_of, parse_line
 from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.errors import DataError
 
@@ -152,6 +153,19 @@ def test_a_link_is_read_only_if_it_is_the_only_picture() -> None:
     with pytest.raises(DataError):
         document = parse({"text": "x", "url": link})
         next(part for part in document.content if isinstance(part, ImagePart)).open()
+
+
+def test_millions_of_marks_take_no_memory() -> None:
+    text = "<image>" * 10**6
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            DataError, match=r"has 1,000,000 places for pictures .* 1 picture besid"
+        ):
+            document_of({"text": text, "image": "a"}, Origin("d.jsonl", 1))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_answers_that_generate_wrote_are_documents() -> None:
