@@ -1,11 +1,14 @@
 """Log lines of the library on the console: which stream, which level, which words."""
 
 import logging
+import re
+import sys
 
 import pytest
 
 from megatron_chameleon.cli import logs
 from megatron_chameleon.cli import main as cli
+from places import REPOSITORY
 
 library = logging.getLogger("megatron_chameleon.data.preprocess")
 
@@ -99,3 +102,49 @@ def test_nothing_of_the_handler_is_left_afterwards(caplog: pytest.LogCaptureFixt
     assert (package.level, package.propagate, list(package.handlers)) == before
     library.warning("seen by the caller's own handlers")
     assert "seen by" in caplog.text
+
+
+HOSTILE = "doc\x1b]0;owned\x07\x9b2J\u202egpj\rerror: x"
+ESCAPED = r"doc\x1b]0;owned\x07\x9b2J\u202egpj\rerror: x"
+
+
+def test_control_characters_are_shown_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    with logs.shown_logs():
+        library.info(HOSTILE)
+        library.warning(HOSTILE)
+    logs.show(f"{HOSTILE}\n\t{HOSTILE}")
+    logs.show_error(f"{HOSTILE}\nerror: forged")
+    printed = capsys.readouterr()
+    assert printed.out == f"{ESCAPED}\n{ESCAPED}\n\t{ESCAPED}\n"
+    assert printed.err == f"warning: {ESCAPED}\nerror: {ESCAPED}\\nerror: forged\n"
+
+
+def test_generated_text_is_escaped_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs.show_generated(HOSTILE)
+    assert capsys.readouterr().out == f"{HOSTILE}\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    logs.show_generated(HOSTILE)
+    assert capsys.readouterr().out == f"{ESCAPED}\n"
+
+
+def test_secrets_are_masked(capsys: pytest.CaptureFixture[str]) -> None:
+    with logs.shown_logs():
+        library.info("reading https://me:pw@host/a.jsonl")
+    logs.show_error("s3://key:secret@bucket/a: no such file. Check HF_TOKEN=hf_abc")
+    printed = capsys.readouterr()
+    assert printed.out == "reading https://***@host/a.jsonl\n"
+    assert printed.err == "error: s3://***@bucket/a: no such file. Check HF_TOKEN=***\n"
+
+
+def test_verbs_print_through_show() -> None:
+    """``print`` would send what a file says to the terminal as it is."""
+    folder = REPOSITORY / "megatron_chameleon" / "cli"
+    own = {"logs.py", "main.py", "interrupts.py", "bugs.py", "console.py"}
+    printing = {
+        path.name
+        for path in folder.glob("*.py")
+        if re.search(r"(?m)^\s+print\(", path.read_text(encoding="utf-8"))
+    }
+    assert printing <= own
