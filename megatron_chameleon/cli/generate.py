@@ -168,6 +168,9 @@ def _prompts(args: argparse.Namespace) -> list["Document"]:
     from megatron_chameleon.data.documents.parse import read_prompts
     from megatron_chameleon.data.documents.schema import Document, TextPart
     from megatron_chameleon.errors import ConfigError, DataError
+    from megatron_chameleon.images.image_error import ImageError
+    from megatron_chameleon.images.local_files import check_named
+    from megatron_chameleon.images.remote_files import is_url
 
     images = image_options(args)
     if args.document:
@@ -179,8 +182,11 @@ def _prompts(args: argparse.Namespace) -> list["Document"]:
             )
         return read_prompts([args.document], images)
     for image in args.image:  # before the model is loaded
-        if not Path(image).is_file():
-            raise DataError(image, "no such image file", "Check the path that --image names")
+        try:
+            if not is_url(image):
+                check_named(image)
+        except ImageError as fault:
+            raise DataError(image, fault.what, "Check the path that --image names") from fault
     prompt: list[TextPart | ImagePart] = [ImagePart(image, images) for image in args.image]
     if args.prompt is not None:
         prompt.append(TextPart(args.prompt))

@@ -45,6 +45,17 @@ def read_named(path: str, options: ImageOptions) -> bytes:
         return read_all(descriptor, path, options)
 
 
+def check_named(path: str) -> None:
+    """Check that an image that the user named can be opened.
+
+    Raises:
+        ImageError: There is no such file, or it is not a regular one.
+        DataError: The disk fails.
+    """
+    with open_checked(path, None, path):
+        pass
+
+
 @contextmanager
 def open_checked(path: str, places: Sequence[str] | None, name: str) -> Iterator[int]:
     """A descriptor of a regular file below one of the places, open for reading.
@@ -142,6 +153,8 @@ def _outside(name: str, target: str) -> ImageError:
     if target != name:
         what += f", at {target[:200]}"
     remedy = f"If you trust the documents, add --image-root {Path(target).parent}"
+    if any(_below(target, place) for place in _NOT_ON_DISK):
+        remedy = "Replace or remove it"
     return refused(name, what, remedy)
 
 
@@ -160,7 +173,8 @@ def _all(places: Sequence[str]) -> Iterator[str]:
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(path)  # noqa: PTH100  # Path.absolute keeps `..`
+    # Path.absolute keeps `..`, and abspath keeps the two slashes of `//etc`
+    return "/" + os.path.abspath(path).lstrip("/")  # noqa: PTH100
 
 
 @functools.lru_cache(maxsize=4096)
@@ -169,4 +183,4 @@ def _real(place: str) -> str:
 
 
 def _below(path: str, folder: str) -> bool:
-    return path.startswith(folder.rstrip("/") + "/")
+    return path == folder or path.startswith(folder.rstrip("/") + "/")

@@ -131,7 +131,7 @@ def _allowed(protocol: str, name: str, options: ImageOptions) -> str:
         return protocol
     what = f"the image is a link by the protocol {protocol[:40]!r}, which is not allowed"
     remedy = "Download the image first"
-    if re.fullmatch(r"[a-z0-9+.-]{1,40}", protocol):
+    if re.fullmatch(r"[a-z0-9_+.-]{1,40}", protocol):
         remedy += f", or add --image-protocols {protocol}"
     raise refused(name, what, remedy)
 
@@ -161,15 +161,18 @@ def _check_there(url: str) -> None:
 
 
 def _is_about_the_file(error: Exception) -> bool:
-    """Whether a service that works would say this of a file that a document made up."""
+    """Whether a service that works may say this of a file that a document made up.
+
+    It may break the rules of its protocol for one file. Whether it works is asked afterwards.
+    """
     cause = error.__cause__
     if isinstance(cause, Exception) and type(cause).__module__.startswith("aiohttp"):
         error = cause  # fsspec says "not found" for whatever went wrong
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in _OF_THE_SERVICE
-    kinds = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
-    return isinstance(error, kinds)
+    kinds = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    return isinstance(error, kinds) or not isinstance(error, OSError)
 
 
 def _network_fault(where: str, error: Exception) -> DataError:
