@@ -15,7 +15,6 @@ forever, and a device has no end.
 
 import errno
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -27,12 +26,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_chameleon.errors import ChameleonError, DataError
+from megatron_chameleon.json_text import parse_json
 
 SMALL_FILE_BYTES = 64 << 20
 """Limit of the small files: configs, indices, states, sidecars. The largest one of a real run is
 the index of a 34B export, about 0.1 MB."""
-LARGEST_DEPTH = 64
-"""Nesting of JSON objects and lists; deeper values make recursive code fail."""
 
 _READ_BYTES = 1 << 16
 
@@ -350,25 +348,10 @@ def read_json(
     """Read a JSON file.
 
     Raises:
-        ChameleonError: Of the given kind: see ``read_text``; or it is not JSON, or nested deeper
-            than ``LARGEST_DEPTH``.
+        ChameleonError: Of the given kind: see ``read_text``; or it is not JSON, or nested too
+            deep.
     """
-    text = read_text(path, kind, limit)
-    remedy = "Restore the file, or write it again"
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        value = None
-        depth = LARGEST_DEPTH + 1
-    except ValueError as error:
-        problem = str(error).splitlines()[0]
-        raise kind(str(path), f"is not valid JSON ({problem})", remedy) from error
-    else:
-        depth = _depth(value)
-    if depth > LARGEST_DEPTH:
-        what = f"has JSON values nested deeper than {LARGEST_DEPTH} levels"
-        raise kind(str(path), what, remedy)
-    return value
+    return parse_json(read_text(path, kind, limit), str(path), kind)
 
 
 def read_json_object(
@@ -432,17 +415,6 @@ def _check_regular(descriptor: int) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file")
-
-
-def _depth(value: Any) -> int:
-    """Levels of nesting, found without recursion; it stops at one above the limit."""
-    level = [value] if isinstance(value, dict | list) else []
-    depth = 0
-    while level and depth <= LARGEST_DEPTH:
-        depth += 1
-        entries = (c.values() if isinstance(c, dict) else c for c in level)
-        level = [e for container in entries for e in container if isinstance(e, dict | list)]
-    return depth
 
 
 def _json_type(value: Any) -> str:

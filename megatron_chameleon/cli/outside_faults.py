@@ -32,6 +32,8 @@ _PEER = re.compile(
 )
 _THREADS = re.compile(r"can't start new thread|pthread_create|Resource temporarily unavailable")
 _FILES = re.compile(r"too many open files", re.IGNORECASE)
+_LOOP = re.compile(r"Symlink loop from '(.*)'")
+"""pathlib's ``resolve``."""
 _TEMPORARY = re.compile(r"No usable temporary directory")
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _OF_FILES = (
@@ -87,6 +89,8 @@ def _of_resources(error: BaseException, command: str) -> ChameleonError | None:
         what = f"no shared memory can be used ({text[:200]})"
         remedy = "Make /dev/shm larger (docker run --shm-size=8g) and writable"
         return ConfigError("/dev/shm", what, remedy)
+    if library and (loop := _LOOP.match(text)):
+        return cannot_read(loop[1], OSError(errno.ELOOP, os.strerror(errno.ELOOP)))
     is_memory = isinstance(error, MemoryError) or number == errno.ENOMEM
     if is_memory or (library and _OUT_OF_MEMORY.search(text)):
         return _out_of_memory(text, command)

@@ -5,20 +5,27 @@ record of a step counts. An incomplete last line, left by a crash, is ignored. A
 is an error.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.files import cannot_read, open_to_read
+from megatron_chameleon.json_text import parse_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 METRICS_FILE = "metrics.jsonl"
+LARGEST_STEP = 10**15
+LARGEST_VALUE = 1e30
+"""matplotlib takes forever to find ticks for axes that end near the largest numbers."""
+LONGEST_LINE_BYTES = 1 << 22
+"""The record of a step has some hundred bytes per source and layer."""
 DEFAULT_KEYS = ("loss_text", "loss_image", "grad_norm", "learning_rate")
 LABELS = {
     "loss": "loss (nats per token)",
@@ -46,35 +53,58 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """
     file = Path(path)
     file = file / METRICS_FILE if file.is_dir() else file
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise DataError(
-            str(file), f"cannot be read ({error.strerror})", "Pass a run folder or a metrics.jsonl"
-        ) from error
     records: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
+        where = f"{file}:{number}"
         try:
-            record = json.loads(line)
-            records[int(record["step"])] = record
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # no newline follows: the process died while it wrote
+            record = parse_json(line.decode("utf-8", "replace"), where)
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                what = "not the record of a step, which is an object with an integer `step`"
+                raise DataError(where, what, "Fix or remove the line")
+        except DataError as error:
+            if not line.endswith(b"\n"):  # the process died while it wrote
                 break
-            raise DataError(
-                f"{file}:{number}", f"not the record of a step ({error})", "Fix or remove the line"
-            ) from error
+            raise DataError(where, error.what, "Fix or remove the line") from error
+        records[record["step"]] = record
     if not records:
         raise DataError(str(file), "has no records yet", "Wait for the first step")
     return [records[step] for step in sorted(records)]
 
 
+def _lines(file: Path) -> Iterator[bytes]:
+    with open_to_read(file) as stream:
+        try:
+            while line := stream.readline(LONGEST_LINE_BYTES):
+                if len(line) == LONGEST_LINE_BYTES:
+                    what = f"has a line of {LONGEST_LINE_BYTES} bytes or more"
+                    raise DataError(str(file), what, "Pass a run folder or a metrics.jsonl")
+                yield line
+        except OSError as error:
+            raise cannot_read(file, error) from error
+
+
 def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a key, both [points], without steps where it is null or missing."""
+    """Steps and values of a key, both [points], without steps where it is null or missing.
+
+    Raises:
+        DataError: A value is not a number.
+    """
+    for record in records:
+        value = record.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            what = f"is {value!r:.99} at step {record['step']}, which is not a number"
+            raise DataError(f"--keys {key}", what, "Choose another key")
     points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    points = [(step, value) for step, value in points if abs(step) <= LARGEST_STEP]
     steps, values = zip(*points, strict=True) if points else ((), ())
-    return np.array(steps, dtype=float), np.array(values, dtype=float)
+    return np.array(steps, dtype=float), np.array([_as_float(value) for value in values])
+
+
+def _as_float(value: int | float) -> float:
+    """NaN, which is not drawn, for numbers with which the axes could not be divided."""
+    return float(value) if abs(value) <= LARGEST_VALUE else math.nan
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

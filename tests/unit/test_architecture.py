@@ -154,6 +154,7 @@ FOR_ALL = {
     "files.py",
     "machine.py",
     "masking.py",
+    "json_text.py",
     "outputs.py",
     "terminal.py",
     "values.py",

@@ -1,5 +1,6 @@
 """The options of ``chameleon preprocess``."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,10 +114,10 @@ def check_output(files: Sequence[InputFile], output: str) -> None:
         ConfigError: At the first such input.
     """
     suffixes = (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, ".json", DROPPED_SUFFIX)
-    written = {file_of(output, suffix).resolve() for suffix in suffixes}
-    folder = partial_folder_of(output).resolve()
+    written = {Path(os.path.realpath(file_of(output, suffix))) for suffix in suffixes}
+    folder = Path(os.path.realpath(partial_folder_of(output)))
     for item in files:
-        path = Path(item.path).resolve()
+        path = Path(os.path.realpath(item.path))
         if not item.is_remote and (path in written or folder in path.parents):
             what = f"{output} would overwrite the input {item.path}"
             raise ConfigError("--output", what, "Choose another --output")

@@ -117,7 +117,8 @@ class TokenFile:
             Its token ids, [length] in the dtype of the file, read-only.
 
         Raises:
-            DataError: The index names bytes that the .bin does not have.
+            DataError: The index names bytes that the .bin does not have, or the .bin names tokens
+                that the vocabulary does not have.
         """
         assert 0 <= document < len(self), f"document {document} of {len(self)}"
         tokens, offset = int(self.lengths[document]), int(self.offsets[document])
@@ -129,7 +130,12 @@ class TokenFile:
         length = available if length is None else length
         # megatron-core would read on into the next document
         assert start >= 0 and 0 <= length <= available, f"tokens {start}+{length} of {tokens}"
-        return self._dataset.get(document, start, length)
+        token_ids = self._dataset.get(document, start, length)
+        if length and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.info.vocab_size:
+            what = f"document {document} has token ids from {token_ids.min()} to {token_ids.max()}"
+            what += f", but the vocabulary ends at {self.info.vocab_size - 1}"
+            raise DataError(f"{self.prefix}.bin", what, _REMEDY)
+        return token_ids
 
     def image_spans(self, document: int) -> np.ndarray:
         """Find the images of a document.

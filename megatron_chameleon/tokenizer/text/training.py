@@ -15,7 +15,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.errors import ConfigError, DataError, first_line
 from megatron_chameleon.files import make_folder, write_together
 from megatron_chameleon.outputs import save_anyhow
 from megatron_chameleon.tokenizer.common.vocabulary import (
@@ -123,7 +123,8 @@ def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:
     except RuntimeError as error:
         required = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", str(error))
         if required is None:
-            raise
+            what = f"sentencepiece cannot be trained on it ({first_line(error)[:200]})"
+            raise DataError("text corpus", what, "Check that the inputs hold text") from error
         raise ConfigError(
             "--vocab-size",
             f"{vocab_size} is too small: {required[2]} ids are needed for the special tokens, "

@@ -182,6 +182,7 @@ def fault(error: BaseException) -> str:
         (PermissionError(errno.EACCES, "Permission denied", b"/a"), "/a: cannot be read (Perm"),
         (OSError(errno.EMFILE, "Too many open files"), "this process may have"),
         (RuntimeError("unable to open shared memory object </torch_1>"), "/dev/shm: no shared"),
+        (RuntimeError("Symlink loop from '/a'"), "/a: cannot be read (Too many levels of symb"),
         (MemoryError(), "chameleon train: out of memory. Free memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "out of memory (Def"),
         (RuntimeError("can't start new thread"), "no further thread or process can be started"),

@@ -34,11 +34,26 @@ def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     assert [r["step"] for r in read_metrics(file)] == [1]
 
 
-@pytest.mark.parametrize("broken", ['{"step": 2, "lo', '{"loss": 1}', "[]", '{"step": null}'])
-def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, broken: str) -> None:
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ('{"step": 2, "lo', "is not valid JSON"),
+        *((text, "not the record of a step") for text in ('{"loss": 1}', "[]", '{"step": null}')),
+        *((f'{{"step": {step}}}', "not the record") for step in ("true", "1e400", '"1"', "1.5")),
+        ("[" * 9999 + "]" * 9999, "has JSON values nested deeper than 64 levels"),
+    ],
+)
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, broken: str, message: str) -> None:
     file = write(tmp_path / "m.jsonl", {"step": 1}, broken, {"step": 3})
-    with pytest.raises(DataError, match=r"m\.jsonl:2: not the record of a step"):
+    with pytest.raises(DataError, match=rf"m\.jsonl:2: {message}.* Fix or remove the line"):
         read_metrics(file)
+
+
+def test_a_file_that_is_no_list_of_steps_is_not_read_to_its_end(tmp_path: Path) -> None:
+    with (tmp_path / "m.jsonl").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match=r"m\.jsonl: has a line of 4194304 bytes or more"):
+        read_metrics(tmp_path / "m.jsonl")
 
 
 def test_a_broken_last_line_that_was_finished_is_named(tmp_path: Path) -> None:
@@ -48,7 +63,7 @@ def test_a_broken_last_line_that_was_finished_is_named(tmp_path: Path) -> None:
 
 
 def test_no_file_and_no_records_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"metrics\.jsonl: cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):
         read_metrics(tmp_path)
     with pytest.raises(DataError, match="has no records yet"):
         read_metrics(write(tmp_path / "m.jsonl", end=""))
@@ -84,3 +99,14 @@ def test_an_unknown_key_names_what_there_is() -> None:
         DataError, match=r"--keys los: no run has a value for it\. Use one of: loss, step"
     ):
         draw_curves({"a": [{"step": 1, "loss": 1.0}]}, ["los"])
+
+
+@pytest.mark.parametrize("value", ["high", [1], {}, True])
+def test_a_value_that_is_no_number_is_named(value: object) -> None:
+    with pytest.raises(DataError, match=r"--keys x: is .* at step 2, which is not a number"):
+        series([{"step": 1, "x": 1.0}, {"step": 2, "x": value}], "x")
+
+
+def test_numbers_of_any_size_become_points_that_can_be_drawn() -> None:
+    steps, values = series([{"step": 1, "x": 10**400}, {"step": 10**400, "x": 1}], "x")
+    assert steps.tolist() == [1] and np.isnan(values).tolist() == [True]
