@@ -38,13 +38,14 @@ class TextTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.load_from_serialized_proto(model)
-        except (RuntimeError, OSError) as error:
+            size = self._processor.get_piece_size()
+            self._tokens = [self._processor.id_to_piece(token_id) for token_id in range(size)]
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise DataError(
                 where,
                 f"is not a sentencepiece model ({len(model)} bytes)",
                 "Make it with `chameleon tokenizer text`",
             ) from error
-        size = self._processor.get_piece_size()
         self._is_text = np.array(
             [
                 not (self._processor.is_control(i) or self._processor.is_unknown(i))
@@ -75,7 +76,7 @@ class TextTokenizer:
     @property
     def tokens(self) -> list[str]:
         """Token names by id."""
-        return [self._processor.id_to_piece(token_id) for token_id in range(self.size)]
+        return list(self._tokens)
 
     def is_text(self, token_id: int) -> bool:
         """Whether a token stands for text: neither a control piece nor ``<unk>``."""
