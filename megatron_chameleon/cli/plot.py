@@ -5,6 +5,7 @@ chameleon plot runs/digits --output curves.svg --keys loss_text,loss_image --smo
 
 import argparse
 import io
+import logging
 from pathlib import Path
 
 from megatron_chameleon.announce import announced
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         names = zip(_names(args.runs), args.runs, strict=True)
         runs = {name: read_metrics(path) for name, path in names}
     content = io.BytesIO()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where HOME is read-only
     with announced(f"drawing {counted(len(keys), 'panel')}"):
         figure = draw_curves(runs, keys, args.smooth)
         figure.savefig(content, dpi=150, format=output.suffix[1:].lower())

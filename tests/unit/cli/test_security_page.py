@@ -10,8 +10,9 @@ import pytest
 from megatron_chameleon.cli import main as cli
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.inputs.records import Limits
-from megatron_chameleon.files import LARGEST_DEPTH, SMALL_FILE_BYTES
+from megatron_chameleon.files import SMALL_FILE_BYTES
 from megatron_chameleon.images.options import ImageOptions
+from megatron_chameleon.json_text import LARGEST_DEPTH
 from megatron_chameleon.parallel.meeting import LIMIT_SECONDS
 from places import REPOSITORY
 
