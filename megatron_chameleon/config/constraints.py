@@ -80,6 +80,20 @@ class Below(Constraint):
 
 
 @dataclass(frozen=True)
+class ZeroOr(Constraint):
+    """0, or a number from ``low`` to ``high``, both included."""
+
+    low: float
+    high: float
+
+    def allows(self, value: float) -> bool:
+        return value == 0 or self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"0 or between {_number(self.low)} and {_number(self.high)}"
+
+
+@dataclass(frozen=True)
 class Repeats(Constraint):
     """true, false, or a number of times from 1 to ``most``."""
 

@@ -20,6 +20,7 @@ from megatron_chameleon.config.constraints import (
     Seed,
     Share,
     Text,
+    ZeroOr,
 )
 
 WEIGHTS = Between(1e-9, 1e15, remedy="Use a number in that range, or remove the source")
@@ -171,7 +172,7 @@ class TrainingConfig:
     """How many updates of the whole run may be left out for this reason before the run stops."""
     skip_steps: list[PositiveInt] = field(default_factory=list)
     """Steps, counted from 1, whose update is always left out."""
-    hang_seconds: Annotated[float, Between(0, 10**7)] = 480.0
+    hang_seconds: Annotated[float, ZeroOr(0.1, 10**7)] = 480.0
     """If a step or the wait for its data takes longer, the job ends and prints the stacks of all
     ranks. Loading, saving and sampling, and a step after one of them, may take four times as long.
     0: no limit. The default is shorter than NCCL's own limit of ten minutes."""

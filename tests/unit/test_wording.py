@@ -8,7 +8,7 @@ from megatron_chameleon import wording
 
 
 def test_the_examples_hold() -> None:
-    assert doctest.testmod(wording) == (0, 2)
+    assert doctest.testmod(wording) == (0, 5)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_chameleon.cli.main import VERBS, build_parser
 from megatron_chameleon.cli.options import NumberOption
-from megatron_chameleon.config.constraints import Above, Below, Between, Constraint, Repeats
+from megatron_chameleon.config.constraints import Above, Below, Between, Constraint, Repeats, ZeroOr
 
 VALUES = ("0", "-1", "1e30", "nan", "inf", "word", "1" + 30 * "0", str(2**63), str(2**31))
 NUMBERS = (int, float)
@@ -99,7 +99,7 @@ def scalar_types(hint: Any) -> set[type]:
 def ends(constraint: Constraint) -> list[str]:
     """The smallest and the largest number that a constraint allows, as a user would write them."""
     match constraint:
-        case Between(low=low, high=high):
+        case Between(low=low, high=high) | ZeroOr(low=low, high=high):
             return [str(low), str(high)]
         case Above(low=low, at_most=high):
             return [str(low + 1e-30), str(high)]

@@ -1,7 +1,8 @@
 """Constraints at the fields: which values break one, and what is said about it."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -9,9 +10,14 @@ from omegaconf import OmegaConf
 from megatron_chameleon.config import schema
 from megatron_chameleon.config.constraints import (
     Above,
+    Below,
+    Between,
     OneOf,
     PositiveInt,
+    Repeats,
     Share,
+    Text,
+    ZeroOr,
     field_constraints,
     find_violations,
 )
@@ -45,6 +51,24 @@ def test_every_violation_is_found_in_the_order_of_the_fields() -> None:
         "order: 'post' is not one of pre, swin. Choose one of them.",
         "kind: 'c' is not one of a, b. Choose one of them, or null.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("constraint", "allowed", "refused"),
+    [
+        (Between(1, 3), (1, 3), (0, 4, math.nan, math.inf, 10**400)),
+        (Above(0, at_most=2), (1e-300, 2), (0, 2.1, math.nan, -math.inf)),
+        (Below(0, 1), (0, 0.999), (1, -1e-9, math.nan, math.inf)),
+        (ZeroOr(0.1, 9), (0, 0.0, 0.1, 9), (1e-300, 9.1, -1, math.nan, math.inf)),
+        (Repeats(5), (True, False, 1, 5), (0, 6, -1)),
+        (Text(3), ("", "abc", "äöü", "a b"), ("abcd", "a\n", "\x1b", "\x7f", "\x85", "\udc80")),
+        (Text(3, lines=True), ("a\nb", "\t"), ("a\x00", "\x9b")),
+    ],
+    ids=str,
+)
+def test_what_a_constraint_allows(constraint: Any, allowed: Any, refused: Any) -> None:
+    assert [value for value in allowed if not constraint.allows(value)] == []
+    assert [value for value in refused if constraint.allows(value)] == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), -0.1, 1.1])

@@ -82,7 +82,7 @@ def test_a_config_that_works_is_let_through() -> None:
         (
             change("training", "hang_seconds", -1.0),
             1,
-            "training.hang_seconds: -1.0 is not between 0 and 10,000,000",
+            "training.hang_seconds: -1.0 is not 0 or between 0.1 and 10,000,000",
         ),
         (
             change("training", "skip_steps", [101]),
