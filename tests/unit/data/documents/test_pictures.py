@@ -156,12 +156,10 @@ def test_a_link_is_read_only_if_it_is_the_only_picture() -> None:
 
 
 def test_millions_of_marks_take_no_memory() -> None:
-    text = "<image>" * 10**6
+    text = "<image>" * 10**5
     tracemalloc.start()
     try:
-        with pytest.raises(
-            DataError, match=r"has 1,000,000 places for pictures .* 1 picture besid"
-        ):
+        with pytest.raises(DataError, match=r"has 100,000 places .* and 1 picture"):
             document_of({"text": text, "image": "a"}, Origin("d.jsonl", 1))
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
