@@ -198,9 +198,7 @@ def _not_a_checkpoint(path: Path) -> CheckpointError:
 def find_sound(folder: Path, start: Start) -> Start:
     """Check all files of the chosen checkpoint, and fall back to an older one if some are damaged.
 
-    A collective: the ranks share the reading. Older means further back on the line of descent. The
-    damaged checkpoints get the suffix ``.damaged`` once an older one is found to be sound, and rank
-    0 logs a warning for each.
+    A collective: see ``find_newest_sound``. Older means further back on the line of descent.
 
     Args:
         folder: The run's ``checkpoints/`` folder.
@@ -221,14 +219,32 @@ def find_sound(folder: Path, start: Start) -> Start:
         if damage:
             raise CheckpointError(str(chosen), damage, "Use another checkpoint")
         return start
+    sound, damages = find_newest_sound(list_line(folder, whole=False)[::-1])
+    if sound is None:
+        raise _none_is_sound(folder, damages)
+    return start if sound == chosen else replace(start, checkpoint=sound)
+
+
+def find_newest_sound(checkpoints: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """Check the files of checkpoints until one is sound.
+
+    A collective: the ranks share the reading. The damaged checkpoints get the suffix ``.damaged``
+    once an older one is found to be sound, and rank 0 logs a warning for each.
+
+    Args:
+        checkpoints: The newest first, the same on every rank.
+
+    Returns:
+        The first sound one, or None, and what is wrong with those before it.
+    """
     damages: dict[Path, str] = {}
-    for checkpoint in reversed(list_line(folder, whole=False)):
+    for checkpoint in checkpoints:
         damage = _find_damage(checkpoint)
         if damage is None:
             _rename_damaged(damages, checkpoint)
-            return start if checkpoint == chosen else replace(start, checkpoint=checkpoint)
+            return checkpoint, list(damages.values())
         damages[checkpoint] = damage
-    raise _none_is_sound(folder, list(damages.values()))
+    return None, list(damages.values())
 
 
 def _find_damage(checkpoint: Path) -> str | None:

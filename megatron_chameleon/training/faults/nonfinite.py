@@ -16,9 +16,10 @@ from typing import Any
 
 from megatron_chameleon.checkpoint.state.folders import load_state, step_of
 from megatron_chameleon.checkpoint.state.line import list_line
+from megatron_chameleon.checkpoint.state.start import find_newest_sound
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.errors import ChameleonError, TrainingError
-from megatron_chameleon.parallel.collectives import broadcast, run_on_rank_0
+from megatron_chameleon.parallel.collectives import run_on_rank_0
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.base import TrainingEngine
 from megatron_chameleon.training.faults.nonfinite_origin import (
@@ -159,10 +160,8 @@ class NonFiniteGuard:
             has_broken_weights = any(finding.weights for finding in findings)
             return Outcome.BROKEN_WEIGHTS if has_broken_weights else Outcome.SKIP, None
         self._finish_saves()
-        checkpoint = None
-        if self._topology.rank == 0:
-            checkpoint = find_rollback_checkpoint(step, self._inputs)
-        checkpoint = broadcast(checkpoint)
+        found = run_on_rank_0(lambda: list_rollback_checkpoints(step, self._inputs))
+        checkpoint, _ = find_newest_sound(found)
         return Outcome.ROLLBACK if checkpoint else Outcome.NO_CHECKPOINT, checkpoint
 
     def _record(
@@ -200,8 +199,8 @@ class NonFiniteGuard:
         return describe_findings(problem, layer, findings, samples, place)
 
 
-def find_rollback_checkpoint(step: int, inputs: RunInputs) -> Path | None:
-    """The newest checkpoint of this run from before a step; None if there is none.
+def list_rollback_checkpoints(step: int, inputs: RunInputs) -> list[Path]:
+    """The checkpoints of this run's line from before a step, the newest first.
 
     Args:
         step: The one that is not finite, counted from 1.
@@ -214,8 +213,8 @@ def find_rollback_checkpoint(step: int, inputs: RunInputs) -> Path | None:
     # What this run has saved since: it may have started from elsewhere.
     steps = range(state.get("step", 0) + 1, step)
     saved = list_line(checkpoints_folder(inputs.config))
-    found = [path for path in saved if step_of(path) in steps]
-    return found[-1] if found else start
+    found = [path for path in reversed(saved) if step_of(path) in steps]
+    return found + ([start] if start else [])
 
 
 def stop_error(

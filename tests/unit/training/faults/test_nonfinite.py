@@ -12,12 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_chameleon.checkpoint.state.folders import STATE_FORMAT
+from megatron_chameleon.checkpoint.state.folders import STATE_FORMAT, step_of
+from megatron_chameleon.checkpoint.state.integrity import write_sums
+from megatron_chameleon.config.load import save_config
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.faults import nonfinite_origin
-from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard, find_rollback_checkpoint
+from megatron_chameleon.training.faults.nonfinite import (
+    NonFiniteGuard,
+    Rollback,
+    list_rollback_checkpoints,
+)
 from megatron_chameleon.training.faults.nonfinite_origin import RankFindings, describe_findings
 from megatron_chameleon.training.run import inputs as inputs_module
 from megatron_chameleon.training.run.inputs import RunInputs
@@ -185,15 +191,30 @@ def test_the_checkpoint_to_go_back_to(tmp_path: Path) -> None:
     converted.mkdir()
     (converted / "state.json").write_text(json.dumps({**state, "optimizer": False}))
 
-    def find(step: int, begun: Path | None) -> str | None:
+    def find(step: int, begun: Path | None) -> list[int]:
         inputs = RunInputs(config, None, StubReader(), begun, SkippedSteps(), "auto")  # type: ignore
-        found = find_rollback_checkpoint(step, inputs)
-        return found and found.name
+        return [int(path.name[5:]) for path in list_rollback_checkpoints(step, inputs)]
 
     older = tmp_path / "checkpoints" / "step_00000020"
-    assert find(35, None) == "step_00000030"
-    assert find(30, None) == "step_00000020", "the checkpoint of this step already contains it"
-    assert find(25, older) == "step_00000020", "later ones belong to another past"
-    assert find(35, older) == "step_00000030"
-    assert find(5, converted) is None
-    assert find(5, None) is None
+    assert find(35, None) == [30, 20, 10], "an older one is used if a newer one is damaged"
+    assert find(30, None) == [20, 10], "the checkpoint of this step already contains it"
+    assert find(25, older) == [20]
+    assert find(35, older) == [30, 20]
+    assert find(5, converted) == find(5, None) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = (tmp_path / "checkpoints" / f"step_{step:08d}" for step in (1, 2))
+    for folder in (older, newer):
+        folder.mkdir(parents=True)
+        state = {"format": STATE_FORMAT, "step": step_of(folder), "vocab_size": 1}
+        (folder / "state.json").write_text(json.dumps(state))
+        save_config(Config(), folder / "config.yaml")
+        write_sums(folder, {})
+    (newer / "config.yaml").write_text("model: {}\n")
+    with pytest.raises(Rollback, match=r"goes back to .*step_00000001") as caught:
+        check(tmp_path, monkeypatch, values=BAD, policy="rollback")
+    assert caught.value.checkpoint == older
+    assert newer.with_name("step_00000002.damaged").is_dir()
