@@ -84,7 +84,11 @@ def read_line(folder: Path) -> LineRecord:
     file = folder / LINE_FILE
     if not file.exists():
         return LineRecord()
-    record = read_json_object(file, CheckpointError)
+    remedy = "Remove it; the run then goes on from its newest checkpoint"
+    try:
+        record = read_json_object(file, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(error.where, error.what, remedy) from error
     try:
         if record["format"] != LINE_FORMAT:
             raise ValueError(f"its format is {record['format']!r}")
@@ -94,7 +98,6 @@ def read_line(folder: Path) -> LineRecord:
             raise TypeError("given and since must be text")
     except (KeyError, TypeError, ValueError) as error:
         what = f"does not say where the run stands ({type(error).__name__}: {error})"
-        remedy = "Remove it; the run then goes on from its newest checkpoint"
         raise CheckpointError(str(file), what, remedy) from error
     return LineRecord(given, since, pending)
 
@@ -263,6 +266,9 @@ def shared_steps(folder: Path, branch: str) -> int:
 
 
 def _read_fork(branch: Path) -> int:
+    """The step at which a branch began; 0, with which nothing goes wrong, if nobody knows it."""
+    if not (branch / BRANCH_FILE).exists():
+        return 0
     step = read_json_object(branch / BRANCH_FILE, CheckpointError).get("after_step")
     if type(step) is not int or step < 0:
         what = f"after_step is {step!r}, which is not a step"

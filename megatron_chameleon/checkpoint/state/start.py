@@ -86,10 +86,14 @@ def find_start(folder: Path, resume: str) -> Start:
     if found and given == record.given:
         return _go_on(folder, note=lambda newest: _note_repeated(folder, resume, record, newest))
     checkpoint = folder / place if place else Path(resume)
+    _check_given(checkpoint, Path(resume))
+    if place is None and Path(resume).resolve().is_relative_to(folder.resolve()):
+        what = "it lies among the run's checkpoints, but its name is not that of one"
+        remedy = f"Give a folder such as {folder}/step_... or {folder}/branch_0001/step_..."
+        raise CheckpointError(resume, what, remedy)
     if place is None and found:
         own = "the run has checkpoints of its own and goes on from"
         return _go_on(folder, note=lambda newest: f"{own} {newest.name}; {resume} is not read")
-    _check_given(checkpoint, Path(resume))
     moves = None if place is None else _moves_to(folder, place)
     note = _note_moves(folder, moves, f"the run goes back to {place}") if moves else None
     return Start(checkpoint, given, moves, note)

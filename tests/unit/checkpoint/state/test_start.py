@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -180,10 +181,21 @@ def test_where_a_run_began_may_be_gone_once_it_has_its_own(tmp_path: Path) -> No
     assert find_start(run, str(weights)).given == str(weights)
     write_line(run, LineRecord(str(weights), "today"))
     own = make(run, 5)
-    other = find_start(run, str(tmp_path / "other"))
+    with pytest.raises(CheckpointError, match="typo: There is no such folder"):
+        find_start(run, str(tmp_path / "typo"))
+    other = find_start(run, str(make(tmp_path, 7).rename(tmp_path / "other")))
     assert other.checkpoint == own and other.note is not None
     assert other.note.endswith(f"goes on from step_00000005; {tmp_path}/other is not read")
+    shutil.rmtree(weights)
     assert resumes_from(run, str(weights)) == own
+
+
+def test_a_damaged_checkpoint_is_not_one_of_the_run(tmp_path: Path) -> None:
+    run, name = tmp_path / "run" / "checkpoints", "step_00000008.damaged"
+    make(run, 5)
+    make(run, 8).rename(run / name)
+    with pytest.raises(CheckpointError, match="lies among the run's checkpoints, but its name is"):
+        find_start(run, str(run / name))
 
 
 @pytest.mark.parametrize(
@@ -227,5 +239,5 @@ def test_a_branch_that_an_earlier_version_abandoned(
 def test_a_line_file_that_does_not_say_where_the_run_stands(tmp_path: Path, content: str) -> None:
     make(tmp_path, 4)
     (tmp_path / LINE_FILE).write_text(content)
-    with pytest.raises(CheckpointError, match=r"line\.json: "):
+    with pytest.raises(CheckpointError, match=r"line\.json: .* Remove it; the run then goes on"):
         read_line(tmp_path)
