@@ -3,7 +3,7 @@
 Numbers are also tried with the two ends of what they may be.
 
     PYTHONPATH=$PWD:$PWD/tests/support:$PWD/tests/support/programs:$PWD/tests/support/tables \
-        python tests/support/tables/run_table.py --folder /tmp/table          # about an hour
+        python tests/support/tables/run_table.py --folder /tmp/table          # half an hour
     ... run_table.py --folder /tmp/table --only model. --only 'plan --'       # some rows
 
 Each cell is the real command on a tiny project, in a process that the command server forks. A cell
@@ -12,9 +12,9 @@ tried with ``--dry-run``, and what passes that then trains two steps. Prints the
 neither, and the number of cells of each class; the exit code is 1 if there are any.
 
 Classes: works; refused (exit code 2, one line); lines (exit code 2, several lines, one a problem);
-and the faults: traceback, hang (no end within a minute), slow (refused, but late), silent (exit
-code 0, but values that are not finite), code N (another exit code), unclear (exit code 2 without a
-line).
+and the faults: traceback, hang (no end within a minute; the largest sizes, such as a billion steps
+or 2,000 layers, rightly work for longer), slow (refused, but late), silent (exit code 0, but values
+that are not finite), code N (another exit code), unclear (exit code 2 without a line).
 """
 
 import argparse
