@@ -50,7 +50,7 @@ class ImageFolder:
 
     def join(self, value: str) -> str:
         """What a reference is called: its path from here on, or the reference itself."""
-        if is_url(value):
+        if is_url(value) or value.startswith("/"):
             return value
         return f"{self.path}/{value}" if is_url(self.path) else str(Path(self.path) / value)
 
@@ -77,7 +77,7 @@ class ImageFolder:
                 if not is_url(place):
                     return self._read_local([f"{place}/{value}"], name)
                 if not stays_below(value):
-                    raise missing(name, "the path leaves the URL of its documents")
+                    raise missing(name, "a path below a URL cannot have `..`, `::` or a null byte")
                 url = f"{place}/{value}"
                 return read_below_url(url, name, self.documents or self.path, self.options)
             except ImageError as fault:
