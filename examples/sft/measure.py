@@ -1,6 +1,7 @@
-"""Ask a model held-out questions and ask it for drawings, and count the right answers.
+r"""Ask a model held-out questions and ask it for drawings, and count the right answers.
 
-    PYTHONPATH=examples/digits python examples/sft/measure.py runs/sft/exported --data runs/sft/data
+    PYTHONPATH=examples/digits python examples/sft/measure.py runs/sft/exported \
+        --data runs/sft/data --pictures runs/digits/data
 
 Every question is asked as a conversation, at temperature 0. The model itself chooses whether to
 answer with text or with an image. The judge of drawings is the demo's SVM, which never saw the
@@ -17,6 +18,7 @@ from report import CLASSES, Judge
 
 from megatron_chameleon.data.documents.records import parse_line
 from megatron_chameleon.data.documents.schema import Document, TextPart
+from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.inference.chat import chat_prompt
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.session import Answer, Session
@@ -34,11 +36,13 @@ def said(found: Answer) -> str | None:
     return content[0].strip() if len(content) == 1 and isinstance(content[0], str) else None
 
 
-def measure_questions(session: Session, file: Path, count: int) -> dict[str, float]:
+def measure_questions(
+    session: Session, file: Path, count: int, images: ImageOptions
+) -> dict[str, float]:
     """Shares of held-out questions that are answered in the requested form, and exactly right."""
     lines = file.read_bytes().splitlines()[:count]
     records = [json.loads(line) for line in lines]
-    documents = [parse_line(line, file, n) for n, line in enumerate(lines, start=1)]
+    documents = [parse_line(line, file, n, images) for n, line in enumerate(lines, start=1)]
     options = GenerationOptions(temperature=0, repetition_penalty=1.0, max_tokens=40)
     texts = [said(found) for found in ask(session, documents, options)]
     pairs = list(zip(texts, records, strict=True))
@@ -69,6 +73,9 @@ def main() -> None:
         "--data", type=Path, required=True, metavar="DIR", help="the output folder of make_chats.py"
     )
     parser.add_argument(
+        "--pictures", type=Path, required=True, metavar="DIR", help="the data folder of the demo"
+    )
+    parser.add_argument(
         "--output", type=Path, metavar="FILE", help="also write the figures to this JSON file"
     )
     parser.add_argument("--questions", type=int, default=200, help="number of questions to ask")
@@ -76,8 +83,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     session = Session.load(args.model)
+    images = ImageOptions(roots=(str(args.pictures),))
     figures = {
-        "questions": measure_questions(session, args.data / "heldout.jsonl", args.questions),
+        "questions": measure_questions(
+            session, args.data / "heldout.jsonl", args.questions, images
+        ),
         "drawings": measure_drawings(session, args.drawings, args.seed),
     }
     for kind, values in figures.items():

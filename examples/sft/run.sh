@@ -30,14 +30,14 @@ python $HERE/make_chats.py --pictures "$BASE/data" --output "$RUN/data" --seed "
 say "2. Token files: mark the answers, and keep images in prompts whole"
 for name in questions drawings dialogues; do
     chameleon preprocess "$RUN/data/$name.jsonl" --tokenizer "$BASE/tokenizer" \
-        --output "$RUN/tokens/$name" --workers "$workers"
+        --output "$RUN/tokens/$name" --workers "$workers" --image-root "$BASE/data"
 done
 chameleon inspect "$RUN/tokens/dialogues" --html "$RUN/dialogues.html"
 
 say "3. Before fine-tuning: ask the demo's model"
 rm -rf "$RUN/base"
 chameleon convert "$BASE" "$RUN/base" --to megatron --no-optimizer
-[ -n "${QUICK:-}" ] || OMP_NUM_THREADS=2 python $HERE/measure.py "$RUN/base" --data "$RUN/data" --output "$RUN/before.json" "${measure[@]}"
+[ -n "${QUICK:-}" ] || OMP_NUM_THREADS=2 python $HERE/measure.py "$RUN/base" --data "$RUN/data" --pictures "$BASE/data" --output "$RUN/before.json" "${measure[@]}"
 
 say "4. Fine-tuning: two processes start from the demo's weights, with the loss on answers only"
 torchrun --standalone --nproc-per-node 2 -m megatron_chameleon train $HERE/digits.yaml --resume "$RUN/base" \
@@ -46,7 +46,7 @@ torchrun --standalone --nproc-per-node 2 -m megatron_chameleon train $HERE/digit
 say "5. After fine-tuning: ask the same questions"
 rm -rf "$RUN/exported"
 chameleon convert "$RUN/checkpoints" "$RUN/exported" --to hf
-OMP_NUM_THREADS=2 python $HERE/measure.py "$RUN/exported" --data "$RUN/data" --output "$RUN/after.json" "${measure[@]}"
+OMP_NUM_THREADS=2 python $HERE/measure.py "$RUN/exported" --data "$RUN/data" --pictures "$BASE/data" --output "$RUN/after.json" "${measure[@]}"
 
 if [ -z "${QUICK:-}" ]; then
     say "6. Examples: ask the model yourself"

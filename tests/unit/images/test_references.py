@@ -185,6 +185,19 @@ def test_relative_paths_are_looked_up_below_the_roots(place: Path) -> None:
     assert fault(images, "/etc/passwd").reason == "refused image"
 
 
+def test_a_name_outside_is_not_even_looked_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at a name below an automounter such as /net would connect to the host it names."""
+    opened = os.open
+
+    def only_inside(name: str, *args: int) -> int:
+        assert not str(name).startswith("/net")
+        return opened(name, *args)
+
+    monkeypatch.setattr(os, "open", only_inside)
+    for value in ("/net/host/x.png", "../" * 30 + "net/host/x.png", "file:///net/host/x.png"):
+        assert fault(folder(place), value).reason == "refused image"
+
+
 def test_what_is_read_is_what_was_judged(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that leads elsewhere after the check does not matter: it is not used again."""
     path = place / "docs/i.png"

@@ -3,17 +3,19 @@
 import json
 import logging
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_chameleon.cli.preprocess import parse_shard
 from megatron_chameleon.data.inputs.records import Limits
-from megatron_chameleon.data.preprocess import progress
+from megatron_chameleon.data.preprocess import progress, run
 from megatron_chameleon.data.preprocess.options import EncodeOptions, PreprocessOptions
 from megatron_chameleon.data.preprocess.progress import ProgressReport
 from megatron_chameleon.data.preprocess.run import preprocess
 from megatron_chameleon.data.token_files.writer_state import WriterState
 from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.images.options import ImageOptions
 
 
 @pytest.mark.parametrize(
@@ -128,3 +130,17 @@ def test_shard_option():
     assert parse_shard("3/16") == (3, 16)
     with pytest.raises(Exception, match="'3' is not of the form I/N, such as 0/8"):
         parse_shard("3")
+
+
+def test_a_finished_output_of_an_earlier_version_is_kept_and_other_pixels_are_told_apart():
+    """Digests of earlier versions say nothing of images; only a finished output may have one."""
+    tokenizer = SimpleNamespace(fingerprint="f")
+
+    def digest(with_images: bool = True, **options: object) -> str:
+        encoding = EncodeOptions(images=ImageOptions(**options))
+        return run._job_digest([], tokenizer, encoding, with_images)
+
+    assert digest() != digest(with_images=False)
+    others = [digest(profiles="ignore"), digest(max_pixels=9), digest(roots=("/x",))]
+    assert len({digest(), *others}) == 4
+    assert digest(profiles="ignore", with_images=False) == digest(profiles="ignore")
