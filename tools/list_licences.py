@@ -52,18 +52,18 @@ def licence(name: str) -> str | None:
     if name in STATED_ELSEWHERE:
         return STATED_ELSEWHERE[name]
     try:
-        found = metadata.metadata(name)
+        package = metadata.metadata(name)
     except metadata.PackageNotFoundError:
         return None
+    found = package.json
     classifiers = [
         line.rsplit(" :: ", 1)[1]
-        for line in found.get_all("Classifier") or []
+        for line in found.get("classifier", ())
         if line.startswith("License :: OSI Approved :: ")
     ]
-    lines = (found.get("License") or "").splitlines()
-    return (
-        found.get("License-Expression") or (lines[0] if lines else ", ".join(classifiers)) or None
-    )
+    lines = str(found.get("license", "")).splitlines()
+    stated = lines[0] if lines else ", ".join(classifiers)
+    return str(found.get("license_expression", stated)) or None
 
 
 def rows() -> Iterator[str]:
