@@ -76,5 +76,8 @@ class ConsoleHandler(logging.Handler):
         prefix = "warning: " if record.levelno == logging.WARNING else ""
         is_error = record.levelno >= logging.WARNING or getattr(record, "stderr", False)
         stream = sys.stderr if is_error else sys.stdout
-        text = escape_text(mask_secrets(self.format(record)))
+        # A line break in somebody's file name must not forge a line of ours.
+        text = escape_line(mask_secrets(record.getMessage()))
+        if record.exc_info:
+            text += "\n" + escape_text(logging.Formatter().formatException(record.exc_info))
         print(f"{prefix}{text}", file=stream, flush=True)

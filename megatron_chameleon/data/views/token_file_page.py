@@ -21,6 +21,7 @@ import numpy as np
 from megatron_chameleon.data.token_files.modality_balance import describe_answers
 from megatron_chameleon.data.token_files.reader import TokenFile, TokenFileInfo
 from megatron_chameleon.files import write_text
+from megatron_chameleon.terminal import escape_line
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
@@ -115,7 +116,9 @@ def _sources(info: TokenFileInfo) -> Iterator[str]:
     """The sources with the most tokens."""
     ranked = sorted(info.sources.items(), key=lambda item: -item[1].tokens)
     for name, totals in ranked[:MOST_SOURCES_SHOWN]:
-        line = f"source {name}: {totals.documents:,} documents, {totals.tokens:,} tokens "
+        line = (
+            f"source {escape_line(name)}: {totals.documents:,} documents, {totals.tokens:,} tokens "
+        )
         line += f"({100 * totals.tokens / info.tokens:.1f}%), {totals.images:,} images "
         yield line + f"({100 * totals.image_tokens / max(totals.tokens, 1):.1f}% of its tokens)"
     if len(ranked) > MOST_SOURCES_SHOWN:

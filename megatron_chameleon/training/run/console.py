@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
-from megatron_chameleon.terminal import escape_text
+from megatron_chameleon.terminal import escape_line
 from megatron_chameleon.wording import format_duration
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class BarConsole:
         self._bar.start()
 
     def say(self, text: str) -> None:
-        self._bar.console.print(escape_text(text), markup=False, soft_wrap=True)
+        self._bar.console.print(escape_line(text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}")

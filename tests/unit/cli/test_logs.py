@@ -110,12 +110,12 @@ ESCAPED = r"doc\x1b]0;owned\x07\x9b2J\u202egpj\rerror: x"
 
 def test_control_characters_are_shown_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     with logs.shown_logs():
-        library.info(HOSTILE)
+        library.info(HOSTILE + "\nerror: forged")
         library.warning(HOSTILE)
     logs.show(f"{HOSTILE}\n\t{HOSTILE}")
     logs.show_error(f"{HOSTILE}\nerror: forged")
     printed = capsys.readouterr()
-    assert printed.out == f"{ESCAPED}\n{ESCAPED}\n\t{ESCAPED}\n"
+    assert printed.out == f"{ESCAPED}\\nerror: forged\n{ESCAPED}\n\t{ESCAPED}\n"
     assert printed.err == f"warning: {ESCAPED}\nerror: {ESCAPED}\\nerror: forged\n"
 
 
