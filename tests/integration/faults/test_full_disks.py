@@ -12,7 +12,9 @@ def test_the_metrics_do_not_fit(tiny, processes: int) -> None:
     name = f"metrics-on-{processes}"
     result = tiny.train(name, *SETTINGS, processes=processes, succeeds=False, file_bytes=LIMIT)
     assert result.returncode == (2 if processes == 1 else 1)  # torchrun's own
-    assert [line for line in result.stderr.splitlines() if line] == [
+    assert "Traceback" not in result.stderr
+    # A slow machine also says what it waits for.
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
         f"error: {tiny.folder / name}/metrics.jsonl: cannot be written (File too large). Raise the "
         "limit of a file's size (ulimit -f), or choose another disk."
     ]
