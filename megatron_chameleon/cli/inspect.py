@@ -86,6 +86,7 @@ def _is_config(name: str) -> bool:
 
 
 def _inspect_mixture(args: argparse.Namespace) -> None:
+    _check_page(args, [args.prefix])
     config = load_checked(args.prefix, args.overrides)
 
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
@@ -93,7 +94,6 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
     from megatron_chameleon.training.run.open_data import open_newest
 
-    _check_page(args, [args.prefix])
     tokenizer = load_for_encoding(args.tokenizer or config.tokenizer.path)
     with announced("reading the indices of the data sources"):
         reader = open_newest(config, tokenizer)

@@ -18,7 +18,7 @@ import numpy as np
 from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
 from megatron_chameleon.data.preprocess.memory_budget import MemoryBudget
 from megatron_chameleon.errors import DataError, one_line
-from megatron_chameleon.files import write_bytes
+from megatron_chameleon.files import read_bytes, write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,11 +48,12 @@ class ImageCache:
 
     def get(self, key: str) -> np.ndarray | None:
         """The codes of an image, int64 [codes_per_image]; None if they are missing or damaged."""
+        size = 4 * self.codes_per_image
         try:
-            content = self._path(key).read_bytes()
-        except OSError:
+            content = read_bytes(self._path(key), limit=size)
+        except DataError:
             return None
-        if len(content) != 4 * self.codes_per_image:
+        if len(content) != size:
             return None
         codes = np.frombuffer(content, dtype="<u4").astype(np.int64)
         return codes if codes.max(initial=0) < self.codebook_size else None
@@ -65,9 +66,9 @@ class ImageCache:
         """
         try:
             write_bytes(self._path(key), codes.astype("<u4").tobytes())
-        except OSError as error:
-            what = f"cannot write the image cache ({error.strerror})"
-            raise DataError(str(self.folder), what, "Choose another --image-cache") from error
+        except DataError as error:
+            remedy = "Make room there, or choose another --image-cache"
+            raise DataError(f"--image-cache {self.folder}", error.what, remedy) from error
 
 
 @contextmanager
