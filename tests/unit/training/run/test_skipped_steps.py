@@ -51,7 +51,7 @@ def test_bare_weights_have_no_past(tmp_path: Path) -> None:
 
 def test_damage(tmp_path: Path) -> None:
     config = make(tmp_path, 10, skipped_steps=[5, "x"])
-    with pytest.raises(CheckpointError, match=r"skipped_steps in its state.json is \[5, 'x'\]"):
+    with pytest.raises(CheckpointError, match=r"state.json: skipped_steps\[1\] is 'x', not"):
         find_skipped_steps(config, tmp_path)
     config = make(tmp_path, 10)
     (tmp_path / "nonfinite.jsonl").write_text('{"step": 3}\n{"step": 4, "action": "skip"}\n')
