@@ -73,6 +73,16 @@ def test_summary(tokenizer, token_file, numbered):
     )
 
 
+def test_a_source_cannot_forge_a_line(tmp_path, tokenizer):
+    v = tokenizer.vocabulary
+    with TokenFileWriter(tmp_path / "t", tokenizer, inputs=["a.jsonl"]) as writer:
+        writer.add(np.array([v.bos, v.eos]), 0, "web\nerror: \x1b[2J", 1)
+        writer.commit()
+    file = open_token_file(tmp_path / "t", tokenizer)
+    text = token_file_summary("t", file.info, file.lengths)
+    assert text.splitlines()[-1].startswith(r"source web\nerror: \x1b[2J: 1 documents")
+
+
 def test_head_of_a_document_says_where_it_comes_from(tmp_path, tokenizer):
     v = tokenizer.vocabulary
     image = [v.begin_image, *v.code_token_ids[:16], v.end_image]
