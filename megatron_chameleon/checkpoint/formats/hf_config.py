@@ -114,7 +114,7 @@ def read_config(folder: Path) -> Values:
     """
     values = read_values(folder / CONFIG_FILE, "Give a Hugging Face folder of a Chameleon model")
     if (found := values.content.get("model_type")) != "chameleon":
-        raise values.error(f"is the config of a {describe(found)} model, not of 'chameleon'")
+        raise values.error(f"model_type is {describe(found)}, not 'chameleon'")
     return values
 
 

@@ -37,6 +37,7 @@ LONGEST_WAIT_SECONDS = 120
 """Of a process on a busy machine."""
 FORMATS = ("megatron", "hf", "meta", "deepspeed")
 VERBS = ("convert", "convert", "convert", "verify", "verify", "generate", "generate", "train")
+SMALL_RUN = ("training.global_batch_size=2", "optimizer.lr_warmup_steps=1")
 SMALL = (".json", ".yaml", ".metadata", "latest_universal", "SHA256SUMS", ".safetensors", ".pth")
 
 
@@ -113,7 +114,7 @@ class Fuzzer:
         self._folder, self._log = folder, folder / "log"
         self._project: TinyProject = make_tiny_project(folder / "project")
         trained = folder / "run"
-        small = ["training.steps=2", "training.global_batch_size=2", f"logging.run_dir={trained}"]
+        small = ["training.steps=2", *SMALL_RUN, f"logging.run_dir={trained}"]
         self._run_soundly(["train", str(self._project.config), *small])
         self.sources = {}
         for name in FORMATS:
@@ -140,7 +141,7 @@ class Fuzzer:
                 words = ["generate", str(copy), "--prompt", "a", "--max-tokens", "2"]
                 return [*words, "--output", str(output)]
             case _:
-                overrides = ["training.steps=3", "training.global_batch_size=2"]
+                overrides = ["training.steps=3", *SMALL_RUN]
                 run_dir = f"logging.run_dir={output}"
                 config = str(self._project.config)
                 return ["train", config, "--resume", str(copy), *overrides, run_dir]

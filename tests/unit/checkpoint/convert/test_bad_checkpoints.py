@@ -108,7 +108,7 @@ HF_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "other architecture": (
         lambda f: change_json(f / "config.json", lambda c: c.update(model_type="llama")),
-        r"config\.json: is the config of a 'llama' model, not of 'chameleon'",
+        r"config\.json: model_type is 'llama', not 'chameleon'",
     ),
     "tied embeddings": (
         lambda f: change_json(f / "config.json", lambda c: c.update(tie_word_embeddings=True)),
