@@ -244,7 +244,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "other architecture": (
         lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
-        r"is the config of a 'llama' model, not of 'chameleon'",
+        r"model_type is 'llama', not 'chameleon'",
     ),
     "another version": (
         lambda f: _change(model_file(f), lambda c: c.pop("module")),

@@ -119,7 +119,7 @@ class Fuzzer:
         self.sources = {}
         for name in FORMATS:
             source = folder / "sound" / name / "checkpoint"
-            options = ["--shards", "2"] if name == "meta" else []
+            options = ["--shards", "4"] if name == "meta" else []
             words = ["convert", str(trained), str(source), "--to", name, *options]
             self._run_soundly(words)
             (source / "SHA256SUMS").unlink()
