@@ -9,6 +9,9 @@ was meant to be written. Checksums of the source's files are checked, and those 
 are written.
 """
 
+import errno
+import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +129,14 @@ def _check_source(reader: CheckpointReader, progress: Progress) -> None:
 def _write(writer: CheckpointWriter, folder: Path, stream: TensorStream) -> None:
     folder.mkdir()
     with flushing(folder):
-        writer.write(folder, iter(stream))
+        try:
+            writer.write(folder, iter(stream))
+        except RuntimeError as error:
+            if "inline_container" not in str(error):
+                raise
+            # torch's zip writer hides the reason
+            number = errno.EIO if shutil.disk_usage(folder).free > 2**22 else errno.ENOSPC
+            raise OSError(number, os.strerror(number)) from error
 
 
 def _verify_written(

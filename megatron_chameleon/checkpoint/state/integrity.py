@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.state.folders import STATE_FILE, load_state
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import read_text
 from megatron_chameleon.wording import counted
 
 SUMS_FILE = "SHA256SUMS"
@@ -152,7 +153,11 @@ def _read_sums(folder: Path) -> dict[str, str] | None:
     if not file.exists():
         return None
     sums = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = read_text(file, CheckpointError)  # never waits, as for a pipe
+    except CheckpointError as error:
+        raise ValueError(error.what) from error
+    for number, line in enumerate(text.splitlines(), start=1):
         digest, separator, name = line.partition("  ")
         path = PurePosixPath(name)
         is_outside = path.is_absolute() or ".." in path.parts

@@ -165,7 +165,9 @@ class ImageTokenizer:
         except DataError as error:
             raise DataError(error.where, error.what, remedy) from error
         except (OSError, safetensors.SafetensorError) as error:
-            raise DataError(str(path), f"cannot be read ({first_line(error)[:200]})", remedy) from error
+            raise DataError(
+                str(path), f"cannot be read ({first_line(error)[:200]})", remedy
+            ) from error
         with torch.device("meta"):
             model = Vqgan(config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -201,7 +201,7 @@ def _mutate_metadata(path: Path, rng: random.Random) -> str:
         object.__setattr__(target, name, new)
     try:
         path.write_bytes(pickle.dumps(metadata))
-    except (AttributeError, TypeError, pickle.PicklingError, KeyError):
+    except (AttributeError, TypeError, RuntimeError, pickle.PicklingError, KeyError):
         return "nothing"
     return f"{type(target).__name__}.{name}"
 
