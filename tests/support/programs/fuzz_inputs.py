@@ -5,8 +5,9 @@
 Intact files of all kinds are damaged by a seeded random number generator: bits are flipped, bytes
 cut off, repeated or zeroed, or numbers set to extreme values. Each file is then read to its end in
 the way that preprocessing or training reads it, including its images. Anything but a DataError is
-a failure. So is a process that dies, an input that takes more than ``LIMIT_SECONDS``, or memory of
-1 GiB beyond what reading the intact files takes.
+a failure. So is a process that dies, an input that takes more than ``LIMIT_SECONDS``, memory of
+1 GiB beyond what reading the intact files takes, and any attempt to connect. Every fourth input is
+a hostile one (``hostile_inputs.py``).
 """
 
 import argparse
@@ -17,6 +18,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -28,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from hostile_inputs import hostile_file
 from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
 from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.documents.schema import Document
@@ -41,10 +44,11 @@ from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
 from mixed_corpus import picture, text_of, write_corpus, write_tokenizer
 
-LIMIT_SECONDS = 30
+LIMIT_SECONDS = 10
 LIMIT_BYTES = 1 << 30
 CHUNK = 500
 """Inputs per process."""
+HOSTILE = "hostile"
 TOKEN_FILES = (".bin", ".idx", ".documents", ".images", ".answers", ".json")
 
 
@@ -148,16 +152,19 @@ def read_damaged(kind: str, sound: Path, folder: Path, seed: int) -> str:
         Exception: Anything that the reader does not turn into a DataError.
     """
     rng = random.Random(seed)
-    if kind in TOKEN_FILES:
+    if kind == HOSTILE:
+        path = hostile_file(folder, rng)
+    elif kind in TOKEN_FILES:
         for suffix in TOKEN_FILES:
             shutil.copy(sound.parent / f"tokens{suffix}", folder)
         path = folder / sound.name
     else:
         path = folder / f"damaged{kind if kind.startswith('.') else '.' + kind}"
-    path.write_bytes(damage(sound.read_bytes(), rng))
+    if kind != HOSTILE:
+        path.write_bytes(damage(sound.read_bytes(), rng))
     signal.alarm(LIMIT_SECONDS)
     try:
-        reader_of(kind)(path)
+        reader_of("." if kind == HOSTILE else kind)(path)
         return "read"
     except DataError as error:
         assert "\n" not in str(error) and error.what and error.remedy
@@ -170,22 +177,31 @@ def _hang(*_: object) -> None:
     raise TimeoutError(f"more than {LIMIT_SECONDS} s")
 
 
+def _refuse_connection(*address: object, **_: object) -> None:
+    raise AssertionError(f"a connection was tried: {address}")
+
+
 def run_chunk(
     files: dict[str, Path], seeds: range, results: "multiprocessing.Queue[object]"
 ) -> None:
     """Read the damaged files of some seeds; puts (seed, kind, result) for each of them."""
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, _hang)
+    for name in ("connect", "connect_ex", "sendto"):
+        setattr(socket.socket, name, _refuse_connection)
+    socket.getaddrinfo = _refuse_connection
     kinds = sorted(files)
     with tempfile.TemporaryDirectory() as name:
         for kind, path in files.items():  # memory that intact files take does not count
             reader_of(kind)(path)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for seed in seeds:
-            kind = kinds[seed % len(kinds)]
+            kind = HOSTILE if seed % 4 == 3 else kinds[seed % len(kinds)]
             results.put((seed, kind, "begun"))
             try:
-                results.put((seed, kind, read_damaged(kind, files[kind], Path(name), seed)))
+                results.put(
+                    (seed, kind, read_damaged(kind, files.get(kind, Path()), Path(name), seed))
+                )
             except BaseException:
                 results.put((seed, kind, traceback.format_exc()))
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

@@ -62,10 +62,10 @@ def read_entries(stream: Reader, limit: int) -> Iterator[Entry]:
     """
     extended, is_lost, has_any = _Extended(), False, False
     while header := stream.read(BLOCK):
-        if header == _ZEROS:
+        if header == _ZEROS or (is_lost and header[257:262] != b"ustar"):
             continue
         size = _size_of(header)
-        if size is None or (is_lost and header[257:262] != b"ustar"):
+        if size is None:
             if not has_any and not is_lost:
                 check_signature(header)
             if len(header) < BLOCK and not is_lost:
@@ -183,6 +183,8 @@ def _size_of(header: bytes) -> int | None:
     if len(header) < BLOCK:
         return None
     stated = _number(header[148:156])
+    if stated is None:
+        return None
     found = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if stated != found:
         high = sum(byte >= 128 for byte in header) - sum(byte >= 128 for byte in header[148:156])
