@@ -18,7 +18,7 @@ from mixed_corpus import write_corpus, write_tokenizer
 from run_command import TIMEOUT_SECONDS, environment, run_chameleon
 
 KILLS = 4
-DAMAGED_INPUTS = 340
+DAMAGED_INPUTS = 160
 
 
 @pytest.fixture(scope="module")
