@@ -81,5 +81,16 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def what_and_option(error: ChameleonError) -> str:
+    """What is wrong, and the remedy if it names an option of the command.
+
+    >>> what_and_option(DataError("a.png", "130 MiB, the limit is 128", "Raise --max-image-mib"))
+    '130 MiB, the limit is 128. Raise --max-image-mib'
+    >>> what_and_option(DataError("a.jsonl:1", "the line is not valid JSON", "Fix the line"))
+    'the line is not valid JSON'
+    """
+    return f"{error.what}. {error.remedy}" if "--" in error.remedy else error.what
+
+
 def _sentence(text: str) -> str:
     return text if text.endswith(("?", "!", ".")) else f"{text}."

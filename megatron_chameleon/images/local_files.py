@@ -91,7 +91,8 @@ def read_all(descriptor: int, name: str, options: ImageOptions) -> bytes:
     if size <= limit:
         try:
             with os.fdopen(os.dup(descriptor), "rb") as file:
-                data = file.read(limit + 1)
+                # a file may grow, and read(limit) would allocate the limit
+                data = file.read(size) + file.read(min(1 << 20, limit + 1 - size))
         except OSError as error:
             raise disk_fault(name, error) from error
     if max(size, len(data)) > limit:

@@ -139,9 +139,14 @@ def decode_data_uri(value: str) -> bytes | None:
         return None
 
 
+def is_data_uri(value: str) -> bool:
+    """Whether a value is a ``data:`` URI, valid or broken."""
+    return value[:5].lower() == "data:"
+
+
 def shown(name: str) -> str:
     """A name as errors show it: on one line of bounded length."""
-    if name.startswith("data:"):
+    if is_data_uri(name):
         return f"{name[:40]}..."
     short = name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)

@@ -23,5 +23,5 @@ def test_each_problem_of_several_is_closed_on_its_own() -> None:
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     result = doctest.testmod(errors)
-    assert result.attempted == 2
+    assert result.attempted == 4
     assert result.failed == 0

@@ -14,7 +14,12 @@ from megatron_chameleon.images.decoding import decode_image
 from megatron_chameleon.images.image_error import ImageError, missing
 from megatron_chameleon.images.local_files import above_limit, read_named
 from megatron_chameleon.images.options import ImageOptions
-from megatron_chameleon.images.references import ImageFolder, decode_data_uri, shown
+from megatron_chameleon.images.references import (
+    ImageFolder,
+    decode_data_uri,
+    is_data_uri,
+    shown,
+)
 from megatron_chameleon.images.remote_files import is_url, read_below_url
 
 __all__ = ["ImageError", "ImageFolder", "ImagePart", "image_part", "missing_image"]
@@ -88,7 +93,7 @@ class ImagePart:
         return "embedded image" if isinstance(self.image, bytes) else shown(self.image)
 
     def _read_file(self, path: str) -> bytes:
-        if path.startswith("data:"):
+        if is_data_uri(path):
             what = "the base64 text of a data: URI cannot be decoded"
             raise ImageError(self.name, what, "Write it as data:image/png;base64,...")
         if self.folder is not None:
@@ -107,6 +112,8 @@ def image_part(value: str | bytes, folder: ImageFolder) -> ImagePart:
     content = decode_data_uri(value)
     if content is not None:
         return ImagePart(content, folder.options)
+    if is_data_uri(value):  # a broken one, which is not the name of a file
+        return ImagePart(value, folder.options)
     return ImagePart(folder.join(value), folder.options, folder, value)
 
 

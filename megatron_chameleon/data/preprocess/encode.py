@@ -33,7 +33,7 @@ from megatron_chameleon.data.preprocess.layout import (
 from megatron_chameleon.data.preprocess.memory_budget import MemoryBudget
 from megatron_chameleon.data.preprocess.options import EncodeOptions
 from megatron_chameleon.data.token_files.format import TokenBlock, token_dtype
-from megatron_chameleon.errors import DataError
+from megatron_chameleon.errors import DataError, what_and_option
 from megatron_chameleon.images.options import APPLY
 from megatron_chameleon.images.pixels import RULES
 from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE, tokenizer_file
@@ -133,12 +133,11 @@ class DocumentEncoder:
         for place, item in enumerate(items):
             if isinstance(item, Fault):
                 error, name = item.error, self._corpus_name(item.corpus_name)
-                dropped[place] = DroppedDocument(
-                    item.id, name, error.where, item.reason, error.what
-                )
+                detail = what_and_option(error)
+                dropped[place] = DroppedDocument(item.id, name, error.where, item.reason, detail)
             elif (size := text_bytes(item)) > self.options.limits.text_bytes:
                 long = too_long_text(item.where, size, self.options.limits.text_bytes)
-                dropped[place] = self._drop(item, long.reason, long.error.what)
+                dropped[place] = self._drop(item, long.reason, what_and_option(long.error))
             elif fault := fault_of(item):
                 dropped[place] = self._drop(item, BROKEN_DOCUMENT, fault)
             else:
@@ -184,9 +183,7 @@ class DocumentEncoder:
             if fault is None:
                 codes.append([result for result in found if isinstance(result, np.ndarray)])
             else:
-                detail = f"{fault.where}: {fault.what}"
-                if "--" in fault.remedy:  # the option that would have kept the document
-                    detail += f". {fault.remedy}"
+                detail = f"{fault.where}: {what_and_option(fault)}"
                 dropped[place] = self._drop(documents.pop(place), fault.reason, detail)
         return codes
 

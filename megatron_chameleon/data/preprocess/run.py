@@ -263,7 +263,7 @@ class _PreprocessRun:
             return DataError(where, "no documents found", "Check the inputs")
         what = f"all {self._bad()} documents were dropped ({count_reasons(self.writer.dropped)})"
         what += f"; the first: {self.first_bad[0]}" if self.first_bad else ""
-        remedy = "Check the documents; paths of images are relative to the file of documents"
+        remedy = "Check that these are the right files; docs/data.md has the forms of a document"
         return DataError(where, what, remedy)
 
 

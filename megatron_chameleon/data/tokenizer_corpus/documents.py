@@ -17,6 +17,7 @@ from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import InputFile
 from megatron_chameleon.data.inputs.records import BROKEN_DOCUMENT, Fault
 from megatron_chameleon.data.inputs.shards import plan_ranges
+from megatron_chameleon.errors import what_and_option
 from megatron_chameleon.files import write_text, writing
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.wording import counted
@@ -89,7 +90,7 @@ def kept_documents(
         items = parse_block(block, make, ignored, images)
         for item in dropped.unused_keys.watch(items):
             if isinstance(item, Fault):
-                where, detail = item.error.where, item.error.what
+                where, detail = item.error.where, what_and_option(item.error)
                 dropped.add(item.id, item.corpus_name, where, item.reason, detail)
             elif fault := fault_of(item):
                 dropped.add(item.id, item.corpus_name, item.where, BROKEN_DOCUMENT, fault)

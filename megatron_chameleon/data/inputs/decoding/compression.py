@@ -5,7 +5,7 @@ else there is reported after the content, because it may be a damaged part of it
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from megatron_chameleon.data.inputs.decoding.broken_file import BrokenFile
@@ -59,12 +59,23 @@ def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _before_fault(member: Any, data: bytes) -> bytes:
-    """What the next call would give if it did not fail; it is found by bisection."""
-    found, low, high = b"", 0, READ_BYTES
+    """What the next call would give if it did not fail; it is found by bisection.
+
+    Less room for the output stops just before a broken symbol. Less input stops before a checksum
+    that does not agree, which zlib reads as soon as it has the last symbol.
+    """
+    by_output = _longest(READ_BYTES, lambda size: member.copy().decompress(data, size))
+    by_input = _longest(len(data), lambda size: member.copy().decompress(data[:size], READ_BYTES))
+    return max(by_output, by_input, key=len)
+
+
+def _longest(limit: int, decompress: Callable[[int], bytes]) -> bytes:
+    """The result for the largest size below the limit that does not fail."""
+    found, low, high = b"", 0, limit
     while high - low > 1:
         size = (low + high) // 2
         try:
-            found, low = member.copy().decompress(data, size), size
+            found, low = decompress(size), size
         except zlib.error:
             high = size
     return found

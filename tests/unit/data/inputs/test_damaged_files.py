@@ -52,6 +52,14 @@ def samples_of(path, content, **options):
 # Compression
 
 
+@pytest.mark.parametrize("end", [bytes(4) + b"1234", b"1234"])
+def test_content_of_which_only_the_checksum_or_length_is_wrong_is_kept(tmp_path, end):
+    packed = gzip.compress(LINES)
+    texts, faults = read(tmp_path / "a.jsonl.gz", packed[: -len(end)] + end)
+    assert len(texts) == 9000
+    assert len(faults) == 1 and "incorrect" in faults[0].error.what
+
+
 @pytest.mark.parametrize("suffix", PACKERS)
 @pytest.mark.parametrize("zeros", [1, 3, 512, 200_000])
 def test_zeros_after_the_end_are_padding(tmp_path, suffix, zeros):
