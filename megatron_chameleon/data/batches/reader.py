@@ -334,7 +334,7 @@ def read_ahead(
 def _read_history(state: Mapping[str, Any]) -> MixtureHistory:
     try:
         return MixtureHistory.from_json(state)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             "the checkpoint's state.json",
             f"its order of the data cannot be read ({error})",

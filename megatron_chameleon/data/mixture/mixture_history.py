@@ -115,7 +115,9 @@ class MixtureHistory:
             raise ValueError(f"the format is {values['format']!r}")
         values["entries"] = tuple(_entry_from_json(entry) for entry in values["entries"])
         values["batches"] = tuple(BatchSize(**batch) for batch in values["batches"])
-        return cls(**values)
+        history = cls(**values)
+        _check_values(history)
+        return history
 
 
 def _entry_from_json(record: Mapping[str, Any]) -> MixtureEntry:
@@ -128,6 +130,72 @@ def _entry_from_json(record: Mapping[str, Any]) -> MixtureEntry:
         for key, source in values["sources"].items()
     }
     return MixtureEntry(**values)
+
+
+def _check_values(history: MixtureHistory) -> None:
+    """Refuse values that no run writes. A checkpoint's files may come from anywhere.
+
+    Raises:
+        TypeError or ValueError: One of them is wrong.
+    """
+    _check_counts(history, seed=0, seq_length=1)
+    if type(history.isolated) is not bool:
+        raise TypeError(f"isolated is {history.isolated!r}")
+    for batch in history.batches:
+        _check_counts(batch, first_step=0, first_sample=0, global_batch_size=1)
+    for entry in history.entries:
+        _check_counts(entry, first_sample=0, block_sequences=1)
+        _check_counts(entry.weights, stage1_samples=0)
+        _check_share("stage2_share", entry.weights.stage2_share)
+        _check_share("reserve", entry.weights.reserve)
+        if not entry.weights.stage1:
+            raise ValueError("a mixture has no source")
+        for source in (*entry.weights.stage1, *entry.weights.stage2):
+            if source.key not in entry.sources:
+                raise ValueError(f"nothing is known of the source {source.key!r}")
+            _check_number("weight", source.weight)
+            if source.weight == 0:
+                raise ValueError(f"the source {source.key!r} has the weight 0")
+            if source.epochs is not None:
+                _check_counts(source, epochs=1)
+        for snapshot in entry.sources.values():
+            _check_snapshot(snapshot)
+    starts = [
+        [batch.first_step for batch in history.batches],
+        [batch.first_sample for batch in history.batches],
+        [entry.first_sample for entry in history.entries],
+    ]
+    if any(numbers[:1] != [0] or numbers != sorted(numbers) for numbers in starts):
+        raise ValueError("its mixtures or batch sizes do not follow each other")
+
+
+def _check_snapshot(snapshot: SourceSnapshot) -> None:
+    if not isinstance(snapshot.prefix, str):
+        raise TypeError(f"prefix is {snapshot.prefix!r}")
+    _check_counts(snapshot, stream=0, tokens=0, documents=0, position=0)
+    if snapshot.image_first is not None:
+        _check_share("image_first", snapshot.image_first)
+    for part in snapshot.backlog:
+        if len(part) != 4 or any(type(number) is not int or number < 0 for number in part):
+            raise ValueError(f"{part} is not an epoch, a document, a start and a stop")
+
+
+def _check_counts(owner: object, **least: int) -> None:
+    for name, lowest in least.items():
+        value = getattr(owner, name)
+        if type(value) is not int or not lowest <= value < 1 << 63:
+            raise ValueError(f"{name} is {value!r}, not a whole number from {lowest} on")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}, not a number from 0 on")
+
+
+def _check_share(name: str, value: Any) -> None:
+    _check_number(name, value)
+    if value > 1:
+        raise ValueError(f"{name} is {value!r}, above 1")
 
 
 def begin_history(config: Config, sources: Sequence[DataSource]) -> MixtureHistory:

@@ -285,3 +285,34 @@ def test_isolation_cannot_change(config, tokenizer):
 def test_a_state_that_cannot_be_read(config, tokenizer, broken):
     with pytest.raises(DataError, match="its order of the data cannot be read"):
         BatchReader(config, tokenizer, broken, 10)
+
+
+def values_in(record, path=()):
+    """The path of each value of a JSON object, containers too."""
+    entries = record.items() if isinstance(record, dict) else enumerate(record)
+    for key, value in entries:
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from values_in(value, (*path, key))
+
+
+def changed(record, path, value):
+    copy = json.loads(json.dumps(record))
+    owner = copy
+    for key in path[:-1]:
+        owner = owner[key]
+    owner[path[-1]] = value
+    return copy
+
+
+def test_a_history_of_which_any_value_is_malformed_is_refused_or_read(config, tokenizer):
+    """No value that a file may hold instead ends in another exception."""
+    state = json.loads(json.dumps(BatchReader(config, tokenizer).state()))
+    refused = 0
+    for path in values_in(state):
+        for value in (None, -1, 1 << 70, 0.5, float("nan"), "x", True, [], [[]], {}, {"x": 1}):
+            try:
+                BatchReader(config, tokenizer, changed(state, path, value), 5)
+            except (DataError, ConfigError, ConfigErrors):
+                refused += 1
+    assert refused > 200
