@@ -54,7 +54,10 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from megatron_chameleon.checkpoint.convert.plan import plan_conversion
     from megatron_chameleon.checkpoint.convert.run import convert
+    from megatron_chameleon.errors import CheckpointError
+    from megatron_chameleon.outputs import check_name
 
+    check_name("the destination", args.destination, CheckpointError)
     options = {
         "dtype": args.dtype,
         "shards": args.shards,
