@@ -264,6 +264,8 @@ class _PreprocessRun:
         what = f"all {self._bad()} documents were dropped ({count_reasons(self.writer.dropped)})"
         what += f"; the first: {self.first_bad[0]}" if self.first_bad else ""
         remedy = "Check that these are the right files; docs/data.md has the forms of a document"
+        if set(self.writer.dropped) == {"missing image"}:
+            remedy = "Paths of images are relative to the file of documents, or to an --image-root"
         return DataError(where, what, remedy)
 
 

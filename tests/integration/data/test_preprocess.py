@@ -223,8 +223,8 @@ def test_every_document_dropped(tmp_path, tokenizer_folder, refused):
     line = refused("preprocess", path, "--tokenizer", tokenizer_folder, "--output", output)
     assert line == (
         f"error: {path}: all 2 documents were dropped (2 missing image); the first: {path}:1: "
-        f"{tmp_path}/none.png: no such image file. Check the documents; paths of images are "
-        "relative to the file of documents."
+        f"{tmp_path}/none.png: no such image file. Paths of images are relative to the file of "
+        "documents, or to an --image-root."
     )
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -253,7 +253,7 @@ def test_inspect_names_what_is_wrong(tmp_path, tokenizer_folder, documents, cham
         f"error: --start: 147, but {output} has 147 documents. Give a number from 0 to 146."
     )
     assert refused("inspect", output, "--documents", 0).startswith(
-        "error: --documents: 0 is below 1"
+        "error: --documents: '0' is not a whole number between 1 and "
     )
     line = refused("inspect", output, "--html", tmp_path, "--tokenizer", moved)
     assert line.startswith(f"error: {tmp_path}: cannot be written (")
