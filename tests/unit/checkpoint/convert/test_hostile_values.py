@@ -71,7 +71,7 @@ JSON_VALUES: list[tuple[str, str, tuple[str, ...], Any, str]] = [
     ("hf", "config.json", ("rope_parameters",), [1], "rope_parameters is a list, not an object"),
     ("hf", "config.json", ("vocab_size",), True, "vocab_size is True, not a whole number"),
     ("hf", "config.json", ("swin_norm",), "no", "swin_norm is 'no', not true or false"),
-    ("hf", "config.json", ("model_type",), {}, "is the config of a an object model"),
+    ("hf", "config.json", ("model_type",), {}, "model_type is an object, not 'chameleon'"),
     ("hf", "chameleon.json", ("model",), 3, "model is 3, not an object"),
     ("hf", "chameleon.json", ("step",), "many", "step is 'many', not a whole number"),
     ("hf", "chameleon.json", ("tokenizer_fingerprint",), 3, "tokenizer_fingerprint is 3, not a"),
