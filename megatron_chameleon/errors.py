@@ -23,6 +23,9 @@ class ChameleonError(Exception):
             with a mark of its own ("?", "!" or ".").
     """
 
+    exit_code = 2
+    """Of a command that ends with this error. The SLURM scripts restart no job that ends with 2."""
+
     def __init__(self, where: str, what: str, remedy: str) -> None:
         super().__init__(where, what, remedy)
         self.where = where
@@ -51,6 +54,12 @@ class CheckpointError(ChameleonError):
 
 class TrainingError(ChameleonError):
     """A run that cannot continue, for example because its loss is no longer finite."""
+
+
+class PeerError(ChameleonError):
+    """Another process of the job is gone. The same command may succeed, so a job is restarted."""
+
+    exit_code = 1
 
 
 class ConfigErrors(ConfigError):

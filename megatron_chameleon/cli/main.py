@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run one verb.
 
     The exit code is 0 after success, 2 after a mistake of the user or a fault of the machine, 1
-    after a bug of ours, and 128 + the signal's number after a signal.
+    after a bug of ours or the end of another process of the job, and 128 + the signal's number
+    after a signal.
 
     Args:
         argv: The words behind ``chameleon``. None: this process is the command; it takes its own
@@ -105,7 +106,7 @@ def _run(argv: list[str], ends_process: bool) -> None:
             if "--debug" in argv:
                 traceback.print_exc()
             _print_error(fault)
-            sys.exit(2)
+            sys.exit(fault.exit_code)
 
 
 def _run_verb(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ import re
 import resource
 from collections.abc import Iterator
 
-from megatron_chameleon.errors import ChameleonError, ConfigError, DataError, first_line
+from megatron_chameleon.errors import ChameleonError, ConfigError, DataError, PeerError, first_line
 from megatron_chameleon.files import cannot_read, cannot_write
 
 LONGEST_CHAIN = 16
@@ -125,7 +125,7 @@ def _of_network(error: BaseException, command: str) -> ChameleonError | None:
     if isinstance(error, ConnectionError) or (network and _PEER.search(text)):
         what = f"another process of this command has ended ({text[:200] or type(error).__name__})"
         remedy = "See what the other processes say first, and whether the system ended one for "
-        return DataError(command, what, remedy + "lack of memory")
+        return PeerError(command, what, remedy + "lack of memory")
     return None
 
 

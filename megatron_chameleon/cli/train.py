@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
                 show(dry_run_text(inputs, launch, world_size))
             return
         finished = train(inputs, launch)
-    except ChameleonError:
+    except ChameleonError as error:
         if not args.debug and is_reported_by_rank_0(launch):
-            sys.exit(2)
+            sys.exit(error.exit_code)
         raise
     if not finished:
         from megatron_chameleon.training.faults.signals import EXIT_CODE

@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -143,10 +144,17 @@ def run_main(words: list[str]) -> int:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of this machine that nothing listens on.
+
+    It lies below those that the system gives to outgoing connections, one of which could take it
+    before the command listens. It is drawn at random, because several servers draw at a time.
+    """
+    for _ in range(100):
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
 
 
 if __name__ == "__main__":

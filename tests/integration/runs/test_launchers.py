@@ -1,10 +1,10 @@
 """A run started by mpiexec or the deepspeed launcher gives the same numbers as by torchrun."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from command_server import free_port
 from run_command import TIMEOUT_SECONDS, command, environment
 
 BIN = Path(sys.executable).parent
@@ -14,9 +14,7 @@ EXACT = ("step", "loss", "loss_text", "loss_image", "z_loss", "grad_norm", "lear
 
 def launchers() -> dict[str, list[object]]:
     """The words before ``train`` for each launcher, with two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     module = ("-m", "megatron_chameleon")
     deepspeed = ("--num_gpus", 2, "--master_port", port, "--module", "megatron_chameleon")
     return {

@@ -196,6 +196,14 @@ def test_a_fault_of_the_machine_is_named(error: Exception, message: str) -> None
     assert message in fault(error)
 
 
+def test_only_the_loss_of_another_process_lets_a_job_restart() -> None:
+    """The job scripts restart no job that ends with 2."""
+    lost = outside_fault(ConnectionResetError(errno.ECONNRESET, "reset"), "train")
+    full = outside_fault(OSError(errno.ENOSPC, "No space left on device", "/a"), "train")
+    assert lost is not None and lost.exit_code == 1
+    assert full is not None and full.exit_code == 2
+
+
 @pytest.mark.parametrize(
     "error",
     [
