@@ -178,9 +178,14 @@ def _absolute(path: str) -> str:
     return "/" + os.path.abspath(path).lstrip("/")  # noqa: PTH100
 
 
-@functools.lru_cache(maxsize=4096)
 def _real(place: str) -> str:
-    return os.path.realpath(place)
+    # the current folder belongs to the key, since it may change
+    return _real_of(os.path.join(os.getcwd(), place))  # noqa: PTH109, PTH118
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_of(path: str) -> str:
+    return os.path.realpath(path)
 
 
 def _below(path: str, folder: str) -> bool:

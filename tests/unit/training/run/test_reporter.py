@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -310,6 +311,8 @@ def steps_for_sync(run: Path) -> list[int]:
         if place % 32768 > 32768 - 7:
             place += 32768 - place % 32768
         length, kind = struct.unpack_from("<HB", content, place + 4)
+        if place + 7 + length > len(content):
+            break  # it is still being written
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
@@ -329,6 +332,10 @@ def test_wandb_offline_has_the_whole_run_after_a_restart(
     config.logging.wandb_project = "digits"
     with shown_logs():
         report(config, 2, 4)
+    # wandb's own process may still be writing the file when the run has been finished
+    deadline = time.monotonic() + 30
+    while steps_for_sync(run) != [1, 2, 3, 4] and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert steps_for_sync(run) == [1, 2, 3, 4]
     assert re.fullmatch("[0-9a-f]{12}\n", (run / "wandb_id.txt").read_text())
     assert f"offline: `wandb sync {run}/wandb/latest-run` sends the" in capsys.readouterr().out
