@@ -1,6 +1,7 @@
 """Reads damaged inputs of every kind: each must give its documents, or one clear error.
 
-    PYTHONPATH=tests/support python tests/support/programs/fuzz_inputs.py --inputs 10000  # minutes
+    PYTHONPATH=tests/support:tests/support/programs/fuzzing \\
+        python tests/support/programs/fuzz_inputs.py --inputs 10000  # a quarter of an hour
 
 Intact files of all kinds are damaged by a seeded random number generator: bits are flipped, bytes
 cut off, repeated or zeroed, or numbers set to extreme values. Each file is then read to its end in
@@ -28,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from damage import damage
 from PIL import Image
 
 from hostile_inputs import hostile_file
@@ -50,35 +52,6 @@ CHUNK = 500
 """Inputs per process."""
 HOSTILE = "hostile"
 TOKEN_FILES = (".bin", ".idx", ".documents", ".images", ".answers", ".json")
-
-
-def damage(content: bytes, rng: random.Random) -> bytes:
-    """Damage bytes in one to eight places."""
-    data = bytearray(content)
-    for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
-        at = rng.randrange(len(data)) if data else 0
-        if rng.random() < 0.3:  # most formats keep their numbers at the beginning
-            at = min(at, rng.randrange(200))
-        length = rng.choice((1, 2, 4, 8, rng.randint(1, 200)))
-        match rng.randrange(7):
-            case 0 if data:
-                data[at] ^= 1 << rng.randrange(8)
-            case 1:
-                del data[at:]
-            case 2:
-                data[at : at + length] = rng.randbytes(length)
-            case 3:
-                data[at : at + length] = bytes(length)
-            case 4:
-                data[at:at] = data[at : at + length] * rng.choice((1, 2, 50))
-            case 5:
-                del data[at : at + length]
-            case _:
-                value = rng.choice((0, 1, -1, 2**15, 2**31 - 1, -(2**31), 2**40, 2**62))
-                size = rng.choice((4, 8))
-                number = value & (2 ** (8 * size) - 1)
-                data[at : at + size] = number.to_bytes(size, rng.choice(("little", "big")))
-    return bytes(data)
 
 
 def sound_files(folder: Path) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from damage import damage
 
 VALUES: tuple[Any, ...] = (
     *(None, -1, 0, 1, 3, 2**31, 2**53, 2**63, 10**8, 10**18, 10**30, -(10**30), 1e30, 0.5, True),
@@ -83,38 +84,6 @@ def mutate(path: Path, rng: random.Random) -> str:
         return _mutate_header(path, rng)
     path.write_bytes(rng.choice((b"", b"../x", b"\0", b"x" * 10_000, b"a\nb", b"global_step9")))
     return "text"
-
-
-def damage(content: bytes, rng: random.Random) -> bytes:
-    """Damage bytes in one to four places."""
-    data = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        at = rng.randrange(len(data)) if data else 0
-        if rng.random() < 0.4:  # most formats keep their numbers at the beginning or at the end
-            at = (
-                min(at, rng.randrange(300))
-                if rng.random() < 0.5
-                else max(0, len(data) - 1 - at % 300)
-            )
-        length = rng.choice((1, 2, 4, 8, rng.randint(1, 200)))
-        match rng.randrange(7):
-            case 0 if data:
-                data[at] ^= 1 << rng.randrange(8)
-            case 1:
-                del data[at:]
-            case 2:
-                data[at : at + length] = rng.randbytes(length)
-            case 3:
-                data[at : at + length] = bytes(length)
-            case 4:
-                data[at:at] = data[at : at + length] * rng.choice((1, 2, 50))
-            case 5:
-                del data[at : at + length]
-            case _:
-                value = rng.choice((0, 1, -1, 2**15, 2**31 - 1, -(2**31), 2**40, 2**62, 2**63))
-                size = rng.choice((4, 8))
-                data[at : at + size] = (value & (2 ** (8 * size) - 1)).to_bytes(size, "little")
-    return bytes(data)
 
 
 def _replace_by_other_kind(path: Path, rng: random.Random) -> str:
