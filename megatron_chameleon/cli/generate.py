@@ -6,7 +6,6 @@ chameleon generate tuned --chat --image three.png --prompt "Which digit is this?
 """
 
 import argparse
-import io
 import json
 import os
 import shutil
@@ -204,20 +203,13 @@ def _report(done: int, total: int, started: float) -> None:
 def _save(folder: Path, prompts: Sequence["Document"], answers: Sequence["Answer"]) -> None:
     """Write the images, then ``documents.jsonl`` with a line for each answer: all or none."""
     from megatron_chameleon.files import write_together
+    from megatron_chameleon.inference.answer_files import parts_and_images
 
     lines: list[str] = []
     images: dict[Path, bytes] = {}
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        parts: list[dict[str, str]] = []
-        for index, part in enumerate(answer.content):
-            if isinstance(part, str):
-                parts.append({"type": "text", "text": part})
-                continue
-            name = _image_name(number, index)
-            content = io.BytesIO()
-            part.save(content, "png")
-            images[folder / name] = content.getvalue()
-            parts.append({"type": "image", "image": name})
+        parts, files = parts_and_images(number, answer)
+        images.update({folder / name: content for name, content in files.items()})
         line: dict[str, Any] = {
             "id": f"{number:04d}",
             "source": "chameleon generate",
@@ -232,15 +224,13 @@ def _save(folder: Path, prompts: Sequence["Document"], answers: Sequence["Answer
 
 def _print(number: int, answer: "Answer", folder: Path | None) -> None:
     """Print an answer; its images are left out if they could not be saved."""
+    from megatron_chameleon.inference.answer_files import image_name
+
     for index, part in enumerate(answer.content):
         if isinstance(part, str):
             show_generated(part)
         elif folder is not None:
-            show(f"[image: {folder / _image_name(number, index)}]")
-
-
-def _image_name(number: int, index: int) -> str:
-    return f"{number:04d}-{index}.png"
+            show(f"[image: {folder / image_name(number, index)}]")
 
 
 def _describe(part: "TextPart | ImagePart", folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_chameleon.checkpoint.state.folders import step_folder, step_of
 from megatron_chameleon.config.schema import Config, SamplePromptConfig
 from megatron_chameleon.errors import ChameleonError, ConfigError, TrainingError
-from megatron_chameleon.files import make_folder, replace_file, write_text
+from megatron_chameleon.files import make_folder, write_text, write_together
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
@@ -128,21 +128,18 @@ def _parts(prompt: SamplePromptConfig) -> list[Any]:
 def _write_answers(
     folder: Path, prompts: Sequence[SamplePromptConfig], answers: "Sequence[Answer]"
 ) -> None:
+    from megatron_chameleon.inference.answer_files import parts_and_images
+
     make_folder(folder, TrainingError)
     lines = []
+    images: dict[Path, bytes] = {}
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        parts: list[dict[str, str]] = []
-        for index, part in enumerate(answer.content):
-            if isinstance(part, str):
-                parts.append({"type": "text", "text": part})
-                continue
-            name = f"{number:04d}-{index}.png"
-            with replace_file(folder / name, TrainingError) as file:
-                part.save(file, "png")
-            parts.append({"type": "image", "image": name})
+        parts, files = parts_and_images(number, answer)
+        images.update({folder / name: content for name, content in files.items()})
         line = {"prompt": vars(prompt), "content": parts, "token_ids": answer.token_ids}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_text(folder / SAMPLES_FILE, "".join(lines), TrainingError)
+    text = "".join(lines).encode("utf-8", "surrogatepass")
+    write_together({folder / SAMPLES_FILE: text, **images}, TrainingError)
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>Samples</title>
