@@ -142,6 +142,7 @@ class _Part(io.RawIOBase):
 
     def __init__(self, stream: IO[bytes], start: int, size: int) -> None:
         self._stream, self.start, self._size, self._at = stream, start, size, 0
+        self.most_at_once = LARGEST_PICKLE_BYTES
 
     def seekable(self) -> bool:
         return True
@@ -162,8 +163,8 @@ class _Part(io.RawIOBase):
     def read(self, size: int | None = -1, /) -> bytes:
         left = max(0, self._size - self._at)
         count = left if size is None or size < 0 else min(size, left)
-        if count > LARGEST_PICKLE_BYTES:
-            raise ValueError(f"a part of {count:,} bytes should have {LARGEST_PICKLE_BYTES:,}")
+        if count > self.most_at_once:
+            raise ValueError(f"a part of {count:,} bytes should have {self.most_at_once:,}")
         self._stream.seek(self.start + self._at)
         found = self._stream.read(count)
         self._at += len(found)
@@ -175,8 +176,10 @@ class _Archive:
 
     def __init__(self, path: Path, part: _Part) -> None:
         self._path, self._part = path, part
+        part.most_at_once = LARGEST_DIRECTORY_BYTES  # an object for every 46 bytes of it
         with zipfile.ZipFile(part) as archive:
             self._records = {record.filename: record for record in archive.infolist()}
+        part.most_at_once = LARGEST_PICKLE_BYTES
         pickles = [name for name in self._records if name.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1:
             raise ValueError(f"it has {len(pickles)} records data.pkl")

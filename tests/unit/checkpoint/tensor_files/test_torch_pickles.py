@@ -52,6 +52,16 @@ def test_a_state_dict_of_a_module_and_other_values(tmp_path: Path) -> None:
     assert (found["step"], found["dtype"], found["raw"]) == (3, torch.bfloat16, b"\xff\0")
 
 
+def test_an_archive_with_a_huge_directory_is_refused(tmp_path: Path) -> None:
+    """Otherwise each of its entries becomes an object of half a kilobyte."""
+    torch.save(torch.arange(5.0), tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
+        for number in range(300):
+            archive.writestr(zipfile.ZipInfo(f"{number}/" + "n" * 60_000), b"")
+    with pytest.raises(CheckpointError, match=r"a part of 18,\d+,\d+ bytes should have 16,777,216"):
+        load_without_data(tmp_path / "x.pt")
+
+
 def test_an_archive_inside_a_larger_file(tmp_path: Path) -> None:
     torch.save(torch.arange(5.0), tmp_path / "x.pt")
     archive = (tmp_path / "x.pt").read_bytes()
