@@ -10,7 +10,7 @@ WebDataset sample; the sample's picture files stand beside its text, and ``KEY.t
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,13 @@ class UnusedKeys:
 
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self._last: Collection[str] = ()
 
-    def add(self, keys: Iterable[str]) -> None:
+    def add(self, keys: Collection[str]) -> None:
         """Add keys; past ``MOST_KEPT_KEYS`` they are passed over."""
+        if keys == self._last:  # those of one record are mostly those of the one before it
+            return
+        self._last = keys
         for key in keys:
             if len(self.names) >= MOST_KEPT_KEYS:
                 return
@@ -172,11 +176,12 @@ def _parse_lines(
         if not line or line.isspace():
             continue
         origin = Origin(block.path, number, images=images)
+        where = origin.where
         record: dict[str, Any] = {}
         try:
-            check_values(line, origin.where)
+            check_values(line, where)
             # files that were put one behind the other have a byte order mark in the middle
-            record = parse_json(line.removeprefix(BYTE_ORDER_MARK), origin.where, number)
+            record = parse_json(line.removeprefix(BYTE_ORDER_MARK), where, number)
             yield make(_without(record, ignored), origin)
         except DataError as error:
             yield _fault(error, block.path, record, f"{_name(block.path)}:{number}")

@@ -117,11 +117,12 @@ def find_beside(
             of_pictures.append(key)
         elif kind == "name":
             of_names.append(key)
+        elif isinstance(value, int | float):
+            unused.append(key)
         elif _is_only_linked(key, value, where):
             linked.append(key)
-        else:
-            if value or isinstance(value, int | float):  # an empty text or list says nothing
-                unused.append(key)
+        elif value:  # an empty text or list says nothing
+            unused.append(key)
     if not (of_pictures or of_names or linked):
         return Beside(unused_keys=tuple(unused))
     pictures: list[ImagePart] = []
@@ -214,12 +215,14 @@ def _marks_in(
         return _MARKS
     if has_own or is_written_in_parts:
         return None
-    texts = [part.text.strip() for part in parts if isinstance(part, TextPart)]
-    if roles is None and not any(
-        text.startswith(MARK) or text.endswith(MARK) for text in texts if "</image>" not in text
-    ):
-        return None
-    return _MARK_OF_TEXT
+    if roles is not None:
+        return _MARK_OF_TEXT
+    # most texts have no mark at all, and are not copied to find out
+    marked = [part.text for part in parts if isinstance(part, TextPart) and MARK in part.text]
+    texts = [text.strip() for text in marked if "</image>" not in text]
+    if any(text.startswith(MARK) or text.endswith(MARK) for text in texts):
+        return _MARK_OF_TEXT
+    return None
 
 
 def _cut(text: str, marks: re.Pattern[str]) -> list[TextPart | ImagePart | Mark | int]:
@@ -283,6 +286,13 @@ def _kind_of_key(key: str) -> str:
     if PICTURE_KEY.fullmatch(key):
         return "picture"
     return "name" if _NAME_KEY.fullmatch(key) else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _other_medium_of_key(key: str) -> str:
+    """``audio`` or ``video`` if a key is called so, otherwise empty."""
+    found = _OTHER_MEDIUM_KEY.fullmatch(key)
+    return found["medium"].lower() if found else ""
 
 
 def _in_order(keys: list[str], where: str) -> list[str]:
@@ -368,12 +378,14 @@ def _is_only_linked(key: str, value: Any, where: str) -> bool:
     Raises:
         DataError: It holds a picture, sound or video itself.
     """
-    named = _OTHER_MEDIUM_KEY.fullmatch(key)
+    named = _other_medium_of_key(key[:_LONGEST_KEY])
     if named and isinstance(value, str | bytes | dict | list) and value not in _EMPTY:
-        _refuse(key, named["medium"].lower(), where)
+        _refuse(key, named, where)
+    if not medium_of(value):
+        return False
     if medium := medium_of(value, links=False):
         _refuse(key, medium, where)
-    return bool(medium_of(value))
+    return True
 
 
 def _refuse(key: str, medium: str, where: str) -> None:
