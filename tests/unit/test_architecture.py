@@ -36,7 +36,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data/preprocess": {"data/documents", "data/inputs", "data/token_files", "images", "parallel"}
     | TOKENIZERS,
     "data/mixture": {"config", "data/token_files", "tokenizer/common"},
-    "data/batches": {"config", "data/mixture", "data/token_files", "tokenizer"},
+    "data/batches": {
+        "config",
+        "data/mixture",
+        "data/token_files",
+        "tokenizer",
+        "tokenizer/common",
+    },
     "data/views": {"data/batches", "data/token_files", "tokenizer", "tokenizer/common"},
     "model/kernels": set(),
     "model": {"config", "config/checks", "model/kernels", "parallel"},

@@ -1,0 +1,154 @@
+"""Tensors of packed sequences: tokens, labels and masks.
+
+The labels are the tokens shifted by one within each part of a document; this is the only place that
+shifts. So when a document is cut at the end of a sequence, its last label there is the first token
+of its next part. The last token of a document has no label, which is written as ``<pad>``.
+
+Every label counts in the loss except ``<pad>`` and ``<s>``. ``<s>`` is certain, and generation is
+always given it, so it would only flatter the mean. In a conversation only the answers count
+(``data.loss_on``).
+
+Attention is causal over the whole sequence, across the documents that are packed in it (this is
+megatron's default, and the paper names no other), or with ``data.reset_attention`` within each
+document. In that case positions count from the start of each document.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_chameleon.data.mixture.corpus import OrderedDocuments
+from megatron_chameleon.data.mixture.packing import PackedSequences
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
+
+_COLUMNS = ("epoch", "document", "start", "stop", "length")
+"""The fields of ``DocumentParts`` that say what to read."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the CPU; the tensors are [samples, seq_length] unless stated otherwise."""
+
+    tokens: torch.Tensor
+    """Input ids, int64; ``<pad>`` after the last document."""
+    labels: torch.Tensor
+    """The id that follows each token in its document, int64; ``<pad>`` if none follows."""
+    loss_mask: torch.Tensor
+    """1 where the label counts in the loss, else 0; float32."""
+    image_mask: torch.Tensor
+    """Where the label is an image code; bool."""
+    position_ids: torch.Tensor
+    """Counted from 0 in each sequence, or in each isolated document; int64."""
+    attention_mask: torch.Tensor | None = None
+    """[samples, 1, seq_length, seq_length], True where a token (row) must not see another
+    (column); None for plain causal attention."""
+
+
+@dataclass(frozen=True)
+class PackedSample:
+    """One sequence of packed documents; the arrays are [seq_length]."""
+
+    tokens: np.ndarray
+    """int64, ``<pad>`` after the last part."""
+    labels: np.ndarray
+    """int64."""
+    in_loss: np.ndarray
+    """Whether each label counts in the loss; bool."""
+    part: np.ndarray
+    """Number of the part that each token belongs to, from 0; the padding is a part too; int64."""
+    packed: PackedSequences
+    """The document parts."""
+    source_names: list[str]
+    """Names of the sources, by the numbers in ``packed.source``."""
+
+
+def read_sample(
+    packed: PackedSequences,
+    documents: Sequence[OrderedDocuments],
+    source_names: list[str],
+    seq_length: int,
+    vocabulary: Vocabulary,
+    *,
+    answers_only: bool,
+) -> PackedSample:
+    """Read the tokens of one packed sequence, and find its labels.
+
+    Args:
+        packed: The document parts of the sequence.
+        documents: Where to read them, by the numbers in ``packed.source``.
+        source_names: Names of the sources, by the same numbers.
+        seq_length: Tokens of a sequence.
+        vocabulary: Of the tokens.
+        answers_only: Whether only the answers of conversations count in the loss.
+    """
+    tokens = np.full(seq_length, vocabulary.pad, dtype=np.int64)
+    labels = tokens.copy()
+    in_loss = np.zeros(seq_length, dtype=bool)
+    sizes = packed.parts.tokens
+    part = np.repeat(np.arange(len(sizes) + 1), np.append(sizes, seq_length - sizes.sum()))
+    columns = (packed.source, *(getattr(packed.parts, name) for name in _COLUMNS))
+    begin = 0
+    for source, epoch, document, start, stop, whole in zip(
+        *(column.tolist() for column in columns), strict=True
+    ):
+        # One token more than the part, if the document has it: the label of the last one.
+        last = min(stop + 1, whole)
+        ids = documents[source].read(epoch, document, start, last, whole)
+        end, labels_end = begin + stop - start, begin + last - start - 1
+        tokens[begin:end] = ids[: stop - start]
+        labels[begin:labels_end] = ids[1:]
+        in_loss[begin:labels_end] = True
+        if answers_only and documents[source].corpus.longest_conversation:
+            in_loss[begin:labels_end] = documents[source].trained(document, start + 1, last)
+        begin = end
+    in_loss &= (labels != vocabulary.pad) & (labels != vocabulary.bos)
+    return PackedSample(tokens, labels, in_loss, part, packed, source_names)
+
+
+def make_batch(samples: Sequence[PackedSample], vocabulary: Vocabulary, *, isolated: bool) -> Batch:
+    """Stack sequences of the same length.
+
+    Args:
+        samples: At least one.
+        vocabulary: Of the tokens.
+        isolated: Whether each document attends only to itself (``data.reset_attention``).
+    """
+    labels = np.stack([sample.labels for sample in samples])
+    part_BS = np.stack([sample.part for sample in samples])
+    in_loss = np.stack([sample.in_loss for sample in samples])
+    positions = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)
+    if isolated:
+        is_first = np.diff(part_BS, axis=1, prepend=-1) > 0
+        positions = positions - np.maximum.accumulate(positions * is_first, axis=1)
+    return Batch(
+        tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy(in_loss.astype(np.float32)),
+        image_mask=torch.from_numpy(vocabulary.is_image_code(labels)),
+        position_ids=torch.tensor(positions),
+        attention_mask=_document_mask(samples) if isolated else None,
+    )
+
+
+def _document_mask(samples: Sequence[PackedSample]) -> torch.Tensor:
+    """A causal mask that ends at each part.
+
+    It is filled rectangle by rectangle, twice as fast as comparing each token with each other.
+    """
+    size = len(samples[0].part)
+    mask_BSS = _later(size).repeat(len(samples), 1, 1)
+    for mask_SS, sample in zip(mask_BSS, samples, strict=True):
+        borders = np.flatnonzero(np.diff(sample.part)) + 1
+        for begin, end in itertools.pairwise([*borders.tolist(), size]):
+            mask_SS[begin:end, :begin] = True
+    return mask_BSS.unsqueeze(1)
+
+
+@functools.lru_cache(maxsize=1)
+def _later(size: int) -> torch.Tensor:
+    """Where a token (column) comes after another (row): bool [size, size]."""
+    return torch.ones(size, size, dtype=torch.bool).triu_(diagonal=1)
