@@ -81,26 +81,31 @@ class _Worker:
 
 
 class _Pool:
-    """Worker processes, each with a pipe of its own."""
+    """Worker processes, each with a pipe of its own. One is started when all others are busy."""
 
     def __init__(self, tokenizer: Tokenizer, options: EncodeOptions, workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._budget = MemoryBudget(workers, context)  # lives as long as the workers use it
+        self._context = multiprocessing.get_context("spawn")
+        self._budget = MemoryBudget(workers, self._context)  # lives as long as the workers use it
+        self._arguments = (str(tokenizer.folder), options, self._budget)
+        self._most_workers = workers
         self._most_bytes = max(LEAST_BYTES_IN_FLIGHT, workers * BYTES_IN_FLIGHT_PER_WORKER)
         self._workers: list[_Worker] = []
         self._in_flight: deque[_Task] = deque()
+
+    def _start_worker(self) -> _Worker:
         # only the parent handles Ctrl-C, also while a worker is being started
         old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            for _ in range(workers):
-                ours, theirs = context.Pipe()
-                arguments = (theirs, str(tokenizer.folder), options, self._budget)
-                process = context.Process(target=_work, args=arguments, daemon=True)
-                process.start()
-                theirs.close()
-                self._workers.append(_Worker(process, ours))
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(
+                target=_work, args=(theirs, *self._arguments), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append(_Worker(process, ours))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        return self._workers[-1]
 
     def encode(self, blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
         """Encode blocks, in order."""
@@ -126,11 +131,13 @@ class _Pool:
         if not self._in_flight:
             return True
         size = sum(task.size for task in self._in_flight) + _size_of(block)
-        most = BLOCKS_PER_WORKER * len(self._workers)
+        most = BLOCKS_PER_WORKER * self._most_workers
         return len(self._in_flight) < most and size <= self._most_bytes
 
     def _send(self, block: Block) -> None:
-        worker = min(self._workers, key=lambda worker: len(worker.tasks))
+        worker = min(self._workers, key=lambda worker: len(worker.tasks), default=None)
+        if worker is None or (worker.tasks and len(self._workers) < self._most_workers):
+            worker = self._start_worker()
         task = _Task(f"{block.path}:{block.record + 1}", _size_of(block))
         self._in_flight.append(task)
         worker.tasks.append(task)

@@ -27,6 +27,7 @@ def no_processes(monkeypatch):
     """A pool whose workers answer at once, last block first."""
     pool = workers._Pool.__new__(workers._Pool)
     pool._workers = [workers._Worker(None, None) for _ in range(2)]
+    pool._most_workers = 2
     pool._in_flight = workers.deque()
     pool._most_bytes = 64 * MIB
     pool.sent = []
@@ -97,6 +98,17 @@ def test_a_killed_worker_and_a_stuck_one(pool, tmp_path):
     started = time.monotonic()
     pool.kill()
     assert time.monotonic() - started < 2
+
+
+def test_no_more_workers_are_started_than_blocks_keep_busy(tokenizer):
+    pool = workers._Pool(tokenizer, EncodeOptions(), 1024)
+    lines = b'{"text": "a line"}\n'
+    try:
+        found = list(pool.encode(block(i, lines) for i in range(2)))
+        assert [b.after.record for b in found] == [0, 1]
+        assert len(pool._workers) == 2
+    finally:
+        pool.kill()
 
 
 def test_an_error_of_a_worker_is_that_of_the_command(pool, tmp_path):
