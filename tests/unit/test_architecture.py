@@ -56,6 +56,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config/checks",
         "parallel",
     },
+    # Lists a run's checkpoints and compares its config with the defaults; no tensor is read.
+    "runs": {"checkpoint/state", "config"},
     "checkpoint/formats": {
         "checkpoint/names",
         "checkpoint/state",
