@@ -26,10 +26,11 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from megatron_chameleon.errors import ChameleonError, DataError
-from megatron_chameleon.evaluation.curves import read_metrics, series
+from megatron_chameleon.evaluation.curves import read_whole_metrics, series
 from megatron_chameleon.evaluation.tasks.captions import accuracy, confusion, first_digit
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.session import CAPTION_OPTIONS, Session
+from megatron_chameleon.runs.metrics import Metrics
 
 CLASSES = 10
 LAST_STEPS = 20
@@ -131,7 +132,7 @@ def psnr_db(images: Sequence[Image.Image], again: Sequence[Image.Image]) -> floa
     return float(10 * np.log10(255**2 / mean_square)) if mean_square else float("inf")
 
 
-def training_numbers(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def training_numbers(records: Metrics) -> dict[str, Any]:
     """Steps, time, speed and final losses from the metrics of a run."""
 
     def values(key: str) -> np.ndarray:
@@ -143,7 +144,7 @@ def training_numbers(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     speeds = values("tokens_per_second")
     return {
-        "steps": records[-1]["step"],
+        "steps": records.last_step,
         "train_seconds": float(values("step_seconds").sum()),
         "tokens_per_second": float(np.median(speeds)) if len(speeds) else None,
         "final_loss_text": last("loss_text"),
@@ -154,7 +155,7 @@ def training_numbers(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def measure(run: Path, each: int, options: GenerationOptions) -> dict[str, Any]:
     """Measure a run, write its page and picture, and return the numbers."""
     started = time.monotonic()
-    records = read_metrics(run)
+    records = read_whole_metrics(run)
     exported = run / "exported"
     session = Session.load(exported if exported.is_dir() else run)
     images, labels = read_heldout(run / "data" / "heldout.jsonl")

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from megatron_chameleon.evaluation.curves import COLORS, series, smooth, style
+from megatron_chameleon.runs.metrics import Metrics
 
 if TYPE_CHECKING:
     from report import Captions, Drawings
 
-Records = Sequence[Mapping[str, Any]]
 Tables = Mapping[str, Sequence[Sequence[int]]]
 
 INK, PALE = "#1a202c", "#718096"
@@ -35,7 +35,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def draw_losses(axes: Axes, records: Records) -> None:
+def draw_losses(axes: Axes, records: Metrics) -> None:
     """Plot text and image loss over the steps: raw values pale, the mean of the last 20 on top."""
     for key, color in (("loss_text", COLORS[0]), ("loss_image", COLORS[1])):
         steps, values = series(records, key)
@@ -118,7 +118,7 @@ def draw_sheet(axes: Axes, page: Image.Image, title: str) -> None:
 
 def write_overview(
     file: Path,
-    records: Records,
+    records: Metrics,
     numbers: Mapping[str, Any],
     tables: Tables,
     captions: "Captions",
@@ -178,7 +178,7 @@ details summary { cursor: pointer; }
 
 def write_page(
     file: Path,
-    records: Records,
+    records: Metrics,
     numbers: Mapping[str, Any],
     tables: Tables,
     captions: "Captions",

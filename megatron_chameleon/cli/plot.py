@@ -34,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read the metrics and write the figure."""
+    from megatron_chameleon.checkpoint.state.line import METRICS_FILE
     from megatron_chameleon.errors import ConfigError
-    from megatron_chameleon.evaluation.curves import METRICS_FILE, draw_curves, read_metrics
+    from megatron_chameleon.evaluation.curves import draw_curves, read_whole_metrics
     from megatron_chameleon.files import write_bytes
     from megatron_chameleon.outputs import check_name, check_output
 
@@ -51,14 +52,14 @@ def run(args: argparse.Namespace) -> None:
     check_output("--output", output, inputs)
     with announced(f"reading the metrics of {counted(len(args.runs), 'run')}"):
         names = zip(_names(args.runs), args.runs, strict=True)
-        runs = {name: read_metrics(path) for name, path in names}
+        runs = {name: read_whole_metrics(path) for name, path in names}
     content = io.BytesIO()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where HOME is read-only
     with announced(f"drawing {counted(len(keys), 'panel')}"):
         figure = draw_curves(runs, keys, args.smooth)
         figure.savefig(content, dpi=150, format=output.suffix[1:].lower())
     write_bytes(output, content.getvalue())
-    steps = ", ".join(f"{name} to step {records[-1]['step']:,}" for name, records in runs.items())
+    steps = ", ".join(f"{name} to step {found.last_step:,}" for name, found in runs.items())
     show(f"{output}: {len(keys)} panels, {steps}")
 
 

@@ -96,13 +96,10 @@ def parse_object(text: bytes, has_step: bool = True) -> dict[str, Any] | str:
             value = parse_json(text.decode("utf-8", "replace"), "")
         except DataError as error:
             return error.what
-    if not isinstance(value, dict):
-        return "is not an object"
-    if has_step:
-        step = value.get("step")
-        if type(step) is not int or not 0 <= step <= LARGEST_STEP:
-            return "is not the record of a step, which is an object with an integer `step`"
-    return value
+    step = value.get("step") if isinstance(value, dict) else None
+    if has_step and (type(step) is not int or not 0 <= step <= LARGEST_STEP):
+        return "is not the record of a step, which is an object with an integer `step`"
+    return value if isinstance(value, dict) else "is not an object"
 
 
 def read_backwards(path: Path, has_step: bool = True) -> Iterator[dict[str, Any]]:

@@ -48,6 +48,7 @@ class Metrics:
         """The last step that has a record; 0 if none has."""
         return int(self.steps[-1]) if len(self.steps) else 0
 
+    @property
     def keys(self) -> list[str]:
         """The keys that have numbers, in the order of their first appearance."""
         return list(self._columns)

@@ -94,6 +94,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "evaluation/tasks",
         "images",
         "inference",
+        "runs",
     },
     "training/metrics": {"config", "data/batches", "parallel"},
     "training/run": {

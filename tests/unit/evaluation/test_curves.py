@@ -1,13 +1,20 @@
 """Metrics of resumed and crashed runs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.curves import draw_curves, read_metrics, series, smooth
+from megatron_chameleon.evaluation.curves import (
+    draw_curves,
+    read_whole_metrics,
+    series,
+    smooth,
+)
+from megatron_chameleon.runs.metrics import Metrics, read_metrics
 
 
 def write(file: Path, *records: dict | str, end: str = "\n") -> Path:
@@ -16,62 +23,65 @@ def write(file: Path, *records: dict | str, end: str = "\n") -> Path:
     return file
 
 
-def test_the_last_record_of_a_step_wins(tmp_path: Path) -> None:
-    """A run that was resumed after step 1 wrote step 2 again."""
-    file = write(
-        tmp_path / "metrics.jsonl",
-        {"step": 1, "loss": 5.0},
-        {"step": 2, "loss": 4.0},
-        {"step": 2, "loss": 3.5},
-        {"step": 3, "loss": 3.0},
-    )
-    assert [r["loss"] for r in read_metrics(tmp_path)] == [5.0, 3.5, 3.0]
-    assert read_metrics(file) == read_metrics(tmp_path)
+@pytest.fixture
+def metrics_of(tmp_path: Path) -> Callable[..., Metrics]:
+    """The metrics of a file with such records."""
+
+    def read(*records: dict | str) -> Metrics:
+        return read_metrics(write(tmp_path / "some.jsonl", *records))
+
+    return read
 
 
 def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
-    file = write(tmp_path / "m.jsonl", {"step": 1, "loss": 5.0}, '{"step": 2, "lo', end="")
-    assert [r["step"] for r in read_metrics(file)] == [1]
+    file = write(tmp_path / "metrics.jsonl", {"step": 1, "loss": 5.0}, '{"step": 2, "lo', end="")
+    assert read_whole_metrics(file).steps.tolist() == [1]
+    assert read_whole_metrics(tmp_path).steps.tolist() == [1]
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
         ('{"step": 2, "lo', "is not valid JSON"),
-        *((text, "not the record of a step") for text in ('{"loss": 1}', "[]", '{"step": null}')),
-        *((f'{{"step": {step}}}', "not the record") for step in ("true", "1e400", '"1"', "1.5")),
+        *(
+            (text, "is not the record of a step")
+            for text in ('{"loss": 1}', "[]", '{"step": null}')
+        ),
+        *((f'{{"step": {step}}}', "is not the record") for step in ("true", "1e400", '"1"', "1.5")),
         ("[" * 9999 + "]" * 9999, "has JSON values nested deeper than 64 levels"),
     ],
 )
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, broken: str, message: str) -> None:
     file = write(tmp_path / "m.jsonl", {"step": 1}, broken, {"step": 3})
     with pytest.raises(DataError, match=rf"m\.jsonl:2: {message}.* Fix or remove the line"):
-        read_metrics(file)
+        read_whole_metrics(file)
 
 
 def test_a_file_that_is_no_list_of_steps_is_not_read_to_its_end(tmp_path: Path) -> None:
     with (tmp_path / "m.jsonl").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(DataError, match=r"m\.jsonl: has a line of 4194304 bytes or more"):
-        read_metrics(tmp_path / "m.jsonl")
+    with pytest.raises(DataError, match=r"m\.jsonl:1: has 4194304 bytes or more"):
+        read_whole_metrics(tmp_path / "m.jsonl")
 
 
 def test_a_broken_last_line_that_was_finished_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "m.jsonl", {"step": 1}, "{}")
-    with pytest.raises(DataError, match=r"m\.jsonl:2: not the record of a step"):
-        read_metrics(file)
+    with pytest.raises(DataError, match=r"m\.jsonl:2: is not the record of a step"):
+        read_whole_metrics(file)
 
 
 def test_no_file_and_no_records_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):
-        read_metrics(tmp_path)
+        read_whole_metrics(tmp_path)
     with pytest.raises(DataError, match="has no records yet"):
-        read_metrics(write(tmp_path / "m.jsonl", end=""))
+        read_whole_metrics(write(tmp_path / "m.jsonl", end=""))
 
 
-def test_a_series_has_no_nulls() -> None:
-    records = [{"step": 1, "x": 2.0}, {"step": 2, "x": None}, {"step": 4}, {"step": 5, "x": 3.0}]
-    steps, values = series(records, "x")
+def test_a_series_has_no_nulls(metrics_of: Callable[..., Metrics]) -> None:
+    metrics = metrics_of(
+        {"step": 1, "x": 2.0}, {"step": 2, "x": None}, {"step": 4}, {"step": 5, "x": 3.0}
+    )
+    steps, values = series(metrics, "x")
     assert (steps.tolist(), values.tolist()) == ([1, 5], [2.0, 3.0])
 
 
@@ -82,10 +92,16 @@ def test_smoothing_is_the_mean_over_the_last_values() -> None:
     assert smooth(values, 100).tolist() == [1, 2, 3, 4]
 
 
-def test_one_panel_per_key_and_one_line_per_run() -> None:
+def test_smoothing_leaves_out_what_is_no_number() -> None:
+    values = np.array([np.nan, 2.0, np.nan, 4.0, 8.0])
+    assert smooth(values, 2).tolist()[1:] == [2, 2, 4, 6]
+    assert np.isnan(smooth(values, 2)[0])
+
+
+def test_one_panel_per_key_and_one_line_per_run(metrics_of: Callable[..., Metrics]) -> None:
     runs = {
-        "a": [{"step": i, "loss": float(i), "grad_norm": 1.0} for i in range(5)],
-        "b": [{"step": i, "loss": 2.0 * i, "grad_norm": None} for i in range(5)],
+        "a": metrics_of(*({"step": i, "loss": float(i), "grad_norm": 1.0} for i in range(5))),
+        "b": metrics_of(*({"step": i, "loss": 2.0 * i, "grad_norm": None} for i in range(5))),
     }
     figure = draw_curves(runs, ["loss", "grad_norm", "loss"])
     panels = [axes for axes in figure.axes if axes.lines]
@@ -94,19 +110,23 @@ def test_one_panel_per_key_and_one_line_per_run() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
-def test_an_unknown_key_names_what_there_is() -> None:
+def test_an_unknown_key_names_what_there_is(metrics_of: Callable[..., Metrics]) -> None:
     with pytest.raises(
         DataError, match=r"--keys los: no run has a value for it\. Use one of: loss, step"
     ):
-        draw_curves({"a": [{"step": 1, "loss": 1.0}]}, ["los"])
+        draw_curves({"a": metrics_of({"step": 1, "loss": 1.0})}, ["los"])
 
 
 @pytest.mark.parametrize("value", ["high", [1], {}, True])
-def test_a_value_that_is_no_number_is_named(value: object) -> None:
+def test_a_value_that_is_no_number_is_named(
+    metrics_of: Callable[..., Metrics], value: object
+) -> None:
     with pytest.raises(DataError, match=r"--keys x: is .* at step 2, which is not a number"):
-        series([{"step": 1, "x": 1.0}, {"step": 2, "x": value}], "x")
+        series(metrics_of({"step": 1, "x": 1.0}, {"step": 2, "x": value}), "x")
 
 
-def test_numbers_of_any_size_become_points_that_can_be_drawn() -> None:
-    steps, values = series([{"step": 1, "x": 10**400}, {"step": 10**400, "x": 1}], "x")
-    assert steps.tolist() == [1] and np.isnan(values).tolist() == [True]
+def test_numbers_of_any_size_become_points_that_can_be_drawn(
+    metrics_of: Callable[..., Metrics],
+) -> None:
+    steps, values = series(metrics_of({"step": 1, "x": 10**400}, {"step": 10**15, "x": 1}), "x")
+    assert steps.tolist() == [1, 10**15] and np.isnan(values).tolist() == [True, False]

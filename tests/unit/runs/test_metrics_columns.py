@@ -86,8 +86,8 @@ def test_values_that_are_no_numbers_do_not_become_points(tmp_path: Path) -> None
 
 def test_a_key_can_be_left_out_and_keys_are_bounded(tmp_path: Path) -> None:
     write(tmp_path, {"step": 1, "a": 1, "b": 2}, *({"step": i, f"k{i}": 1} for i in range(2, 9000)))
-    assert read_metrics(tmp_path, {"a"}.__contains__).keys() == ["step", "a"]
-    assert len(read_metrics(tmp_path).keys()) == MOST_KEYS
+    assert read_metrics(tmp_path, {"a"}.__contains__).keys == ["step", "a"]
+    assert len(read_metrics(tmp_path).keys) == MOST_KEYS
 
 
 def test_a_line_without_end_is_passed_over_or_ends_the_reading(tmp_path: Path) -> None:

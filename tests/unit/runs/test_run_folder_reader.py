@@ -74,8 +74,10 @@ def test_a_run_of_an_earlier_version_lacks_files_without_a_word(run: Path) -> No
 @pytest.mark.parametrize("kind", ["missing", "garbage", "folder", "fifo", "loop"])
 @pytest.mark.parametrize(
     "name",
-    ["metrics.jsonl", "config.yaml", "environment.json", "command.txt", "checkpoints/line.json"]
-    + ["events.jsonl", "alarms.jsonl"],
+    [
+        *("metrics.jsonl", "config.yaml", "environment.json", "command.txt"),
+        *("checkpoints/line.json", "events.jsonl", "alarms.jsonl"),
+    ],
 )
 def test_a_file_that_cannot_be_read_is_one_sentence(run: Path, name: str, kind: str) -> None:
     path = run / name
@@ -148,8 +150,8 @@ def test_samples_stay_within_the_folder_of_their_step(run: Path, tmp_path: Path)
         {"prompt": None, "content": "x"},
         {"content": [{"type": "image"}]},
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines) + "broken\n"
-    (folder / "samples.jsonl").write_text(text)
+    content = "".join(json.dumps(line) + "\n" for line in lines) + "broken\n"
+    (folder / "samples.jsonl").write_text(content)
     (run / "samples" / "step_00000009").mkdir()
     problems: list[str] = []
     assert list_samples(run) == [folder]
