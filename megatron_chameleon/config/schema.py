@@ -140,9 +140,25 @@ class OptimizerConfig:
     lr: Annotated[float, Above(0, at_most=1e6)] = 1e-4
     """Peak learning rate."""
     min_lr: Annotated[float, Between(0, 1e6)] = 0.0
+    """What the decay would reach in the step after the last one."""
     lr_warmup_steps: NonNegativeInt = 0
-    lr_decay_style: Annotated[str, OneOf("exponential", "cosine", "constant")] = "exponential"
-    """exponential (pretraining), cosine (fine-tuning) or constant."""
+    """The learning rate rises linearly over this many steps. The first has 1/N of the peak, the
+    last all of it."""
+    lr_decay_style: Annotated[str, OneOf("exponential", "cosine", "constant", "wsd")] = (
+        "exponential"
+    )
+    """exponential (pretraining), cosine (fine-tuning), constant, or wsd, which is constant until a
+    decay over the last part of the run. docs/schedules.md has the formulas."""
+    lr_wsd_decay_style: Annotated[str, OneOf("linear", "cosine", "minus_sqrt", "exponential")] = (
+        "linear"
+    )
+    """Shape of the decay of wsd. minus_sqrt: 1 - sqrt(progress)."""
+    lr_wsd_decay_steps: Annotated[int, Between(2, 10**9)] | None = None
+    """wsd: the decay takes this many last steps. It needs one of these three keys."""
+    lr_wsd_decay_tokens: Annotated[int, Between(1, 10**18)] | None = None
+    """wsd: the decay begins when this many tokens of the run, padding included, are left."""
+    lr_wsd_decay_on: Annotated[str, OneOf("stage2")] | None = None
+    """wsd, stage2: the decay begins with the first step of stage 2."""
     weight_decay: Annotated[float, Between(0, 1000)] = 0.1
     adam_beta1: Annotated[float, Below(0, 1)] = 0.9
     adam_beta2: Annotated[float, Below(0, 1)] = 0.95

@@ -19,6 +19,7 @@ from megatron_chameleon.training.faults.hang import HangWatch
 from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard
 from megatron_chameleon.training.faults.signals import StopSignals
 from megatron_chameleon.training.faults.weights import check_loaded_weights
+from megatron_chameleon.training.learning_rate import run_learning_rate
 from megatron_chameleon.training.prepare import describe_run
 from megatron_chameleon.training.run.folder import checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
@@ -68,7 +69,8 @@ class Run:
             )
             self.watch.begin("building the model", 0, is_long=True)
             with announced("building the model"):
-                self.engine = build_engine(config, vocab_size, self.topology)
+                rate = run_learning_rate(config, self.inputs.reader.history)
+                self.engine = build_engine(config, vocab_size, self.topology, rate)
             self.watch.clock = self.engine.clock
             self.sampler = Sampler(config, self.topology)
             # What a rollback closes and opens again has a stack of its own.

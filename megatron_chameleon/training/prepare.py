@@ -21,6 +21,7 @@ from megatron_chameleon.parallel.collectives import run_on_rank_0
 from megatron_chameleon.parallel.launch import Launch
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.training.engines.base import check_installed
+from megatron_chameleon.training.learning_rate import run_learning_rate
 from megatron_chameleon.training.run.branches import carry_out, finish_moves
 from megatron_chameleon.training.run.folder import check_run_folder, checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
@@ -59,6 +60,7 @@ def prepare_run(
         check_fits(checkpoint, config, tokenizer.fingerprint)
     with announced("reading the indices of the data sources"):
         reader = open_reader(config, tokenizer, checkpoint)
+    run_learning_rate(config, reader.history)  # it may not fit the history of the run
     skipped_steps = find_skipped_steps(config, checkpoint)
     return RunInputs(config, tokenizer, reader, checkpoint, skipped_steps, resume, start)
 

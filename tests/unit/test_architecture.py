@@ -20,6 +20,7 @@ TOKENIZERS = {"tokenizer", "tokenizer/common", "tokenizer/image", "tokenizer/tex
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "config/checks": {"config"},
+    "schedules": {"config"},
     "parallel": {"config"},
     "planner": {"config", "config/checks"},
     "images": set(),
@@ -114,6 +115,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data/batches",
         "model",
         "parallel",
+        "schedules",
         "training/metrics",
         "training/run",
     },
@@ -145,6 +147,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data/mixture",
         "model",
         "parallel",
+        "schedules",
         "tokenizer",
         "training/engines",
         "training/faults",

@@ -11,6 +11,7 @@ from megatron_chameleon.config.checks.fp8 import check_fp8
 from megatron_chameleon.config.checks.fusion import check_fusions
 from megatron_chameleon.config.checks.layouts import check_layout, list_divisors
 from megatron_chameleon.config.checks.reporting import check_reporting
+from megatron_chameleon.config.checks.schedules import check_schedules
 from megatron_chameleon.config.constraints import find_violations
 from megatron_chameleon.config.schema import Config, ParallelConfig, SourceConfig
 from megatron_chameleon.errors import ConfigError, ConfigErrors
@@ -34,7 +35,7 @@ def _check_combinations(config: Config, world_size: int) -> list[ConfigError]:
     problems += check_fusions(config)
     if not problems:  # suggesting a layout only makes sense for a model that can exist
         problems = [*check_layout(config, world_size), *check_fp8(config)]
-    return [*problems, *_check_schedule(config), *_check_data(config), *check_reporting(config)]
+    return [*problems, *check_schedules(config), *_check_data(config), *check_reporting(config)]
 
 
 def smallest_world_size(parallel: ParallelConfig) -> int:
@@ -95,20 +96,6 @@ def _check_parallel(config: Config) -> Iterator[ConfigError]:
         what = "true does not work with context_parallel_size above 1"
         remedy = "Set it to false, or parallel.context_parallel_size to 1"
         yield ConfigError("data.reset_attention", what, remedy)
-
-
-def _check_schedule(config: Config) -> Iterator[ConfigError]:
-    warmup, steps = config.optimizer.lr_warmup_steps, config.training.steps
-    if warmup >= steps:
-        what = f"{warmup} is not below training.steps {steps}"
-        yield ConfigError("optimizer.lr_warmup_steps", what, f"Use at most {steps - 1}")
-    if config.optimizer.min_lr > config.optimizer.lr:
-        what = f"{config.optimizer.min_lr} is above lr {config.optimizer.lr}"
-        yield ConfigError("optimizer.min_lr", what, f"Use at most {config.optimizer.lr}")
-    for step in config.training.skip_steps:
-        if not 1 <= step <= steps:
-            what = f"{step} is not one of the {steps} steps"
-            yield ConfigError("training.skip_steps", what, f"Give steps from 1 to {steps}")
 
 
 def _check_data(config: Config) -> Iterator[ConfigError]:

@@ -74,6 +74,9 @@ class MixtureHistory:
     """Whether attention ends at the borders of documents."""
     entries: tuple[MixtureEntry, ...]
     batches: tuple[BatchSize, ...]
+    lr_warmup_begin: int = 0
+    """See ``LearningRate.warmup_begin``; histories of earlier versions do not have it. It is kept
+    here because every conversion of a checkpoint keeps the history."""
     format: str = field(default=FORMAT)
 
     def first_sample(self, steps_done: int) -> int:
@@ -138,7 +141,9 @@ def _check_values(history: MixtureHistory) -> None:
     Raises:
         TypeError or ValueError: One of them is wrong.
     """
-    _check_counts(history, seed=0, seq_length=1)
+    _check_counts(history, seed=0, seq_length=1, lr_warmup_begin=0)
+    if history.lr_warmup_begin > 1:
+        raise ValueError(f"lr_warmup_begin is {history.lr_warmup_begin}, not 0 or 1")
     if type(history.isolated) is not bool:
         raise TypeError(f"isolated is {history.isolated!r}")
     for batch in history.batches:
@@ -212,6 +217,7 @@ def begin_history(config: Config, sources: Sequence[DataSource]) -> MixtureHisto
         config.data.reset_attention,
         (_new_entry(config, sources, take_snapshots(sources, {}), batches, 0),),
         batches,
+        lr_warmup_begin=1,
     )
 
 
@@ -316,6 +322,24 @@ def count_stage2_steps(history: MixtureHistory, steps: int) -> int:
             first = min(end, max(entry.first_sample, entry.weights.stage1_samples))
             count += history.steps_before(end) - history.steps_before(first)
     return count
+
+
+def stage2_begin(history: MixtureHistory, steps: int) -> int | None:
+    """Number of steps before the stage 2 in which a run ends; None if it does not end in one.
+
+    Args:
+        history: See ``count_stage2_steps``.
+        steps: Of the whole run.
+    """
+    sample = history.first_sample(steps)
+    for entry in reversed(history.entries):
+        if not entry.weights.stage2 or entry.weights.stage1_samples >= sample:
+            break
+        sample = max(entry.first_sample, entry.weights.stage1_samples)
+        if sample > entry.first_sample:
+            break
+    begin = history.steps_before(sample)
+    return begin if begin < steps else None
 
 
 def _new_entry(

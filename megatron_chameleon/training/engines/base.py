@@ -12,6 +12,7 @@ from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel.deepspeed_setup import check_deepspeed, prepare_deepspeed
 from megatron_chameleon.parallel.launch import find_launch
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.schedules.learning_rate import LearningRate
 from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
 
@@ -96,19 +97,25 @@ def check_installed(config: Config) -> None:
         check_deepspeed()
 
 
-def build_engine(config: Config, vocab_size: int, topology: Topology) -> TrainingEngine:
+def build_engine(
+    config: Config,
+    vocab_size: int,
+    topology: Topology,
+    learning_rate: LearningRate | None = None,
+) -> TrainingEngine:
     """The engine that ``engine.name`` asks for, before its first step.
 
     Args:
         config: A checked config.
         vocab_size: Number of tokens in the vocabulary.
         topology: From ``create_topology``.
+        learning_rate: Of each step; None: as the config alone says.
     """
     if config.engine.name == "deepspeed":
         prepare_deepspeed(find_launch().local_rank)  # before deepspeed is imported
         from megatron_chameleon.training.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(config, vocab_size, topology)
+        return DeepSpeedEngine(config, vocab_size, topology, learning_rate)
     from megatron_chameleon.training.engines.megatron import MegatronEngine
 
-    return MegatronEngine(config, vocab_size, topology)
+    return MegatronEngine(config, vocab_size, topology, learning_rate)

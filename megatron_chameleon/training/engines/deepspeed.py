@@ -28,8 +28,9 @@ from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.schedules.learning_rate import LearningRate, StepScheduler
 from megatron_chameleon.training.engines.objective import own_part, summed_loss
-from megatron_chameleon.training.engines.optimizer import build_scheduler, build_torch_adamw
+from megatron_chameleon.training.engines.optimizer import build_torch_adamw
 from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
 from megatron_chameleon.training.run.skipped_steps import count_updates
@@ -44,9 +45,16 @@ class DeepSpeedEngine:
         config: A checked config.
         vocab_size: Number of tokens in the vocabulary.
         topology: From ``create_topology``.
+        learning_rate: Of each step; None: as the config alone says.
     """
 
-    def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        topology: Topology,
+        learning_rate: LearningRate | None = None,
+    ) -> None:
         self.config = config
         self.topology = topology
         (self.model,) = build_model(config, vocab_size, topology)
@@ -61,7 +69,8 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, self.model),
             mpu=_ModelParallelUnit(),
         )
-        self.scheduler = build_scheduler(config, self.engine.optimizer)
+        rate = learning_rate or LearningRate.of(config)
+        self.scheduler = StepScheduler(self.engine.optimizer, rate, config.optimizer.weight_decay)
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -177,8 +186,7 @@ class DeepSpeedEngine:
         """Load the state of a checkpoint; see ``TrainingEngine``."""
         updates = count_updates(checkpoint, step)
         self._state.restore(checkpoint, self.engine.optimizer, updates)
-        self.scheduler.num_steps = 0
-        self.scheduler.step(step)
+        self.scheduler.continue_after(step)
 
     def restore_weights(self, checkpoint: Path) -> None:
         """Load the weights only; see ``TrainingEngine``."""

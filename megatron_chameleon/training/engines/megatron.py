@@ -32,9 +32,10 @@ from megatron_chameleon.model.fusions import add_weight_gradients_in_products, s
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.schedules.learning_rate import LearningRate, StepScheduler
 from megatron_chameleon.training.engines.gradient_groups import GradientGroups
 from megatron_chameleon.training.engines.objective import own_part, summed_loss
-from megatron_chameleon.training.engines.optimizer import build_optimizer, build_scheduler
+from megatron_chameleon.training.engines.optimizer import build_optimizer
 from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
 from megatron_chameleon.training.run.skipped_steps import count_updates
@@ -47,9 +48,16 @@ class MegatronEngine:
         config: A checked config.
         vocab_size: Number of tokens in the vocabulary.
         topology: From ``create_topology``.
+        learning_rate: Of each step; None: as the config alone says.
     """
 
-    def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        topology: Topology,
+        learning_rate: LearningRate | None = None,
+    ) -> None:
         self.config = config
         self.topology = topology
         self.parts = build_model(config, vocab_size, topology)
@@ -58,7 +66,8 @@ class MegatronEngine:
         transformer = self.parts[0].config
         self.chunks = [_wrap(config, transformer, part) for part in self.parts]
         self.optimizer = build_optimizer(config, self.chunks)
-        self.scheduler = build_scheduler(config, self.optimizer)
+        rate = learning_rate or LearningRate.of(config)
+        self.scheduler = StepScheduler(self.optimizer, rate, config.optimizer.weight_decay)
         self.gradients = GradientGroups(self.parts, self.optimizer)
         transformer.finalize_model_grads_func = self._finalize_gradients
         transformer.grad_scale_func = self.optimizer.scale_loss
@@ -171,8 +180,7 @@ class MegatronEngine:
         updates = count_updates(checkpoint, step)
         load_optimizer(self.optimizer, model, metadata, checkpoint, stored, updates)
         self._load_weights(checkpoint, stored, fp8_state=True)
-        self.scheduler.num_steps = 0
-        self.scheduler.step(step)
+        self.scheduler.continue_after(step)
 
     def restore_weights(self, checkpoint: Path) -> None:
         """Load the weights only; see ``TrainingEngine``."""

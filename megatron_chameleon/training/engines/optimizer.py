@@ -1,14 +1,12 @@
-"""AdamW and its learning-rate schedule for a config. Source: paper, section 2.3."""
+"""AdamW for a config. Source: paper, section 2.3."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 from torch.optim import AdamW
 
@@ -61,36 +59,3 @@ def _no_decay() -> ParamKey:
     # for the group.
     vectors = ParamPredicate(name="vector", fn=lambda parameter: parameter.dim() == 1)
     return ParamKey(name=("*norm.weight", "*norm.bias"), predicate=vectors)
-
-
-class HasParamGroups(Protocol):
-    """An optimizer of either engine."""
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]: ...
-
-
-def build_scheduler(config: Config, optimizer: HasParamGroups) -> OptimizerParamScheduler:
-    """Linear warm-up, then the decay. The schedule advances by one per training step.
-
-    The paper decays exponentially to 0 and gives no rate. ``exponential`` is megatron-core's curve,
-    which falls from the peak at the end of the warm-up to exactly ``min_lr`` at the last step:
-    ``2 * 0.5^(progress) - 1``.
-    """
-    values, steps = config.optimizer, config.training.steps
-    exponential = values.lr_decay_style == "exponential"
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=values.lr,
-        min_lr=values.min_lr,
-        lr_warmup_steps=values.lr_warmup_steps,
-        lr_decay_steps=steps,
-        lr_decay_style="WSD" if exponential else values.lr_decay_style,
-        wsd_decay_steps=steps - values.lr_warmup_steps if exponential else None,
-        lr_wsd_decay_style="exponential" if exponential else None,
-        start_wd=values.weight_decay,
-        end_wd=values.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-    )

@@ -1,0 +1,1 @@
+"""What changes over the steps of a run: the learning rate and the batch size."""
