@@ -7,7 +7,7 @@ columns is read in 240 MB.
 
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,20 @@ def read_metrics(path: Path, wants: Callable[[str], bool] = lambda key: True) ->
         DataError: There is no such file, or the disk cannot read it.
     """
     file = path / METRICS_FILE if path.is_dir() else path
+    broken = BrokenLines(file)
+    return metrics_of(read_objects(file, broken), broken, wants)
+
+
+def metrics_of(
+    records: Iterable[dict[str, Any]],
+    broken: BrokenLines | None = None,
+    wants: Callable[[str], bool] = lambda key: True,
+) -> Metrics:
+    """The metrics of records, each of which has a whole number as ``step``."""
     reader = _ColumnReader(wants)
-    metrics = Metrics(BrokenLines(file))
-    for record in read_objects(file, metrics.broken):
+    for record in records:
         reader.add(record)
+    metrics = Metrics(broken or BrokenLines(Path(METRICS_FILE)))
     reader.finish(metrics)
     return metrics
 

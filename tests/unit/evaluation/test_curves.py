@@ -1,7 +1,6 @@
 """Metrics of resumed and crashed runs."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +13,13 @@ from megatron_chameleon.evaluation.curves import (
     series,
     smooth,
 )
-from megatron_chameleon.runs.metrics import Metrics, read_metrics
+from megatron_chameleon.runs.metrics import metrics_of
 
 
 def write(file: Path, *records: dict | str, end: str = "\n") -> Path:
     lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
     file.write_text("\n".join(lines) + end)
     return file
-
-
-@pytest.fixture
-def metrics_of(tmp_path: Path) -> Callable[..., Metrics]:
-    """The metrics of a file with such records."""
-
-    def read(*records: dict | str) -> Metrics:
-        return read_metrics(write(tmp_path / "some.jsonl", *records))
-
-    return read
 
 
 def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
@@ -77,9 +66,9 @@ def test_no_file_and_no_records_are_refused(tmp_path: Path) -> None:
         read_whole_metrics(write(tmp_path / "m.jsonl", end=""))
 
 
-def test_a_series_has_no_nulls(metrics_of: Callable[..., Metrics]) -> None:
+def test_a_series_has_no_nulls() -> None:
     metrics = metrics_of(
-        {"step": 1, "x": 2.0}, {"step": 2, "x": None}, {"step": 4}, {"step": 5, "x": 3.0}
+        [{"step": 1, "x": 2.0}, {"step": 2, "x": None}, {"step": 4}, {"step": 5, "x": 3.0}]
     )
     steps, values = series(metrics, "x")
     assert (steps.tolist(), values.tolist()) == ([1, 5], [2.0, 3.0])
@@ -98,10 +87,10 @@ def test_smoothing_leaves_out_what_is_no_number() -> None:
     assert np.isnan(smooth(values, 2)[0])
 
 
-def test_one_panel_per_key_and_one_line_per_run(metrics_of: Callable[..., Metrics]) -> None:
+def test_one_panel_per_key_and_one_line_per_run() -> None:
     runs = {
-        "a": metrics_of(*({"step": i, "loss": float(i), "grad_norm": 1.0} for i in range(5))),
-        "b": metrics_of(*({"step": i, "loss": 2.0 * i, "grad_norm": None} for i in range(5))),
+        "a": metrics_of({"step": i, "loss": float(i), "grad_norm": 1.0} for i in range(5)),
+        "b": metrics_of({"step": i, "loss": 2.0 * i, "grad_norm": None} for i in range(5)),
     }
     figure = draw_curves(runs, ["loss", "grad_norm", "loss"])
     panels = [axes for axes in figure.axes if axes.lines]
@@ -110,23 +99,19 @@ def test_one_panel_per_key_and_one_line_per_run(metrics_of: Callable[..., Metric
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
-def test_an_unknown_key_names_what_there_is(metrics_of: Callable[..., Metrics]) -> None:
+def test_an_unknown_key_names_what_there_is() -> None:
     with pytest.raises(
         DataError, match=r"--keys los: no run has a value for it\. Use one of: loss, step"
     ):
-        draw_curves({"a": metrics_of({"step": 1, "loss": 1.0})}, ["los"])
+        draw_curves({"a": metrics_of([{"step": 1, "loss": 1.0}])}, ["los"])
 
 
 @pytest.mark.parametrize("value", ["high", [1], {}, True])
-def test_a_value_that_is_no_number_is_named(
-    metrics_of: Callable[..., Metrics], value: object
-) -> None:
+def test_a_value_that_is_no_number_is_named(value: object) -> None:
     with pytest.raises(DataError, match=r"--keys x: is .* at step 2, which is not a number"):
-        series(metrics_of({"step": 1, "x": 1.0}, {"step": 2, "x": value}), "x")
+        series(metrics_of([{"step": 1, "x": 1.0}, {"step": 2, "x": value}]), "x")
 
 
-def test_numbers_of_any_size_become_points_that_can_be_drawn(
-    metrics_of: Callable[..., Metrics],
-) -> None:
-    steps, values = series(metrics_of({"step": 1, "x": 10**400}, {"step": 10**15, "x": 1}), "x")
+def test_numbers_of_any_size_become_points_that_can_be_drawn() -> None:
+    steps, values = series(metrics_of([{"step": 1, "x": 10**400}, {"step": 10**15, "x": 1}]), "x")
     assert steps.tolist() == [1, 10**15] and np.isnan(values).tolist() == [True, False]

@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.runs.metrics import metrics_of
 from places import REPOSITORY
 
 EXAMPLE = REPOSITORY / "examples" / "digits"
@@ -50,7 +51,7 @@ def test_final_losses_are_means_of_the_last_steps() -> None:
         {"step": i, "loss_text": float(i > 30), "step_seconds": 0.5, "tokens_per_second": i}
         for i in range(1, 41)
     ]
-    numbers = training_numbers(records)
+    numbers = training_numbers(metrics_of(records))
     assert numbers["final_loss_text"] == 0.5
     assert numbers["final_loss_image"] is None
     assert (numbers["steps"], numbers["train_seconds"]) == (40, 20.0)
