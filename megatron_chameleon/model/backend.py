@@ -23,6 +23,7 @@ from megatron_chameleon.model.fp8_linear import (
     EmulatedRowParallelLinear,
 )
 from megatron_chameleon.model.fusions import fusion_problems
+from megatron_chameleon.model.isolation import IsolatedDocuments
 from megatron_chameleon.parallel import platform
 
 
@@ -50,21 +51,29 @@ class ScaledDotProductAttention(MegatronModule):
         query_SBND: Tensor,
         key_SBGD: Tensor,
         value_SBGD: Tensor,
-        mask_B1SS: Tensor | None,
+        attention_mask: None,
+        *,
+        packed_seq_params: IsolatedDocuments | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend causally, or where ``mask_B1SS`` is False; returns [S, B, N * D]."""
+        """Attend causally, over each sequence or within each document; returns [S, B, N * D]."""
+        assert attention_mask is None, "documents are isolated by their lengths"
+        if packed_seq_params is not None:
+            assert packed_seq_params.groups is not None, "torch's attention takes no packed tensors"
+            attend = packed_seq_params.groups.attend
+            return attend(self._causal, query_SBND, key_SBGD, value_SBGD).flatten(2)
         q_BNSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        out_BNSD = functional.scaled_dot_product_attention(
+        return self._causal(q_BNSD, k_BGSD, v_BGSD).permute(2, 0, 1, 3).flatten(2)
+
+    def _causal(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(
             q_BNSD,
             k_BGSD,
             v_BGSD,
             dropout_p=self.dropout if self.training else 0.0,
-            attn_mask=None if mask_B1SS is None else ~mask_B1SS,
-            is_causal=mask_B1SS is None,
+            is_causal=True,
             enable_gqa=q_BNSD.size(1) != k_BGSD.size(1),
         )
-        return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
 
 class LocalBackend(LocalSpecProvider):
@@ -101,18 +110,17 @@ class TransformerEngineBackend(TESpecProvider):
     with the other backends.
 
     Args:
-        masked: Whether attention gets a mask (``data.reset_attention``). Transformer Engine's
-            causal attention silently ignores a mask, so torch's attention is used in that case.
+        own_attention: Whether attention is Transformer Engine's too; otherwise it is torch's.
     """
 
-    def __init__(self, masked: bool) -> None:
-        self._masked = masked
+    def __init__(self, own_attention: bool) -> None:
+        self._own_attention = own_attention
 
     def fuse_layernorm_and_linear(self) -> bool:
         return False
 
     def core_attention(self) -> type:
-        return ScaledDotProductAttention if self._masked else super().core_attention()
+        return super().core_attention() if self._own_attention else ScaledDotProductAttention
 
 
 def select_backend(config: Config) -> BackendSpecProvider:
@@ -120,8 +128,19 @@ def select_backend(config: Config) -> BackendSpecProvider:
     if config.fp8.format is not None and config.fp8.emulate:
         return EmulatedFp8Backend(config.fp8)
     if platform.has_transformer_engine():
-        return TransformerEngineBackend(masked=config.data.reset_attention)
+        isolated = config.data.reset_attention
+        return TransformerEngineBackend(own_attention=not isolated or packs_documents(config))
     return LocalBackend()
+
+
+def packs_documents(config: Config) -> bool:
+    """Whether isolated documents are computed as one packed sequence, by Transformer Engine.
+
+    Its attention for packed sequences is for 16 bits. What it has for fp32 writes out the scores.
+    """
+    emulated = config.fp8.format is not None and config.fp8.emulate
+    packable = config.training.dtype == "bf16" and not emulated
+    return config.data.reset_attention and packable and platform.has_transformer_engine()
 
 
 def layer_backend(

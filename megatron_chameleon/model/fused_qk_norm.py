@@ -15,6 +15,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
+from megatron_chameleon.model.isolation import IsolatedDocuments
 from megatron_chameleon.model.layers import QK_NORM_EPSILON, HeadLayerNorm
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,15 +45,27 @@ class RotaryTables:
     """The cosines and sines of megatron-core's angles, computed once for all layers."""
 
     def __init__(self) -> None:
-        self._angles = torch.empty(0)
+        self._no_positions = torch.empty(0)
+        self._given = self._no_positions, self._no_positions
         self._tables: tuple[Tensor, Tensor] | None = None
 
-    def of(self, angles_S11D: Tensor) -> tuple[Tensor, Tensor]:
-        """[S, C] each, in fp32; the second half of the angles repeats the first."""
-        # is_set_to, because a recomputed layer gets a new view of the same angles
-        if self._tables is None or not angles_S11D.is_set_to(self._angles):
+    def of(
+        self, angles_S11D: Tensor, position_ids_T: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[S, C] each, in fp32; the second half of the angles repeats the first.
+
+        Args:
+            angles_S11D: Of the positions from 0 on.
+            position_ids_T: The position of each token, of which there are then T in place of S;
+                None if token and position have the same number.
+        """
+        given = angles_S11D, self._no_positions if position_ids_T is None else position_ids_T
+        # is_set_to, because a recomputed layer gets new views of the same tensors
+        if self._tables is None or not all(map(Tensor.is_set_to, given, self._given)):
             angles_SC = angles_S11D[:, 0, 0, : angles_S11D.size(-1) // 2].float()
-            self._angles = angles_S11D
+            if position_ids_T is not None:
+                angles_SC = angles_SC[position_ids_T]
+            self._given = given
             self._tables = angles_SC.cos().contiguous(), angles_SC.sin().contiguous()
         return self._tables
 
@@ -97,10 +110,13 @@ class NormRopeSelfAttention(SelfAttention):
     def __init__(self, *args: Any, tables: RotaryTables, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._tables = tables
+        self._position_ids_T: Tensor | None = None
 
-    def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
-        assert packed_seq_params is None, "the fused QK-norm counts positions from the first token"
-        return super().forward(*args, **kwargs)
+    def forward(
+        self, *args: Any, packed_seq_params: IsolatedDocuments | None = None, **kwargs: Any
+    ) -> Any:
+        self._position_ids_T = packed_seq_params and packed_seq_params.own_positions
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
     def _adjust_key_value_for_inference(
         self,
@@ -115,9 +131,9 @@ class NormRopeSelfAttention(SelfAttention):
         dtype = query_SBND.dtype
         if angles is not None and inference_context is None and dtype in FUSED_DTYPES:
             query_angles_S11D, key_angles_S11D = angles
-            query_tables = self._tables.of(query_angles_S11D)
+            query_tables = self._tables.of(query_angles_S11D, self._position_ids_T)
             query_SBND = self.q_layernorm.with_rotation(query_SBND, query_tables)
-            key_tables = self._tables.of(key_angles_S11D)
+            key_tables = self._tables.of(key_angles_S11D, self._position_ids_T)
             key_SBND = self.k_layernorm.with_rotation(key_SBND, key_tables)
             angles = None
         else:
@@ -144,7 +160,7 @@ def norm_rope(
         x_SBND: Queries or keys of this rank, bf16, fp16 or fp32.
         weight_GD: The weights of all groups of heads.
         bias_GD: The biases of all groups of heads.
-        tables: Cosines and sines, from ``RotaryTables``.
+        tables: Cosines and sines of each of x's S tokens, from ``RotaryTables``.
         first_head: The number of x's first head among the heads of all ranks.
         heads_per_group: Number of heads that share a weight and bias.
         epsilon: Added to the variance.

@@ -92,10 +92,24 @@ def _check_parallel(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             "parallel.recompute_num_layers", what, "Set it to 1, or recompute_granularity to full"
         )
-    if parallel.context_parallel_size > 1 and config.data.reset_attention:
-        what = "true does not work with context_parallel_size above 1"
-        remedy = "Set it to false, or parallel.context_parallel_size to 1"
+    yield from _check_context_attention(config)
+
+
+def _check_context_attention(config: Config) -> Iterator[ConfigError]:
+    """Settings for which Transformer Engine has no attention under context parallelism.
+
+    Torch's attention sees only a rank's own part of a sequence.
+    """
+    size = config.parallel.context_parallel_size
+    if size == 1:
+        return
+    if config.data.reset_attention and config.training.dtype != "bf16":
+        what = f"true with context_parallel_size {size} needs bf16, and training.dtype is fp32"
+        remedy = "Set training.dtype=bf16, this to false, or parallel.context_parallel_size to 1"
         yield ConfigError("data.reset_attention", what, remedy)
+    if config.fp8.format is not None and config.fp8.emulate:
+        what = f"true excludes Transformer Engine, which context_parallel_size {size} needs"
+        yield ConfigError("fp8.emulate", what, "Set parallel.context_parallel_size to 1")
 
 
 def _check_data(config: Config) -> Iterator[ConfigError]:

@@ -13,8 +13,6 @@ megatron's default, and the paper names no other), or with ``data.reset_attentio
 document. In that case positions count from the start of each document.
 """
 
-import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,9 +41,10 @@ class Batch:
     """Where the label is an image code; bool."""
     position_ids: torch.Tensor
     """Counted from 0 in each sequence, or in each isolated document; int64."""
-    attention_mask: torch.Tensor | None = None
-    """[samples, 1, seq_length, seq_length], True where a token (row) must not see another
-    (column); None for plain causal attention."""
+    cu_seqlens: torch.Tensor | None = None
+    """[parts + 1], int32: where each isolated part begins in the micro-batch, whose sequences are
+    counted one after the other, and last the number of all its tokens. A part is what a sequence
+    holds of a document, or its padding. None: attention is causal over each sequence."""
 
 
 @dataclass(frozen=True)
@@ -118,37 +117,19 @@ def make_batch(samples: Sequence[PackedSample], vocabulary: Vocabulary, *, isola
         isolated: Whether each document attends only to itself (``data.reset_attention``).
     """
     labels = np.stack([sample.labels for sample in samples])
-    part_BS = np.stack([sample.part for sample in samples])
     in_loss = np.stack([sample.in_loss for sample in samples])
     positions = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)
+    borders = None
     if isolated:
-        is_first = np.diff(part_BS, axis=1, prepend=-1) > 0
-        positions = positions - np.maximum.accumulate(positions * is_first, axis=1)
+        part_BS = np.stack([sample.part for sample in samples])
+        first = np.flatnonzero(np.diff(part_BS, axis=1, prepend=-1))
+        borders = np.append(first, labels.size)
+        positions = (np.arange(labels.size) - first.repeat(np.diff(borders))).reshape(labels.shape)
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy(in_loss.astype(np.float32)),
         image_mask=torch.from_numpy(vocabulary.is_image_code(labels)),
         position_ids=torch.tensor(positions),
-        attention_mask=_document_mask(samples) if isolated else None,
+        cu_seqlens=None if borders is None else torch.tensor(borders, dtype=torch.int32),
     )
-
-
-def _document_mask(samples: Sequence[PackedSample]) -> torch.Tensor:
-    """A causal mask that ends at each part.
-
-    It is filled rectangle by rectangle, twice as fast as comparing each token with each other.
-    """
-    size = len(samples[0].part)
-    mask_BSS = _later(size).repeat(len(samples), 1, 1)
-    for mask_SS, sample in zip(mask_BSS, samples, strict=True):
-        borders = np.flatnonzero(np.diff(sample.part)) + 1
-        for begin, end in itertools.pairwise([*borders.tolist(), size]):
-            mask_SS[begin:end, :begin] = True
-    return mask_BSS.unsqueeze(1)
-
-
-@functools.lru_cache(maxsize=1)
-def _later(size: int) -> torch.Tensor:
-    """Where a token (column) comes after another (row): bool [size, size]."""
-    return torch.ones(size, size, dtype=torch.bool).triu_(diagonal=1)

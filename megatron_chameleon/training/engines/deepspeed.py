@@ -29,7 +29,8 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.schedules.learning_rate import LearningRate, StepScheduler
-from megatron_chameleon.training.engines.objective import own_part, summed_loss
+from megatron_chameleon.training.engines.inputs import micro_batch_shape, own_part
+from megatron_chameleon.training.engines.objective import summed_loss
 from megatron_chameleon.training.engines.optimizer import build_torch_adamw
 from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
@@ -115,12 +116,17 @@ class DeepSpeedEngine:
         nan_hook = next(self.model.parameters()).register_hook(_make_nan) if not update else None
         norm, updated, metrics = 0.0, False, {}
         numbers = self.topology.micro_batch_numbers(len(micro_batches))
+        shape = micro_batch_shape(self.config, micro_batches)
         for number, whole_batch in zip(numbers, micro_batches, strict=True):
             seed_random(training.seed, step - 1, number, self.topology)
-            batch = own_part(whole_batch)
+            batch, documents = own_part(whole_batch, shape)
             self.clock.start()
             output = self.engine(
-                batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels
+                batch.tokens,
+                batch.position_ids,
+                None,
+                labels=batch.labels,
+                packed_seq_params=documents,
             )
             loss = summed_loss(batch, output, training.z_loss, self.monitor)
             # ZeRO reduces gradients during the backward pass, so the clock stops before it.

@@ -34,7 +34,12 @@ from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.schedules.learning_rate import LearningRate, StepScheduler
 from megatron_chameleon.training.engines.gradient_groups import GradientGroups
-from megatron_chameleon.training.engines.objective import own_part, summed_loss
+from megatron_chameleon.training.engines.inputs import (
+    MicroBatchShape,
+    micro_batch_shape,
+    own_part,
+)
+from megatron_chameleon.training.engines.objective import summed_loss
 from megatron_chameleon.training.engines.optimizer import build_optimizer
 from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
@@ -124,6 +129,7 @@ class MegatronEngine:
     def compute_gradients(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Run the forward and backward passes; gradients are then those of the whole run's loss."""
         numbers = self.topology.micro_batch_numbers(len(micro_batches))
+        shape = micro_batch_shape(self.config, micro_batches)
         for part in self.parts:
             start_fp8_step(part)
         for chunk in self.chunks:
@@ -132,12 +138,12 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         self.clock.start()
         self._forward_backward(
-            forward_step_func=partial(self._forward_step, step),
+            forward_step_func=partial(self._forward_step, step, shape),
             data_iterator=[zip(numbers, micro_batches, strict=True) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(micro_batches),
-            seq_length=self.config.model.seq_length,
-            micro_batch_size=self.config.training.micro_batch_size,
+            seq_length=shape.tokens,
+            micro_batch_size=shape.samples,
             forward_only=False,
         )
 
@@ -152,12 +158,22 @@ class MegatronEngine:
             yield from named_global_parameters(part)
 
     def _forward_step(
-        self, step: int, micro_batches: Iterator[tuple[int, Batch]], model: nn.Module
+        self,
+        step: int,
+        shape: MicroBatchShape,
+        micro_batches: Iterator[tuple[int, Batch]],
+        model: nn.Module,
     ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, dict]]]:
         number, whole_batch = next(micro_batches)
         seed_random(self.config.training.seed, step - 1, number, self.topology)
-        batch = own_part(whole_batch)
-        output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+        batch, documents = own_part(whole_batch, shape)
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            None,
+            labels=batch.labels,
+            packed_seq_params=documents,
+        )
         return output, partial(self._loss, batch)
 
     def _loss(

@@ -1,10 +1,8 @@
 """The loss that both engines minimise."""
 
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_chameleon.data.batches.reader import Batch
-from megatron_chameleon.parallel import platform
 from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 
 
@@ -28,22 +26,3 @@ def summed_loss(
     cross_entropy, log_z, max_logit = output
     monitor.observe_loss(batch, cross_entropy.detach(), log_z.detach(), max_logit)
     return ((cross_entropy + z_loss * log_z.square()) * batch.loss_mask).sum()
-
-
-def own_part(batch: Batch) -> Batch:
-    """The batch on this rank's device; of each sequence, what context parallelism assigns to it."""
-    tensors: dict[str, Tensor] = {
-        name: _pinned(tensor).to(platform.device(), non_blocking=True)
-        for name, tensor in vars(batch).items()
-        if tensor is not None
-    }
-    return Batch(**get_batch_on_this_cp_rank(tensors))
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    """The tensor in memory that a GPU can fetch without a wait.
-
-    A copy from pageable memory would wait for the micro-batch before it.
-    """
-    # An expanded tensor cannot be pinned as it is, hence the contiguous copy.
-    return tensor.contiguous().pin_memory() if platform.has_gpu() else tensor

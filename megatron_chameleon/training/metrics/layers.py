@@ -60,7 +60,8 @@ class LayerMonitor:
                 layer.register_forward_hook(partial(self._observe_output, index))
                 if whole_sequences:
                     attention = layer.self_attention.core_attention
-                    attention.register_forward_pre_hook(partial(self._observe_attention, index))
+                    observe = partial(self._observe_attention, index)
+                    attention.register_forward_pre_hook(observe, with_kwargs=True)
 
     def reset(self) -> None:
         """Forget the values of the last step."""
@@ -96,19 +97,31 @@ class LayerMonitor:
         _merge(self._norm_sums, layer, norms.sum(dtype=torch.float64), torch.add)
         self._rows[layer] += norms.numel()
 
-    def _observe_attention(self, layer: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _observe_attention(
+        self, layer: int, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        query_SBND, key_SBGD, mask_B1SS = inputs[0].detach(), inputs[1].detach(), inputs[3]
+        query_SBND, key_SBGD, position_ids_BS = inputs[0].detach(), inputs[1].detach(), None
+        if (documents := named.get("packed_seq_params")) is not None:
+            position_ids_BS = documents.position_ids
+            if query_SBND.dim() == 3:  # packed: one sequence after the other
+                query_SBND, key_SBGD = (
+                    x.unflatten(0, position_ids_BS.shape).transpose(0, 1)
+                    for x in (query_SBND, key_SBGD)
+                )
         length = query_SBND.shape[0]
         if self._queries is None or len(self._queries.hidden_SQ) != length:
             self._queries = ObservedQueries.of(length, query_SBND.device)
-        found = largest_logit(query_SBND, key_SBGD, mask_B1SS, self._queries)
+        found = largest_logit(query_SBND, key_SBGD, position_ids_BS, self._queries)
         _merge(self._max_attention, layer, found, torch.maximum)
 
 
 def largest_logit(
-    query_SBND: Tensor, key_SBGD: Tensor, mask_B1SS: Tensor | None, queries: ObservedQueries
+    query_SBND: Tensor,
+    key_SBGD: Tensor,
+    position_ids_BS: Tensor | None,
+    queries: ObservedQueries,
 ) -> Tensor:
     """The largest attention logit of a few evenly spaced queries of each head and sequence.
 
@@ -119,7 +132,8 @@ def largest_logit(
     Args:
         query_SBND: As core attention gets it.
         key_SBGD: Likewise; G divides N.
-        mask_B1SS: True where a query (row) must not see a key (column); None for causal attention.
+        position_ids_BS: Counted from the start of each document that attends only to itself; None
+            if attention is causal over the sequence.
         queries: For this length and device.
 
     Returns:
@@ -133,10 +147,11 @@ def largest_logit(
     key_PSD = key_SBGD.flatten(1, 2).transpose(0, 1)
     logits_PSnQ = torch.bmm(key_PSD, query_PDnQ)
     logits_BGSnQ = logits_PSnQ.view(batch, groups, length, -1, len(queries.index_Q))
-    if mask_B1SS is None:
-        hidden = queries.hidden_SQ.unsqueeze(1)
-    else:
-        hidden_BSQ = mask_B1SS[:, 0].index_select(1, queries.index_Q).transpose(1, 2)
+    hidden = queries.hidden_SQ.unsqueeze(1)
+    if position_ids_BS is not None:
+        first_BQ = queries.index_Q - position_ids_BS.index_select(1, queries.index_Q)
+        key_S1 = torch.arange(length, device=first_BQ.device).unsqueeze(-1)
+        hidden_BSQ = queries.hidden_SQ | (key_S1 < first_BQ.unsqueeze(1))
         hidden = hidden_BSQ[:, None, :, None]
     return logits_BGSnQ.masked_fill_(hidden, -torch.inf).max() / math.sqrt(size)
 

@@ -11,7 +11,7 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.planner.memory import predict_memory
 
 BYTES_PER_TOKEN = 29
-"""Of a ``Batch``: three int64, a float32 and a bool. A mask takes a byte per pair of tokens."""
+"""Of a ``Batch``: three int64, a float32 and a bool. The lengths of documents take little more."""
 _ADVICE = {
     "weights": ("model.hidden_size", "Use a smaller model, or split it over more processes"),
     "activations": ("model.seq_length", "Use a smaller model.seq_length or micro_batch_size"),
@@ -53,9 +53,7 @@ def batch_bytes(config: Config, world_size: int) -> int:
     """Bytes of main memory that the micro-batches of a rank take, of this step and the next."""
     data_size = max(1, world_size // smallest_world_size(config.parallel))
     samples = -(-config.training.global_batch_size // data_size)
-    length = config.model.seq_length
-    mask = length if config.data.reset_attention else 0
-    return 2 * samples * length * (BYTES_PER_TOKEN + mask)
+    return 2 * samples * config.model.seq_length * BYTES_PER_TOKEN
 
 
 def _local_processes(world_size: int) -> int:

@@ -21,6 +21,7 @@ from megatron_chameleon.model.backend import (
     ScaledDotProductAttention,
     TransformerEngineBackend,
     layer_backend,
+    packs_documents,
     select_backend,
 )
 from megatron_chameleon.model.fp8 import E4M3, E5M2, amax, current_scale, quantise
@@ -313,9 +314,13 @@ def test_the_backend_suits_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.row_parallel_linear() is transformer_engine.TERowParallelLinear
     assert backend.layer_norm(rms_norm=True) is transformer_engine.TENorm
     assert backend.core_attention() is transformer_engine.TEDotProductAttention
-    config.data.reset_attention = True
+    config.data.reset_attention = True  # in fp32, Transformer Engine would write out the scores
     assert select_backend(config).core_attention() is ScaledDotProductAttention
+    config.training.dtype = "bf16"
+    assert select_backend(config).core_attention() is transformer_engine.TEDotProductAttention
+    assert packs_documents(config)
     config.fp8.emulate = True
+    assert not packs_documents(config)
     assert isinstance(select_backend(config), EmulatedFp8Backend)
 
 

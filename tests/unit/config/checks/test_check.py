@@ -234,6 +234,25 @@ def test_what_deepspeed_cannot_do(edit: Callable[[Config], None], message: str) 
     assert any(message in line for line in problems(config, world_size=4))
 
 
+def test_context_parallelism_needs_the_attention_of_transformer_engine() -> None:
+    config = good()
+    config.parallel.context_parallel_size = 2
+    config.data.reset_attention = True
+    lines = problems(config, world_size=2)
+    assert lines == [
+        "data.reset_attention: true with context_parallel_size 2 needs bf16, and training.dtype is "
+        "fp32. Set training.dtype=bf16, this to false, or parallel.context_parallel_size to 1."
+    ]
+    config.training.dtype = "bf16"
+    check_config(config, world_size=2)
+    config.fp8.format, config.fp8.emulate = "hybrid", True
+    lines = problems(config, world_size=2)
+    assert lines == [
+        "fp8.emulate: true excludes Transformer Engine, which context_parallel_size 2 needs. Set "
+        "parallel.context_parallel_size to 1."
+    ]
+
+
 def test_zero_0_offloads_nothing_and_has_no_bf16() -> None:
     lines = problems(deepspeed(zero_stage=0, offload_optimizer=True))
     assert lines == [

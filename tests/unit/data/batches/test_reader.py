@@ -214,17 +214,19 @@ def test_sources_that_do_not_last(config, tokenizer):
 
 
 def test_attention_is_plain_causal_unless_it_is_reset(config, tokenizer):
-    assert BatchReader(config, tokenizer).batch([0]).attention_mask is None
+    assert BatchReader(config, tokenizer).batch([0]).cu_seqlens is None
 
 
 def test_reset_attention_closes_at_each_document(config, tokenizer):
     config.data.reset_attention = True
-    reader = BatchReader(config, tokenizer)
-    batch = reader.batch([3, 4])
-    assert batch.attention_mask.shape == (2, 1, 16, 16)
-    for row, index in enumerate([3, 4]):
-        part, hidden = reader.sample(index).part, batch.attention_mask[row, 0].tolist()
-        for i in range(16):
-            first = part.tolist().index(part[i])
-            assert hidden[i] == [not first <= j <= i for j in range(16)]
-            assert batch.position_ids[row, i] == i - first
+    reader, inside = BatchReader(config, tokenizer), 0
+    for first in range(0, 80, 4):
+        batch = reader.batch(range(first, first + 4))
+        parts = [(row, part) for row in range(4) for part in reader.sample(first + row).part]
+        begins = [i for i in range(64) if i == 0 or parts[i] != parts[i - 1]]
+        assert batch.cu_seqlens.dtype == torch.int32
+        assert batch.cu_seqlens.tolist() == [*begins, 64]
+        inside += len(begins) - 4
+        positions = [i - max(begin for begin in begins if begin <= i) for i in range(64)]
+        assert batch.position_ids.flatten().tolist() == positions
+    assert inside > 20  # documents and padding begin inside sequences

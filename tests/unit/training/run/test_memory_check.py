@@ -87,18 +87,16 @@ def test_a_step_of_many_sequences_does_not_fit_into_main_memory() -> None:
     line = problem(config)
     assert line.startswith("training.global_batch_size: needs about 232.0 GiB of memory, and this")
     assert problem(config, 64) == ""
-    config.data.reset_attention, config.training.global_batch_size = True, 2**10
-    assert problem(config).startswith("training.global_batch_size: needs about 32.2 GiB")
+    config.data.reset_attention = True
+    assert problem(config) == line  # the lengths of documents take hardly any memory
 
 
 def test_the_bytes_of_a_batch_are_those_of_a_real_one() -> None:
     rows = torch.zeros(2, 8, dtype=torch.int64)
-    mask = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
-    batch = Batch(rows, rows, rows.float(), rows.bool(), rows, mask)
+    batch = Batch(rows, rows, rows.float(), rows.bool(), rows)
     size = sum(t.nbytes for t in vars(batch).values() if isinstance(t, torch.Tensor))
     config = Config()
     config.model.seq_length, config.training.global_batch_size = 8, 2
-    config.data.reset_attention = True
     assert batch_bytes(config, 1) == 2 * size
 
 
