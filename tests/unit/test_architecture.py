@@ -98,6 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runs",
     },
     "training/metrics": {"config", "data/batches", "parallel"},
+    "training/records": {"config", "config/checks", "runs"},
     "training/run": {
         "checkpoint/state",
         "config",
@@ -105,8 +106,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data/batches",
         "parallel",
         "planner",
+        "runs",
         "tokenizer",
         "training/metrics",
+        "training/records",
     },
     "training/engines": {
         "checkpoint/names",
@@ -126,6 +129,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
         "training/engines",
         "training/metrics",
+        "training/records",
         "training/run",
     },
     "training/samples": {
@@ -151,6 +155,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
         "training/engines",
         "training/faults",
+        "training/records",
         "training/run",
         "training/samples",
     },
