@@ -54,6 +54,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _resolve(Config, layers, str(path), words)
 
 
+def replace_values(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with the values of overrides, as ``load_config`` takes them.
+
+    Raises:
+        ConfigErrors: Keys are unknown, or values have the wrong type.
+    """
+    if not overrides:
+        return config
+    layers = [OmegaConf.create(dataclasses.asdict(config))]
+    return _resolve(Config, layers, "config", parse_overrides(overrides))
+
+
 def load_recorded_config(path: Path) -> Config:
     """Read a config that came with a checkpoint, which somebody else may have written.
 

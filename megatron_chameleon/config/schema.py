@@ -30,13 +30,6 @@ HeadCount = Annotated[int, Between(1, 2**14)]
 RankCount = Annotated[int, Between(1, 2**16)]
 SequenceLength = Annotated[int, Between(1, 2**24)]
 Name = Annotated[str, Text(200)]
-EventKind = Annotated[
-    str,
-    OneOf(
-        *("start", "restart", "resume", "resume_change", "alarm", "straggler", "validation_rises"),
-        *("skip", "rollback", "save", "stop", "finish", "error", "hang"),
-    ),
-]
 
 
 @dataclass
@@ -90,6 +83,34 @@ class SourceConfig:
 
 
 @dataclass
+class ValidationSourceConfig:
+    """One .bin/.idx pair of files that the model is measured on and not trained on."""
+
+    prefix: PathText = ""
+    """Path of the two files without .bin and .idx."""
+    image_first: Share | None = None
+    """Share of the text-image pairs that are read with the image first; the same pairs each time.
+    null keeps each pair as written. Give it the value that training uses."""
+    name: Name = ""
+    """The source's name in the metrics, ``validation/NAME/loss``; empty: the last part of the
+    prefix."""
+
+
+@dataclass
+class ValidationConfig:
+    """Held-out loss: the loss on documents that the model is not trained on."""
+
+    sources: list[ValidationSourceConfig] = field(default_factory=list)
+    """All documents of these sources are measured, each of them once. Empty: no held-out loss."""
+    every_steps: NonNegativeInt = 0
+    """Steps between two measurements; the last one is always after the last step. 0: only that
+    one."""
+    max_tokens: Annotated[int, Between(1, 10**15)] | None = None
+    """Measure about this many tokens of each source: the same documents each time, evenly spread
+    over its files. null: all of them."""
+
+
+@dataclass
 class DataConfig:
     """The two-stage mixture. Source: paper, section 2.2."""
 
@@ -114,6 +135,7 @@ class DataConfig:
     ``stage1_fraction``."""
     stage2_share: Share = 0.5
     """Share of stage 2 that its own sources get. Those of stage 1 divide the rest in proportion."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
 @dataclass
@@ -267,6 +289,9 @@ class CheckpointConfig:
     """How many checkpoints to keep. Older ones are deleted once a newer one is complete."""
     keep_every: NonNegativeInt = 0
     """Checkpoints whose step is a multiple of this are never deleted; 0: none."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest held-out loss until a better one is saved. Only steps
+    after which the loss is measured and a checkpoint is saved count."""
     async_save: bool = False
     """Continue training while a checkpoint is written. The host's memory then holds a second copy
     of what each rank saves."""
@@ -283,10 +308,6 @@ class SamplePromptConfig:
     """image: answer with one image; text: with text only; null: the model chooses."""
 
 
-def _told_events() -> list[EventKind]:
-    return ["restart", "alarm", "rollback", "stop", "finish", "error", "hang"]
-
-
 @dataclass
 class LoggingConfig:
     run_dir: PathText = "runs/default"
@@ -301,12 +322,6 @@ class LoggingConfig:
     sample_prompts: list[SamplePromptConfig] = field(default_factory=list)
     sample_max_tokens: SequenceLength | None = None
     """Most tokens per sample; null: until the context is full."""
-    on_event: Annotated[str, Text(4096)] | None = None
-    """Who is told of events: a command, which gets the event as JSON on its standard input and in
-    variables (``CHAMELEON_EVENT`` and others), or an ``https://`` address, which gets it as a POST;
-    null: nobody. No shell reads the command. A failure is a warning and never harms the run."""
-    on_event_kinds: list[EventKind] = field(default_factory=_told_events)
-    """The events of ``events.jsonl`` that ``on_event`` is told of."""
 
 
 @dataclass

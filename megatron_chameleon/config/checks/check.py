@@ -13,7 +13,13 @@ from megatron_chameleon.config.checks.layouts import check_layout, list_divisors
 from megatron_chameleon.config.checks.reporting import check_reporting
 from megatron_chameleon.config.checks.schedules import check_schedules
 from megatron_chameleon.config.constraints import find_violations
-from megatron_chameleon.config.schema import Config, ParallelConfig, SourceConfig
+from megatron_chameleon.config.schema import (
+    Config,
+    ParallelConfig,
+    SourceConfig,
+    ValidationConfig,
+    ValidationSourceConfig,
+)
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
 
@@ -26,6 +32,19 @@ def check_config(config: Config, world_size: int) -> None:
     problems = list(find_violations(config))
     # Other checks divide by these values or compare them, so they must be valid before those run.
     if problems := problems or _check_combinations(config, world_size):
+        raise ConfigErrors(problems)
+
+
+def check_model(config: Config, world_size: int) -> None:
+    """Refuse a model or a layout that cannot work, of a config that nothing is trained with.
+
+    Raises:
+        ConfigErrors: One entry per problem.
+    """
+    problems = list(find_violations(config))
+    if not problems:
+        problems = [*_check_model(config), *_check_parallel(config), *check_fusions(config)]
+    if problems := problems or list(check_layout(config, world_size)):
         raise ConfigErrors(problems)
 
 
@@ -129,8 +148,34 @@ def _check_data(config: Config) -> Iterator[ConfigError]:
             named[source.name] = key
             yield from _check_source(source, key)
 
+    yield from _check_validation(config.data.validation)
+    if config.checkpoint.keep_best and not config.data.validation.sources:
+        what = "true needs a held-out loss, but data.validation.sources lists no source"
+        yield ConfigError("checkpoint.keep_best", what, "List at least one, or set it to false")
 
-def _check_source(source: SourceConfig, key: str) -> Iterator[ConfigError]:
+
+def _check_validation(validation: ValidationConfig) -> Iterator[ConfigError]:
+    named: dict[str, str] = {}
+    for i, source in enumerate(validation.sources):
+        key = f"data.validation.sources[{i}]"
+        if source.name and source.name in named:
+            what = f"{source.name!r} is also the name of {named[source.name]}"
+            yield ConfigError(f"{key}.name", what, "Give each source a name of its own")
+        named[source.name] = key
+        yield from _check_source(source, key)
+    if validation.sources:
+        return
+    for name, value in (
+        ("every_steps", validation.every_steps),
+        ("max_tokens", validation.max_tokens),
+    ):
+        if value:
+            what = f"{value:,} is set, but data.validation.sources lists no source"
+            remedy = "List at least one, with its prefix, or remove it"
+            yield ConfigError(f"data.validation.{name}", what, remedy)
+
+
+def _check_source(source: SourceConfig | ValidationSourceConfig, key: str) -> Iterator[ConfigError]:
     if not source.prefix:
         remedy = "Give the path of the token files without .bin"
         yield ConfigError(f"{key}.prefix", "not set", remedy)

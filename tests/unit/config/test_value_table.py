@@ -15,7 +15,7 @@ from value_table import VALUES, config_keys, scalar_types
 from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.constraints import Constraint, OneOf, field_constraints
 from megatron_chameleon.config.load import load_config
-from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.config.schema import Config, SourceConfig, ValidationSourceConfig
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig, load_image_config
 
@@ -32,7 +32,7 @@ def classes(cls: type) -> Iterator[type]:
         if dataclasses.is_dataclass(value):
             yield from classes(type(value))
     if cls is Config:
-        yield SourceConfig
+        yield from (SourceConfig, ValidationSourceConfig)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "train.yaml"
     prompts = "logging: {sample_prompts: [{text: a}]}"
     path.write_text(
-        f"tokenizer: {{path: t}}\ndata: {{stage1: [{{prefix: p}}], stage2: [{{}}]}}\n{prompts}\n"
+        f"tokenizer: {{path: t}}\n{prompts}\n"
+        "data: {stage1: [{prefix: p}], stage2: [{}], validation: {sources: [{}]}}\n"
     )
     return path
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_chameleon.config.checks.check import check_config
-from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.config.schema import Config, SourceConfig, ValidationSourceConfig
 from megatron_chameleon.errors import ConfigErrors
 
 
@@ -273,4 +273,30 @@ def test_deepspeed_keys_with_the_other_engine(key: str) -> None:
     assert problems(config) == [
         f"engine.{key}: true needs engine.name deepspeed, but it is megatron. Set it to false, or "
         "change the engine."
+    ]
+
+
+def test_held_out_sources() -> None:
+    config = good()
+    config.data.validation.sources = [
+        ValidationSourceConfig("held/out", name="pairs"),
+        ValidationSourceConfig("", name="pairs"),
+    ]
+    assert problems(config) == [
+        "data.validation.sources[1].name: 'pairs' is also the name of data.validation.sources[0]. "
+        "Give each source a name of its own.",
+        "data.validation.sources[1].prefix: not set. Give the path of the token files without "
+        ".bin.",
+    ]
+
+
+def test_keys_about_a_held_out_loss_that_there_is_not() -> None:
+    config = good()
+    config.data.validation.every_steps, config.data.validation.max_tokens = 100, 5000
+    config.checkpoint.keep_best = True
+    lists = "but data.validation.sources lists no source. List at least one"
+    assert problems(config) == [
+        f"data.validation.every_steps: 100 is set, {lists}, with its prefix, or remove it.",
+        f"data.validation.max_tokens: 5,000 is set, {lists}, with its prefix, or remove it.",
+        f"checkpoint.keep_best: true needs a held-out loss, {lists}, or set it to false.",
     ]
