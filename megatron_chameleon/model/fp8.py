@@ -8,8 +8,11 @@ Source: Transformer Engine 2.11: transformer_engine/common/recipe/delayed_scalin
 recipe_common.cuh, transformer_engine/pytorch/quantization.py.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_chameleon.config.schema import Fp8Config
@@ -118,3 +121,31 @@ class DelayedScaling:
         self.scale = torch.where(usable, scale, self.scale)
         moved[0] = 0
         self.history = torch.where(seen, moved, self.history)
+
+
+@contextmanager
+def kept_fp8_scales(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Put Transformer Engine's scales and amax histories back to what they were.
+
+    Its layers record the largest magnitudes of every forward pass, even without gradients, and the
+    next training step would compute its scales from them. Emulated layers record nothing unless
+    they are trained.
+
+    Args:
+        parts: This rank's parts of the model.
+    """
+    metas = [getattr(module, "fp8_meta", {}) for part in parts for module in part.modules()]
+    states = [meta[key] for meta in metas for key in ("scaling_fwd", "scaling_bwd") if key in meta]
+    tensors = [
+        tensor
+        for state in states
+        for name in ("scale", "amax_history")
+        if isinstance(tensor := getattr(state, name, None), Tensor)
+    ]
+    kept = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, values in zip(tensors, kept, strict=True):
+                tensor.copy_(values)  # in place: Transformer Engine's reduction holds the tensors

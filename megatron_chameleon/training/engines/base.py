@@ -59,6 +59,21 @@ class TrainingEngine(Protocol):
             micro_batches: As in ``train_step``.
         """
 
+    def evaluate(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """The losses of micro-batches that are not trained, with dropout off.
+
+        Nothing that a training step sees changes: neither weights, moments and FP8 scales, nor the
+        metrics of the next step.
+
+        Args:
+            micro_batches: This data-parallel rank's, as many on every rank and at least one; with
+                interleaved pipelines, a multiple of the pipeline's size.
+
+        Returns:
+            float64 [micro-batches, 4], see ``modality_sums``; zeros on ranks that do not compute
+            the loss. Tensor-parallel ranks have equal values.
+        """
+
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of the parameters under their names in the whole model."""
 

@@ -24,13 +24,14 @@ from megatron_chameleon.checkpoint.state.deepspeed_state import DeepSpeedSnapsho
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model.chameleon import build_model
+from megatron_chameleon.model.fp8 import kept_fp8_scales
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.schedules.learning_rate import LearningRate, StepScheduler
-from megatron_chameleon.training.engines.inputs import micro_batch_shape, own_part
-from megatron_chameleon.training.engines.objective import summed_loss
+from megatron_chameleon.training.engines.inputs import micro_batch_shape, own_part, run_model
+from megatron_chameleon.training.engines.objective import modality_sums, summed_loss
 from megatron_chameleon.training.engines.optimizer import build_torch_adamw
 from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
@@ -96,6 +97,21 @@ class DeepSpeedEngine:
         """Repeat a step's passes; see ``TrainingEngine``."""
         self._pass(step, micro_batches, update=False)
 
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """The losses of micro-batches that are not trained; see ``TrainingEngine``."""
+        shape = micro_batch_shape(self.config, micro_batches)
+        sums: list[Tensor] = []
+        self.engine.eval()
+        try:
+            with kept_fp8_scales(self.parts):
+                for whole_batch in micro_batches:
+                    batch, documents = own_part(whole_batch, shape)
+                    sums.append(modality_sums(batch, run_model(self.engine, batch, documents)))
+        finally:
+            self.engine.train()
+        return torch.stack(sums)
+
     def _pass(
         self, step: int, micro_batches: Sequence[Batch], *, update: bool
     ) -> tuple[float, bool, dict[str, Any]]:
@@ -121,13 +137,7 @@ class DeepSpeedEngine:
             seed_random(training.seed, step - 1, number, self.topology)
             batch, documents = own_part(whole_batch, shape)
             self.clock.start()
-            output = self.engine(
-                batch.tokens,
-                batch.position_ids,
-                None,
-                labels=batch.labels,
-                packed_seq_params=documents,
-            )
+            output = run_model(self.engine, batch, documents)
             loss = summed_loss(batch, output, training.z_loss, self.monitor)
             # ZeRO reduces gradients during the backward pass, so the clock stops before it.
             self.clock.stop("backward, gradient reduction and update")

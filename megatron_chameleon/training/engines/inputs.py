@@ -9,6 +9,7 @@ each document is filled up to a multiple of that.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,26 @@ def own_part(batch: Batch, shape: MicroBatchShape) -> tuple[Batch, IsolatedDocum
     if batch.cu_seqlens is None:
         return own, None
     return own, IsolatedDocuments.grouped(batch.cu_seqlens, own.position_ids)
+
+
+def run_model(model: Any, batch: Batch, documents: IsolatedDocuments | None) -> Any:
+    """The forward pass on what ``own_part`` returned; the only call of a training model.
+
+    Args:
+        model: This rank's part of the model, as the engine has wrapped it.
+        batch: On this process's device.
+        documents: Its documents if they are isolated.
+
+    Returns:
+        What ``summed_loss`` takes; on a pipeline stage before the last one, its hidden states.
+    """
+    return model(
+        batch.tokens,
+        batch.position_ids,
+        None,
+        labels=batch.labels,
+        packed_seq_params=documents,
+    )
 
 
 def _pack(

@@ -27,17 +27,20 @@ from megatron_chameleon.checkpoint.state.torch_dist import ShardedSnapshot, load
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
+from megatron_chameleon.model.fp8 import kept_fp8_scales
 from megatron_chameleon.model.fp8_linear import start_fp8_step
 from megatron_chameleon.model.fusions import add_weight_gradients_in_products, select_fusions
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.schedules.learning_rate import LearningRate, StepScheduler
+from megatron_chameleon.training.engines.evaluation import evaluate_batches
 from megatron_chameleon.training.engines.gradient_groups import GradientGroups
 from megatron_chameleon.training.engines.inputs import (
     MicroBatchShape,
     micro_batch_shape,
     own_part,
+    run_model,
 )
 from megatron_chameleon.training.engines.objective import summed_loss
 from megatron_chameleon.training.engines.optimizer import build_optimizer
@@ -126,6 +129,11 @@ class MegatronEngine:
         self.compute_gradients(step, micro_batches)
         self.monitor.finish_step(self.config.training.z_loss)
 
+    def evaluate(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """The losses of micro-batches that are not trained; see ``TrainingEngine``."""
+        with kept_fp8_scales(self.parts):
+            return evaluate_batches(self.config, self.chunks, micro_batches)
+
     def compute_gradients(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Run the forward and backward passes; gradients are then those of the whole run's loss."""
         numbers = self.topology.micro_batch_numbers(len(micro_batches))
@@ -167,14 +175,7 @@ class MegatronEngine:
         number, whole_batch = next(micro_batches)
         seed_random(self.config.training.seed, step - 1, number, self.topology)
         batch, documents = own_part(whole_batch, shape)
-        output = model(
-            batch.tokens,
-            batch.position_ids,
-            None,
-            labels=batch.labels,
-            packed_seq_params=documents,
-        )
-        return output, partial(self._loss, batch)
+        return run_model(model, batch, documents), partial(self._loss, batch)
 
     def _loss(
         self, batch: Batch, output: tuple[Tensor, Tensor, Tensor]

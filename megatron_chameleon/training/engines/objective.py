@@ -1,5 +1,6 @@
-"""The loss that both engines minimise."""
+"""The loss that both engines minimise, and the same loss on held-out documents."""
 
+import torch
 from torch import Tensor
 
 from megatron_chameleon.data.batches.reader import Batch
@@ -26,3 +27,21 @@ def summed_loss(
     cross_entropy, log_z, max_logit = output
     monitor.observe_loss(batch, cross_entropy.detach(), log_z.detach(), max_logit)
     return ((cross_entropy + z_loss * log_z.square()) * batch.loss_mask).sum()
+
+
+def modality_sums(batch: Batch, output: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Cross-entropy and numbers of tokens of a micro-batch, without gradients.
+
+    Args:
+        batch: On this process's device.
+        output: What the model returned.
+
+    Returns:
+        float64 [4]: summed cross-entropy and number of the unmasked text tokens, then of the
+        unmasked image codes.
+    """
+    cross_entropy = output[0].detach().double()
+    image_mask = (batch.loss_mask * batch.image_mask).double()
+    text_mask = batch.loss_mask.double() - image_mask
+    masked = [(cross_entropy * mask, mask) for mask in (text_mask, image_mask)]
+    return torch.stack([value.sum() for pair in masked for value in pair])

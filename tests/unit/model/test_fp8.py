@@ -1,6 +1,7 @@
 """FP8 formats and scales follow the rules of Transformer Engine's kernels bit for bit."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from megatron_chameleon.model.fp8 import (
     current_scale,
     dequantised_product,
     gradient_dtype,
+    kept_fp8_scales,
     quantise,
 )
 
@@ -173,3 +175,21 @@ def test_errors_are_those_of_the_formats() -> None:
         (q, scale), (other, other_scale) = parts[left], parts["b"]
         product = dequantised_product(q, other.t(), scale, other_scale)
         assert relative_error(product, a @ b.t()) == pytest.approx(expected, rel=0.04)
+
+
+def test_a_pass_without_gradients_keeps_the_scales() -> None:
+    """Its layers have ``fp8_meta``; the tensors must stay the same objects."""
+    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    forward = SimpleNamespace(scale=torch.ones(2), amax_history=torch.zeros(4, 2))
+    current = SimpleNamespace(amax_history=None)  # current scaling has no history
+    layer.fp8_meta = {"scaling_fwd": forward, "recipe": "delayed"}
+    other.fp8_meta = {"scaling_fwd": current}
+    before = forward.scale, forward.amax_history
+    with pytest.raises(ValueError, match="stops"), kept_fp8_scales([torch.nn.Sequential(layer)]):
+        forward.amax_history[0] = 7.0
+        forward.scale.mul_(3)
+        raise ValueError("stops")
+    with kept_fp8_scales([layer, other]):
+        forward.amax_history[0] = 5.0
+    assert (forward.scale, forward.amax_history) == before
+    assert same(forward.scale, torch.ones(2)) and not forward.amax_history.any()
