@@ -56,6 +56,14 @@ def data_warnings(config: Config, sources: Sequence[DataSource]) -> list[str]:
         config: Of the run.
         sources: Its data sources.
     """
+    found = source_warnings(config, sources)
+    if any(_info(source).answers for source in sources):
+        found += _unbalanced(config, sources)
+    return found
+
+
+def source_warnings(config: Config, sources: Sequence[DataSource]) -> list[str]:
+    """What ``data_warnings`` says of each source by itself."""
     found = []
     for source in sources:
         info = _info(source)
@@ -67,8 +75,6 @@ def data_warnings(config: Config, sources: Sequence[DataSource]) -> list[str]:
         too_long = _too_long(config, source)
         if len(too_long):
             found.append(_about_long(config, source, too_long))
-    if any(_info(source).answers for source in sources):
-        found += _unbalanced(config, sources)
     return found
 
 

@@ -24,18 +24,48 @@ def open_sources(config: Config, tokenizer: Tokenizer) -> list[DataSource]:
     found: list[DataSource] = []
     problems: list[ConfigError] = []
     for stage, listed in ((1, config.data.stage1), (2, config.data.stage2)):
-        for i, source in enumerate(listed):
-            where = f"data.stage{stage}[{i}]"
-            try:
-                file = _open(where, source, config.model.seq_length, tokenizer)
-            except ConfigError as problem:
-                problems.append(problem)
-                continue
-            key = _key(source, [other.key for other in found])
-            found.append(DataSource(key, stage, where, source, TokenFileCorpus(file)))
+        where, taken = f"data.stage{stage}", [source.key for source in found]
+        opened, wrong = open_listed(where, stage, listed, config.model.seq_length, tokenizer, taken)
+        found += opened
+        problems += wrong
     if problems:
         raise ConfigErrors(problems)
     return found
+
+
+def open_listed(
+    where: str,
+    stage: int,
+    listed: Sequence[SourceConfig],
+    seq_length: int,
+    tokenizer: Tokenizer,
+    taken: Sequence[str] = (),
+) -> tuple[list[DataSource], list[ConfigError]]:
+    """Open the sources of one list of a config.
+
+    Args:
+        where: The key of the list, for errors.
+        stage: Of its sources.
+        listed: The list.
+        seq_length: Tokens of a sequence.
+        tokenizer: The tokenizer that the token files were written with.
+        taken: Keys of other sources, which these must not have.
+
+    Returns:
+        The sources that can be used, and what is wrong with the others.
+    """
+    found: list[DataSource] = []
+    problems: list[ConfigError] = []
+    for i, source in enumerate(listed):
+        place = f"{where}[{i}]"
+        try:
+            file = _open(place, source, seq_length, tokenizer)
+        except ConfigError as problem:
+            problems.append(problem)
+            continue
+        key = _key(source, [*taken, *(other.key for other in found)])
+        found.append(DataSource(key, stage, place, source, TokenFileCorpus(file)))
+    return found, problems
 
 
 def _key(source: SourceConfig, taken: Sequence[str]) -> str:

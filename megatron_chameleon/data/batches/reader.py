@@ -39,6 +39,9 @@ class BatchReader:
         state: What ``state`` returned when the run was saved; None for a new run.
         steps_done: Number of steps done by then.
 
+    Attributes:
+        sources: Those that the config lists, stage 1 first.
+
     Raises:
         ConfigErrors: All problems at once: token files that are missing or broken, sources that are
             exhausted before the last step, or sources that have changed.
@@ -56,7 +59,7 @@ class BatchReader:
         self._tokenizer = tokenizer
         sources = open_sources(config, tokenizer)
         check_loss_on(config, sources)
-        self._sources = sources
+        self.sources = sources
         self._corpora = {source.key: source.corpus for source in sources}
         self._mixtures: dict[int, Mixture] = {}
         if state is None:
@@ -70,13 +73,13 @@ class BatchReader:
 
     def warnings(self) -> list[str]:
         """What the owner should know about the loss and about conversations, one line each."""
-        return data_warnings(self.config, self._sources)
+        return data_warnings(self.config, self.sources)
 
     def describe_answers(self) -> list[str]:
         """Describe the answers of each source that holds conversations, in one line each."""
         return [
             f"{source.key}: {line}"
-            for source in self._sources
+            for source in self.sources
             if isinstance(source.corpus, TokenFileCorpus)
             for line in describe_answers(source.corpus.token_file.info)
         ]

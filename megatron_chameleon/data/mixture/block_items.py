@@ -25,7 +25,7 @@ def items_of_block(phase: Phase, block: int, seq_length: int) -> PackingItems:
             continue
         parts = cursor.parts(phase.position(key, block), phase.position(key, block + 1))
         flows = ~parts.stays_whole & (not cursor.stream.isolated)
-        parts, flows = _cut_long_parts(parts, flows, cursor, seq_length)
+        parts, flows = cut_long_parts(parts, flows, cursor, seq_length)
         tokens = parts.tokens
         groups.append(parts)
         sources.append(np.full(len(tokens), number))
@@ -37,7 +37,7 @@ def items_of_block(phase: Phase, block: int, seq_length: int) -> PackingItems:
     return PackingItems(parts, np.concatenate(sources)[order], np.concatenate(whole)[order])
 
 
-def _cut_long_parts(
+def cut_long_parts(
     parts: DocumentParts, flows: np.ndarray, cursor: Cursor, seq_length: int
 ) -> tuple[DocumentParts, np.ndarray]:
     """Cut the parts that are longer than a sequence and do not flow, within their text.

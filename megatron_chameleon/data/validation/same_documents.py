@@ -1,0 +1,54 @@
+"""Find held-out sources that the run is also trained on."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_chameleon.data.mixture.corpus import Corpus
+from megatron_chameleon.data.mixture.sources import DataSource
+
+COMPARED_DOCUMENTS = 64
+"""How many documents of two files of the same size are compared."""
+
+
+def warn_of_same(held_out: Sequence[DataSource], trained: Sequence[DataSource]) -> Iterator[str]:
+    """A line for each held-out source whose documents are those of a training source.
+
+    This is a warning and no error: to measure the training documents themselves, without dropout
+    and all with the same weights, is of use too. But it must not happen unnoticed.
+
+    Args:
+        held_out: The sources of ``data.validation``.
+        trained: The sources that the run is trained on.
+    """
+    for source in held_out:
+        for other in trained:
+            if how := _sameness(source.corpus, other.corpus):
+                yield (
+                    f"{source.where}: {source.corpus.prefix} {how} {other.where}, so the model is "
+                    "trained on these documents, and their loss falls even where the model only "
+                    "memorizes them; split documents off with chameleon preprocess --holdout"
+                )
+                break
+
+
+def _sameness(a: Corpus, b: Corpus) -> str:
+    """How two corpora are the same, as the middle of a sentence; empty if they are not."""
+    try:
+        if Path(f"{a.prefix}.bin").samefile(f"{b.prefix}.bin"):
+            return "is also"
+    except OSError:
+        pass  # files that a test or a copy has moved: their contents are compared
+    sizes = [(corpus.documents, corpus.tokens, corpus.images) for corpus in (a, b)]
+    if sizes[0] != sizes[1]:
+        return ""
+    count = min(COMPARED_DOCUMENTS, a.documents)
+    for document in (np.arange(count) * a.documents // count).tolist():
+        lengths = [int(np.diff(c.starts(document, document + 1))[0]) for c in (a, b)]
+        if lengths[0] != lengths[1]:
+            return ""
+        tokens = [c.read(document, 0, lengths[0]) for c in (a, b)]
+        if not np.array_equal(tokens[0], tokens[1]):
+            return ""
+    return "holds the same documents as"
