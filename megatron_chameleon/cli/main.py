@@ -43,6 +43,7 @@ VERBS = {
     "verify": "compare two checkpoints of any format",
     "generate": "generate text and images from a checkpoint",
     "evaluate": "benchmark a checkpoint and show the paper's figures beside it",
+    "evaluate-loss": "measure loss and perplexity of a checkpoint on token files",
     "annotate": "let people judge answers: questionnaires, agreement, win rates, safety",
     "plot": "draw the curves of one or more runs",
     "doctor": "check what this machine can run and what is missing",
@@ -60,7 +61,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     for name, summary in VERBS.items():
         subparser = add_action(subparsers, name, summary)
         if name == verb:
-            module = importlib.import_module(f"megatron_chameleon.cli.{name}")
+            module = importlib.import_module(f"megatron_chameleon.cli.{name.replace('-', '_')}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
         add_common_options(subparser)

@@ -6,7 +6,7 @@ broken line, unless it is the incomplete last one, is an error here.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,7 +29,11 @@ LABELS = {
     "step_seconds": "seconds per step",
     "output_norm": "output norm",
     "max_logit": "largest logit",
+    "validation/loss": "held-out loss (nats per token)",
+    "validation/perplexity": "held-out perplexity",
 }
+HELD_OUT = "validation/"
+"""How the names of held-out losses begin."""
 COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
@@ -80,6 +84,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def draw_curve(axes: "Axes", runs: Mapping[str, Metrics], key: str, window: int = 1) -> None:
     """Draw one key of every run into a panel: smoothed values over pale raw values.
 
+    The held-out loss of a run that measures it is drawn into the panel of its training loss.
+
     Raises:
         DataError: No run has a value for that key.
     """
@@ -89,9 +95,13 @@ def draw_curve(axes: "Axes", runs: Mapping[str, Metrics], key: str, window: int 
         if not len(values):
             continue
         found = True
-        if window > 1:
+        if window > 1 and not key.startswith(HELD_OUT):
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth(values, window), color=color, linewidth=1.5, label=name)
+        is_held_out = key.startswith(HELD_OUT)  # measured now and then, without noise
+        curve = values if is_held_out else smooth(values, window)
+        axes.plot(steps, curve, color=color, linewidth=1.5, label=name)
+        if f"{HELD_OUT}{key}" in metrics.keys:
+            _draw_held_out(axes, metrics, f"{HELD_OUT}{key}", color)
     if not found:
         names = sorted({key for metrics in runs.values() for key in metrics.keys})
         raise DataError(
@@ -100,6 +110,18 @@ def draw_curve(axes: "Axes", runs: Mapping[str, Metrics], key: str, window: int 
     axes.set_title(LABELS.get(key, key), loc="left", fontsize=10)
     axes.set_xlabel("step", fontsize=9)
     style(axes)
+
+
+def _draw_held_out(axes: "Axes", metrics: Metrics, key: str, color: str) -> None:
+    """Draw a held-out loss over the training loss of the same kind."""
+    steps, values = series(metrics, key)
+    line: dict[str, Any] = {"linewidth": 1.0, "linestyle": "--", "marker": "o", "markersize": 2.5}
+    axes.plot(steps, values, color=color, **line, label="_nolegend_")
+    if axes.get_legend() is None and len(values):
+        from matplotlib.lines import Line2D
+
+        handle = Line2D([], [], color="#4a5568", **line)
+        axes.legend([handle], ["held-out"], frameon=False, fontsize=8)
 
 
 def style(axes: "Axes") -> None:

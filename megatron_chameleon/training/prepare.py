@@ -16,6 +16,7 @@ from megatron_chameleon.config.load import format_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.mixture.mixture_history import count_stage2_steps
+from megatron_chameleon.data.validation.reader import HeldOutReader
 from megatron_chameleon.model.backend import machine_problems
 from megatron_chameleon.parallel.collectives import run_on_rank_0
 from megatron_chameleon.parallel.launch import Launch
@@ -60,9 +61,10 @@ def prepare_run(
         check_fits(checkpoint, config, tokenizer.fingerprint)
     with announced("reading the indices of the data sources"):
         reader = open_reader(config, tokenizer, checkpoint)
+        held_out = HeldOutReader(config, tokenizer) if config.data.validation.sources else None
     run_learning_rate(config, reader.history)  # it may not fit the history of the run
     skipped_steps = find_skipped_steps(config, checkpoint)
-    return RunInputs(config, tokenizer, reader, checkpoint, skipped_steps, resume, start)
+    return RunInputs(config, tokenizer, reader, checkpoint, skipped_steps, resume, start, held_out)
 
 
 def refresh_inputs(inputs: RunInputs, world_size: int) -> RunInputs:

@@ -8,6 +8,7 @@ is always whole, whenever the job is killed. The engine decides which tensors ar
 
 import hashlib
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from megatron_chameleon.checkpoint.state.folders import (
     STATE_FILE,
     STATE_FORMAT,
     flush_to_disk,
+    load_state,
     step_folder,
     step_of,
 )
@@ -33,6 +35,8 @@ from megatron_chameleon.errors import CheckpointError, TrainingError, first_line
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.collectives import first_message, gather_on_rank_0
 
+VALIDATION_LOSS = "validation_loss"
+"""The entry of ``state.json`` with the held-out loss after the checkpoint's step."""
 SPARE_BYTES = 32 * 2**20  # for indices, configs and the file system's own needs
 
 
@@ -116,15 +120,15 @@ class Saver:
     Args:
         folder: The run's ``checkpoints/`` folder.
         engine: The engine whose state is saved; its config is saved with it.
-        on_saved: Called with each checkpoint that is whole.
+        say: Called with a line for each checkpoint that is whole.
     """
 
     def __init__(
-        self, folder: Path, engine: CheckpointedEngine, on_saved: Callable[[Path], None]
+        self, folder: Path, engine: CheckpointedEngine, say: Callable[[str], None]
     ) -> None:
         self._folder = folder
         self._engine = engine
-        self._on_saved = on_saved
+        self._say = say
         self._pending: _Pending | None = None
         self._deletions = ThreadPoolExecutor(1, thread_name_prefix="deletion")
 
@@ -198,11 +202,11 @@ class Saver:
             for old in disposable(list_line(self._folder), self._engine.config.checkpoint):
                 hidden = _hide(old)  # at once; deleting its data may take a while
                 self._deletions.submit(shutil.rmtree, hidden, ignore_errors=True)
-        self._on_saved(pending.final)
+        self._say(f"saved {pending.final}")
 
 
 def disposable(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:
-    """The checkpoints that neither ``keep_last`` nor ``keep_every`` keeps.
+    """The checkpoints that none of ``keep_last``, ``keep_every`` and ``keep_best`` keeps.
 
     Args:
         checkpoints: Those of the run's line, oldest first.
@@ -210,7 +214,26 @@ def disposable(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:
     """
     every = config.keep_every
     older = checkpoints[: -config.keep_last]
-    return [path for path in older if not every or step_of(path) % every]
+    best = _best(checkpoints) if config.keep_best else None
+    return [path for path in older if path != best and (not every or step_of(path) % every)]
+
+
+def _best(checkpoints: list[Path]) -> Path | None:
+    """The checkpoint with the lowest held-out loss, if any has one; of equal ones the first."""
+    losses = {path: _held_out_loss(path) for path in checkpoints}
+    known = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(known, key=known.__getitem__, default=None)
+
+
+def _held_out_loss(checkpoint: Path) -> float | None:
+    """The held-out loss after its step; None if it was not measured or cannot be read."""
+    try:
+        loss = load_state(checkpoint).get(VALIDATION_LOSS)
+    except CheckpointError:
+        return None
+    if isinstance(loss, bool) or not isinstance(loss, int | float):
+        return None
+    return loss if math.isfinite(loss) else None
 
 
 def delete(checkpoint: Path) -> None:

@@ -11,6 +11,8 @@ from megatron_chameleon.wording import format_duration
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT_LOSS = "validation/loss"
+
 
 class Progress:
     """Formats a line for a step, and estimates the time left from this process's own steps.
@@ -46,6 +48,23 @@ class Progress:
     def _left(self, step: int) -> str:
         elapsed = time.perf_counter() - self._start
         return format_duration(elapsed / (step - self._steps_done) * (self._steps - step))
+
+
+def held_out_line(step: int, metrics: Mapping[str, float | None]) -> str:
+    """The line for a step after which the held-out loss was measured, with its metrics."""
+    begin, end = "validation/", "/loss"
+    names = [key[len(begin) :] for key in metrics if key.startswith(begin)]
+    sources = ", ".join(
+        f"{name[: -len(end)]} {_number(metrics, begin + name, '.4f')}"
+        for name in names
+        if name.endswith(end)
+    )
+    return (
+        f"step {step}: held-out loss {_number(metrics, HELD_OUT_LOSS, '.4f')} "
+        f"(text {_number(metrics, f'{HELD_OUT_LOSS}_text', '.4f')}, "
+        f"image {_number(metrics, f'{HELD_OUT_LOSS}_image', '.4f')}), "
+        f"perplexity {_number(metrics, f'{begin}perplexity', ',.4g')}; {sources}"
+    )
 
 
 def _number(metrics: Mapping[str, float | None], key: str, form: str) -> str:

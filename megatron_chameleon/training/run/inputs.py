@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_chameleon.checkpoint.state.start import Start
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import BatchReader
+from megatron_chameleon.data.validation.reader import HeldOutReader
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.training.run.skipped_steps import SkippedSteps
 
@@ -25,6 +26,15 @@ class RunInputs:
     """``auto``, ``never`` or a path, as the user asked for it."""
     start: Start = field(default_factory=Start)
     """How ``resume`` was understood."""
+    held_out: HeldOutReader | None = None
+    """The documents of ``data.validation``; None if there are none."""
+
+    def warnings(self) -> list[str]:
+        """What the owner should know about the data, one line each."""
+        found = self.reader.warnings()
+        if self.held_out is not None:
+            found += self.held_out.warnings(self.reader.sources)
+        return found
 
     def reader_after(self, steps_done: int) -> BatchReader:
         """A second reader of the same data, at the step after ``steps_done``."""

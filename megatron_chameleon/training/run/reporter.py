@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from megatron_chameleon.checkpoint.state.line import METRICS_FILE
+from megatron_chameleon.checkpoint.state.folders import step_of
+from megatron_chameleon.checkpoint.state.line import METRICS_FILE, list_line
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.parallel import platform
@@ -17,11 +18,16 @@ from megatron_chameleon.planner.flops import training_flops_per_token
 from megatron_chameleon.planner.gpus import find_gpu
 from megatron_chameleon.planner.time import uses_fp8
 from megatron_chameleon.training.metrics.divergence import Alarm, DivergenceAlarm
+from megatron_chameleon.training.metrics.overfitting import OverfittingAlarm, Turn
 from megatron_chameleon.training.metrics.profiler import StepProfiler
 from megatron_chameleon.training.metrics.stragglers import StepClock, StragglerMonitor
-from megatron_chameleon.training.records.events import EventLog
-from megatron_chameleon.training.run.console import Progress, open_console
-from megatron_chameleon.training.run.folder import RunFolder
+from megatron_chameleon.training.run.console import (
+    HELD_OUT_LOSS,
+    Progress,
+    held_out_line,
+    open_console,
+)
+from megatron_chameleon.training.run.folder import RunFolder, checkpoints_folder
 from megatron_chameleon.training.run.trackers import flat_numbers, open_trackers
 
 
@@ -33,7 +39,6 @@ class Reporter:
         vocab_size: Number of tokens in the vocabulary.
         topology: The place of this process.
         steps_done: Steps that earlier processes of the run have done.
-        events: Takes alarms and other events.
 
     Attributes:
         failure: Why this rank cannot write a file. The loop lets all ranks end with it; an error
@@ -44,16 +49,10 @@ class Reporter:
     """
 
     def __init__(
-        self,
-        config: Config,
-        vocab_size: int,
-        topology: Topology,
-        steps_done: int,
-        events: EventLog,
+        self, config: Config, vocab_size: int, topology: Topology, steps_done: int
     ) -> None:
         self.failure: ChameleonError | None = None
         self.config = config
-        self._events = events
         self._speed = SpeedMeter(config, vocab_size, topology.world_size)
         self._profiler = StepProfiler(config, topology.rank)
         steps, window = config.training.steps, config.logging.every_steps
@@ -65,6 +64,10 @@ class Reporter:
         self._alarm = DivergenceAlarm()
         past = (self._alarm.observe(*record) for record in self._run.history)
         self._run.write_alarms([asdict(alarm) for alarm in past if alarm is not None])
+        self._overfitting = OverfittingAlarm()
+        if config.data.validation.sources:
+            for record in self._run.past_metrics():
+                self._overfitting.observe(record)
         self._progress = Progress(steps_done, config.training.steps)
         self._trackers = open_trackers(config, steps_done, self._run.past_metrics())
         self._console = open_console(steps_done, config.training.steps)
@@ -97,7 +100,6 @@ class Reporter:
         ranks, warning = self._stragglers.observe(metrics["step"], clock)
         if warning:
             self.warn(warning)
-            self._events.record("straggler", warning, metrics["step"])
         return {**metrics, **self._speed.metrics(metrics["step_seconds"]), **ranks}
 
     def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -122,18 +124,19 @@ class Reporter:
         if trace is not None:
             self._console.say(f"traced {trace}")
         metrics = self._run.write_metrics(metrics)
-        self._events.step = step
         for tracker in self._trackers:
             tracker.record(step, dict(flat_numbers(metrics)))
         is_shown = step % self.config.logging.every_steps == 0 or step == self.config.training.steps
         line = self._progress.line(step, metrics) if is_shown else None
         self._console.step(step, self._progress.short(step, metrics), line)
+        if HELD_OUT_LOSS in metrics:
+            self._console.say(held_out_line(step, metrics))
+        if turn := self._overfitting.observe(metrics):
+            self._console.warn(turn_text(turn, self.config))
         alarm = self._alarm.observe(step, metrics["output_norm"], metrics["loss"])
         if alarm is not None:
             self._run.write_alarms([asdict(alarm)])
-            text = alarm_text(alarm, self.config)
-            self._console.warn(text)
-            self._events.record("alarm", text, step)
+            self._console.warn(alarm_text(alarm, self.config))
 
     def close(self) -> None:
         """Finish the files. It is called after an error too, so that no record is lost."""
@@ -174,6 +177,19 @@ class SpeedMeter:
             "mfu": rate / self._peak if self._peak else None,
             "tflops": rate / 1e12 if self._device_name else None,
         }
+
+
+def turn_text(turn: Turn, config: Config) -> str:
+    """The line about a held-out loss that has turned, with the checkpoint to go back to."""
+    checkpoints = list_line(checkpoints_folder(config))
+    place = "no checkpoint of the run exists yet"
+    if checkpoints:
+        nearest = min(checkpoints, key=lambda path: abs(step_of(path) - turn.lowest_step))
+        place = f"the checkpoint nearest to step {turn.lowest_step} is {nearest}"
+    return (
+        f"{turn}: from here on the model may be learning the training documents by heart; {place} "
+        "(docs/validation.md)"
+    )
 
 
 def alarm_text(alarm: Alarm, config: Config) -> str:

@@ -115,3 +115,17 @@ def test_a_value_that_is_no_number_is_named(value: object) -> None:
 def test_numbers_of_any_size_become_points_that_can_be_drawn() -> None:
     steps, values = series(metrics_of([{"step": 1, "x": 10**400}, {"step": 10**15, "x": 1}]), "x")
     assert steps.tolist() == [1, 10**15] and np.isnan(values).tolist() == [True, False]
+
+
+def test_a_held_out_loss_is_drawn_with_the_training_loss() -> None:
+    records = [{"step": step, "loss": 3.0 / step, "loss_text": 1.0} for step in range(1, 31)]
+    for step in (10, 20, 30):
+        records[step - 1]["validation/loss"] = 2.0 + 1 / step
+    figure = draw_curves({"run": metrics_of(records)}, ["loss", "loss_text", "validation/loss"], 5)
+    both, text, held_out = figure.axes[:3]
+    assert both.lines[-1].get_xydata().tolist() == [[10, 2.1], [20, 2.05], [30, 2 + 1 / 30]]
+    legend = both.get_legend()
+    assert legend is not None and [t.get_text() for t in legend.get_texts()] == ["held-out"]
+    assert text.get_legend() is None and len(text.lines) == 2
+    assert len(held_out.lines) == 1  # not smoothed: it has no noise
+    assert held_out.lines[0].get_ydata().tolist() == [2.1, 2.05, 2 + 1 / 30]

@@ -79,3 +79,34 @@ def test_what_is_deleted(
     config = CheckpointConfig(keep_last=keep_last, keep_every=keep_every)
     found = save.disposable(paths, config)
     assert [int(path.name[5:]) for path in found] == deleted
+
+
+@pytest.mark.parametrize(
+    ("losses", "deleted"),
+    [
+        ({5: 3.0, 10: 2.0, 15: 2.5, 20: 2.6, 25: 2.7}, [5, 15, 20]),
+        ({5: 3.0, 10: 2.0, 15: 2.0}, [5, 15, 20]),  # of equal ones the first
+        ({25: 1.0, 5: 3.0}, [5, 10, 15, 20]),  # the newest is kept anyway
+        ({}, [5, 10, 15, 20]),
+        ({5: None, 10: "2", 15: True, 20: 4.0, 25: float("nan")}, [5, 10, 15]),
+    ],
+)
+def test_the_best_checkpoint_is_kept(
+    tmp_path: Path, losses: dict[int, object], deleted: list[int]
+) -> None:
+    paths = [make(tmp_path, step) for step in (5, 10, 15, 20, 25)]
+    for step, path in zip((5, 10, 15, 20, 25), paths, strict=True):
+        state = json.loads((path / "state.json").read_text())
+        if step in losses:
+            state[save.VALIDATION_LOSS] = losses[step]
+        (path / "state.json").write_text(json.dumps(state))
+    (paths[2] / "config.yaml").unlink()  # not read
+    config = CheckpointConfig(keep_last=1, keep_best=True)
+    assert [int(path.name[5:]) for path in save.disposable(paths, config)] == deleted
+
+
+def test_a_damaged_checkpoint_is_not_the_best(tmp_path: Path) -> None:
+    paths = [make(tmp_path, step) for step in (5, 10, 15)]
+    (paths[0] / "state.json").write_text("{")
+    config = CheckpointConfig(keep_last=1, keep_best=True)
+    assert save.disposable(paths, config) == paths[:2]

@@ -1,0 +1,157 @@
+"""``chameleon evaluate-loss CHECKPOINT --data PREFIX...``: loss and perplexity on token files.
+
+chameleon evaluate-loss runs/digits --data held_out/captions held_out/drawings
+chameleon evaluate-loss exported --data held_out/captions --json
+torchrun --nproc-per-node 2 -m megatron_chameleon evaluate-loss runs/7b \
+    --data held_out/captions parallel.tensor_model_parallel_size=2
+"""
+
+import argparse
+import json
+import logging
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_chameleon import announce
+from megatron_chameleon.cli.logs import progress, show
+from megatron_chameleon.cli.options import HELD_OUT_TOKENS, add_overrides
+
+if TYPE_CHECKING:
+    from megatron_chameleon.checkpoint.formats.base import CheckpointReader
+    from megatron_chameleon.parallel.launch import Launch
+    from megatron_chameleon.training.validation.losses import HeldOutLosses
+
+REPORT_SECONDS = 10.0
+_SETTING = re.compile(r"(model|data|training|parallel|fusion)\.[\w.\[\]]+=.*", re.DOTALL)
+"""A word for ``overrides`` that argparse takes for one of ``--data``'s."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a checkpoint, a run folder or an exported folder")
+    add_overrides(parser)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PREFIX",
+        default=[],
+        help="token files to measure (default: those of data.validation in the run's config)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=HELD_OUT_TOKENS,
+        metavar="N",
+        help="measure about N tokens of each, in documents evenly spread over the file (default: "
+        "all)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print the table."""
+    from megatron_chameleon.errors import ChameleonError
+    from megatron_chameleon.parallel.launch import (
+        describe_launch,
+        find_launch,
+        is_reported_by_rank_0,
+    )
+
+    launch = find_launch()
+    if place := describe_launch(launch):
+        progress(place)
+    if launch.rank > 0:
+        logging.getLogger(announce.__name__).setLevel(logging.WARNING)  # rank 0 speaks for all
+    try:
+        _measure(args, launch)
+    except ChameleonError as error:
+        if not args.debug and is_reported_by_rank_0(launch):
+            sys.exit(error.exit_code)
+        raise
+
+
+def _measure(args: argparse.Namespace, launch: "Launch") -> None:
+    from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
+    from megatron_chameleon.data.validation.reader import HeldOutReader
+    from megatron_chameleon.training.validation.checkpoint import (
+        evaluation_config,
+        measure_checkpoint,
+    )
+
+    overrides = [*args.overrides, *filter(_SETTING.fullmatch, args.data)]
+    prefixes = [word for word in args.data if not _SETTING.fullmatch(word)]
+    reader = open_checkpoint(args.checkpoint)
+    config = evaluation_config(reader, prefixes, overrides, launch.world_size)
+    if args.max_tokens:
+        config.data.validation.max_tokens = args.max_tokens
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = open_tokenizer(reader, args.tokenizer, Path(scratch))
+        held_out = HeldOutReader(
+            config, tokenizer, "--data" if prefixes else "data.validation.sources"
+        )
+    if launch.rank == 0:
+        for line in held_out.warnings([]):
+            logging.getLogger(__name__).warning(line)
+    report = _Reporter(is_silent=launch.rank > 0)
+    losses = measure_checkpoint(reader, config, held_out, launch, report)
+    if launch.rank == 0:
+        show(json.dumps(_values(reader, losses), indent=1) if args.json else _table(losses))
+
+
+class _Reporter:
+    """Says how far it is, not more often than every ten seconds."""
+
+    def __init__(self, is_silent: bool) -> None:
+        self._is_silent, self._last = is_silent, time.monotonic()
+
+    def __call__(self, sequences: int) -> None:
+        now = time.monotonic()
+        if not self._is_silent and now - self._last >= REPORT_SECONDS:
+            self._last = now
+            progress(f"{sequences:,} sequences measured")
+
+
+def _values(reader: "CheckpointReader", losses: "HeldOutLosses") -> dict[str, object]:
+    def entry(name: str | None) -> dict[str, object]:
+        found = losses.total if name is None else losses.sources[name]
+        tokens = {"tokens": found.tokens, "tokens_text": found.text_tokens}
+        return {**dict(found.values()), **tokens, "tokens_image": found.image_tokens}
+
+    sources = {name: entry(name) for name in losses.sources}
+    return {
+        "checkpoint": str(reader.folder),
+        "step": reader.step,
+        **entry(None),
+        "sources": sources,
+    }
+
+
+def _table(losses: "HeldOutLosses") -> str:
+    """One row for each source and modality, and rows for all sources together."""
+    rows = [("source", "tokens", "number", "loss", "perplexity")]
+    listed = [*losses.sources.items()]
+    if len(listed) > 1:
+        listed.append(("all", losses.total))
+    for name, found in listed:
+        values = dict(found.values())
+        counts = {"": found.tokens, "_text": found.text_tokens, "_image": found.image_tokens}
+        for kind, count in counts.items():
+            loss, perplexity = values[f"loss{kind}"], values[f"perplexity{kind}"]
+            if count and (not kind or 0 < found.text_tokens < found.tokens):
+                label = kind.removeprefix("_") or "all"
+                rows.append((name, label, f"{count:,}", f"{loss:.4f}", f"{perplexity:,.4g}"))
+            elif not kind:
+                rows.append((name, "all", "0", "-", "-"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

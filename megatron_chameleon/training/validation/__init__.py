@@ -1,0 +1,1 @@
+"""Held-out loss: measured during training, or of a checkpoint."""

@@ -1,0 +1,65 @@
+"""What a measurement of the held-out loss found: losses and perplexities by source and modality."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+PREFIX = "validation/"
+"""How the names of these metrics begin."""
+LOSS = f"{PREFIX}loss"
+
+
+@dataclass(frozen=True)
+class ModalityLosses:
+    """Summed cross-entropy in nats, and the number of tokens that it is summed over."""
+
+    text: float
+    text_tokens: int
+    image: float
+    image_tokens: int
+
+    def __add__(self, other: "ModalityLosses") -> "ModalityLosses":
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return ModalityLosses(*(a + b for a, b in pairs))
+
+    @property
+    def tokens(self) -> int:
+        return self.text_tokens + self.image_tokens
+
+    def values(self) -> Iterator[tuple[str, float | None]]:
+        """Means over tokens, and their exponentials; None where there are no tokens."""
+        modalities = {
+            "": (self.text + self.image, self.tokens),
+            "_text": (self.text, self.text_tokens),
+            "_image": (self.image, self.image_tokens),
+        }
+        means = {
+            name: total / count if count else None for name, (total, count) in modalities.items()
+        }
+        for name, mean in means.items():
+            yield f"loss{name}", mean
+        for name, mean in means.items():
+            yield f"perplexity{name}", None if mean is None else _exp(mean)
+
+
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """The losses of each source, by its name."""
+
+    sources: Mapping[str, ModalityLosses]
+
+    @property
+    def total(self) -> ModalityLosses:
+        """Over the tokens of all sources."""
+        return sum(self.sources.values(), ModalityLosses(0.0, 0, 0.0, 0))
+
+    def metrics(self) -> dict[str, float | None]:
+        """``validation/loss`` and so on over all sources, then ``validation/NAME/loss``."""
+        found = {f"{PREFIX}{key}": value for key, value in self.total.values()}
+        for name, losses in self.sources.items():
+            found |= {f"{PREFIX}{name}/{key}": value for key, value in losses.values()}
+        return found
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,55 @@
+"""Train a small model under several layouts, with and without measuring a held-out loss.
+
+Usage: ``python run_held_out.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes", "tokenizer",
+"prefixes", "measures", "set": {"section.key": value}}. For each job it writes NAME.json: the
+metrics of three steps, the metrics of the measurement after each of them, and a hash of the weights
+that rank 0 has in the end.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from forked_jobs import run_forked
+from megatron_chameleon.config.schema import ValidationSourceConfig
+from megatron_chameleon.data.validation.reader import HeldOutReader
+from megatron_chameleon.parallel.topology import create_topology
+from megatron_chameleon.tokenizer.folder import load_tokenizer
+from megatron_chameleon.training.engines.base import build_engine
+from megatron_chameleon.training.validation.measure import measure
+from run_layouts import make_config, micro_batches
+
+STEPS = 3
+TIMES = ("step_seconds",)
+
+
+def run_job(job: dict[str, Any], output: Path) -> None:
+    config = make_config(job["set"])
+    config.data.validation.sources = [ValidationSourceConfig(path) for path in job["prefixes"]]
+    tokenizer = load_tokenizer(job["tokenizer"], images=False)
+    topology = create_topology(config.parallel)
+    engine = build_engine(config, tokenizer.vocabulary.size, topology)
+    reader = HeldOutReader(config, tokenizer)
+    steps, measured = [], []
+    for step in range(1, STEPS + 1):
+        batches = micro_batches(config, step, topology.data_rank, topology.data_size)
+        metrics = engine.train_step(step, batches)
+        steps.append({key: value for key, value in metrics.items() if key not in TIMES})
+        if job["measures"]:
+            losses = measure(engine.evaluate, reader, topology, lambda failure: True)
+            assert losses is not None
+            tokens = [found.tokens for found in losses.sources.values()]
+            measured.append({**losses.metrics(), "tokens": tokens})
+    # Weights that are gathered during the forward pass are the newest only after one.
+    measure(engine.evaluate, reader, topology, lambda failure: True)
+    weights = hashlib.sha256()
+    for _, tensor in engine.named_parameters():
+        weights.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+    if topology.rank == 0:
+        found = {"steps": steps, "measured": measured, "weights": weights.hexdigest()}
+        (output / f"{job['name']}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run_forked(run_job)
