@@ -21,6 +21,7 @@ from megatron_chameleon.cli.options import (
     SEED,
     add_action,
     add_common_options,
+    add_ema_option,
     add_image_options,
     add_sampling_options,
     device,
@@ -54,6 +55,7 @@ def _add_answer(answer: argparse.ArgumentParser) -> None:
         help="ask a fine-tuned model: all prompts take the form of conversations in its training, "
         "also those that are not written as conversations",
     )
+    add_ema_option(answer)
     add_sampling_options(answer)
     answer.add_argument(
         "--batch-size", type=BATCH, default=32, help="prompts to answer together (default: 32)"
@@ -115,7 +117,7 @@ def _answer(args: argparse.Namespace) -> None:
     with announced(f"reading {args.prompts}"):
         prompts = read_prompts(Path(args.prompts), image_options(args))[: args.limit]
     output = check_output_folder("--output", args.output)
-    session = Session.load(args.checkpoint, args.device, args.tokenizer)
+    session = Session.load(args.checkpoint, args.device, args.tokenizer, ema=args.ema)
     with AnswerCache(output, model_fingerprint(session)) as answers:
         if len(answers):
             progress(f"found {counted(len(answers), 'answer')} of an earlier run: {answers.path}")

@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="tokenizer folder, ours or Meta's (default: the checkpoint's)",
     )
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="write the moving average of the weights (training.ema_decay) as the weights, in fp32 "
+        "unless --dtype says otherwise",
+    )
     parser.add_argument("--no-optimizer", action="store_true", help="omit the optimizer state")
     parser.add_argument(
         "--dry-run",
@@ -63,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
         "shards": args.shards,
         "tokenizer_folder": args.tokenizer,
         "optimizer": not args.no_optimizer,
+        "ema": args.ema,
     }
     if args.dry_run:
         with announced(f"reading {args.source}"):

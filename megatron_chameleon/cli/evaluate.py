@@ -16,6 +16,7 @@ from megatron_chameleon.cli.options import (
     BATCH,
     COUNT,
     SEED,
+    add_ema_option,
     add_image_options,
     device,
     image_options,
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
     )
+    add_ema_option(parser)
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
     add_image_options(parser)
 
@@ -81,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
     with announced(f"reading {args.tasks}"):
         runs = load_tasks(names, data, args.limit, args.seed, args.batch_size, images)
     output = check_output_folder("--output", args.output)
-    session = Session.load(args.checkpoint, args.device, args.tokenizer)
-    results = run_tasks(session, args.checkpoint, runs, output, progress)
+    session = Session.load(args.checkpoint, args.device, args.tokenizer, ema=args.ema)
+    name = f"{args.checkpoint} (EMA of the weights)" if args.ema else args.checkpoint
+    results = run_tasks(session, name, runs, output, progress)
     show(results_table(results["tasks"]))
     progress(f"written: {output / RESULTS_FILE}")

@@ -20,6 +20,7 @@ from megatron_chameleon.cli.options import (
     ANSWERS,
     BATCH,
     GUIDANCE,
+    add_ema_option,
     add_image_options,
     add_sampling_options,
     image_options,
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="DIR", help="folder for images (default: generated) and answers"
     )
     parser.add_argument("--count", type=ANSWERS, default=1, help="answers per prompt (default: 1)")
+    add_ema_option(parser)
     add_sampling_options(parser)
     parser.add_argument(
         "--guidance-image",
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     _check_device(args)
     folder = _check_output(args)
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.count)]
-    session = Session.load(args.checkpoint, args.device, args.tokenizer)
+    session = Session.load(args.checkpoint, args.device, args.tokenizer, ema=args.ema)
     session.execution = Execution.on(args.device, "inductor" if args.compile else None)
     asked = [
         chat_prompt(prompt, session.tokenizer)

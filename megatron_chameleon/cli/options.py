@@ -140,6 +140,15 @@ def add_action(actions: Any, name: str, summary: str) -> argparse.ArgumentParser
     return parser
 
 
+def add_ema_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--ema`` to a verb that asks a model."""
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="ask the moving average of a training checkpoint's weights (training.ema_decay)",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how answers are sampled; defaults are ``GenerationOptions``'s."""
     parser.add_argument("--seed", type=SEED, default=1, help="seed of the sampling (default: 1)")

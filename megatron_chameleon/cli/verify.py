@@ -28,9 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest allowed difference, as a share of a tensor's largest number (default: 0)",
     )
 
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="compare the moving average of the first checkpoint's weights",
+    )
+
 
 def run(args: argparse.Namespace) -> None:
     """Compare. The exit code is 0 if nothing differs, and 2 otherwise."""
+    if args.second is None and args.ema:
+        from megatron_chameleon.errors import ConfigError
+
+        remedy = "Give a second checkpoint, or leave it out"
+        raise ConfigError("--ema", "is about a comparison of two checkpoints", remedy)
     if args.second is None:
         _check_files(args.first)
         return
@@ -43,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
         args.first,
         args.second,
         tolerance=args.tolerance,
+        ema=args.ema,
         progress=progress,
     )
     for difference in result.differences[:SHOWN_DIFFERENCES]:

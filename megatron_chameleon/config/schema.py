@@ -209,6 +209,10 @@ class TrainingConfig:
     """fp32, or bf16 with fp32 main weights."""
     z_loss: Annotated[float, Between(0, 1000)] = 1e-5
     """Weight of ``log(Z)^2``, where Z is the normaliser of the output softmax."""
+    ema_decay: Annotated[float, Below(0, 1)] | None = None
+    """Keep an exponential moving average of the weights in fp32, which ``--ema`` evaluates and
+    exports. This is its decay per update, such as 0.999; after n updates it is at most
+    (1 + n) / (10 + n). null: no average."""
     nonfinite: Annotated[str, OneOf("stop", "skip", "rollback")] = "stop"
     """What to do about a loss or gradient that is not finite, which is detected before the update.
     stop: end the run; skip: leave out this update and continue; rollback: load the newest

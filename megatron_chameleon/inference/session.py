@@ -70,7 +70,12 @@ class Session:
 
     @classmethod
     def load(
-        cls, path: str | Path, device: str = "cpu", tokenizer_folder: str | Path | None = None
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        tokenizer_folder: str | Path | None = None,
+        *,
+        ema: bool = False,
     ) -> "Session":
         """Open a model.
 
@@ -80,14 +85,16 @@ class Session:
             device: The device of the model and the image tokenizer.
             tokenizer_folder: None takes the exported folder's own tokenizer, or the path in the
                 checkpoint's config.
+            ema: Whether to take the moving average of a training checkpoint's weights, in fp32.
 
         Raises:
-            CheckpointError: There is no complete model, or the tokenizer is not the model's.
+            CheckpointError: There is no complete model or no moving average, or the tokenizer is
+                not the model's.
             DataError: The tokenizer cannot be used.
         """
         path = Path(path)
         with announced(f"loading the model from {path}"):
-            reader = open_checkpoint(path)
+            reader = open_checkpoint(path, ema=ema)
             with tempfile.TemporaryDirectory() as scratch:
                 tokenizer = open_tokenizer(reader, tokenizer_folder, Path(scratch), device)
             return cls(read_transformers(reader, tokenizer).to(device), tokenizer, reader.step)

@@ -63,6 +63,7 @@ def predict_memory(config: Config, vocab_size: int, world_size: int) -> MemoryEs
 def stage_memory(config: Config, vocab_size: int, world_size: int, stage: int) -> MemoryEstimate:
     """The memory of one process of a pipeline stage; see ``predict_memory``."""
     parallel, bf16 = config.parallel, config.training.dtype == "bf16"
+    state_bytes = (12 if bf16 else 8) + (4 if config.training.ema_decay is not None else 0)
     pp, cp = parallel.pipeline_model_parallel_size, parallel.context_parallel_size
     data = world_size // (parallel.tensor_model_parallel_size * pp * cp)
     parameters = stage_parameters(config, vocab_size, stage)
@@ -74,7 +75,7 @@ def stage_memory(config: Config, vocab_size: int, world_size: int, stage: int) -
         weights=parameters * _width(config) + _fp8_copies(config, layers),
         gradients=parameters * 4,
         optimizer=parameters
-        * (12 if bf16 else 8)
+        * state_bytes
         / (data * cp if parallel.use_distributed_optimizer else 1),
         activations=activations * (1 + FRAGMENTATION),
         logits=output_bytes(config, vocab_size, LOGIT_BYTES) if is_last else 0.0,

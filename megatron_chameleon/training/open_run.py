@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
@@ -108,6 +109,8 @@ class Run:
             failure = error
         raise_together(failure)
         self.reporter.say(f"{topology}; {describe_run(inputs)}; starts at step {steps_done}")
+        if note := self.engine.average.note:
+            self.reporter.say(note)
         if fused := fusion_names(config):
             self.reporter.say(f"fused kernels: {', '.join(fused)}")
         self._batches = self._restarted.enter_context(
@@ -139,7 +142,10 @@ class Run:
         self.watch.begin("loading", load_state(checkpoint)["step"], is_long=True)
         with announced(f"loading {checkpoint}"):
             steps_done = load(checkpoint, self.engine)
-        check_loaded_weights(self.engine.named_parameters(), checkpoint)
+        average = self.engine.average
+        check_loaded_weights(
+            chain(self.engine.named_parameters(), average.named_tensors()), checkpoint
+        )
         return steps_done
 
     def steps(self) -> Iterator[tuple[int, list[Batch]]]:
@@ -167,7 +173,7 @@ class Run:
         if not self.saver.is_due(step):  # a signal asks for it, so the guard has not looked
             self.guard.check_weights(step)
         self.reporter.flush_to_disk()
-        entries = self.inputs.checkpoint_entries(step)
+        entries = self.inputs.checkpoint_entries(step) | self.engine.average.state_entries()
         measured_step, loss = self._held_out_loss
         if measured_step == step and loss is not None and math.isfinite(loss):
             entries[VALIDATION_LOSS] = loss

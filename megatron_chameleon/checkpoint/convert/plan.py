@@ -20,6 +20,7 @@ from megatron_chameleon.checkpoint.formats.base import (
     Target,
 )
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
+from megatron_chameleon.checkpoint.names.optimizer_state import AVERAGE
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.errors import CheckpointError, ConfigError
@@ -42,6 +43,7 @@ class ConversionOptions:
         shards: Number of files (meta only); None: as few as the QK-norms allow.
         tokenizer_folder: Ours or Meta's; None takes the source's own.
         optimizer: Whether to keep optimizer state where source and format have it.
+        ema: Whether to write the moving average of the weights as the weights.
         shard_bytes: Largest size of a file of tensors (hf only).
     """
 
@@ -49,6 +51,7 @@ class ConversionOptions:
     shards: int | None = None
     tokenizer_folder: str | Path | None = None
     optimizer: bool = True
+    ema: bool = False
     shard_bytes: int = SHARD_BYTES
 
 
@@ -127,11 +130,12 @@ def plan_conversion(
     """
     destination, chosen = Path(destination), ConversionOptions(**options)
     check_conversion_options(to, chosen, destination)
-    reader = open_checkpoint(source)
+    reader = open_checkpoint(source, ema=chosen.ema)
     check_destination(source, reader, destination)
     with tempfile.TemporaryDirectory() as scratch:
         target = make_target(reader, to, chosen, Path(scratch))
-        return make_plan(reader, target, load_format(to).Writer(target), destination, to)
+        writer = load_format(to).Writer(target)
+        return make_plan(reader, target, writer, destination, to, ema=chosen.ema)
 
 
 def check_conversion_options(to: str, options: ConversionOptions, destination: Path) -> None:
@@ -182,25 +186,41 @@ def make_target(
     """
     tokenizer = open_tokenizer(reader, options.tokenizer_folder, scratch / "tokenizer")
     dtype = DTYPES[options.dtype] if options.dtype else None
-    can_hold_optimizer = load_format(to).Writer.holds_optimizer
+    holds, rows = load_format(to).Writer.holds, list(tensor_rows(reader.dimensions))
     return Target(
         model=reader.model,
         dimensions=reader.dimensions,
-        dtypes={row.key: dtype or reader.dtype(row) for row in tensor_rows(reader.dimensions)},
+        dtypes={row.key: dtype or reader.dtype(row) for row in rows},
         step=reader.step,
         tokenizer=tokenizer,
-        origin=str(reader.folder),
+        origin=f"{reader.folder}{' (EMA of the weights)' if options.ema else ''}",
         shards=options.shards,
         shard_bytes=options.shard_bytes,
-        has_optimizer=options.optimizer and reader.has_optimizer and can_hold_optimizer,
+        has_optimizer=options.optimizer and reader.has_optimizer and _can_hold(reader, to),
         config=reader.config,
         data=reader.data,
         skipped_steps=reader.skipped_steps,
+        moments={row.key: tuple(p for p in reader.moments(row) if p in holds) for row in rows},
+        ema_updates=reader.ema_updates,
+    )
+
+
+def _can_hold(reader: CheckpointReader, to: str) -> bool:
+    """Whether a format can store all that an optimizer needs, which the average is not."""
+    holds = {*load_format(to).Writer.holds, AVERAGE}
+    return len(holds) > 1 and all(
+        holds.issuperset(reader.moments(row)) for row in tensor_rows(reader.dimensions)
     )
 
 
 def make_plan(
-    reader: CheckpointReader, target: Target, writer: CheckpointWriter, destination: Path, to: str
+    reader: CheckpointReader,
+    target: Target,
+    writer: CheckpointWriter,
+    destination: Path,
+    to: str,
+    *,
+    ema: bool = False,
 ) -> ConversionPlan:
     """Add up what a conversion will write and need."""
 
@@ -219,7 +239,7 @@ def make_plan(
         to=to,
         dtypes=tuple(dict.fromkeys(target.dtypes.values())),
         parameters=sum(element_count(row.shape) for row in target.weights),
-        optimizer=_optimizer_sentence(reader, target, to),
+        optimizer=_optimizer_sentence(reader, target, to, ema),
         files=writer.files(),
         tokenizer_bytes=sum(path.stat().st_size for path in tokenizer_files),
         free_bytes=shutil.disk_usage(existing).free,
@@ -227,11 +247,21 @@ def make_plan(
     )
 
 
-def _optimizer_sentence(reader: CheckpointReader, target: Target, to: str) -> str:
+def _optimizer_sentence(reader: CheckpointReader, target: Target, to: str, ema: bool) -> str:
+    if ema:
+        updates = f"{reader.ema_updates:,} update{'s' if reader.ema_updates > 1 else ''}"
+        return f"The weights are their EMA after {updates}. Optimizer state omitted."
+    average = "; the EMA of the weights omitted (--ema writes it as the weights)"
+    if target.keeps_average:
+        average = ", and the EMA of the weights with it"
+    return f"{_state_sentence(reader, target, to)}{average if reader.ema_updates else ''}."
+
+
+def _state_sentence(reader: CheckpointReader, target: Target, to: str) -> str:
     if target.has_optimizer:
-        return "Optimizer state kept."
+        return "Optimizer state kept"
     if not reader.has_optimizer:
-        return "Optimizer state omitted: the source has none."
-    if load_format(to).Writer.holds_optimizer:
-        return "Optimizer state omitted, as requested."
-    return f"Optimizer state omitted: the {FORMATS[to]} format cannot store it."
+        return "Optimizer state omitted: the source has none"
+    if _can_hold(reader, to):
+        return "Optimizer state omitted, as requested"
+    return f"Optimizer state omitted: the {FORMATS[to]} format cannot store it"

@@ -89,14 +89,14 @@ def convert(
     started = time.monotonic()
     destination, chosen = Path(destination), ConversionOptions(**options)
     check_conversion_options(to, chosen, destination)
-    reader = open_checkpoint(source)
+    reader = open_checkpoint(source, ema=chosen.ema)
     check_destination(source, reader, destination)
     if verify:
         _check_source(reader, progress)
     with partial_folder(destination, progress) as partial:
         target = make_target(reader, to, chosen, partial)
         writer = load_format(to).Writer(target)  # refuses what the format cannot hold
-        plan = make_plan(reader, target, writer, destination, to)
+        plan = make_plan(reader, target, writer, destination, to, ema=chosen.ema)
         plan.check_disk()
         stream, new = TensorStream(reader, target, progress, verify), partial / "new"
         _write(writer, new, stream)

@@ -34,7 +34,7 @@ from megatron_chameleon.checkpoint.formats.opening import (
     open_checkpoint,
     open_tokenizer,
 )
-from megatron_chameleon.checkpoint.names.optimizer_state import MOMENTS, optimizer_parts
+from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, optimizer_parts
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes
 from megatron_chameleon.errors import ConfigError
@@ -102,6 +102,7 @@ def verify(
     second: str | Path,
     *,
     tolerance: float = 0.0,
+    ema: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> CheckpointComparison:
     """Compare settings, tensors, tokenizers and, for models that fit into memory, logits.
@@ -114,6 +115,7 @@ def verify(
         tolerance: Largest |a - b| of an element, as a share of the largest |a| of its tensor, that
             counts as equal. 0 asks for the same numbers, whatever their dtype, and for the same
             bits where the dtype is the same.
+        ema: Whether the moving average of the first checkpoint's weights is compared.
         progress: Called with a line after each layer.
 
     Raises:
@@ -122,7 +124,7 @@ def verify(
     """
     if not tolerance >= 0:
         raise ConfigError(f"--tolerance {tolerance}", "is below 0", "Give 0 or more")
-    a, b = open_checkpoint(first), open_checkpoint(second)
+    a, b = open_checkpoint(first, ema=ema), open_checkpoint(second)
     optimizer, differences = a.has_optimizer and b.has_optimizer, _compare_settings(a, b)
     result = CheckpointComparison(a, b, 0, 0, optimizer, 0.0, "", differences, "not compared")
     if result.differences:
@@ -167,7 +169,9 @@ def _compared_rows(
         wide = torch.promote_types(*dtypes)
         yield most_precise_row(a, row_a, wide), most_precise_row(b, row_b, wide)
         if a.has_optimizer and b.has_optimizer:
-            for part in MOMENTS if torch.float32 in dtypes else optimizer_parts(wide):
+            theirs = b.moments(row_b)
+            moments = [part for part in a.moments(row_a) if part in theirs]
+            for part in moments if torch.float32 in dtypes else optimizer_parts(wide, moments):
                 yield replace(row_a, part=part), replace(row_b, part=part)
 
 
@@ -186,9 +190,10 @@ def _compare(
     tolerance: float,
 ) -> None:
     result.tensors += 1
-    if part not in MOMENTS:
+    if part in (None, MAIN_WEIGHT):
         result.parameters += a.numel()
-    name = f"{part} of {name}" if part in MOMENTS else name
+    else:
+        name = f"{part} of {name}"
     share = largest_difference(a, b)
     if not share <= result.largest:
         result.largest, result.largest_name = share, name

@@ -15,7 +15,12 @@ from typing import Any, Protocol
 import torch
 
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
-from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, optimizer_parts
+from megatron_chameleon.checkpoint.names.optimizer_state import (
+    AVERAGE,
+    MAIN_WEIGHT,
+    MOMENTS,
+    optimizer_parts,
+)
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.constraints import Between, field_constraints, find_violations
@@ -53,6 +58,8 @@ class CheckpointReader(Protocol):
         data: What the run has read, as stored in ``state.json``; None if the files don't say.
         skipped_steps: Steps of the run that made no update, as stored in ``state.json``; empty if
             the files don't say.
+        ema_updates: Number of weights in the moving average of the weights that is stored beside
+            them; 0: there is none.
         weight_files: Names of the files in the folder whose tensors are read.
 
     Raises (on opening):
@@ -70,10 +77,15 @@ class CheckpointReader(Protocol):
     config: Config | None
     data: dict[str, Any] | None
     skipped_steps: Sequence[int]
+    ema_updates: int
     weight_files: Collection[str]
 
     def dtype(self, row: TensorRow) -> torch.dtype:
         """The dtype of a stored weight."""
+        ...
+
+    def moments(self, row: TensorRow) -> tuple[str, ...]:
+        """The parts of a weight's optimizer state besides its main weight, if ``has_optimizer``."""
         ...
 
     def read(self, row: TensorRow) -> torch.Tensor:
@@ -122,6 +134,9 @@ class Target:
         config: The training config; None if the source doesn't say.
         data: What the run has read; None if the source doesn't say.
         skipped_steps: Steps of the run that made no update.
+        moments: The parts of each weight's optimizer state besides its main weight, by its row's
+            key; ``MOMENTS`` for a weight that is not in it.
+        ema_updates: Number of weights in the moving average, if that is one of the parts.
     """
 
     model: ModelConfig
@@ -136,6 +151,13 @@ class Target:
     config: Config | None = None
     data: dict[str, Any] | None = None
     skipped_steps: Sequence[int] = ()
+    moments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ema_updates: int = 0
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether the moving average of the weights comes along."""
+        return self.has_optimizer and any(AVERAGE in parts for parts in self.moments.values())
 
     @property
     def weights(self) -> list[TensorRow]:
@@ -149,7 +171,8 @@ class Target:
         for row in self.weights:
             found.append(row)
             if self.has_optimizer:
-                parts = optimizer_parts(self.dtypes[row.key])
+                moments = self.moments.get(row.key, MOMENTS)
+                parts = optimizer_parts(self.dtypes[row.key], moments)
                 found += [replace(row, part=part) for part in parts]
         return found
 
@@ -174,14 +197,13 @@ class CheckpointWriter(Protocol):
         target: What to write.
 
     Attributes:
-        holds_optimizer: Whether the format can store optimizer state. If not, the target never has
-            any.
+        holds: The parts of optimizer state that the format can store. The target never has others.
 
     Raises:
         CheckpointError: The format cannot store the target.
     """
 
-    holds_optimizer: bool
+    holds: Collection[str]
 
     def __init__(self, target: Target) -> None: ...
 

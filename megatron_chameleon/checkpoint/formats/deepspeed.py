@@ -20,7 +20,7 @@ stage and with any number. It loads with ``"checkpoint": {"load_universal": true
 config and ``engine.load_checkpoint(DST, load_lr_scheduler_states=False)``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -89,6 +89,7 @@ class Reader:
     """A ZeRO or universal checkpoint. See ``formats.base.CheckpointReader``."""
 
     format = "deepspeed"
+    ema_updates = 0
 
     def __init__(self, folder: Path) -> None:
         step_folder = find_step_folder(folder)
@@ -115,6 +116,10 @@ class Reader:
         check_names(str(folder), found, expected)
         if self._is_hf:
             self._find_norm_groups()
+
+    def moments(self, row: TensorRow) -> tuple[str, ...]:
+        """AdamW's."""
+        return MOMENTS
 
     def dtype(self, row: TensorRow) -> torch.dtype:
         """The dtype that the model computed with."""
@@ -239,7 +244,7 @@ def _naming(files: DeepSpeedFiles) -> tuple[str, bool]:
 class Writer:
     """Writes a universal checkpoint. See ``formats.base.CheckpointWriter``."""
 
-    holds_optimizer = True
+    holds: Collection[str] = (MAIN_WEIGHT, *MOMENTS)
 
     def __init__(self, target: Target) -> None:
         check_has_norms(target)

@@ -11,7 +11,7 @@ lines; its tokenizer must be given with ``--tokenizer``.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -73,6 +73,7 @@ class Reader:
     config = None
     data = None
     skipped_steps: Sequence[int] = ()
+    ema_updates = 0
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -109,6 +110,10 @@ class Reader:
             for part in ("weight", "bias")
         )
 
+    def moments(self, row: TensorRow) -> tuple[str, ...]:
+        """None: the format has weights only."""
+        return ()
+
     def dtype(self, row: TensorRow) -> torch.dtype:
         """The dtype of a weight's stored tensors."""
         dtypes = [self._files.dtypes[name] for name in row.hf_names]
@@ -139,7 +144,7 @@ class Reader:
 class Writer:
     """Writes a Hugging Face folder. See ``formats.base.CheckpointWriter``."""
 
-    holds_optimizer = False
+    holds: Collection[str] = ()
 
     def __init__(self, target: Target) -> None:
         check_has_norms(target)

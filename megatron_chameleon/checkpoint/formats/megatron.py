@@ -12,7 +12,7 @@ values.
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,13 @@ from megatron_chameleon.checkpoint.formats.base import (
     check_names,
 )
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
-from megatron_chameleon.checkpoint.names.optimizer_state import optimizer_parts
+from megatron_chameleon.checkpoint.names.optimizer_state import (
+    AVERAGE,
+    MAIN_WEIGHT,
+    MOMENTS,
+    has_average,
+    optimizer_parts,
+)
 from megatron_chameleon.checkpoint.names.table import K_NORM, Q_NORM
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.state.folders import (
@@ -109,7 +115,21 @@ class Reader:
         self.data: dict[str, Any] | None = state.get("data")
         self.skipped_steps: Sequence[int] = state.get("skipped_steps", ())
         self.has_optimizer = state.get("optimizer") is not False
+        self._averages = self.has_optimizer and has_average(self._checkpoint.optimizer_tensors)
+        self.ema_updates: int = state["ema_updates"] if self._averages else 0
+        self._reads_average = False
         self._check()
+
+    def read_average(self) -> None:
+        """Let the moving average of the weights stand for the weights from now on, in fp32.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        if not self._averages:
+            remedy = "Leave out --ema, or use a checkpoint of a run with training.ema_decay"
+            raise CheckpointError(str(self.folder), "has no EMA of the weights", remedy)
+        self._reads_average, self.has_optimizer = True, False
 
     def _check(self) -> None:
         where, weights = str(self.folder), list(tensor_rows(self.dimensions))
@@ -118,16 +138,24 @@ class Reader:
             optimizer_rows = [
                 replace(row, part=part)
                 for row in weights
-                for part in optimizer_parts(self.dtype(row))
+                for part in optimizer_parts(self.dtype(row), self.moments(row))
             ]
             _check_tensors(where, self._checkpoint.optimizer_tensors, optimizer_rows)
 
     def dtype(self, row: TensorRow) -> torch.dtype:
-        """The dtype of a stored weight."""
+        """The dtype of a stored weight, or of its average if that stands for it."""
+        if self._reads_average:
+            return torch.float32
         return self._checkpoint.tensors[row.megatron_name].dtype
+
+    def moments(self, row: TensorRow) -> tuple[str, ...]:
+        """AdamW's, and the moving average if there is one."""
+        return (*MOMENTS, AVERAGE) if self._averages else MOMENTS
 
     def read(self, row: TensorRow) -> torch.Tensor:
         """Read one tensor, without padding rows of the vocabulary."""
+        if self._reads_average and row.part is None:
+            row = replace(row, part=AVERAGE)
         return self._checkpoint.read(row.stored_name, row.layer)[: row.shape[0]]
 
     def tokenizer_folder(self, scratch: Path) -> Path:
@@ -172,7 +200,7 @@ def _check_tensors(where: str, found: dict[str, TensorInfo], wanted: Sequence[Te
 class Writer:
     """Writes a checkpoint without a process group. See ``formats.base.CheckpointWriter``."""
 
-    holds_optimizer = True
+    holds: Collection[str] = (MAIN_WEIGHT, *MOMENTS, AVERAGE)
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -275,6 +303,8 @@ class Writer:
             "vocab_size": target.dimensions.vocab_size,
             "tokenizer_fingerprint": target.tokenizer.fingerprint,
         }
+        if target.keeps_average:
+            state["ema_updates"] = target.ema_updates
         write_text(folder / STATE_FILE, json.dumps(state, indent=1) + "\n", CheckpointError)
 
 

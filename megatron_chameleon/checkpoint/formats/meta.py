@@ -12,7 +12,7 @@ into n shards or a multiple of n. Source: loader.py, transformer.py of facebookr
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ class Reader:
     config = None
     data = None
     skipped_steps: Sequence[int] = ()
+    ema_updates = 0
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,6 +111,10 @@ class Reader:
     @property
     def shard_count(self) -> int:
         return len(self._shards)
+
+    def moments(self, row: TensorRow) -> tuple[str, ...]:
+        """None: the format has weights only."""
+        return ()
 
     def dtype(self, row: TensorRow) -> torch.dtype:
         """The dtype of a weight's stored tensors."""
@@ -209,7 +214,7 @@ class Reader:
 class Writer:
     """Writes Meta's shards. See ``formats.base.CheckpointWriter``."""
 
-    holds_optimizer = False
+    holds: Collection[str] = ()
 
     def __init__(self, target: Target) -> None:
         dims = target.dimensions

@@ -25,7 +25,7 @@ TOKENIZER_FOLDER = "tokenizer"
 """Where Meta's folders and our converted checkpoints have it."""
 
 
-def open_checkpoint(path: str | Path) -> CheckpointReader:
+def open_checkpoint(path: str | Path, *, ema: bool = False) -> CheckpointReader:
     """Open a checkpoint of any format.
 
     Files of weights beside those that are read are named in a warning.
@@ -33,10 +33,11 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
     Args:
         path: A training checkpoint, a ``checkpoints`` or run folder, a Hugging Face folder, or one
             of Meta's or of DeepSpeed's.
+        ema: Whether the moving average of the weights stands for the weights, in fp32.
 
     Raises:
-        CheckpointError: The path is none of these, the checkpoint is damaged, or it has an adapter
-            beside its weights.
+        CheckpointError: The path is none of these, the checkpoint is damaged, it has an adapter
+            beside its weights, or it has no moving average.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -50,7 +51,7 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
                 reader: CheckpointReader = module.Reader(folder)
                 if unused := unused_weights(reader.folder, reader.weight_files):
                     logger.warning("%s: files of weights that are not used: %s", folder, unused)
-                return reader
+                return _with_average(reader) if ema else reader
     except OSError as error:
         raise cannot_read(error.filename or folder, error, CheckpointError) from error
     raise CheckpointError(
@@ -59,6 +60,17 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
         "(meta) and no latest or ..._states.pt (deepspeed)",
         "Give a checkpoint of one of these formats",
     )
+
+
+def _with_average(reader: CheckpointReader) -> CheckpointReader:
+    from megatron_chameleon.checkpoint.formats.megatron import Reader
+
+    if not isinstance(reader, Reader):
+        what = f"is in the {FORMATS[reader.format]} format, which has no EMA beside the weights"
+        remedy = "Leave out --ema, or use a checkpoint of a run with training.ema_decay"
+        raise CheckpointError(str(reader.folder), what, remedy)
+    reader.read_average()
+    return reader
 
 
 def open_tokenizer(

@@ -11,7 +11,7 @@ each rank needs memory for its share only.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatron_chameleon.checkpoint.names.optimizer_state import (
+    AVERAGE,
     MAIN_WEIGHT,
     MOMENTS,
     OPTIMIZER_PREFIX,
@@ -85,6 +86,7 @@ class ShardedState:
             optimizer: ``engine.optimizer``, after its first step.
         """
         _link_state(optimizer)
+        moments = (*MOMENTS, AVERAGE) if keeps_average(optimizer) else MOMENTS
         state: dict[str, Any] = {"model": {}, "optimizer": {}}
         for name, parameter in self._parameters.items():
             entry = self._entries[name]
@@ -95,26 +97,30 @@ class ShardedState:
 
             weight = _get(optimizer, parameter, MAIN_WEIGHT)
             state["model"][name] = dataclasses.replace(entry, data=keep(weight.to(parameter.dtype)))
-            for part in optimizer_parts(parameter.dtype):
+            for part in optimizer_parts(parameter.dtype, moments):
                 value = weight if part == MAIN_WEIGHT else _get(optimizer, parameter, part)
                 state["optimizer"][f"{part}.{name}"] = make_sharded_optimizer_tensor(
                     entry, keep(value), f"{OPTIMIZER_PREFIX}state.{part}"
                 )
         return state
 
-    def restore(self, checkpoint: Path, optimizer: Any, step: int) -> None:
+    def restore(
+        self, checkpoint: Path, optimizer: Any, step: int, *, average: bool = False
+    ) -> None:
         """Fill the optimizer, and through it the weights, from a checkpoint. A collective.
 
         Args:
             checkpoint: A checkpoint of any engine and layout.
             optimizer: ``engine.optimizer``, before its first step.
             step: Number of updates before the checkpoint.
+            average: Whether to load the moving average of the weights too.
 
         Raises:
             CheckpointError: A file is missing, damaged or of another shape.
         """
-        _create_state(optimizer, step)
-        self._load(checkpoint, optimizer, (MAIN_WEIGHT, *MOMENTS))
+        moments = (*MOMENTS, AVERAGE) if average else MOMENTS
+        _create_state(optimizer, moments, step)
+        self._load(checkpoint, optimizer, (MAIN_WEIGHT, *moments))
 
     def restore_weights(self, checkpoint: Path, optimizer: Any) -> None:
         """Fill the weights, including main weights; the moments start at zero. A collective.
@@ -137,7 +143,7 @@ class ShardedState:
             for name in names:
                 for part in parts:
                     _set(optimizer, self._parameters[name], part, loaded.pop(f"{part}.{name}"))
-        _update_weights(optimizer)
+        update_weights(optimizer)
 
     def _to_fill(self, name: str, part: str, stored: Collection[str]) -> ShardedBase:
         entry = self._entries[name]
@@ -170,8 +176,9 @@ class DeepSpeedSnapshot:
     def local_bytes(self) -> int:
         """Bytes that this rank will write."""
         weight_bytes = {torch.float32: 4, torch.bfloat16: 2 + 4}  # bf16 also has fp32 main weights
+        moments = len(MOMENTS) + keeps_average(self._optimizer)
         return sum(
-            count * (weight_bytes[dtype] + 4 * len(MOMENTS))
+            count * (weight_bytes[dtype] + 4 * moments)
             for count, dtype in self._state.own_elements()
         )
 
@@ -196,11 +203,26 @@ def _flat_parameters(optimizer: Any) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _create_state(optimizer: Any, step: int) -> None:
-    """Give the inner AdamW the state that its first step would create, with its step set."""
+def updated_tensors(optimizer: Any) -> Iterator[tuple[Optimizer, Tensor]]:
+    """Torch's AdamW and each fp32 tensor of this rank that it updates.
+
+    Args:
+        optimizer: ``engine.optimizer``.
+    """
     inner = optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
     for flat in _flat_parameters(optimizer):
-        state = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+        yield inner, flat
+
+
+def keeps_average(optimizer: Any) -> bool:
+    """Whether a moving average of the weights is kept beside the moments."""
+    return any(AVERAGE in inner.state.get(flat, ()) for inner, flat in updated_tensors(optimizer))
+
+
+def _create_state(optimizer: Any, moments: Sequence[str], step: int) -> None:
+    """Give the inner AdamW the state that its first step would create, with its step set."""
+    for inner, flat in updated_tensors(optimizer):
+        state = {moment: torch.zeros_like(flat) for moment in moments}
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=flat.device)
         inner.state[flat] = state
     _link_state(optimizer)
@@ -248,7 +270,7 @@ def _set(optimizer: Any, parameter: nn.Parameter, part: str, value: Tensor) -> N
         set_moment(parameter, value, part)
 
 
-def _update_weights(optimizer: Any) -> None:
+def update_weights(optimizer: Any) -> None:
     """Copy the optimizer's main weights to the model's weights. A collective under ZeRO."""
     if hasattr(optimizer, "update_lp_params"):  # ZeRO 1 and 2
         optimizer.update_lp_params()

@@ -21,6 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from megatron_chameleon.checkpoint.names.optimizer_state import (
+    AVERAGE,
     MAIN_WEIGHT,
     MOMENTS,
     optimizer_key,
@@ -29,8 +30,8 @@ from megatron_chameleon.checkpoint.names.optimizer_state import (
 )
 from megatron_chameleon.checkpoint.state.torch_dist import load_sharded
 
-_NAMES = {MAIN_WEIGHT: "param", **{moment: moment for moment in MOMENTS}}
-"""megatron-core's names for the parts of the state."""
+_NAMES = {MAIN_WEIGHT: "param"}
+"""megatron-core's names for parts of the state, where they differ."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def sharded_ranges(
     found: dict[str, ShardedTensor] = {}
     for optimizer, parameter, sharded, start, stop in _owned(optimizers, model):
         state = optimizer._get_main_param_and_optimizer_states(parameter)
-        for part in optimizer_parts(parameter.dtype):
-            values = state[_NAMES[part]].detach()
+        moments = [name for name in state if name not in ("param", "step")]
+        for part in optimizer_parts(parameter.dtype, moments):
+            values = state[_NAMES.get(part, part)].detach()
             for rectangle in _sharded_rectangles(
                 sharded, optimizer_key(part, sharded.key), values, start, stop
             ):
@@ -111,6 +113,8 @@ def load_ranges(
     checkpoint: Path,
     stored: Collection[str],
     step: int,
+    *,
+    average: bool = False,
 ) -> None:
     """Load the optimizer state of this rank's ranges. A collective.
 
@@ -120,22 +124,29 @@ def load_ranges(
         checkpoint: A whole checkpoint of any engine and layout.
         stored: All names in the checkpoint.
         step: Number of updates before the checkpoint.
+        average: Whether to load the moving average of the weights too.
 
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.
     """
+    parts = (MAIN_WEIGHT, *MOMENTS, *((AVERAGE,) if average else ()))
     for optimizer in optimizers:
         if not optimizer.optimizer.state:
             optimizer._init_optimizer_states_with_dummy_values()
+        if average:
+            for weight, own in optimizer.optimizer.state.items():
+                own[AVERAGE] = torch.empty_like(weight)
     wanted: dict[str, ShardedTensor] = {}
     filled: list[tuple[DistributedOptimizer, nn.Parameter, dict[str, Tensor]]] = []
     for optimizer, parameter, sharded, start, stop in _owned(optimizers, model):
-        state = {name: torch.empty(stop - start) for name in _NAMES.values()}
-        for part, name in _NAMES.items():
+        state = {_NAMES.get(part, part): torch.empty(stop - start) for part in parts}
+        for part in parts:
             key = optimizer_key(part, sharded.key)
             if part == MAIN_WEIGHT:
                 key = weight_key(sharded.key, torch.float32, stored)
-            for rectangle in _sharded_rectangles(sharded, key, state[name], start, stop):
+            for rectangle in _sharded_rectangles(
+                sharded, key, state[_NAMES.get(part, part)], start, stop
+            ):
                 wanted[str(len(wanted))] = rectangle
         filled.append((optimizer, parameter, state))
     loaded = load_sharded(checkpoint, dict(wanted), is_whole=False)

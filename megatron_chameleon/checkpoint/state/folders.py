@@ -80,6 +80,7 @@ def load_state(folder: Path) -> dict[str, Any]:
         values.flag(key, None)
     values.section("data", {})
     values.wholes("skipped_steps", high=LARGEST_COUNT)
+    state["ema_updates"] = values.whole("ema_updates", high=LARGEST_COUNT, default=0)
     return state
 
 

@@ -22,6 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_chameleon.checkpoint.names.optimizer_state import (
+    AVERAGE,
     MAIN_WEIGHT,
     optimizer_key,
     weight_key,
@@ -62,6 +63,8 @@ def load_optimizer(
     checkpoint: Path,
     stored: Collection[str],
     step: int,
+    *,
+    average: bool = False,
 ) -> None:
     """Load main weights, moments and the step. A collective.
 
@@ -74,13 +77,18 @@ def load_optimizer(
         checkpoint: A whole checkpoint of any engine and layout.
         stored: All names in the checkpoint.
         step: Number of updates before the checkpoint.
+        average: Whether to load the moving average of the weights too.
 
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.
     """
     if distributed := _distributed(optimizer):
-        load_ranges(distributed, list(sharded_values(model)), checkpoint, stored, step)
+        load_ranges(
+            distributed, list(sharded_values(model)), checkpoint, stored, step, average=average
+        )
         return
+    if average:
+        _create_averages(optimizer)
     state = optimizer.sharded_state_dict(model, True, metadata=metadata)
     for sharded in sharded_values(state):
         if sharded.key.startswith(_MAIN_WEIGHT):
@@ -90,6 +98,15 @@ def load_optimizer(
     loaded = load_sharded(checkpoint, state)
     _set_step(loaded, step, optimizer)
     optimizer.load_state_dict(loaded)
+
+
+def _create_averages(optimizer: MegatronOptimizer) -> None:
+    """Make room for the moving average beside the moments, so that it is loaded with them."""
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        member.init_state_fn(member.optimizer, member.config)  # only creates what does not exist
+        for group in member.optimizer.param_groups:
+            for weight in group["params"]:
+                member.optimizer.state[weight][AVERAGE] = torch.empty_like(weight)
 
 
 def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:

@@ -1,6 +1,7 @@
 """The interface of the two training engines, and the only place that chooses between them."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from megatron_chameleon.parallel.deepspeed_setup import check_deepspeed, prepare
 from megatron_chameleon.parallel.launch import find_launch
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.schedules.learning_rate import LearningRate
+from megatron_chameleon.training.engines.ema import WeightAverage
 from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
 
@@ -26,6 +28,7 @@ class TrainingEngine(Protocol):
     config: Config
     monitor: StepMonitor
     clock: StepClock
+    average: WeightAverage
 
     @property
     def parts(self) -> Sequence[nn.Module]:
@@ -76,6 +79,13 @@ class TrainingEngine(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of the parameters under their names in the whole model."""
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Let the model compute with the moving average of its weights.
+
+        Afterwards it computes with the weights again, to the last bit. Without an average, and
+        before the first update, these are the weights themselves. Nothing may train or save inside.
+        """
 
     def snapshot(self) -> Snapshot:
         """The state to save."""

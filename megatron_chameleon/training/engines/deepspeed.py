@@ -8,6 +8,7 @@ groups.
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,13 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
 
-from megatron_chameleon.checkpoint.state.deepspeed_state import DeepSpeedSnapshot, ShardedState
+from megatron_chameleon.checkpoint.state.deepspeed_state import (
+    DeepSpeedSnapshot,
+    ShardedState,
+    update_weights,
+    updated_tensors,
+)
+from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model.chameleon import build_model
@@ -30,6 +37,7 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.schedules.learning_rate import LearningRate, StepScheduler
+from megatron_chameleon.training.engines.ema import WeightAverage
 from megatron_chameleon.training.engines.inputs import micro_batch_shape, own_part, run_model
 from megatron_chameleon.training.engines.objective import modality_sums, summed_loss
 from megatron_chameleon.training.engines.optimizer import build_torch_adamw
@@ -73,6 +81,11 @@ class DeepSpeedEngine:
         )
         rate = learning_rate or LearningRate.of(config)
         self.scheduler = StepScheduler(self.engine.optimizer, rate, config.optimizer.weight_decay)
+        self.average = WeightAverage(
+            config.training.ema_decay,
+            tensors=lambda: updated_tensors(self.engine.optimizer),
+            publish=lambda: update_weights(self.engine.optimizer),
+        )
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -86,7 +99,9 @@ class DeepSpeedEngine:
         start = time.perf_counter()
         grad_norm, updated, metrics = self._pass(step, micro_batches, update=update)
         metrics["grad_norm"] = grad_norm
-        if not updated:
+        if updated:
+            self.average.update()
+        else:
             metrics["skipped"] = True
         metrics["learning_rate"] = float(self.engine.optimizer.param_groups[0]["lr"])
         self.scheduler.step(1)
@@ -194,6 +209,10 @@ class DeepSpeedEngine:
             clip_grad_by_total_norm_fp32(parameters, self.config.optimizer.clip_grad, norm)
         return norm
 
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Compute with the average of the weights; see ``TrainingEngine``."""
+        return self.average.in_use()
+
     def snapshot(self) -> DeepSpeedSnapshot:
         """The state to save."""
         return self._state.snapshot(self.engine.optimizer)
@@ -201,11 +220,13 @@ class DeepSpeedEngine:
     def restore(self, checkpoint: Path, step: int) -> None:
         """Load the state of a checkpoint; see ``TrainingEngine``."""
         updates = count_updates(checkpoint, step)
-        self._state.restore(checkpoint, self.engine.optimizer, updates)
+        average = self.average.begin_restore(checkpoint, TrainingCheckpoint(checkpoint).names)
+        self._state.restore(checkpoint, self.engine.optimizer, updates, average=average)
         self.scheduler.continue_after(step)
 
     def restore_weights(self, checkpoint: Path) -> None:
         """Load the weights only; see ``TrainingEngine``."""
+        self.average.forget()
         self._state.restore_weights(checkpoint, self.engine.optimizer)
 
 

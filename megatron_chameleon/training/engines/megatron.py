@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from megatron_chameleon.checkpoint.names.optimizer_state import weight_key
 from megatron_chameleon.checkpoint.state.megatron_optimizer import load_optimizer, sharded_optimizer
@@ -34,6 +36,7 @@ from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.schedules.learning_rate import LearningRate, StepScheduler
+from megatron_chameleon.training.engines.ema import WeightAverage
 from megatron_chameleon.training.engines.evaluation import evaluate_batches
 from megatron_chameleon.training.engines.gradient_groups import GradientGroups
 from megatron_chameleon.training.engines.inputs import (
@@ -76,6 +79,9 @@ class MegatronEngine:
         self.optimizer = build_optimizer(config, self.chunks)
         rate = learning_rate or LearningRate.of(config)
         self.scheduler = StepScheduler(self.optimizer, rate, config.optimizer.weight_decay)
+        self.average = WeightAverage(
+            config.training.ema_decay, self._updated_tensors, self._publish_weights
+        )
         self.gradients = GradientGroups(self.parts, self.optimizer)
         transformer.finalize_model_grads_func = self._finalize_gradients
         transformer.grad_scale_func = self.optimizer.scale_loss
@@ -119,10 +125,34 @@ class MegatronEngine:
             norm: Of all gradients.
         """
         limit = self.optimizer.config.clip_grad  # 0 or infinity: no clipping
-        for member in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for member in self._members():
             if 0 < limit < math.inf and (parameters := member.get_parameters()):
                 clip_grad_by_total_norm_fp32(parameters, limit, norm)
         self.optimizer.step_with_ready_grads()
+        self.average.update()
+
+    def _members(self) -> list[Any]:
+        """The optimizers that megatron-core has chained, or the only one."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
+    def _updated_tensors(self) -> Iterator[tuple[Optimizer, Tensor]]:
+        for member in self._members():
+            for group in member.param_groups:
+                for weight in group["params"]:
+                    yield member.optimizer, weight
+
+    def _publish_weights(self) -> None:
+        """Copy the optimizer's main weights to the model's weights on all ranks."""
+        for member in self._members():
+            if hasattr(member, "_copy_main_params_to_model_params"):
+                member._copy_main_params_to_model_params()
+        if self.config.parallel.use_distributed_optimizer:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Compute with the average of the weights; see ``TrainingEngine``."""
+        return self.average.in_use()
 
     def repeat_pass(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Repeat a step's passes; see ``TrainingEngine``."""
@@ -195,12 +225,16 @@ class MegatronEngine:
         stored = TrainingCheckpoint(checkpoint).names
         model, metadata = self._sharded_model(), self._checkpoint_metadata()
         updates = count_updates(checkpoint, step)
-        load_optimizer(self.optimizer, model, metadata, checkpoint, stored, updates)
+        average = self.average.begin_restore(checkpoint, stored)
+        load_optimizer(
+            self.optimizer, model, metadata, checkpoint, stored, updates, average=average
+        )
         self._load_weights(checkpoint, stored, fp8_state=True)
         self.scheduler.continue_after(step)
 
     def restore_weights(self, checkpoint: Path) -> None:
         """Load the weights only; see ``TrainingEngine``."""
+        self.average.forget()
         self._load_weights(checkpoint, TrainingCheckpoint(checkpoint).names, fp8_state=False)
         self.optimizer.reload_model_params()  # the fp32 copies of bf16 weights
 

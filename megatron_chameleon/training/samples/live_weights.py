@@ -63,6 +63,7 @@ class LiveWeightsReader:
     weight_files: Collection[str] = ()
     data: dict[str, Any] | None = None
     skipped_steps: Sequence[int] = ()
+    ema_updates = 0
 
     def __init__(
         self, config: Config, vocab_size: int, weights: dict[str, Tensor], step: int
@@ -75,6 +76,9 @@ class LiveWeightsReader:
         self.dimensions = Dimensions.of(config.model, vocab_size, groups, key_groups)
         self.step = step
         self._weights = weights
+
+    def moments(self, row: TensorRow) -> tuple[str, ...]:
+        return ()
 
     def dtype(self, row: TensorRow) -> torch.dtype:
         return self.read(row).dtype

@@ -1,3 +1,3 @@
 """Fixtures of this folder."""
 
-from tiny_model import tiny_tokenizer  # noqa: F401
+from tiny_model import tiny_checkpoint, tiny_tokenizer  # noqa: F401
