@@ -52,6 +52,29 @@ _SECRET_NAME = re.compile(rf"(?:[\w.\-]*{_NAMES}|token|[a-z_]*netrc|[a-z_]*cooki
 _PLAIN = {"null", "none", "true", "false", "~", "", MASK}
 
 
+# The path of a webhook's address is its secret. The first form is any address in the config's key,
+# the second the services whose addresses are known.
+_WEBHOOK = re.compile(
+    r"(?P<before>\bon_event['\"]?\s{0,4}[=:]\s{0,4}['\"]?https?://[^\s/?#'\"]{1,400}[/?#]"
+    r"|https://(?:hooks\.slack\.com/(?:services|workflows|triggers)/"
+    r"|(?:\w{1,20}\.)?discord(?:app)?\.com/api/webhooks/|api\.telegram\.org/bot"
+    r"|[\w\-]{1,80}\.webhook\.office\.com/|chat\.googleapis\.com/v1/spaces/"
+    r"|hooks\.zapier\.com/hooks/|maker\.ifttt\.com/trigger/))[^\s'\",;)}\]]+",
+    re.IGNORECASE,
+)
+
+
+def mask_address(address: str) -> str:
+    """The scheme and the host of an address, without what may be secret.
+
+    >>> mask_address("https://me:pw@hooks.example:8443/services/T0/B0/abc")
+    'https://hooks.example:8443/***'
+    """
+    scheme, _, rest = address.strip().partition("://")
+    host = re.split(r"[/?#\\]", rest, maxsplit=1)[0].rpartition("@")[2]
+    return f"{scheme}://{host}/{MASK}" if rest != host else f"{scheme}://{host}"
+
+
 def mask_secrets(text: str) -> str:
     """The text with ``***`` in place of what looks like a secret.
 
@@ -59,6 +82,7 @@ def mask_secrets(text: str) -> str:
     '--api-key *** https://***@host/x hf_*** seed=1'
     """
     text = _URL.sub(rf"\g<before>{MASK}@", text)
+    text = _WEBHOOK.sub(rf"\g<before>{MASK}", text)
     text = _QUERY.sub(rf"\g<before>{MASK}", text)
     text = _TOKEN.sub(rf"\g<prefix>{MASK}", text)
     text = _BEARER.sub(rf"\g<before>{MASK}", text)
@@ -90,6 +114,8 @@ def masked_values(value: Any, name: str = "") -> Any:
         return [masked_values(entry, name) for entry in value]
     if not isinstance(value, str):
         return value
+    if name == "on_event" and re.match(r"\s*https?://", value, re.IGNORECASE):
+        return mask_address(value)
     is_secret = is_secret_name(name) and value.lower() not in _PLAIN
     return MASK if is_secret else mask_secrets(value)
 

@@ -40,7 +40,7 @@ class Bench:
             self.config, size.vocab_size, create_topology(self.config.parallel)
         )
         self._batches = draw_batches(size, 1)
-        self._saver = Saver(folder, self.engine, lambda line: None)
+        self._saver = Saver(folder, self.engine, lambda path: None)
         self._steps = 0
 
     def step(self) -> float:

@@ -57,7 +57,7 @@ def watchdog_seconds(
 
     inputs = RunInputs(config, None, None, None, SkippedSteps(), "never")  # type: ignore[arg-type]
     guard = NonFiniteGuard(
-        inputs, engine, topology, finish_saves=lambda: None, say=print, warn=print
+        inputs, engine, topology, finish_saves=lambda: None, say=print, warn=print, record=print
     )
     metrics = {"loss": 1.0, "grad_norm": 1.0}
     logs = Path(config.logging.run_dir) / "logs"

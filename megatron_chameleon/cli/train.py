@@ -55,11 +55,14 @@ def run(args: argparse.Namespace) -> None:
 
         from megatron_chameleon.training.loop import train
         from megatron_chameleon.training.prepare import dry_run_text, prepare_run
+        from megatron_chameleon.training.records.notify import receiver_warning
 
         inputs = prepare_run(config, world_size, args.resume)
         if launch.rank == 0:
-            for line in (*paper.warnings(config), *inputs.warnings()):
-                _logger.warning(line)
+            receiver = receiver_warning(config.logging)
+            for line in (*paper.warnings(config), *inputs.warnings(), receiver):
+                if line:
+                    _logger.warning(line)
         if args.dry_run:
             if launch.rank == 0:
                 show(dry_run_text(inputs, launch, world_size))

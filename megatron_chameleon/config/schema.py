@@ -30,6 +30,13 @@ HeadCount = Annotated[int, Between(1, 2**14)]
 RankCount = Annotated[int, Between(1, 2**16)]
 SequenceLength = Annotated[int, Between(1, 2**24)]
 Name = Annotated[str, Text(200)]
+EventKind = Annotated[
+    str,
+    OneOf(
+        *("start", "restart", "resume", "resume_change", "alarm", "straggler", "validation_rises"),
+        *("skip", "rollback", "save", "stop", "finish", "error", "hang"),
+    ),
+]
 
 
 @dataclass
@@ -312,6 +319,10 @@ class SamplePromptConfig:
     """image: answer with one image; text: with text only; null: the model chooses."""
 
 
+def _told_events() -> list[EventKind]:
+    return ["restart", "alarm", "rollback", "stop", "finish", "error", "hang"]
+
+
 @dataclass
 class LoggingConfig:
     run_dir: PathText = "runs/default"
@@ -326,6 +337,12 @@ class LoggingConfig:
     sample_prompts: list[SamplePromptConfig] = field(default_factory=list)
     sample_max_tokens: SequenceLength | None = None
     """Most tokens per sample; null: until the context is full."""
+    on_event: Annotated[str, Text(4096)] | None = None
+    """Who is told of events: a command, which gets the event as JSON on its standard input and in
+    variables (``CHAMELEON_EVENT`` and others), or an ``https://`` address, which gets it as a POST;
+    null: nobody. No shell reads the command. A failure is a warning and never harms the run."""
+    on_event_kinds: list[EventKind] = field(default_factory=_told_events)
+    """The events of ``events.jsonl`` that ``on_event`` is told of."""
 
 
 @dataclass

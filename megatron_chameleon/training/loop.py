@@ -15,6 +15,7 @@ from megatron_chameleon.training.faults.nonfinite import Rollback
 from megatron_chameleon.training.faults.signals import StopSignals
 from megatron_chameleon.training.open_run import Run
 from megatron_chameleon.training.prepare import refresh_inputs
+from megatron_chameleon.training.records.events import EventLog
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.lock import lock_run
 from megatron_chameleon.training.run.memory_check import memory_problem
@@ -53,21 +54,22 @@ def train(inputs: RunInputs, launch: Launch) -> bool:
             )
             return False
         try:
-            with lock_run(Path(inputs.config.logging.run_dir)):
-                return train_joined(refresh_inputs(inputs, launch.world_size), stop_signals)
+            run_dir, rank = Path(inputs.config.logging.run_dir), launch.rank
+            with lock_run(run_dir), EventLog(inputs.config, rank) as events:
+                inputs = refresh_inputs(inputs, launch.world_size)
+                return train_joined(inputs, stop_signals, events)
         finally:
             leave_process_group()
 
 
-def train_joined(inputs: RunInputs, stop_signals: StopSignals) -> bool:
+def train_joined(inputs: RunInputs, stop_signals: StopSignals, events: EventLog) -> bool:
     """``train`` for a process that has joined its process group, which it does not leave."""
-    with Run(inputs, stop_signals) as run:
+    with Run(inputs, stop_signals, events) as run:
         while True:
             try:
                 return train_steps(run)
             except Rollback as rollback:
-                run.reporter.warn(str(rollback))
-                run.roll_back_to(rollback.checkpoint)
+                run.roll_back_to(rollback.checkpoint, str(rollback))
 
 
 def train_steps(run: Run) -> bool:
@@ -91,10 +93,10 @@ def train_steps(run: Run) -> bool:
         stop = run.stop_signals.agreed(run.reporter.failure)
         is_saved = (stop or run.saver.is_due(step)) and run.save(step)
         if stop and step < run.config.training.steps:
-            run.saver.wait()
-            run.reporter.say(f"{stop}: stopped after step {step}; {run.after_restart(is_saved)}")
+            run.stop(stop, step, is_saved)
             return False
         if run.sampler.is_due(step):
             run.sample(step)
     raise_together(run.reporter.failure)
+    run.finish()
     return True

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_chameleon.announce import announced
-from megatron_chameleon.checkpoint.state.folders import load_state
+from megatron_chameleon.checkpoint.state.folders import load_state, step_of
 from megatron_chameleon.checkpoint.state.resume import changed_settings, load
 from megatron_chameleon.checkpoint.state.save import VALIDATION_LOSS, Saver
 from megatron_chameleon.data.batches.reader import Batch, read_ahead
@@ -23,6 +23,7 @@ from megatron_chameleon.training.faults.signals import StopSignals
 from megatron_chameleon.training.faults.weights import check_loaded_weights
 from megatron_chameleon.training.learning_rate import run_learning_rate
 from megatron_chameleon.training.prepare import describe_run
+from megatron_chameleon.training.records.events import EventLog
 from megatron_chameleon.training.run.folder import checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.reporter import Reporter
@@ -40,12 +41,14 @@ class Run:
     Args:
         inputs: From ``prepare_run``.
         stop_signals: The caller has already entered its ``with`` block.
+        events: Likewise.
 
     Attributes:
         inputs: As given; after a rollback, as they were at that checkpoint.
         config: The run's config.
         stop_signals: As given.
         topology: This rank's position in the layout.
+        events: As given: takes what happens to the run besides its steps.
         engine: Model, gradients, optimizer and schedule.
         watch: Ends the run if it hangs.
         sampler: Writes text and images during training.
@@ -55,9 +58,9 @@ class Run:
         guard: Acts on values that are not finite.
     """
 
-    def __init__(self, inputs: RunInputs, stop_signals: StopSignals) -> None:
+    def __init__(self, inputs: RunInputs, stop_signals: StopSignals, events: EventLog) -> None:
         self.inputs, self.config = inputs, inputs.config
-        self.stop_signals = stop_signals
+        self.stop_signals, self.events = stop_signals, events
 
     def __enter__(self) -> "Run":
         config, vocab_size = self.config, self.inputs.tokenizer.vocabulary.size
@@ -70,6 +73,7 @@ class Run:
                     folder=Path(config.logging.run_dir) / "logs",
                     rank=self.topology.rank,
                     world_size=self.topology.world_size,
+                    record=self.events.report_hang,
                 )
             )
             self.watch.begin("building the model", 0, is_long=True)
@@ -80,11 +84,10 @@ class Run:
             self.sampler = Sampler(config, self.topology)
             # What a rollback closes and opens again has a stack of its own.
             self._restarted = stack.enter_context(ExitStack())
-            self._open_after(self._load(start) if start else 0)
-            if self.inputs.start.note:
-                self.reporter.say(self.inputs.start.note)
-            if changes := changed_settings(start, config):
-                self.reporter.say(f"changed since {start}: {changes}")
+            steps_done = self._load(start) if start else 0
+            self.events.start(steps_done)
+            self._open_after(steps_done)
+            self._report_start(start)
             self._opened = stack.pop_all()
         return self
 
@@ -96,6 +99,18 @@ class Run:
     ) -> None:
         self._opened.__exit__(kind, error, traceback)
 
+    def _report_start(self, start: Path | None) -> None:
+        """Say from where the run goes on, and with which other settings."""
+        if start is not None:
+            self.events.record("resume", f"goes on from {start}")
+        if note := self.inputs.start.note:
+            self.reporter.say(note)
+            self.events.record("resume", note)
+        if changes := changed_settings(start, self.config):
+            text = f"changed since {start}: {changes}"
+            self.reporter.say(text)
+            self.events.record("resume_change", text)
+
     def _open_after(self, steps_done: int) -> None:
         """Open reporter, data and saver for the steps after ``steps_done``."""
         config, inputs, topology = self.config, self.inputs, self.topology
@@ -103,7 +118,7 @@ class Run:
         vocab_size = inputs.tokenizer.vocabulary.size
         failure = None
         try:
-            reporter = Reporter(config, vocab_size, topology, steps_done)
+            reporter = Reporter(config, vocab_size, topology, steps_done, self.events)
             self.reporter = self._restarted.enter_context(closing(reporter))
         except ChameleonError as error:
             failure = error
@@ -117,7 +132,7 @@ class Run:
             read_ahead(inputs.reader, steps_done, topology.data_rank, topology.data_size)
         )
         self.saver = self._restarted.enter_context(
-            Saver(checkpoints_folder(config), self.engine, self.reporter.say)
+            Saver(checkpoints_folder(config), self.engine, self._note_saved)
         )
         self.validator = Validator(
             inputs.held_out,
@@ -135,6 +150,7 @@ class Run:
             finish_saves=self.saver.wait,
             say=self.reporter.say,
             warn=self.reporter.warn,
+            record=self.events.record,
         )
 
     def _load(self, checkpoint: Path) -> int:
@@ -186,6 +202,29 @@ class Run:
         self._held_out_loss = (step, metrics.get(LOSS))
         return metrics
 
+    def _note_saved(self, checkpoint: Path) -> None:
+        self.reporter.say(f"saved {checkpoint}")
+        self.events.record("save", f"saved {checkpoint}", step_of(checkpoint))
+
+    def stop(self, signal: str, step: int, is_saved: bool) -> None:
+        """Finish the last checkpoint, and say why the run stops and what comes next.
+
+        Args:
+            signal: The name of the signal that asked for it.
+            step: The last one that was done.
+            is_saved: Whether there is a checkpoint of it.
+        """
+        self.saver.wait()
+        text = f"{signal}: stopped after step {step}; {self.after_restart(is_saved)}"
+        self.reporter.say(text)
+        self.events.record("stop", text, step, signal=signal)
+
+    def finish(self) -> None:
+        """Finish the last checkpoint after the last step."""
+        self.saver.wait()
+        steps = self.config.training.steps
+        self.events.record("finish", f"all {steps:,} steps are done", steps)
+
     def after_restart(self, is_saved: bool) -> str:
         """What the same command does after this process has stopped, in words."""
         if is_saved:
@@ -207,8 +246,10 @@ class Run:
         if line:
             self.reporter.say(line)
 
-    def roll_back_to(self, checkpoint: Path) -> None:
+    def roll_back_to(self, checkpoint: Path, reason: str) -> None:
         """Continue from an earlier checkpoint, as if the steps after it had not been done."""
+        self.reporter.warn(reason)
+        self.events.record("rollback", reason)
         self._restarted.close()
         steps_done = self._load(checkpoint)
         self.inputs = self.inputs.rewound_to(steps_done)

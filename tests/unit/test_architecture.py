@@ -105,6 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runs",
     },
     "training/metrics": {"config", "data/batches", "parallel"},
+    "training/records": {"config", "config/checks", "runs"},
     "training/run": {
         "checkpoint/state",
         "config",
@@ -113,8 +114,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data/validation",
         "parallel",
         "planner",
+        "runs",
         "tokenizer",
         "training/metrics",
+        "training/records",
     },
     "training/engines": {
         "checkpoint/names",
@@ -134,6 +137,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
         "training/engines",
         "training/metrics",
+        "training/records",
         "training/run",
     },
     # checkpoint/formats and names: a checkpoint of any format is measured by the model of training
@@ -173,6 +177,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
         "training/engines",
         "training/faults",
+        "training/records",
         "training/run",
         "training/samples",
         "training/validation",

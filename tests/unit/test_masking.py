@@ -6,6 +6,7 @@ import pytest
 
 from megatron_chameleon.masking import (
     is_secret_name,
+    mask_address,
     mask_secrets,
     masked_command,
     masked_values,
@@ -29,6 +30,10 @@ SECRETS = {
     "Authorization: Bearer abcdefghijklmn": "Authorization: Bearer ***",
     "https://me:pw@host/x.jsonl:3": "https://***@host/x.jsonl:3",
     "s3://key:se:cret@bucket/x": "s3://***@bucket/x",
+    "logging.on_event=https://h:1/a/b?c=d": "logging.on_event=https://h:1/***",
+    "https://hooks.slack.com/services/T0/B0/x": "https://hooks.slack.com/services/***",
+    "curl -d @- https://discord.com/api/webhooks/1/x": "curl -d @- https://discord.com/api/webhooks/***",
+    "https://api.telegram.org/bot1:x/sendMessage": "https://api.telegram.org/bot***",
     "https://h/x?X-Amz-Signature=abc&a=1": "https://h/x?X-Amz-Signature=***&a=1",
 }
 PLAIN = (
@@ -68,6 +73,24 @@ def test_a_config() -> None:
     assert config["path"] == "s3://a:b@c"
 
 
+@pytest.mark.parametrize(
+    ("address", "masked"),
+    [
+        ("https://host/services/T0/secret", "https://host/***"),
+        ("http://me:pw@host:81/x", "http://host:81/***"),
+        ("http://me:pw@host", "http://host/***"),
+        ("https://host?key=1", "https://host/***"),
+        ("https://host#x", "https://host/***"),
+        (" https://host/x@elsewhere/y", "https://host/***"),
+        ("https://host", "https://host"),
+    ],
+)
+def test_an_address(address: str, masked: str) -> None:
+    assert mask_address(address) == masked
+    assert masked_values({"on_event": address}) == {"on_event": masked}
+    assert mask_address(masked) == masked
+
+
 def test_names() -> None:
     assert all(
         map(is_secret_name, ("HF_TOKEN", "MY_DB_PASSWORD", "wandb.api-key", "AWS_SECRET_KEY"))
@@ -76,7 +99,21 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["a_", "://", "sk-", "eyJaaaaaaaa.", "secret", " -a", "token=", "Bearer ", "api_key "]
+    "part",
+    [
+        "a_",
+        "://",
+        "sk-",
+        "eyJaaaaaaaa.",
+        "secret",
+        " -a",
+        "token=",
+        "Bearer ",
+        "api_key ",
+        "on_event=https://a/",
+        "https://hooks.slack.com/services/",
+        "on_event ",
+    ],
 )
 def test_a_long_text_takes_linear_time(part: str) -> None:
     start = time.perf_counter()

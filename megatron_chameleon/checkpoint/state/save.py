@@ -120,15 +120,15 @@ class Saver:
     Args:
         folder: The run's ``checkpoints/`` folder.
         engine: The engine whose state is saved; its config is saved with it.
-        say: Called with a line for each checkpoint that is whole.
+        on_saved: Called with each checkpoint that is whole.
     """
 
     def __init__(
-        self, folder: Path, engine: CheckpointedEngine, say: Callable[[str], None]
+        self, folder: Path, engine: CheckpointedEngine, on_saved: Callable[[Path], None]
     ) -> None:
         self._folder = folder
         self._engine = engine
-        self._say = say
+        self._on_saved = on_saved
         self._pending: _Pending | None = None
         self._deletions = ThreadPoolExecutor(1, thread_name_prefix="deletion")
 
@@ -202,7 +202,7 @@ class Saver:
             for old in disposable(list_line(self._folder), self._engine.config.checkpoint):
                 hidden = _hide(old)  # at once; deleting its data may take a while
                 self._deletions.submit(shutil.rmtree, hidden, ignore_errors=True)
-        self._say(f"saved {pending.final}")
+        self._on_saved(pending.final)
 
 
 def disposable(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:

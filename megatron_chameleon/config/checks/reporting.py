@@ -1,7 +1,8 @@
-"""Check what the trace and the samples of a run need of the rest of its config."""
+"""Check what the trace, the events and the samples of a run need of the rest of its config."""
 
 from collections.abc import Iterator
 
+from megatron_chameleon.config.checks.on_event import check_on_event
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError
 
@@ -9,6 +10,7 @@ from megatron_chameleon.errors import ConfigError
 def check_reporting(config: Config) -> Iterator[ConfigError]:
     """Everything in ``logging`` and ``training.profile_steps`` that cannot work with the rest."""
     yield from _check_profile(config)
+    yield from check_on_event(config.logging)
     if config.logging.sample_every_steps:
         yield from _check_samples(config)
 

@@ -21,7 +21,7 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -53,13 +53,22 @@ class HangWatch:
         folder: Where the reports are written.
         rank: Of this process.
         world_size: Number of processes of the run.
+        record: Takes the step and the report, on the rank that reports for all.
     """
 
-    def __init__(self, limit_seconds: float, folder: Path, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        limit_seconds: float,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        record: Callable[[int, str], None] = lambda step, text: None,
+    ) -> None:
         self._limit = limit_seconds
         self._grace = min(60.0, self._limit)  # how much later than this watch faulthandler acts
         self._folder = folder
         self._rank, self._world_size = rank, world_size
+        self._record = record
         self._state = ("starting", 0, time.monotonic(), self._limit * PATIENCE)
         self._after_long = True
         self._done = threading.Event()
@@ -160,11 +169,13 @@ class HangWatch:
             time.sleep(3)
         if _is_first_to_create(self._folder / SUMMARY):
             reports = read_reports(self._folder) or [own]
-            text = f"error: {summarize(reports, self._world_size, self._folder)}"
+            summary = str(summarize(reports, self._world_size, self._folder))
+            text = f"error: {summary}"
             with suppress(TrainingError):  # it is printed too
                 write_text(self._folder / SUMMARY, text + "\n", TrainingError)
             # Not a logger: the thread that hangs may hold its lock.
             print(text, file=sys.stderr, flush=True)
+            self._record(step, summary)
         elif self._rank == 0:
             time.sleep(3)
         os._exit(EXIT_CODE)

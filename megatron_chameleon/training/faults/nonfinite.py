@@ -30,8 +30,8 @@ from megatron_chameleon.training.faults.nonfinite_origin import (
     list_suspect_samples,
 )
 from megatron_chameleon.training.faults.weights import name_broken_weights
+from megatron_chameleon.training.records.growing_file import GrowingFile, cut_broken_end
 from megatron_chameleon.training.run.folder import checkpoints_folder
-from megatron_chameleon.training.run.growing_file import GrowingFile, cut_broken_end
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.skipped_steps import NONFINITE_FILE, Outcome
 
@@ -54,6 +54,7 @@ class NonFiniteGuard:
         finish_saves: Waits until no checkpoint is being written; called before a rollback.
         say: Takes a line for the user.
         warn: Takes a warning for the user.
+        record: Takes an event, its text and its step.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class NonFiniteGuard:
         finish_saves: Callable[[], None],
         say: Callable[[str], None],
         warn: Callable[[str], None],
+        record: Callable[[str, str, int], None],
     ) -> None:
         self._inputs, self._engine, self._topology = inputs, engine, topology
         self._skipped = inputs.skipped_steps
         self._training = inputs.config.training
         self._finish_saves, self._say, self._warn = finish_saves, say, warn
+        self._record_event = record
 
     def check(
         self,
@@ -100,7 +103,9 @@ class NonFiniteGuard:
                 reason = "training.skip_steps lists it"
                 if step not in self._skipped.configured:
                     reason = "it was not finite before"
-                self._say(f"step {step}: its update was left out, because {reason}")
+                text = f"step {step}: its update was left out, because {reason}"
+                self._say(text)
+                self._record_event("skip", text, step)
                 return
         # A step in which no label counts has no loss: None is not a fault.
         values = {name: metrics[name] for name in ("loss", "grad_norm")}
@@ -141,7 +146,9 @@ class NonFiniteGuard:
         self._skipped.found.add(step)
         count = f"{len(found) + 1} of at most {limit}"
         if checkpoint is None:
-            self._warn(f"step {step}: {text}; its update was left out ({count})")
+            text = f"step {step}: {text}; its update was left out ({count})"
+            self._warn(text)
+            self._record_event("skip", text, step)
             return
         raise Rollback(
             checkpoint,

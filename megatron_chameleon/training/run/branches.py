@@ -37,6 +37,7 @@ from megatron_chameleon.checkpoint.state.line import (
 from megatron_chameleon.checkpoint.state.start import Start
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.files import empty_folder, own_folder, write_bytes, write_text, writing
+from megatron_chameleon.runs.records import EVENTS_FILE
 from megatron_chameleon.training.run.skipped_steps import NONFINITE_FILE
 from megatron_chameleon.training.run.trackers import WANDB_ID_FILE
 
@@ -44,6 +45,7 @@ RECORDS = (
     METRICS_FILE,
     "alarms.jsonl",
     NONFINITE_FILE,
+    EVENTS_FILE,
     WANDB_ID_FILE,
     "tensorboard",
     "samples",
@@ -154,8 +156,9 @@ def _drop_later_records(run: Path, step: int) -> None:
 
     ``RunFolder`` does so for the metrics at every start.
     """
-    log = run / NONFINITE_FILE
-    if log.exists():
+    for log in (run / NONFINITE_FILE, run / EVENTS_FILE):
+        if not log.exists():
+            continue
         lines = log.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if _is_until(line, step)]
         if len(kept) < len(lines):

@@ -1,5 +1,7 @@
 """The run folder: config, command, environment, metrics, alarms and ``checkpoints/``.
 
+``records/events.py`` writes the events.
+
 Only rank 0 writes to it. The metrics of a step are one line, written when the step is done. A run
 that resumes after step k first drops the lines of later steps, which it will do again, and a last
 line that a crash cut off. ``lock.py`` keeps a second run from writing at the same time.
@@ -30,12 +32,13 @@ from megatron_chameleon.files import (
     write_text,
 )
 from megatron_chameleon.masking import masked_command, masked_values
-from megatron_chameleon.training.run.growing_file import GrowingFile, read_json_lines
+from megatron_chameleon.runs.records import EVENTS_FILE
+from megatron_chameleon.training.records.growing_file import GrowingFile, read_json_lines
 
 FOLDERS = ("logs", "checkpoints", "samples")
 ALARMS_FILE = "alarms.jsonl"
 REPLACED_FILES = ("config.yaml", "environment.json", METRICS_FILE, ALARMS_FILE)
-OPENED_FILES = ("command.txt", "run.lock")
+OPENED_FILES = ("command.txt", EVENTS_FILE, "run.lock")
 
 HistoryEntry = tuple[int, float | None, float | None]
 

@@ -21,6 +21,7 @@ from megatron_chameleon.training.metrics.divergence import Alarm, DivergenceAlar
 from megatron_chameleon.training.metrics.overfitting import OverfittingAlarm, Turn
 from megatron_chameleon.training.metrics.profiler import StepProfiler
 from megatron_chameleon.training.metrics.stragglers import StepClock, StragglerMonitor
+from megatron_chameleon.training.records.events import EventLog
 from megatron_chameleon.training.run.console import (
     HELD_OUT_LOSS,
     Progress,
@@ -39,6 +40,7 @@ class Reporter:
         vocab_size: Number of tokens in the vocabulary.
         topology: The place of this process.
         steps_done: Steps that earlier processes of the run have done.
+        events: Takes alarms and other events.
 
     Attributes:
         failure: Why this rank cannot write a file. The loop lets all ranks end with it; an error
@@ -49,10 +51,16 @@ class Reporter:
     """
 
     def __init__(
-        self, config: Config, vocab_size: int, topology: Topology, steps_done: int
+        self,
+        config: Config,
+        vocab_size: int,
+        topology: Topology,
+        steps_done: int,
+        events: EventLog,
     ) -> None:
         self.failure: ChameleonError | None = None
         self.config = config
+        self._events = events
         self._speed = SpeedMeter(config, vocab_size, topology.world_size)
         self._profiler = StepProfiler(config, topology.rank)
         steps, window = config.training.steps, config.logging.every_steps
@@ -100,6 +108,7 @@ class Reporter:
         ranks, warning = self._stragglers.observe(metrics["step"], clock)
         if warning:
             self.warn(warning)
+            self._events.record("straggler", warning, metrics["step"])
         return {**metrics, **self._speed.metrics(metrics["step_seconds"]), **ranks}
 
     def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -124,6 +133,7 @@ class Reporter:
         if trace is not None:
             self._console.say(f"traced {trace}")
         metrics = self._run.write_metrics(metrics)
+        self._events.step = step
         for tracker in self._trackers:
             tracker.record(step, dict(flat_numbers(metrics)))
         is_shown = step % self.config.logging.every_steps == 0 or step == self.config.training.steps
@@ -136,7 +146,9 @@ class Reporter:
         alarm = self._alarm.observe(step, metrics["output_norm"], metrics["loss"])
         if alarm is not None:
             self._run.write_alarms([asdict(alarm)])
-            self._console.warn(alarm_text(alarm, self.config))
+            text = alarm_text(alarm, self.config)
+            self._console.warn(text)
+            self._events.record("alarm", text, step)
 
     def close(self) -> None:
         """Finish the files. It is called after an error too, so that no record is lost."""

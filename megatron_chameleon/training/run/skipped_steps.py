@@ -14,7 +14,7 @@ from typing import Any
 from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError
-from megatron_chameleon.training.run.growing_file import read_json_lines
+from megatron_chameleon.training.records.growing_file import read_json_lines
 
 NONFINITE_FILE = "nonfinite.jsonl"
 

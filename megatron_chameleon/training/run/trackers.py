@@ -22,7 +22,7 @@ from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError, TrainingError
 from megatron_chameleon.files import make_folder, read_text, write_text
 from megatron_chameleon.masking import masked_values
-from megatron_chameleon.training.run.growing_file import GrowingFile
+from megatron_chameleon.training.records.growing_file import GrowingFile
 
 logger = logging.getLogger(__name__)
 

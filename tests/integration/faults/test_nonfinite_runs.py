@@ -218,6 +218,22 @@ def test_what_cannot_go_on(runs: Runs) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("run", "wanted"),
+    [
+        ("stop", ["start", "save", "error"]),
+        ("skip-fp32", ["start", "save", "skip", "save", "finish"]),
+        ("rollback-fp32", ["start", "save", "rollback", "skip", "save", "finish"]),
+        ("killed", ["start", "save", "skip", "stop", "restart", "resume"]),
+    ],
+)
+def test_each_event_has_a_line(runs: Runs, run: str, wanted: list[str]) -> None:
+    events = runs.lines(run, "events.jsonl")
+    assert [event["event"] for event in events][: len(wanted)] == wanted
+    if run == "stop":
+        assert events[-1]["text"] == runs.result("stop")["error"]
+
+
 def test_the_limit_counts_the_whole_run(runs: Runs) -> None:
     error = runs.result("again")["error"]
     assert error.startswith("step 5: grad_norm is nan, ")

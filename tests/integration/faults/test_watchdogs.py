@@ -75,5 +75,8 @@ def test_the_hang_ends_the_job_with_all_stacks(run: Ended) -> None:
         assert "most recent call first" in text
         assert "read-ahead" in text or "threading.py" in text, "the other threads are missing"
         assert ("in stuck_in_the_model" in text) == (rank == 1)
+    events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "straggler", "save", "hang"]
+    assert f"error: {events[-1]['text']}" == error
     saved = [path.name for path in (run.folder / "checkpoints").iterdir()]
     assert saved == ["step_00000004"]

@@ -18,6 +18,7 @@ from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.training.faults.signals import StopSignals
 from megatron_chameleon.training.loop import train_joined
 from megatron_chameleon.training.prepare import prepare_run
+from megatron_chameleon.training.records.events import EventLog
 
 
 def main() -> None:
@@ -29,8 +30,9 @@ def main() -> None:
         resume = words.pop(words.index("--resume") + 1) if "--resume" in words else "auto"
         overrides = [word for word in words if word != "--resume"]
         config = load_config(config_file, [*overrides, f"logging.run_dir={run}"])
-        with shown_logs():
-            train_joined(prepare_run(config, launch.world_size, resume), StopSignals())
+        inputs = prepare_run(config, launch.world_size, resume)
+        with shown_logs(), EventLog(config, launch.rank) as events:
+            train_joined(inputs, StopSignals(), events)
         parallel_state.destroy_model_parallel()
     leave_process_group()
 

@@ -31,6 +31,7 @@ from megatron_chameleon.training import open_run
 from megatron_chameleon.training.faults.signals import StopSignals
 from megatron_chameleon.training.loop import train_joined
 from megatron_chameleon.training.prepare import prepare_run
+from megatron_chameleon.training.records.events import EventLog
 
 PARAMETER = "decoder.layers.1.mlp.linear_fc2.weight"
 
@@ -121,8 +122,9 @@ def run_job(job: Job, output: Path) -> None:
     try:
         inputs = prepare_run(config, job["processes"], job.get("resume", "auto"))
         prepare_megatron()
-        with shown_logs(), StopSignals() as stop_signals:
-            result["finished"] = train_joined(inputs, stop_signals)
+        rank = torch.distributed.get_rank()
+        with shown_logs(), StopSignals() as stop_signals, EventLog(config, rank) as events:
+            result["finished"] = train_joined(inputs, stop_signals, events)
     except ChameleonError as error:
         result["error"] = str(error)
     if torch.distributed.get_rank() == 0:

@@ -77,6 +77,7 @@ def check(
     skipped = SkippedSteps(frozenset(options.get("told", ())), set(options.get("found", ())))
     inputs = RunInputs(config, None, StubReader(), None, skipped, "auto")  # type: ignore
     lines: list[str] = []
+    events: list[tuple[str, str, int]] = []
     topology = Topology(1, 0, 0, 1, 0, 1, 0, 1)
     guard = NonFiniteGuard(
         inputs,
@@ -85,6 +86,7 @@ def check(
         finish_saves=lambda: None,
         say=lines.append,
         warn=lambda text: lines.append(f"warning: {text}"),
+        record=lambda event, text, step: events.append((event, text, step)),
     )
     metrics = {**values, **options.get("values", {})}
     guard.check(3, metrics, [], before_save=options.get("saves", False))
@@ -92,6 +94,8 @@ def check(
         guard.check_weights(3)
     assert skipped.done == ({3} if metrics.get("skipped") else set())
     assert len(lines) <= 1
+    told = [("skip", line.removeprefix("warning: "), 3) for line in lines]
+    assert events == told
     return "".join(lines)
 
 

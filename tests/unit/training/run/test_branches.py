@@ -159,11 +159,13 @@ def test_an_abandoned_branch_comes_back(story: Story) -> None:
     (samples / "index.html").touch()
     (story.run / "wandb_id.txt").write_text("first\n")
     (story.run / "nonfinite.jsonl").write_text('{"step": 3}\n{"step": 9}\n{"step": 1')
+    (story.run / "events.jsonl").write_text('{"step": 4}\n{"step": 10}\n{"step": 12}\n')
     before = story.metrics()
     story.start(story.path(4))
     assert sorted(path.name for path in samples.iterdir()) == ["step_00000004"]
     assert not (story.run / "wandb_id.txt").exists()
     assert (story.run / "nonfinite.jsonl").read_text() == '{"step": 3}\n'
+    assert (story.run / "events.jsonl").read_text() == '{"step": 4}\n'
     (story.run / "wandb_id.txt").write_text("second\n")
     story.train(4, every=2)
     story.start(story.path(10, branch=1))
@@ -171,6 +173,7 @@ def test_an_abandoned_branch_comes_back(story: Story) -> None:
     assert sorted(path.name for path in samples.iterdir()) == ["step_00000004", "step_00000008"]
     assert (story.run / "wandb_id.txt").read_text() == "first\n"
     assert (story.run / "nonfinite.jsonl").read_text() == '{"step": 3}\n{"step": 9}\n'
+    assert (story.run / "events.jsonl").read_text() == '{"step": 4}\n{"step": 10}\n'
     assert Path(story.path(12, branch=1)).is_dir() and Path(story.path(8, branch=2)).is_dir()
     story.train(2, every=2)
     assert story.steps() == [4, 8, 10, 12]

@@ -28,6 +28,7 @@ from megatron_chameleon.parallel import platform
 from megatron_chameleon.planner.flops import training_flops_per_token
 from megatron_chameleon.training.metrics.profiler import StepProfiler
 from megatron_chameleon.training.metrics.stragglers import StepClock
+from megatron_chameleon.training.records.events import EventLog
 from megatron_chameleon.training.run import trackers
 from megatron_chameleon.training.run.console import BarConsole, LineConsole, open_console
 from megatron_chameleon.training.run.reporter import Reporter, SpeedMeter
@@ -51,7 +52,7 @@ def metrics_of(step: int, norm: float = 1.0, loss: float = 2.0) -> dict[str, Any
 
 
 def report(config: Config, first: int, last: int, growth: float = 1.0) -> None:
-    reporter = Reporter(config, 512, MAIN_RANK, first)
+    reporter = Reporter(config, 512, MAIN_RANK, first, EventLog(config, 0))
     for step in range(first + 1, last + 1):
         reporter.begin_step(step)
         metrics = reporter.complete(metrics_of(step, norm=growth**step), StepClock())
@@ -89,7 +90,7 @@ def test_mfu_and_tflops(
 
 
 def test_the_documented_keys_come_first_and_others_follow(config: Config) -> None:
-    reporter = Reporter(config, 512, MAIN_RANK, 0)
+    reporter = Reporter(config, 512, MAIN_RANK, 0, EventLog(config, 0))
     more = {"layer_output_norms": [1.23456789, float("inf"), None], "grad_norm_mlp": float("nan")}
     reporter.end_step(1, reporter.complete({**metrics_of(1), **more}, StepClock()))
     reporter.close()
@@ -105,9 +106,13 @@ def test_an_alarm_is_shown_and_kept(config: Config, capsys: Any) -> None:
         report(config, 0, 200, growth=1.02)
     alarms = read(config, "alarms.jsonl")
     assert alarms and alarms[0]["step"] < 200
+    events = read(config, "events.jsonl")
+    assert [event["step"] for event in events] == [alarm["step"] for alarm in alarms]
+    assert {event["event"] for event in events} == {"alarm"}
     (line, *_) = [ln for ln in capsys.readouterr().out.splitlines() if ln.startswith("warning: ")]
     assert line.startswith(f"warning: step {alarms[0]['step']}: the last layer's output norm grew")
     assert "model.qk_norm_groups is 0 (no QK-norm) and model.hidden_dropout is 0" in line
+    assert line == f"warning: {events[0]['text']}"
 
 
 def test_a_resumed_run_knows_what_was_before(config: Config) -> None:
@@ -294,7 +299,7 @@ def test_wandb_that_cannot_start(config: Config, monkeypatch: Any) -> None:
     monkeypatch.setenv("WANDB_MODE", "sideways")
     config.logging.wandb_project = "digits"
     with pytest.raises(ConfigError, match=r"logging\.wandb_project: wandb cannot start \("):
-        Reporter(config, 512, MAIN_RANK, 0)
+        Reporter(config, 512, MAIN_RANK, 0, EventLog(config, 0))
 
 
 def steps_for_sync(run: Path) -> list[int]:
@@ -355,7 +360,7 @@ def test_tensorboard_hides_steps_that_are_done_again(config: Config) -> None:
 
 def test_a_tracker_on_a_full_disk(config: Config, monkeypatch: Any) -> None:
     config.logging.tensorboard = True
-    reporter = Reporter(config, 512, MAIN_RANK, 0)
+    reporter = Reporter(config, 512, MAIN_RANK, 0, EventLog(config, 0))
 
     def refuse(descriptor: int, content: bytes) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.errors import DataError, TrainingError
-from megatron_chameleon.training.run.growing_file import (
+from megatron_chameleon.training.records.growing_file import (
     GrowingFile,
     cut_broken_end,
     read_json_lines,
