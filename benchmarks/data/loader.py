@@ -13,6 +13,9 @@ second on one H200. A loader should deliver 20 times as many.
 
 import argparse
 import cProfile
+import dataclasses
+import functools
+import itertools
 import pstats
 import tempfile
 import time
@@ -28,6 +31,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.data.batches.batch import Batch
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.token_files.reader import TokenFileWriter
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary, control_names
@@ -35,6 +39,7 @@ from megatron_chameleon.tokenizer.folder import Tokenizer
 
 STEP_TOKENS_PER_SECOND = 16_000
 """Tokens per second of a 7B step in bf16 on one H200, at least."""
+THEIRS = "GPTDataset, text alone"
 WEIGHTS = {"text": 2.9, "pairs": 1.5, "interleaved": 0.4}
 
 
@@ -99,12 +104,38 @@ def write_corpus(folder: Path, size: Size, tokenizer: Tokenizer) -> Config:
     return config
 
 
-def read_ours(reader: BatchReader, size: Size) -> int:
-    """Batches of 8 sequences; returns the tokens read."""
+def read_ours(reader: BatchReader, size: Size, *, masked: bool = False) -> int:
+    """Batches of 8 sequences; returns the tokens read.
+
+    Args:
+        reader: Of the corpus.
+        size: How much to read.
+        masked: Whether to write a dense mask for each batch too, as earlier versions did for
+            isolated documents.
+    """
     tokens = 0
     for first in range(0, size.samples, 8):
-        tokens += reader.batch(range(first, first + 8)).tokens.numel()
+        batch = reader.batch(range(first, first + 8))
+        tokens += batch.tokens.numel()
+        if masked:
+            write_mask(batch)
     return tokens
+
+
+def write_mask(batch: Batch) -> torch.Tensor:
+    """True where a token (row) must not see another (column): [samples, seq_length, seq_length]."""
+    samples, length = batch.tokens.shape
+    mask_BSS = later_tokens(length).repeat(samples, 1, 1)
+    assert batch.cu_seqlens is not None
+    for begin, end in itertools.pairwise(batch.cu_seqlens.tolist()):
+        sample, first = divmod(begin, length)
+        mask_BSS[sample, first : end - sample * length, :first] = True
+    return mask_BSS
+
+
+@functools.lru_cache(maxsize=1)
+def later_tokens(length: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).triu_(diagonal=1)
 
 
 def open_gpt_dataset(prefix: Path, size: Size, vocabulary: Vocabulary) -> GPTDataset:
@@ -163,6 +194,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="show where our loader spends its time"
     )
+    parser.add_argument("--isolated", action="store_true", help="profile isolated documents")
     args = parser.parse_args()
     size = QUICK if args.quick else FULL
     clock = time.process_time if args.cpu_time else time.perf_counter
@@ -175,6 +207,8 @@ def main() -> None:
         reader.sample(0)
         print(f"first sample after {clock() - start:.3f} s")
         if args.profile:
+            config.data.reset_attention = args.isolated
+            reader = BatchReader(config, tokenizer)
             profile = cProfile.Profile()
             profile.runcall(read_ours, reader, size)
             pstats.Stats(profile).sort_stats("tottime").print_stats(25)
@@ -192,27 +226,22 @@ def report(
 ) -> None:
     """Make a new reader for each repeat, so that nothing is planned or packed in advance."""
     peer = open_gpt_dataset(folder / "text", size, tokenizer.vocabulary)
-    ours: list[float] = []
-    isolated: list[float] = []
-    theirs: list[float] = []
+    few = dataclasses.replace(size, samples=size.samples // 8)
+    plain, isolated, masked = "ours, the recipe's mixture", "ours, isolated", "ours, dense mask"
+    rates: dict[str, list[float]] = {name: [] for name in (plain, isolated, masked, THEIRS)}
     for _ in range(repeats):
-        for rates, is_isolated in ((ours, False), (isolated, True)):
-            config.data.reset_attention = is_isolated
+        for name in (plain, isolated, masked):
+            config.data.reset_attention = name != plain
             reader = BatchReader(config, tokenizer)
-            part = Size(size.seq_length, size.image_codes, size.tokens, size.samples // 8)
-            rates.append(
-                rate(lambda r=reader, s=part if is_isolated else size: read_ours(r, s), clock)
-            )
-        theirs.append(rate(lambda: read_gpt_dataset(peer, size), clock))
-    print(f"{'':34} {'tokens/s':>14} {'of a 7B step':>13} {'of GPTDataset':>14}")
-    for name, rates in (
-        ("ours, the recipe's mixture", ours),
-        ("ours, documents isolated, with mask", isolated),
-        ("GPTDataset, text alone", theirs),
-    ):
-        best = max(rates)
-        steps, peers = best / STEP_TOKENS_PER_SECOND, best / max(theirs)
-        print(f"{name:34} {best:14,.0f} {steps:12.1f}x {peers:13.2f}x")
+            part = few if name == masked else size
+            read = functools.partial(read_ours, reader, part, masked=name == masked)
+            rates[name].append(rate(read, clock))
+        rates[THEIRS].append(rate(lambda: read_gpt_dataset(peer, size), clock))
+    best = {name: max(found) for name, found in rates.items()}
+    print(f"{'':28} {'tokens/s':>14} {'of a 7B step':>13} {'of ours':>9} {'of GPTDataset':>14}")
+    for name, value in best.items():
+        steps, own, peers = (value / x for x in (STEP_TOKENS_PER_SECOND, best[plain], best[THEIRS]))
+        print(f"{name:28} {value:14,.0f} {steps:12.1f}x {own:8.3f}x {peers:13.2f}x")
 
 
 if __name__ == "__main__":

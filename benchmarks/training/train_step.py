@@ -3,6 +3,7 @@
     python -W ignore -m benchmarks.training.train_step          # 10.5M parameters, minutes
     python -W ignore -m benchmarks.training.train_step --dtypes bf16 --profile ours
     python -W ignore -m benchmarks.training.train_step --quick  # tiny sizes, as a check
+    python -W ignore -m benchmarks.training.train_step --isolated  # what isolated documents cost
 
 Both start from the same weights, see the same batches, compute the same loss (with z-loss), clip to
 the same norm and update with torch's AdamW. Their losses over the first steps are compared before
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.training import isolated
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
 from megatron_chameleon.config.checks.check import check_config
@@ -225,6 +227,27 @@ def measure(
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def compare_isolation(
+    sizes: Sequence[isolated.IsolatedSize],
+    topology: Topology,
+    blocks: int,
+    clock: Callable[[], float],
+) -> None:
+    """Print what isolated documents cost, in a step and in core attention alone."""
+    for wanted in sizes:
+        size = Size(wanted.model, wanted.vocab_size, wanted.samples)
+        config = make_config(size, "fp32")
+
+        def make_step(batches: Sequence[Batch], size: Size = size, config: Config = config) -> Step:
+            return make_ours(size, config, batches, topology)[0]
+
+        steps = isolated.make_steps(make_step, draw_batches(size, 2), wanted.documents)
+        print(f"{size.samples} x {size.model.seq_length} tokens, {wanted.documents} documents each")
+        isolated.print_ratios(measure(steps, blocks, 1, clock), isolated.PLAIN)
+    print("core attention over 4,096 tokens of 16 documents, 8 heads of 64, forward and backward")
+    isolated.print_ratios(isolated.measure_attention(16, blocks, clock), "document by document")
+
+
 def profile(step: Step) -> None:
     """Print where one implementation spends its time."""
     from torch.profiler import ProfilerActivity
@@ -250,6 +273,9 @@ def main() -> None:
         metavar="NAME",
         help="implementation to profile: ours, or another name in the table",
     )
+    parser.add_argument(
+        "--isolated", action="store_true", help="compare isolated documents with packed ones"
+    )
     args = parser.parse_args()
     size, blocks = (QUICK, 1) if args.quick else (FULL, args.blocks)
     clock = time.process_time if args.cpu_time else time.perf_counter
@@ -258,6 +284,10 @@ def main() -> None:
     join_process_group(Launch("alone", 0, 1, 0))
     try:
         topology = create_topology(ParallelConfig())
+        if args.isolated:
+            sizes = isolated.QUICK if args.quick else isolated.FULL
+            compare_isolation(sizes, topology, blocks, clock)
+            return
         batches = draw_batches(size, 8)
         tokens = size.samples * size.model.seq_length
         count = count_parameters(size.model, size.vocab_size)

@@ -1,13 +1,16 @@
 """Train a small model on random tokens under several layouts, one after another.
 
 Usage: ``python run_layouts.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes", "steps",
-"set": {"section.key": value}}. For each job it writes NAME.json, the metrics of every step, and
+"set": {"section.key": value}} and may say how isolated documents attend: "attention", a key of
+``ATTENTION``. For each job it writes NAME.json, the metrics of every step, and
 NAME.pt, the initial weights and the gradients of the first step, assembled from all processes.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,16 @@ import megatron.core.dist_checkpointing.mapping as mapping
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
+from torch.nn import functional
 
 from forked_jobs import run_forked
 from megatron_chameleon.config.checks.layouts import check_layout
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
+from megatron_chameleon.model.backend import ScaledDotProductAttention
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.training.engines.megatron import MegatronEngine
+from stand_ins.transformer_engine_attention import packed_documents
 
 VOCAB_SIZE = 96
 
@@ -69,13 +75,63 @@ def make_batch(config: Config, first: int) -> Batch:
         counts.append(torch.rand(shape[1], generator=generator) < 0.5)
         counts[-1] &= first % config.training.global_batch_size != shape[0]
     window = torch.stack(windows)
-    return Batch(
+    batch = Batch(
         tokens=window[:, :-1],
         labels=window[:, 1:],
         loss_mask=torch.stack(counts).float(),
         image_mask=window[:, 1:] < VOCAB_SIZE // 16,
         position_ids=torch.arange(shape[1]).expand(shape),
     )
+    return isolate(batch, first) if config.data.reset_attention else batch
+
+
+def isolate(batch: Batch, first: int) -> Batch:
+    """Documents of 1 to 12 tokens, and in each fourth sequence a single one."""
+    samples, length = batch.tokens.shape
+    ends = []
+    for index in range(first, first + samples):
+        generator = torch.Generator().manual_seed(2000 + index)
+        lengths = torch.randint(1, 13, (length,), generator=generator)
+        inner = lengths.cumsum(0)
+        inner = inner[(inner < length) & (index % 4 > 0)]
+        ends += [*(inner + (index - first) * length).tolist(), (index - first + 1) * length]
+    borders = [0, *ends]
+    positions = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(borders)])
+    return dataclasses.replace(
+        batch,
+        position_ids=positions.view(samples, length),
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+    )
+
+
+@contextlib.contextmanager
+def dense_mask() -> Iterator[None]:
+    """Isolate documents by a mask of all pairs of tokens, as a reference."""
+
+    def forward(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **named: Any
+    ) -> Tensor:
+        position_ids = named["packed_seq_params"].position_ids
+        place = torch.arange(position_ids.size(1))
+        first = (place - position_ids).unsqueeze(2)
+        seen = (first <= place) & (place <= place.unsqueeze(1))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen.unsqueeze(1), enable_gqa=True
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    own = ScaledDotProductAttention.forward
+    ScaledDotProductAttention.forward = forward  # type: ignore[assignment, method-assign]
+    yield
+    ScaledDotProductAttention.forward = own  # type: ignore[method-assign]
+
+
+ATTENTION: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "own": contextlib.nullcontext,
+    "dense": dense_mask,
+    "packed": packed_documents,
+}
 
 
 def micro_batches(config: Config, step: int, rank: int, size: int) -> list[Batch]:
@@ -96,7 +152,7 @@ def whole_tensors(engine: MegatronEngine, attribute: str | None) -> dict[str, Te
         if isinstance(sharded, mapping.ShardedTensorFactory):
             pieces = nested_values(sharded.build_fn(sharded.key, value, sharded.replica_id, None))
         else:
-            pieces = [dataclasses.replace(sharded, data=value)]
+            pieces = [dataclasses.replace(sharded, data=value, dtype=value.dtype)]
         for piece in pieces:
             data = piece.data.detach().clone().reshape(piece.local_shape)
             parts.append((piece.key, piece.global_shape, piece.global_offset, data))
@@ -137,6 +193,11 @@ def gather_gradient_shards(engine: MegatronEngine) -> None:
 
 
 def run_job(job: dict[str, Any], output: Path) -> None:
+    with ATTENTION[job.get("attention", "own")]():
+        run_layout(job, output)
+
+
+def run_layout(job: dict[str, Any], output: Path) -> None:
     config = make_config(job["set"])
     problems = list(check_layout(config, job["processes"]))
     assert not problems, problems

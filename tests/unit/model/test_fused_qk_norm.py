@@ -124,3 +124,15 @@ def test_tables_are_computed_once() -> None:
     other = tables.of(angles(4, 8))
     assert other is not first
     assert torch.equal(other[1], first[1][:4])
+
+
+def test_tables_of_positions_that_begin_again() -> None:
+    tables, given = RotaryTables(), angles(6, 8)
+    positions = torch.tensor([0, 1, 2, 0, 5, 0, 1], device=given.device)
+    whole = tables.of(given)
+    found = tables.of(given, positions)
+    assert all(torch.equal(own, table[positions]) for own, table in zip(found, whole, strict=True))
+    assert tables.of(given, positions) is found
+    assert tables.of(given.detach(), positions.view(1, 7).flatten()) is found
+    assert tables.of(given) is not found
+    assert not torch.equal(tables.of(given, positions.flip(0))[0], found[0])

@@ -15,10 +15,12 @@ from torch.nn import functional
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.model.chameleon import build_model
 from megatron_chameleon.model.fused_qk_norm import NormRopeSelfAttention
+from megatron_chameleon.model.isolation import IsolatedDocuments
 from megatron_chameleon.model.loss import fused_vocab_parallel_cross_entropy
 from megatron_chameleon.parallel.launch import leave_process_group
 from megatron_chameleon.parallel.megatron_setup import prepare_megatron
 from megatron_chameleon.parallel.topology import create_topology
+from stand_ins.transformer_engine_attention import packed_documents
 
 pytestmark = pytest.mark.slow
 
@@ -116,8 +118,27 @@ def spread_qk_norms(attention: NormRopeSelfAttention) -> None:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
-def step_of_a_rank(size: int, fused: bool, dtype: str) -> dict[str, torch.Tensor]:
-    """The parts of a tiny model's loss and all its gradients, which do not depend on the layout."""
+def isolate(positions: torch.Tensor, packed: bool) -> IsolatedDocuments:
+    """Documents of 3, 5, 1 and 7 tokens in two sequences of 8."""
+    borders = torch.tensor([0, 3, 8, 9, 16], dtype=torch.int32)
+    own = torch.cat([torch.arange(length) for length in borders.diff().tolist()])
+    own = own.view_as(positions)
+    if packed:
+        return IsolatedDocuments.packed(borders, 7, own, in_parts=False)
+    return IsolatedDocuments.grouped(borders, own)
+
+
+def step_of_a_rank(
+    size: int, fused: bool, dtype: str, isolated: str | None = None
+) -> dict[str, torch.Tensor]:
+    """The parts of a tiny model's loss and all its gradients, which do not depend on the layout.
+
+    Args:
+        size: Number of tensor-parallel ranks.
+        fused: Whether to use the fused kernels.
+        dtype: Of the model.
+        isolated: "grouped" or "packed", for isolated documents.
+    """
     config = Config(
         model=ModelConfig(
             num_layers=1,
@@ -139,12 +160,17 @@ def step_of_a_rank(size: int, fused: bool, dtype: str) -> dict[str, torch.Tensor
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(VOCAB, (2, 9), generator=generator)
     positions = torch.arange(8).expand(2, 8)
-    parts = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    documents = isolated and isolate(positions, isolated == "packed")
+    if isolated == "packed":
+        inputs, labels = inputs.reshape(1, -1), labels.reshape(1, -1)
+    parts = model(inputs, positions, None, labels=labels, packed_seq_params=documents)
     (parts[0] + 1e-2 * parts[1].square()).mean().backward()
     values = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(values) > 5
     parallel_state.destroy_model_parallel()  # the next model creates its own groups
-    return {"cross_entropy": parts[0].detach(), "log_z": parts[1].detach(), **values}
+    cross_entropy, log_z, _ = (part.detach().reshape(2, 8) for part in parts)
+    return {"cross_entropy": cross_entropy, "log_z": log_z, **values}
 
 
 def assert_equal_steps(
@@ -169,3 +195,16 @@ def test_a_model_with_fused_kernels(tmp_path: Path, dtype: str, tolerance: float
 def test_a_model_with_fused_kernels_on_two_ranks(ranks: list[RankResults]) -> None:
     for rank in ranks:
         assert_equal_steps(rank.fused, rank.plain, 1e-5)
+
+
+def test_fused_kernels_and_isolated_documents(tmp_path: Path) -> None:
+    """Packed, the angles begin again at each document; otherwise they run on over the sequence."""
+    with process_group(0, 1, tmp_path / "meeting"):
+        expected = step_of_a_rank(1, False, "fp32", "grouped")
+        assert_equal_steps(step_of_a_rank(1, True, "fp32", "grouped"), expected, 1e-5)
+        with packed_documents():
+            for fused in (False, True):
+                assert_equal_steps(step_of_a_rank(1, fused, "fp32", "packed"), expected, 1e-5)
+        other = step_of_a_rank(1, False, "fp32")
+    with pytest.raises(AssertionError, match="cross_entropy"):
+        assert_equal_steps(other, expected, 1e-5)
