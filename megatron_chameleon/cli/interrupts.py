@@ -41,6 +41,7 @@ NEXT_STEPS = {
     "train": "the same command resumes from the run's newest checkpoint, or starts at step 0 if it "
     "has none (a run that gets `kill -USR1 PID` saves before it stops)",
     "train --dry-run": NOTHING,
+    "status --watch": "the runs go on, and the same command shows them again",
     "convert": NOTHING,
     "evaluate": "the same command continues after the answers that it has stored",
     "annotate": AGAIN,

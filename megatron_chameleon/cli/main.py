@@ -39,6 +39,7 @@ VERBS = {
     "config": "compare a config with the paper's values",
     "plan": "predict speed and memory of the parallel layouts on a number of GPUs",
     "train": "train a model from a YAML config",
+    "status": "show how runs stand: alive or not, step, loss, checkpoints, alarms",
     "convert": "convert a checkpoint to another format",
     "verify": "compare two checkpoints of any format",
     "generate": "generate text and images from a checkpoint",

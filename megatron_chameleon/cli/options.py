@@ -84,6 +84,7 @@ SHARE = NumberOption(float, Between(0, 1))
 PROBABILITY = NumberOption(float, Above(0, at_most=1))
 TEMPERATURE = NumberOption(float, Between(0, 100))
 GUIDANCE = NumberOption(float, Between(0, 1000))
+WATCH_SECONDS = NumberOption(float, Between(0.1, 86400))
 SECONDS = NumberOption(float, Between(0, 10**7))
 TOLERANCE = NumberOption(float, Between(0, 1000))
 

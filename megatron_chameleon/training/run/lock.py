@@ -2,30 +2,39 @@
 
 The kernel releases the lock when the process ends, however it ends, so a killed run leaves none
 behind. On a network file system the server releases it, and a server that has not noticed that a
-node died still holds the lock. A job that SLURM has requeued does not wait for that.
+node died still holds the lock. A job that SLURM has requeued does not wait for that. While the run
+lives, the file is touched from time to time, so that ``chameleon status`` on any machine can tell
+(``runs/holder.py``).
 """
 
 import fcntl
 import json
 import logging
 import os
-import platform
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_chameleon.errors import ChameleonError, ConfigError
-from megatron_chameleon.files import open_lock, read_text
+from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.files import open_lock
 from megatron_chameleon.parallel.collectives import broadcast
+from megatron_chameleon.runs.holder import (
+    HEARTBEAT_SECONDS,
+    LOCK_FILE,
+    describe_holder,
+    holder_values,
+    read_holder_values,
+    write_holder,
+)
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "run.lock"
 WAIT_SECONDS = 5.0
 """For a run that is ending: its job may restart before its last process is gone."""
 
@@ -50,10 +59,42 @@ def lock_run(run_dir: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None
     try:
         if failure := broadcast(failure):
             raise ConfigError(*failure)
-        yield
+        with _heartbeat(lock) if lock is not None else nullcontext():
+            yield
     finally:
         if lock is not None:
+            _note_end(lock)
             os.close(lock)
+
+
+@contextmanager
+def _heartbeat(lock: int) -> Iterator[None]:
+    """Touch the file while the block runs. A file system that hangs holds up only the thread."""
+    done = threading.Event()
+    descriptor = os.dup(lock)
+
+    def beat() -> None:
+        try:
+            while not done.wait(HEARTBEAT_SECONDS):
+                with suppress(OSError):
+                    os.utime(descriptor)
+        finally:
+            os.close(descriptor)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(1.0)
+
+
+def _note_end(lock: int) -> None:
+    """Note in the file that its holder has ended by itself."""
+    with suppress(OSError, ValueError):
+        values = json.loads(os.pread(lock, 1 << 16, 0))
+        write_holder(lock, {**values, "ended": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
 def take_lock(run_dir: Path, wait_seconds: float) -> int:
@@ -66,22 +107,22 @@ def take_lock(run_dir: Path, wait_seconds: float) -> int:
         ConfigError: Another run holds it, or the file cannot be written.
     """
     path = run_dir / LOCK_FILE
-    own = _this_run(os.environ)
+    own = holder_values(os.environ)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = _open_locked(path, wait_seconds)
         if lock is None:
-            holder = _read_holder(path)
+            holder = read_holder_values(path)
             if not _is_earlier_start(holder, own):
-                what = f"another run{_describe_holder(holder)} is writing here"
+                who = describe_holder(holder)
+                what = f"another run{who and f' ({who})'} is writing here"
                 remedy = "Wait for it, end it, or choose another logging.run_dir"
                 raise ConfigError(str(run_dir), what, remedy)
             logger.warning(
                 f"{path}: still locked by an earlier start of this job, which SLURM has ended"
             )
             lock = _replace_locked(path)
-        os.truncate(lock, 0)
-        os.pwrite(lock, (json.dumps(own) + "\n").encode(), 0)
+        write_holder(lock, own)
     except OSError as error:
         what = f"the run folder cannot be written ({error.strerror or error})"
         raise ConfigError(str(run_dir), what, "Choose another logging.run_dir") from error
@@ -132,25 +173,6 @@ def _replace_locked(path: Path) -> int:
     return lock
 
 
-def _this_run(environment: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "slurm_job": environment.get("SLURM_JOB_ID"),
-        "slurm_restart": int(environment.get("SLURM_RESTART_COUNT", "0")),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def _read_holder(path: Path) -> dict[str, Any]:
-    """What the file says about its last holder; empty if it cannot be read."""
-    try:
-        holder = json.loads(read_text(path))
-    except (ChameleonError, ValueError, RecursionError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
 def _is_earlier_start(holder: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     """Whether the holder is an earlier start of the same job.
 
@@ -159,10 +181,3 @@ def _is_earlier_start(holder: Mapping[str, Any], own: Mapping[str, Any]) -> bool
     same = own["slurm_job"] is not None and holder.get("slurm_job") == own["slurm_job"]
     restart = holder.get("slurm_restart", 0)
     return same and isinstance(restart, int) and restart < own["slurm_restart"]
-
-
-def _describe_holder(holder: Mapping[str, Any]) -> str:
-    """`` (host node1, pid 7, SLURM job 12, since 2026-11-24 10:00:00)``."""
-    names = {"host": "host", "pid": "pid", "slurm_job": "SLURM job", "since": "since"}
-    parts = [f"{word} {holder[key]}" for key, word in names.items() if holder.get(key)]
-    return f" ({', '.join(parts)})" if parts else ""

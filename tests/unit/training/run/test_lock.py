@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.training.run.lock import LOCK_FILE, take_lock
+from megatron_chameleon.runs.holder import LOCK_FILE
+from megatron_chameleon.training.run.lock import take_lock
 
 
 @pytest.fixture(autouse=True)

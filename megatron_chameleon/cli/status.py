@@ -1,0 +1,113 @@
+"""``chameleon status RUN...``: how runs stand, on one screen each.
+
+chameleon status runs/digits
+chameleon status runs --watch
+chameleon status runs/digits --json | jq .step
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+
+from megatron_chameleon.cli.logs import show
+from megatron_chameleon.cli.options import WATCH_SECONDS
+from megatron_chameleon.terminal import escape_text
+
+USUAL_SECONDS = 5.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="a run folder, or a folder with runs in it",
+    )
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=_seconds_or_run,
+        const=USUAL_SECONDS,
+        metavar="SECONDS",
+        help="show it again every so many seconds until Ctrl-C (default: 5): the screens on a "
+        "terminal, otherwise a line per run",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per run, each on a line"
+    )
+
+
+def _seconds_or_run(text: str) -> float | str:
+    """The seconds behind ``--watch``; or a run, as in ``chameleon status --watch RUN``."""
+    try:
+        float(text)
+    except ValueError:
+        return text
+    return float(WATCH_SECONDS(text))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the runs and print."""
+    from megatron_chameleon.errors import ConfigError
+    from megatron_chameleon.runs.status import StatusReader, find_runs
+
+    paths, watch = list(args.runs), args.watch
+    if isinstance(watch, str):
+        paths.insert(0, watch)
+        watch = USUAL_SECONDS
+    if not paths:
+        raise ConfigError("RUN", "no run is given", "Give a run folder, such as runs/default")
+    runs = find_runs(paths)
+    reader = StatusReader()
+    while True:
+        _print(reader, runs, args.json, watch)
+        if watch is None:
+            return
+        sys.stdout.flush()
+        time.sleep(watch)
+        runs = list(dict.fromkeys([*runs, *_new_runs(paths)]))
+
+
+def _new_runs(paths: list[str]) -> list:
+    """Runs that have appeared since; a path may have lost its runs meanwhile."""
+    from megatron_chameleon.errors import ChameleonError
+    from megatron_chameleon.runs.status import find_runs
+
+    try:
+        return find_runs(paths)
+    except ChameleonError:
+        return []
+
+
+def _print(reader: object, runs: list, as_json: bool, watch: float | None) -> None:
+    from megatron_chameleon.runs.status import StatusReader
+    from megatron_chameleon.runs.status_screen import status_line, status_screen
+
+    assert isinstance(reader, StatusReader)
+    found = [reader.read(run) for run in runs]
+    if as_json:
+        for status in found:
+            print(json.dumps(status.to_json(), allow_nan=False))
+        return
+    columns, rows = shutil.get_terminal_size()
+    if watch is None:
+        show("\n\n".join(status_screen(status, columns) for status in found))
+    elif not sys.stdout.isatty():
+        show("\n".join(map(status_line, found)))
+    else:
+        screens = [status_screen(status, columns) for status in found]
+        lines = "\n\n".join(screens).splitlines()
+        if len(lines) >= rows:  # one line each, and what does not fit is left out
+            lines = [status_line(status)[:columns] for status in found]
+        if len(lines) >= rows:
+            more = len(lines) - rows + 2
+            lines = [*lines[: rows - 2], f"... {more} more runs"]
+        sys.stdout.write(redrawn(lines))
+
+
+def redrawn(lines: list[str]) -> str:
+    """What replaces the content of a terminal by lines, without flickering."""
+    body = "".join(f"{escape_text(line)}\x1b[K\n" for line in lines)
+    return f"\x1b[H{body}\x1b[J"
