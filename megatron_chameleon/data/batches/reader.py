@@ -16,6 +16,7 @@ from megatron_chameleon.data.mixture.mixture_history import (
     MixtureHistory,
     begin_history,
     open_mixture,
+    order_notes,
     resume_history,
 )
 from megatron_chameleon.data.mixture.sources import SourceSnapshot
@@ -72,8 +73,8 @@ class BatchReader:
         self._check_length(steps_done)
 
     def warnings(self) -> list[str]:
-        """What the owner should know about the loss and about conversations, one line each."""
-        return data_warnings(self.config, self.sources)
+        """What the owner should know about the loss, conversations and the order, a line each."""
+        return [*data_warnings(self.config, self.sources), *order_notes(self.history)]
 
     def describe_answers(self) -> list[str]:
         """Describe the answers of each source that holds conversations, in one line each."""

@@ -2,7 +2,7 @@
 
 A **block** is ``block_sequences`` consecutive samples. Block b of a mixture takes from each source
 the tokens between two positions of the source's stream, ``rate.before(b)`` and
-``rate.before(b + 1)`` (``rates.py``). The rates are proportional to the weights, so weights are
+``rate.before(b + 1)`` (``phases.py``). The rates are proportional to the weights, so weights are
 shares of the tokens, exact to a token at the end of each block (or to a document, where documents
 may not be cut), and no table of the length of the run is needed. A block is packed (``packing.py``)
 when one of its samples is asked for.
@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_chameleon.data.mixture.block_items import items_of_block
-from megatron_chameleon.data.mixture.packing import DoesNotFitError, PackedSequences, pack
+from megatron_chameleon.data.mixture.packing import DoesNotFitError, Even, PackedSequences, pack
 from megatron_chameleon.data.mixture.permutation import shuffled
 from megatron_chameleon.data.mixture.phase_planner import ExhaustedError, PhasePlanner
 from megatron_chameleon.data.mixture.phases import MixtureWeights, Phase, SourceWeight
@@ -41,7 +41,12 @@ __all__ = [
 ]
 
 BLOCK_SEQUENCES = 2048
+ORDER_VERSION = 2
+"""In version 1 the last sequences of a block may be nearly empty. In version 2 a block's sequences
+are levelled and permuted. Runs that began with version 1 keep it."""
 _CACHED_BLOCKS = 2
+_SEQUENCE_ORDER = 4
+"""A use of random numbers; those of ``stream.py`` have the numbers below."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Mixture:
         seq_length: Tokens of a sequence.
         first_sample: The run's sample at which the mixture begins.
         block_sequences: Sequences of a block, at least 1.
+        order_version: 1 or ``ORDER_VERSION``.
     """
 
     weights: MixtureWeights
@@ -74,9 +80,12 @@ class Mixture:
     seq_length: int
     first_sample: int = 0
     block_sequences: int = BLOCK_SEQUENCES
+    order_version: int = ORDER_VERSION
 
     def __post_init__(self) -> None:
-        self._planner = PhasePlanner(self.weights, self.seq_length, self.block_sequences)
+        self._planner = PhasePlanner(
+            self.weights, self.seq_length, self.block_sequences, self.order_version
+        )
         self._phases: list[Phase] = []
         self._blocks: OrderedDict[tuple[int, int], PackedSequences] = OrderedDict()
 
@@ -166,8 +175,11 @@ class Mixture:
         def last_cut(source: int, part: DocumentParts, inside: int) -> int:
             return streams[source].last_cut(part, inside)
 
+        even = None
+        if self.order_version > 1:
+            even = Even((self.seed, first, _SEQUENCE_ORDER), phase.ends_run)
         try:
-            return pack(items, phase.sequences, self.seq_length, order, last_cut)
+            return pack(items, phase.sequences, self.seq_length, order, last_cut, even)
         except DoesNotFitError as error:
             what = (
                 f"the {int(items.parts.tokens.sum())} tokens of {', '.join(phase.rates)} for the "

@@ -17,7 +17,11 @@ from typing import Any
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.mixture.corpus import Corpus
-from megatron_chameleon.data.mixture.mixture import BLOCK_SEQUENCES, Mixture
+from megatron_chameleon.data.mixture.mixture import (
+    BLOCK_SEQUENCES,
+    ORDER_VERSION,
+    Mixture,
+)
 from megatron_chameleon.data.mixture.phases import MixtureWeights, SourceWeight
 from megatron_chameleon.data.mixture.sources import (
     DataSource,
@@ -43,6 +47,8 @@ class MixtureEntry:
     sources: dict[str, SourceSnapshot]
     """By key, including those that the mixture no longer uses."""
     block_sequences: int
+    order_version: int = 1
+    """Of ``mixture.py``; checkpoints of version 1 do not name it."""
 
     def same_mixture(self, other: "MixtureEntry") -> bool:
         """Whether both give the same samples, apart from where stage 2 begins."""
@@ -149,7 +155,9 @@ def _check_values(history: MixtureHistory) -> None:
     for batch in history.batches:
         _check_counts(batch, first_step=0, first_sample=0, global_batch_size=1)
     for entry in history.entries:
-        _check_counts(entry, first_sample=0, block_sequences=1)
+        _check_counts(entry, first_sample=0, block_sequences=1, order_version=1)
+        if entry.order_version > ORDER_VERSION:
+            raise ValueError(f"it has version {entry.order_version}; {ORDER_VERSION} is known")
         _check_counts(entry.weights, stage1_samples=0)
         _check_share("stage2_share", entry.weights.stage2_share)
         _check_share("reserve", entry.weights.reserve)
@@ -304,7 +312,19 @@ def open_mixture(
         history.seq_length,
         entry.first_sample,
         entry.block_sequences,
+        entry.order_version,
     )
+
+
+def order_notes(history: MixtureHistory) -> list[str]:
+    """What the owner should know about the order of the data, one line each."""
+    if history.entries[-1].order_version == ORDER_VERSION:
+        return []
+    return [
+        "the run began with version 1 of the order of the samples and keeps it: the last sequences "
+        f"of each {history.entries[-1].block_sequences:,} may be nearly empty. A new run, or one "
+        "that is resumed with another mixture, reads even steps"
+    ]
 
 
 def count_stage2_steps(history: MixtureHistory, steps: int) -> int:
@@ -372,7 +392,7 @@ def _new_entry(
     # A small corpus needs no large blocks: each would go through it many times.
     tokens = sum(source.corpus.tokens for source in sources)
     block_sequences = min(BLOCK_SEQUENCES, max(64, 8 * tokens // config.model.seq_length))
-    return MixtureEntry(sample, weights, snapshots, block_sequences)
+    return MixtureEntry(sample, weights, snapshots, block_sequences, ORDER_VERSION)
 
 
 def _check_same_order(history: MixtureHistory, config: Config) -> None:

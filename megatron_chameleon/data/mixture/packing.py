@@ -8,7 +8,12 @@ text as a last resort.
 
 The number of sequences is given and not found, so a sample's block and its place in the block
 follow from its index alone. The mixture gives a block a little less than it can hold (see
-``phase_planner.py``). The room that remains is padding, spread evenly where text flows.
+``phase_planner.py``). The room that remains is padding. It is spread evenly over the sequences
+(``levelling.py``), which are then put into an order that a keyed permutation gives, so that no step
+has more padding than the others, wherever it lies in the block. In the last block of a run, the
+emptiest sequence comes last.
+
+Runs that began before version 2 of the order keep version 1, without levelling and permutation.
 
 Source: Ding et al., "Fewer truncations improve language modeling", 2024 (best fit);
 megatron/core/datasets/gpt_dataset.py (flowing text).
@@ -21,6 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_chameleon.data.mixture.levelling import level
+from megatron_chameleon.data.mixture.permutation import Permutation
 from megatron_chameleon.data.mixture.stream import DocumentParts
 
 OPEN_SEQUENCES = 128
@@ -61,6 +68,16 @@ class PackedSequences:
         return self.parts.take((self.sequence >= sequence) & (self.source == source))
 
 
+@dataclass(frozen=True)
+class Even:
+    """Version 2 of the order: the sequences of a block are levelled and permuted."""
+
+    key: tuple[int, ...]
+    """What the permutation depends on: integers in [0, 2^64)."""
+    ends_run: bool
+    """Whether all documents of the run end with the block."""
+
+
 class DoesNotFitError(Exception):
     """The items need more sequences than the block has."""
 
@@ -89,7 +106,12 @@ def sequences_needed(items: PackingItems, seq_length: int) -> int:
 
 
 def pack(
-    items: PackingItems, sequences: int, seq_length: int, order: np.ndarray, last_cut: LastCut
+    items: PackingItems,
+    sequences: int,
+    seq_length: int,
+    order: np.ndarray,
+    last_cut: LastCut,
+    even: Even | None = None,
 ) -> PackedSequences:
     """Put every token of the items into exactly one of the sequences.
 
@@ -100,24 +122,33 @@ def pack(
         order: A number for each item, by which the parts of a sequence are finally sorted; int64
             [items].
         last_cut: Where an item that should stay whole may be cut, as a last resort.
+        even: How the sequences are levelled and permuted; None for version 1 of the order.
 
     Raises:
         DoesNotFitError: The items do not fit.
     """
     placed, rooms = _place_whole(items, sequences, seq_length)
-    if items.whole.all():  # otherwise text is poured into every sequence
+    if even is None and items.whole.all():  # otherwise text is poured into every sequence
         _fill_empty(items, placed, rooms, seq_length)
     missing = np.flatnonzero(items.whole & (placed < 0)).tolist()
     forced = [_cut_into_rooms(items, i, rooms, last_cut) for i in missing]
-    flowing = _flow(items, rooms, seq_length)
+    total = int(items.parts.tokens[~items.whole].sum())
+    if rooms.sum() < total:
+        raise DoesNotFitError
+    if even is None:
+        fills, places = _proportional_fills(rooms, total, seq_length), np.arange(sequences)
+    else:
+        fills, last = level(items.parts.tokens, placed, rooms, total, seq_length, even.ends_run)
+        places = _permuted(sequences, even.key, last)
     placements = [
         _placements_of_whole(items, placed),
         *itertools.chain.from_iterable(forced),
-        flowing,
+        _flow(items, fills),
     ]
     index, start, stop, sequence = (
         np.concatenate(arrays) for arrays in zip(*placements, strict=True)
     )
+    sequence = places[sequence]
     by_sequence = np.lexsort((start, order[index], sequence))
     index = index[by_sequence]
     whole = items.parts.take(index)
@@ -225,28 +256,39 @@ def _cut_into_rooms(
     return placements
 
 
-def _flow(items: PackingItems, rooms: np.ndarray, seq_length: int) -> Placements:
-    """Pour the text that flows into the rooms, in order."""
-    index = np.flatnonzero(~items.whole)
-    tokens = items.parts.tokens[index]
-    ends = np.cumsum(tokens)
-    total = int(ends[-1]) if len(ends) else 0
-    spare = int(rooms.sum()) - total
-    if spare < 0:
-        raise DoesNotFitError
-    if total == 0:
-        none = np.zeros(0, dtype=np.int64)
-        return none, none, none, none
+def _proportional_fills(rooms: np.ndarray, total: int, seq_length: int) -> np.ndarray:
+    """Tokens of text that each sequence takes in version 1 of the order: int64 [sequences]."""
     small = rooms < seq_length // 128  # too small to cut a document for it
-    if int(rooms[small].sum()) <= spare:
+    if int(rooms[small].sum()) <= int(rooms.sum()) - total:
         rooms = np.where(small, 0, rooms)
     reached = np.cumsum(rooms)
-    # Spread the padding evenly, so that no sequence is left empty.
-    fills = reached * total // int(reached[-1])
-    borders = np.union1d(ends, fills)
+    ends = reached * total // max(1, int(reached[-1]))
+    return np.diff(ends, prepend=0)
+
+
+def _permuted(sequences: int, key: tuple[int, ...], last: int) -> np.ndarray:
+    """The place of each sequence in its block: int64 [sequences]; ``last`` keeps the last one."""
+    places = np.full(sequences, sequences - 1)
+    moved = np.flatnonzero(np.arange(sequences) != last)
+    if len(moved):
+        places[moved] = Permutation(len(moved), *key)(np.arange(len(moved)))
+    return places
+
+
+def _flow(items: PackingItems, fills: np.ndarray) -> Placements:
+    """Pour the text that flows into the sequences, in order.
+
+    Args:
+        items: Those that must stay whole are left out.
+        fills: Tokens that each sequence takes; together those of the text; int64 [sequences].
+    """
+    index = np.flatnonzero(~items.whole)
+    tokens = items.parts.tokens[index]
+    ends, reached = np.cumsum(tokens), np.cumsum(fills)
+    borders = np.union1d(ends, reached)
     borders = borders[borders > 0]
-    begins = np.append(0, borders[:-1])
+    begins = np.append(0, borders)[:-1]
     which = np.searchsorted(ends, begins, side="right")
-    sequence = np.searchsorted(fills, begins, side="right")
+    sequence = np.searchsorted(reached, begins, side="right")
     start = items.parts.start[index][which] + begins - (ends - tokens)[which]
     return index[which], start, start + borders - begins, sequence

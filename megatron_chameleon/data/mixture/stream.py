@@ -167,6 +167,11 @@ class SourceStream:
         corpus = self.corpus
         return not self.isolated and corpus.images == 0 and corpus.longest_conversation == 0
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some conversations are left out because they are longer than a sequence."""
+        return self.corpus.longest_conversation > self.seq_length
+
     def cut(self, position: int) -> Cut:
         """Find the place of a position, moved to where documents may be cut.
 
@@ -280,7 +285,7 @@ class SourceStream:
             np.full_like(documents, epoch), documents, starts, stops, lengths, flags
         )
         kept = starts < stops  # leaves out empty documents
-        if self.corpus.longest_conversation > self.seq_length:
+        if self.leaves_out:
             too_long = lengths > self.seq_length
             kept &= ~(too_long & self.corpus.are_conversations(first, stop))
         return parts.take(kept)

@@ -6,12 +6,12 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_chameleon.data.mixture import rates
-from megatron_chameleon.data.mixture.rates import TokensPerBlock, plan_rates
+from megatron_chameleon.data.mixture import phases
+from megatron_chameleon.data.mixture.phases import TokensPerBlock, plan_rates
 
 
 def test_the_example_in_the_docstring_is_right():
-    failed, tried = doctest.testmod(rates)
+    failed, tried = doctest.testmod(phases)
     assert failed == 0 and tried >= 4
 
 
