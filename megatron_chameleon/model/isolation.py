@@ -22,6 +22,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_chameleon.parallel import platform
+
 
 @dataclass(frozen=True)
 class DocumentGroups:
@@ -39,13 +41,12 @@ class DocumentGroups:
     """Number and length of the documents in each group."""
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, batch: int, device: torch.device) -> "DocumentGroups":
+    def of(cls, cu_seqlens: Tensor, batch: int) -> "DocumentGroups":
         """Group the documents of a micro-batch.
 
         Args:
             cu_seqlens: int32 on the CPU; see ``Batch.cu_seqlens``.
             batch: Number of sequences B.
-            device: Where attention is computed.
         """
         borders = cu_seqlens.numpy().astype(np.int64)
         lengths = np.diff(borders)
@@ -61,7 +62,9 @@ class DocumentGroups:
         inverse_T[order_T] = np.arange(len(order_T))
         length, count = np.unique(sorted_lengths, return_counts=True)
         shapes = list(zip(count.tolist(), length.tolist(), strict=True))
-        order, inverse = (torch.from_numpy(rows).to(device) for rows in (order_T, inverse_T))
+        order, inverse = (
+            platform.copy_to_device(torch.from_numpy(rows)) for rows in (order_T, inverse_T)
+        )
         return cls(order, inverse, shapes)
 
     def attend(
@@ -141,7 +144,7 @@ class IsolatedDocuments(PackedSeqParams):
             max_seqlen_q=length,
             max_seqlen_kv=length,
             position_ids=position_ids,
-            groups=DocumentGroups.of(cu_seqlens, batch, position_ids.device),
+            groups=DocumentGroups.of(cu_seqlens, batch),
         )
 
     @classmethod

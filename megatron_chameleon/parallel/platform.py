@@ -19,6 +19,18 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
+def copy_to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the host on the device, copied without a wait.
+
+    A GPU fetches it from pinned memory. A copy from pageable memory would wait for what the GPU was
+    given to do before.
+    """
+    if not has_gpu():
+        return tensor
+    # An expanded tensor cannot be pinned as it is, hence the contiguous copy.
+    return tensor.contiguous().pin_memory().to(device(), non_blocking=True)
+
+
 def device_name() -> str | None:
     """CUDA's name for the GPU that this process computes on; None on a CPU."""
     return torch.cuda.get_device_name() if has_gpu() else None

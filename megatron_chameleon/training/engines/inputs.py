@@ -77,7 +77,7 @@ def own_part(batch: Batch, shape: MicroBatchShape) -> tuple[Batch, IsolatedDocum
     }
     if shape.packed:
         return _pack(tensors, batch, shape)
-    on_device = {name: _to_device(tensor) for name, tensor in tensors.items()}
+    on_device = {name: platform.copy_to_device(tensor) for name, tensor in tensors.items()}
     own = Batch(**get_batch_on_this_cp_rank(on_device))
     if batch.cu_seqlens is None:
         return own, None
@@ -124,12 +124,14 @@ def _pack(
         cu_seqlens = filled.cu_seqlens
     longest = int(np.diff(cu_seqlens).max())
     documents = IsolatedDocuments.packed(
-        _to_device(torch.from_numpy(cu_seqlens).int()),
+        platform.copy_to_device(torch.from_numpy(cu_seqlens).int()),
         longest,
-        _to_device(position_ids),
+        platform.copy_to_device(position_ids),
         in_parts=size > 1,
     )
-    return Batch(**{name: _to_device(tensor) for name, tensor in tensors.items()}), documents
+    return Batch(
+        **{name: platform.copy_to_device(tensor) for name, tensor in tensors.items()}
+    ), documents
 
 
 @dataclass(frozen=True)
@@ -184,14 +186,3 @@ class FilledDocuments:
 def _filled_lengths(cu_seqlens: np.ndarray, size: int) -> np.ndarray:
     """Lengths of the documents, rounded up to multiples of 2 x ``size``."""
     return -(-np.diff(cu_seqlens).astype(np.int64) // (2 * size)) * 2 * size
-
-
-def _to_device(tensor: Tensor) -> Tensor:
-    """Copy a tensor from memory that a GPU can fetch without a wait.
-
-    A copy from pageable memory would wait for the micro-batch before it.
-    """
-    if not platform.has_gpu():
-        return tensor
-    # An expanded tensor cannot be pinned as it is, hence the contiguous copy.
-    return tensor.contiguous().pin_memory().to(platform.device(), non_blocking=True)

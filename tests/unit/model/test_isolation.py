@@ -1,7 +1,7 @@
 """Attention within documents, compared with a dense mask, which exists only here."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -81,6 +81,16 @@ def test_result_and_gradients(
         torch.testing.assert_close(mine, exact.to(mine.dtype), rtol=tolerance, atol=tolerance)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """With several, torch's attention adds up in an order that depends on the size of the batch."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_document_is_computed_as_if_it_were_alone(attention: Callable[..., Tensor]) -> None:
     """To the bit, whatever else is in the micro-batch and wherever it stands."""
     *inputs, _ = draw(40, 2, 4, 2, torch.float32)
@@ -92,6 +102,7 @@ def test_a_document_is_computed_as_if_it_were_alone(attention: Callable[..., Ten
             assert torch.equal(attention(*own, None), found[end - length : end, row : row + 1])
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_whole_sequences_are_plain_causal(attention: Callable[..., Tensor]) -> None:
     *inputs, _ = draw(16, 3, 4, 4, torch.float32)
     isolated = attention(*inputs, None, packed_seq_params=documents_of([[16]] * 3))
