@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from megatron_chameleon import announce
 from megatron_chameleon.cli.logs import progress, show
-from megatron_chameleon.cli.options import HELD_OUT_TOKENS, add_overrides
+from megatron_chameleon.cli.options import HELD_OUT_TOKENS, add_ema_option, add_overrides
 
 if TYPE_CHECKING:
     from megatron_chameleon.checkpoint.formats.base import CheckpointReader
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_chameleon.training.validation.losses import HeldOutLosses
 
 REPORT_SECONDS = 10.0
-_SETTING = re.compile(r"(model|data|training|parallel|fusion)\.[\w.\[\]]+=.*", re.DOTALL)
+_SETTING = re.compile(r"[a-z0-9_]+\.[\w.\[\]]+=.*", re.DOTALL)
 """A word for ``overrides`` that argparse takes for one of ``--data``'s."""
 
 
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         nargs="+",
+        action="extend",
         metavar="PREFIX",
         default=[],
         help="token files to measure (default: those of data.validation in the run's config)",
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
     )
+    add_ema_option(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -85,7 +87,7 @@ def _measure(args: argparse.Namespace, launch: "Launch") -> None:
 
     overrides = [*args.overrides, *filter(_SETTING.fullmatch, args.data)]
     prefixes = [word for word in args.data if not _SETTING.fullmatch(word)]
-    reader = open_checkpoint(args.checkpoint)
+    reader = open_checkpoint(args.checkpoint, ema=args.ema)
     config = evaluation_config(reader, prefixes, overrides, launch.world_size)
     if args.max_tokens:
         config.data.validation.max_tokens = args.max_tokens

@@ -142,7 +142,9 @@ class Reporter:
         if HELD_OUT_LOSS in metrics:
             self._console.say(held_out_line(step, metrics))
         if turn := self._overfitting.observe(metrics):
-            self._console.warn(turn_text(turn, self.config))
+            text = turn_text(turn, self.config)
+            self._console.warn(text)
+            self._events.record("validation_rises", text, step, lowest_step=turn.lowest_step)
         alarm = self._alarm.observe(step, metrics["output_norm"], metrics["loss"])
         if alarm is not None:
             self._run.write_alarms([asdict(alarm)])

@@ -38,6 +38,9 @@ from megatron_chameleon.training.engines.evaluation import evaluate_batches
 from megatron_chameleon.training.validation.losses import HeldOutLosses
 from megatron_chameleon.training.validation.measure import measure
 
+SECTIONS = ("model", "data", "training", "parallel", "fusion")
+"""Sections of the config that matter here."""
+
 
 def evaluation_config(
     reader: CheckpointReader, prefixes: Sequence[str], overrides: Sequence[str], world_size: int
@@ -57,6 +60,10 @@ def evaluation_config(
     Raises:
         ConfigErrors: Values cannot work.
     """
+    for word in overrides:
+        if word.partition(".")[0] not in SECTIONS:
+            what = "changes nothing about the loss of a checkpoint"
+            raise ConfigError(word, what, f"Give values of {', '.join(SECTIONS)}, or leave it out")
     run, chosen = reader.config or Config(), DataConfig()
     chosen.reset_attention, chosen.loss_on = run.data.reset_attention, run.data.loss_on
     chosen.validation = run.data.validation

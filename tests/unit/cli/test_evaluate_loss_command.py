@@ -67,6 +67,10 @@ def test_every_format_and_layout_gives_the_same(tiny_checkpoint, prefix, tmp_pat
             ["--data", "PREFIX", "parallel.tensor_model_parallel_size=2"],
             "error: parallel: 1 process cannot be laid out as tensor 2",
         ),
+        (
+            ["--data", "PREFIX", "optimizer.lr=2"],
+            "error: optimizer.lr=2: changes nothing about the loss of a checkpoint. Give values of",
+        ),
         (["--data", "PREFIX", "model.sequence=3"], "error: model.sequence=3: Unknown key"),
         (["--data", "PREFIX", "model.seq_length=8"], "error: --data[0].prefix: an image of "),
     ],

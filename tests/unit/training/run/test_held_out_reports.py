@@ -1,6 +1,7 @@
 """What a run says when held-out loss turns, before and after a restart."""
 
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from megatron_chameleon.checkpoint.state.folders import STATE_FILE, step_folder
 from megatron_chameleon.cli.logs import shown_logs
 from megatron_chameleon.config.schema import Config, SourceConfig, ValidationSourceConfig
 from megatron_chameleon.training.metrics.stragglers import StepClock
+from megatron_chameleon.training.records.events import EventLog
 from megatron_chameleon.training.run.reporter import Reporter
 
 MAIN_RANK: Any = SimpleNamespace(rank=0, world_size=1)
@@ -32,7 +34,7 @@ def report(config: Config, first: int, last: int, capsys: Any) -> list[str]:
     """The lines that a run prints for its steps after ``first`` up to ``last``."""
     capsys.readouterr()
     with shown_logs():
-        reporter = Reporter(config, 512, MAIN_RANK, first)
+        reporter = Reporter(config, 512, MAIN_RANK, first, EventLog(config, 0))
         for step in range(first + 1, last + 1):
             values = dict.fromkeys(("loss_text", "loss_image", "grad_norm", "learning_rate"), 1.0)
             values |= {"step": step, "loss": 3 - step / 10, "output_norm": 1, "step_seconds": 0.5}
@@ -76,6 +78,9 @@ def test_the_turn_is_told_once_with_the_nearest_checkpoint(
         "warning: step 8: held-out loss has risen from 2.5000 at step 4, its lowest, to 2.7000, "
         "while training loss fell from 2.6500 to 2.2500: "
     )
+    (event,) = map(json.loads, (Path(config.logging.run_dir) / "events.jsonl").open())
+    assert (event["event"], event["step"], event["lowest_step"]) == ("validation_rises", 8, 4)
+    assert event["text"] == line.removeprefix("warning: ")
     assert f"nearest to step 4 is {config.logging.run_dir}/checkpoints/step_00000005 (" in line
 
 
