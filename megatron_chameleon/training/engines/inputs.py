@@ -23,8 +23,9 @@ from megatron_chameleon.model.backend import packs_documents
 from megatron_chameleon.model.isolation import IsolatedDocuments
 from megatron_chameleon.parallel import platform
 
-FP8_ROWS = 16
-"""FP8 products need multiples of so many tokens on each rank."""
+ROWS, ROWS_OF_SPLIT = 16, 8
+"""FP8 products need multiples of so many tokens on each rank; the second if tensor-parallel ranks
+split them."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def micro_batch_shape(config: Config, micro_batches: Sequence[Batch]) -> MicroBa
     size = parallel.context_parallel_size
     if size == 1:
         return MicroBatchShape(1, samples * length, packed=True)
-    unit = 2 * size * parallel.tensor_model_parallel_size * FP8_ROWS
+    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    unit = size * max(ROWS, ROWS_OF_SPLIT * split)
     borders = [batch.cu_seqlens.numpy() for batch in micro_batches if batch.cu_seqlens is not None]
     longest = max(_filled_lengths(cu_seqlens, size).sum() for cu_seqlens in borders)
     return MicroBatchShape(1, -(-int(longest) // unit) * unit, packed=True)

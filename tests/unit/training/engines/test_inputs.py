@@ -1,6 +1,7 @@
 """How a micro-batch gets to its device, and how its documents are packed."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch, batch: Batch, shape: MicroBatchShape,
     return found
 
 
-def packing(monkeypatch: pytest.MonkeyPatch, **parallel: int) -> Config:
+def packing(monkeypatch: pytest.MonkeyPatch, **parallel: Any) -> Config:
     """A config on a machine with Transformer Engine."""
     monkeypatch.setattr(platform, "has_transformer_engine", lambda: True)
     config = Config(parallel=ParallelConfig(**parallel))
@@ -107,14 +108,16 @@ def test_context_parallel_ranks_share_the_chunks_of_each_document(
     assert filled.of_rank(1, 2).tolist() == [2, 3, 4, 5, 9, 10]
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_token_is_on_one_context_parallel_rank(
-    monkeypatch: pytest.MonkeyPatch, size: int
+    monkeypatch: pytest.MonkeyPatch, size: int, split: bool
 ) -> None:
     batches = [make_batch([[3, 5, 24], [1, 31]]), make_batch([[32], [1] * 32])]
-    config = packing(monkeypatch, context_parallel_size=size, tensor_model_parallel_size=2)
+    config = packing(monkeypatch, context_parallel_size=size, tensor_model_parallel_size=4)
+    config.parallel.sequence_parallel = split
     shape = micro_batch_shape(config, batches)
-    assert shape.tokens % (2 * size * 2 * 16) == 0  # each rank's FP8 products
+    assert shape.tokens % (size * (4 * 8 if split else 16)) == 0  # each rank's FP8 products
     for batch in batches:
         found = ranks(monkeypatch, batch, shape, size)
         own = [part.tokens[0, part.loss_mask[0] > 0].tolist() for part, _ in found]
