@@ -3,10 +3,15 @@
 import argparse
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from megatron_chameleon import announce
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, add_overrides
+
+if TYPE_CHECKING:
+    from megatron_chameleon.parallel.launch import Launch
+    from megatron_chameleon.training.run.inputs import RunInputs
 
 _logger = logging.getLogger(__name__)
 
@@ -15,7 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help=CONFIG)
     add_overrides(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything and stop before the first step"
+        "--dry-run",
+        action="store_true",
+        help="check everything, do the step that comes next as it was launched, and keep nothing",
+    )
+    parser.add_argument(
+        "--no-step", action="store_true", help="with --dry-run: only check, without the step"
     )
     parser.add_argument(
         "--resume",
@@ -33,15 +43,17 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.checks.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import load_config
     from megatron_chameleon.config.names import find_config
-    from megatron_chameleon.errors import ChameleonError
+    from megatron_chameleon.errors import ChameleonError, ConfigError
     from megatron_chameleon.parallel.launch import (
         describe_launch,
         find_launch,
         is_reported_by_rank_0,
     )
 
+    if args.no_step and not args.dry_run:
+        raise ConfigError("--no-step", "it goes with --dry-run only", "Add --dry-run, or remove it")
     launch = find_launch()
-    if not args.dry_run and (place := describe_launch(launch)):
+    if not (args.dry_run and args.no_step) and (place := describe_launch(launch)):
         _logger.info(place, extra={"stderr": True})  # before the imports, which take seconds
     if launch.rank > 0:
         logging.getLogger(announce.__name__).setLevel(logging.WARNING)  # rank 0 speaks for all
@@ -54,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         check_config(config, world_size)  # before the imports, which take seconds
 
         from megatron_chameleon.training.loop import train
-        from megatron_chameleon.training.prepare import dry_run_text, prepare_run
+        from megatron_chameleon.training.prepare import prepare_run
         from megatron_chameleon.training.records.notify import receiver_warning
 
         inputs = prepare_run(config, world_size, args.resume)
@@ -64,8 +76,7 @@ def run(args: argparse.Namespace) -> None:
                 if line:
                     _logger.warning(line)
         if args.dry_run:
-            if launch.rank == 0:
-                show(dry_run_text(inputs, launch, world_size))
+            _dry_run(inputs, launch, world_size, with_step=not args.no_step)
             return
         finished = train(inputs, launch)
     except ChameleonError as error:
@@ -76,3 +87,15 @@ def run(args: argparse.Namespace) -> None:
         from megatron_chameleon.training.faults.signals import EXIT_CODE
 
         sys.exit(EXIT_CODE)
+
+
+def _dry_run(inputs: "RunInputs", launch: "Launch", world_size: int, *, with_step: bool) -> None:
+    """Print what the run would do, and try its next step."""
+    from megatron_chameleon.training.dry_run import describe_dry_run, try_step
+
+    if launch.rank == 0:
+        show(describe_dry_run(inputs, launch, world_size))
+        sys.stdout.flush()  # the step may take a while, or end the process
+    found = try_step(inputs, launch, world_size) if with_step else ""
+    if found and launch.rank == 0:
+        show(found)

@@ -4,6 +4,8 @@ Everything else asks here. What has to be done to compute on a CPU stands next d
 ``megatron_setup.py`` for megatron-core, ``deepspeed_setup.py`` for DeepSpeed.
 """
 
+import resource
+
 import torch
 
 FP8_CAPABILITY = (8, 9)
@@ -41,6 +43,13 @@ def gpu_memory_bytes() -> int | None:
     if not has_gpu():
         return None
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far: of its GPU, or on a CPU of the machine."""
+    if has_gpu():
+        return int(torch.cuda.max_memory_reserved())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def distributed_backend() -> str:

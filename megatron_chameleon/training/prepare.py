@@ -1,7 +1,7 @@
 """Check everything that a run needs before it starts, and describe the run in a line.
 
 Nothing here builds a model, so a missing file or a config that does not fit is reported within
-seconds; ``chameleon train --dry-run`` stops after it.
+seconds. ``chameleon train --dry-run`` goes on in ``dry_run.py``.
 """
 
 from dataclasses import replace
@@ -12,21 +12,17 @@ from megatron_chameleon.checkpoint.state.resume import check_fits
 from megatron_chameleon.checkpoint.state.start import Start, find_sound, find_start
 from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.checks.layouts import check_vocabulary
-from megatron_chameleon.config.load import format_config
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.mixture.mixture_history import count_stage2_steps
 from megatron_chameleon.data.validation.reader import HeldOutReader
-from megatron_chameleon.model.backend import machine_problems
 from megatron_chameleon.parallel.collectives import run_on_rank_0
-from megatron_chameleon.parallel.launch import Launch
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.training.engines.base import check_installed
 from megatron_chameleon.training.learning_rate import run_learning_rate
 from megatron_chameleon.training.run.branches import carry_out, finish_moves
 from megatron_chameleon.training.run.folder import check_run_folder, checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
-from megatron_chameleon.training.run.memory_check import memory_problem
 from megatron_chameleon.training.run.open_data import open_reader
 from megatron_chameleon.training.run.skipped_steps import find_skipped_steps
 from megatron_chameleon.training.run.trackers import check_trackers
@@ -106,23 +102,3 @@ def describe_run(inputs: RunInputs) -> str:
         f"{parameters:,} parameters; {tokens:,} tokens per step; {config.training.steps:,} steps"
         f"{stages}"
     )
-
-
-def dry_run_text(inputs: RunInputs, launch: Launch, world_size: int) -> str:
-    """What ``--dry-run`` prints: the resolved config, and what the run would do."""
-    start = f"resumes from {inputs.checkpoint}" if inputs.checkpoint else "starts from step 0"
-    lines = [
-        f"{format_config(inputs.config)}\n{describe_run(inputs)}; {start}; {launch.launcher}",
-        "Dry run passed: config, tokenizer, data and checkpoint are ready.",
-    ]
-    # A login node may lack what the config needs; that does not make the config wrong.
-    vocab_size = inputs.tokenizer.vocabulary.size
-    problems = machine_problems(inputs.config)
-    if lack := memory_problem(inputs.config, vocab_size, world_size):
-        problems.append(lack)
-    lines += [
-        f"But this machine cannot run it: {problem.where}: {problem.what}." for problem in problems
-    ]
-    if note := inputs.start.note:
-        lines.insert(1, f"{note[0].upper()}{note[1:]}.")
-    return "\n".join(lines)

@@ -173,6 +173,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data/validation",
         "model",
         "parallel",
+        "planner",
         "schedules",
         "tokenizer",
         "training/engines",

@@ -126,9 +126,11 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(
     text = capsys.readouterr().out
     assert "hidden_size: 32" in text
     assert "parameters; 512 tokens per step; 20 steps, 4 of them in stage 2" in text
-    assert text.splitlines()[-1] == (
-        "Dry run passed: config, tokenizer, data and checkpoint are ready."
-    )
+    assert text.splitlines()[-2:] == [
+        "Dry run passed: config, tokenizer, data and checkpoint are ready.",
+        "Its next step was not tried: the layout needs 2 processes, and this is one; the same "
+        "command under torchrun or srun tries it.",
+    ]
     assert not (copy / "run").exists()
 
 
@@ -136,7 +138,7 @@ def test_what_the_paper_warns_of_is_said_before_training(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = ["model.norm_order=swin", "model.hidden_dropout=0.1"]
-    main(["train", str(copy / "train.yaml"), "--dry-run", *overrides])
+    main(["train", str(copy / "train.yaml"), "--dry-run", "--no-step", *overrides])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: model.hidden_dropout is 0.1 with model.norm_order swin")
 
