@@ -20,7 +20,7 @@ from megatron_chameleon.checkpoint.formats.base import check_names
 from megatron_chameleon.checkpoint.tensor_files.pth import PthFile
 from megatron_chameleon.config.yaml_file import read_yaml
 from megatron_chameleon.errors import CheckpointError, ConfigError
-from megatron_chameleon.files import write_bytes, write_text
+from megatron_chameleon.files import read_bytes, write_bytes, write_text
 from megatron_chameleon.tokenizer.common.files import tokenizer_file
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
@@ -86,7 +86,7 @@ def read_meta_tokenizer(folder: Path, output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     if (folder / TEXT_MODEL_FILE).is_file() and (folder / VOCABULARY_FILE).is_file():
         for name in (TEXT_MODEL_FILE, VOCABULARY_FILE):
-            shutil.copyfile(folder / name, output / name)
+            write_bytes(output / name, read_bytes(folder / name))  # which limits their size
     else:
         model = sentencepiece_from_huggingface(folder / META_TEXT_FILE)
         write_bytes(output / TEXT_MODEL_FILE, model)
@@ -94,7 +94,7 @@ def read_meta_tokenizer(folder: Path, output: Path) -> Path:
     config = _read_vqgan_config(folder / VQGAN_CONFIG_FILE)
     save_vqgan(_read_vqgan(folder / VQGAN_FILE, config), output)
     if (folder / IMAGE_CONFIG_FILE).is_file():
-        shutil.copyfile(folder / IMAGE_CONFIG_FILE, output / IMAGE_CONFIG_FILE)
+        write_bytes(output / IMAGE_CONFIG_FILE, read_bytes(folder / IMAGE_CONFIG_FILE))
     return output
 
 

@@ -2,8 +2,12 @@
 
 import os
 import random
+import resource
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,8 @@ from megatron_chameleon.errors import ChameleonError
 
 FORMATS = ("megatron", "hf", "meta", "deepspeed")
 SEEDS = 12
+LONGEST_SECONDS = 20
+"""A disk reads 100 GiB in more, and a file takes 0.1 seconds here."""
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +55,42 @@ def test_a_damaged_file_is_read_or_refused(sound: Path, tmp_path: Path, name: st
             raise AssertionError(changed) from error
         shutil.rmtree(copy)
     assert refused >= SEEDS // 4
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_of_100_gib_is_refused_before_it_is_copied(
+    sound: Path, tmp_path: Path, name: str
+) -> None:
+    """It is as short as before, followed by a hole, so nothing but its size is wrong."""
+    files = {path.name: path for path in (sound / name).rglob("*") if path.is_file()}
+    for path in files.values():  # one of each name: DeepSpeed's has many of the same kind
+        copy = Path(shutil.copytree(sound / name, tmp_path / "copy", copy_function=os.link))
+        place = copy / path.relative_to(sound / name)
+        place.unlink()
+        shutil.copyfile(path, place)
+        os.truncate(place, 100 << 30)
+        with little_work(), suppress(ChameleonError):  # what nobody reads is not refused
+            read_all(copy)
+        shutil.rmtree(copy)
+
+
+@contextmanager
+def little_work() -> Iterator[None]:
+    """A copy of 100 GiB fails at once, and other work on it after ``LONGEST_SECONDS``."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt(f"still at work after {LONGEST_SECONDS} seconds")
+
+    old = signal.signal(signal.SIGALRM, stop)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, limits[1]))
+    signal.alarm(LONGEST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def read_all(folder: Path) -> None:
