@@ -133,7 +133,9 @@ def _generation_options(args: argparse.Namespace) -> "GenerationOptions":
     names = ("temperature", "top_p", "guidance", "max_tokens")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     force = Force(args.force) if args.force else None
-    options = GenerationOptions(seed=args.seed, force=force, batch_size=args.batch_size, **given)
+    options = GenerationOptions(
+        seed=args.seed, force=force, stop=tuple(args.stop), batch_size=args.batch_size, **given
+    )
     options.check()
     return options
 

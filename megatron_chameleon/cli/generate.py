@@ -145,7 +145,7 @@ def _options(args: argparse.Namespace) -> "GenerationOptions":
     names = ("temperature", "top_p", "guidance", "guidance_image", "max_tokens", "batch_size")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     force = Force(args.force) if args.force else None
-    return GenerationOptions(seed=args.seed, force=force, **given)
+    return GenerationOptions(seed=args.seed, force=force, stop=tuple(args.stop), **given)
 
 
 def _check_device(args: argparse.Namespace) -> None:

@@ -172,6 +172,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", choices=("image", "text"), help="answer with one image, or with text only"
     )
+    parser.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end an answer where this text appears in it; can be repeated",
+    )
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from megatron_chameleon.inference.guidance import Guidance
 from megatron_chameleon.inference.modality import Force, ModalityState, TokenClasses
 from megatron_chameleon.inference.options import Execution, GenerationOptions
 from megatron_chameleon.inference.sampling import choose, draw, penalise_repetition
+from megatron_chameleon.inference.stop_strings import StopStrings
 from megatron_chameleon.parallel import cuda_graphs
 
 RESERVED_TOKENS = 256
@@ -84,6 +85,7 @@ class BatchDecoder:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: Sequence[int],
         generator: torch.Generator,
+        stops: StopStrings | None = None,
     ) -> Iterator[list[list[int]]]:
         """Answer prompts.
 
@@ -91,6 +93,7 @@ class BatchDecoder:
             prompts: ``batch`` lists of token ids. Each starts with ``<s>``, and lengths may differ.
             max_new_tokens: The largest number of tokens of each answer, above 0.
             generator: A generator on the model's device.
+            stops: New ones, which end a row in which a stop string appears.
 
         Yields:
             The new tokens of each answer, including ``</s>`` if it was drawn. They come whenever
@@ -107,8 +110,13 @@ class BatchDecoder:
             if count == self._next_sync(shown, longest):
                 columns_BC = self._drawn_BC[:, shown:count].tolist()
                 shown = count
+                new_tokens = [[token for token in row if token >= 0] for row in columns_BC]
+                if stops is not None:
+                    new_tokens, stopped = stops.take(new_tokens)
+                    if stopped:
+                        self._state.finished_B[stopped] = True
                 finished = count >= longest or bool(self._state.finished_B.all())
-                yield [[token for token in row if token >= 0] for row in columns_BC]
+                yield new_tokens
                 if finished:
                     break
             self._step(width + count, self._within_image(count))

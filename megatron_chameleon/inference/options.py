@@ -38,6 +38,8 @@ class GenerationOptions:
     images: bool = True
     """Whether the model may begin an image."""
     force: Force | None = None
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer where its text contains one of them; they are not part of it."""
     seed: int = 1
     batch_size: int = 64
     """Number of prompts that are answered together. The drawn tokens depend on it."""
@@ -63,6 +65,8 @@ class GenerationOptions:
             if not holds:
                 value = getattr(self, name)
                 raise ConfigError(name, f"{value} is not {words}", f"Use a number that is {words}")
+        if "" in self.stop:
+            raise ConfigError("stop", "a stop string is empty", "Give at least one character")
 
 
 @dataclass(frozen=True)

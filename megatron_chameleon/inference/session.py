@@ -28,6 +28,7 @@ from megatron_chameleon.inference.chat import ControlToken
 from megatron_chameleon.inference.decode import BatchDecoder, collect
 from megatron_chameleon.inference.modality import Force, TokenClasses
 from megatron_chameleon.inference.options import Execution, GenerationOptions
+from megatron_chameleon.inference.stop_strings import StopStrings, cut_at_stop
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 
@@ -153,9 +154,12 @@ class Session:
         for start in range(0, len(encoded), options.batch_size):
             batch = slice(start, start + options.batch_size)
             decoder = self._decoder_of(len(encoded[batch]), options)
-            answers += collect(decoder.stream(encoded[batch], max_new_tokens[batch], generator))
+            stops = self._stop_strings(len(encoded[batch]), options)
+            answers += collect(
+                decoder.stream(encoded[batch], max_new_tokens[batch], generator, stops)
+            )
             progress(len(answers), len(encoded))
-        return [Answer(self._content(token_ids), token_ids) for token_ids in answers]
+        return [Answer(self._content(token_ids, options.stop), token_ids) for token_ids in answers]
 
     def caption(
         self,
@@ -181,8 +185,8 @@ class Session:
 
     def _decoder_of(self, batch: int, options: GenerationOptions) -> BatchDecoder:
         """The last decoder if it fits, because it already has its buffers and graphs."""
-        # The session handles these three, so the decoders may differ in them.
-        options = replace(options, seed=0, max_tokens=None, batch_size=1)
+        # The session handles these four, so the decoders may differ in them.
+        options = replace(options, seed=0, max_tokens=None, batch_size=1, stop=())
         decoder = self._decoder
         if decoder is None or (decoder.batch, decoder.options) != (batch, options):
             self._decoder = decoder = None  # frees its memory before the next one allocates its own
@@ -190,6 +194,12 @@ class Session:
                 self.model, self._classes, self.codes_per_image, batch, options, self.execution
             )
         return decoder
+
+    def _stop_strings(self, rows: int, options: GenerationOptions) -> StopStrings | None:
+        if not options.stop:
+            return None
+        text = self.tokenizer.text
+        return StopStrings(options.stop, text, self._classes.image_token_ids, rows)
 
     def _max_new_tokens(self, token_ids: list[int], options: GenerationOptions) -> int:
         room = self.context_tokens - len(token_ids)
@@ -212,14 +222,15 @@ class Session:
                 )
         return room if options.max_tokens is None else min(room, options.max_tokens)
 
-    def _content(self, token_ids: list[int]) -> list[str | Image.Image]:
-        """Texts and images of drawn tokens. ``ModalityState`` ensures that images are complete."""
+    def _content(self, token_ids: list[int], stops: Sequence[str] = ()) -> list[str | Image.Image]:
+        """Texts up to a stop string, and images. ``ModalityState`` completes each image."""
         vocabulary = self.tokenizer.vocabulary
         content: list[str | Image.Image] = []
         text_ids: list[int] = []
 
         def finish_text() -> None:
-            if text := self.tokenizer.text.decode(text_ids):  # skips </s> and the end of an image
+            text = self.tokenizer.text.decode(text_ids)  # skips </s> and the end of an image
+            if text := cut_at_stop(text, stops):
                 content.append(text)
             text_ids.clear()
 

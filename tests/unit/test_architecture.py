@@ -88,6 +88,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
         "tokenizer/common",
         "tokenizer/image",
+        "tokenizer/text",
     },
     "evaluation/asking": {"data/documents", "inference"},
     "evaluation/tasks": {"data/documents", "evaluation/asking", "images", "inference"},

@@ -117,6 +117,8 @@ class Asker:
         keep: Callable[["Answer"], list[Any]],
     ) -> list[list[Any]]:
         settings = {k: v for k, v in asdict(options).items() if k != "batch_size"}
+        if not options.stop:
+            del settings["stop"]  # as in the keys of answers that earlier versions stored
         seen: Counter[str] = Counter()
         keys = []
         for prompt in prompts:
@@ -209,10 +211,3 @@ def prompt_as_json(prompt: Sequence["PromptPart"]) -> list[Any]:
             pixels = hashlib.sha256(part.convert("RGB").tobytes()).hexdigest()
             described.append({"image": pixels, "size": part.size})
     return described
-
-
-def cut_at_stop(text: str, until: str | Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
-    stops = [until] if isinstance(until, str) else until
-    places = [text.find(stop) for stop in stops if stop]
-    return text[: min((place for place in places if place >= 0), default=len(text))]

@@ -4,6 +4,7 @@ The harness writes the prompts and scores the answers. ``Asker`` provides likeli
 stores them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -11,7 +12,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking.asker import Asker, cut_at_stop
+from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
 
@@ -98,8 +99,7 @@ class ChameleonLM(TemplateLM):
             kinds.setdefault(self._options(request.args[1]), []).append(index)
         for options, indices in kinds.items():
             prompts = [[requests[index].args[0]] for index in indices]
-            for index, text in zip(indices, self._asker.write(prompts, options), strict=True):
-                texts[index] = cut_at_stop(text, requests[index].args[1].get("until") or [])
+            texts.update(zip(indices, self._asker.write(prompts, options), strict=True))
         return [texts[index] for index in range(len(requests))]
 
     def _options(self, kwargs: dict[str, Any]) -> GenerationOptions:
@@ -111,6 +111,11 @@ class ChameleonLM(TemplateLM):
             repetition_penalty=1.0,
             max_tokens=int(kwargs.get("max_gen_toks", ANSWER_TOKENS)),
             force=Force.TEXT,
+            stop=_stops(kwargs.get("until")),
             seed=self._seed,
             batch_size=self._batch_size,
         )
+
+
+def _stops(until: str | Sequence[str] | None) -> tuple[str, ...]:
+    return tuple(filter(None, [until] if isinstance(until, str) else until or []))

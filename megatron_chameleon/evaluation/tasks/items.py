@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import ASSISTANT, USER, Document, TextPart
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.evaluation.asking.asker import Asker, cut_at_stop, prompt_as_json
+from megatron_chameleon.evaluation.asking.asker import Asker, prompt_as_json
 from megatron_chameleon.evaluation.tasks import cider
 from megatron_chameleon.evaluation.tasks.captions import first_digit
 from megatron_chameleon.evaluation.tasks.matching import (
@@ -172,10 +172,11 @@ def _write(
         repetition_penalty=1.0,
         max_tokens=task.max_tokens,
         force=Force.TEXT,
+        stop=(task.stop,) if task.stop else (),
         batch_size=batch_size,
     )
     answers = asker.write([prompt.asked for prompt in prompts], options)
-    texts = [cut_at_stop(text, task.stop).strip() for text in answers]
+    texts = [text.strip() for text in answers]
     scores = _score(task.metric, items, texts)
     return [
         ScoredItem(item.id, prompt.shown, text, list(item.references), score)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, model_fingerprint
-from megatron_chameleon.evaluation.asking.asker import Asker, cut_at_stop
+from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.inference.decode import GenerationOptions
 from megatron_chameleon.inference.modality import Force
 from megatron_chameleon.inference.session import Session
@@ -149,9 +149,3 @@ def test_a_candidate_joins_the_prompt_as_one_text(asker: Asker) -> None:
 def test_long_texts_lose_their_beginning(asker: Asker) -> None:
     (answer,) = asker.write([["digit number " * 300]], drawn(temperature=0))
     assert isinstance(answer, str)
-
-
-def test_cut_stops_at_the_first_stop_string() -> None:
-    assert cut_at_stop("so 4\nQ: next", ["Q:", "\n\n"]) == "so 4\n"
-    assert cut_at_stop("a\n\nQ:", ["Q:", "\n\n"]) == "a"
-    assert cut_at_stop("abc", "") == "abc" and cut_at_stop("abc", []) == "abc"

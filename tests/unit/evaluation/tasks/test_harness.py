@@ -10,6 +10,7 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.tasks.catalogue import TASKS, find_task, listing
 from megatron_chameleon.evaluation.tasks.harness import evaluate_harness_task, vote_on_math
+from megatron_chameleon.inference.stop_strings import cut_at_stop
 
 PIQA = [
     {"goal": f"write a {n}", "sol1": "three", "sol2": "digit number 4 twice", "label": n % 2}
@@ -98,7 +99,8 @@ def test_written_answers_are_read_and_votes_counted(
 
     def say(prompts: list, options: Any) -> list[str]:
         asked.append((prompts, options))
-        return answers[: len(prompts)] if len(prompts) > 1 else answers[1:2]
+        said = answers[: len(prompts)] if len(prompts) > 1 else answers[1:2]
+        return [cut_at_stop(answer, options.stop) for answer in said]
 
     monkeypatch.setattr(asker, "write", say)
     (sample,) = run(asker, "gsm8k", tmp_path).scored_items

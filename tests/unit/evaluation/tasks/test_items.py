@@ -17,6 +17,7 @@ from megatron_chameleon.evaluation.tasks.items import (
     _with_examples,
     evaluate_items,
 )
+from megatron_chameleon.inference.stop_strings import cut_at_stop
 
 CAPTION = TaskInfo("coco_caption", "caption", "CIDEr", 2, {"34B": 120.2}, data="coco")
 VQA = TaskInfo("vqav2", "vqa", "accuracy", 2, {"34B": 66.0}, data="vqav2")
@@ -65,7 +66,7 @@ def say(asker: Asker, monkeypatch: pytest.MonkeyPatch, *answers: str) -> list:
 
     def write(prompts: list, options: Any) -> list[str]:
         asked.extend(prompts)
-        return list(answers)
+        return [cut_at_stop(answer, options.stop) for answer in answers]
 
     monkeypatch.setattr(asker, "write", write)
     return asked
