@@ -46,6 +46,8 @@ VERBS = {
     "evaluate": "benchmark a checkpoint and show the paper's figures beside it",
     "evaluate-loss": "measure loss and perplexity of a checkpoint on token files",
     "annotate": "let people judge answers: questionnaires, agreement, win rates, safety",
+    "report": "write one HTML page that shows a run",
+    "compare": "show how two or more runs went, and how they were set up",
     "plot": "draw the curves of one or more runs",
     "doctor": "check what this machine can run and what is missing",
 }

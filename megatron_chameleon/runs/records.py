@@ -2,11 +2,13 @@
 
 import dataclasses
 import datetime
+import functools
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from megatron_chameleon.config.interpolation import unresolved
 from megatron_chameleon.config.schema import Config
@@ -22,6 +24,7 @@ ALARMS_FILE = "alarms.jsonl"
 MOST_EVENTS = 10_000
 """Events or alarms that are kept; of more, the newest."""
 _LONGEST_TEXT = 2000
+_INDEX = re.compile(r"\[\d+\]")
 _COMMAND_BYTES = 4 << 20
 
 
@@ -76,17 +79,45 @@ class RecordedConfig:
 
         A key that this version does not know has the default None.
         """
-        usual = defaults()
-        return {
-            key: (usual.get(key), value)
-            for key, value in self.values.items()
-            if key not in usual or usual[key] != value
-        }
+        found = {}
+        for key, value in self.values.items():
+            is_known, usual = default_of(key)
+            if not is_known or usual != value:
+                found[key] = (usual, value)
+        return found
 
 
+@functools.cache
 def defaults() -> dict[str, Any]:
     """The defaults of this version as ``section.key`` and value."""
     return dict(flatten(dataclasses.asdict(Config())))
+
+
+def default_of(key: str) -> tuple[bool, Any]:
+    """Whether this version knows a key, and its default.
+
+    An entry of a list has the defaults of its class: ``data.stage1[3].weight`` is usually 1.0.
+    """
+    if key in defaults():
+        return True, defaults()[key]
+    return _entry_defaults().get(_INDEX.sub("[]", key), (False, None))
+
+
+@functools.cache
+def _entry_defaults() -> dict[str, tuple[bool, Any]]:
+    """``data.stage1[].weight`` and the like, with their defaults."""
+    return dict(_defaults_of_lists(Config, ""))
+
+
+def _defaults_of_lists(cls: type, key: str) -> Iterator[tuple[str, tuple[bool, Any]]]:
+    for name, hint in get_type_hints(cls).items():
+        place = f"{key}.{name}" if key else name
+        (entry, *_) = (*get_args(hint), None)
+        if dataclasses.is_dataclass(hint):
+            yield from _defaults_of_lists(cast(type, hint), place)
+        elif get_origin(hint) is list and dataclasses.is_dataclass(entry):
+            usual = dataclasses.asdict(cast(type, entry)())
+            yield from ((f"{place}[].{inner}", (True, v)) for inner, v in flatten(usual))
 
 
 def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -92,6 +92,12 @@ def find_run(path: str | Path) -> Path:
     raise DataError(str(given), what, "Give the folder of logging.run_dir")
 
 
+def run_files(folder: Path) -> list[Path]:
+    """The files of a run that a report must not replace."""
+    names = (METRICS_FILE, CONFIG_FILE, ENVIRONMENT_FILE, COMMAND_FILE, EVENTS_FILE, ALARMS_FILE)
+    return [folder / name for name in names]
+
+
 def _is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in _SIGNS)
 

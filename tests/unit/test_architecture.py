@@ -51,7 +51,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data/mixture",
         "tokenizer",
     },
-    "data/views": {"data/batches", "data/token_files", "tokenizer", "tokenizer/common"},
+    "data/views": {
+        "config",  # what a run has read follows from its config
+        "data/batches",
+        "data/mixture",
+        "data/token_files",
+        "tokenizer",
+        "tokenizer/common",
+    },
     "model/kernels": set(),
     "model": {"config", "config/checks", "model/kernels", "parallel"},
     "checkpoint": set(),
@@ -66,6 +73,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # Lists a run's checkpoints and compares its config with the defaults; no tensor is read.
     "runs": {"checkpoint/state", "config"},
+    # The look of all HTML pages; it knows nothing of what they show.
+    "pages": set(),
+    # Samples are decoded as other people's images are, and the audit says what was read.
+    "reports": {"checkpoint/state", "config", "data/views", "images", "pages", "runs"},
     "checkpoint/formats": {
         "checkpoint/names",
         "checkpoint/state",

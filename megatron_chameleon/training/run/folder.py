@@ -32,6 +32,7 @@ from megatron_chameleon.files import (
     write_text,
 )
 from megatron_chameleon.masking import masked_command, masked_values
+from megatron_chameleon.runs.code_version import code_version
 from megatron_chameleon.runs.records import EVENTS_FILE
 from megatron_chameleon.training.records.growing_file import GrowingFile, read_json_lines
 
@@ -234,6 +235,7 @@ def _environment() -> dict[str, object]:
             versions[name] = None
     return {
         "megatron_chameleon": __version__,
+        **code_version(),
         "python": platform.python_version(),
         "packages": versions,
         "host": platform.node(),

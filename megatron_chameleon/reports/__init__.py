@@ -1,0 +1,1 @@
+"""Pages about runs: a report of one, and a comparison of several."""
