@@ -47,7 +47,7 @@ def _shape(length: int) -> ModelConfig:
 
 FULL = (IsolatedSize(_shape(256), 8192, 4, 10), IsolatedSize(_shape(4096), 8192, 1, 16))
 QUICK = (IsolatedSize(ModelConfig(2, 32, 64, 2, seq_length=32), 128, 2, 4),)
-ATTENTION = (4096, 8, 64)
+ATTENTION, QUICK_ATTENTION = (4096, 8, 64), (256, 2, 16)
 """Tokens, heads and head size of core attention alone, whose documents are equally long."""
 
 
@@ -131,9 +131,11 @@ def make_steps(
     return steps
 
 
-def measure_attention(documents: int, repeats: int, clock: Callable[[], float]) -> Measured:
+def measure_attention(
+    shape: tuple[int, int, int], documents: int, repeats: int, clock: Callable[[], float]
+) -> Measured:
     """Best seconds of core attention, forward and backward, over documents of equal lengths."""
-    length, heads, size = ATTENTION
+    length, heads, size = shape
     generator = torch.Generator().manual_seed(1)
     inputs = [
         torch.randn(length, 1, heads, size, generator=generator).requires_grad_() for _ in range(3)

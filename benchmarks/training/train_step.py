@@ -228,13 +228,10 @@ def measure(
 
 
 def compare_isolation(
-    sizes: Sequence[isolated.IsolatedSize],
-    topology: Topology,
-    blocks: int,
-    clock: Callable[[], float],
+    topology: Topology, blocks: int, clock: Callable[[], float], quick: bool
 ) -> None:
     """Print what isolated documents cost, in a step and in core attention alone."""
-    for wanted in sizes:
+    for wanted in isolated.QUICK if quick else isolated.FULL:
         size = Size(wanted.model, wanted.vocab_size, wanted.samples)
         config = make_config(size, "fp32")
 
@@ -244,8 +241,11 @@ def compare_isolation(
         steps = isolated.make_steps(make_step, draw_batches(size, 2), wanted.documents)
         print(f"{size.samples} x {size.model.seq_length} tokens, {wanted.documents} documents each")
         isolated.print_ratios(measure(steps, blocks, 1, clock), isolated.PLAIN)
-    print("core attention over 4,096 tokens of 16 documents, 8 heads of 64, forward and backward")
-    isolated.print_ratios(isolated.measure_attention(16, blocks, clock), "document by document")
+    shape = isolated.QUICK_ATTENTION if quick else isolated.ATTENTION
+    tokens, heads, head_size = shape
+    print(f"core attention, {tokens:,} tokens of 16 documents, {heads} heads of {head_size}")
+    seconds = isolated.measure_attention(shape, 16, blocks, clock)
+    isolated.print_ratios(seconds, "document by document")
 
 
 def profile(step: Step) -> None:
@@ -285,8 +285,7 @@ def main() -> None:
     try:
         topology = create_topology(ParallelConfig())
         if args.isolated:
-            sizes = isolated.QUICK if args.quick else isolated.FULL
-            compare_isolation(sizes, topology, blocks, clock)
+            compare_isolation(topology, blocks, clock, args.quick)
             return
         batches = draw_batches(size, 8)
         tokens = size.samples * size.model.seq_length

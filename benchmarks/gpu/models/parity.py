@@ -26,6 +26,7 @@ from benchmarks.gpu.models.engines import (
     preset_config,
     with_recipe,
 )
+from benchmarks.training.isolated import isolate
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.model.chameleon import build_model
 from megatron_chameleon.parallel.random_streams import seed_random
@@ -50,14 +51,19 @@ LAYER_TOLERANCES = {"bf16": (0.01, 0.02), "FP8 delayed": (0.15, 0.25), "FP8 curr
 # bf16: 8 bits, and updates amplify differences.
 # FP8: the 2% that emulated FP8 was held to after 200 steps, plus the noise of a short steep curve.
 CURVE_TOLERANCES = {"fp32": 0.01, "bf16": 0.02, "FP8 delayed": 0.05, "FP8 current": 0.05}
+ISOLATED = ("fp32", "bf16")
+"""These are also trained on isolated documents. In bf16, Transformer Engine gets them packed."""
+DOCUMENTS = 5
+"""In each sequence."""
 
 
 def run_reference(context: Context) -> None:
     with process_group() as topology:
         exact = layer_tensors(layer_config(context.tiny), topology, "fp64")
         torch.save(exact, context.work / "layer.pt")
-        curve = training_curve(training_config(context.tiny), topology)
-        torch.save(curve, context.work / "curve.pt")
+        for isolated in (False, True):
+            curve = training_curve(training_config(context.tiny, isolated), topology)
+            torch.save(curve, context.work / curve_file(isolated))
 
 
 def run(context: Context) -> None:
@@ -81,10 +87,13 @@ def run(context: Context) -> None:
                 partial(parity_figures, loss, tokens, vocab, dtype, tolerance),
                 "relative to float64 on the CPU",
             )
-        for name in CURVE_TOLERANCES:
+        for name, isolated in (
+            *((name, False) for name in CURVE_TOLERANCES),
+            *((name, True) for name in ISOLATED),
+        ):
             context.row(
-                f"{STEPS} training steps, {name}",
-                lambda name=name: curve_figures(context, topology, name),
+                f"{STEPS} training steps, {name}{', isolated documents' if isolated else ''}",
+                partial(curve_figures, context, topology, name, isolated),
                 "against fp32 on the CPU",
             )
         context.row(
@@ -158,9 +167,14 @@ def layer_figures(context: Context, topology: Topology, recipe: str) -> Figures:
     return figures
 
 
-def training_config(tiny: bool) -> Config:
+def curve_file(isolated: bool) -> str:
+    return "curve-isolated.pt" if isolated else "curve.pt"
+
+
+def training_config(tiny: bool, isolated: bool) -> Config:
     model = TINY_MODEL if tiny else ModelConfig(4, 128, 352, 4, seq_length=128, qk_norm_groups=1)
     config = Config(model=dataclasses.replace(model))
+    config.data.reset_attention = isolated
     config.optimizer.lr, config.optimizer.lr_decay_style = 1e-3, "constant"
     config.optimizer.lr_warmup_steps = 5
     config.training.steps = STEPS
@@ -173,16 +187,18 @@ def training_curve(config: Config, topology: Topology) -> list[float]:
     engine = MegatronEngine(config, TRAINING_VOCAB, topology)
     samples, length = config.training.micro_batch_size, config.model.seq_length
     batches = counting_batches(TRAINING_VOCAB, samples, length, STEPS)
+    if config.data.reset_attention:
+        batches = [isolate(batch, DOCUMENTS, seed) for seed, batch in enumerate(batches)]
     return [float(engine.train_step(n, [batch])["loss"]) for n, batch in enumerate(batches, 1)]
 
 
-def curve_figures(context: Context, topology: Topology, name: str) -> Figures:
-    config = training_config(context.tiny)
+def curve_figures(context: Context, topology: Topology, name: str, isolated: bool) -> Figures:
+    config = training_config(context.tiny, isolated)
     if name != "fp32":
         with_recipe(config, name)
     if name.startswith("FP8"):
         need_fp8()
-    expected = torch.tensor(torch.load(context.work / "curve.pt"))
+    expected = torch.tensor(torch.load(context.work / curve_file(isolated)))
     found = torch.tensor(training_curve(config, topology))
     end, reference = float(found[-10:].mean()), float(expected[-10:].mean())
     figures: Figures = {
