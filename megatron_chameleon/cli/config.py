@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.checks.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import find_preset, load_config
     from megatron_chameleon.config.names import find_config
+    from megatron_chameleon.schedules.batch_sizes import plan_batches, samples_before
 
     path = find_config(args.config)
     config = load_config(path, args.overrides)
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
     vocab_size, note = find_vocab_size(config)
 
     rows = paper.compare(config, chosen, args.stage)
-    derived = paper.derived_rows(config, chosen, args.stage, vocab_size)
+    samples = samples_before(plan_batches(config.training), config.training.steps)
+    derived = paper.derived_rows(config, chosen, args.stage, vocab_size, samples)
     why = "" if size else " (the nearest in depth and width; choose with --paper)"
     deviations = sum(row.mark == paper.DEVIATES for row in [*rows, *derived])
     text = [

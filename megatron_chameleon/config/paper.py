@@ -187,18 +187,35 @@ def _effective_values(config: Config) -> Iterator[tuple[str, object]]:
                 continue
             if not value:
                 yield key, TO_BE_SET if key == "data.stage1" else "none"
+            elif not dataclasses.is_dataclass(value[0]):
+                yield key, ", ".join(map(str, value))
+                continue
             for i, source in enumerate(value):
                 for name, entry in dataclasses.asdict(source).items():
                     yield f"{key}[{i}].{name}", entry
 
 
 def derived_rows(
-    config: Config, size: str, stage: str = "pretraining", vocab_size: int = VOCAB_SIZE
+    config: Config,
+    size: str,
+    stage: str = "pretraining",
+    vocab_size: int = VOCAB_SIZE,
+    samples: int | None = None,
 ) -> list[PaperComparison]:
-    """Compare numbers that follow from a config, such as its parameters, with the paper's."""
+    """Compare numbers that follow from a config, such as its parameters, with the paper's.
+
+    Args:
+        config: The config.
+        size: ``7b`` or ``34b``.
+        stage: ``pretraining`` or ``sft``.
+        vocab_size: Number of tokens in the vocabulary.
+        samples: Number of samples of the whole run; None: all steps have ``global_batch_size``.
+    """
     model, training, place = config.model, config.training, SIZES.index(size)
     batch_tokens = training.global_batch_size * model.seq_length
-    total_tokens = training.steps * batch_tokens
+    if samples is None:
+        samples = training.steps * training.global_batch_size
+    total_tokens = samples * model.seq_length
     parameters, batch = PARAMETERS[place], BATCH_TOKENS[stage][place]
     count = count_parameters(model, vocab_size)
     head_size = model.hidden_size // model.num_attention_heads

@@ -212,6 +212,10 @@ class TrainingConfig:
     """Sequences per forward and backward pass on one data-parallel rank."""
     global_batch_size: Annotated[int, Between(1, 2**20)] = 1
     """Sequences per optimizer update over the whole job."""
+    rampup_batch_size: list[Annotated[int, Between(1, 10**12)]] = field(default_factory=list)
+    """Batch-size warm-up as [start, increment, samples]: the global batch grows from ``start`` by
+    ``increment`` up to ``global_batch_size``, in equal parts of the first ``samples`` samples of
+    the run. Empty: no warm-up."""
     dtype: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
     """fp32, or bf16 with fp32 main weights."""
     z_loss: Annotated[float, Between(0, 1000)] = 1e-5

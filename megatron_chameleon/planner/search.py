@@ -30,6 +30,7 @@ from megatron_chameleon.planner.time import (
     tokens_per_second_per_gpu,
     uses_fp8,
 )
+from megatron_chameleon.schedules.batch_sizes import plan_batches, samples_before
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 RECOMPUTE = (None, "selective", "full")
@@ -49,7 +50,8 @@ class PlanRequest:
     def tokens(self) -> int:
         """Tokens of the whole run."""
         training = self.config.training
-        return training.steps * training.global_batch_size * self.config.model.seq_length
+        samples = samples_before(plan_batches(training), training.steps)
+        return samples * self.config.model.seq_length
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,18 @@ class LayoutPlan:
     @property
     def days(self) -> float:
         """Days of the whole run, without failures."""
-        return self.request.tokens / (self.speed * self.request.gpus) / SECONDS_PER_DAY
+        batches, steps = plan_batches(self.config.training), self.config.training.steps
+        ends = [min(batch.first_step, steps) for batch in batches[1:]] + [steps]
+        seconds = 0.0
+        for batch, end in zip(batches, ends, strict=True):
+            size = batch.global_batch_size
+            training = dataclasses.replace(self.config.training, global_batch_size=size)
+            config = dataclasses.replace(self.config, training=training)
+            step = predict_step(
+                config, self.request.vocab_size, self.request.gpus, self.request.gpu
+            )
+            seconds += step.total * max(0, end - batch.first_step)
+        return seconds / SECONDS_PER_DAY
 
     @property
     def gpu_hours(self) -> float:

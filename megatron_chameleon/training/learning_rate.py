@@ -34,7 +34,8 @@ def _stage2_steps(config: Config, history: MixtureHistory) -> int:
     begin = stage2_begin(history, steps)
     if begin is None or steps - begin < 2:
         what = f"stage 2 has {steps - (steps if begin is None else begin)} of the {steps:,} steps, "
-        remedy = "Let it begin earlier (data.stage1_fraction), or set optimizer.lr_wsd_decay_steps"
+        border = "stage1_tokens" if config.data.stage1_tokens is not None else "stage1_fraction"
+        remedy = f"Lower data.{border}, or place the decay by optimizer.lr_wsd_decay_steps"
         raise ConfigError(f"optimizer.{key}", f"{what}and a decay needs at least 2", remedy)
     if begin < warmup:
         what = f"stage 2 begins after step {begin:,}, within the warm-up of {warmup:,} steps"

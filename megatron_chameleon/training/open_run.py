@@ -118,7 +118,10 @@ class Run:
         vocab_size = inputs.tokenizer.vocabulary.size
         failure = None
         try:
-            reporter = Reporter(config, vocab_size, topology, steps_done, self.events)
+            samples_before = inputs.reader.history.first_sample
+            reporter = Reporter(
+                config, vocab_size, topology, steps_done, self.events, samples_before
+            )
             self.reporter = self._restarted.enter_context(closing(reporter))
         except ChameleonError as error:
             failure = error

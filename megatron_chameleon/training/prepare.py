@@ -94,11 +94,34 @@ def describe_run(inputs: RunInputs) -> str:
     """The number of parameters, of tokens per step and of steps, in a line."""
     config = inputs.config
     parameters = count_parameters(config.model, inputs.tokenizer.vocabulary.size)
-    tokens = config.training.global_batch_size * config.model.seq_length
     stage2 = count_stage2_steps(inputs.reader.history, config.training.steps)
     has_stages = config.data.stage2 or stage2
     stages = f", {stage2:,} of them in stage 2" if has_stages else " in one stage"
     return (
-        f"{parameters:,} parameters; {tokens:,} tokens per step; {config.training.steps:,} steps"
-        f"{stages}"
+        f"{parameters:,} parameters; {_describe_batches(inputs)}; {config.training.steps:,} steps"
+        f"{stages}{_describe_decay(inputs)}"
     )
+
+
+def _describe_decay(inputs: RunInputs) -> str:
+    """Where the decay of ``wsd`` lies, in words."""
+    rate = run_learning_rate(inputs.config, inputs.reader.history)
+    if rate.style != "wsd":
+        return ""
+    return f"; the learning rate decays over the last {rate.decay_steps:,} steps"
+
+
+def _describe_batches(inputs: RunInputs) -> str:
+    """The tokens of each step, in words."""
+    training, length = inputs.config.training, inputs.config.model.seq_length
+    text = f"{training.global_batch_size * length:,} tokens per step"
+    if not training.rampup_batch_size:
+        return text
+    history = inputs.reader.history
+    begin, first = history.batch_size(0) * length, history.batches[-1].first_step + 1
+    if first > training.steps:
+        end = history.batch_size(training.steps - 1) * length
+        return (
+            f"{begin:,} tokens in the first step and {end:,} in the last, as the batch still grows"
+        )
+    return f"{begin:,} tokens in the first step, growing to {text} from step {first:,} on"

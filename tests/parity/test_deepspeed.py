@@ -74,6 +74,28 @@ CHAT_RUNS = {
 differs between sequences, so that a mean of means would give a different loss."""
 
 
+SCHEDULES = [
+    *("training.steps=8", "checkpoint.every_steps=1", "checkpoint.keep_last=8"),
+    *("optimizer.lr_decay_style=wsd", "optimizer.lr_wsd_decay_steps=3"),
+    # Steps of 1, 2 and 3 micro-batches on each of two data-parallel ranks
+    *("training.global_batch_size=12", "training.rampup_batch_size=[4, 4, 24]"),
+]
+SCHEDULED = {
+    "schedules-data": SCHEDULES,
+    "schedules-tensor": [*SCHEDULES, *SEQUENCE],
+    "schedules-pipeline": [*SCHEDULES, "parallel.pipeline_model_parallel_size=2"],
+    "schedules-zero0": zero(0, *SCHEDULES),
+    "schedules-zero1": zero(1, *SCHEDULES),
+    "schedules-zero2": zero(2, *SCHEDULES, "engine.offload_optimizer=true"),
+    "schedules-zero3": zero(3, *SCHEDULES),
+}
+AFTER = {
+    **{f"schedules-data-after-{step}": ("schedules-data", step) for step in (1, 3, 5, 7)},
+    "schedules-zero1-after-4": ("schedules-zero1", 4),
+}
+"""Resumed in the warm-up, in the growing batch, before the decay, and in it."""
+
+
 def write_conversations(tiny) -> list[str]:
     """Write questions about the tiny project's pictures; return overrides that train on them."""
     lines = []
@@ -114,8 +136,12 @@ def runs(tiny) -> dict[str, list[dict[str, Any]]]:
     }
     words = write_conversations(tiny)
     chats = {name: [*overrides, *words] for name, overrides in CHAT_RUNS.items()}
-    train_many(tiny, {**RUNS, **resumed, **chats})
-    return {name: tiny.metrics(name) for name in (*RUNS, *RESUMED, *CHAT_RUNS)}
+    for name, (source, step) in AFTER.items():
+        start = str(tiny.folder / source / "checkpoints" / f"step_{step:08}")
+        resumed[name] = [*SCHEDULED[source], "--resume", start]
+    planned = {**RUNS, **SCHEDULED, **resumed, **chats}
+    train_many(tiny, planned)
+    return {name: tiny.metrics(name) for name in planned}
 
 
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -147,6 +173,25 @@ def test_tensor_parallelism_and_offload_equal_megatron(runs, name: str) -> None:
 def test_fine_tuning_equals_megatron(runs, name: str) -> None:
     assert_same(runs[name], runs["megatron-chat"])
     assert runs[name][0]["loss_image"] is not None
+
+
+def test_wsd_and_a_growing_batch_are_equal_over_layouts_and_engines(runs) -> None:
+    expected = runs["schedules-data"]
+    assert [record["global_batch_size"] for record in expected] == [4, 4, 4, 8, 8, 12, 12, 12]
+    assert [record["consumed_samples"] for record in expected][-2:] == [52, 64]
+    rates = [record["learning_rate"] for record in expected]
+    # up to the peak in 2 steps, and from step 6 down to a third of it
+    assert rates == pytest.approx([0.005, *[0.01] * 5, 0.01 * 2 / 3, 0.01 / 3])
+    for name in SCHEDULED:
+        assert_same(runs[name], expected)
+        assert [r["global_batch_size"] for r in runs[name]][3:6] == [8, 8, 12], name
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_resumed_within_a_schedule_equals_unbroken_bit_for_bit(runs, name: str) -> None:
+    source, step = AFTER[name]
+    expected = [[record[key] for key in EXACT] for record in runs[source][step:]]
+    assert [[record[key] for key in EXACT] for record in runs[name]] == expected
 
 
 def test_dropout_masks_are_megatrons(runs) -> None:

@@ -19,10 +19,10 @@ TOKENIZERS = {"tokenizer", "tokenizer/common", "tokenizer/image", "tokenizer/tex
 
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
-    "config/checks": {"config"},
+    "config/checks": {"config", "schedules"},
     "schedules": {"config"},
     "parallel": {"config"},
-    "planner": {"config", "config/checks"},
+    "planner": {"config", "config/checks", "schedules"},
     "images": set(),
     "tokenizer/common": set(),
     "tokenizer/image": {"config", "images", "tokenizer/common"},
@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data/tokenizer_corpus": {"data/documents", "data/inputs", "images"},
     "data/preprocess": {"data/documents", "data/inputs", "data/token_files", "images", "parallel"}
     | TOKENIZERS,
-    "data/mixture": {"config", "data/token_files", "tokenizer/common"},
+    "data/mixture": {"config", "data/token_files", "schedules", "tokenizer/common"},
     "data/batches": {
         "config",
         "data/mixture",

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 from megatron_chameleon.config.schema import Config, ParallelConfig
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.schedules.batch_sizes import sizes_of
 
 SUGGESTIONS = 3
+MOST_SIZES = 40
+"""Batch sizes that an error lists."""
 MOST_PROCESSES = 2**20
 """Of a job. The largest machines have a tenth of these."""
 
@@ -186,6 +189,9 @@ def _check_data(config: Config, world_size: int) -> Iterator[ConfigError]:
         return
     dp = world_size // replica
     chunk = training.micro_batch_size * dp
+    if training.rampup_batch_size:
+        yield from _check_ramp_sizes(config, dp)
+        return
     batch = training.global_batch_size
     if batch % chunk:
         low = batch // chunk * chunk
@@ -201,3 +207,22 @@ def _check_data(config: Config, world_size: int) -> Iterator[ConfigError]:
             f"stages needs a multiple of {pp}"
         )
         yield ConfigError("training.global_batch_size", what, f"Use a multiple of {chunk * pp}")
+
+
+def _check_ramp_sizes(config: Config, dp: int) -> Iterator[ConfigError]:
+    """Whether every size of a batch-size warm-up can be dealt out to the data-parallel ranks."""
+    parallel, training = config.parallel, config.training
+    chunk = training.micro_batch_size * dp
+    what = f"micro_batch_size {training.micro_batch_size} x data parallel {dp} = {chunk}"
+    if parallel.virtual_pipeline_model_parallel_size:
+        chunk *= parallel.pipeline_model_parallel_size
+        what = f"{what}, times {parallel.pipeline_model_parallel_size} interleaved pipeline stages"
+    sizes = sizes_of(training)
+    if wrong := [str(size) for size in sizes if size % chunk]:
+        count = "1 of its sizes does" if len(wrong) == 1 else f"{len(wrong)} of its sizes do"
+        more = f" and {len(wrong) - MOST_SIZES} more" if len(wrong) > MOST_SIZES else ""
+        what = f"{count} not divide by {what}: {', '.join(wrong[:MOST_SIZES])}{more}"
+        remedy = f"Use a start and an increment that are multiples of {chunk}"
+        if sizes[-1] % chunk == 0:
+            remedy += ", or [] if the run is past its warm-up"
+        yield ConfigError("training.rampup_batch_size", what, remedy)

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 
 from megatron_chameleon.config.schema import Config, OptimizerConfig
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.wording import shown
 
+MOST_INCREMENTS = 1000
+"""Of a batch-size warm-up; the history in each checkpoint lists its sizes."""
 WSD_PLACES = ("lr_wsd_decay_steps", "lr_wsd_decay_tokens", "lr_wsd_decay_on")
 
 
@@ -67,3 +70,28 @@ def _check_unused(values: OptimizerConfig) -> Iterator[ConfigError]:
             back = "null" if default is None else default
             remedy = f"Set optimizer.lr_decay_style to wsd, or this to {back}"
             yield ConfigError(f"optimizer.{name}", what, remedy)
+
+
+def check_ramp(config: Config) -> Iterator[ConfigError]:
+    """Problems of the batch-size warm-up that do not depend on the layout."""
+    training, key = config.training, "training.rampup_batch_size"
+    ramp, size = training.rampup_batch_size, training.global_batch_size
+    if not ramp:
+        return
+    if len(ramp) != 3:
+        what = f"{shown(ramp)} is not [start, increment, samples]"
+        yield ConfigError(key, what, "Write three numbers, or [] for no batch-size warm-up")
+        return
+    start, increment, _ = ramp
+    if start >= size:
+        what = f"its start {start} is not below global_batch_size {size}"
+        yield ConfigError(key, what, "Use a smaller start, or [] for no batch-size warm-up")
+    elif (size - start) % increment:
+        what = f"increments of {increment} lead from {start} to {size - (size - start) % increment}"
+        what += f", not to global_batch_size {size}"
+        yield ConfigError(key, what, f"Use an increment that divides {size - start}")
+    elif (size - start) // increment > MOST_INCREMENTS:
+        what = f"{(size - start) // increment:,} increments of {increment} are more than "
+        what += f"{MOST_INCREMENTS:,}"
+        least = -(-(size - start) // MOST_INCREMENTS)
+        yield ConfigError(key, what, f"Use an increment of at least {least}")

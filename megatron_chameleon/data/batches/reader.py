@@ -184,9 +184,7 @@ class BatchReader:
         try:
             self.mixture(samples - 1).phases(samples)
         except ExhaustedError as error:
-            size = self.config.training.global_batch_size
-            more = (error.samples - self.history.first_sample(steps_done)) // size
-            reached = steps_done + more
+            reached = self.history.steps_before(error.samples + 1) - 1  # the whole steps
             what = f"all sources are exhausted after step {reached:,} of {steps:,}"
             remedy = f"Let one of them repeat, or set training.steps to at most {reached}"
             raise ConfigErrors([ConfigError("data", what, remedy)]) from error

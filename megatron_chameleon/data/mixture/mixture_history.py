@@ -33,6 +33,14 @@ from megatron_chameleon.data.mixture.sources import (
 )
 from megatron_chameleon.data.mixture.stream import Cursor, SourceStream
 from megatron_chameleon.errors import ConfigError, ConfigErrors
+from megatron_chameleon.schedules.batch_sizes import (
+    BatchSize,
+    batch_of,
+    continue_batches,
+    plan_batches,
+    samples_before,
+    steps_before,
+)
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 FORMAT = "megatron_chameleon.order/1"
@@ -61,16 +69,6 @@ class MixtureEntry:
 
 
 @dataclass(frozen=True)
-class BatchSize:
-    """The global batch size from one step of the run on."""
-
-    first_step: int
-    """Number of steps before it."""
-    first_sample: int
-    global_batch_size: int
-
-
-@dataclass(frozen=True)
 class MixtureHistory:
     """All mixtures and batch sizes of a run; the last of each is in use."""
 
@@ -87,22 +85,15 @@ class MixtureHistory:
 
     def first_sample(self, steps_done: int) -> int:
         """The first sample of the step after ``steps_done`` steps: the samples consumed by them."""
-        batch = self._batch(steps_done)
-        return batch.first_sample + (steps_done - batch.first_step) * batch.global_batch_size
+        return samples_before(self.batches, steps_done)
 
     def steps_before(self, sample: int) -> int:
         """Number of steps whose first sample comes before a sample."""
-        batch = next((b for b in reversed(self.batches) if b.first_sample < sample), None)
-        if batch is None:
-            return 0
-        return batch.first_step - (batch.first_sample - sample) // batch.global_batch_size
+        return steps_before(self.batches, sample)
 
     def batch_size(self, steps_done: int) -> int:
         """Number of sequences of the step after ``steps_done`` steps."""
-        return self._batch(steps_done).global_batch_size
-
-    def _batch(self, steps_done: int) -> BatchSize:
-        return next(b for b in reversed(self.batches) if b.first_step <= steps_done)
+        return batch_of(self.batches, steps_done).global_batch_size
 
     def entry(self, sample: int) -> MixtureEntry:
         """The mixture that a sample belongs to."""
@@ -218,7 +209,7 @@ def begin_history(config: Config, sources: Sequence[DataSource]) -> MixtureHisto
         config: Of the run.
         sources: Its data sources.
     """
-    batches = (BatchSize(0, 0, config.training.global_batch_size),)
+    batches = plan_batches(config.training)
     return MixtureHistory(
         config.training.seed,
         config.model.seq_length,
@@ -252,10 +243,7 @@ def resume_history(
     old = history.entries[-1]
     check_known_sources(old.sources, sources)
     sample = history.first_sample(steps_done)
-    batches = history.batches
-    if history.batch_size(steps_done) != config.training.global_batch_size:
-        kept = (b for b in batches if b.first_step < steps_done)
-        batches = (*kept, BatchSize(steps_done, sample, config.training.global_batch_size))
+    batches = continue_batches(history.batches, config.training, steps_done)
     snapshots = take_snapshots(sources, old.sources)
     new = _new_entry(config, sources, snapshots, batches, sample)
     if new.same_mixture(old):
@@ -374,9 +362,8 @@ def _new_entry(
     if data.stage1_tokens is not None:
         border = math.ceil(data.stage1_tokens / config.model.seq_length)
     else:
-        last = batches[-1]
         steps = round(config.training.steps * data.stage1_fraction)
-        border = last.first_sample + (steps - last.first_step) * last.global_batch_size
+        border = samples_before(batches, steps)
     stages: dict[int, list[SourceWeight]] = {1: [], 2: []}
     for source in sources:
         repeat = source.config.repeat
@@ -386,7 +373,7 @@ def _new_entry(
         tuple(stages[1]),
         tuple(stages[2]),
         data.stage2_share,
-        max(0, border) if data.stage2 else 0,
+        border if data.stage2 else 0,
         data.packing_reserve,
     )
     # A small corpus needs no large blocks: each would go through it many times.

@@ -140,6 +140,7 @@ class DeepSpeedEngine:
             The norm of the gradients, whether the weights were updated, and the other metrics.
         """
         training = self.config.training
+        self._expect(len(micro_batches))
         self.engine.train()
         # DeepSpeed averages over the data-parallel ranks; the loss is a mean over all unmasked
         # tokens.
@@ -164,6 +165,17 @@ class DeepSpeedEngine:
         if nan_hook is not None:
             nan_hook.remove()
         return norm, updated, metrics
+
+    def _expect(self, micro_batches: int) -> None:
+        """Tell DeepSpeed how many micro-batches the step has, which a batch-size warm-up changes.
+
+        DeepSpeed takes its count of all micro-batches so far for the place in the step. After a
+        change that would end a step too early or too late, so its count begins again.
+        """
+        if micro_batches != self.engine.gradient_accumulation_steps():
+            size = micro_batches * self.config.training.micro_batch_size * self.topology.data_size
+            self.engine.set_train_batch_size(size)
+            self.engine.micro_steps = 0
 
     def _step(self) -> tuple[float, bool]:
         """Let DeepSpeed count the micro-batch, and update after the last one.

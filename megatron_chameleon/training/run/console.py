@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TextIO
 
 from megatron_chameleon.terminal import escape_line
@@ -20,11 +20,19 @@ class Progress:
     Args:
         steps_done: Steps that earlier processes of the run have done.
         steps: Steps of the whole run.
+        samples_before: Number of samples that a number of steps read, where batches differ in size;
+            None: all steps are alike.
     """
 
-    def __init__(self, steps_done: int, steps: int) -> None:
+    def __init__(
+        self,
+        steps_done: int,
+        steps: int,
+        samples_before: Callable[[int], int] | None = None,
+    ) -> None:
         self._steps_done = steps_done
         self._steps = steps
+        self._work = samples_before or (lambda steps: steps)
         self._start = time.perf_counter()
 
     def line(self, step: int, metrics: Mapping[str, float | None]) -> str:
@@ -47,7 +55,8 @@ class Progress:
 
     def _left(self, step: int) -> str:
         elapsed = time.perf_counter() - self._start
-        return format_duration(elapsed / (step - self._steps_done) * (self._steps - step))
+        done = self._work(step) - self._work(self._steps_done)
+        return format_duration(elapsed / done * (self._work(self._steps) - self._work(step)))
 
 
 def held_out_line(step: int, metrics: Mapping[str, float | None]) -> str:

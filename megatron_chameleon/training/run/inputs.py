@@ -45,6 +45,12 @@ class RunInputs:
         self.skipped_steps.rewind(steps_done)
         return replace(self, reader=self.reader_after(steps_done))
 
+    def progress(self, step: int) -> dict[str, int]:
+        """What the run has read by the end of a step, and the step's batch size if it varies."""
+        batches = self.reader.history.batches
+        size = {"global_batch_size": self.reader.history.batch_size(step - 1)}
+        return self.consumed(step) | (size if len(batches) > 1 else {})
+
     def consumed(self, step: int) -> dict[str, int]:
         """The step, and how many samples and tokens the run has read by its end."""
         samples = self.reader.history.first_sample(step)

@@ -4,7 +4,7 @@ Only rank 0 writes. The other ranks have a reporter too, which only records trac
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -41,6 +41,7 @@ class Reporter:
         topology: The place of this process.
         steps_done: Steps that earlier processes of the run have done.
         events: Takes alarms and other events.
+        samples_before: See ``Progress``.
 
     Attributes:
         failure: Why this rank cannot write a file. The loop lets all ranks end with it; an error
@@ -57,6 +58,7 @@ class Reporter:
         topology: Topology,
         steps_done: int,
         events: EventLog,
+        samples_before: Callable[[int], int] | None = None,
     ) -> None:
         self.failure: ChameleonError | None = None
         self.config = config
@@ -76,7 +78,7 @@ class Reporter:
         if config.data.validation.sources:
             for record in self._run.past_metrics():
                 self._overfitting.observe(record)
-        self._progress = Progress(steps_done, config.training.steps)
+        self._progress = Progress(steps_done, config.training.steps, samples_before)
         self._trackers = open_trackers(config, steps_done, self._run.past_metrics())
         self._console = open_console(steps_done, config.training.steps)
         if missing := self._run.missing_steps(steps_done):
@@ -109,7 +111,8 @@ class Reporter:
         if warning:
             self.warn(warning)
             self._events.record("straggler", warning, metrics["step"])
-        return {**metrics, **self._speed.metrics(metrics["step_seconds"]), **ranks}
+        size = metrics.get("global_batch_size")
+        return {**metrics, **self._speed.metrics(metrics["step_seconds"], size), **ranks}
 
     def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record a step that was just done, with the metrics of ``complete``."""
@@ -175,19 +178,28 @@ class SpeedMeter:
     """
 
     def __init__(self, config: Config, vocab_size: int, world_size: int) -> None:
-        self._tokens = config.training.global_batch_size * config.model.seq_length
+        self._batch_size = config.training.global_batch_size
+        self._seq_length = config.model.seq_length
         self._device_name = platform.device_name()
         gpu = find_gpu(self._device_name) if self._device_name else None
         dtype = config.training.dtype
         self._peak = gpu.peak_flops(dtype, uses_fp8(config)) if gpu else None
-        flops = training_flops_per_token(config.model, vocab_size)
-        self._flops_per_gpu = flops * self._tokens / world_size
+        self._flops_per_token = training_flops_per_token(config.model, vocab_size)
+        self._world_size = world_size
 
-    def metrics(self, seconds: float | None) -> dict[str, float | None]:
-        """The entries of ``metrics.jsonl`` for a step that took this long."""
-        rate = self._flops_per_gpu / (seconds or math.inf)
+    def metrics(
+        self, seconds: float | None, batch_size: int | None = None
+    ) -> dict[str, float | None]:
+        """The entries of ``metrics.jsonl`` for a step that took this long.
+
+        Args:
+            seconds: Of the step.
+            batch_size: Its global batch size; None: that of the config.
+        """
+        tokens = (batch_size or self._batch_size) * self._seq_length
+        rate = self._flops_per_token * tokens / self._world_size / (seconds or math.inf)
         return {
-            "tokens_per_second": self._tokens / (seconds or math.inf),
+            "tokens_per_second": tokens / (seconds or math.inf),
             "mfu": rate / self._peak if self._peak else None,
             "tflops": rate / 1e12 if self._device_name else None,
         }

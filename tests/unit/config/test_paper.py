@@ -148,3 +148,13 @@ def test_the_fine_tuning_example_has_the_papers_values() -> None:
     assert paper.warnings(config) == []
     assert {row.mark for row in paper.compare(config, "7b", "sft")} <= {"=", "~", "-"}
     assert (config.optimizer.lr, config.model.hidden_dropout) == (1e-5, 0.05)
+
+
+def test_lists_of_numbers_and_a_growing_batch_have_their_rows() -> None:
+    ramp = "training.rampup_batch_size=[256, 256, 1_000_000]"
+    config = preset("7b", ramp, "training.skip_steps=[7]")
+    found = rows(config, "7b")
+    assert found["training.rampup_batch_size"].value == "256, 256, 1000000"
+    assert found["training.skip_steps"].value == "7"
+    *_, total = paper.derived_rows(config, "7b", samples=10**6)
+    assert total.value == 10**6 * 4096

@@ -74,6 +74,22 @@ def test_days_and_gpu_hours_are_those_of_the_whole_run(result: LayoutSearchResul
     assert best.gpu_hours == pytest.approx(64 * seconds / 3600)
 
 
+def test_a_batch_size_warm_up_shortens_the_run(result: LayoutSearchResult) -> None:
+    request, best = result.request, result.fitting[0]
+    training = dataclasses.replace(best.config.training)
+    training.rampup_batch_size = [training.global_batch_size // 2, training.global_batch_size // 2]
+    training.rampup_batch_size.append(50 * training.global_batch_size)
+    config = dataclasses.replace(best.config, training=training)
+    shorter = dataclasses.replace(
+        best, request=dataclasses.replace(request, config=config), config=config
+    )
+    # 100 steps of half the size
+    batch = training.global_batch_size * config.model.seq_length
+    assert request.tokens - shorter.request.tokens == 50 * batch
+    saved = (best.days - shorter.days) * 86_400 / best.step.total
+    assert 40 < saved < 50, "a small step takes longer per token"
+
+
 def test_the_json_is_whole_and_its_overrides_give_the_plan(result: LayoutSearchResult) -> None:
     found = json.loads(json.dumps(as_json(result, top=3)))
     assert len(found["plans"]) == 3 and found["own_layout"]["fits"] is False

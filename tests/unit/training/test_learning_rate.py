@@ -104,13 +104,13 @@ def test_a_history_of_an_earlier_version_keeps_the_old_first_step() -> None:
             {"lr_wsd_decay_on": "stage2"},
             STEPS * BATCH,
             "optimizer.lr_wsd_decay_on: stage 2 has 0 of the 100 steps, and a decay needs at least "
-            "2. Let it begin earlier (data.stage1_fraction), or set optimizer.lr_wsd_decay_steps.",
+            "2. Lower data.stage1_fraction, or place the decay by optimizer.lr_wsd_decay_steps.",
         ),
         (
             {"lr_wsd_decay_on": "stage2"},
             99 * BATCH,
             "optimizer.lr_wsd_decay_on: stage 2 has 1 of the 100 steps, and a decay needs at least "
-            "2. Let it begin earlier (data.stage1_fraction), or set optimizer.lr_wsd_decay_steps.",
+            "2. Lower data.stage1_fraction, or place the decay by optimizer.lr_wsd_decay_steps.",
         ),
         (
             {"lr_wsd_decay_on": "stage2"},

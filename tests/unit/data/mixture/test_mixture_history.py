@@ -214,6 +214,62 @@ def test_stage_2_stays_where_it_began(config, tokenizer, steps_done, begin, long
         assert count_stage2_steps(reader.history, longer) == stages(reader).count(2)
 
 
+def test_a_batch_size_warm_up_changes_no_sample_and_no_step_twice(config, tokenizer):
+    constant = BatchReader(config, tokenizer)
+    config.training.rampup_batch_size = [4, 4, 120]
+    config.training.micro_batch_size = 2
+    config.data.stage1_tokens, config.data.stage1_fraction = None, 0.5
+    reader, found, sizes = BatchReader(config, tokenizer), [], []
+    for step in range(1, 41):
+        if step in (1, 4, 9, 20):  # before, in the middle of two sizes, after it
+            reader = resumed(reader, config, tokenizer, step - 1)
+        size = reader.history.batch_size(step - 1)
+        sizes.append(size)
+        for ranks in (1, 2):
+            dealt = [reader.indices_for(step, rank, ranks) for rank in range(ranks)]
+            deals = [micro for deal in zip(*dealt, strict=True) for micro in deal]
+            indices = [index for micro in deals for index in micro]
+            assert indices == list(range(len(found), len(found) + size))
+        found += [row(reader.sample(i)) for i in indices]
+        assert reader.history.first_sample(step) == len(found)
+    assert sizes == sorted(sizes)
+    assert set(sizes) == {4, 8, 12, 16, 20, 24}
+    assert len(reader.history.entries) == 1, "a resume made a new mixture of the same sources"
+    # Half of the steps, which are fewer than half of the samples.
+    border = reader.history.entries[0].weights.stage1_samples
+    assert border == reader.history.first_sample(20) < len(found) / 2
+    assert count_stage2_steps(reader.history, 40) == 20
+    assert stages(reader) == [1] * 20 + [2] * 20
+    assert found[:border] == [row(constant.sample(i)) for i in range(border)]
+
+
+def test_a_changed_warm_up_holds_from_the_resume_on(config, tokenizer):
+    config.training.rampup_batch_size = [4, 4, 120]
+    reader = BatchReader(config, tokenizer)
+    before = [reader.history.first_sample(step) for step in range(6)]
+    config.training.rampup_batch_size = []
+    reader = resumed(reader, config, tokenizer, 5)
+    assert [reader.history.first_sample(step) for step in range(6)] == before
+    assert [reader.history.batch_size(step) for step in (4, 5, 39)] == [4, 24, 24]
+
+
+def test_a_source_that_ends_within_a_warm_up_names_the_last_whole_step(config, tokenizer):
+    config.training.rampup_batch_size = [4, 4, 120]
+    for source in config.data.stage1:
+        source.repeat = False
+    config.data.stage2 = []
+    with pytest.raises(ConfigErrors) as caught:
+        BatchReader(config, tokenizer)
+    (line,) = caught.value.lines()
+    steps = int(line.split("at most ")[1].rstrip("."))
+    assert f"all sources are exhausted after step {steps} of 40" in line
+    config.training.steps = steps
+    BatchReader(config, tokenizer)
+    config.training.steps = steps + 1
+    with pytest.raises(ConfigErrors):
+        BatchReader(config, tokenizer)
+
+
 def stages(reader):
     """The stage of each step, as the audit finds it in the data."""
     first = [reader.history.first_sample(step) for step in range(reader.config.training.steps)]

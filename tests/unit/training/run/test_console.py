@@ -33,6 +33,13 @@ def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
+def test_the_time_left_counts_samples_where_batches_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 130.0])  # 30 s for 10 steps of 4 samples; 80 steps of 8 are left
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
+    progress = Progress(10, 100, samples_before=lambda steps: 4 * steps + 4 * max(0, steps - 20))
+    assert progress.line(20, METRICS).endswith("ETA 8m00s")
+
+
 def test_the_line_and_its_eta(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 130.0])  # 30 s for the 10 steps since the resume; 80 steps are left
     monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))

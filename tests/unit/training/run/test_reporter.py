@@ -87,6 +87,8 @@ def test_mfu_and_tflops(
     assert found["tokens_per_second"] == 2 * tokens
     assert found["tflops"] == (pytest.approx(rate / 1e12) if device else None)
     assert found["mfu"] == (pytest.approx(rate / peak) if peak else None)
+    half = SpeedMeter(config, 512, world_size=4).metrics(0.5, batch_size=4)  # a batch that grows
+    assert half == {key: value if value is None else value / 2 for key, value in found.items()}
 
 
 def test_the_documented_keys_come_first_and_others_follow(config: Config) -> None:
