@@ -1,10 +1,15 @@
 """``chameleon data audit CONFIG --step N``: read again what a step of a run saw.
 
+With ``--borders`` it shows how full the steps are at which packing blocks, stages and sources end.
+
 The run's newest checkpoint says which mixtures it had. Without a checkpoint, or with ``--new``, the
 command shows what a new run would see.
 """
 
 import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.config import load_checked
@@ -16,17 +21,39 @@ from megatron_chameleon.cli.options import (
     add_common_options,
     add_overrides,
 )
+from megatron_chameleon.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_chameleon.data.batches.reader import BatchReader
+
+_logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     audit = add_action(
-        actions, "audit", "show the samples, sources and documents of one step of a run"
+        actions, "audit", "show what one step of a run saw, or how full its steps are"
     )
     audit.add_argument("config", metavar="CONFIG", help=CONFIG)
     add_overrides(audit)
+    what = audit.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--step",
+        type=COUNT,
+        metavar="N",
+        help="show the samples, sources and documents of this step, counted from 1",
+    )
+    what.add_argument(
+        "--borders",
+        action="store_true",
+        help="show the padding of the steps at which a packing block, a stage or a source ends, "
+        "beside that of their neighbours",
+    )
     audit.add_argument(
-        "--step", type=COUNT, required=True, metavar="N", help="the step, counted from 1"
+        "--metrics",
+        metavar="RUN",
+        help="with --borders: the run folder or metrics.jsonl whose gradient norms are shown "
+        "(default: CONFIG, if it is a run folder)",
     )
     audit.add_argument(
         "--documents",
@@ -44,15 +71,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.metrics is not None and not args.borders:
+        what = "shows the gradient norms at the borders of a run, but --borders is not given"
+        raise ConfigError("--metrics", what, "Add --borders in place of --step, or leave it out")
     config = load_checked(args.config, args.overrides)
 
     from megatron_chameleon.data.batches.reader import BatchReader
-    from megatron_chameleon.data.views.audit import audit_step, format_audit
+    from megatron_chameleon.data.mixture.mixture_history import order_notes
     from megatron_chameleon.tokenizer.folder import load_tokenizer
     from megatron_chameleon.training.run.open_data import open_newest
 
+    grad_norms = _grad_norms(args)
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
-    with announced(f"reading the data of step {args.step}"):
+    what = "all steps" if args.borders else f"step {args.step}"
+    with announced(f"reading the data of {what}"):
         reader = BatchReader(config, tokenizer) if args.new else open_newest(config, tokenizer)
-        audit = audit_step(reader, args.step)
-    show(format_audit(audit, tokenizer.vocabulary, args.documents))
+        text = _borders(reader, grad_norms) if args.borders else _step(reader, args)
+    for line in order_notes(reader.history):
+        _logger.warning(line)
+    show(text)
+
+
+def _step(reader: "BatchReader", args: argparse.Namespace) -> str:
+    from megatron_chameleon.data.views.audit import audit_step, format_audit
+
+    return format_audit(audit_step(reader, args.step), reader.vocabulary, args.documents)
+
+
+def _borders(reader: "BatchReader", grad_norms: dict[int, float]) -> str:
+    from megatron_chameleon.data.views.borders import find_borders, format_borders
+
+    return format_borders(find_borders(reader), reader.config.training.steps, grad_norms)
+
+
+def _grad_norms(args: argparse.Namespace) -> dict[int, float]:
+    """The finite gradient norms of a run by step; nothing if no run is given."""
+    from megatron_chameleon.runs.metrics import read_metrics
+
+    path = Path(args.metrics if args.metrics is not None else args.config)
+    if not args.borders or (args.metrics is None and not (path / "metrics.jsonl").is_file()):
+        return {}
+    metrics = read_metrics(path, wants=lambda key: key == "grad_norm")
+    steps, values = metrics.finite("grad_norm")
+    return dict(zip(steps.tolist(), values.tolist(), strict=True))

@@ -1,5 +1,6 @@
 """``chameleon data audit`` and ``chameleon inspect CONFIG`` from the command line."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,26 @@ def test_audit(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("step 2: samples 8 to 15, 512 tokens, stage 1\n")
 
 
+def test_borders(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "audit", str(config), "--borders"]
+    main(words)
+    out = capsys.readouterr().out
+    assert out.startswith("5 steps with 0 ends of packing blocks; each step is compared with")
+    assert "sample 20: the run ends\n" in out and "padding of all steps: " in out
+    assert "gradient norm at" not in out
+    run = tmp_path / "run"
+    run.mkdir()
+    norms = [{"step": n, "grad_norm": 0.5 if n < 5 else None if n > 5 else 0.6} for n in range(9)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in norms))
+    for metrics in (run, run / "metrics.jsonl"):
+        main([*words, "--metrics", str(metrics)])
+        assert "at most 1.20 of the median beside it (step 5)" in capsys.readouterr().out
+    # A run folder as the config has its own metrics.
+    (run / "config.yaml").write_text(config.read_text())
+    main(["data", "audit", str(run), "--borders"])
+    assert "at most 1.20 of the median beside it (step 5)" in capsys.readouterr().out
+
+
 def test_inspect_a_config(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     words = ["--html", str(page), "--step", "3", "--sequences", "2", "training.steps=6"]
@@ -59,6 +80,23 @@ def test_inspect_a_config(config: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (
             ["data", "audit", "CONFIG", "--step", "1", "--documents", "0"],
             "--documents: '0' is not a whole number between 1 and",
+        ),
+        (
+            ["data", "audit", "CONFIG"],
+            "one of the arguments --step --borders is required. See",
+        ),
+        (
+            ["data", "audit", "CONFIG", "--step", "1", "--borders"],
+            "--borders: not allowed with argument --step. See",
+        ),
+        (
+            ["data", "audit", "CONFIG", "--step", "1", "--metrics", "UNDER"],
+            "--metrics: shows the gradient norms at the borders of a run, but --borders is not "
+            "given. Add --borders in place of --step, or leave it out.",
+        ),
+        (
+            ["data", "audit", "CONFIG", "--borders", "--metrics", "/none"],
+            "/none: no such file",
         ),
         (["data", "audit", "/none.yaml", "--step", "1"], "/none.yaml: no such config file"),
         (["inspect", "CONFIG", "--html", "UNDER"], "UNDER: cannot be written (Not a directory)"),
