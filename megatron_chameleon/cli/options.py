@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_chameleon.config.constraints import Above, Between, Constraint
+from megatron_chameleon.config.constraints import Above, Between, Constraint, Within
 from megatron_chameleon.wording import shown
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ GPU_COUNT = NumberOption(int, Between(1, 10**6))
 PIXELS = NumberOption(int, Between(1, 178_956_970))
 """Pillow itself refuses larger images."""
 MIB = NumberOption(int, Between(1, 2**20))
+PART = NumberOption(float, Within(0, 1))
 SHARE = NumberOption(float, Between(0, 1))
 PROBABILITY = NumberOption(float, Above(0, at_most=1))
 TEMPERATURE = NumberOption(float, Between(0, 100))

@@ -13,6 +13,7 @@ import re
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
     MIB,
+    PART,
     SECONDS,
     SHARE,
     WORKERS,
@@ -110,6 +111,7 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_image_options(parser)
     _add_limits(parser)
+    _add_holdout(parser)
     parser.add_argument(
         "--ignore-keys",
         metavar="KEY,...",
@@ -141,6 +143,17 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         metavar="MIB",
         help="drop a document with more MiB of text than this; encoding takes about 30 times as "
         "much memory (default: 16)",
+    )
+
+
+def _add_holdout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--holdout",
+        type=PART,
+        metavar="SHARE",
+        help="write this share of the documents, chosen by a hash of what they are, to "
+        "PREFIX-holdout instead, such as 0.01; the same document or picture never lies on both "
+        "sides",
     )
 
 
@@ -193,6 +206,7 @@ def _preprocess(args: argparse.Namespace) -> None:
             ignored_keys=tuple(sorted({key for key in args.ignore_keys.split(",") if key})),
             limits=Limits(args.largest_document << 20, args.largest_text << 20),
             images=image_options(args),
+            holdout=args.holdout,
         ),
     )
     launch = find_launch()

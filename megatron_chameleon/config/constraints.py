@@ -80,6 +80,20 @@ class Below(Constraint):
 
 
 @dataclass(frozen=True)
+class Within(Constraint):
+    """A number between ``low`` and ``high``, neither included."""
+
+    low: float
+    high: float
+
+    def allows(self, value: float) -> bool:
+        return self.low < value < self.high
+
+    def __str__(self) -> str:
+        return f"above {_number(self.low)} and below {_number(self.high)}"
+
+
+@dataclass(frozen=True)
 class ZeroOr(Constraint):
     """0, or a number from ``low`` to ``high``, both included."""
 

@@ -5,6 +5,7 @@ with white, and the image is turned as its EXIF data say.
 """
 
 import functools
+import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,25 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     turn = _orientation(image)
     rgb = _rgb_on_white(image)
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def digest_of_pixels(image: Image.Image) -> bytes:
+    """The SHA-256 of what a person sees: equal for all files that hold the same picture losslessly.
+
+    Args:
+        image: As for ``upright_rgb``.
+
+    Returns:
+        32 bytes, of the width, the height and the rows of ``upright_rgb``.
+
+    Raises:
+        PixelError, Exception: As ``upright_rgb``.
+    """
+    rgb = upright_rgb(image)
+    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
+    for box in _bands(rgb.size):
+        digest.update(rgb.crop(box).tobytes())
+    return digest.digest()
 
 
 def _rgb_on_white(image: Image.Image) -> Image.Image:

@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "data/batches",
         "data/mixture",
+        "data/token_files",
         "tokenizer",
     },
     "data/views": {
@@ -190,6 +191,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
         "training/engines",
         "training/faults",
+        "training/metrics",
         "training/records",
         "training/run",
         "training/samples",

@@ -7,7 +7,7 @@ import numpy as np
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.mixture.corpus import TokenFileCorpus
 from megatron_chameleon.data.mixture.sources import DataSource
-from megatron_chameleon.data.token_files.format import TokenFileInfo
+from megatron_chameleon.data.token_files.format import HELD_OUT, TokenFileInfo
 from megatron_chameleon.data.token_files.modality_balance import rare_modality
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 
@@ -50,13 +50,20 @@ def check_loss_on(config: Config, sources: Sequence[DataSource]) -> None:
 
 
 def data_warnings(config: Config, sources: Sequence[DataSource]) -> list[str]:
-    """What is not as fine-tuning needs it, one line each; nothing if there are no conversations.
+    """What is not as training or fine-tuning needs it, one line each.
 
     Args:
         config: Of the run.
         sources: Its data sources.
     """
     found = source_warnings(config, sources)
+    for source in sources:
+        if (holdout := _info(source).holdout) is not None and holdout.side == HELD_OUT:
+            found.append(
+                f"{source.where}: the {holdout.held_out_documents:,} documents that `chameleon "
+                "preprocess --holdout` has held out are trained, so their loss says nothing about "
+                "new documents"
+            )
     if any(_info(source).answers for source in sources):
         found += _unbalanced(config, sources)
     return found

@@ -5,7 +5,7 @@ tokens stand where.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from megatron_chameleon.data.inputs.records import (
     Position,
     too_long_text,
 )
+from megatron_chameleon.data.preprocess.holdout import is_held_out, text_digest
 from megatron_chameleon.data.preprocess.image_codes import ImageCache, ImageEncoder
 from megatron_chameleon.data.preprocess.layout import (
     EncodedDocuments,
@@ -81,6 +82,8 @@ class EncodedBlock:
     after: Position = field(default_factory=Position)
     unused_keys: frozenset[str] = frozenset()
     """Keys of its records that nobody reads."""
+    held_out: TokenBlock | None = None
+    """The documents that are held out; None if none are to be."""
 
 
 class DocumentEncoder:
@@ -116,18 +119,28 @@ class DocumentEncoder:
         unused = UnusedKeys()
         ignored = frozenset(self.options.ignored_keys)
         found = parse_block(block, ignored=ignored, images=self.options.images)
-        tokens, dropped = self.encode(unused.watch(found), block.input)
-        return EncodedBlock(tokens, dropped, block.after, frozenset(unused.names))
+        (tokens, *others), dropped = self._encode(unused.watch(found), block.input)
+        names = frozenset(unused.names)
+        return EncodedBlock(tokens, dropped, block.after, names, next(iter(others), None))
 
     def encode(
         self, items: Iterable[Document | Fault], input_number: int = 0
     ) -> tuple[TokenBlock, list[DroppedDocument]]:
         """Encode documents in order; those with a fault are left out and listed.
 
+        If a share is to be held out, only the documents of the training side are returned.
+
         Args:
             items: Documents of one input, with a fault in the place of each unreadable one.
             input_number: Index of the input.
         """
+        sides, dropped = self._encode(items, input_number)
+        return sides[0], dropped
+
+    def _encode(
+        self, items: Iterable[Document | Fault], input_number: int
+    ) -> tuple[list[TokenBlock], list[DroppedDocument]]:
+        """The blocks of the training side and, if a share is held out, of the other one."""
         dropped: dict[int, DroppedDocument] = {}
         documents: dict[int, Document] = {}
         for place, item in enumerate(items):
@@ -143,12 +156,41 @@ class DocumentEncoder:
             else:
                 documents[place] = item
         codes: list[list[np.ndarray]] = []
+        digests: list[bytes | None] = [None] * len(documents)
         if any(type(part) is ImagePart for item in documents.values() for part in item.content):
-            codes = self._encode_images(documents, dropped)
+            codes, digests = self._encode_images(documents, dropped)
         kept = list(documents.values())
-        block = self._token_block(kept, input_number, self._lay_out(kept, codes))
+        blocks = [
+            self._token_block(side, input_number, self._lay_out(side, its_codes))
+            for side, its_codes in self._sides(kept, codes, digests)
+        ]
         # sorted: the list must not depend on how the input was cut into blocks
-        return block, [dropped[place] for place in sorted(dropped)]
+        return blocks, [dropped[place] for place in sorted(dropped)]
+
+    def _sides(
+        self,
+        documents: list[Document],
+        codes: list[list[np.ndarray]],
+        digests: Sequence[bytes | None],
+    ) -> Iterator[tuple[list[Document], list[list[np.ndarray]]]]:
+        """The documents of each side with their codes: one side if nothing is to be held out.
+
+        Args:
+            documents: The documents to keep.
+            codes: The codes of each document's images; empty if no document has an image.
+            digests: Of the pixels of each document's first image; None without one.
+        """
+        share = self.options.holdout
+        if share is None:
+            yield documents, codes
+            return
+        held_out = [
+            is_held_out(digest or text_digest(document), share)
+            for document, digest in zip(documents, digests, strict=True)
+        ]
+        for side in (False, True):
+            chosen = [place for place, held in enumerate(held_out) if held == side]
+            yield [documents[p] for p in chosen], [codes[p] for p in chosen] if codes else []
 
     def _corpus_name(self, own: str) -> str:
         return own if self.options.corpus_name is None else self.options.corpus_name
@@ -161,8 +203,11 @@ class DocumentEncoder:
 
     def _encode_images(
         self, documents: dict[int, Document], dropped: dict[int, DroppedDocument]
-    ) -> list[list[np.ndarray]]:
-        """The codes of each document's images; documents with a bad image move to ``dropped``."""
+    ) -> tuple[list[list[np.ndarray]], list[bytes | None]]:
+        """The codes of each document's images; documents with a bad image move to ``dropped``.
+
+        If a share is to be held out, the second list has the digest of each document's first image.
+        """
         parts = {
             place: [part for part in document.content if isinstance(part, ImagePart)]
             for place, document in documents.items()
@@ -175,17 +220,25 @@ class DocumentEncoder:
             for document in documents.values()
             for pad in are_padded(document, self.options.image_fit)
         ]
-        results = iter(encoder.encode(all_parts, padded))
+        firsts: dict[int, int] = {}
+        if self.options.holdout is not None:
+            ends = itertools.accumulate(map(len, parts.values()))
+            firsts = {
+                p: end - len(parts[p]) for p, end in zip(parts, ends, strict=True) if parts[p]
+            }
+        results = iter(encoder.encode(all_parts, padded, set(firsts.values())))
         codes = []
+        digests = []
         for place, images in parts.items():
             found = [next(results) for _ in images]
             fault = next((result for result in found if isinstance(result, ImageError)), None)
             if fault is None:
                 codes.append([result for result in found if isinstance(result, np.ndarray)])
+                digests.append(encoder.digests[firsts[place]] if place in firsts else None)
             else:
                 detail = f"{fault.where}: {what_and_option(fault)}"
                 dropped[place] = self._drop(documents.pop(place), fault.reason, detail)
-        return codes
+        return codes, digests
 
     def _image_encoder(self, document: Document, images: int) -> ImageEncoder:
         """The image encoder; ``document``, which has so many images, is the first to need it."""

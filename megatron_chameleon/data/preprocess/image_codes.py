@@ -1,5 +1,7 @@
 """Turns image parts into image codes; threads read and decode images while the network encodes.
 
+Of chosen images it also finds the digest of the pixels, by which documents are held out.
+
 With a cache folder, the codes of an image are kept under the SHA-256 of its file's bytes. Each
 tokenizer has a folder of its own in the cache, and padded and cropped images have separate entries.
 A damaged entry is made again.
@@ -7,11 +9,11 @@ A damaged entry is made again.
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
 from megatron_chameleon.data.preprocess.memory_budget import MemoryBudget
 from megatron_chameleon.errors import DataError, one_line
 from megatron_chameleon.files import read_bytes, write_bytes
+from megatron_chameleon.images.pixels import digest_of_pixels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 
 THREADS = 2
+_DIGEST_ENDING = "-digest"
+_DIGEST_BYTES = 32
 BATCHES_AHEAD = 2
 """Most batches of prepared images that wait for the network; this bounds the memory."""
 
@@ -58,14 +63,33 @@ class ImageCache:
         codes = np.frombuffer(content, dtype="<u4").astype(np.int64)
         return codes if codes.max(initial=0) < self.codebook_size else None
 
+    def get_digest(self, key: str) -> bytes | None:
+        """The digest of an image's pixels, 32 bytes; None if it is missing or damaged."""
+        try:
+            content = read_bytes(self._path(key + _DIGEST_ENDING), limit=_DIGEST_BYTES)
+        except DataError:
+            return None
+        return content if len(content) == _DIGEST_BYTES else None
+
+    def put_digest(self, key: str, digest: bytes) -> None:
+        """Store the digest of an image's pixels.
+
+        Raises:
+            DataError: It cannot be written.
+        """
+        self._write(self._path(key + _DIGEST_ENDING), digest)
+
     def put(self, key: str, codes: np.ndarray) -> None:
         """Store the codes of an image.
 
         Raises:
             DataError: If they cannot be written.
         """
+        self._write(self._path(key), codes.astype("<u4").tobytes())
+
+    def _write(self, path: Path, content: bytes) -> None:
         try:
-            write_bytes(self._path(key), codes.astype("<u4").tobytes())
+            write_bytes(path, content)
         except DataError as error:
             remedy = "Make room there, or choose another --image-cache"
             raise DataError(f"--image-cache {self.folder}", error.what, remedy) from error
@@ -83,6 +107,17 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class _Prepared(NamedTuple):
+    """An image as the network takes it."""
+
+    key: str
+    """In the cache."""
+    found: np.ndarray | ImageError
+    """Its pixels, its codes if they were in the cache, or its fault."""
+    digest: bytes = b""
+    """Of its pixels; empty if it was not wanted."""
 
 
 class ImageEncoder:
@@ -104,23 +139,34 @@ class ImageEncoder:
         self.budget = budget or MemoryBudget()
         self.cache = cache
         self.cached_images = 0
+        self.digests: dict[int, bytes] = {}
+        """Digests of pixels that the last ``encode`` was asked for, by the image's position."""
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="images")
 
     def encode(
-        self, parts: Sequence[ImagePart], padded: Sequence[bool] | None = None
+        self,
+        parts: Sequence[ImagePart],
+        padded: Sequence[bool] | None = None,
+        digested: Collection[int] = (),
     ) -> list[np.ndarray | ImageError]:
         """The codes of each image, int64 [codes_per_image], or what is wrong with it.
 
         Args:
             parts: The images.
             padded: For each image, whether it is padded to a square; None crops all.
+            digested: Positions of the images whose digests are wanted; ``digests`` has those of
+                the sound ones.
 
         Raises:
             DataError: If a disk or network fails.
         """
         results: list[np.ndarray | ImageError] = []
         waiting: list[tuple[int, str, np.ndarray]] = []
-        for key, found in self._prepared(parts, padded or [False] * len(parts)):
+        self.digests = {}
+        wanted = [position in digested for position in range(len(parts))]
+        for key, found, digest in self._prepared(parts, padded or [False] * len(parts), wanted):
+            if digest:
+                self.digests[len(results)] = digest
             if isinstance(found, np.ndarray) and found.ndim == 3:
                 waiting.append((len(results), key, found))
             elif isinstance(found, np.ndarray):
@@ -145,12 +191,12 @@ class ImageEncoder:
         waiting.clear()
 
     def _prepared(
-        self, parts: Sequence[ImagePart], padded: Sequence[bool]
-    ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
-        """The cache key of each image with its pixels, codes or fault, a few batches ahead."""
+        self, parts: Sequence[ImagePart], padded: Sequence[bool], digested: Sequence[bool]
+    ) -> "Iterator[_Prepared]":
+        """What the threads have made of each image, a few batches ahead."""
         ahead = BATCHES_AHEAD * self.tokenizer.batch_size
-        futures: deque[Future[tuple[str, np.ndarray | ImageError]]] = deque()
-        rest = zip(parts, padded, strict=True)
+        futures: deque[Future[_Prepared]] = deque()
+        rest = zip(parts, padded, digested, strict=True)
         try:
             while True:
                 while len(futures) < ahead and (item := next(rest, None)) is not None:
@@ -162,19 +208,29 @@ class ImageEncoder:
             for future in futures:
                 future.cancel()
 
-    def _prepare(self, part: ImagePart, pad: bool) -> tuple[str, np.ndarray | ImageError]:
+    def _prepare(self, part: ImagePart, pad: bool, digested: bool) -> "_Prepared":
         try:
             with self.budget.large_file(part.size_on_disk()):
                 data = part.read()
-                key = hashlib.sha256(data).hexdigest() if self.cache is not None else ""
-                key += "-padded" if pad else ""
-                codes = self.cache.get(key) if self.cache is not None else None
-                return key, self._pixels(part, data, pad) if codes is None else codes
+                if self.cache is None:
+                    return _Prepared("", *self._pixels(part, data, pad, digested))
+                name = hashlib.sha256(data).hexdigest()
+                key = name + ("-padded" if pad else "")
+                codes = self.cache.get(key)
+                digest = (self.cache.get_digest(name) if digested else None) or b""
+                if codes is not None and bool(digest) == digested:
+                    return _Prepared(key, codes, digest)
+                pixels, digest = self._pixels(part, data, pad, digested)
+                if digested:
+                    self.cache.put_digest(name, digest)
+                return _Prepared(key, pixels if codes is None else codes, digest)
         except ImageError as fault:
-            return "", fault
+            return _Prepared("", fault)
 
-    def _pixels(self, part: ImagePart, data: bytes, pad: bool) -> np.ndarray:
-        """The prepared image: uint8 [resolution, resolution, 3]."""
+    def _pixels(
+        self, part: ImagePart, data: bytes, pad: bool, digested: bool
+    ) -> tuple[np.ndarray, bytes]:
+        """The prepared image, uint8 [resolution, resolution, 3], and its digest if it is wanted."""
         from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
 
         with ExitStack() as stack:
@@ -182,7 +238,8 @@ class ImageEncoder:
                 data, lambda image: stack.enter_context(self.budget.reserve(_memory_of(image)))
             )
             try:
-                return prepare_image(image, self.tokenizer.resolution, pad=pad)
+                digest = digest_of_pixels(image) if digested else b""
+                return prepare_image(image, self.tokenizer.resolution, pad=pad), digest
             except Exception as error:  # Pillow's parsers raise all kinds of exceptions
                 what = f"the image cannot be prepared ({one_line(error)})"
                 raise ImageError(part.name, what, "Replace or remove it") from error

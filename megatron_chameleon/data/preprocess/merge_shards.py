@@ -10,6 +10,8 @@ command resumes after the last shard that was copied completely.
 import logging
 from pathlib import Path
 
+from megatron_chameleon.data.preprocess.holdout import nothing_left, report_holdout
+from megatron_chameleon.data.preprocess.options import check_is_free
 from megatron_chameleon.data.preprocess.progress import (
     describe_token_file,
     find_shards,
@@ -21,14 +23,12 @@ from megatron_chameleon.data.token_files.format import (
     REQUIRED_SUFFIXES,
     TokenFileInfo,
     file_of,
+    holdout_prefix,
     partial_folder_of,
     read_info,
 )
-from megatron_chameleon.data.token_files.writer import (
-    DROPPED_SUFFIX,
-    MERGE_JOB_SUFFIX,
-    TokenFileWriter,
-)
+from megatron_chameleon.data.token_files.split_writer import SplitWriter
+from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX, MERGE_JOB_SUFFIX
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 
@@ -57,28 +57,69 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
     merged = _merged(prefix, shards)
     if merged is not None:
         if not keep:
-            _remove(shards)
+            _remove([*shards, *_held_out_names(prefix, shards)])
         summary = describe_token_file(merged, Path(prefix))
         logger.info("%s; an earlier run has merged the shards", summary)
         return merged
     infos = [_read_shard(shard) for shard in shards]
     _check_same(shards, infos)
+    others = _held_out_shards(prefix, shards, infos)
     if not sum(info.documents for info in infos):
+        if held_out := sum(info.documents for _, info in others):
+            raise nothing_left(prefix, held_out, _share(infos))
         raise DataError(str(prefix), f"all {count} shards are empty", "Check the documents")
-    tokenizer = load_tokenizer(infos[0].tokenizer, images=False)
-    job = infos[0].job + MERGE_JOB_SUFFIX
-    fit = infos[0].image_fit
-    with TokenFileWriter(prefix, tokenizer, job, infos[0].inputs, image_fit=fit) as writer:
+    info = _merge(prefix, list(zip(shards, infos, strict=True)), others)
+    if not keep:
+        _remove([*shards, *(name for name, _ in others)])
+    logger.info("%s, of %s shards", describe_token_file(info, Path(prefix)), count)
+    report_holdout(prefix, holdout_prefix(prefix), info)
+    return info
+
+
+def _merge(
+    prefix: str | Path,
+    shards: list[tuple[str, TokenFileInfo]],
+    others: list[tuple[str, TokenFileInfo]],
+) -> TokenFileInfo:
+    """Append the shards of both sides, given their prefixes and sidecars, to new token files."""
+    first = shards[0][1]
+    with SplitWriter(
+        prefix,
+        load_tokenizer(first.tokenizer, images=False),
+        first.job + MERGE_JOB_SUFFIX,
+        first.inputs,
+        image_fit=first.image_fit,
+        share=_share([first]),
+        hash_name=first.holdout.hash if first.holdout else "",
+    ) as writer:
         done = writer.state.position.get("shards", 0)
         if not writer.state.finishing:
-            for index in range(done, count):
-                writer.add_file(shards[index], infos[index])
+            for index in range(done, len(shards)):
+                writer.add_file(shards[index], others[index] if others else None)
                 writer.save({"shards": index + 1})
-        info = writer.commit()
-    if not keep:
-        _remove(shards)
-    logger.info("%s, of %s shards", describe_token_file(info, Path(prefix)), count)
-    return info
+        return writer.commit()
+
+
+def _held_out_shards(
+    prefix: str | Path, shards: list[str], infos: list[TokenFileInfo]
+) -> list[tuple[str, TokenFileInfo]]:
+    """The held-out sides of the shards with their sidecars; empty if nothing was held out."""
+    if infos[0].holdout is None:
+        return []
+    check_is_free(holdout_prefix(prefix))
+    names = _held_out_names(prefix, shards)
+    others = [_read_shard(name) for name in names]
+    _check_same([shards[0], *names], [infos[0], *others])
+    return list(zip(names, others, strict=True))
+
+
+def _held_out_names(prefix: str | Path, shards: list[str]) -> list[str]:
+    place, count = holdout_prefix(prefix), len(shards)
+    return [shard_prefix(place, (index, count)) for index in range(count)]
+
+
+def _share(infos: list[TokenFileInfo]) -> float | None:
+    return infos[0].holdout.share if infos[0].holdout else None
 
 
 def _merged(prefix: str | Path, shards: list[str]) -> TokenFileInfo | None:

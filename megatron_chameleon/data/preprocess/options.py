@@ -10,12 +10,15 @@ from megatron_chameleon.data.inputs.files import InputFile
 from megatron_chameleon.data.inputs.records import Limits
 from megatron_chameleon.data.token_files.format import (
     ANSWERS_SUFFIX,
+    HELD_OUT,
     REQUIRED_SUFFIXES,
     file_of,
     partial_folder_of,
 )
-from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX
-from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX, HELD_OUT_JOB_SUFFIX
+from megatron_chameleon.data.token_files.writer_state import read_writer_state
+from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.files import read_json_object
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.tokenizer.text.fast import EXACT
 
@@ -50,6 +53,8 @@ class EncodeOptions:
     """Keys of records that are left out, whatever they hold."""
     images: ImageOptions = field(default_factory=ImageOptions)
     """Where images may lie, and how they are read."""
+    holdout: float | None = None
+    """Share of the documents that is held out, above 0 and below 1; None holds out none."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,10 @@ def check_preprocess_options(prefix: str | Path, options: PreprocessOptions) -> 
         raise ConfigError("--image-fit", what, "Choose one of them")
     options.encoding.images.check()
     _check_limits(options.encoding.limits)
+    share = options.encoding.holdout
+    if share is not None and not 0 < share < 1:
+        what = f"{share} is not above 0 and below 1"
+        raise ConfigError("--holdout", what, "Give a share, such as 0.01 for one document in 100")
     if options.encoding.corpus_name == "":
         raise ConfigError("--source", "the name is empty", "Give a name, such as web")
     if not Path(prefix).name:
@@ -107,12 +116,59 @@ def _check_limits(limits: Limits) -> None:
             raise ConfigError(option, what, "Give a number of MiB in this range")
 
 
-def check_output(files: Sequence[InputFile], output: str) -> None:
-    """Refuse an output that would overwrite one of its inputs.
+def check_outputs(files: Sequence[InputFile], output: str, held_out: Sequence[str] = ()) -> None:
+    """Refuse outputs that would overwrite inputs, or what another command has written.
+
+    Args:
+        files: The inputs.
+        output: Where the documents are written.
+        held_out: Where the held-out documents are written. The user has not named these places, so
+            only files of an earlier hold-out are replaced there.
 
     Raises:
-        ConfigError: At the first such input.
+        ConfigError: At the first such file.
     """
+    _check_output(files, output)
+    for place in held_out:
+        _check_output(files, place)
+        check_is_free(place)
+
+
+def check_is_free(held_out: str) -> None:
+    """Refuse to write held-out documents over what another command has written.
+
+    Args:
+        held_out: Where they are written.
+
+    Raises:
+        ConfigError: There are other files.
+    """
+    if found := _files_of_another_command(held_out):
+        what = f"the held-out documents would replace {found}, which is not of an earlier --holdout"
+        raise ConfigError("--holdout", what, "Move it, or choose another --output")
+
+
+def _files_of_another_command(prefix: str) -> Path | None:
+    """A file under this prefix that no command with --holdout has written; None without one."""
+    try:
+        state = read_writer_state(prefix)
+        if state is not None:
+            is_ours = state.job.endswith(HELD_OUT_JOB_SUFFIX)
+            return None if is_ours else partial_folder_of(prefix)
+        if file_of(prefix, ".json").exists():
+            holdout = read_json_object(file_of(prefix, ".json")).get("holdout")
+            if isinstance(holdout, dict) and holdout.get("side") == HELD_OUT:
+                return None
+    except DataError:
+        pass
+    # What a killed command leaves of the move into place has no .json, but its folder remains.
+    if partial_folder_of(prefix).is_dir():
+        return None
+    suffixes = (".json", *REQUIRED_SUFFIXES)
+    return next((p for suffix in suffixes if (p := file_of(prefix, suffix)).exists()), None)
+
+
+def _check_output(files: Sequence[InputFile], output: str) -> None:
     suffixes = (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, ".json", DROPPED_SUFFIX)
     written = {Path(os.path.realpath(file_of(output, suffix))) for suffix in suffixes}
     folder = Path(os.path.realpath(partial_folder_of(output)))

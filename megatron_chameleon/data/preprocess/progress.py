@@ -18,6 +18,7 @@ from megatron_chameleon.data.token_files.format import (
     partial_folder_of,
     read_info,
 )
+from megatron_chameleon.data.token_files.split_writer import held_out_state
 from megatron_chameleon.data.token_files.writer_state import WriterState, read_writer_state
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.wording import counted, format_duration
@@ -164,6 +165,8 @@ class ShardStatus:
     images: int = 0
     tokens: int = 0
     bad: int = 0
+    held_out: int | None = None
+    """Documents of the held-out side, which the other numbers leave out; None without one."""
     megabytes_per_second: float = 0.0
     eta_seconds: float | None = None
     saved_seconds_ago: float | None = None
@@ -188,6 +191,7 @@ def status_of(prefix: str | Path, name: str) -> ShardStatus:
         rate = at.get("bytes_per_second", 0.0)
         left = at.get("total_bytes", 0) - at.get("read_bytes", 0)
         age = max(time.time() - at.get("saved_at", 0.0), 0.0)
+        other = held_out_state(state, prefix)
         return ShardStatus(
             name,
             "unfinished",
@@ -196,6 +200,7 @@ def status_of(prefix: str | Path, name: str) -> ShardStatus:
             state.images,
             state.tokens,
             sum(state.dropped.values()),
+            None if other is None else other.documents,
             rate / 1e6,
             left / rate if rate else None,
             age,
@@ -203,7 +208,10 @@ def status_of(prefix: str | Path, name: str) -> ShardStatus:
     if file_of(prefix, ".json").is_file():
         info = read_info(prefix)
         bad = sum(info.dropped.values())
-        return ShardStatus(name, "done", 1.0, info.documents, info.images, info.tokens, bad)
+        held_out = info.holdout.held_out_documents if info.holdout else None
+        return ShardStatus(
+            *(name, "done", 1.0, info.documents, info.images, info.tokens, bad, held_out)
+        )
     return ShardStatus(name, "not begun", 0.0)
 
 
@@ -225,11 +233,16 @@ def status_table(prefix: str | Path) -> str:
     if not rows:
         what = "there is no token file and there are no shards here, finished or not"
         raise DataError(str(prefix), what, "Check --output")
-    titles = ("", "state", "input", "documents", "images", "tokens", "bad", "MB/s", "ETA", "saved")
-    table = [titles, *map(_table_row, rows)]
     shards = [row for row in rows if row.name != "whole"]
     if len(shards) > 1:
-        table.append(_table_row(_total(shards)))
+        rows.append(_total(shards))
+    splits = any(row.held_out is not None for row in rows)
+    titles = (
+        *("", "state", "input", "documents", "images", "tokens", "bad"),
+        *(("held out",) if splits else ()),
+        *("MB/s", "ETA", "saved"),
+    )
+    table = [titles, *(_table_row(row, splits) for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
     lines = (
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
@@ -238,13 +251,15 @@ def status_table(prefix: str | Path) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _table_row(status: ShardStatus) -> tuple[str, ...]:
+def _table_row(status: ShardStatus, splits: bool) -> tuple[str, ...]:
+    held_out = "" if status.held_out is None else f"{status.held_out:,}"
     eta, age = status.eta_seconds, status.saved_seconds_ago
     return (
         status.name,
         status.state,
         f"{100 * status.share:.0f}%",
         *(f"{n:,}" for n in (status.documents, status.images, status.tokens, status.bad)),
+        *((held_out,) if splits else ()),
         f"{status.megabytes_per_second:.1f}" if status.megabytes_per_second else "",
         "" if eta is None else format_duration(eta),
         "" if age is None else f"{format_duration(age)} ago",
@@ -262,6 +277,7 @@ def _total(shards: list[ShardStatus]) -> ShardStatus:
         sum(shard.images for shard in shards),
         sum(shard.tokens for shard in shards),
         sum(shard.bad for shard in shards),
+        sum(counts) if (counts := [s.held_out for s in shards if s.held_out is not None]) else None,
         sum(shard.megabytes_per_second for shard in shards),
         max(etas, default=None),
     )

@@ -27,10 +27,11 @@ from megatron_chameleon.data.inputs.files import InputFile, InputRange, find_inp
 from megatron_chameleon.data.inputs.records import BROKEN_FILE, Block, Fault, Limits, Position
 from megatron_chameleon.data.inputs.shards import plan_ranges
 from megatron_chameleon.data.preprocess.encode import EncodedBlock
+from megatron_chameleon.data.preprocess.holdout import HASH_NAME, nothing_left, report_holdout
 from megatron_chameleon.data.preprocess.options import (
     EncodeOptions,
     PreprocessOptions,
-    check_output,
+    check_outputs,
     check_preprocess_options,
     find_device,
 )
@@ -43,13 +44,17 @@ from megatron_chameleon.data.preprocess.progress import (
 from megatron_chameleon.data.preprocess.workers import encode_blocks
 from megatron_chameleon.data.token_files.format import (
     ANSWERS_FORMAT,
+    HELD_OUT,
+    TRAINING,
     TokenFileInfo,
     file_of,
+    holdout_prefix,
     partial_folder_of,
     read_info,
 )
 from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality
-from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX, TokenFileWriter
+from megatron_chameleon.data.token_files.split_writer import SplitWriter
+from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.images.pixels import RULES
@@ -83,7 +88,8 @@ def preprocess(
         options: See ``PreprocessOptions``.
 
     Returns:
-        What was written, by this run or by an earlier run of the same command.
+        What was written, by this run or by an earlier run of the same command: the sidecar of the
+        training side, if a share is held out.
 
     Raises:
         ConfigError: If an option cannot work.
@@ -95,33 +101,45 @@ def preprocess(
     with announced(f"looking at {counted(len(inputs), 'input')} and loading {tokenizer_folder}"):
         files = find_inputs(inputs)
         output = shard_prefix(prefix, options.shard)
-        check_output(files, output)
+        share, whole = options.encoding.holdout, (str(prefix), holdout_prefix(prefix))
+        held_out = shard_prefix(whole[1], options.shard)
+        check_outputs(files, output, [] if share is None else [held_out, whole[1]])
         tokenizer = load_tokenizer(tokenizer_folder, images=False)
         device = find_device(options.encoding.device)
     options = replace(options, encoding=replace(options.encoding, device=device))
     job = _job_digest(files, tokenizer, options.encoding)
     jobs = {job, _job_digest(files, tokenizer, options.encoding, with_images=False)}
-    for done in {output, str(prefix)} if not options.restart else ():
-        finished = _finished(done, jobs)
+    for done in {(output, held_out), whole} if not options.restart else ():
+        finished = _finished(*done, jobs)
         if finished is not None:
-            summary = describe_token_file(finished, Path(done))
-            logger.info("%s; an earlier run has written it", summary)
+            _report_finished(*done, finished, is_part=done != whole)
             return finished
-    names = [item.path for item in files]
-    fit = options.encoding.image_fit
-    with TokenFileWriter(output, tokenizer, job, names, options.restart, fit) as writer:
+    names, fit = [item.path for item in files], options.encoding.image_fit
+    with SplitWriter(
+        *(output, tokenizer, job, names, options.restart, fit, share, HASH_NAME, held_out)
+    ) as writer:
         run = _PreprocessRun(files, plan_ranges(files, options.shard), writer, options)
         if not writer.state.finishing:
             with run.report:
                 run.write(tokenizer)
         info = writer.commit()
     run.unused_keys.report()
-    run.report.finish(info, writer.state, writer.path(""))
+    run.report.finish(info, writer.totals, Path(output))
+    report_holdout(output, held_out, info, is_part=options.shard[1] > 1)
+    _report_answers(output, info)
+    return info
+
+
+def _report_finished(output: str, held_out: str, info: TokenFileInfo, *, is_part: bool) -> None:
+    logger.info("%s; an earlier run has written it", describe_token_file(info, Path(output)))
+    report_holdout(output, held_out, info, is_part)
+
+
+def _report_answers(output: str, info: TokenFileInfo) -> None:
     for line in describe_answers(info):
         logger.info(line)
     if warning := rare_modality(info.total("answer_tokens"), info.total("answer_image_tokens")):
         logger.warning("%s: %s", output, warning)
-    return info
 
 
 def _job_digest(
@@ -143,18 +161,36 @@ def _job_digest(
         words.append(asdict(encoding.limits))
     if with_images or encoding.images != ImageOptions():
         words += [RULES, asdict(encoding.images)]
+    if encoding.holdout is not None:
+        words += ["holdout", encoding.holdout, HASH_NAME]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
-def _finished(output: str, jobs: Collection[str]) -> TokenFileInfo | None:
-    """The token file that an earlier run of the same command has finished, if there is one."""
+def _finished(output: str, held_out: str, jobs: Collection[str]) -> TokenFileInfo | None:
+    """The token file that an earlier run of the same command has finished, if there is one.
+
+    If it is the training side of a hold-out, the held-out side must be there as well.
+    """
     if partial_folder_of(output).is_dir() or not file_of(output, ".json").is_file():
         return None
     try:
         info = read_info(output)
     except DataError:
         return None
-    return info if info.job in jobs else None
+    if info.job not in jobs:
+        return None
+    if info.holdout is None:
+        return info
+    is_whole = info.holdout.side == TRAINING and _finished_side(held_out, info.job)
+    return info if is_whole else None
+
+
+def _finished_side(held_out: str, job: str) -> bool:
+    try:
+        info = read_info(held_out)
+    except DataError:
+        return False
+    return info.job == job and info.holdout is not None and info.holdout.side == HELD_OUT
 
 
 class _PreprocessRun:
@@ -164,7 +200,7 @@ class _PreprocessRun:
         self,
         files: Sequence[InputFile],
         ranges: Sequence[InputRange],
-        writer: TokenFileWriter,
+        writer: SplitWriter,
         options: PreprocessOptions,
     ) -> None:
         self.files = files
@@ -174,13 +210,14 @@ class _PreprocessRun:
         self.total_bytes = sum(part.size_bytes for part in ranges)
         saved = writer.state.position.get("position")
         self.position = Position.from_json(saved) if saved else Position()
-        self.report = ProgressReport(self.total_bytes, writer.state, self.position.read_bytes)
+        self.report = ProgressReport(self.total_bytes, writer.totals, self.position.read_bytes)
         self.first_bad: list[str] = []
         """The first three bad documents, for error messages."""
         self.unused_keys = UnusedKeys()
         self._started = self._saved = time.monotonic()
         if saved:
-            line = f"preprocess: resuming after {writer.documents:,} documents of an earlier run"
+            line = f"preprocess: resuming after {writer.totals.documents:,} documents of an earlier"
+            line += " run"
             logger.info(line, extra={"stderr": True})
 
     def write(self, tokenizer: Tokenizer) -> None:
@@ -197,7 +234,7 @@ class _PreprocessRun:
                 self._add(encoded)
         self._save()
         self._judge_bad()
-        if not self.writer.documents and self.options.shard[1] == 1:
+        if not self.writer.state.documents and self.options.shard[1] == 1:
             self.writer.discard()
             raise self._no_documents()
 
@@ -211,9 +248,9 @@ class _PreprocessRun:
             raise
 
     def _add(self, encoded: EncodedBlock) -> None:
-        self.writer.add_block(encoded.tokens)
+        self.writer.add_block(encoded.tokens, encoded.held_out)
         for bad in encoded.dropped:
-            self.writer.drop(bad.id, bad.corpus_name, bad.where, bad.reason, bad.detail)
+            self.writer.training.drop(bad.id, bad.corpus_name, bad.where, bad.reason, bad.detail)
             if bad.reason == BROKEN_FILE:
                 logger.warning("%s: %s", bad.where, bad.detail)
             if len(self.first_bad) < 3:
@@ -221,10 +258,10 @@ class _PreprocessRun:
                 self.first_bad.append(f"{at}{bad.detail}")
         self.unused_keys.add(encoded.unused_keys)
         self.position = encoded.after
-        self.report.update(self.writer.state, self.position.read_bytes)
+        self.report.update(self.writer.totals, self.position.read_bytes)
         if time.monotonic() - self._saved >= self.options.save_seconds:
             self._save()
-            if self.writer.documents + self._bad() >= LEAST_JUDGED_RECORDS:
+            if self.writer.totals.documents + self._bad() >= LEAST_JUDGED_RECORDS:
                 self._judge_bad()
 
     def _save(self) -> None:
@@ -242,29 +279,32 @@ class _PreprocessRun:
         self._saved = now
 
     def _bad(self) -> int:
-        return sum(self.writer.dropped.values())
+        return sum(self.writer.state.dropped.values())
 
     def _judge_bad(self) -> None:
         """Stop the run if the share of bad documents is above the limit."""
-        bad, seen = self._bad(), self.writer.documents + self._bad()
+        bad, seen = self._bad(), self.writer.totals.documents + self._bad()
         if bad <= self.options.max_bad * seen:
             return
-        listed = self.writer.folder / f"tokens{DROPPED_SUFFIX}"
+        listed = self.writer.training.folder / f"tokens{DROPPED_SUFFIX}"
         what = f"{bad} of {seen} documents ({100 * bad / seen:.1f}%) are bad, more than --max-bad "
-        what += f"{self.options.max_bad:g}: {count_reasons(self.writer.dropped)}"
+        what += f"{self.options.max_bad:g}: {count_reasons(self.writer.state.dropped)}"
         what += f"; {listed} lists them" + (", such as " if self.first_bad else "")
         what += "; ".join(self.first_bad)
         remedy = "Fix the inputs and use --restart, or resume with a larger --max-bad"
-        raise DataError(str(self.writer.prefix), what, remedy)
+        raise DataError(str(self.writer.training.prefix), what, remedy)
 
     def _no_documents(self) -> DataError:
         where = self.files[0].path if len(self.files) == 1 else f"{len(self.files)} inputs"
-        if not self.writer.dropped:
+        if held_out := self.writer.totals.documents:
+            return nothing_left(self.writer.training.prefix, held_out, self.writer.share)
+        dropped = self.writer.state.dropped
+        if not dropped:
             return DataError(where, "no documents found", "Check the inputs")
-        what = f"all {self._bad()} documents were dropped ({count_reasons(self.writer.dropped)})"
+        what = f"all {self._bad()} documents were dropped ({count_reasons(dropped)})"
         what += f"; the first: {self.first_bad[0]}" if self.first_bad else ""
         remedy = "Check that these are the right files; docs/data.md has the forms of a document"
-        if set(self.writer.dropped) == {"missing image"}:
+        if set(dropped) == {"missing image"}:
             remedy = "Paths of images are relative to the file of documents, or to an --image-root"
         return DataError(where, what, remedy)
 

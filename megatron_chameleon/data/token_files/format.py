@@ -23,9 +23,10 @@ sequence.
 Source of the .idx: megatron/core/datasets/indexed_dataset.py.
 """
 
+import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,30 @@ class CorpusTotals:
             setattr(self, name, getattr(self, name) + value)
 
 
+TRAINING, HELD_OUT = "training", "held out"
+"""The two sides of a hold-out."""
+HOLDOUT_ENDING = "-holdout"
+
+
+@dataclass(frozen=True)
+class HoldoutInfo:
+    """How the documents of an input were divided into a training side and a held-out side.
+
+    Both token files have the same, apart from the side.
+    """
+
+    side: str
+    """``TRAINING`` or ``HELD_OUT``."""
+    share: float
+    """Share of the documents that is held out on average, between 0 and 1."""
+    hash: str
+    """Name of the hash that chooses them; ``preprocess/holdout.py`` explains it."""
+    training_documents: int
+    training_tokens: int
+    held_out_documents: int
+    held_out_tokens: int
+
+
 @dataclass(frozen=True)
 class TokenFileInfo:
     """The sidecar PREFIX.json."""
@@ -126,6 +151,8 @@ class TokenFileInfo:
     image_fit: str = "crop"
     """How images became square: see ``IMAGE_FITS`` in data/documents/conversations.py."""
     format: str = FORMAT
+    holdout: HoldoutInfo | None = None
+    """Which side of a hold-out it is; None if nothing was held out."""
 
     def total(self, name: str) -> int:
         """The sum of a field of ``CorpusTotals`` over all corpora."""
@@ -158,6 +185,11 @@ class TokenBlock:
     """Number of answers of each document, int64 [documents]; None if there are no answers."""
 
 
+def holdout_prefix(prefix: str | Path) -> str:
+    """Where the held-out side of PREFIX is written: PREFIX-holdout."""
+    return f"{prefix}{HOLDOUT_ENDING}"
+
+
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
     """uint16 for up to 65,536 ids, the paper's number, for which megatron-core would take int32."""
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
@@ -172,6 +204,14 @@ def file_of(prefix: str | Path, suffix: str) -> Path:
 def partial_folder_of(prefix: str | Path) -> Path:
     """The folder in which an unfinished token file grows."""
     return file_of(prefix, ".partial")
+
+
+def info_to_json(info: TokenFileInfo) -> str:
+    """The text of a sidecar. The key ``holdout`` is there only if something was held out."""
+    record = asdict(info)
+    if info.holdout is None:
+        del record["holdout"]
+    return json.dumps(record, indent=2) + "\n"
 
 
 def read_info(prefix: str | Path) -> TokenFileInfo:
@@ -209,6 +249,8 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
         values["sources"] = {
             name: CorpusTotals(**totals) for name, totals in record["sources"].items()
         }
+        if values.get("holdout") is not None:
+            values["holdout"] = HoldoutInfo(**values["holdout"])
         info = TokenFileInfo(**values)
         _check_info(info)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -265,5 +307,23 @@ def _check_info(info: TokenFileInfo) -> None:
         raise ValueError("inputs is not a list of names")
     if not all(type(count) is int for count in info.dropped.values()):
         raise ValueError("dropped is not a table of numbers")
+    if info.holdout is not None:
+        _check_holdout(info, info.holdout)
     if info.bin_bytes != info.tokens * np.dtype(info.dtype).itemsize:
         raise ValueError(f"{info.bin_bytes} bytes for {info.tokens} tokens of {info.dtype}")
+
+
+def _check_holdout(info: TokenFileInfo, holdout: HoldoutInfo) -> None:
+    numbers = {
+        TRAINING: (holdout.training_documents, holdout.training_tokens),
+        HELD_OUT: (holdout.held_out_documents, holdout.held_out_tokens),
+    }
+    if holdout.side not in numbers or not isinstance(holdout.hash, str):
+        raise ValueError(f"holdout is {vars(holdout)!r:.99}")
+    if type(holdout.share) is not float or not 0 < holdout.share < 1:
+        raise ValueError(f"holdout.share is {holdout.share!r:.99}")
+    if any(type(n) is not int or n < 0 for side in numbers.values() for n in side):
+        raise ValueError(f"holdout is {vars(holdout)!r:.99}")
+    if numbers[holdout.side] != (info.documents, info.tokens):
+        what = f"holdout names {numbers[holdout.side]} documents and tokens on this side"
+        raise ValueError(f"{what}, but there are {(info.documents, info.tokens)}")

@@ -110,5 +110,7 @@ def _check_header(path: str, head: bytes, size: int, info: TokenFileInfo) -> int
         raise DataError(path, what, _REMEDY)
     if sequences == 0:
         remedy = "Run chameleon preprocess on inputs that have some"
+        if info.holdout is not None:
+            remedy = "Run chameleon preprocess with a larger --holdout, or on more documents"
         raise DataError(path, "holds 0 documents", remedy)
     return int(sequences)

@@ -34,9 +34,11 @@ from megatron_chameleon.data.token_files.format import (
     REQUIRED_SUFFIXES,
     TOKEN_SPAN,
     CorpusTotals,
+    HoldoutInfo,
     TokenBlock,
     TokenFileInfo,
     file_of,
+    info_to_json,
     token_dtype,
 )
 from megatron_chameleon.data.token_files.index_file import CHUNK_DOCUMENTS, finish_index
@@ -53,6 +55,9 @@ DROPPED_SUFFIX = ".dropped.jsonl"
 WRITTEN_SUFFIXES = (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, DROPPED_SUFFIX, ".json")
 MERGE_JOB_SUFFIX = " merge"
 """At the end of the ``job`` of a writer that puts finished shards together."""
+HELD_OUT_JOB_SUFFIX = " held out"
+"""At the end of the ``job`` of a writer of held-out documents, so that no command that writes
+something else under that name continues its files."""
 
 
 class TokenFileWriter:
@@ -89,6 +94,8 @@ class TokenFileWriter:
         self.tokenizer = tokenizer
         self.inputs = inputs or []
         self.state = WriterState(job)
+        self.holdout: HoldoutInfo | None = None
+        """For the sidecar; ``SplitWriter`` sets it."""
         self._partial = PartialFiles(prefix)
         self._dtype = np.dtype(token_dtype(tokenizer.vocabulary.size))
         self._corpus_numbers: dict[str, int] = {}
@@ -142,7 +149,7 @@ class TokenFileWriter:
         """Take over the state of an unfinished token file of the same job."""
         if self.restart or not self.state.job:
             return
-        saved = read_writer_state(self.prefix)
+        saved = self._saved_state()
         if saved is None:
             return
         if saved.job != self.state.job:
@@ -151,6 +158,9 @@ class TokenFileWriter:
             remedy = "Finish them with their own command, or start again with --restart"
             raise DataError(str(self.folder), what, remedy)
         self.state, self._keep = saved, True
+
+    def _saved_state(self) -> WriterState | None:
+        return read_writer_state(self.prefix)
 
     def _open_files(self) -> None:
         state = self.state
@@ -332,22 +342,30 @@ class TokenFileWriter:
 
         If the process is killed in between, the next writer of the same job finishes the move.
         """
-        info = self._info()
-        with self._disk_errors():
-            if not self.state.finishing:
-                index = self._partial.file(".idx")
-                finish_index(index, self._partial.path(".idx"), self.state.documents, self._dtype)
-                text = json.dumps(asdict(info), indent=2) + "\n"
-                write_text(self._partial.path(".json"), text)
-                if self.state.job:
-                    self.state.finishing = True
-                    self.save(self.state.position)
-                self._partial.close()
-            self._put_in_place()
-        self._keep = False
-        return info
+        self.complete()
+        return self.put_in_place()
 
-    def _put_in_place(self) -> None:
+    def complete(self) -> None:
+        """The first half of ``commit``: the new files become complete, and are to be moved."""
+        if self.state.finishing:
+            return
+        with self._disk_errors():
+            index = self._partial.file(".idx")
+            finish_index(index, self._partial.path(".idx"), self.state.documents, self._dtype)
+            write_text(self._partial.path(".json"), info_to_json(self.info()))
+            if self.state.job:
+                self.state.finishing = True
+                self.save(self.state.position)
+            self._partial.close()
+
+    def put_in_place(self) -> TokenFileInfo:
+        """The second half of ``commit``: the new files replace the old ones."""
+        with self._disk_errors():
+            self._move_files()
+        self._keep = False
+        return self.info()
+
+    def _move_files(self) -> None:
         # Without its .json, which is written last, the token file is known to be incomplete.
         if self._partial.path(".json").exists():
             self.path(".json").unlink(missing_ok=True)
@@ -363,7 +381,8 @@ class TokenFileWriter:
                 self.path(suffix).unlink(missing_ok=True)
         self._partial.move_into_place(".json")
 
-    def _info(self) -> TokenFileInfo:
+    def info(self) -> TokenFileInfo:
+        """The sidecar of what has been added so far."""
         state = self.state
         return TokenFileInfo(
             tokenizer_fingerprint=self.tokenizer.fingerprint,
@@ -378,11 +397,12 @@ class TokenFileWriter:
             sources=state.sources,
             inputs=self.inputs,
             dropped=state.dropped,
-            job=state.job.removesuffix(MERGE_JOB_SUFFIX),
+            job=state.job.removesuffix(HELD_OUT_JOB_SUFFIX).removesuffix(MERGE_JOB_SUFFIX),
             answers=state.answers,
             longest_conversation=state.longest_conversation,
             image_fit=self.image_fit,
             format=ANSWERS_FORMAT if state.answers else FORMAT,
+            holdout=self.holdout,
         )
 
     @contextmanager

@@ -1,5 +1,6 @@
 """How far an unfinished token file is: ``state.json`` in the folder PREFIX.partial."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from megatron_chameleon.data.token_files.partial_files import STATE_FILE
 from megatron_chameleon.data.token_files.totals import answers_of_documents, totals_of_block
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import read_json_object
+
+_REMEDY = "Start again with --restart"
 
 
 @dataclass
@@ -84,19 +87,33 @@ def read_writer_state(prefix: str | Path) -> WriterState | None:
     path = partial_folder_of(prefix) / STATE_FILE
     if not path.exists():
         return None
-    remedy = "Start again with --restart"
     try:
         record = read_json_object(path)
+    except DataError as error:
+        raise DataError(error.where, error.what, _REMEDY) from error
+    return state_of(record, path)
+
+
+def state_of(values: Mapping[str, Any], path: Path) -> WriterState:
+    """The state in a record that was read from a file.
+
+    Args:
+        values: What ``asdict`` made of a state.
+        path: The file, for errors.
+
+    Raises:
+        DataError: They are something else.
+    """
+    try:
+        record = dict(values)
         record["sources"] = {
             name: CorpusTotals(**totals) for name, totals in record["sources"].items()
         }
         state = WriterState(**record)
         _check(state)
-    except DataError as error:
-        raise DataError(error.where, error.what, remedy) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         cause = " ".join(str(error).split())[:300]
-        raise DataError(str(path), f"cannot be read ({cause})", remedy) from error
+        raise DataError(str(path), f"cannot be read ({cause})", _REMEDY) from error
     return state
 
 

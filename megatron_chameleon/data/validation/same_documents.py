@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_chameleon.data.mixture.corpus import Corpus
+from megatron_chameleon.data.mixture.corpus import Corpus, TokenFileCorpus
 from megatron_chameleon.data.mixture.sources import DataSource
+from megatron_chameleon.data.token_files.format import HELD_OUT, TRAINING
 
 COMPARED_DOCUMENTS = 64
 """How many documents of two files of the same size are compared."""
@@ -31,6 +32,31 @@ def warn_of_same(held_out: Sequence[DataSource], trained: Sequence[DataSource]) 
                     "memorizes them; split documents off with chameleon preprocess --holdout"
                 )
                 break
+            if why := _overlap(source.corpus, other.corpus):
+                yield f"{source.where}: {source.corpus.prefix} {why} {other.where}"
+                break
+
+
+def _overlap(held_out: Corpus, trained: Corpus) -> str:
+    """Why held-out documents may be trained: a training source has the same input, not divided.
+
+    Returns:
+        The middle of a sentence; empty if they are safe, or nothing was held out.
+    """
+    if not isinstance(held_out, TokenFileCorpus) or not isinstance(trained, TokenFileCorpus):
+        return ""
+    mine, other = held_out.token_file.info, trained.token_file.info
+    common = [name for name in mine.inputs if name in set(other.inputs)]
+    if mine.holdout is None or mine.holdout.side != HELD_OUT or not common:
+        return ""
+    if other.holdout is None:
+        return f"was held out of {common[0]}, and all documents of this file are also in"
+    if other.holdout.side != TRAINING or other.holdout.hash != mine.holdout.hash:
+        return f"was held out of {common[0]}, whose documents are divided in another way in"
+    if other.holdout.share < mine.holdout.share:
+        shares = f"{mine.holdout.share:g} of {common[0]}, but only {other.holdout.share:g} of it"
+        return f"holds out {shares} is left out of"
+    return ""
 
 
 def _sameness(a: Corpus, b: Corpus) -> str:

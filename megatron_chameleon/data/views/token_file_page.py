@@ -95,6 +95,7 @@ def token_file_summary(prefix: str, info: TokenFileInfo, lengths: np.ndarray) ->
         f"{prefix}: {info.documents:,} documents, {info.tokens:,} tokens, {info.images:,} images",
         f"image tokens: {info.image_tokens:,} ({share:.1f}%)",
         *describe_answers(info),
+        *_holdout(info),
         f"vocabulary: {info.vocab_size:,} ids, stored as {info.dtype}, tokenizer {info.tokenizer}",
         f"dropped documents: {dropped or 'none'}",
         f"tokens per document: {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}",
@@ -102,6 +103,17 @@ def token_file_summary(prefix: str, info: TokenFileInfo, lengths: np.ndarray) ->
         *_sources(info),
     ]
     return "\n".join(lines)
+
+
+def _holdout(info: TokenFileInfo) -> Iterator[str]:
+    """Which side of a hold-out it is."""
+    if (holdout := info.holdout) is not None:
+        held_out = holdout.held_out_documents
+        documents = holdout.training_documents + held_out
+        yield (
+            f"{holdout.side} side of --holdout {holdout.share:g}: {held_out:,} of {documents:,} "
+            f"documents are held out, by the {holdout.hash}"
+        )
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[str]:

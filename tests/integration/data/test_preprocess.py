@@ -147,6 +147,41 @@ def test_shards_one_after_the_other_are_the_whole(tmp_path, tokenizer_folder, co
     assert "an earlier run has written it" in again  # a requeued job of the array
 
 
+def test_a_held_out_share_is_the_same_with_workers_and_shards(
+    tmp_path, tokenizer_folder, corpus, chameleon
+):
+    inputs = (*corpus, "--tokenizer", tokenizer_folder, "--image-cache", tmp_path / "cache")
+    out = tmp_path / "out"
+    chameleon("preprocess", *inputs, "--output", out / "all")
+    split = ("preprocess", *inputs, "--holdout", 0.2, "--output")
+    printed = chameleon(*split, out / "one")
+    chameleon(*split, out / "two", "--workers", 2)
+    for i in range(3):
+        chameleon(*split, out / "s", "--shard", f"{i}/3")
+    chameleon("preprocess", "--merge", "--output", out / "s")
+    for side in ("", "-holdout"):
+        one = contents(out, f"one{side}")
+        assert len(one) >= 5 and one == contents(out, f"two{side}") == contents(out, f"s{side}")
+    assert len(list(out.glob("s*"))) == len(list(out.glob("one*")))  # no shard is left
+
+    def documents_of(name):
+        return [token_file.read(i).tobytes() for i in range(len(token_file))]
+
+    found = {}
+    for name in ("all", "one", "one-holdout"):
+        token_file = open_token_file(out / name, load_tokenizer(tokenizer_folder))
+        token_file.verify()
+        found[name] = documents_of(name)
+    assert sorted(found["one"] + found["one-holdout"]) == sorted(found["all"])
+    assert not set(found["one"]) & set(found["one-holdout"])
+    counts = f"held out {len(found['one-holdout'])} of {len(found['all'])} documents ("
+    assert f"{out}/one-holdout: {counts}" in printed
+    info = read_info(out / "one-holdout")
+    assert 0 < info.images < info.documents  # pictures and texts
+    listed = chameleon("inspect", out / "one-holdout")
+    assert f"held out side of --holdout 0.2: {info.documents} of " in listed
+
+
 def test_merge_names_what_is_missing(tmp_path, tokenizer_folder, documents, chameleon, refused):
     inputs = (documents, "--tokenizer", tokenizer_folder, "--output", tmp_path / "s")
     assert refused("preprocess", "--merge", *inputs[3:]) == (

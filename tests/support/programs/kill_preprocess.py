@@ -5,8 +5,8 @@
 Two workers each write two shards of a corpus with all kinds of input, and the shards are merged.
 The commands are started and killed (SIGKILL, which does not reach their workers) after random times
 until the requested number of kills has hit a running command. Then the commands run to their end.
-Each time the merged files must be byte for byte those of the unbroken run, and no worker may
-survive.
+A share of the documents is held out, so that each command writes two token files. Each time the
+merged files must be byte for byte those of the unbroken run, and no worker may survive.
 """
 
 import argparse
@@ -25,12 +25,14 @@ from mixed_corpus import write_corpus, write_tokenizer
 from run_command import command, environment, run_chameleon
 
 SHARDS = 2
+HOLDOUT = 0.2
 
 
 def commands(corpus: list[Path], tokenizer: Path, output: Path) -> list[list[object]]:
     """The arguments of each command; the last one merges."""
     base = ["preprocess", "--output", output]
     inputs = [*base, *corpus, "--tokenizer", tokenizer, "--workers", 2, "--save-every", 0]
+    inputs += ["--holdout", HOLDOUT]
     return [
         *([*inputs, "--shard", f"{index}/{SHARDS}"] for index in range(SHARDS)),
         [*base, "--merge"],
@@ -40,7 +42,7 @@ def commands(corpus: list[Path], tokenizer: Path, output: Path) -> list[list[obj
 def contents(output: Path) -> dict[str, bytes]:
     return {
         path.name.removeprefix(output.name): path.read_bytes()
-        for path in output.parent.glob(f"{output.name}.*")
+        for path in output.parent.glob(f"{output.name}*")
     }
 
 

@@ -14,7 +14,15 @@ from typing import Any
 
 from megatron_chameleon.cli.main import VERBS, build_parser
 from megatron_chameleon.cli.options import NumberOption
-from megatron_chameleon.config.constraints import Above, Below, Between, Constraint, Repeats, ZeroOr
+from megatron_chameleon.config.constraints import (
+    Above,
+    Below,
+    Between,
+    Constraint,
+    Repeats,
+    Within,
+    ZeroOr,
+)
 
 VALUES = ("0", "-1", "1e30", "nan", "inf", "word", "1" + 30 * "0", str(2**63), str(2**31))
 NUMBERS = (int, float)
@@ -105,6 +113,8 @@ def ends(constraint: Constraint) -> list[str]:
             return [str(low + 1e-30), str(high)]
         case Below(low=low, high=high):
             return [str(low), str(high - 1e-9)]
+        case Within(low=low, high=high):
+            return [str(low + 1e-30), str(high - 1e-9)]
         case Repeats(most=most):
             return ["1", str(most)]
     return []
