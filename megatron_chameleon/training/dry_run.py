@@ -28,6 +28,7 @@ from megatron_chameleon.training.engines.base import build_engine
 from megatron_chameleon.training.faults.weights import check_loaded_weights
 from megatron_chameleon.training.learning_rate import run_learning_rate
 from megatron_chameleon.training.prepare import describe_run
+from megatron_chameleon.training.resume_changes import resume_lines
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.memory_check import memory_problem
 from megatron_chameleon.wording import counted, format_bytes, format_duration
@@ -45,6 +46,7 @@ def describe_dry_run(inputs: RunInputs, launch: Launch, world_size: int) -> str:
     start = f"resumes from {inputs.checkpoint}" if inputs.checkpoint else "starts from step 0"
     lines = [
         f"{format_config(inputs.config)}\n{describe_run(inputs)}; {start}; {launch.launcher}",
+        *resume_lines(inputs),
         "Dry run passed: config, tokenizer, data and checkpoint are ready.",
     ]
     # A login node may lack what the config needs; that does not make the config wrong.

@@ -82,7 +82,7 @@ def train_steps(run: Run) -> bool:
     for step, micro_batches in run.steps():
         run.reporter.begin_step(step)
         metrics = run.engine.train_step(step, micro_batches, update=not run.skips(step))
-        metrics = run.reporter.complete(metrics | run.inputs.progress(step), run.engine.clock)
+        metrics = run.reporter.complete(run.inputs.counted(metrics, step), run.engine.clock)
         # First, because a step that ends the run or is undone leaves no line in metrics.jsonl.
         run.guard.check(step, metrics, micro_batches, before_save=run.saver.is_due(step))
         if run.validator.is_due(step):

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.state.folders import load_state, step_of
-from megatron_chameleon.checkpoint.state.resume import changed_settings, load
+from megatron_chameleon.checkpoint.state.resume import load
 from megatron_chameleon.checkpoint.state.save import VALIDATION_LOSS, Saver
 from megatron_chameleon.data.batches.reader import Batch, read_ahead
 from megatron_chameleon.errors import ChameleonError
@@ -24,6 +24,7 @@ from megatron_chameleon.training.faults.weights import check_loaded_weights
 from megatron_chameleon.training.learning_rate import run_learning_rate
 from megatron_chameleon.training.prepare import describe_run
 from megatron_chameleon.training.records.events import EventLog
+from megatron_chameleon.training.resume_changes import resume_lines
 from megatron_chameleon.training.run.folder import checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.reporter import Reporter
@@ -106,10 +107,12 @@ class Run:
         if note := self.inputs.start.note:
             self.reporter.say(note)
             self.events.record("resume", note)
-        if changes := changed_settings(start, self.config):
-            text = f"changed since {start}: {changes}"
-            self.reporter.say(text)
-            self.events.record("resume_change", text)
+        for line in (lines := resume_lines(self.inputs)):
+            self.reporter.say(line)
+        if changes := lines[1:]:
+            self.events.record("resume_change", "; ".join(map(str.strip, changes)))
+        if note := self.inputs.trained.note:
+            self.reporter.say(note)
 
     def _open_after(self, steps_done: int) -> None:
         """Open reporter, data and saver for the steps after ``steps_done``."""
@@ -255,5 +258,5 @@ class Run:
         self.events.record("rollback", reason)
         self._restarted.close()
         steps_done = self._load(checkpoint)
-        self.inputs = self.inputs.rewound_to(steps_done)
+        self.inputs = self.inputs.rewound_to(checkpoint)
         self._open_after(steps_done)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_chameleon.announce import announced
+from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.checkpoint.state.resume import check_fits
 from megatron_chameleon.checkpoint.state.start import Start, find_sound, find_start
 from megatron_chameleon.config.checks.check import check_config
@@ -20,6 +21,7 @@ from megatron_chameleon.parallel.collectives import run_on_rank_0
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.training.engines.base import check_installed
 from megatron_chameleon.training.learning_rate import run_learning_rate
+from megatron_chameleon.training.metrics.trained_tokens import find_trained_tokens
 from megatron_chameleon.training.run.branches import carry_out, finish_moves
 from megatron_chameleon.training.run.folder import check_run_folder, checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
@@ -60,7 +62,14 @@ def prepare_run(
         held_out = HeldOutReader(config, tokenizer) if config.data.validation.sources else None
     run_learning_rate(config, reader.history)  # it may not fit the history of the run
     skipped_steps = find_skipped_steps(config, checkpoint)
-    return RunInputs(config, tokenizer, reader, checkpoint, skipped_steps, resume, start, held_out)
+    with announced("counting the trained tokens"):
+        state = load_state(checkpoint) if checkpoint is not None else {}
+        trained = find_trained_tokens(state, reader)
+    return RunInputs(
+        *(config, tokenizer, reader, checkpoint, skipped_steps, resume, start),
+        held_out=held_out,
+        trained=trained,
+    )
 
 
 def refresh_inputs(inputs: RunInputs, world_size: int) -> RunInputs:

@@ -30,7 +30,7 @@ TOLERANCES = {
     "max_logit": 1e-4,
     "learning_rate": 0.0,
 }
-EXACT = (*TOLERANCES, "step", "consumed_samples", "consumed_tokens")
+EXACT = (*TOLERANCES, "step", "consumed_samples", "consumed_tokens", "trained_tokens")
 
 TENSOR = ["parallel.tensor_model_parallel_size=2"]
 SEQUENCE = [*TENSOR, "parallel.sequence_parallel=true"]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_chameleon.checkpoint.state.folders import load_checkpoint_config, load_state
 from megatron_chameleon.checkpoint.state.save import CheckpointedEngine
@@ -98,22 +99,18 @@ def _resolved(config: Config, key: str) -> object:
     return value
 
 
-def changed_settings(checkpoint: Path | None, config: Config) -> str:
-    """The settings that a config changes since a checkpoint, in one line.
+def changed_settings(checkpoint: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that a config changes since a checkpoint.
 
     Args:
-        checkpoint: None where the run begins.
+        checkpoint: One of the run, with a config.
         config: The run's config.
 
     Returns:
-        Such as ``optimizer.lr 0.001 -> 0.002``; empty if nothing that matters differs.
+        The old and the new value of each key.
     """
-    if checkpoint is None or load_state(checkpoint).get("training_config") is False:
-        return ""
     differences = find_differences(load_checkpoint_config(checkpoint), config)
-    return ", ".join(
-        f"{key} {old} -> {new}" for key, (old, new) in differences.items() if key != _RUN_DIR
-    )
+    return {key: values for key, values in differences.items() if key != _RUN_DIR}
 
 
 def load(checkpoint: Path, engine: CheckpointedEngine) -> int:

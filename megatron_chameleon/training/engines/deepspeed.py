@@ -68,7 +68,7 @@ class DeepSpeedEngine:
         self.config = config
         self.topology = topology
         (self.model,) = build_model(config, vocab_size, topology)
-        self.monitor = StepMonitor([self.model])
+        self.monitor = StepMonitor([self.model], topology.tensor_size)
         self.clock = StepClock()
         # ZeRO 3 takes the weights apart, so their shapes are noted first.
         self._state = ShardedState(self.model)

@@ -72,7 +72,7 @@ class MegatronEngine:
         self.config = config
         self.topology = topology
         self.parts = build_model(config, vocab_size, topology)
-        self.monitor = StepMonitor(self.parts)
+        self.monitor = StepMonitor(self.parts, topology.tensor_size)
         self.clock = StepClock()
         transformer = self.parts[0].config
         self.chunks = [_wrap(config, transformer, part) for part in self.parts]

@@ -1,5 +1,6 @@
 """The metrics of a step: each rank collects sums, and one reduction gives the run's means."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ class StepMetrics:
     log_z_image: float | None
     max_attention_logit: float | None
     layer_output_norms: list[float | None]
+    loss_tokens: int
+    """Tokens that counted in the loss."""
 
 
 class StepMonitor:
@@ -40,6 +43,7 @@ class StepMonitor:
 
     Args:
         parts: This rank's parts of the model.
+        copies: Number of ranks that count the same tokens: those of tensor parallelism.
     """
 
     SUMS = (
@@ -47,7 +51,8 @@ class StepMonitor:
         *("log_z_text", "log_z_image"),
     )
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[nn.Module], copies: int = 1) -> None:
+        self._copies = copies
         self._sums = torch.zeros(len(self.SUMS), dtype=torch.float64, device=platform.device())
         self._max_logit = torch.full(
             (1,), -torch.inf, dtype=torch.float64, device=platform.device()
@@ -111,8 +116,13 @@ class StepMonitor:
             log_z_image=mean("log_z_image", "image_tokens"),
             max_attention_logit=_known(max(attention)),
             layer_output_norms=layer_norms,
+            loss_tokens=_whole(named["tokens"]) // self._copies,
         )
 
 
 def _known(largest: float) -> float | None:
     return largest if largest > float("-inf") else None
+
+
+def _whole(count: float) -> int:
+    return round(count) if math.isfinite(count) else 0  # a broken mask; such a step is skipped

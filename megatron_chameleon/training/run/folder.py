@@ -53,6 +53,7 @@ METRICS = (
     "learning_rate",
     "consumed_samples",
     "consumed_tokens",
+    "trained_tokens",
     "tokens_per_second",
     "mfu",
     "output_norm",

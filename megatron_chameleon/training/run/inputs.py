@@ -1,13 +1,17 @@
 """What a run is made from: config, tokenizer, data and checkpoint, once they have been checked."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.checkpoint.state.start import Start
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.validation.reader import HeldOutReader
 from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.training.metrics.trained_tokens import TrainedTokens, find_trained_tokens
 from megatron_chameleon.training.run.skipped_steps import SkippedSteps
 
 
@@ -28,6 +32,8 @@ class RunInputs:
     """How ``resume`` was understood."""
     held_out: HeldOutReader | None = None
     """The documents of ``data.validation``; None if there are none."""
+    trained: TrainedTokens = field(default_factory=TrainedTokens)
+    """Up to the last step that was done."""
 
     def warnings(self) -> list[str]:
         """What the owner should know about the data, one line each."""
@@ -40,10 +46,13 @@ class RunInputs:
         """A second reader of the same data, at the step after ``steps_done``."""
         return BatchReader(self.config, self.tokenizer, self.reader.state(), steps_done)
 
-    def rewound_to(self, steps_done: int) -> "RunInputs":
-        """The inputs for doing the steps after ``steps_done`` once more."""
+    def rewound_to(self, checkpoint: Path) -> "RunInputs":
+        """The inputs for doing the steps after a checkpoint once more."""
+        state = load_state(checkpoint)
+        steps_done = int(state["step"])
         self.skipped_steps.rewind(steps_done)
-        return replace(self, reader=self.reader_after(steps_done))
+        reader = self.reader_after(steps_done)
+        return replace(self, reader=reader, trained=find_trained_tokens(state, reader))
 
     def progress(self, step: int) -> dict[str, int]:
         """What the run has read by the end of a step, and the step's batch size if it varies."""
@@ -57,6 +66,15 @@ class RunInputs:
         tokens = samples * self.config.model.seq_length
         return {"step": step, "consumed_samples": samples, "consumed_tokens": tokens}
 
+    def counted(self, metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """The engine's metrics of a step, with how much the run has read and trained on by its end.
+
+        Call it once for each step.
+        """
+        own = dict(metrics)
+        self.trained.add(own.pop("loss_tokens"), is_skipped=own.get("skipped", False))
+        return {**own, **self.progress(step), "trained_tokens": self.trained.total}
+
     def checkpoint_entries(self, step: int) -> dict[str, object]:
         """What ``state.json`` records besides the step and the format.
 
@@ -67,6 +85,7 @@ class RunInputs:
             "vocab_size": self.tokenizer.vocabulary.size,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             **self.consumed(step),
+            "trained_tokens": self.trained.total,
             "data": self.reader.state(),
             "skipped_steps": self.skipped_steps.to_save(),
         }

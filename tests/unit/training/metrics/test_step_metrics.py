@@ -63,6 +63,7 @@ def test_norms_of_layers_and_log_z_by_modality(topology: Topology) -> None:
     expected = [layer.mean().item() for layer in norms]
     assert found["layer_output_norms"] == pytest.approx(expected, rel=1e-6)
     assert found["output_norm"] == found["layer_output_norms"][-1]
+    assert found["loss_tokens"] == sum(int(batch.loss_mask.sum()) for batch in batches)
     for key, of_image in (("log_z_text", False), ("log_z_image", True)):
         counted = [b.loss_mask.bool() & (b.image_mask == of_image) for b in batches]
         values = torch.cat([z[mask] for z, mask in zip(log_z, counted, strict=True)])
