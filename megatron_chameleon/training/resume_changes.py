@@ -153,12 +153,14 @@ def _batch_size(old: _Plan, new: _Plan, done: int) -> Iterator[str]:
     if before == after and last[0] == last[1]:
         return
     length = new.config.model.seq_length
-    line = f"global batch size: {before:,} -> {after:,} sequences ({before * length:,} -> "
-    line += f"{after * length:,} tokens per step)"
+    line = (
+        f"{before:,} -> {after:,} sequences ({before * length:,} -> {after * length:,} tokens per "
+    )
+    line = f"{line}step)" if before != after else f"{after:,} sequences as before"
     if (before, after) != last:  # it still grows
-        line += f"; {last[1]:,} at the last step"
-        line += f" ({last[0]:,} so far)" if last[0] != last[1] else ""
-    yield line
+        line += "; at the last step " + (f"{last[0]:,} -> " if last[0] != last[1] else "")
+        line += f"{last[1]:,}"
+    yield f"global batch size: {line}"
 
 
 def _mixture(old: _Plan, new: _Plan) -> Iterator[str]:
