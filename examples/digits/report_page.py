@@ -1,7 +1,5 @@
 """The plots of the digits report, and the single HTML file that contains all of them."""
 
-import base64
-import html
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +13,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from megatron_chameleon.evaluation.curves import COLORS, series, smooth, style
+from megatron_chameleon.pages.elements import (
+    cards,
+    escape,
+    folded,
+    heading,
+    how,
+    image,
+    preformatted,
+)
+from megatron_chameleon.pages.style import page
 from megatron_chameleon.runs.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -83,12 +91,12 @@ def draw_confusion(axes: Axes, table: Sequence[Sequence[int]], title: str, said:
 def sheet(rows: Sequence[Sequence[Image.Image]], side: int = 32) -> Image.Image:
     """Arrange images as tiles of ``side`` pixels, row by row, on white."""
     width = max(len(row) for row in rows) * (side + GAP) - GAP
-    page = Image.new("RGB", (width, len(rows) * (side + GAP) - GAP), "white")
+    canvas = Image.new("RGB", (width, len(rows) * (side + GAP) - GAP), "white")
     for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            tile = image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
-            page.paste(tile, (x * (side + GAP), y * (side + GAP)))
-    return page
+        for x, picture in enumerate(row):
+            tile = picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(tile, (x * (side + GAP), y * (side + GAP)))
+    return canvas
 
 
 def digit_columns(
@@ -104,10 +112,10 @@ def digit_columns(
     return [[captions.images[i] for i in first], [again[i] for i in first], *drawn]
 
 
-def draw_sheet(axes: Axes, page: Image.Image, title: str) -> None:
+def draw_sheet(axes: Axes, canvas: Image.Image, title: str) -> None:
     """Draw the sheet of ``digit_columns``, with names for its first rows."""
-    axes.imshow(page, interpolation="nearest")
-    tile = page.width / 10
+    axes.imshow(canvas, interpolation="nearest")
+    tile = canvas.width / 10
     names = ["held out", "through the\ntokenizer", "drawn from\ntext"]
     axes.set_yticks([(row + 0.5) * tile for row in range(len(names))], names, fontsize=8)
     axes.set_xticks([])
@@ -155,25 +163,13 @@ def save_whole(file: Path, content: bytes) -> None:
 
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, sans-serif; color: #1a202c; max-width: 60rem; margin: 3rem auto;
-  padding: 0 1.25rem; }
-h1 { font-size: 1.9rem; margin-bottom: .25rem; } h2 { margin-top: 3rem; font-size: 1.25rem; }
-p.how { color: #4a5568; max-width: 46rem; }
-img.figure { width: 100%; height: auto; }
-.numbers { display: grid; gap: .75rem;
-  grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); }
-.numbers div { border: 1px solid #e2e8f0; border-radius: .5rem; padding: .75rem 1rem; }
-.numbers b { display: block; font-size: 1.5rem; }
-.numbers span { color: #718096; font-size: .85rem; }
+img.figure { width: 100%; height: auto; background: #fff; border-radius: .4rem; }
 .captions { display: grid; gap: .5rem;
   grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
 .captions figure { display: flex; gap: .6rem; align-items: center; margin: 0; font-size: .85rem; }
 .captions img { width: 40px; height: 40px; image-rendering: pixelated; border-radius: 3px; }
-pre { background: #f7fafc; border: 1px solid #e2e8f0; border-radius: .5rem; padding: 1rem;
-  overflow-x: auto; font-size: .8rem; }
-details summary { cursor: pointer; }
 """
+"""In addition to the style of all pages."""
 
 
 def write_page(
@@ -193,29 +189,29 @@ def write_page(
     rows = digit_columns(captions, again, drawings, 10)
     draw_sheet(images.subplots(), sheet(rows, 48), "")
     body = [
-        "<h1>Digits, drawn and read by one model</h1>",
-        _how(
+        heading("Digits, drawn and read by one model", 1),
+        how(
             f"One transformer was trained for {numbers['model_step']:,} steps on one stream of",
             "text and image tokens. It captions images that it never saw and draws from text.",
         ),
         _number_cards(numbers),
-        "<h2>Losses</h2>",
-        _how(
+        heading("Losses"),
+        how(
             "The mean cross-entropy of the text tokens and of the image codes of each step. Pale",
             "lines show each step, strong lines the mean of the last 20. The text loss falls",
             "lower, because captions have few forms. Handwriting varies, so the loss of image",
             "codes stays higher however long the model is trained.",
         ),
-        _figure(losses),
-        "<h2>Images</h2>",
-        _how(
+        _figure(losses, "curves of text and image loss over the steps"),
+        heading("Images"),
+        how(
             "One column per digit. The first row has held-out images. The second row has the same",
             "images encoded into codes and decoded again: the model cannot draw details that are",
             "lost there. The rows below are drawn from text alone.",
         ),
-        _figure(images),
-        "<h2>Which digits are confused</h2>",
-        _how(
+        _figure(images, "held-out, reconstructed and drawn digits"),
+        heading("Which digits are confused"),
+        how(
             "Rows are the true digits. Columns are what the caption says (left), or what a",
             "support vector machine (SVM) sees in the drawing (right). If all were right, only the",
             "diagonal would be filled. The SVM was fitted on the real training digits. It gets",
@@ -223,15 +219,12 @@ def write_page(
             f"and {numbers['judge_accuracy_on_reconstructions']:.1%} of the same images after",
             "encoding and decoding by the image tokenizer.",
         ),
-        _figure(_matrices(tables)),
+        _figure(_matrices(tables), "confusion matrices of captions and drawings"),
         *_caption_sections(captions),
-        "<h2>Config</h2>",
-        f"<details><summary>config.yaml</summary><pre>{html.escape(config)}</pre></details>",
+        heading("Config"),
+        folded("config.yaml", preformatted(config)),
     ]
-    head = "<meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    head += f"<title>Digits</title><style>{STYLE}</style>"
-    page = f"<!doctype html><html lang=en>{head}{''.join(body)}</html>"
-    save_whole(file, page.encode("utf-8"))
+    save_whole(file, page("Digits", body, STYLE).encode("utf-8"))
 
 
 def _matrices(tables: Tables) -> Figure:
@@ -246,20 +239,16 @@ def _caption_sections(captions: "Captions") -> list[str]:
     right = [i for i, d in enumerate(captions.digits) if d == captions.labels[i]]
     wrong = [i for i, d in enumerate(captions.digits) if d != captions.labels[i]]
     return [
-        f"<h2>Wrong captions ({len(wrong)})</h2>",
-        _how("Held-out images with their captions, always with the most likely token."),
+        heading(f"Wrong captions ({len(wrong)})"),
+        how("Held-out images with their captions, always with the most likely token."),
         _gallery(captions, wrong[:WRONG_SHOWN]),
-        f"<h2>Right captions ({len(right)})</h2>",
+        heading(f"Right captions ({len(right)})"),
         _gallery(captions, right[:: max(1, len(right) // RIGHT_SHOWN)][:RIGHT_SHOWN]),
     ]
 
 
-def _how(*lines: str) -> str:
-    return f"<p class=how>{' '.join(lines)}</p>"
-
-
 def _number_cards(numbers: Mapping[str, Any]) -> str:
-    cards = (
+    found = (
         (f"{numbers['caption_accuracy']:.1%}", "of held-out captions right"),
         (f"{numbers['generated_image_accuracy']:.1%}", "of drawings recognised"),
         (f"{numbers['reconstruction_psnr_db']:.1f} dB", "PSNR of the image tokenizer"),
@@ -269,16 +258,15 @@ def _number_cards(numbers: Mapping[str, Any]) -> str:
         (_or_dash(numbers["final_loss_text"], ".3f"), "final text loss"),
         (_or_dash(numbers["final_loss_image"], ".3f"), "final image loss"),
     )
-    boxes = (f"<div><b>{value}</b><span>{name}</span></div>" for value, name in cards)
-    return f"<div class=numbers>{''.join(boxes)}</div>"
+    return cards(found)
 
 
 def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _figure(figure: Figure) -> str:
-    return f"<img class=figure alt='' src='{_data_uri(png(figure, dpi=130))}'>"
+def _figure(figure: Figure, alt: str) -> str:
+    return image(png(figure, dpi=130), alt).replace("<img ", '<img class="figure" ', 1)
 
 
 def _gallery(captions: "Captions", indices: Sequence[int]) -> str:
@@ -288,14 +276,10 @@ def _gallery(captions: "Captions", indices: Sequence[int]) -> str:
     for index in indices:
         buffer = io.BytesIO()
         captions.images[index].save(buffer, format="png")
-        text = html.escape(captions.texts[index] or "(nothing)")
+        text = escape(captions.texts[index] or "(nothing)")
         label = captions.labels[index]
         cells.append(
-            f"<figure><img alt='{label}' src='{_data_uri(buffer.getvalue())}'>"
+            f"<figure>{image(buffer.getvalue(), str(label))}"
             f"<figcaption>{text}<br><small>is {label}</small></figcaption></figure>"
         )
-    return f"<div class=captions>{''.join(cells)}</div>"
-
-
-def _data_uri(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+    return f'<div class="captions">{"".join(cells)}</div>'

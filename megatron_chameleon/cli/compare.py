@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     )
     from megatron_chameleon.reports.curves import wants
     from megatron_chameleon.runs.run import find_run, read_run, run_files
-    from megatron_chameleon.terminal import escape_text
+    from megatron_chameleon.terminal import escape_line, escape_text
 
     if not 2 <= len(args.folders) <= MOST_RUNS:
         what = f"{counted(len(args.folders), 'run')} given"
@@ -57,4 +57,4 @@ def run(args: argparse.Namespace) -> None:
         return
     write_text(Path(output), comparison_page(runs, args.x))
     show(escape_text(comparison_text(runs)))
-    show(f"\n{output}: {counted(len(runs), 'run')} over {args.x}")
+    show(escape_line(f"{output}: {counted(len(runs), 'run')} over {args.x}"))

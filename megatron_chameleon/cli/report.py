@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.outputs import check_name, check_output
     from megatron_chameleon.reports.report import report_page
     from megatron_chameleon.runs.run import find_run, run_files
+    from megatron_chameleon.terminal import escape_line
     from megatron_chameleon.wording import format_bytes
 
     folder = find_run(args.folder)
@@ -35,5 +36,5 @@ def run(args: argparse.Namespace) -> None:
     write_text(output, page)
     size = format_bytes(len(page.encode("utf-8", "surrogatepass")))
     for problem in found.problems:
-        show(f"note: {problem}")
-    show(f"{output}: {found.name} to step {found.metrics.last_step:,}, {size}")
+        show(escape_line(f"note: {problem}"))
+    show(escape_line(f"{output}: {found.name} to step {found.metrics.last_step:,}, {size}"))

@@ -20,6 +20,7 @@ HELD_OUT = {
     "validation/loss_image": "held-out image loss",
 }
 _MOST_PROBLEMS = 20
+_BAD_ENDS = {"error": "an error", "hang": "a hang"}
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,10 @@ def _troubles(run: Run) -> Iterator[tuple[str, str]]:
     restarts = kinds.count("restart")
     if restarts:
         yield f"The run was restarted {counted(restarts, 'time')}.", ""
+    if skipped := kinds.count("skip"):
+        yield f"The updates of {counted(skipped, 'step')} were left out.", "warn"
+    if run.events.events and (last := run.events.events[-1]).kind in _BAD_ENDS:
+        yield f"Its last event is {_BAD_ENDS[last.kind]}: {last.text}", "bad"
     if rollbacks := kinds.count("rollback"):
         yield f"It was rolled back to an earlier checkpoint {counted(rollbacks, 'time')}.", "warn"
     if run.branches:

@@ -13,8 +13,9 @@ from megatron_chameleon.wording import counted, format_bytes
 
 MOST_EVENTS = 400
 """Rows of the table; of more, the newest."""
+_MOST_SAVES = 10
 _MOST_CHECKPOINTS = 200
-_MOST_SETTINGS = 2000
+_MOST_SETTINGS = 500
 _LONGEST_TEXT = 400
 _LONGEST_CONFIG = 200_000
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -32,10 +33,15 @@ def event_table(run: Run) -> str:
     found = [*run.events.events, *alarms]
     if not found:
         return how("None are recorded. Runs of earlier versions recorded only alarms.")
+    saves = sum(event.kind == "save" for event in found)
+    if saves > _MOST_SAVES:
+        found = [event for event in found if event.kind != "save"]
     found.sort(key=lambda event: (-1 if event.step is None else event.step, _when(event)))
     shown = found[::-1][:MOST_EVENTS]
     left_out = len(found) - len(shown) + run.events.left_out + run.alarms.left_out
     note = how(f"{counted(left_out, 'older row')} left out.") if left_out > 0 else ""
+    if saves > _MOST_SAVES:
+        note += how(f"{saves:,} saved checkpoints are not listed here.")
     heads = (Cell("step", "n"), "time (UTC)", "event", Cell("what", "long"), "host")
     return table(heads, map(_event_row, shown)) + note
 
@@ -108,16 +114,19 @@ def config_section(run: Run) -> str:
     """What differs from the defaults, then the whole file, folded."""
     if not run.config.values:
         return how("The run has no config that can be read.")
-    changed = masked_values(
-        {key: value for key, (_, value) in list(run.config.changed().items())[:_MOST_SETTINGS]}
-    )
     usual = run.config.changed()
+    changed = masked_values(
+        {key: value for key, (_, value) in list(usual.items())[:_MOST_SETTINGS]}
+    )
     rows = [
         (Cell(key, "code"), Cell(setting(value), "code"), Cell(_default(usual[key][0]), "code"))
         for key, value in changed.items()
     ]
     text = mask_secrets(run.config.text[:_LONGEST_CONFIG])
-    return table(("key", "value", "default"), rows) + folded("config.yaml", preformatted(text))
+    more = len(usual) - len(rows)
+    note = how(f"{counted(more, 'more key')} in config.yaml.") if more > 0 else ""
+    whole = folded("config.yaml", preformatted(text))
+    return table(("key", "value", "default"), rows) + note + whole
 
 
 def _default(value: Any) -> str:

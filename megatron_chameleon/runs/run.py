@@ -72,6 +72,8 @@ def find_run(path: str | Path) -> Path:
         DataError: There is nothing of that name, or it is not a run.
     """
     given = Path(path)
+    if not str(path).strip():
+        raise DataError("RUN", "the name is empty", "Give a run folder")
     try:
         folder = given.parent if given.is_file() and given.name == METRICS_FILE else given
         if folder.is_file():

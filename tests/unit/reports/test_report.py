@@ -167,6 +167,21 @@ def test_hostile_files_become_text(tmp_path: Path) -> None:
     assert any("cannot be decoded" in problem for problem in run.problems)
 
 
+def test_an_end_with_an_error_is_said_and_many_saves_do_not_hide_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=5)
+    saves = [{"event": "save", "step": i, "text": "saved"} for i in range(500)]
+    events = [
+        *saves,
+        {"event": "skip", "step": 3},
+        {"event": "error", "step": 5, "text": "no disk"},
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    text = plain(report_page(folder)[1])
+    assert "Its last event is an error: no disk" in text
+    assert "The updates of 1 step were left out." in text
+    assert "500 saved checkpoints are not listed here." in text and "5 – error no disk" in text
+
+
 def test_secrets_are_masked(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=3)
     secret = "hf_" + "abcdefghijklmnopqrstuvwx"
