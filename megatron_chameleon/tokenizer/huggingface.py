@@ -10,14 +10,47 @@ special tokens in text, because its prompts name images in this way. Pass
 ``split_special_tokens=True`` for text that must not be trusted.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.files import read_json_object, write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 SPACE = "▁"
 """sentencepiece's mark for a space."""
+
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content %}
+            {%- if part.type == "text" %}
+                {{- part.text }}
+            {%- else %}
+                {{- "<image>" }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {%- set next_role = none if loop.last else messages[loop.index].role %}
+    {%- if message.role == "system" %}
+        {{- "\n\n" }}
+    {%- endif %}
+    {%- if message.role == "assistant" %}
+        {%- if next_role != "assistant" %}
+            {{- eos_token }}
+        {%- endif %}
+    {%- elif next_role in (none, "assistant") %}
+        {{- sep_token }}
+    {%- endif %}
+{%- endfor %}"""
+"""The format of ``data/documents/conversations.py`` in Jinja. A prompt ends with the separator, so
+``add_generation_prompt`` has nothing to add."""
+
+_TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 RESCALE_FACTOR = 2 / 255
 """Scales pixel values to [0, 2], from which the mean of 1 is then subtracted.
@@ -28,7 +61,7 @@ the codes of bright images differ from those the model was trained on.
 
 
 def write_huggingface_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and processor_config.json.
+    """Write tokenizer.json, tokenizer_config.json, processor_config.json and chat_template.jinja.
 
     Args:
         tokenizer: Loaded with its image tokenizer, because the processor needs the size of images.
@@ -64,8 +97,14 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
         image_seq_length=tokenizer.image.codes_per_image,
         image_token=_names(tokenizer)["image_token"],
     )
+    template = CHAT_TEMPLATE.replace("<image>", processor.image_token)
+    processor.tokenizer.chat_template = template
     output.mkdir(parents=True, exist_ok=True)
     processor.save_pretrained(output)
+    # transformers writes the template to a file of its own, which other programs do not look for
+    config = read_json_object(output / _TOKENIZER_CONFIG_FILE)
+    text = json.dumps({**config, "chat_template": template}, indent=2, ensure_ascii=False)
+    write_text(output / _TOKENIZER_CONFIG_FILE, text + "\n")
 
 
 def _names(tokenizer: Tokenizer) -> dict[str, str]:

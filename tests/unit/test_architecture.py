@@ -90,6 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint/formats",
         "checkpoint/state",
         "checkpoint/tensor_files",
+        "config",
         "tokenizer",
         "tokenizer/common",
     },

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_chameleon.checkpoint.convert.model_card import CARD_FILE, model_card
 from megatron_chameleon.checkpoint.convert.partial_folder import flushing, partial_folder, sync
 from megatron_chameleon.checkpoint.convert.plan import (
     ConversionOptions,
@@ -36,6 +37,7 @@ from megatron_chameleon.checkpoint.formats.base import CheckpointReader, Checkpo
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
 from megatron_chameleon.checkpoint.state.integrity import check_files, write_sums
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import write_text
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def convert(
         plan = make_plan(reader, target, writer, destination, to, ema=chosen.ema)
         plan.check_disk()
         stream, new = TensorStream(reader, target, progress, verify), partial / "new"
-        _write(writer, new, stream)
+        _write(writer, new, stream, model_card(target, destination.name) if to == "hf" else "")
         seconds = time.monotonic() - started
         if verify:
             _verify_written(load_format(to).Reader(new), target, stream.checksums, partial)
@@ -126,7 +128,7 @@ def _check_source(reader: CheckpointReader, progress: Progress) -> None:
         progress(f"{files} files of {reader.folder} match their checksums (SHA256SUMS)")
 
 
-def _write(writer: CheckpointWriter, folder: Path, stream: TensorStream) -> None:
+def _write(writer: CheckpointWriter, folder: Path, stream: TensorStream, card: str) -> None:
     folder.mkdir()
     with flushing(folder):
         try:
@@ -137,6 +139,8 @@ def _write(writer: CheckpointWriter, folder: Path, stream: TensorStream) -> None
             # torch's zip writer hides the reason
             number = errno.EIO if shutil.disk_usage(folder).free > 2**22 else errno.ENOSPC
             raise OSError(number, os.strerror(number)) from error
+        if card:
+            write_text(folder / CARD_FILE, card, CheckpointError)
 
 
 def _verify_written(

@@ -1,7 +1,8 @@
 """The Hugging Face folder, which ``ChameleonForConditionalGeneration.from_pretrained`` opens.
 
     config.json, generation_config.json, model*.safetensors   transformer and the VQGAN's encoder
-    tokenizer and processor files                             for transformers
+    tokenizer and processor files, chat template              for transformers
+    README.md                                                 the model card, by ``convert``
     text.model, vocabulary.json, image_tokenizer/             our tokenizer, with the VQ decoder
     chameleon.json                                            where it all comes from
 
@@ -201,6 +202,11 @@ def write_settings(folder: Path, target: Target) -> None:
         bos_token_id=vocabulary.bos,
         eos_token_id=vocabulary.eos,
         pad_token_id=vocabulary.pad,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
+        repetition_penalty=1.2,
+        max_new_tokens=min(512, target.model.seq_length // 2),
     ).save_pretrained(folder)
     write_tokenizer(folder, target.tokenizer)
     write_origin(folder, target)

@@ -1,5 +1,6 @@
 """Our export, read by transformers' own classes."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_chameleon.data.documents.records import parse_line
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.inference.chat import ControlToken, chat_prompt
 from megatron_chameleon.tokenizer import Tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.huggingface import write_huggingface_tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import prepare_image, to_pixels
@@ -109,6 +112,47 @@ def test_the_processor_makes_a_prompt_with_an_image(
     image = [vocabulary.begin_image, *[vocabulary.image_placeholder] * 16, vocabulary.end_image]
     text = tokenizer.text.encode("a seven")
     assert inputs["input_ids"].tolist() == [[vocabulary.bos, *image, *text, vocabulary.separator]]
+
+
+def test_conversations_get_the_ids_of_fine_tuning(
+    tokenizer: Tokenizer, exported: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(exported)
+    config = json.loads((exported / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == theirs.chat_template
+    rng = random.Random(5)
+    for _ in range(50):
+        said = rng.choices([text for text in texts() if text.strip()], k=rng.choice((1, 3, 5)))
+        messages = [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)
+        ]
+        record = json.dumps({"messages": messages}).encode()
+        prompt = chat_prompt(parse_line(record, tmp_path / "chat.jsonl", 1), tokenizer)
+        ours = [tokenizer.vocabulary.bos]
+        for part in prompt:
+            is_control = isinstance(part, ControlToken)
+            ours += [part.token_id] if is_control else tokenizer.text.encode(part.text)
+        found = theirs.apply_chat_template(messages, add_generation_prompt=True)
+        assert found["input_ids"] == ours, messages
+
+
+def test_messages_of_every_role_and_shape_are_rendered(exported: Path) -> None:
+    from transformers import AutoTokenizer
+
+    parts = [{"type": "image"}, {"type": "text", "text": "which?"}]
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": parts},
+        {"role": "user", "content": " now"},
+        {"role": "assistant", "content": [{"type": "text", "text": "seven"}]},
+        {"role": "assistant", "content": "!"},
+        {"role": "user", "content": "and?"},
+    ]
+    shown = AutoTokenizer.from_pretrained(exported).apply_chat_template(messages, tokenize=False)
+    end = "<reserved08706>"
+    assert shown == f"<s>Be short.\n\n<image>which? now{end}seven!</s>and?{end}"
 
 
 @pytest.mark.parametrize("size", [(16, 16), (64, 64), (48, 24)])
