@@ -74,7 +74,8 @@ def test_the_best_checkpoint_is_kept_and_evaluate_loss_finds_the_same(tiny, meas
     }
     losses = {record["step"]: record.get(f"{MEASURED}loss") for record in tiny.metrics("held-on")}
     assert kept == {"step_00000008": losses[8]}
-    printed = run_chameleon("evaluate-loss", run, "--json", processes=2).stdout
+    tensor = ["parallel.tensor_model_parallel_size=2", "training.micro_batch_size=3"]
+    printed = run_chameleon("evaluate-loss", run, "--json", *tensor, processes=2).stdout
     found = json.loads(printed)
     assert found["step"] == 8 and found["loss"] == pytest.approx(losses[8], rel=1e-6)
     assert (

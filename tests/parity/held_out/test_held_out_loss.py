@@ -22,41 +22,30 @@ OVERLAP = {
     "parallel.overlap_grad_reduce": True,
     "parallel.overlap_param_gather": True,
 }
+PIPELINE = {"parallel.pipeline_model_parallel_size": 2}
+ISOLATED = {"data.reset_attention": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {}),
     "tp2": (2, TENSOR),
     "tp2-sp": (2, {**TENSOR, "parallel.sequence_parallel": True}),
-    "interleaved": (
-        2,
-        {
-            "parallel.pipeline_model_parallel_size": 2,
-            "parallel.virtual_pipeline_model_parallel_size": 2,
-        },
-    ),
-    "pp2": (2, {"parallel.pipeline_model_parallel_size": 2}),
-    "dp2": (2, {}),
+    "pp2": (2, PIPELINE),
+    "interleaved": (2, {**PIPELINE, "parallel.virtual_pipeline_model_parallel_size": 2}),
     "dp2-overlap": (2, OVERLAP),
     "zero1": (2, {"engine.name": "deepspeed", "engine.zero_stage": 1}),
     "zero3": (2, {"engine.name": "deepspeed", "engine.zero_stage": 3}),
+    "isolated": (1, ISOLATED),
+    "isolated-dp2": (2, {**ISOLATED, "training.micro_batch_size": 2}),
 }
-UNTOUCHED: dict[str, tuple[int, dict[str, Any]]] = {
-    "fp8-dropout": (
-        1,
-        {
-            "model.hidden_dropout": 0.1,
-            "fp8.format": "hybrid",
-            "fp8.emulate": True,
-            "fp8.amax_history_len": 4,
-        },
-    ),
-    "recompute-dropout": (
-        1,
-        {"model.hidden_dropout": 0.1, "parallel.recompute_granularity": "full"},
-    ),
+RANDOM: dict[str, Any] = {
+    "model.hidden_dropout": 0.1,
+    "fp8.format": "hybrid",
+    "fp8.emulate": True,
+    "fp8.amax_history_len": 4,
+    "parallel.recompute_granularity": "full",
 }
-"""Other ways of training, which are run with and without measuring."""
-LIKE = ("tp2", "tp2-sp", "pp2", "dp2")
-"""Layouts that are run only once: their engine and schedule are those of another one."""
+"""Dropout, whose masks must not change, and FP8 with scales from the steps before."""
+COMPARED = ("alone", "interleaved", "dp2-overlap", "zero1", "zero3", "random")
+"""What is run with and without measuring."""
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +54,10 @@ def found(tmp_path_factory, tiny_tokenizer) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("held_out")
     prefixes = write_documents(folder, tiny_tokenizer)
     jobs = []
-    for name, (processes, values) in {**LAYOUTS, **UNTOUCHED}.items():
+    for name, (processes, values) in {**LAYOUTS, "random": (1, RANDOM)}.items():
         settings = {"model.num_layers": 4, "training.micro_batch_size": 2, **values}
         for measures in (True, False):
-            if measures or name not in LIKE:
+            if measures or name in COMPARED:
                 jobs.append(
                     {
                         "name": name if measures else f"{name}-without",
@@ -111,9 +100,8 @@ def write_documents(folder: Path, tokenizer_folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_loss_does_not_depend_on_the_layout(found, layout):
-    for step, (ours, alone) in enumerate(
-        zip(found[layout]["measured"], found["alone"]["measured"], strict=True)
-    ):
+    reference = found["isolated" if layout.startswith("isolated") else "alone"]["measured"]
+    for step, (ours, alone) in enumerate(zip(found[layout]["measured"], reference, strict=True)):
         assert ours.keys() == alone.keys()
         # each token but <s> of each document
         assert ours["tokens"] == alone["tokens"] == [222 + 8, 21 + 5 * 18 + 5]
@@ -123,13 +111,25 @@ def test_the_loss_does_not_depend_on_the_layout(found, layout):
                 # weights of later steps differ by rounding; AdamW makes up to 1e-6 of it
                 limit = TOLERANCE if step == 0 else 2 * TOLERANCE
                 assert ours[key] == pytest.approx(alone[key], rel=limit), (step, key)
-    assert len(found[layout]["measured"]) == 3
+    assert len(found[layout]["measured"]) == 2
 
 
-@pytest.mark.parametrize("name", [name for name in (*LAYOUTS, *UNTOUCHED) if name not in LIKE])
+def test_isolated_documents_have_another_loss(found):
+    losses = [found[name]["measured"][0]["validation/texts/loss"] for name in ("alone", "isolated")]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "random"])
+def test_nothing_is_random(found, name):
+    """Dropout is off, and the scales of FP8 stay what they are."""
+    assert found[name]["again"] == found[name]["measured"][-1]
+
+
+@pytest.mark.parametrize("name", COMPARED)
 def test_training_is_the_same_to_the_last_bit(found, name):
     """Losses, gradients and all other metrics of each step, and the weights in the end."""
     measured, without = found[name], found[f"{name}-without"]
-    assert without["measured"] == [] and len(measured["measured"]) == 3
+    assert without["measured"] == [] and len(measured["measured"]) == 2
+    assert measured["again"] == without["again"]
     assert measured["steps"] == without["steps"]
     assert measured["weights"] == without["weights"]

@@ -2,8 +2,9 @@
 
 Usage: ``python run_held_out.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes", "tokenizer",
 "prefixes", "measures", "set": {"section.key": value}}. For each job it writes NAME.json: the
-metrics of three steps, the metrics of the measurement after each of them, and a hash of the weights
-that rank 0 has in the end.
+metrics of two steps, the metrics of the measurement after each of them, of one more in the end
+("again"), and a hash of the weights that rank 0 has then. A job that does not measure has only the
+last one: weights that are gathered during the forward pass are the newest only after one.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from megatron_chameleon.training.engines.base import build_engine
 from megatron_chameleon.training.validation.measure import measure
 from run_layouts import make_config, micro_batches
 
-STEPS = 3
+STEPS = 2
 TIMES = ("step_seconds",)
 
 
@@ -31,23 +32,26 @@ def run_job(job: dict[str, Any], output: Path) -> None:
     topology = create_topology(config.parallel)
     engine = build_engine(config, tokenizer.vocabulary.size, topology)
     reader = HeldOutReader(config, tokenizer)
+
+    def losses() -> dict[str, Any]:
+        found = measure(engine.evaluate, reader, topology, lambda failure: True)
+        assert found is not None
+        return {**found.metrics(), "tokens": [source.tokens for source in found.sources.values()]}
+
     steps, measured = [], []
     for step in range(1, STEPS + 1):
         batches = micro_batches(config, step, topology.data_rank, topology.data_size)
         metrics = engine.train_step(step, batches)
         steps.append({key: value for key, value in metrics.items() if key not in TIMES})
         if job["measures"]:
-            losses = measure(engine.evaluate, reader, topology, lambda failure: True)
-            assert losses is not None
-            tokens = [found.tokens for found in losses.sources.values()]
-            measured.append({**losses.metrics(), "tokens": tokens})
-    # Weights that are gathered during the forward pass are the newest only after one.
-    measure(engine.evaluate, reader, topology, lambda failure: True)
+            measured.append(losses())
+    again = losses()
     weights = hashlib.sha256()
     for _, tensor in engine.named_parameters():
         weights.update(tensor.detach().contiguous().cpu().numpy().tobytes())
     if topology.rank == 0:
-        found = {"steps": steps, "measured": measured, "weights": weights.hexdigest()}
+        found = {"steps": steps, "measured": measured, "again": again}
+        found["weights"] = weights.hexdigest()
         (output / f"{job['name']}.json").write_text(json.dumps(found))
 
 
