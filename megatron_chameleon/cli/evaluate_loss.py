@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 import time
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace, launch: "Launch") -> None:
     from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
     from megatron_chameleon.data.validation.reader import HeldOutReader
+    from megatron_chameleon.data.validation.same_documents import trained_sources
     from megatron_chameleon.training.validation.checkpoint import (
         evaluation_config,
         measure_checkpoint,
@@ -97,7 +99,7 @@ def _measure(args: argparse.Namespace, launch: "Launch") -> None:
             config, tokenizer, "--data" if prefixes else "data.validation.sources"
         )
     if launch.rank == 0:
-        for line in held_out.warnings([]):
+        for line in held_out.warnings(trained_sources(reader.config, tokenizer)):
             logging.getLogger(__name__).warning(line)
     report = _Reporter(is_silent=launch.rank > 0)
     losses = measure_checkpoint(reader, config, held_out, launch, report)
@@ -121,8 +123,9 @@ class _Reporter:
 def _values(reader: "CheckpointReader", losses: "HeldOutLosses") -> dict[str, object]:
     def entry(name: str | None) -> dict[str, object]:
         found = losses.total if name is None else losses.sources[name]
+        values = {key: v if v is not None and isfinite(v) else None for key, v in found.values()}
         tokens = {"tokens": found.tokens, "tokens_text": found.text_tokens}
-        return {**dict(found.values()), **tokens, "tokens_image": found.image_tokens}
+        return {**values, **tokens, "tokens_image": found.image_tokens}
 
     sources = {name: entry(name) for name in losses.sources}
     return {

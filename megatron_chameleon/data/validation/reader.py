@@ -135,13 +135,10 @@ class HeldOutReader:
             for group in _batched(source.sequences(), together)
         )
         for dealt in _batched(groups, size * data_size):
-            own = [
-                (number, self._batch(number, group))
-                for number, group in dealt[data_rank::data_size]
-            ]
+            own = dealt[data_rank::data_size]
             most = -(-len(dealt) // data_size)
-            own += [(0, self._batch(0, []))] * (-(-most // multiple) * multiple - len(own))
-            yield own
+            own += [(0, [])] * (-(-most // multiple) * multiple - len(own))
+            yield [(number, self._batch(number, group)) for number, group in own]
 
     def _batch(self, number: int, group: Sequence[PackedSequences]) -> Batch:
         """The sequences of a micro-batch, filled up with empty ones."""

@@ -5,12 +5,31 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.data.batches.open_sources import open_sources
 from megatron_chameleon.data.mixture.corpus import Corpus, TokenFileCorpus
 from megatron_chameleon.data.mixture.sources import DataSource
 from megatron_chameleon.data.token_files.format import HELD_OUT, TRAINING
+from megatron_chameleon.errors import ChameleonError
+from megatron_chameleon.tokenizer.folder import Tokenizer
 
 COMPARED_DOCUMENTS = 64
 """How many documents of two files of the same size are compared."""
+
+
+def trained_sources(config: Config | None, tokenizer: Tokenizer) -> list[DataSource]:
+    """The sources that a model was trained on, as far as they can still be opened.
+
+    Args:
+        config: Of its run; None if it is not known.
+        tokenizer: The run's.
+    """
+    if config is None:
+        return []
+    try:
+        return open_sources(config, tokenizer)
+    except ChameleonError:  # moved since, or never on this machine
+        return []
 
 
 def warn_of_same(held_out: Sequence[DataSource], trained: Sequence[DataSource]) -> Iterator[str]:

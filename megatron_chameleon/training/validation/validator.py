@@ -6,6 +6,7 @@ each micro-batch of training sets its random streams itself.
 
 from collections.abc import Callable
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.data.validation.reader import HeldOutReader
 from megatron_chameleon.errors import ChameleonError, DataError
 from megatron_chameleon.parallel.topology import Topology
@@ -61,7 +62,8 @@ class Validator:
 
         reason = "a signal asks the run to stop"
         try:
-            losses = measure(self._engine.evaluate, self._reader, self._topology, go_on)
+            with announced(f"measuring the held-out loss after step {step}"):
+                losses = measure(self._engine.evaluate, self._reader, self._topology, go_on)
             if losses is not None:
                 return losses.metrics()
         except DataError as error:  # the same on every rank

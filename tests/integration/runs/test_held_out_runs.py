@@ -75,8 +75,10 @@ def test_the_best_checkpoint_is_kept_and_evaluate_loss_finds_the_same(tiny, meas
     losses = {record["step"]: record.get(f"{MEASURED}loss") for record in tiny.metrics("held-on")}
     assert kept == {"step_00000008": losses[8]}
     tensor = ["parallel.tensor_model_parallel_size=2", "training.micro_batch_size=3"]
-    printed = run_chameleon("evaluate-loss", run, "--json", *tensor, processes=2).stdout
-    found = json.loads(printed)
+    result = run_chameleon("evaluate-loss", run, "--json", *tensor, processes=2)
+    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert "data.validation.sources[1]: " in warning and "is also data.stage1[0]" in warning
+    found = json.loads(result.stdout)
     assert found["step"] == 8 and found["loss"] == pytest.approx(losses[8], rel=1e-6)
     assert (
         found["sources"]["held"]["tokens"]
