@@ -128,11 +128,12 @@ def _steps_done(inputs: RunInputs) -> int:
 
 
 def _cpu_seconds(inputs: RunInputs, world_size: int) -> float:
-    """How long a step takes at least without GPUs; 0 with them."""
+    """How long the next step takes at least without GPUs; 0 with them."""
     if platform.has_gpu():
         return 0.0
     config = inputs.config
-    tokens = config.training.global_batch_size * config.model.seq_length
+    samples = inputs.reader.history.batch_size(_steps_done(inputs))
+    tokens = samples * config.model.seq_length
     flops = training_flops_per_token(config.model, inputs.tokenizer.vocabulary.size) * tokens
     cores = min(world_size, 64) * (os.cpu_count() or 1)  # as many as all nodes could have
     return flops / (CPU_FLOPS * cores)
