@@ -75,25 +75,26 @@ differs between sequences, so that a mean of means would give a different loss."
 
 
 SCHEDULES = [
-    *("training.steps=8", "checkpoint.every_steps=1", "checkpoint.keep_last=8"),
+    "training.steps=8",
     *("optimizer.lr_decay_style=wsd", "optimizer.lr_wsd_decay_steps=3"),
     # Steps of 1, 2 and 3 micro-batches on each of two data-parallel ranks
     *("training.global_batch_size=12", "training.rampup_batch_size=[4, 4, 24]"),
 ]
+EACH_STEP = ["checkpoint.every_steps=1", "checkpoint.keep_last=8"]
 SCHEDULED = {
-    "schedules-data": SCHEDULES,
+    "schedules-data": [*SCHEDULES, *EACH_STEP],
     "schedules-tensor": [*SCHEDULES, *SEQUENCE],
     "schedules-pipeline": [*SCHEDULES, "parallel.pipeline_model_parallel_size=2"],
     "schedules-zero0": zero(0, *SCHEDULES),
-    "schedules-zero1": zero(1, *SCHEDULES),
+    "schedules-zero1": zero(1, *SCHEDULES, *EACH_STEP),
     "schedules-zero2": zero(2, *SCHEDULES, "engine.offload_optimizer=true"),
     "schedules-zero3": zero(3, *SCHEDULES),
 }
 AFTER = {
-    **{f"schedules-data-after-{step}": ("schedules-data", step) for step in (1, 3, 5, 7)},
+    **{f"schedules-data-after-{step}": ("schedules-data", step) for step in (1, 3, 7)},
     "schedules-zero1-after-4": ("schedules-zero1", 4),
 }
-"""Resumed in the warm-up, in the growing batch, before the decay, and in it."""
+"""Resumed in the warm-up, where the batch grows next, in the decay, and in the stable part."""
 
 
 def write_conversations(tiny) -> list[str]:
@@ -138,7 +139,8 @@ def runs(tiny) -> dict[str, list[dict[str, Any]]]:
     chats = {name: [*overrides, *words] for name, overrides in CHAT_RUNS.items()}
     for name, (source, step) in AFTER.items():
         start = str(tiny.folder / source / "checkpoints" / f"step_{step:08}")
-        resumed[name] = [*SCHEDULED[source], "--resume", start]
+        words = [word for word in SCHEDULED[source] if word not in EACH_STEP]
+        resumed[name] = [*words, "--resume", start]
     planned = {**RUNS, **SCHEDULED, **resumed, **chats}
     train_many(tiny, planned)
     return {name: tiny.metrics(name) for name in planned}
