@@ -143,11 +143,11 @@ def add_action(actions: Any, name: str, summary: str) -> argparse.ArgumentParser
 
 
 def add_ema_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--ema`` to a verb that asks a model."""
+    """Add ``--ema`` to a verb that runs a model."""
     parser.add_argument(
         "--ema",
         action="store_true",
-        help="ask the moving average of a training checkpoint's weights (training.ema_decay)",
+        help="take the moving average of a training checkpoint's weights (training.ema_decay)",
     )
 
 

@@ -30,6 +30,7 @@ LABELS = {
     "output_norm": "output norm",
     "max_logit": "largest logit",
     "validation/loss": "held-out loss (nats per token)",
+    "validation/ema_loss": "held-out loss of the average of the weights",
     "validation/perplexity": "held-out perplexity",
 }
 HELD_OUT = "validation/"

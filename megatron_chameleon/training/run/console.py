@@ -68,6 +68,9 @@ def held_out_line(step: int, metrics: Mapping[str, float | None]) -> str:
         for name in names
         if name.endswith(end)
     )
+    ema = f"{begin}ema_loss"
+    if ema in metrics:
+        sources += f"; of the EMA of the weights {_number(metrics, ema, '.4f')}"
     return (
         f"step {step}: held-out loss {_number(metrics, HELD_OUT_LOSS, '.4f')} "
         f"(text {_number(metrics, f'{HELD_OUT_LOSS}_text', '.4f')}, "

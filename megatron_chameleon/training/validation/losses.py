@@ -60,6 +60,11 @@ class HeldOutLosses:
             found |= {f"{PREFIX}{name}/{key}": value for key, value in losses.values()}
         return found
 
+    def ema_metrics(self) -> dict[str, float | None]:
+        """The losses over all sources, as those of the moving average of the weights."""
+        values = self.total.values()
+        return {f"{PREFIX}ema_{key}": value for key, value in values if key.startswith("loss")}
+
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf

@@ -13,6 +13,7 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.base import TrainingEngine
 from megatron_chameleon.training.faults.hang import HangWatch
 from megatron_chameleon.training.faults.signals import StopSignals
+from megatron_chameleon.training.validation.losses import HeldOutLosses
 from megatron_chameleon.training.validation.measure import measure
 
 
@@ -64,8 +65,14 @@ class Validator:
         try:
             with announced(f"measuring the held-out loss after step {step}"):
                 losses = measure(self._engine.evaluate, self._reader, self._topology, go_on)
+                averaged: HeldOutLosses | None = None
+                if losses is not None and self._engine.average.updates:
+                    with self._engine.ema_weights():
+                        averaged = measure(
+                            self._engine.evaluate, self._reader, self._topology, go_on
+                        )
             if losses is not None:
-                return losses.metrics()
+                return losses.metrics() | (averaged.ema_metrics() if averaged else {})
         except DataError as error:  # the same on every rank
             reason = str(error)
         self._warn(f"step {step}: the held-out loss was not measured: {reason}")

@@ -1,6 +1,8 @@
 """A measurement: sums over tokens, what ends it early, and what it is called in the metrics."""
 
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from megatron_chameleon.data.validation.reader import HeldOutReader
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.training.engines.objective import modality_sums
+from megatron_chameleon.training.run.console import held_out_line
 from megatron_chameleon.training.validation.losses import HeldOutLosses, ModalityLosses
 from megatron_chameleon.training.validation.measure import measure
 from megatron_chameleon.training.validation.validator import Validator
@@ -46,12 +49,19 @@ class Engine:
 
     def __init__(self, config):
         self.config, self.chunks = config, 0
+        self.average, self.uses_average = SimpleNamespace(updates=0), False
+
+    @contextmanager
+    def ema_weights(self):
+        self.uses_average = True
+        yield
+        self.uses_average = False
 
     def evaluate(self, micro_batches):
         self.chunks += 1
         sums = []
         for batch in micro_batches:
-            loss = torch.where(batch.image_mask, 3.0, 1.5)
+            loss = torch.where(batch.image_mask, 3.0, 1.5) * (0.5 if self.uses_average else 1.0)
             sums.append(modality_sums(batch, (loss, loss, loss)))
         return torch.stack(sums)
 
@@ -133,6 +143,23 @@ def test_damaged_documents_do_not_end_the_training(reader, topology, monkeypatch
     assert validator.measure(20) == {}
     (warning,) = warnings
     assert warning.startswith("step 20: the held-out loss was not measured: texts.bin: document 3")
+
+
+def test_the_average_of_the_weights_is_measured_too(reader, topology):
+    validator, _, watch = make_validator(reader, topology, Signals())
+    without = validator.measure(10)
+    validator._engine.average.updates = 3
+    found = validator.measure(20)
+    assert {key: found[key] for key in without} == without
+    assert {key: found[key] for key in found if key not in without} == {
+        "validation/ema_loss": without["validation/loss"] / 2,
+        "validation/ema_loss_text": 0.75,
+        "validation/ema_loss_image": 1.5,
+    }
+    assert len(watch.seen) == 2 + 4
+    assert held_out_line(20, found).endswith(
+        f"; of the EMA of the weights {without['validation/loss'] / 2:.4f}"
+    )
 
 
 def test_a_loss_beyond_the_largest_perplexity():
