@@ -171,8 +171,14 @@ class ParallelConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW. Source: paper, section 2.3."""
+    """AdamW (source: paper, section 2.3), or Muon with AdamW for what is not a matrix of a layer.
 
+    The fields of Muon have megatron-core's names.
+    """
+
+    name: Annotated[str, OneOf("adamw", "muon")] = "adamw"
+    """adamw, or muon: the matrices of the layers by Muon; norms, embedding and output layer by
+    AdamW. docs/optimizers.md says what it does."""
     lr: Annotated[float, Above(0, at_most=1e6)] = 1e-4
     """Peak learning rate."""
     min_lr: Annotated[float, Between(0, 1e6)] = 0.0
@@ -199,6 +205,22 @@ class OptimizerConfig:
     adam_beta1: Annotated[float, Below(0, 1)] = 0.9
     adam_beta2: Annotated[float, Below(0, 1)] = 0.95
     adam_eps: Annotated[float, Between(1e-30, 1)] = 1e-5
+    muon_momentum: Annotated[float, Below(0, 1)] = 0.95
+    muon_use_nesterov: bool = True
+    """Orthogonalize the gradient and the momentum together (Nesterov), or the momentum alone."""
+    muon_num_ns_steps: Annotated[int, Between(1, 100)] = 5
+    """Newton-Schulz steps. 5 bring the singular values of an update near 1."""
+    muon_scale_mode: Annotated[str, OneOf("spectral", "unit_rms_norm", "shape_scaling")] = (
+        "spectral"
+    )
+    """Factor of the update of a matrix [out, in]. spectral: sqrt(max(out, in)); unit_rms_norm:
+    sqrt(out / in); shape_scaling: sqrt(max(1, out / in))."""
+    muon_extra_scale_factor: Annotated[float, Above(0, at_most=1e6)] = 0.2
+    """A further factor of the update. With spectral, 0.2 gives it the size of AdamW's, so that
+    AdamW's ``lr`` and ``weight_decay`` suit Muon too."""
+    muon_fp32_matmul_prec: Annotated[str, OneOf("highest", "high", "medium")] = "highest"
+    """Precision of the Newton-Schulz steps. highest: fp32; high: TF32 where a GPU has it; medium:
+    bf16."""
     clip_grad: Annotated[float, Between(0, 1e6)] = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
 

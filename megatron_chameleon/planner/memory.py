@@ -68,14 +68,16 @@ def stage_memory(config: Config, vocab_size: int, world_size: int, stage: int) -
     data = world_size // (parallel.tensor_model_parallel_size * pp * cp)
     parameters = stage_parameters(config, vocab_size, stage)
     layers = math.ceil(config.model.num_layers / pp)
+    is_muon, counts = config.optimizer.name == "muon", parameter_counts(config.model, vocab_size)
+    matrices = layers * (counts.attention + counts.feed_forward) if is_muon else 0
     in_flight = micro_batches_in_flight(config, data, stage)
     activations = stage_activations(config, layers, in_flight)
     is_last = stage == pp - 1
     return MemoryEstimate(
         weights=parameters * _width(config) + _fp8_copies(config, layers),
         gradients=parameters * 4,
-        optimizer=parameters
-        * state_bytes
+        # Muon has one moment where AdamW has two.
+        optimizer=(parameters * state_bytes - 4 * matrices / parallel.tensor_model_parallel_size)
         / (data * cp if parallel.use_distributed_optimizer else 1),
         activations=activations * (1 + FRAGMENTATION),
         logits=output_bytes(config, vocab_size, LOGIT_BYTES) if is_last else 0.0,

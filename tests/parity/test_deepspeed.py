@@ -11,8 +11,10 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_chameleon.checkpoint.convert.run import convert
+from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.data.preprocess.run import preprocess
 from places import PROGRAMS
 from run_command import environment
@@ -41,7 +43,12 @@ def zero(stage: int, *overrides: str) -> list[str]:
 
 
 DISTRIBUTED = "parallel.use_distributed_optimizer=true"
-SHORT = ["training.steps=8", "checkpoint.every_steps=4", "checkpoint.keep_last=2"]
+SHORT = [
+    "training.steps=8",
+    "checkpoint.every_steps=4",
+    "checkpoint.keep_last=2",
+    "training.ema_decay=0.3",
+]
 RUNS = {
     "megatron": [],
     **{f"zero{stage}": zero(stage) for stage in range(4)},
@@ -225,18 +232,36 @@ def test_a_checkpoint_resumes_at_another_stage_layout_and_engine(runs, name: str
     assert_same(runs[name], runs["megatron-short"][4:])
 
 
-def test_the_weights_are_stored_as_megatron_stores_them(tiny, runs) -> None:
-    from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
+def last_checkpoint(tiny, name: str) -> TrainingCheckpoint:
+    return TrainingCheckpoint(tiny.folder / name / "checkpoints" / "step_00000008")
 
-    megatron = TrainingCheckpoint(tiny.folder / "megatron-short" / "checkpoints" / "step_00000008")
+
+def test_the_weights_are_stored_as_megatron_stores_them(tiny, runs) -> None:
+    megatron = last_checkpoint(tiny, "megatron-short")
+    assert any(name.startswith("optimizer.state.ema.") for name in megatron.optimizer_tensors)
     # QK-norms hardly affect the norm of all gradients, but AdamW moves them as far as any weight.
-    for name in ("zero0-tensor", "zero1-sequence", "zero3-offload"):
-        reader = TrainingCheckpoint(tiny.folder / name / "checkpoints" / "step_00000008")
+    for name in ("zero0-tensor", "zero1-sequence", "zero3-offload", "zero3-to-megatron"):
+        reader = last_checkpoint(tiny, name)
         assert reader.tensors == megatron.tensors
-        for tensor in reader.tensors:
+        assert reader.optimizer_tensors == megatron.optimizer_tensors
+        for tensor in (*reader.tensors, *(n for n in reader.optimizer_tensors if ".ema." in n)):
             difference = (reader.read(tensor) - megatron.read(tensor)).abs().max()
             # Weights have sizes of 0.02 to 1 after 8 steps of up to 1e-2; see TOLERANCES.
             assert difference < 1e-5, tensor
+
+
+@pytest.mark.parametrize(
+    ("unbroken", "resumed"),
+    [("zero1-sequence", "zero1-resumed"), ("zero3-dropout", "zero3-resumed")],
+)
+def test_a_resumed_average_equals_the_unbroken_one_bit_for_bit(
+    tiny, runs, unbroken: str, resumed: str
+) -> None:
+    old, new = last_checkpoint(tiny, unbroken), last_checkpoint(tiny, resumed)
+    averages = [name for name in old.optimizer_tensors if ".ema." in name]
+    assert len(averages) == len(old.tensors)
+    assert all(torch.equal(old.read(name), new.read(name)) for name in averages)
+    assert old.state["ema_updates"] == new.state["ema_updates"] == 8
 
 
 def test_one_run_through_every_layout_and_engine(tiny) -> None:

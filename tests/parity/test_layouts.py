@@ -68,3 +68,22 @@ def test_swin_order_and_shared_norms_under_tensor_parallelism(tiny) -> None:
         expected = [record[key] for record in tiny.metrics("swin")]
         found = [record[key] for record in tiny.metrics("swin-tensor")]
         assert found == pytest.approx(expected, rel=tolerance, abs=0), key
+
+
+MUON = ["optimizer.name=muon", "training.steps=8", "checkpoint.every_steps=4"]
+
+
+def test_muon_orthogonalizes_whole_matrices_in_every_layout(tiny) -> None:
+    """And a run resumes in another layout, with the momentum of its matrices."""
+    tiny.train("muon", *MUON)
+    tensor, pipeline = LAYOUTS["tensor-sequence"][1], LAYOUTS["pipeline"][1]
+    tiny.train("muon-layout", *MUON, *tensor, *pipeline, processes=4)
+    half = tiny.folder / "muon-layout" / "checkpoints" / "step_00000004"
+    tiny.train("muon-resumed", *MUON, "--resume", half)
+    expected = tiny.metrics("muon")
+    for name, first in (("muon-layout", 0), ("muon-resumed", 4)):
+        found = tiny.metrics(name)
+        assert [record["step"] for record in found] == [*range(first + 1, 9)]
+        for key, tolerance in TOLERANCES.items():
+            ours, theirs = ([record[key] for record in records] for records in (found, expected))
+            assert ours == pytest.approx(theirs[first:], rel=tolerance, abs=0), key

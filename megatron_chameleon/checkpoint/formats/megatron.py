@@ -49,7 +49,9 @@ from megatron_chameleon.checkpoint.names.optimizer_state import (
     AVERAGE,
     MAIN_WEIGHT,
     MOMENTS,
+    MOMENTUM,
     has_average,
+    optimizer_key,
     optimizer_parts,
 )
 from megatron_chameleon.checkpoint.names.table import K_NORM, Q_NORM
@@ -149,8 +151,11 @@ class Reader:
         return self._checkpoint.tensors[row.megatron_name].dtype
 
     def moments(self, row: TensorRow) -> tuple[str, ...]:
-        """AdamW's, and the moving average if there is one."""
-        return (*MOMENTS, AVERAGE) if self._averages else MOMENTS
+        """AdamW's or Muon's, and the moving average if there is one."""
+        momentum = optimizer_key(MOMENTUM, row.megatron_name)
+        is_muon = momentum in self._checkpoint.optimizer_tensors
+        moments = (MOMENTUM,) if is_muon else MOMENTS
+        return (*moments, AVERAGE) if self._averages else moments
 
     def read(self, row: TensorRow) -> torch.Tensor:
         """Read one tensor, without padding rows of the vocabulary."""
@@ -200,7 +205,7 @@ def _check_tensors(where: str, found: dict[str, TensorInfo], wanted: Sequence[Te
 class Writer:
     """Writes a checkpoint without a process group. See ``formats.base.CheckpointWriter``."""
 
-    holds: Collection[str] = (MAIN_WEIGHT, *MOMENTS, AVERAGE)
+    holds: Collection[str] = (MAIN_WEIGHT, *MOMENTS, MOMENTUM, AVERAGE)
 
     def __init__(self, target: Target) -> None:
         self._target = target

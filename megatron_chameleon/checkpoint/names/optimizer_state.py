@@ -7,6 +7,8 @@ import torch
 OPTIMIZER_PREFIX = "optimizer."
 MAIN_WEIGHT = "fp32_param"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = "momentum_buffer"
+"""Muon's, in place of AdamW's moments."""
 AVERAGE = "ema"
 """The moving average of a weight, which belongs to the optimizer's state like a moment."""
 
@@ -15,7 +17,7 @@ def optimizer_key(part: str, name: str) -> str:
     """The name under which a checkpoint stores a part of a weight's optimizer state.
 
     Args:
-        part: ``MAIN_WEIGHT``, one of ``MOMENTS``, or ``AVERAGE``.
+        part: ``MAIN_WEIGHT``, one of ``MOMENTS``, ``MOMENTUM`` or ``AVERAGE``.
         name: The weight's name.
     """
     return f"{OPTIMIZER_PREFIX}state.{part}.{name}"

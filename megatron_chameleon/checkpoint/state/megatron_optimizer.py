@@ -24,6 +24,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_chameleon.checkpoint.names.optimizer_state import (
     AVERAGE,
     MAIN_WEIGHT,
+    MOMENTUM,
     optimizer_key,
     weight_key,
 )
@@ -45,8 +46,11 @@ def sharded_optimizer(
     """
     if distributed := _distributed(optimizer):
         return sharded_ranges(distributed, list(sharded_values(model)))
-    state = optimizer.sharded_state_dict(model, False, metadata=metadata)
-    tensors, _ = extract_sharded_tensors_and_factories({"state": state})
+    state = {
+        str(number): member.sharded_state_dict(model, False, metadata=metadata)
+        for number, member in enumerate(_members(optimizer))
+    }
+    tensors, _ = extract_sharded_tensors_and_factories(state)
     dtypes = {sharded.key: sharded.data.dtype for sharded in sharded_values(model)}
     kept = {}
     for index, sharded in enumerate(sharded_values(tensors)):
@@ -89,20 +93,26 @@ def load_optimizer(
         return
     if average:
         _create_averages(optimizer)
-    state = optimizer.sharded_state_dict(model, True, metadata=metadata)
+    members = dict(enumerate(_members(optimizer)))
+    # Each by itself: megatron-core's chain would put its number before the names.
+    state = {
+        str(number): member.sharded_state_dict(model, True, metadata=metadata)
+        for number, member in members.items()
+    }
     for sharded in sharded_values(state):
         if sharded.key.startswith(_MAIN_WEIGHT):
             name = sharded.key.removeprefix(_MAIN_WEIGHT)
             sharded.key = weight_key(name, torch.float32, stored)
     dict_list_map_inplace(_keep_own, state)
     loaded = load_sharded(checkpoint, state)
-    _set_step(loaded, step, optimizer)
-    optimizer.load_state_dict(loaded)
+    for number, member in members.items():
+        _set_step(loaded[str(number)], step, member)
+        member.load_state_dict(loaded[str(number)])
 
 
 def _create_averages(optimizer: MegatronOptimizer) -> None:
     """Make room for the moving average beside the moments, so that it is loaded with them."""
-    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for member in _members(optimizer):
         member.init_state_fn(member.optimizer, member.config)  # only creates what does not exist
         for group in member.optimizer.param_groups:
             for weight in group["params"]:
@@ -111,8 +121,12 @@ def _create_averages(optimizer: MegatronOptimizer) -> None:
 
 def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """The distributed optimizers of this rank; empty if it uses another kind of optimizer."""
-    optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [inner for inner in optimizers if isinstance(inner, DistributedOptimizer)]
+    return [inner for inner in _members(optimizer) if isinstance(inner, DistributedOptimizer)]
+
+
+def _members(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that megatron-core has chained, or the only one."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def sharded_values(state: dict[str, Any]) -> Iterator[Any]:
@@ -130,6 +144,8 @@ def _keep_own(value: Any) -> Any:
 
 def _set_step(state: dict[str, Any], step: int, optimizer: Any) -> None:
     """Store AdamW's step where each of megatron-core's optimizers looks for it."""
+    if any(MOMENTUM in of_weight for of_weight in optimizer.optimizer.state.values()):
+        return  # Muon has no step
     inner = state.get("optimizer", state)  # in fp32 this is torch's own state dict
     if isinstance(optimizer.optimizer, torch.optim.AdamW):
         inner["state"]["common_step"] = torch.tensor(float(step))

@@ -11,6 +11,7 @@ The content does not depend on the engine, optimizer and layout that wrote it:
     optimizer.state.fp32_param.NAME     its fp32 main weight, where the weight is not fp32 itself
     optimizer.state.exp_avg.NAME        AdamW's moments, fp32
     optimizer.state.exp_avg_sq.NAME
+    optimizer.state.momentum_buffer.NAME  Muon's momentum, in place of them
     optimizer.state.ema.NAME            its moving average, fp32, with training.ema_decay
     state.json                          the step, which is AdamW's step too
 

@@ -70,10 +70,21 @@ def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> 
             f"The checkpoint has {', '.join(found)}",
             f"Set {'it' if len(found) == 1 else 'them'} in your config, or {other}",
         )
+    if not weights_only and config.optimizer.name != old.optimizer.name:
+        raise _other_optimizer(checkpoint, old.optimizer.name, config.optimizer.name)
     if state["step"] > config.training.steps and not weights_only:
         what = f"The checkpoint is at step {state['step']}, beyond training.steps "
         what += str(config.training.steps)
         raise CheckpointError(str(checkpoint), what, "Raise training.steps")
+
+
+def _other_optimizer(checkpoint: Path, old: str, new: str) -> CheckpointError:
+    return CheckpointError(
+        str(checkpoint),
+        f"Its moments are those of optimizer.name={old}, not of your config's {new}",
+        "Set it in your config, or begin a new run with its weights, which `chameleon convert "
+        f"{checkpoint} DST --to megatron --no-optimizer` writes",
+    )
 
 
 def _as_yaml(value: object) -> str:

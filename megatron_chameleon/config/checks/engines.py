@@ -9,6 +9,7 @@ from megatron_chameleon.errors import ConfigError
 def check_engine(config: Config) -> Iterator[ConfigError]:
     """Everything in the section ``engine`` that cannot work with the rest of the config."""
     engine, parallel = config.engine, config.parallel
+    yield from _check_muon(config)
     if engine.name != "deepspeed":
         for key in ("offload_optimizer", "offload_param"):
             if getattr(engine, key):
@@ -40,3 +41,17 @@ def check_engine(config: Config) -> Iterator[ConfigError]:
     if engine.zero_stage == 0 and config.training.dtype == "bf16":
         what = "0 with training.dtype bf16 would sum gradients in bf16 and misreport their norm"
         yield ConfigError("engine.zero_stage", what, "Use 1, 2 or 3, or training.dtype=fp32")
+
+
+def _check_muon(config: Config) -> Iterator[ConfigError]:
+    """Muon orthogonalizes whole matrices, so nothing may have cut them into ranges of elements."""
+    if config.optimizer.name != "muon":
+        return
+    if config.engine.name == "deepspeed":
+        what = "muon needs whole matrices, but the deepspeed engine flattens them"
+        yield ConfigError("optimizer.name", what, "Use engine.name=megatron, or adamw")
+    elif config.parallel.use_distributed_optimizer:
+        what = "true splits matrices over the data-parallel ranks, but optimizer.name is muon, "
+        what += "which needs whole ones"
+        remedy = "Set it to false, or optimizer.name=adamw"
+        yield ConfigError("parallel.use_distributed_optimizer", what, remedy)

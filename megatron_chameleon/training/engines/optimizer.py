@@ -1,21 +1,32 @@
-"""AdamW for a config. Source: paper, section 2.3."""
+"""AdamW or Muon for a config."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer import _get_param_groups, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import nn
 from torch.optim import AdamW
 
 from megatron_chameleon.config.schema import Config
+from megatron_chameleon.training.engines.muon import Muon, dimensions_of, find_matrix
 
 
 def build_optimizer(config: Config, model_chunks: Sequence[nn.Module]) -> MegatronOptimizer:
-    """megatron-core's AdamW for this rank's chunks, without weight decay on norms and biases."""
-    values = config.optimizer
+    """megatron-core's optimizer for this rank's chunks, without weight decay on norms and biases.
+
+    AdamW, or with ``optimizer.name`` muon an AdamW and a Muon in a chain.
+    """
+    values, chunks = config.optimizer, list(model_chunks)
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=values.lr,
@@ -28,9 +39,42 @@ def build_optimizer(config: Config, model_chunks: Sequence[nn.Module]) -> Megatr
         bf16=config.training.dtype == "bf16",
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
-    return get_megatron_optimizer(
-        megatron_config, list(model_chunks), config_overrides={_no_decay(): {"wd_mult": 0.0}}
-    )
+    overrides: Any = {_no_decay(): {"wd_mult": 0.0}}
+    if values.name == "adamw":
+        return get_megatron_optimizer(megatron_config, chunks, config_overrides=overrides)
+    named = [named for chunk in chunks for named in chunk.named_parameters()]
+    matrices = {p: matrix for name, p in named if (matrix := find_matrix(name, p))}
+    others = [p for _, p in named if p not in matrices]
+    # megatron-core's functions pass over parameters that need no gradient.
+    with _frozen(others):
+        groups = _get_param_groups(chunks, megatron_config, overrides)
+    with _frozen(matrices):
+        adamw = get_megatron_optimizer(megatron_config, chunks, config_overrides=overrides)
+    found = [matrices[p] for group in groups for p in group["params"]]
+    muon: Any = Muon(groups, found, values, dimensions_of(config))
+    if megatron_config.bf16:
+        muon = Float16OptimizerWithFloat16Params(muon, megatron_config, None, _create_momentum)
+    else:
+        muon = FP32Optimizer(muon, megatron_config, _create_momentum)
+    return ChainedOptimizer([muon, *adamw.chained_optimizers])
+
+
+@contextmanager
+def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad = True
+
+
+def _create_momentum(muon: Muon, config: Any = None) -> None:
+    """Give Muon the state that its first step would create, for megatron-core to load into."""
+    for group in muon.param_groups:
+        for parameter in group["params"]:
+            muon.momentum_of(parameter)
 
 
 def build_torch_adamw(config: Config, model: nn.Module) -> AdamW:

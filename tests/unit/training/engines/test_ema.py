@@ -1,6 +1,5 @@
 """The moving average of the weights: by hand, saved, loaded, dropped, in use, and converted."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,17 @@ from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
 from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.checkpoint.state.resume import load
-from megatron_chameleon.checkpoint.state.save import Saver
-from megatron_chameleon.config.schema import Config, ModelConfig
-from megatron_chameleon.data.batches.reader import Batch
+from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.inference.session import Session
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.planner.memory import predict_memory
-from megatron_chameleon.tokenizer.folder import fingerprint
 from megatron_chameleon.training.engines.ema import decay_after
 from megatron_chameleon.training.engines.megatron import MegatronEngine
-from tiny_model import VOCAB_SIZE
+from tiny_engine import batches, make_engine, save, train
 
 DECAY = 0.2
+AVERAGED: dict[str, Any] = {"training.ema_decay": DECAY}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"training.dtype": "bf16"},
@@ -36,41 +33,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "parallel.use_distributed_optimizer": True,
     },
 }
-
-
-def make_engine(topology: Topology, decay: float | None = DECAY, **values: Any) -> MegatronEngine:
-    config = Config(model=ModelConfig(2, 32, 48, 4, seq_length=16))
-    config.training = dataclasses.replace(config.training, steps=9, ema_decay=decay)
-    config.training.micro_batch_size, config.training.global_batch_size = 1, 2
-    config.optimizer.lr, config.checkpoint.keep_last = 1e-2, 9
-    for key, value in values.items():
-        section, name = key.split(".")
-        setattr(getattr(config, section), name, value)
-    return MegatronEngine(config, VOCAB_SIZE, topology)
-
-
-def batches(step: int, weight: float = 1.0) -> list[Batch]:
-    generator = torch.Generator().manual_seed(step)
-    found = []
-    for _ in range(2):
-        ids = torch.randint(VOCAB_SIZE, (1, 17), generator=generator)
-        places = torch.arange(16).expand(1, -1)
-        mask = torch.full((1, 16), weight)
-        found.append(Batch(ids[:, :-1], ids[:, 1:], mask, ids[:, 1:] < 24, places))
-    return found
-
-
-def train(engine: MegatronEngine, first: int, last: int) -> None:
-    for step in range(first, last + 1):
-        assert "skipped" not in engine.train_step(step, batches(step))
-
-
-def save(engine: MegatronEngine, folder: Path, step: int, tokenizer: Path) -> Path:
-    entries = {"vocab_size": VOCAB_SIZE, "tokenizer_fingerprint": fingerprint(tokenizer)}
-    engine.config.tokenizer.path = str(tokenizer)
-    with Saver(folder, engine, say=lambda line: None) as saver:
-        saver.save(step, entries | engine.average.state_entries())
-    return folder / f"step_{step:08d}"
 
 
 def stored(checkpoint: Path, part: str) -> dict[str, Tensor]:
@@ -106,7 +68,7 @@ def test_the_decay_grows_up_to_the_configs() -> None:
 def test_the_average_is_that_by_hand_and_resumes_bit_for_bit(
     topology: Topology, tiny_tokenizer: Path, tmp_path: Path, name: str
 ) -> None:
-    engine, expected = make_engine(topology, **LAYOUTS[name]), {}
+    engine, expected = make_engine(topology, **AVERAGED, **LAYOUTS[name]), {}
     for step in range(1, 5):
         train(engine, step, step)
         checkpoint = save(engine, tmp_path, step, tiny_tokenizer)
@@ -123,7 +85,7 @@ def test_the_average_is_that_by_hand_and_resumes_bit_for_bit(
             # one rounding of fp32 (6e-8) per update
             torch.testing.assert_close(average.double(), expected[key], rtol=3e-7, atol=1e-8)
         assert TrainingCheckpoint(checkpoint).state["ema_updates"] == step
-    resumed = make_engine(topology, **LAYOUTS[name])
+    resumed = make_engine(topology, **AVERAGED, **LAYOUTS[name])
     train(resumed, 1, 1)  # a rollback loads into an engine that has trained
     assert load(tmp_path / "step_00000002", resumed) == 2
     assert (resumed.average.updates, resumed.average.note) == (2, "")
@@ -138,7 +100,7 @@ def test_the_average_is_that_by_hand_and_resumes_bit_for_bit(
 def test_the_model_computes_with_the_average_and_then_with_its_weights(
     topology: Topology, tiny_tokenizer: Path, tmp_path: Path, name: str
 ) -> None:
-    engine = make_engine(topology, **LAYOUTS[name])
+    engine = make_engine(topology, **AVERAGED, **LAYOUTS[name])
     start = weights(engine)
     with engine.ema_weights():  # before the first update there is only one set of weights
         assert all(torch.equal(start[key], w) for key, w in engine.named_parameters())
@@ -154,13 +116,13 @@ def test_the_model_computes_with_the_average_and_then_with_its_weights(
     assert all(torch.equal(own[key], w) for key, w in engine.named_parameters())
     # and the run goes on as if nothing had been
     train(engine, 4, 4)
-    other = make_engine(topology, **LAYOUTS[name])
+    other = make_engine(topology, **AVERAGED, **LAYOUTS[name])
     train(other, 1, 4)
     assert all(torch.equal(w, weights(other)[key]) for key, w in engine.named_parameters())
 
 
 def test_an_update_that_is_left_out_does_not_count(topology: Topology) -> None:
-    engine = make_engine(topology)
+    engine = make_engine(topology, **AVERAGED)
     train(engine, 1, 2)
     (before,) = {id(t): t.clone() for _, t in list(engine.average.named_tensors())[:1]}.values()
     assert engine.train_step(3, batches(3), update=False)["skipped"]
@@ -172,11 +134,11 @@ def test_an_update_that_is_left_out_does_not_count(topology: Topology) -> None:
 def test_a_checkpoint_without_an_average_and_a_run_without_one(
     topology: Topology, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
-    plain = make_engine(topology, decay=None)
+    plain = make_engine(topology)
     train(plain, 1, 2)
     without = save(plain, tmp_path / "plain", 2, tiny_tokenizer)
     assert "ema_updates" not in (without / "state.json").read_text()
-    engine = make_engine(topology)
+    engine = make_engine(topology, **AVERAGED)
     train(engine, 1, 2)
     with_average = save(engine, tmp_path, 2, tiny_tokenizer)
     load(without, engine)
@@ -200,7 +162,7 @@ def test_a_checkpoint_without_an_average_and_a_run_without_one(
 
 
 def test_conversions(topology: Topology, tiny_tokenizer: Path, tmp_path: Path) -> None:
-    engine = make_engine(topology, **{"training.dtype": "bf16"})
+    engine = make_engine(topology, **AVERAGED, **LAYOUTS["bf16"])
     train(engine, 1, 3)
     source = save(engine, tmp_path, 3, tiny_tokenizer)
     averages = stored(source, "ema")
