@@ -244,6 +244,7 @@ class Run:
     def sample(self, step: int) -> None:
         """Let the model write its samples."""
         self.watch.begin("sampling", step, is_long=True)
+        self.engine.complete_weights()
         try:
             line = self.sampler.sample(step, self.engine.named_parameters())
         except ChameleonError as error:

@@ -87,6 +87,14 @@ class TrainingEngine(Protocol):
         before the first update, these are the weights themselves. Nothing may train or save inside.
         """
 
+    def complete_weights(self) -> None:
+        """Make the weights of this rank those after the last update.
+
+        With ``parallel.overlap_param_gather``, a rank has updated only its own share of them, and
+        would get the others during its next forward pass. Call it before reading
+        ``named_parameters`` between two steps.
+        """
+
     def snapshot(self) -> Snapshot:
         """The state to save."""
 

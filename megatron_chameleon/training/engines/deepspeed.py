@@ -225,6 +225,9 @@ class DeepSpeedEngine:
         """Compute with the average of the weights; see ``TrainingEngine``."""
         return self.average.in_use()
 
+    def complete_weights(self) -> None:
+        """Nothing: DeepSpeed gathers updated weights at once, or (ZeRO 3) never keeps them."""
+
     def snapshot(self) -> DeepSpeedSnapshot:
         """The state to save."""
         return self._state.snapshot(self.engine.optimizer)

@@ -214,8 +214,15 @@ class MegatronEngine:
         loss = summed_loss(batch, output, self.config.training.z_loss, self.monitor)
         return loss, batch.loss_mask.sum().int(), {}
 
+    def complete_weights(self) -> None:
+        """Gather what the next forward pass would gather; see ``TrainingEngine``."""
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
     def snapshot(self) -> ShardedSnapshot:
         """The state to save."""
+        self.complete_weights()
         model = self._sharded_model()
         optimizer = sharded_optimizer(self.optimizer, model, self._checkpoint_metadata())
         return ShardedSnapshot({"model": model, "optimizer": optimizer})

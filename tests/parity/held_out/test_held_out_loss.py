@@ -132,4 +132,5 @@ def test_training_is_the_same_to_the_last_bit(found, name):
     assert without["measured"] == [] and len(measured["measured"]) == 2
     assert measured["again"] == without["again"]
     assert measured["steps"] == without["steps"]
+    assert without["saved"] == without["weights"]  # gathered late or not
     assert measured["weights"] == without["weights"]

@@ -2,9 +2,8 @@
 
 Usage: ``python run_held_out.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes", "tokenizer",
 "prefixes", "measures", "set": {"section.key": value}}. For each job it writes NAME.json: the
-metrics of two steps, the metrics of the measurement after each of them, of one more in the end
-("again"), and a hash of the weights that rank 0 has then. A job that does not measure has only the
-last one: weights that are gathered during the forward pass are the newest only after one.
+metrics of two steps, the metrics of the measurement after each of them and of one more in the end
+("again"), and hashes of the weights that rank 0 has, when it saves them ("saved") and in the end.
 """
 
 import hashlib
@@ -17,12 +16,19 @@ from megatron_chameleon.config.schema import ValidationSourceConfig
 from megatron_chameleon.data.validation.reader import HeldOutReader
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.tokenizer.folder import load_tokenizer
-from megatron_chameleon.training.engines.base import build_engine
+from megatron_chameleon.training.engines.base import TrainingEngine, build_engine
 from megatron_chameleon.training.validation.measure import measure
 from run_layouts import make_config, micro_batches
 
 STEPS = 2
 TIMES = ("step_seconds",)
+
+
+def hash_weights(engine: TrainingEngine) -> str:
+    found = hashlib.sha256()
+    for _, tensor in engine.named_parameters():
+        found.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def run_job(job: dict[str, Any], output: Path) -> None:
@@ -45,13 +51,12 @@ def run_job(job: dict[str, Any], output: Path) -> None:
         steps.append({key: value for key, value in metrics.items() if key not in TIMES})
         if job["measures"]:
             measured.append(losses())
+    engine.snapshot()
+    saved = hash_weights(engine)
     again = losses()
-    weights = hashlib.sha256()
-    for _, tensor in engine.named_parameters():
-        weights.update(tensor.detach().contiguous().cpu().numpy().tobytes())
     if topology.rank == 0:
         found = {"steps": steps, "measured": measured, "again": again}
-        found["weights"] = weights.hexdigest()
+        found |= {"saved": saved, "weights": hash_weights(engine)}
         (output / f"{job['name']}.json").write_text(json.dumps(found))
 
 
