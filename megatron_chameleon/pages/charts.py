@@ -12,7 +12,6 @@ import numpy as np
 
 from megatron_chameleon.pages.axes import MOST_POINTS, Axis, axis_of, thin, tick_label
 from megatron_chameleon.pages.elements import escape
-from megatron_chameleon.wording import counted
 
 COLORS = 6
 _WIDTH, _HEIGHT = 2000, 1000
@@ -86,7 +85,7 @@ class _Drawing:
         xs = np.concatenate([line.x[known] for line, known in zip(lines, finite, strict=True)])
         ys = np.concatenate([line.y[known] for line, known in zip(lines, finite, strict=True)])
         shown = ys if chart.log_y else _without_outliers(ys)
-        self.hidden = len(ys) - len(shown)
+        self.is_cut = len(shown) < len(ys)
         self.highest = float(ys.max())
         self.x = axis_of(xs.astype(np.float64), chart.log_x, is_tight=True)
         self.y = axis_of(shown, chart.log_y)
@@ -101,9 +100,8 @@ class _Drawing:
         )
         kind = "plot tall" if chart.is_tall else "plot"
         hidden = ""
-        if self.hidden:
-            above = counted(self.hidden, "value")
-            hidden = f"not shown: {above} above, the largest {self.highest:.4g} · "
+        if self.is_cut:
+            hidden = f"higher values, up to {self.highest:.4g}, are not shown · "
         return (
             f'<figure class="chart">{caption}<div class="{kind}">{svg}{self._labels()}</div>'
             f'<div class="axis">{escape(hidden + chart.x_label)}</div>{self._legend()}</figure>'

@@ -78,7 +78,7 @@ td.code { font-family: ui-monospace, monospace; font-size: .8rem; }
 td.long { min-width: 14rem; overflow-wrap: anywhere; }
 .share { display: block; height: .5rem; border-radius: 2px; background: var(--c0); min-width: 1px; }
 .samples { display: grid; gap: .75rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.5rem), 1fr)); }
 .samples figure { margin: 0; padding: .6rem .75rem; border: 1px solid var(--line);
   border-radius: .5rem; break-inside: avoid; }
 .samples img { width: 100%; max-width: 160px; height: auto; image-rendering: pixelated;

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from megatron_chameleon.pages.axes import MOST_POINTS, thin
 from megatron_chameleon.pages.charts import Chart, Line, Mark
 from megatron_chameleon.pages.elements import choice
 from megatron_chameleon.reports.findings import held_out
@@ -19,8 +20,8 @@ SHOWN_KEYS = (
 """Metrics that a report or a comparison shows, besides those of ``validation/``."""
 VIEWS = (
     ("linear", False, False),
-    ("logarithmic loss", False, True),
-    ("both logarithmic", True, True),
+    ("log loss", False, True),
+    ("log loss and steps", True, True),
 )
 _LOSSES = (("loss", "Loss"), ("loss_text", "Text loss"), ("loss_image", "Image loss"))
 _SPEED = (
@@ -39,6 +40,9 @@ _STABILITY = (
 )
 _MOST_SOURCES = 6
 _FEWEST_TO_SMOOTH = 50
+_EXACT = ("learning_rate", "global_batch_size", "consumed_tokens", "trained_tokens")
+"""Metrics without noise."""
+_KEPT_POINTS = 4 * MOST_POINTS
 
 
 def wants(key: str) -> bool:
@@ -62,11 +66,24 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def metric_lines(metrics: Metrics, key: str, name: str, color: int = 0) -> list[Line]:
     """The curve of a metric: smoothed, over the pale values of each step."""
     steps, values = metrics.finite(key)
-    window = smoothing_window(len(values))
+    window = 1 if key in _EXACT else smoothing_window(len(values))
     if window == 1:
-        return [Line(name, steps, values, color)]
-    raw = Line("", steps, values, color, "raw")
-    return [raw, Line(name, steps, smooth(values, window), color)]
+        return [_drawable(Line(name, steps, values, color))]
+    strong = _drawable(Line(name, steps, smooth(values, window), color))
+    return [_drawable(Line("", steps, values, color, "raw")), strong]
+
+
+def _drawable(line: Line) -> Line:
+    """A curve of few points that looks the same on both kinds of axes.
+
+    What is computed on it later, for each view, then takes little time and memory.
+    """
+    if len(line.x) <= 2 * _KEPT_POINTS:
+        return line
+    x = line.x.astype(np.float64)
+    logs = np.log1p(x)
+    chosen = np.union1d(thin(x, line.y, _KEPT_POINTS), thin(logs, line.y, _KEPT_POINTS))
+    return replace(line, x=line.x[chosen], y=line.y[chosen])
 
 
 def loss_charts(run: Run, marks: Sequence[Mark]) -> str:
@@ -183,9 +200,8 @@ def token_chart(run: Run) -> str:
     for color, (key, name) in enumerate(
         (("consumed_tokens", "consumed, with padding"), ("trained_tokens", "in the loss"))
     ):
-        steps, values = run.metrics.finite(key)
-        if len(steps):
-            lines.append(Line(name, steps, values, color))
+        if key in run.metrics:
+            lines += metric_lines(run.metrics, key, name, color)
     return Chart("Tokens so far", lines).html() if lines else ""
 
 
@@ -199,9 +215,11 @@ def source_losses(metrics: Metrics) -> Mapping[str, str]:
 
 
 def source_chart(metrics: Metrics) -> str:
-    """The held-out loss of each source; of many, only the first ones."""
+    """The held-out loss of each source, if there are several; of many, only the first ones."""
     lines = list(_source_lines(metrics))
-    return Chart("Held-out loss by source", lines, "nats per token").html() if lines else ""
+    if len(lines) < 2:
+        return ""
+    return Chart("Held-out loss by source", lines, "nats per token").html()
 
 
 def _source_lines(metrics: Metrics) -> Iterator[Line]:

@@ -76,13 +76,13 @@ def _progress(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _held_out(run: Run) -> Iterator[tuple[str, str]]:
-    turned = False
+    told: set[int] = set()
     for key, name in HELD_OUT.items():
         found = held_out(run.metrics, key)
-        if found is None or (turned and found.lowest_step >= found.last_step):
+        if found is None or found.lowest_step in told:  # a modality that turned with all tokens
             continue
         if found.has_risen:
-            turned = True
+            told.add(found.lowest_step)
             text = (
                 f"{name.capitalize()} is lowest at step {found.lowest_step:,} ({found.lowest:.4f}) "
                 f"and has risen since, to {found.last:.4f} at step {found.last_step:,}"
@@ -118,15 +118,19 @@ def _troubles(run: Run) -> Iterator[tuple[str, str]]:
     kinds = [event.kind for event in run.events.events]
     restarts = kinds.count("restart")
     if restarts:
-        yield f"The run was restarted {counted(restarts, 'time')}.", ""
+        yield f"The run was restarted {_times(restarts)}.", ""
     if skipped := kinds.count("skip"):
         yield f"The updates of {counted(skipped, 'step')} were left out.", "warn"
     if run.events.events and (last := run.events.events[-1]).kind in _BAD_ENDS:
         yield f"Its last event is {_BAD_ENDS[last.kind]}: {last.text}", "bad"
     if rollbacks := kinds.count("rollback"):
-        yield f"It was rolled back to an earlier checkpoint {counted(rollbacks, 'time')}.", "warn"
+        yield f"It was rolled back to an earlier checkpoint {_times(rollbacks)}.", "warn"
     if run.branches:
         yield (
             f"{counted(len(run.branches), 'abandoned branch').replace('branchs', 'branches')}.",
             "",
         )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
