@@ -118,9 +118,9 @@ def _seen(run: Run, sources: list[PlannedSource]) -> tuple[dict[str, tuple[float
 
 
 def _count(run: Run) -> dict[str, tuple[float, float]]:
-    from megatron_chameleon.data.views.source_shares import tokens_seen
+    from megatron_chameleon.data.views.source_shares import open_recorded, tokens_seen
 
     config = load_recorded_config(run.path / CONFIG_FILE)
     whole = [checkpoint for checkpoint in run.checkpoints if checkpoint.is_whole]
     state = whole[-1].state() if whole else {}
-    return tokens_seen(config, state, run.metrics.last_step)
+    return tokens_seen(open_recorded(config, state), run.metrics.last_step)
