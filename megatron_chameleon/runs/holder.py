@@ -80,8 +80,8 @@ def find_holder(run: Path, usual_step_seconds: float = 0.0) -> Holder:
     values = read_holder_values(path)
     age = _age(path)
     sign = _youngest(age, _age(run / "metrics.jsonl"))
-    if age is None:
-        return Holder({}, None if sign is None else _is_recent(sign, usual_step_seconds), sign)
+    if age is None:  # of a very early version, or copied without it
+        return Holder({}, None, sign)
     if values.get("ended"):
         return Holder(values, False, sign)
     machine = values.get("machine")

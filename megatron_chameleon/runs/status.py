@@ -23,6 +23,7 @@ from megatron_chameleon.runs.checkpoints import RunCheckpoint, list_checkpoints
 from megatron_chameleon.runs.holder import Holder, find_holder
 from megatron_chameleon.runs.lines import LONGEST_LINE_BYTES, parse_object, read_backwards
 from megatron_chameleon.runs.records import (
+    CONFIG_FILE,
     Event,
     RecordedConfig,
     read_alarms,
@@ -103,7 +104,9 @@ class StatusReader:
             run: From ``find_runs``.
         """
         problems: list[str] = []
-        config = _read(lambda: read_config(run), RecordedConfig({}, ""), "", problems)
+        config = _read(lambda: read_config(run), RecordedConfig({}, ""), CONFIG_FILE, problems)
+        if not os.path.lexists(run / CONFIG_FILE):
+            problems[:] = [f"{CONFIG_FILE} is missing"]
         records = list(islice(read_backwards(run / METRICS_FILE), RECENT_STEPS))
         last = max(records, key=lambda record: record["step"], default={})
         seconds = [s for s in (_number(r, "step_seconds") for r in records) if s and s > 0]
@@ -145,6 +148,8 @@ def find_runs(paths: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
+        if not path:
+            raise DataError("RUN", "it is empty", "Give a run folder, such as runs/default")
         try:
             found.append(find_run(path))
         except DataError:
@@ -171,7 +176,7 @@ def _runs_below(folder: Path, depth: int = 2) -> list[Path]:
 
 
 def _read(reader: Callable[[], T], empty: T, name: str, problems: list[str]) -> T:
-    """What a reader finds. ``name`` is of a file that may be missing without a word."""
+    """What a reader finds in a file of that name; what goes wrong is a problem."""
     try:
         return reader()
     except ChameleonError as error:
@@ -224,7 +229,7 @@ def _add_holder(status: RunStatus, holder: Holder, events: Sequence[Event]) -> N
 def _state(status: RunStatus, holder: Holder, last_event: str | None) -> str:
     if holder.is_alive:
         return "running"
-    if last_event in STATES and holder.is_alive is not None:
+    if last_event in STATES:
         return STATES[last_event]
     if status.step is not None and status.step == status.steps and last_event is None:
         return "finished"  # of an earlier version, which noted no end

@@ -20,7 +20,7 @@ MEANINGS = {
     "failed": "ended by an error",
     "hung": "ended because it hung",
     "died": "not running: it ended without a word, as after kill -9 or a lack of memory",
-    "silent": "no sign of life",
+    "silent": "it may run, or have ended without a word",
     "ended": "not running",
     "new": "has not done a step yet",
     "unknown": "nobody can tell whether it runs",
@@ -67,8 +67,8 @@ def _headline(status: RunStatus) -> str:
         place.append(f"{'since' if status.state == 'running' else 'started'} {status.since}")
     text = MEANINGS.get(status.state, status.state)
     sign = status.sign_of_life_seconds
-    if status.state == "silent" and sign is not None:
-        text += f" for {format_duration(sign)}"
+    if status.state in ("silent", "unknown") and sign is not None:
+        text += f"; the last sign of life was {format_duration(sign)} ago"
     return escape_line(f"{text} ({', '.join(place)})" if place else text)
 
 
@@ -80,7 +80,7 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
         yield "held out", _held_out(status.held_out)
     if speed := _speed(status):
         yield "speed", speed
-    if status.state == "running" and status.last_step_seconds is not None:
+    if status.state in ("running", "silent", "unknown") and status.last_step_seconds is not None:
         yield "last step", _last_step(status)
     yield "checkpoint", _checkpoint(status)
     if status.alarms:
@@ -160,7 +160,8 @@ def _checkpoint(status: RunStatus) -> str:
     if newest is None:
         return "none yet"
     if not newest["is_whole"]:
-        return f"step {newest['step']:,} is not whole; {counted(status.checkpoints, 'whole one')}"
+        whole = counted(status.checkpoints, "whole one") if status.checkpoints else "no whole one"
+        return f"step {newest['step']:,} is not whole; {whole}"
     age = newest["age_seconds"]
     ago = "" if age is None else f", {format_duration(age)} ago"
     return f"step {newest['step']:,}{ago}; {counted(status.checkpoints, 'checkpoint')} kept"

@@ -100,7 +100,8 @@ def test_a_lock_file_that_says_nothing(content: bytes, tmp_path: Path) -> None:
 def test_no_lock_file(tmp_path: Path) -> None:
     assert find_holder(tmp_path).is_alive is None
     (tmp_path / "metrics.jsonl").touch()
-    assert find_holder(tmp_path).is_alive is True
+    found = find_holder(tmp_path)
+    assert found.is_alive is None and found.sign_seconds == pytest.approx(0, abs=30)
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,10 @@ def test_a_run_that_lives(tmp_path: Path) -> None:
         (None, {"ended": "x"}, 30, "ended"),
         (None, {"ended": "x"}, 40, "finished"),
         (None, {"ended": "x"}, 0, "new"),
-        (None, None, 30, "running"),  # of a very early version: its metrics are new
+        (None, None, 30, "unknown"),  # of a very early version, or copied without its lock
+        (None, None, 40, "finished"),
+        (["start", "save"], None, 30, "silent"),
+        (["start", "stop"], None, 30, "stopped"),
     ],
 )
 def test_what_it_is_doing(
@@ -196,6 +199,7 @@ def test_any_damage_is_a_note_at_most(damage: str, width: int, tmp_path: Path) -
         path.write_bytes(content)
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     status = read(run)
+    assert ("config.yaml is missing" in status.problems) == (damage == "no config")
     json.dumps(status.to_json(), allow_nan=False)
     screen = status_screen(status, width)
     assert all(len(line) <= max(40, width) for line in screen.splitlines())
@@ -221,7 +225,7 @@ def test_folders_of_runs(tmp_path: Path) -> None:
     assert find_runs([str(tmp_path)]) == [two, one, three]
     assert find_runs([str(one), str(one / "metrics.jsonl"), str(tmp_path)]) == [one, two, three]
     assert find_runs([str(one / "checkpoints" / "step_00000020")]) == [one]
-    for path in (tmp_path / "other", tmp_path / "file", tmp_path / "none", "\0"):
+    for path in (tmp_path / "other", tmp_path / "file", tmp_path / "none", "\0", ""):
         with pytest.raises(DataError):
             find_runs([str(path)])
 
