@@ -10,10 +10,16 @@ import json
 import shutil
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import WATCH_SECONDS
 from megatron_chameleon.terminal import escape_text
+from megatron_chameleon.wording import counted
+
+if TYPE_CHECKING:
+    from megatron_chameleon.runs.status import RunStatus
 
 USUAL_SECONDS = 5.0
 
@@ -62,49 +68,47 @@ def run(args: argparse.Namespace) -> None:
     runs = find_runs(paths)
     reader = StatusReader()
     while True:
-        _print(reader, runs, args.json, watch)
+        found = [reader.read(run) for run in runs]
+        if args.json:
+            for status in found:
+                print(json.dumps(status.to_json(), allow_nan=False))
+        else:
+            _print(found, is_watching=watch is not None)
         if watch is None:
             return
         sys.stdout.flush()
         time.sleep(watch)
-        runs = list(dict.fromkeys([*runs, *_new_runs(paths)]))
+        runs = list(dict.fromkeys([*runs, *_find_again(paths)]))
 
 
-def _new_runs(paths: list[str]) -> list:
-    """Runs that have appeared since; a path may have lost its runs meanwhile."""
-    from megatron_chameleon.errors import ChameleonError
+def _find_again(paths: list[str]) -> list[Path]:
+    """The runs of the paths, of which some may be new; none if a path has lost its runs."""
+    from megatron_chameleon.errors import DataError
     from megatron_chameleon.runs.status import find_runs
 
     try:
         return find_runs(paths)
-    except ChameleonError:
+    except DataError:
         return []
 
 
-def _print(reader: object, runs: list, as_json: bool, watch: float | None) -> None:
-    from megatron_chameleon.runs.status import StatusReader
+def _print(found: list["RunStatus"], *, is_watching: bool) -> None:
     from megatron_chameleon.runs.status_screen import status_line, status_screen
 
-    assert isinstance(reader, StatusReader)
-    found = [reader.read(run) for run in runs]
-    if as_json:
-        for status in found:
-            print(json.dumps(status.to_json(), allow_nan=False))
-        return
     columns, rows = shutil.get_terminal_size()
-    if watch is None:
+    if not is_watching:
         show("\n\n".join(status_screen(status, columns) for status in found))
-    elif not sys.stdout.isatty():
+        return
+    if not sys.stdout.isatty():
         show("\n".join(map(status_line, found)))
-    else:
-        screens = [status_screen(status, columns) for status in found]
-        lines = "\n\n".join(screens).splitlines()
-        if len(lines) >= rows:  # one line each, and what does not fit is left out
-            lines = [status_line(status)[:columns] for status in found]
-        if len(lines) >= rows:
-            more = len(lines) - rows + 2
-            lines = [*lines[: rows - 2], f"... {more} more runs"]
-        sys.stdout.write(redrawn(lines))
+        return
+    lines = "\n\n".join(status_screen(status, columns) for status in found).splitlines()
+    if len(lines) >= rows:  # one line each, and what does not fit is left out
+        lines = [status_line(status)[:columns] for status in found]
+    if len(lines) >= rows:
+        kept = max(0, rows - 2)
+        lines = [*lines[:kept], f"... {counted(len(lines) - kept, 'more run')}"]
+    sys.stdout.write(redrawn(lines))
 
 
 def redrawn(lines: list[str]) -> str:

@@ -277,8 +277,8 @@ class _HeldOut:
                 if not line.endswith(b"\n") and len(line) < LONGEST_LINE_BYTES:
                     return  # it is being written
                 self._end += len(line)
-                if b'"validation/loss"' in line and isinstance(found_ := parse_object(line), dict):
-                    self._values[found_["step"]] = found_
+                if b'"validation/loss"' in line and isinstance(record := parse_object(line), dict):
+                    self._values[record["step"]] = record
 
     def summary(self) -> dict[str, float | int | None]:
         """The last losses, and the lowest one with its step; empty without any."""
