@@ -19,6 +19,11 @@ def is_url(target: str) -> bool:
     return _SCHEME.match(target) is not None
 
 
+def is_masked(target: str) -> bool:
+    """Whether an address has lost its secret, as in the config.yaml of a run folder."""
+    return is_url(target) and MASK in target
+
+
 def check_on_event(config: LoggingConfig) -> Iterator[ConfigError]:
     """What is wrong with ``logging.on_event``.
 
@@ -29,7 +34,7 @@ def check_on_event(config: LoggingConfig) -> Iterator[ConfigError]:
         return
     if is_url(target):
         if what := _address_problem(target.strip()):
-            yield ConfigError(KEY, what, "Give an address such as https://host/path")
+            yield ConfigError(KEY, what, "Give an address such as https://host/path, or null")
         return
     try:
         words = shlex.split(target)
@@ -52,9 +57,4 @@ def _address_problem(address: str) -> str | None:
         return f"{parts.scheme[:40]} is neither http nor https"
     if not is_whole or not address.isascii() or any(c.isspace() for c in address):
         return f"{shown(mask_address(address))} has no host, or blanks or letters outside of ASCII"
-    if MASK in address:
-        return (
-            f"the secret of {shown(mask_address(address))} is masked, as in the config.yaml of a "
-            "run folder"
-        )
     return None

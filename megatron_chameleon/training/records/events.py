@@ -96,6 +96,8 @@ class EventLog:
     ) -> None:
         if not self._is_writer:
             return
+        # What ends the run is said already; a disk that is full is not said twice.
+        self._has_warned |= error is not None
         is_interrupted = isinstance(error, KeyboardInterrupt)
         if is_interrupted:
             text = f"interrupted after step {self.step}; steps since the last checkpoint are lost"

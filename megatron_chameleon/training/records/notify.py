@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.config.checks.on_event import is_url
+from megatron_chameleon.config.checks.on_event import is_masked, is_url
 from megatron_chameleon.config.schema import LoggingConfig
 from megatron_chameleon.errors import one_line
-from megatron_chameleon.masking import mask_secrets
+from megatron_chameleon.masking import mask_address, mask_secrets
 from megatron_chameleon.training.records.delivery import (
     Cancelled,
     DeliveryError,
@@ -47,7 +47,8 @@ class Notifier:
     def __init__(
         self, config: LoggingConfig, folder: Path, limit_seconds: float = LIMIT_SECONDS
     ) -> None:
-        self._target = (config.on_event or "").strip()
+        target = (config.on_event or "").strip()
+        self._target = "" if is_masked(target) else target
         self._kinds = set(config.on_event_kinds)
         self._folder = folder
         self._limit = limit_seconds
@@ -146,6 +147,11 @@ def receiver_warning(config: LoggingConfig) -> str | None:
     It is no error: a run must not depend on a program that tells of it.
     """
     target = (config.on_event or "").strip()
+    if is_masked(target):
+        return (
+            f"{KEY}: the secret of {mask_address(target)} is masked, as in the config.yaml of a "
+            "run folder, so events are only recorded in events.jsonl; give the address again"
+        )
     if not target or is_url(target):
         return None
     program = shlex.split(target)[0]

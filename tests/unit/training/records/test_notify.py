@@ -204,6 +204,16 @@ def test_a_program_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert receiver_warning(LoggingConfig(on_event="sh -c true")) is None
 
 
+def test_an_address_whose_secret_is_masked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LoggingConfig(on_event="https://no-such-host.invalid/***")
+    words = "logging.on_event: the secret of https://no-such-host.invalid/*** is masked, as in the"
+    assert str(receiver_warning(config)).startswith(words)
+    send(config.on_event or "", tmp_path)
+    assert warnings(caplog) == []
+
+
 def test_a_folder_and_a_file_that_cannot_be_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
