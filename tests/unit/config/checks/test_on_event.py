@@ -22,7 +22,7 @@ from megatron_chameleon.config.schema import LoggingConfig
         ("  ", "'  ' names no program"),
         ("''", "\"''\" names no program"),
         ("notify 'it", '"notify \'it" cannot be split into words (No closing quotation)'),
-        ("notify --api-key x'", "'notify --api-key ***' cannot be split into words"),
+        ("notify --api-key x'", '"notify --api-key ***\'" cannot be split into words'),
     ],
 )
 def test_what_is_no_receiver(target: str, what: str) -> None:
