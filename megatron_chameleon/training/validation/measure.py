@@ -37,7 +37,8 @@ def measure(
     Returns:
         The losses of the whole job, the same on every rank; None if ``go_on`` returned False.
     """
-    totals = torch.zeros(len(reader.sources), 4, dtype=torch.float64, device=platform.device())
+    # On the CPU, where index_add_ adds in a fixed order.
+    totals = torch.zeros(len(reader.sources), 4, dtype=torch.float64)
     # Interleaved pipelines take as many micro-batches as they have stages, or a multiple.
     multiple = topology.pipeline_size
     with reader.read_ahead(topology.data_rank, topology.data_size, multiple) as chunks:
@@ -51,11 +52,12 @@ def measure(
                 return None
             if chunk is None:
                 break
-            numbers = torch.tensor([number for number, _ in chunk], device=totals.device)
-            totals.index_add_(0, numbers, evaluate([batch for _, batch in chunk]))
-    torch.distributed.all_reduce(totals)
+            numbers = torch.tensor([number for number, _ in chunk])
+            totals.index_add_(0, numbers, evaluate([batch for _, batch in chunk]).cpu())
+    of_all_ranks = totals.to(platform.device())
+    torch.distributed.all_reduce(of_all_ranks)
     # Tensor-parallel ranks have computed the same.
-    values = (totals / topology.tensor_size).tolist()
+    values = (of_all_ranks / topology.tensor_size).tolist()
     found = {
         name: ModalityLosses(text, round(text_tokens), image, round(image_tokens))
         for name, (text, text_tokens, image, image_tokens) in zip(reader.names, values, strict=True)
