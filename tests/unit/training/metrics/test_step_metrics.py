@@ -133,21 +133,22 @@ def test_recomputation_changes_nothing(topology: Topology) -> None:
 @pytest.mark.parametrize("length", [12, 3])
 def test_the_largest_attention_logit(isolated: bool, length: int) -> None:
     """It is the largest of queries 2, 5, 8 and 11 and of what they see, or of all shorter ones."""
-    generator = torch.Generator().manual_seed(1)
-    query = torch.randn(length, 2, 4, 8, generator=generator)
-    key = torch.randn(length, 2, 2, 8, generator=generator)
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(2, 1, 1, 1)
     positions = torch.arange(length).repeat(2, 1)
     if isolated:  # documents begin at different places in the two sequences
         for row, begin in enumerate([length // 2, length // 3]):
             hidden[row, :, begin:, :begin] = True
             positions[row, begin:] -= begin
-    scores = torch.einsum("sbnd,tbnd->bnst", query, key.repeat_interleave(2, dim=2)) / 8**0.5
-    seen = scores.masked_fill(hidden, -torch.inf)
     places = [2, 5, 8, 11] if length == 12 else [0, 1, 2]
-    looked_at = ObservedQueries.of(length, query.device)
-    found = largest_logit(query, key, positions if isolated else None, looked_at).item()
-    assert found == pytest.approx(seen[:, :, places].max().item(), rel=1e-6)
+    for seed in range(10):  # the largest of all is not always one that isolation hides
+        generator = torch.Generator().manual_seed(seed)
+        query = torch.randn(length, 2, 4, 8, generator=generator)
+        key = torch.randn(length, 2, 2, 8, generator=generator)
+        scores = torch.einsum("sbnd,tbnd->bnst", query, key.repeat_interleave(2, dim=2)) / 8**0.5
+        seen = scores.masked_fill(hidden, -torch.inf)
+        looked_at = ObservedQueries.of(length, query.device)
+        found = largest_logit(query, key, positions if isolated else None, looked_at).item()
+        assert found == pytest.approx(seen[:, :, places].max().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("place", [2, 5, 8])
