@@ -49,3 +49,20 @@ def test_it_is_what_the_samples_hold(config, tokenizer, monkeypatch, steps):
         assert times == tokens / corpus.tokens
     if steps == 36:  # nine whole blocks: exact
         assert {name: round(tokens) for name, (tokens, _) in seen.items() if tokens} == counted
+
+
+def test_a_mixture_that_is_edited_within_a_block_leaves_nothing_out(config, tokenizer, monkeypatch):
+    """What a block had taken and not used comes first afterwards, and counts once."""
+    monkeypatch.setattr(mixture_history, "BLOCK_SEQUENCES", 16)
+    before = BatchReader(config, tokenizer)
+    config.data.stage1[0].weight = 9
+    reader = BatchReader(config, tokenizer, before.state(), 10)  # 2.5 blocks
+    place = reader.mixture(40).locate(40)
+    assert any(cursor.backlog_tokens for cursor in place.phase.cursors.values())
+    counted: Counter = Counter()
+    for index in range(4 * 26):  # four blocks after the edit
+        sample = reader.sample(index)
+        for number, part in enumerate(sample.packed.source.tolist()):
+            counted[sample.source_names[part]] += int((sample.part == number).sum())
+    seen = {name: round(tokens) for name, (tokens, _) in tokens_seen(reader, 26).items() if tokens}
+    assert seen == counted
