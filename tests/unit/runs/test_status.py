@@ -156,6 +156,8 @@ def test_what_grows_is_read_once(tmp_path: Path) -> None:
     path.with_suffix(".new").write_text(kept)
     path.with_suffix(".new").replace(path)  # as a run does that goes back
     assert reader.read(run).held_out["lowest_step"] == 10
+    path.write_text('{"step": 4, "validation/loss": 9.5}\n')  # as an editor may write it
+    assert reader.read(run).held_out["lowest_step"] == 4
 
 
 DAMAGES: dict[str, tuple[str, bytes | None]] = {

@@ -114,7 +114,7 @@ def test_a_command_gets_the_event(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         ("kill -9 $$", "ended with signal 9"),
         ("exec 0<&- 1>&- 2>&-; exit 1", "ended with exit code 1"),
         ("printf 'a\\033[31mb\\n' >&2; exit 4", "ended with exit code 4: a\\x1b[31mb"),
-        ("yes | head -c 30000000 >&2; exit 5", "ended with exit code 5: y"),
+        ("yes | head -c 30000000 >&2; echo end >&2; exit 5", "ended with exit code 5: end"),
         ("yes | head -c 30000000; exit 0", ""),
         ("sleep 60 & exit 0", ""),  # what it leaves running holds its standard error
     ],
