@@ -224,11 +224,12 @@ def test_what_cannot_go_on(runs: Runs) -> None:
         ("stop", ["start", "save", "error"]),
         ("skip-fp32", ["start", "save", "skip", "save", "finish"]),
         ("rollback-fp32", ["start", "save", "rollback", "skip", "save", "finish"]),
-        ("killed", ["start", "save", "skip", "stop", "restart", "resume"]),
+        ("killed", ["start", "save", "skip", "save", "stop", "restart", "resume"]),
     ],
 )
 def test_each_event_has_a_line(runs: Runs, run: str, wanted: list[str]) -> None:
-    events = runs.lines(run, "events.jsonl")
+    # A busy machine makes a rank slow.
+    events = [e for e in runs.lines(run, "events.jsonl") if e["event"] != "straggler"]
     assert [event["event"] for event in events][: len(wanted)] == wanted
     if run == "stop":
         assert events[-1]["text"] == runs.result("stop")["error"]
