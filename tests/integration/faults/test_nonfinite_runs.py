@@ -157,7 +157,7 @@ def test_skip_changes_no_weight_and_no_moment(runs: Runs, layout: str) -> None:
     lines = runs.lines(run)
     assert [line.get("skipped", False) for line in lines] == [False, False, True, False]
     rates = [line["learning_rate"] for line in lines]
-    assert len(set(rates)) == 4, "the schedule stood still"
+    assert rates[3] < rates[2], "the schedule stood still at the step whose update was left out"
     assert runs.state(run, 4)["skipped_steps"] == [3]
     (record,) = runs.lines(run, "nonfinite.jsonl")
     if layout == "interleaved":  # only the loss is bad; it is set after the gradient's path
