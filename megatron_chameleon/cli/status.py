@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         found = [reader.read(run) for run in runs]
         if args.json:
             for status in found:
-                print(json.dumps(status.to_json(), allow_nan=False))
+                show(json.dumps(status.to_json(), allow_nan=False))
         else:
             _print(found, is_watching=watch is not None)
         if watch is None:

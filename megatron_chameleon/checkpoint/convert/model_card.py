@@ -110,12 +110,16 @@ def _model_rows(target: Target) -> list[tuple[str, str]]:
 def _training_rows(config: Config, step: int) -> list[tuple[str, str]]:
     training, optimizer = config.training, config.optimizer
     tokens = training.global_batch_size * config.model.seq_length
+    batch = f"{training.global_batch_size:,} sequences, {tokens:,} tokens"
+    if training.rampup_batch_size:
+        batch += f"; it grew from {training.rampup_batch_size[0]:,} sequences"
     schedule = f"{optimizer.lr:g}, {optimizer.lr_decay_style}"
+    betas = f"betas {optimizer.adam_beta1:g} and {optimizer.adam_beta2:g}"
     return [
-        ("Batch", f"{training.global_batch_size:,} sequences, {tokens:,} tokens"),
+        ("Batch", batch),
         ("Steps of the config", f"{training.steps:,} (this model has {step:,})"),
         ("Learning rate", f"{schedule}, warm-up of {optimizer.lr_warmup_steps:,} steps"),
-        ("Adam", f"betas {optimizer.adam_beta1:g} and {optimizer.adam_beta2:g}"),
+        ("Optimizer", f"{optimizer.name}, AdamW's {betas}"),
         ("Weight decay", f"{optimizer.weight_decay:g}"),
         ("Gradient clipping", f"{optimizer.clip_grad:g}"),
         ("z-loss", f"{training.z_loss:g}"),

@@ -165,7 +165,7 @@ def make_engine(
 
 
 def gradient_norms(engine: MegatronEngine, step: int) -> dict[str, float]:
-    """The loss and the groups' gradient norms of a step with learning rate 0."""
+    """The losses, their number of tokens, and the groups' gradient norms of a step."""
     ids = torch.randint(96, (2, 17), generator=torch.Generator().manual_seed(step))
     positions = torch.arange(16).expand(1, -1)
     batches = [
@@ -182,7 +182,7 @@ def test_compiled_kernels_change_nothing_and_masks_follow_from_the_seed(
 ) -> None:
     plain, fused = (make_engine(topology, on, 0.0) for on in (False, True))
     expected = gradient_norms(plain, 1)
-    assert len(expected) == 3 + 7
+    assert len(expected) == 4 + 7
     assert gradient_norms(fused, 1) == pytest.approx(expected, rel=1e-5)
 
     engine = make_engine(topology, True, 0.2)

@@ -389,10 +389,12 @@ def test_pages_and_tables_show_what_is_trained(tmp_path, tokenizer, records, wri
 
 def test_the_loss_is_on_what_the_config_says(tmp_path, tokenizer, records, write, config):
     write(records)
-    marked = BatchReader(config, tokenizer).batch([0]).loss_mask
+    reader = BatchReader(config, tokenizer)
+    first_samples = range(reader.config.training.global_batch_size)
+    marked = reader.batch(first_samples).loss_mask
     config.data.loss_on = "all"
     reader = BatchReader(config, tokenizer)
-    everything = reader.batch([0]).loss_mask
+    everything = reader.batch(first_samples).loss_mask
     assert 0 < marked.sum() < everything.sum()
     assert (everything >= marked).all()
     (warning,) = reader.warnings()
