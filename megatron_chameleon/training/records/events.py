@@ -1,4 +1,4 @@
-"""The run's diary: ``events.jsonl`` has a line for all that happens to a run besides its steps.
+"""The run's event log: ``events.jsonl`` has a line for all that happens to a run besides its steps.
 
     {"time": "2026-11-28T21:40:07.123+00:00", "event": "save", "step": 1000, "host": "node1",
      "text": "saved runs/x/checkpoints/step_00001000"}

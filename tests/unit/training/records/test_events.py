@@ -1,4 +1,4 @@
-"""The diary of a run: what is in ``events.jsonl``, and that writing it never harms the run."""
+"""The event log of a run: what is in ``events.jsonl``, and that writing it never harms the run."""
 
 import json
 from pathlib import Path
