@@ -8,16 +8,13 @@ stages. The model with dropout runs under the layouts that do not change its mas
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from places import PROGRAMS
-from run_command import environment
+from run_command import run_jobs
 
 TOLERANCES = {
     # fp32 is precise to 6e-8, and the order of summation differs through four layers. Gradients are
@@ -125,16 +122,7 @@ def jobs() -> list[dict[str, Any]]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the results of every job."""
     folder = tmp_path_factory.mktemp("layouts")
-    script = PROGRAMS / "run_layouts.py"
-    (folder / "jobs.json").write_text(json.dumps(jobs()))
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", script, folder / "jobs.json", folder],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env=environment(),
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    run_jobs("run_layouts.py", jobs(), folder, SECONDS)
     return folder
 
 

@@ -1,9 +1,6 @@
 """Logits of every layout, compared with transformers' Chameleon, on random fp32 weights."""
 
 import itertools
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,7 @@ import torch
 
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.config.schema import ModelConfig
-from places import PROGRAMS
-from run_command import environment
+from run_command import run_jobs
 from tiny_model import (
     VOCAB_SIZE,
     exported_logits,
@@ -69,16 +65,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> P
             }
             for layout, (processes, parallel) in LAYOUTS.items()
         ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = PROGRAMS / "run_logits.py"
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", script, folder / "jobs.json", folder],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(),
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    run_jobs("run_logits.py", jobs, folder, 300)
     return folder
 
 

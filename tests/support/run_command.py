@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from places import PROGRAMS, REPOSITORY, SUPPORT
 
@@ -72,6 +74,19 @@ def run_chameleon(
     if succeeds:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
+
+
+def run_jobs(program: str, jobs: Sequence[Mapping[str, Any]], folder: Path, seconds: int) -> None:
+    """Run a program of ``programs/`` that takes a file of jobs and a folder for its results."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", PROGRAMS / program, folder / "jobs.json", folder],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=environment(),
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
 
 
 def _launch(

@@ -5,16 +5,13 @@ Engine gets, over a stand-in for its attention (``stand_ins/transformer_engine_a
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from places import PROGRAMS
-from run_command import environment
+from run_command import run_jobs
 
 SECONDS = 600
 STEPS = 2
@@ -98,16 +95,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = [job(f"{m}-{kind}-dense", m, kind, 1, "dense", {}) for m, kind in references]
     jobs += [job(name_of(layout), *layout) for layout in LAYOUTS]
     jobs.append(job("pre-fp32-other", "pre", "fp32", 1, "own", {"data.reset_attention": False}))
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = PROGRAMS / "run_layouts.py"
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", script, folder / "jobs.json", folder],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env=environment(),
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    run_jobs("run_layouts.py", jobs, folder, SECONDS)
     return folder
 
 
