@@ -21,13 +21,13 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
-def counted(count: int, noun: str) -> str:
-    """A count and its noun, which takes an s in the plural.
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """A count and its noun, which takes the ending in the plural.
 
-    >>> counted(1, "answer"), counted(2300, "document")
-    ('1 answer', '2,300 documents')
+    >>> counted(1, "answer"), counted(2300, "document"), counted(2, "batch", "es")
+    ('1 answer', '2,300 documents', '2 batches')
     """
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{ending}"
 
 
 def format_bytes(count: float) -> str:

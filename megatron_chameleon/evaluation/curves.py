@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.runs.metrics import Metrics, read_metrics
+from megatron_chameleon.runs.metrics import Metrics, read_metrics, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,20 +66,6 @@ def series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
         what = f"is {value} at step {step}, which is not a number"
         raise DataError(f"--keys {key}", what, "Choose another key")
     return metrics.series(key)
-
-
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last ``window`` values, or over fewer at the start: [points].
-
-    NaN is left out; where all values are NaN, so is their mean.
-    """
-    is_number = ~np.isnan(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(is_number, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(is_number)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    found = counts[ends] - counts[starts]
-    return np.where(found > 0, (sums[ends] - sums[starts]) / np.maximum(found, 1), np.nan)
 
 
 def draw_curve(axes: "Axes", runs: Mapping[str, Metrics], key: str, window: int = 1) -> None:

@@ -45,7 +45,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Mark:
+class ChartMark:
     """A place on the axis of steps at which something happened."""
 
     x: float
@@ -62,7 +62,7 @@ class Chart:
     title: str
     lines: Sequence[Line]
     unit: str = ""
-    marks: Sequence[Mark] = ()
+    marks: Sequence[ChartMark] = ()
     x_label: str = "step"
     log_x: bool = False
     log_y: bool = False
@@ -154,9 +154,9 @@ class _Drawing:
             )
         return "".join(drawn)
 
-    def _visible_marks(self) -> list[Mark]:
+    def _visible_marks(self) -> list[ChartMark]:
         """The marks within the axis; of many of one kind, some at even distances and the last."""
-        found: list[Mark] = []
+        found: list[ChartMark] = []
         for kind in MARK_NAMES:
             marks = [
                 mark

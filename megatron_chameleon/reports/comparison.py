@@ -15,14 +15,14 @@ from megatron_chameleon.masking import mask_secrets, masked_values
 from megatron_chameleon.pages.charts import COLORS, Chart, Line
 from megatron_chameleon.pages.elements import Cell, choice, escape, heading, how, notes, table
 from megatron_chameleon.pages.style import page
-from megatron_chameleon.reports.curves import VIEWS, smooth, smoothing_window
+from megatron_chameleon.reports.curves import VIEWS, smoothing_window
 from megatron_chameleon.reports.findings import held_out
 from megatron_chameleon.reports.formats import NONE, amount, duration, number, setting
 from megatron_chameleon.reports.report import last_mean
 from megatron_chameleon.reports.tables import environment_values
-from megatron_chameleon.runs.metrics import Metrics
+from megatron_chameleon.runs.metrics import Metrics, smooth
 from megatron_chameleon.runs.records import default_of
-from megatron_chameleon.runs.run import Run
+from megatron_chameleon.runs.run import RunRecord
 
 AXES = {
     "step": ("step", "step"),
@@ -54,7 +54,7 @@ _LONGEST_VALUE = 60
 
 
 @dataclass(frozen=True)
-class Difference:
+class SettingDifference:
     """A setting in which the runs are not all the same."""
 
     key: str
@@ -62,7 +62,7 @@ class Difference:
     """Of each run."""
 
 
-def run_names(runs: Sequence[Run]) -> list[str]:
+def run_names(runs: Sequence[RunRecord]) -> list[str]:
     """A name for each run: that of its folder, or its path where two names are the same."""
     names = [run.name for run in runs]
     names = [
@@ -89,7 +89,7 @@ def along(metrics: Metrics, key: str, axis: str) -> tuple[np.ndarray, np.ndarray
     return places[known][order], values[known][order]
 
 
-def missing_axis(runs: Sequence[Run], axis: str) -> DataError | None:
+def missing_axis(runs: Sequence[RunRecord], axis: str) -> DataError | None:
     """The error to raise for a run that does not know its places on the axis; None if all do."""
     key = AXES[axis][0]
     for run in runs:
@@ -100,9 +100,9 @@ def missing_axis(runs: Sequence[Run], axis: str) -> DataError | None:
     return None
 
 
-def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def summary_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """What the table of a comparison shows: a label, and a text for each run."""
-    rows: list[tuple[str, Callable[[Run], str]]] = [
+    rows: list[tuple[str, Callable[[RunRecord], str]]] = [
         ("steps", lambda run: f"{run.metrics.last_step:,}"),
         ("tokens consumed", lambda run: amount(run.metrics.last("consumed_tokens"))),
         ("tokens in the loss", lambda run: amount(run.metrics.last("trained_tokens"))),
@@ -139,17 +139,17 @@ def _held_out(metrics: Metrics, is_lowest: bool) -> str:
     return f"{found.last:.4f} at {found.last_step:,}"
 
 
-def _median(run: Run, key: str) -> float | None:
+def _median(run: RunRecord, key: str) -> float | None:
     values = run.metrics.finite(key)[1]
     return float(np.median(values)) if len(values) else None
 
 
-def _sum(run: Run, key: str) -> float | None:
+def _sum(run: RunRecord, key: str) -> float | None:
     values = run.metrics.finite(key)[1]
     return float(values.sum()) if len(values) else None
 
 
-def config_differences(runs: Sequence[Run]) -> list[Difference]:
+def config_differences(runs: Sequence[RunRecord]) -> list[SettingDifference]:
     """The keys in which the configs differ. A key that one lacks has its default there."""
     configs = [masked_values(run.config.values) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
@@ -159,7 +159,7 @@ def config_differences(runs: Sequence[Run]) -> list[Difference]:
             continue
         values = [config[key] if key in config else _default(key) for config in configs]
         if any(value != values[0] for value in values[1:]) and not _is_usual_entry(key, values):
-            found.append(Difference(key, [_shown(value) for value in values]))
+            found.append(SettingDifference(key, [_shown(value) for value in values]))
     return found
 
 
@@ -185,7 +185,7 @@ def _shown(value: Any) -> str:
     return NONE if isinstance(value, _Absent) else setting(value)
 
 
-def environment_differences(runs: Sequence[Run]) -> list[Difference]:
+def environment_differences(runs: Sequence[RunRecord]) -> list[SettingDifference]:
     """The same for ``environment.json``: versions, machine and git commit."""
     found = [environment_values(run) for run in runs]
     keys = dict.fromkeys(key for values in found for key in values)
@@ -194,11 +194,11 @@ def environment_differences(runs: Sequence[Run]) -> list[Difference]:
         values = [values.get(key, _Absent()) for values in found]
         if any(value != values[0] for value in values[1:]):
             name = key.removeprefix("packages.")
-            differences.append(Difference(name, [_shown(value) for value in values]))
+            differences.append(SettingDifference(name, [_shown(value) for value in values]))
     return differences
 
 
-def comparison_text(runs: Sequence[Run]) -> str:
+def comparison_text(runs: Sequence[RunRecord]) -> str:
     """The comparison as tables for a terminal."""
     names = run_names(runs)
     parts = [_text_table(["", *names], [[label, *texts] for label, texts in summary_rows(runs)])]
@@ -210,7 +210,7 @@ def comparison_text(runs: Sequence[Run]) -> str:
     return "\n\n".join(parts)
 
 
-def _difference_groups(runs: Sequence[Run]) -> Iterator[tuple[str, list[Difference]]]:
+def _difference_groups(runs: Sequence[RunRecord]) -> Iterator[tuple[str, list[SettingDifference]]]:
     yield "config", config_differences(runs)
     yield "environment", environment_differences(runs)
 
@@ -229,7 +229,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
-def comparison_page(runs: Sequence[Run], axis: str) -> str:
+def comparison_page(runs: Sequence[RunRecord], axis: str) -> str:
     """The comparison as one HTML page.
 
     Args:
@@ -239,7 +239,7 @@ def comparison_page(runs: Sequence[Run], axis: str) -> str:
     return page(" · ".join(run_names(runs))[:200], _body(runs, axis))
 
 
-def _body(runs: Sequence[Run], axis: str) -> Iterator[str]:
+def _body(runs: Sequence[RunRecord], axis: str) -> Iterator[str]:
     names = run_names(runs)
     yield heading(f"{len(runs)} runs", 1)
     yield how(", ".join(str(run.path.resolve()) for run in runs))
@@ -269,7 +269,7 @@ def _body(runs: Sequence[Run], axis: str) -> Iterator[str]:
 
 
 def _charts(
-    runs: Sequence[Run],
+    runs: Sequence[RunRecord],
     names: Sequence[str],
     panels: Sequence[tuple[str, str, str]],
     axis: str,

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_chameleon.pages.axes import MOST_POINTS, thin
-from megatron_chameleon.pages.charts import Chart, Line, Mark
+from megatron_chameleon.pages.charts import Chart, ChartMark, Line
 from megatron_chameleon.pages.elements import choice
 from megatron_chameleon.reports.findings import held_out
-from megatron_chameleon.runs.metrics import Metrics
-from megatron_chameleon.runs.run import Run
+from megatron_chameleon.runs.metrics import Metrics, smooth
+from megatron_chameleon.runs.run import RunRecord
 
 SHOWN_KEYS = (
     *("loss", "loss_text", "loss_image", "grad_norm", "learning_rate", "output_norm", "max_logit"),
@@ -55,14 +55,6 @@ def smoothing_window(points: int) -> int:
     return 1 if points < _FEWEST_TO_SMOOTH else min(max(points // 100, 5), 500)
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last ``window`` values, or over fewer at the start: [points]."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
-
-
 def metric_lines(metrics: Metrics, key: str, name: str, color: int = 0) -> list[Line]:
     """The curve of a metric: smoothed, over the pale values of each step."""
     steps, values = metrics.finite(key)
@@ -86,7 +78,7 @@ def _drawable(line: Line) -> Line:
     return replace(line, x=line.x[chosen], y=line.y[chosen])
 
 
-def loss_charts(run: Run, marks: Sequence[Mark]) -> str:
+def loss_charts(run: RunRecord, marks: Sequence[ChartMark]) -> str:
     """Training and held-out loss in one chart, then by modality; linear and logarithmic."""
     charts = [chart for key, title in _LOSSES if (chart := _loss_chart(run.metrics, key, title))]
     if not charts:
@@ -115,33 +107,33 @@ def _loss_chart(metrics: Metrics, key: str, title: str) -> Chart | None:
     return Chart(title, lines, "nats per token")
 
 
-def _lowest(metrics: Metrics, key: str = "loss") -> list[Mark]:
+def _lowest(metrics: Metrics, key: str = "loss") -> list[ChartMark]:
     found = held_out(metrics, f"validation/{key}")
     if found is None or found.measurements < 2:
         return []
     text = f"held-out loss is lowest at step {found.lowest_step:,}: {found.lowest:.4f}"
-    return [Mark(found.lowest_step, "lowest", text)]
+    return [ChartMark(found.lowest_step, "lowest", text)]
 
 
-def marks_of(run: Run) -> list[Mark]:
+def marks_of(run: RunRecord) -> list[ChartMark]:
     """Restarts, alarms, checkpoints, the stage change, and the lowest held-out loss."""
     marks = _lowest(run.metrics)
     for event in run.events.events:
         if event.step and event.kind in ("start", "restart", "rollback"):
-            marks.append(Mark(event.step, "restart", f"{event.kind} at step {event.step:,}"))
+            marks.append(ChartMark(event.step, "restart", f"{event.kind} at step {event.step:,}"))
     for alarm in run.alarms.alarms:
-        marks.append(Mark(alarm["step"], "alarm", f"alarm at step {alarm['step']:,}"))
+        marks.append(ChartMark(alarm["step"], "alarm", f"alarm at step {alarm['step']:,}"))
     for checkpoint in run.checkpoints:
         if checkpoint.is_whole:
             text = f"checkpoint of step {checkpoint.step:,}"
-            marks.append(Mark(checkpoint.step, "checkpoint", text))
+            marks.append(ChartMark(checkpoint.step, "checkpoint", text))
     step = stage2_step(run)
     if step is not None:
-        marks.append(Mark(step, "stage", f"stage 2 begins at step {step:,}"))
+        marks.append(ChartMark(step, "stage", f"stage 2 begins at step {step:,}"))
     return marks
 
 
-def stage2_step(run: Run) -> int | None:
+def stage2_step(run: RunRecord) -> int | None:
     """The first step of stage 2; None if the run has none, or it is not known.
 
     The newest checkpoint knows the sample at which it begins; the config says where it should.
@@ -164,7 +156,7 @@ def stage2_step(run: Run) -> int | None:
     return round(share * run.planned_steps) + 1
 
 
-def _stage2_sample(run: Run) -> int | None:
+def _stage2_sample(run: RunRecord) -> int | None:
     whole = [checkpoint for checkpoint in run.checkpoints if checkpoint.is_whole]
     state = whole[-1].state() if whole else {}
     try:
@@ -174,11 +166,11 @@ def _stage2_sample(run: Run) -> int | None:
     return sample if type(sample) is int and sample > 0 else None
 
 
-def speed_charts(run: Run) -> str:
+def speed_charts(run: RunRecord) -> str:
     return _panels(run.metrics, _SPEED)
 
 
-def stability_charts(run: Run) -> str:
+def stability_charts(run: RunRecord) -> str:
     return _panels(run.metrics, _STABILITY)
 
 
@@ -194,7 +186,7 @@ def _panels(metrics: Metrics, panels: Sequence[tuple[str, str, str]]) -> str:
     return f'<div class="charts">{"".join(found)}</div>' if found else "<p>No values yet.</p>"
 
 
-def token_chart(run: Run) -> str:
+def token_chart(run: RunRecord) -> str:
     """Tokens that were consumed, and those of them that counted in the loss."""
     lines = []
     for color, (key, name) in enumerate(

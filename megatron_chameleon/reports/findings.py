@@ -7,13 +7,10 @@ import numpy as np
 
 from megatron_chameleon.masking import mask_secrets
 from megatron_chameleon.runs.metrics import Metrics
-from megatron_chameleon.runs.run import Run
+from megatron_chameleon.runs.run import RunRecord
+from megatron_chameleon.runs.turning import has_risen
 from megatron_chameleon.wording import counted
 
-RISE = 0.01
-"""Share by which the held-out loss must have risen above its lowest value, for a sentence."""
-LASTING = 2
-"""For so many measurements it must have stayed above."""
 HELD_OUT = {
     "validation/loss": "held-out loss",
     "validation/loss_text": "held-out text loss",
@@ -43,19 +40,17 @@ def held_out(metrics: Metrics, key: str = "validation/loss") -> HeldOut | None:
         return None
     # The last of equal values, so that a constant loss does not count as having turned.
     lowest = len(values) - 1 - int(np.argmin(values[::-1]))
-    after = len(values) - 1 - lowest
-    rise = float(values[-1] - values[lowest])
     return HeldOut(
         lowest_step=int(steps[lowest]),
         lowest=float(values[lowest]),
         last_step=int(steps[-1]),
         last=float(values[-1]),
         measurements=len(values),
-        has_risen=after >= LASTING and rise >= RISE * abs(float(values[lowest])),
+        has_risen=has_risen(float(values[lowest]), float(values[-1]), len(values) - 1 - lowest),
     )
 
 
-def headlines(run: Run) -> list[tuple[str, str]]:
+def headlines(run: RunRecord) -> list[tuple[str, str]]:
     """The sentences, each with its kind for ``pages.elements.notes``."""
     found = [*_progress(run), *_held_out(run), *_troubles(run)]
     problems = [(problem, "warn") for problem in run.problems[:_MOST_PROBLEMS]]
@@ -64,7 +59,7 @@ def headlines(run: Run) -> list[tuple[str, str]]:
     return [(mask_secrets(text), kind) for text, kind in [*found, *problems]]
 
 
-def _progress(run: Run) -> Iterator[tuple[str, str]]:
+def _progress(run: RunRecord) -> Iterator[tuple[str, str]]:
     last, planned = run.metrics.last_step, run.planned_steps
     if not len(run.metrics):
         yield "The run has no steps yet, or their metrics are gone.", "warn"
@@ -75,7 +70,7 @@ def _progress(run: Run) -> Iterator[tuple[str, str]]:
         yield f"The run has done {counted(last, 'step')}.", ""
 
 
-def _held_out(run: Run) -> Iterator[tuple[str, str]]:
+def _held_out(run: RunRecord) -> Iterator[tuple[str, str]]:
     told: set[int] = set()
     for key, name in HELD_OUT.items():
         found = held_out(run.metrics, key)
@@ -110,7 +105,7 @@ def _falls(metrics: Metrics, key: str, found: HeldOut) -> bool:
     return mean(found.last_step) < mean(found.lowest_step)
 
 
-def _troubles(run: Run) -> Iterator[tuple[str, str]]:
+def _troubles(run: RunRecord) -> Iterator[tuple[str, str]]:
     alarms = run.alarms.alarms
     if alarms:
         count = counted(len(alarms) + run.alarms.left_out, "divergence alarm")
@@ -126,10 +121,7 @@ def _troubles(run: Run) -> Iterator[tuple[str, str]]:
     if rollbacks := kinds.count("rollback"):
         yield f"It was rolled back to an earlier checkpoint {_times(rollbacks)}.", "warn"
     if run.branches:
-        yield (
-            f"{counted(len(run.branches), 'abandoned branch').replace('branchs', 'branches')}.",
-            "",
-        )
+        yield f"{counted(len(run.branches), 'abandoned branch', 'es')}.", ""
 
 
 def _times(count: int) -> str:

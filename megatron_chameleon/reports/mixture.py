@@ -10,7 +10,7 @@ from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.pages.elements import Cell, how, table
 from megatron_chameleon.reports.formats import NONE, amount
 from megatron_chameleon.runs.records import CONFIG_FILE
-from megatron_chameleon.runs.run import Run
+from megatron_chameleon.runs.run import RunRecord
 
 _MOST_SOURCES = 500
 
@@ -62,7 +62,7 @@ def _read_sources(values: Mapping[str, Any], stage: int) -> list[tuple[str, str,
     return found
 
 
-def mixture_section(run: Run) -> str:
+def mixture_section(run: RunRecord) -> str:
     """The table of the sources."""
     sources = planned_sources(run.config.values)
     if not sources:
@@ -100,7 +100,9 @@ def _percent(share: float | None) -> Cell:
     return Cell("", "n", f"{100 * share:.2f}%{bar}")
 
 
-def _seen(run: Run, sources: list[PlannedSource]) -> tuple[dict[str, tuple[float, float]], str]:
+def _seen(
+    run: RunRecord, sources: list[PlannedSource]
+) -> tuple[dict[str, tuple[float, float]], str]:
     """Tokens and epochs of each source up to the last step; or why they are not known."""
     if not len(run.metrics):
         return {}, "The run has read nothing yet."
@@ -117,7 +119,7 @@ def _seen(run: Run, sources: list[PlannedSource]) -> tuple[dict[str, tuple[float
         return {}, f"What was seen is not shown: {error.lines()[0]}"
 
 
-def _count(run: Run) -> dict[str, tuple[float, float]]:
+def _count(run: RunRecord) -> dict[str, tuple[float, float]]:
     from megatron_chameleon.data.views.source_shares import open_recorded, tokens_seen
 
     config = load_recorded_config(run.path / CONFIG_FILE)

@@ -33,14 +33,14 @@ from megatron_chameleon.reports.tables import (
     event_table,
 )
 from megatron_chameleon.runs.metrics import Metrics
-from megatron_chameleon.runs.run import Run, read_run
+from megatron_chameleon.runs.run import RunRecord, read_run
 
 LAST_STEPS = 20
 """The last loss is the mean over so many last steps."""
 _MOST_SOURCES = 300
 
 
-def report_page(path: str | Path) -> tuple[Run, str]:
+def report_page(path: str | Path) -> tuple[RunRecord, str]:
     """Read a run, and write its page.
 
     Args:
@@ -53,13 +53,13 @@ def report_page(path: str | Path) -> tuple[Run, str]:
     return run, page(f"{run.name} · report", _body(run))
 
 
-def _body(run: Run) -> Iterator[str]:
+def _body(run: RunRecord) -> Iterator[str]:
     samples = sample_section(run, run.problems)
     yield heading(run.name, 1)
     yield how(f"{run.path.resolve()} · {_times(run)}")
     yield notes(headlines(run))
     yield cards(_numbers(run))
-    sections: tuple[tuple[str, Callable[[Run], str]], ...] = (
+    sections: tuple[tuple[str, Callable[[RunRecord], str]], ...] = (
         ("Losses", _losses),
         ("Speed", speed_charts),
         ("Stability", stability_charts),
@@ -77,7 +77,7 @@ def _body(run: Run) -> Iterator[str]:
     yield f"<footer>{escape(text)}</footer>"
 
 
-def _times(run: Run) -> str:
+def _times(run: RunRecord) -> str:
     """When the run last wrote, as far as its files say."""
     try:
         seconds = run.metrics.broken.path.stat().st_mtime
@@ -93,7 +93,7 @@ def last_mean(metrics: Metrics, key: str) -> float | None:
     return float(tail.mean()) if len(tail) else None
 
 
-def _numbers(run: Run) -> Iterator[tuple[str, str]]:
+def _numbers(run: RunRecord) -> Iterator[tuple[str, str]]:
     metrics = run.metrics
     planned = "steps" if run.planned_steps is None else f"of {run.planned_steps:,} steps"
     yield f"{metrics.last_step:,}", planned
@@ -117,7 +117,7 @@ def _numbers(run: Run) -> Iterator[tuple[str, str]]:
     yield duration(float(seconds.sum()) if len(seconds) else None), "training time"
 
 
-def _losses(run: Run) -> str:
+def _losses(run: RunRecord) -> str:
     text = how(
         "The mean cross-entropy of the tokens that are in the loss. Pale lines show each step,",
         "strong lines a running mean. Dots are measurements on held-out documents.",
@@ -125,7 +125,7 @@ def _losses(run: Run) -> str:
     return text + loss_charts(run, marks_of(run)) + source_chart(run.metrics) + _sources(run)
 
 
-def _sources(run: Run) -> str:
+def _sources(run: RunRecord) -> str:
     """Where the held-out loss of each source is lowest and where it stands."""
     rows = []
     for name, key in list(source_losses(run.metrics).items())[:_MOST_SOURCES]:
@@ -139,10 +139,10 @@ def _sources(run: Run) -> str:
     return table(heads, rows)
 
 
-def _data(run: Run) -> str:
+def _data(run: RunRecord) -> str:
     return mixture_section(run) + token_chart(run)
 
 
-def _config(run: Run) -> str:
+def _config(run: RunRecord) -> str:
     text = how("What differs from the defaults of this version. The whole file is below.")
     return (text if run.config.values else "") + config_section(run)

@@ -13,7 +13,7 @@ from megatron_chameleon.images.image_error import ImageError
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.images.pixels import PixelError, upright_rgb
 from megatron_chameleon.pages.elements import escape, heading, how, image
-from megatron_chameleon.runs.run import Run
+from megatron_chameleon.runs.run import RunRecord
 from megatron_chameleon.runs.samples import SamplePart, list_samples, read_samples
 from megatron_chameleon.wording import counted
 
@@ -29,7 +29,7 @@ _LONGEST_TEXT = 500
 _LARGEST_FILE = 32 << 20
 
 
-def sample_section(run: Run, problems: list[str]) -> str:
+def sample_section(run: RunRecord, problems: list[str]) -> str:
     """The answers to each prompt, by step.
 
     Args:

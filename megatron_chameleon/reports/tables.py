@@ -8,7 +8,7 @@ from megatron_chameleon.masking import mask_secrets, masked_values
 from megatron_chameleon.pages.elements import Cell, folded, how, preformatted, table
 from megatron_chameleon.reports.formats import NONE, number, setting
 from megatron_chameleon.runs.records import ENVIRONMENT_FILE, Event, flatten
-from megatron_chameleon.runs.run import Run
+from megatron_chameleon.runs.run import RunRecord
 from megatron_chameleon.wording import counted, format_bytes
 
 MOST_EVENTS = 400
@@ -22,7 +22,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _FIRST = ("git_commit", "git_dirty", "megatron_chameleon")
 
 
-def event_table(run: Run) -> str:
+def event_table(run: RunRecord) -> str:
     """Events and alarms, the newest first."""
     known = {event.step for event in run.events.events if event.kind == "alarm"}
     alarms = [
@@ -71,7 +71,7 @@ def _alarm_text(alarm: Mapping[str, Any]) -> str:
     )
 
 
-def checkpoint_table(run: Run) -> str:
+def checkpoint_table(run: RunRecord) -> str:
     """The checkpoints of the current line, then the branches that were abandoned."""
     parts = []
     if run.checkpoints:
@@ -110,7 +110,7 @@ def checkpoint_table(run: Run) -> str:
     return "".join(parts)
 
 
-def config_section(run: Run) -> str:
+def config_section(run: RunRecord) -> str:
     """What differs from the defaults, then the whole file, folded."""
     if not run.config.values:
         return how("The run has no config that can be read.")
@@ -133,7 +133,7 @@ def _default(value: Any) -> str:
     return NONE if value is None else setting(value)
 
 
-def environment_values(run: Run) -> dict[str, Any]:
+def environment_values(run: RunRecord) -> dict[str, Any]:
     """What ``environment.json`` says, flat, and without secrets."""
     values = dict(flatten(masked_values(run.environment)))
     commit = run.environment.get("git_commit")
@@ -142,7 +142,7 @@ def environment_values(run: Run) -> dict[str, Any]:
     return values
 
 
-def environment_section(run: Run) -> str:
+def environment_section(run: RunRecord) -> str:
     """Versions, machine and git commit of the last start."""
     if not run.environment:
         return how(f"The run has no {ENVIRONMENT_FILE} that can be read.")
@@ -156,7 +156,7 @@ def environment_section(run: Run) -> str:
     return (how(*notes) if notes else "") + table(("what", "value"), rows)
 
 
-def _environment_notes(run: Run, values: Mapping[str, Any]) -> Iterator[str]:
+def _environment_notes(run: RunRecord, values: Mapping[str, Any]) -> Iterator[str]:
     starts = len(run.commands)
     if starts > 1:
         yield f"The run was started {starts:,} times; this is its last start."

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_chameleon.checkpoint.state.line import METRICS_FILE
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.files import read_text
 from megatron_chameleon.json_text import parse_json
@@ -79,7 +80,7 @@ def find_holder(run: Path, usual_step_seconds: float = 0.0) -> Holder:
     path = run / LOCK_FILE
     values = read_holder_values(path)
     age = _age(path)
-    sign = _youngest(age, _age(run / "metrics.jsonl"))
+    sign = _youngest(age, _age(run / METRICS_FILE))
     if age is None:  # of a very early version, or copied without it
         return Holder({}, None, sign)
     if values.get("ended"):

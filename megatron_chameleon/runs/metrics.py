@@ -172,3 +172,17 @@ def _moved(places: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     kept = places >= 0
     order = np.argsort(places[kept], kind="stable")
     return places[kept][order], values[kept][order]
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the last ``window`` values, or over fewer at the start: [points].
+
+    NaN is left out; where all values are NaN, so is their mean.
+    """
+    is_number = ~np.isnan(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(is_number, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(is_number)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    found = counts[ends] - counts[starts]
+    return np.where(found > 0, (sums[ends] - sums[starts]) / np.maximum(found, 1), np.nan)

@@ -21,6 +21,8 @@ ENVIRONMENT_FILE = "environment.json"
 COMMAND_FILE = "command.txt"
 EVENTS_FILE = "events.jsonl"
 ALARMS_FILE = "alarms.jsonl"
+STARTS = ("start", "restart")
+"""Events with which a process begins."""
 MOST_EVENTS = 10_000
 """Events or alarms that are kept; of more, the newest."""
 _LONGEST_TEXT = 2000
@@ -44,7 +46,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class EventLog:
+class RecordedEvents:
     """The events of a run, oldest first."""
 
     events: list[Event]
@@ -54,7 +56,7 @@ class EventLog:
 
 
 @dataclass(frozen=True)
-class AlarmLog:
+class RecordedAlarms:
     """The divergence alarms of a run as they were written, each with its ``step``."""
 
     alarms: list[dict[str, Any]]
@@ -135,7 +137,7 @@ def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def read_config(run: Path) -> RecordedConfig:
+def read_recorded_config(run: Path) -> RecordedConfig:
     """The config of a run. ``${...}`` is not replaced, and unknown keys are kept.
 
     Raises:
@@ -165,23 +167,23 @@ def read_commands(run: Path) -> list[str]:
     return [line for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
 
 
-def read_events(run: Path) -> EventLog:
+def read_events(run: Path) -> RecordedEvents:
     """The events of a run; none if an earlier version wrote it.
 
     Raises:
         ChameleonError: The file cannot be read.
     """
     records, left_out, broken = _read_newest(run / EVENTS_FILE, has_step=False)
-    return EventLog([_event(record) for record in records], left_out, broken)
+    return RecordedEvents([_event(record) for record in records], left_out, broken)
 
 
-def read_alarms(run: Path) -> AlarmLog:
+def read_alarms(run: Path) -> RecordedAlarms:
     """The divergence alarms of a run; none if it has no such file.
 
     Raises:
         ChameleonError: The file cannot be read.
     """
-    return AlarmLog(*_read_newest(run / ALARMS_FILE, has_step=True))
+    return RecordedAlarms(*_read_newest(run / ALARMS_FILE, has_step=True))
 
 
 def _read_newest(file: Path, has_step: bool) -> tuple[list[dict[str, Any]], int, BrokenLines]:

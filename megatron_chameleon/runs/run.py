@@ -22,14 +22,14 @@ from megatron_chameleon.runs.records import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     EVENTS_FILE,
-    AlarmLog,
-    EventLog,
+    RecordedAlarms,
     RecordedConfig,
+    RecordedEvents,
     read_alarms,
     read_commands,
-    read_config,
     read_environment,
     read_events,
+    read_recorded_config,
 )
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ _SIGNS = (METRICS_FILE, CONFIG_FILE, ENVIRONMENT_FILE, COMMAND_FILE, FOLDER)
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """What a run folder holds; whatever is missing is empty."""
 
     path: Path
@@ -49,8 +49,8 @@ class Run:
     environment: dict[str, Any]
     commands: list[str]
     """The command of each start, oldest first."""
-    events: EventLog
-    alarms: AlarmLog
+    events: RecordedEvents
+    alarms: RecordedAlarms
     checkpoints: list[RunCheckpoint]
     """Those of the current line, by step."""
     branches: list[RunBranch]
@@ -104,7 +104,7 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in _SIGNS)
 
 
-def read_run(path: str | Path, wants: Callable[[str], bool] = lambda key: True) -> Run:
+def read_run(path: str | Path, wants: Callable[[str], bool] = lambda key: True) -> RunRecord:
     """Read a run folder.
 
     Args:
@@ -130,14 +130,18 @@ def read_run(path: str | Path, wants: Callable[[str], bool] = lambda key: True) 
 
     metrics = Metrics(BrokenLines(folder / METRICS_FILE))
     metrics = read(METRICS_FILE, lambda run: read_metrics(run / METRICS_FILE, wants), metrics)
-    config = read(CONFIG_FILE, read_config, RecordedConfig({}, ""))
+    config = read(CONFIG_FILE, read_recorded_config, RecordedConfig({}, ""))
     environment: dict[str, Any] = read(ENVIRONMENT_FILE, read_environment, {})
     commands: list[str] = read(COMMAND_FILE, read_commands, [])
-    events = read(EVENTS_FILE, read_events, EventLog([], 0, BrokenLines(folder / EVENTS_FILE)))
-    alarms = read(ALARMS_FILE, read_alarms, AlarmLog([], 0, BrokenLines(folder / ALARMS_FILE)))
+    events = read(
+        EVENTS_FILE, read_events, RecordedEvents([], 0, BrokenLines(folder / EVENTS_FILE))
+    )
+    alarms = read(
+        ALARMS_FILE, read_alarms, RecordedAlarms([], 0, BrokenLines(folder / ALARMS_FILE))
+    )
     logs = (metrics.broken, events.broken, alarms.broken)
     problems += [str(broken) for broken in logs if broken.count]
-    return Run(
+    return RunRecord(
         path=folder,
         name=folder.resolve().name,
         metrics=metrics,

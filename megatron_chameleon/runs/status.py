@@ -23,13 +23,16 @@ from megatron_chameleon.runs.checkpoints import RunCheckpoint, list_checkpoints
 from megatron_chameleon.runs.holder import Holder, find_holder
 from megatron_chameleon.runs.lines import LONGEST_LINE_BYTES, parse_object, read_backwards
 from megatron_chameleon.runs.records import (
+    ALARMS_FILE,
     CONFIG_FILE,
+    EVENTS_FILE,
+    STARTS,
     Event,
     RecordedConfig,
     read_alarms,
     read_commands,
-    read_config,
     read_events,
+    read_recorded_config,
 )
 from megatron_chameleon.runs.run import find_run
 
@@ -40,7 +43,6 @@ RECENT_STEPS = 200
 STALL_FACTOR, STALL_SECONDS = 10.0, 60.0
 """A run is called stalled if its last step is so many usual steps ago, and so many seconds."""
 HELD_OUT = "validation/loss"
-STARTS = ("start", "restart")
 STATES = {"finish": "finished", "stop": "stopped", "error": "failed", "hang": "hung"}
 """What a run is that is not alive, by its last event."""
 _MOST_RUNS = 1000
@@ -104,7 +106,9 @@ class StatusReader:
             run: From ``find_runs``.
         """
         problems: list[str] = []
-        config = _read(lambda: read_config(run), RecordedConfig({}, ""), CONFIG_FILE, problems)
+        config = _read(
+            lambda: read_recorded_config(run), RecordedConfig({}, ""), CONFIG_FILE, problems
+        )
         if not os.path.lexists(run / CONFIG_FILE):
             problems[:] = [f"{CONFIG_FILE} is missing"]
         records = list(islice(read_backwards(run / METRICS_FILE), RECENT_STEPS))
@@ -112,7 +116,7 @@ class StatusReader:
         seconds = [s for s in (_number(r, "step_seconds") for r in records) if s and s > 0]
         usual = statistics.median(seconds) if seconds else None
         holder = find_holder(run, usual or 0.0)
-        log = _read(lambda: read_events(run), None, "events.jsonl", problems)
+        log = _read(lambda: read_events(run), None, EVENTS_FILE, problems)
         events = log.events if log else []
         steps = config.get("training.steps") if config.values else None
         status = RunStatus(
@@ -168,7 +172,7 @@ def _runs_below(folder: Path, depth: int = 2) -> list[Path]:
             if path.name.startswith(".") or not path.is_dir() or len(found) >= _MOST_RUNS:
                 continue
             # A folder of a run, such as checkpoints/, would be taken for the run that it lies in.
-            if (path / METRICS_FILE).exists() or (path / "config.yaml").exists():
+            if (path / METRICS_FILE).exists() or (path / CONFIG_FILE).exists():
                 found.append(path)
             elif depth > 1 and path.name not in _SKIPPED:
                 found += _runs_below(path, depth - 1)
@@ -321,7 +325,7 @@ def _add_checkpoints(status: RunStatus, run: Path) -> None:
 
 
 def _add_alarms(status: RunStatus, run: Path, events: Sequence[Event]) -> None:
-    kept = _read(lambda: read_alarms(run), None, "alarms.jsonl", status.problems)
+    kept = _read(lambda: read_alarms(run), None, ALARMS_FILE, status.problems)
     status.alarms = len(kept.alarms) + kept.left_out if kept else 0
     if status.alarms:
         texts = [event.text for event in events if event.kind == "alarm"]

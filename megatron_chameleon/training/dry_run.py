@@ -159,7 +159,7 @@ def _try_step(inputs: RunInputs) -> str:
         check_loaded_weights(engine.named_parameters(), inputs.checkpoint)
     step = _steps_done(inputs) + 1
     batches = inputs.reader.batches_for(step, topology.data_rank, topology.data_size)
-    count = f"{len(batches):,} micro-batch{'' if len(batches) == 1 else 'es'}"
+    count = counted(len(batches), "micro-batch", "es")
     with announced(f"computing step {step}, {count} on each rank (--no-step leaves it out)"):
         metrics = engine.train_step(step, batches, update=step not in inputs.skipped_steps)
     _check_finite(step, metrics)

@@ -178,15 +178,9 @@ def _mixture(old: _Plan, new: _Plan) -> Iterator[str]:
 
 def _shares(weights: MixtureWeights, stage: int) -> Mapping[str, float]:
     """The share of the tokens that each source has in a stage, by its key."""
-    kept = 1.0 if stage == 1 else 1 - weights.stage2_share * bool(weights.stage2)
-    first = sum(source.weight for source in weights.stage1)
-    shares = {s.key: kept * s.weight / first for s in weights.stage1}
-    if stage == 2 and weights.stage2:
-        second = sum(source.weight for source in weights.stage2)
-        for source in weights.stage2:
-            added = weights.stage2_share * source.weight / second
-            shares[source.key] = shares.get(source.key, 0.0) + added
-    return shares
+    found = weights.of_stage(stage if weights.stage2 else 1)
+    sources = weights.stage1 if stage == 1 else (*weights.stage1, *weights.stage2)
+    return {s.key: found[s.key][0] if s.key in found else 0.0 for s in sources}
 
 
 def _share_text(name: str, before: float | None, after: float | None) -> str:

@@ -118,8 +118,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference",
         "runs",
     },
-    "training/metrics": {"config", "data/batches", "parallel"},
-    "training/records": {"config", "config/checks", "runs"},
+    "training/metrics": {"config", "data/batches", "parallel", "runs"},
+    "training/records": {"checkpoint/state", "config", "config/checks", "runs"},
     "training/run": {
         "checkpoint/state",
         "config",
@@ -177,6 +177,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model",
         "parallel",
         "tokenizer",
+        "runs",
     },
     "training": {
         "checkpoint/state",

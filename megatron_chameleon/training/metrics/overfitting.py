@@ -10,14 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-RISE = 0.01
-"""The held-out loss must be this share above its lowest value."""
-LASTING = 2
-"""For so many measurements in a row it must have been above its lowest value."""
+from megatron_chameleon.runs.turning import has_risen
 
 
 @dataclass(frozen=True)
-class Turn:
+class HeldOutTurn:
     """What was seen when a held-out loss had turned."""
 
     kind: str
@@ -51,7 +48,7 @@ class OverfittingAlarm:
     def __init__(self) -> None:
         self._all, self._modalities = _Watch(""), [_Watch("text"), _Watch("image")]
 
-    def observe(self, metrics: Mapping[str, Any]) -> Turn | None:
+    def observe(self, metrics: Mapping[str, Any]) -> HeldOutTurn | None:
         """Take in the metrics of a step; returns the turn if this step shows one.
 
         After that, the next one needs a new lowest held-out loss first. Once the loss of all tokens
@@ -81,7 +78,7 @@ class _Watch:
         self._lowest: _Measured | None = None
         self._above = 0
 
-    def observe(self, metrics: Mapping[str, Any]) -> Turn | None:
+    def observe(self, metrics: Mapping[str, Any]) -> HeldOutTurn | None:
         if (loss := _finite(metrics.get(self._key))) is not None:
             self._losses.append(loss)
         held_out_loss = _finite(metrics.get(f"validation/{self._key}"))
@@ -94,11 +91,12 @@ class _Watch:
             self._lowest, self._above, self.has_turned = now, 0, False
             return None
         lowest, self._above = self._lowest, self._above + 1
-        has_risen = now.held_out_loss - lowest.held_out_loss >= RISE * abs(lowest.held_out_loss)
-        if self.has_turned or self._above < LASTING or not has_risen or now.loss >= lowest.loss:
+        if self.has_turned or now.loss >= lowest.loss:
+            return None
+        if not has_risen(lowest.held_out_loss, now.held_out_loss, self._above):
             return None
         self.has_turned = True
-        return Turn(
+        return HeldOutTurn(
             self._kind,
             now.step,
             now.held_out_loss,

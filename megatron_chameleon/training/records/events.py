@@ -20,10 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_chameleon.checkpoint.state.line import METRICS_FILE
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ChameleonError, one_line
 from megatron_chameleon.masking import mask_secrets
-from megatron_chameleon.runs.records import EVENTS_FILE
+from megatron_chameleon.runs.records import COMMAND_FILE, EVENTS_FILE, STARTS
 from megatron_chameleon.terminal import escape_line
 from megatron_chameleon.training.records.growing_file import (
     GrowingFile,
@@ -35,7 +36,6 @@ from megatron_chameleon.training.records.notify import WAIT_SECONDS, Notifier
 logger = logging.getLogger(__name__)
 
 
-STARTS = ("start", "restart")
 ENDS = ("stop", "finish", "error", "hang")
 """Events after which the process ends."""
 LONGEST_TEXT = 4000
@@ -185,8 +185,8 @@ def read_past(folder: Path) -> Past:
             last = record
             if record["event"] in STARTS:
                 starts, last_start = starts + 1, record
-        if last is None and (folder / "metrics.jsonl").exists():
-            commands = (folder / "command.txt").read_bytes().splitlines()
+        if last is None and (folder / METRICS_FILE).exists():
+            commands = (folder / COMMAND_FILE).read_bytes().splitlines()
             starts = max(1, len(commands))
     except (ChameleonError, OSError):
         pass

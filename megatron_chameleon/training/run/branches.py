@@ -37,13 +37,13 @@ from megatron_chameleon.checkpoint.state.line import (
 from megatron_chameleon.checkpoint.state.start import Start
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.files import empty_folder, own_folder, write_bytes, write_text, writing
-from megatron_chameleon.runs.records import EVENTS_FILE
+from megatron_chameleon.runs.records import ALARMS_FILE, CONFIG_FILE, EVENTS_FILE
 from megatron_chameleon.training.run.skipped_steps import NONFINITE_FILE
 from megatron_chameleon.training.run.trackers import WANDB_ID_FILE
 
 RECORDS = (
     METRICS_FILE,
-    "alarms.jsonl",
+    ALARMS_FILE,
     NONFINITE_FILE,
     EVENTS_FILE,
     WANDB_ID_FILE,
@@ -105,7 +105,7 @@ def _make_branch(folder: Path, moves: Moves) -> None:
         empty_folder(partial)
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
         if moves.keeps_records:
-            for name in (*RECORDS, "config.yaml"):
+            for name in (*RECORDS, CONFIG_FILE):
                 _copy(folder.parent / name, partial / name)
         values = {"after_step": moves.after_step, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_text(partial / BRANCH_FILE, json.dumps(values) + "\n", CheckpointError)

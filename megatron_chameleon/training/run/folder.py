@@ -33,13 +33,19 @@ from megatron_chameleon.files import (
 )
 from megatron_chameleon.masking import masked_command, masked_values
 from megatron_chameleon.runs.code_version import code_version
-from megatron_chameleon.runs.records import EVENTS_FILE
+from megatron_chameleon.runs.holder import LOCK_FILE
+from megatron_chameleon.runs.records import (
+    ALARMS_FILE,
+    COMMAND_FILE,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    EVENTS_FILE,
+)
 from megatron_chameleon.training.records.growing_file import GrowingFile, read_json_lines
 
 FOLDERS = ("logs", "checkpoints", "samples")
-ALARMS_FILE = "alarms.jsonl"
-REPLACED_FILES = ("config.yaml", "environment.json", METRICS_FILE, ALARMS_FILE)
-OPENED_FILES = ("command.txt", EVENTS_FILE, "run.lock")
+REPLACED_FILES = (CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, ALARMS_FILE)
+OPENED_FILES = (COMMAND_FILE, EVENTS_FILE, LOCK_FILE)
 
 HistoryEntry = tuple[int, float | None, float | None]
 
@@ -114,10 +120,10 @@ class RunFolder:
         self.path = Path(config.logging.run_dir)
         for name in FOLDERS:
             make_folder(self.path / name, TrainingError)
-        write_text(self.path / "config.yaml", format_config(config), TrainingError)
-        append_command(self.path / "command.txt")
+        write_text(self.path / CONFIG_FILE, format_config(config), TrainingError)
+        append_command(self.path / COMMAND_FILE)
         environment = json.dumps(_environment(), indent=1)
-        write_text(self.path / "environment.json", environment + "\n", TrainingError)
+        write_text(self.path / ENVIRONMENT_FILE, environment + "\n", TrainingError)
         self._metrics_path = self.path / METRICS_FILE
         self.history = _keep_metrics(self._metrics_path, steps_done)
         self._metrics = GrowingFile(self._metrics_path)

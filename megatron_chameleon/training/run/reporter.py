@@ -18,7 +18,7 @@ from megatron_chameleon.planner.flops import training_flops_per_token
 from megatron_chameleon.planner.gpus import find_gpu
 from megatron_chameleon.planner.time import uses_fp8
 from megatron_chameleon.training.metrics.divergence import Alarm, DivergenceAlarm
-from megatron_chameleon.training.metrics.overfitting import OverfittingAlarm, Turn
+from megatron_chameleon.training.metrics.overfitting import HeldOutTurn, OverfittingAlarm
 from megatron_chameleon.training.metrics.profiler import StepProfiler
 from megatron_chameleon.training.metrics.stragglers import StepClock, StragglerMonitor
 from megatron_chameleon.training.records.events import EventLog
@@ -205,7 +205,7 @@ class SpeedMeter:
         }
 
 
-def turn_text(turn: Turn, config: Config) -> str:
+def turn_text(turn: HeldOutTurn, config: Config) -> str:
     """The line about a held-out loss that has turned, with the checkpoint to go back to."""
     checkpoints = list_line(checkpoints_folder(config))
     place = "no checkpoint of the run exists yet"

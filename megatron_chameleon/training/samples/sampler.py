@@ -20,13 +20,12 @@ from megatron_chameleon.errors import ChameleonError, ConfigError, TrainingError
 from megatron_chameleon.files import make_folder, write_text, write_together
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.runs.samples import SAMPLES_FILE
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.training.samples.live_weights import LiveWeightsReader, gather_weights
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.session import Answer
-
-SAMPLES_FILE = "samples.jsonl"
 
 
 def check_samples(config: Config) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_chameleon.pages.axes import MOST_POINTS, axis_of, thin, tick_label
-from megatron_chameleon.pages.charts import MARK_NAMES, Chart, Line, Mark
+from megatron_chameleon.pages.charts import MARK_NAMES, Chart, ChartMark, Line
 from megatron_chameleon.pages.elements import (
     cards,
     choice,
@@ -116,7 +116,7 @@ def test_a_chart_draws_points_where_they_are() -> None:
 @pytest.mark.parametrize("logs", [(False, False), (True, True)])
 def test_charts_of_odd_numbers_are_whole(values: list, logs: tuple[bool, bool]) -> None:
     x, y = np.arange(len(values)), np.array(values, dtype=float)
-    marks = [Mark(place, kind, HOSTILE) for kind in MARK_NAMES for place in (-5, 0, 0.5, 1e15)]
+    marks = [ChartMark(place, kind, HOSTILE) for kind in MARK_NAMES for place in (-5, 0, 0.5, 1e15)]
     lines = [Line(HOSTILE, x, y, 7, kind) for kind in ("curve", "raw", "dots", "dash")]
     drawn = Chart(HOSTILE, lines, HOSTILE, marks, HOSTILE, *logs).html()
     found = Tags(drawn)
@@ -127,7 +127,7 @@ def test_charts_of_odd_numbers_are_whole(values: list, logs: tuple[bool, bool]) 
 def test_a_chart_of_a_million_points_and_a_thousand_marks_is_small() -> None:
     random = np.random.default_rng(1)
     x = np.arange(1_000_000)
-    marks = [Mark(step, "alarm", "x") for step in range(0, 1_000_000, 1000)]
+    marks = [ChartMark(step, "alarm", "x") for step in range(0, 1_000_000, 1000)]
     lines = [Line("", x, random.normal(size=len(x)), 0, "raw"), Line("a", x, x / 7.0)]
     drawn = Chart("t", lines, marks=marks).html()
     assert drawn.count('class="mark alarm"') <= 61 and len(drawn) < 30_000

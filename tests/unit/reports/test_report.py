@@ -16,7 +16,7 @@ from megatron_chameleon.reports.mixture import planned_sources
 from megatron_chameleon.reports.report import report_page
 from megatron_chameleon.reports.samples import SIDE
 from megatron_chameleon.runs.metrics import metrics_of
-from megatron_chameleon.runs.records import flatten, read_config
+from megatron_chameleon.runs.records import flatten, read_recorded_config
 from synthetic_run import write_run
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror='a()'>\"&\u202e\x1b[2J"
@@ -90,7 +90,7 @@ def test_planned_shares_are_those_of_the_mixture(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=1)
     first = (SourceWeight("nowhere/pairs", 3.0), SourceWeight("prose", 1.0))
     weights = MixtureWeights(first, (SourceWeight("nowhere/quality", 1.0),), 0.5, 1, 0.002)
-    found = planned_sources(read_config(run).values)
+    found = planned_sources(read_recorded_config(run).values)
     for stage in (1, 2):
         shares = {s.name: s.shares[stage - 1] for s in found if s.shares[stage - 1] is not None}
         expected = {key: share for key, (share, _) in weights.of_stage(stage).items()}

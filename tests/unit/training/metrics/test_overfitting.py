@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_chameleon.training.metrics.overfitting import OverfittingAlarm, Turn
+from megatron_chameleon.training.metrics.overfitting import HeldOutTurn, OverfittingAlarm
 
 
 def turns(training, held_out, every=10, kind=""):
@@ -77,4 +77,4 @@ def test_a_modality_is_no_news_once_all_have_turned():
         metrics = {"step": n + 1, "loss": 2 - n / 10, "loss_text": 2 - n / 10}
         metrics |= {"validation/loss": loss, "validation/loss_text": later}
         found.append(alarm.observe(metrics))
-    assert [turn.kind for turn in found if isinstance(turn, Turn)] == [""]
+    assert [turn.kind for turn in found if isinstance(turn, HeldOutTurn)] == [""]
