@@ -15,11 +15,11 @@ export OMP_NUM_THREADS ?= 1
 $(VENV)/demo: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,serve]'
 	touch $@
 
 $(VENV)/installed: $(VENV)/demo
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,deepspeed,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,serve,deepspeed,test]'
 	touch $@
 
 demo: $(VENV)/demo

@@ -57,6 +57,11 @@ setup(
         "deepspeed": ["deepspeed~=0.19.8"],
         "mpi": ["mpi4py"],
         "demo": ["scikit-learn"],
+        "serve": [
+            "starlette",  # HTTP, and the base of what vLLM serves with
+            "uvicorn",
+            "prometheus-client",
+        ],
         "eval": [
             "lm-eval[math]",  # the field's text benchmarks
             "pycocoevalcap",  # CIDEr, as the paper computes it
@@ -83,6 +88,9 @@ setup(
             "nltk",
             "krippendorff",
             "webdataset",  # what the tar reader is compared with
+            "openai",  # the client that people use
+            "playwright",  # drives Chromium through the chat page
+            "httpx",
         ],
     },
 )

@@ -30,7 +30,7 @@ from megatron_chameleon.cli.options import (
 from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
-    from megatron_chameleon.inference.options import GenerationOptions
+    from megatron_chameleon.inference.engine.options import GenerationOptions
 
 KINDS = ("absolute", "pairwise", "safety")
 
@@ -127,8 +127,8 @@ def _answer(args: argparse.Namespace) -> None:
 
 
 def _generation_options(args: argparse.Namespace) -> "GenerationOptions":
-    from megatron_chameleon.inference.modality import Force
-    from megatron_chameleon.inference.options import GenerationOptions
+    from megatron_chameleon.inference.engine.modality import Force
+    from megatron_chameleon.inference.engine.options import GenerationOptions
 
     names = ("temperature", "top_p", "guidance", "max_tokens")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -30,7 +30,7 @@ from megatron_chameleon.wording import counted
 if TYPE_CHECKING:
     from megatron_chameleon.data.documents.image_part import ImagePart
     from megatron_chameleon.data.documents.schema import Document, TextPart
-    from megatron_chameleon.inference.options import GenerationOptions
+    from megatron_chameleon.inference.engine.options import GenerationOptions
     from megatron_chameleon.inference.session import Answer
 
 ANSWERS_FILE = "documents.jsonl"
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Answer every prompt ``--count`` times, print the texts and save the images."""
     from megatron_chameleon.inference.chat import chat_prompt
-    from megatron_chameleon.inference.options import Execution
+    from megatron_chameleon.inference.engine.options import Execution
     from megatron_chameleon.inference.session import Session
     from megatron_chameleon.outputs import save_anyhow
 
@@ -139,8 +139,8 @@ def _check_output(args: argparse.Namespace) -> Path:
 
 
 def _options(args: argparse.Namespace) -> "GenerationOptions":
-    from megatron_chameleon.inference.modality import Force
-    from megatron_chameleon.inference.options import GenerationOptions
+    from megatron_chameleon.inference.engine.modality import Force
+    from megatron_chameleon.inference.engine.options import GenerationOptions
 
     names = ("temperature", "top_p", "guidance", "guidance_image", "max_tokens", "batch_size")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -24,11 +24,11 @@ from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.inference.answers.stop_strings import StopStrings, cut_at_stop
 from megatron_chameleon.inference.chat import ControlToken
-from megatron_chameleon.inference.decode import BatchDecoder, collect
-from megatron_chameleon.inference.modality import Force, TokenClasses
-from megatron_chameleon.inference.options import Execution, GenerationOptions
-from megatron_chameleon.inference.stop_strings import StopStrings, cut_at_stop
+from megatron_chameleon.inference.engine.decode import BatchDecoder, collect
+from megatron_chameleon.inference.engine.modality import Force, TokenClasses
+from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 

@@ -25,10 +25,10 @@ from benchmarks.gpu.common import (
 from benchmarks.gpu.models.engines import preset_config, vocab_size
 from benchmarks.training.train_step import transformers_config
 from megatron_chameleon.config.parameters import count_parameters
-from megatron_chameleon.inference.decode import BatchDecoder, collect
-from megatron_chameleon.inference.modality import Force, TokenClasses
-from megatron_chameleon.inference.options import Execution, GenerationOptions
-from megatron_chameleon.inference.sampling import choose
+from megatron_chameleon.inference.engine.decode import BatchDecoder, collect
+from megatron_chameleon.inference.engine.modality import Force, TokenClasses
+from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
+from megatron_chameleon.inference.engine.sampling import choose
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.tokenizer.common.vocabulary import (
     BOS,

@@ -14,8 +14,8 @@ from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import CheckpointError, ConfigError, DataError
-from megatron_chameleon.inference.decode import GenerationOptions
-from megatron_chameleon.inference.modality import Force
+from megatron_chameleon.inference.engine.decode import GenerationOptions
+from megatron_chameleon.inference.engine.modality import Force
 from megatron_chameleon.inference.session import Session
 from tiny_model import write_tokenizer
 

@@ -10,7 +10,7 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
 from megatron_chameleon.evaluation.tasks.catalogue import TASKS, find_task, listing
 from megatron_chameleon.evaluation.tasks.harness import evaluate_harness_task, vote_on_math
-from megatron_chameleon.inference.stop_strings import cut_at_stop
+from megatron_chameleon.inference.answers.stop_strings import cut_at_stop
 
 PIQA = [
     {"goal": f"write a {n}", "sol1": "three", "sol2": "digit number 4 twice", "label": n % 2}

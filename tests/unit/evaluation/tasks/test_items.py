@@ -17,7 +17,7 @@ from megatron_chameleon.evaluation.tasks.items import (
     _with_examples,
     evaluate_items,
 )
-from megatron_chameleon.inference.stop_strings import cut_at_stop
+from megatron_chameleon.inference.answers.stop_strings import cut_at_stop
 
 CAPTION = TaskInfo("coco_caption", "caption", "CIDEr", 2, {"34B": 120.2}, data="coco")
 VQA = TaskInfo("vqav2", "vqa", "accuracy", 2, {"34B": 66.0}, data="vqav2")

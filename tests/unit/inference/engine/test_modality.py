@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_chameleon.inference.modality import Force, ModalityState, TokenClasses
+from megatron_chameleon.inference.engine.modality import Force, ModalityState, TokenClasses
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary, control_names
 
 CODES_PER_IMAGE = 3

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.inference.options import Execution, GenerationOptions
+from megatron_chameleon.inference.answers.stop_strings import StopStrings, cut_at_stop
+from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
 from megatron_chameleon.inference.session import Session
-from megatron_chameleon.inference.stop_strings import StopStrings, cut_at_stop
 
 IMAGE_IDS = frozenset({1, 2, 3})
 TEXT = "a handwritten digit\nzero é 漢字 👩‍👩‍👧 Q: number 7 "

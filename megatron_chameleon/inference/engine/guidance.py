@@ -12,8 +12,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from megatron_chameleon.inference.modality import ModalityState, TokenClasses
-from megatron_chameleon.inference.options import GenerationOptions
+from megatron_chameleon.inference.engine.modality import ModalityState, TokenClasses
+from megatron_chameleon.inference.engine.options import GenerationOptions
 
 
 class Conditioning(StrEnum):

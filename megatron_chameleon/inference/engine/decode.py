@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_chameleon.inference.context import BatchContext
-from megatron_chameleon.inference.guidance import Guidance
-from megatron_chameleon.inference.modality import Force, ModalityState, TokenClasses
-from megatron_chameleon.inference.options import Execution, GenerationOptions
-from megatron_chameleon.inference.sampling import choose, draw, penalise_repetition
-from megatron_chameleon.inference.stop_strings import StopStrings
+from megatron_chameleon.inference.answers.stop_strings import StopStrings
+from megatron_chameleon.inference.engine.context import BatchContext
+from megatron_chameleon.inference.engine.guidance import Guidance
+from megatron_chameleon.inference.engine.modality import Force, ModalityState, TokenClasses
+from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
+from megatron_chameleon.inference.engine.sampling import choose, draw, penalise_repetition
 from megatron_chameleon.parallel import cuda_graphs
 
 RESERVED_TOKENS = 256

@@ -6,7 +6,7 @@ Letters in tensor names: B rows of the batch, V vocabulary (within an image, onl
 import torch
 from torch import Tensor
 
-from megatron_chameleon.inference.options import GenerationOptions
+from megatron_chameleon.inference.engine.options import GenerationOptions
 
 
 def choose(

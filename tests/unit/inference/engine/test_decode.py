@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.inference import context as context_module
-from megatron_chameleon.inference import decode as decode_module
-from megatron_chameleon.inference.context import BatchContext
-from megatron_chameleon.inference.decode import BatchDecoder, Execution, collect, decode
-from megatron_chameleon.inference.guidance import Conditioning, Guidance
-from megatron_chameleon.inference.modality import Force, ModalityState, TokenClasses
-from megatron_chameleon.inference.options import GenerationOptions
-from megatron_chameleon.inference.sampling import choose, penalise_repetition
+from megatron_chameleon.inference.engine import context as context_module
+from megatron_chameleon.inference.engine import decode as decode_module
+from megatron_chameleon.inference.engine.context import BatchContext
+from megatron_chameleon.inference.engine.decode import BatchDecoder, Execution, collect, decode
+from megatron_chameleon.inference.engine.guidance import Conditioning, Guidance
+from megatron_chameleon.inference.engine.modality import Force, ModalityState, TokenClasses
+from megatron_chameleon.inference.engine.options import GenerationOptions
+from megatron_chameleon.inference.engine.sampling import choose, penalise_repetition
 from megatron_chameleon.inference.session import Session
 from megatron_chameleon.parallel import cuda_graphs
 from recorded_ops import RecordedOps

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.inference.modality import Force
+from megatron_chameleon.inference.engine.modality import Force
 
 GPU_SYNC_EVERY_TOKENS = 16
 GPU_WIDTH_STEP = 256

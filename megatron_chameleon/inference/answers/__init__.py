@@ -1,0 +1,1 @@
+"""Answers: the text and the images that token ids stand for."""

@@ -1,0 +1,1 @@
+"""Decoding: which tokens may come next, how they are drawn, and the engines that do it."""
