@@ -21,18 +21,13 @@ from PIL import Image
 from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
-from megatron_chameleon.data.documents.image_part import ImagePart
-from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.answers.stop_strings import StopStrings, cut_at_stop
-from megatron_chameleon.inference.chat import ControlToken
 from megatron_chameleon.inference.engine.decode import BatchDecoder, collect
 from megatron_chameleon.inference.engine.modality import Force, TokenClasses
 from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
+from megatron_chameleon.inference.prompts import PromptPart, encode_prompts, image_tokenizer_of
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
-
-PromptPart = str | Image.Image | TextPart | ImagePart | ControlToken
 
 CAPTION_OPTIONS = GenerationOptions(temperature=0, repetition_penalty=1.0)
 
@@ -110,22 +105,7 @@ class Session:
         Raises:
             DataError: An image cannot be read.
         """
-        vocabulary = self.tokenizer.vocabulary
-        images = [_image(part) for prompt in prompts for part in prompt if _is_image(part)]
-        codes = iter(self._image_tokenizer().encode(images) if images else [])
-        encoded = []
-        for prompt in prompts:
-            token_ids = [vocabulary.bos]
-            for part in prompt:
-                if _is_image(part):
-                    image_ids = vocabulary.codes_to_token_ids(next(codes)).tolist()
-                    token_ids += [vocabulary.begin_image, *image_ids, vocabulary.end_image]
-                elif isinstance(part, ControlToken):
-                    token_ids.append(part.token_id)
-                else:
-                    token_ids += self.tokenizer.text.encode(_text(part))
-            encoded.append(token_ids)
-        return encoded
+        return encode_prompts(prompts, self.tokenizer)
 
     def generate(
         self,
@@ -213,7 +193,7 @@ class Session:
                 f"Shorten it to at most {max(0, self.context_tokens - needed):,} tokens",
             )
         if options.force is Force.IMAGE:
-            self._image_tokenizer()
+            image_tokenizer_of(self.tokenizer)
             if options.max_tokens is not None and options.max_tokens < needed:
                 raise DataError(
                     "max_tokens",
@@ -242,33 +222,6 @@ class Session:
             finish_text()
             image_ids = [next(remaining) for _ in range(self.codes_per_image)]
             codes = vocabulary.token_ids_to_codes(np.array(image_ids))
-            content += self._image_tokenizer().decode(codes[None])
+            content += image_tokenizer_of(self.tokenizer).decode(codes[None])
         finish_text()
         return content
-
-    def _image_tokenizer(self) -> ImageTokenizer:
-        if self.tokenizer.image is None:
-            raise DataError(
-                str(self.tokenizer.folder),
-                "the tokenizer has no image tokenizer",
-                "Use a folder with image.safetensors",
-            )
-        return self.tokenizer.image
-
-
-def _is_image(part: PromptPart) -> bool:
-    return isinstance(part, Image.Image | ImagePart)
-
-
-def _image(part: PromptPart) -> Image.Image:
-    if isinstance(part, ImagePart):
-        return part.open()
-    assert isinstance(part, Image.Image)
-    return part
-
-
-def _text(part: PromptPart) -> str:
-    if isinstance(part, TextPart):
-        return part.text
-    assert isinstance(part, str)
-    return part

@@ -26,7 +26,8 @@ from megatron_chameleon.inference.chat import ControlToken
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.engine.decode import GenerationOptions
-    from megatron_chameleon.inference.session import Answer, PromptPart, Session
+    from megatron_chameleon.inference.prompts import PromptPart
+from megatron_chameleon.inference.session import Answer, Session
 
 Progress = Callable[[str], None]
 REPORT_SECONDS = 2.0

@@ -1,0 +1,73 @@
+"""Turn the parts of a prompt into token ids."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.documents.schema import TextPart
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.inference.chat import ControlToken
+from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
+
+PromptPart = str | Image.Image | TextPart | ImagePart | ControlToken
+
+
+def encode_prompts(
+    prompts: Sequence[Sequence[PromptPart]], tokenizer: Tokenizer
+) -> list[list[int]]:
+    """Token ids of prompts: ``<s>`` and the parts in order as in a document, without ``</s>``.
+
+    Raises:
+        DataError: An image cannot be read, or there is no image tokenizer.
+    """
+    vocabulary = tokenizer.vocabulary
+    images = [_image(part) for prompt in prompts for part in prompt if _is_image(part)]
+    codes = iter(image_tokenizer_of(tokenizer).encode(images) if images else [])
+    encoded = []
+    for prompt in prompts:
+        token_ids = [vocabulary.bos]
+        for part in prompt:
+            if _is_image(part):
+                image_ids = vocabulary.codes_to_token_ids(next(codes)).tolist()
+                token_ids += [vocabulary.begin_image, *image_ids, vocabulary.end_image]
+            elif isinstance(part, ControlToken):
+                token_ids.append(part.token_id)
+            else:
+                token_ids += tokenizer.text.encode(_text(part))
+        encoded.append(token_ids)
+    return encoded
+
+
+def image_tokenizer_of(tokenizer: Tokenizer) -> ImageTokenizer:
+    """The image tokenizer.
+
+    Raises:
+        DataError: There is none.
+    """
+    if tokenizer.image is None:
+        raise DataError(
+            str(tokenizer.folder),
+            "the tokenizer has no image tokenizer",
+            "Use a folder with image.safetensors",
+        )
+    return tokenizer.image
+
+
+def _is_image(part: PromptPart) -> bool:
+    return isinstance(part, Image.Image | ImagePart)
+
+
+def _image(part: PromptPart) -> Image.Image:
+    if isinstance(part, ImagePart):
+        return part.open()
+    assert isinstance(part, Image.Image)
+    return part
+
+
+def _text(part: PromptPart) -> str:
+    if isinstance(part, TextPart):
+        return part.text
+    assert isinstance(part, str)
+    return part
