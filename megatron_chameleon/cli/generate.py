@@ -30,8 +30,8 @@ from megatron_chameleon.wording import counted
 if TYPE_CHECKING:
     from megatron_chameleon.data.documents.image_part import ImagePart
     from megatron_chameleon.data.documents.schema import Document, TextPart
+    from megatron_chameleon.inference.answers.answer import Answer
     from megatron_chameleon.inference.engine.options import GenerationOptions
-    from megatron_chameleon.inference.session import Answer
 
 ANSWERS_FILE = "documents.jsonl"
 
@@ -205,7 +205,7 @@ def _report(done: int, total: int, started: float) -> None:
 def _save(folder: Path, prompts: Sequence["Document"], answers: Sequence["Answer"]) -> None:
     """Write the images, then ``documents.jsonl`` with a line for each answer: all or none."""
     from megatron_chameleon.files import write_together
-    from megatron_chameleon.inference.answer_files import parts_and_images
+    from megatron_chameleon.inference.answers.files import parts_and_images
 
     lines: list[str] = []
     images: dict[Path, bytes] = {}
@@ -226,7 +226,7 @@ def _save(folder: Path, prompts: Sequence["Document"], answers: Sequence["Answer
 
 def _print(number: int, answer: "Answer", folder: Path | None) -> None:
     """Print an answer; its images are left out if they could not be saved."""
-    from megatron_chameleon.inference.answer_files import image_name
+    from megatron_chameleon.inference.answers.files import image_name
 
     for index, part in enumerate(answer.content):
         if isinstance(part, str):

@@ -10,11 +10,10 @@ memory.
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -22,24 +21,14 @@ from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.inference.answers.stop_strings import StopStrings, cut_at_stop
-from megatron_chameleon.inference.engine.decode import BatchDecoder, collect
+from megatron_chameleon.inference.answers.answer import Answer, AnswerBatch
+from megatron_chameleon.inference.engine.decode import BatchDecoder
 from megatron_chameleon.inference.engine.modality import Force, TokenClasses
 from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
 from megatron_chameleon.inference.prompts import PromptPart, encode_prompts, image_tokenizer_of
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 CAPTION_OPTIONS = GenerationOptions(temperature=0, repetition_penalty=1.0)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The model's answer to one prompt."""
-
-    content: list[str | Image.Image]
-    """Texts and images in order; a text is never empty."""
-    token_ids: list[int]
-    """The tokens as drawn, including ``</s>`` if it came."""
 
 
 class Session:
@@ -130,16 +119,16 @@ class Session:
         encoded = self.encode(prompts)
         max_new_tokens = [self._max_new_tokens(token_ids, options) for token_ids in encoded]
         generator = torch.Generator(device=self.device).manual_seed(options.seed)
-        answers: list[list[int]] = []
+        answers: list[Answer] = []
         for start in range(0, len(encoded), options.batch_size):
             batch = slice(start, start + options.batch_size)
             decoder = self._decoder_of(len(encoded[batch]), options)
-            stops = self._stop_strings(len(encoded[batch]), options)
-            answers += collect(
-                decoder.stream(encoded[batch], max_new_tokens[batch], generator, stops)
-            )
+            drawn = AnswerBatch(self.tokenizer, len(encoded[batch]), options.stop)
+            for _ in decoder.stream(encoded[batch], max_new_tokens[batch], generator, drawn):
+                pass
+            answers += drawn.finish()
             progress(len(answers), len(encoded))
-        return [Answer(self._content(token_ids, options.stop), token_ids) for token_ids in answers]
+        return answers
 
     def caption(
         self,
@@ -175,12 +164,6 @@ class Session:
             )
         return decoder
 
-    def _stop_strings(self, rows: int, options: GenerationOptions) -> StopStrings | None:
-        if not options.stop:
-            return None
-        text = self.tokenizer.text
-        return StopStrings(options.stop, text, self._classes.image_token_ids, rows)
-
     def _max_new_tokens(self, token_ids: list[int], options: GenerationOptions) -> int:
         room = self.context_tokens - len(token_ids)
         needed = self.codes_per_image + 2 if options.force is Force.IMAGE else 1
@@ -201,27 +184,3 @@ class Session:
                     f"Set it to {needed:,} or more",
                 )
         return room if options.max_tokens is None else min(room, options.max_tokens)
-
-    def _content(self, token_ids: list[int], stops: Sequence[str] = ()) -> list[str | Image.Image]:
-        """Texts up to a stop string, and images. ``ModalityState`` completes each image."""
-        vocabulary = self.tokenizer.vocabulary
-        content: list[str | Image.Image] = []
-        text_ids: list[int] = []
-
-        def finish_text() -> None:
-            text = self.tokenizer.text.decode(text_ids)  # skips </s> and the end of an image
-            if text := cut_at_stop(text, stops):
-                content.append(text)
-            text_ids.clear()
-
-        remaining = iter(token_ids)
-        for token_id in remaining:
-            if token_id != vocabulary.begin_image:
-                text_ids.append(token_id)
-                continue
-            finish_text()
-            image_ids = [next(remaining) for _ in range(self.codes_per_image)]
-            codes = vocabulary.token_ids_to_codes(np.array(image_ids))
-            content += image_tokenizer_of(self.tokenizer).decode(codes[None])
-        finish_text()
-        return content

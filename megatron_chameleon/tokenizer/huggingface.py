@@ -17,9 +17,7 @@ from typing import Any
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import read_json_object, write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
-
-SPACE = "▁"
-"""sentencepiece's mark for a space."""
+from megatron_chameleon.tokenizer.text.tokenizer import SPACE
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}

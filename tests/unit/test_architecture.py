@@ -94,7 +94,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
         "tokenizer/common",
     },
-    "inference/answers": {"tokenizer/text"},
+    # an answer is read with all of the tokenizer: its texts, its images, and what a token id means
+    "inference/answers": {"tokenizer", "tokenizer/text"},
     "inference/engine": {"inference/answers", "parallel", "tokenizer/common"},
     "inference": {
         "checkpoint/formats",
@@ -117,6 +118,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "evaluation/asking",
         "images",
         "inference",
+        "inference/answers",
         "inference/engine",
     },
     "evaluation": {
@@ -182,6 +184,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "data/documents",
         "inference",
+        "inference/answers",
         "inference/engine",
         "model",
         "parallel",

@@ -18,8 +18,8 @@ from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.inference.chat import chat_prompt
 
 if TYPE_CHECKING:
+    from megatron_chameleon.inference.answers.answer import Answer
     from megatron_chameleon.inference.engine.decode import GenerationOptions
-    from megatron_chameleon.inference.session import Answer
 
 ANSWERED_FILE = "documents.jsonl"
 KEPT = ("category", "modality")

@@ -1,69 +1,82 @@
-"""Find stop strings in answers while they are drawn, so that an answer ends where one appears."""
+"""Find stop strings in a text that arrives in pieces.
 
-from collections.abc import Collection, Sequence
+An answer ends at the first character that completes a stop string, and is cut before that string.
+If one character completes several, the longest of them counts.
+"""
 
-from megatron_chameleon.tokenizer.text.tokenizer import TextTokenizer
-
-_MARGIN = 4
-"""Tokens before those that can hold the end of a stop string. A tail of tokens decodes to the tail
-of the text only behind its first character, which may lack bytes or a leading space."""
+from collections.abc import Sequence
 
 
 class StopStrings:
-    """Watches the texts of a batch of answers.
-
-    An image ends a text, so a stop string is never found across one.
+    """Watches one text.
 
     Args:
         stops: The strings, none of them empty.
-        tokenizer: Of the model.
-        image_token_ids: Codes, and the beginning and end of an image.
-        rows: Number of answers.
+
+    Attributes:
+        found: The stop string that appeared, or None.
     """
 
-    def __init__(
-        self,
-        stops: Sequence[str],
-        tokenizer: TextTokenizer,
-        image_token_ids: Collection[int],
-        rows: int,
-    ) -> None:
-        self._stops, self._tokenizer, self._image_token_ids = stops, tokenizer, image_token_ids
-        # a token has at least one byte of text, so this many hold the longest stop string
-        self._kept = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + _MARGIN
-        self._texts: list[list[int]] = [[] for _ in range(rows)]
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._searches = [_Search(stop) for stop in sorted(set(stops), key=len, reverse=True)]
+        self._held = ""
+        self.found: str | None = None
 
-    def take(self, new_tokens: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-        """Look at the new tokens of each row.
+    def feed(self, text: str) -> str:
+        """What can be given out of the text so far: not what may be the beginning of a stop string.
 
-        Returns:
-            The new tokens of each row, without those behind the one that completes a stop string;
-            and the rows in which one was completed.
+        After a stop string, nothing can.
         """
-        kept, stopped = [], []
-        for row, token_ids in enumerate(new_tokens):
-            end = self._end(self._texts[row], token_ids)
-            kept.append(list(token_ids[:end]))
-            if end is not None:
-                stopped.append(row)
-        return kept, stopped
+        if not self._searches or self.found is not None:
+            return "" if self.found is not None else text
+        text = self._held + text
+        for place in range(len(self._held), len(text)):
+            for search in self._searches:
+                if search.completed_by(text[place]) and self.found is None:
+                    self.found = search.string
+            if self.found is not None:
+                self._held = ""
+                return text[: place + 1 - len(self.found)]
+        free = len(text) - max(search.matched for search in self._searches)
+        self._held = text[free:]
+        return text[:free]
 
-    def _end(self, text_ids: list[int], token_ids: Sequence[int]) -> int | None:
-        """The number of tokens up to the end of a stop string; None if there is none."""
-        for count, token_id in enumerate(token_ids, 1):
-            if token_id in self._image_token_ids:
-                text_ids.clear()
-                continue
-            text_ids.append(token_id)
-            del text_ids[: -self._kept]
-            text = self._tokenizer.decode(text_ids)
-            if any(stop in text for stop in self._stops):
-                return count
-        return None
+    def finish(self) -> str:
+        """The rest of a text in which no stop string was completed; the next text may follow."""
+        held, self._held = self._held, ""
+        for search in self._searches:
+            search.matched = 0
+        return held
+
+
+class _Search:
+    """Knuth, Morris and Pratt's search for one string.
+
+    Attributes:
+        matched: How many characters at the end of the text are the beginning of the string.
+    """
+
+    def __init__(self, string: str) -> None:
+        self.string, self.matched = string, 0
+        self._borders = [0]
+        """For each beginning of the string, the length of the longest one that also ends it."""
+        border = 0
+        for character in string[1:]:
+            border = self._longer(border, character)
+            self._borders.append(border)
+
+    def completed_by(self, character: str) -> bool:
+        """Go on by one character of the text; whether it is the last one of the string."""
+        self.matched = self._longer(self.matched, character)
+        return self.matched == len(self.string)
+
+    def _longer(self, matched: int, character: str) -> int:
+        while matched and self.string[matched] != character:
+            matched = self._borders[matched - 1]
+        return matched + (self.string[matched] == character)
 
 
 def cut_at_stop(text: str, stops: str | Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
-    stops = [stops] if isinstance(stops, str) else stops
-    places = [text.find(stop) for stop in stops if stop]
-    return text[: min((place for place in places if place >= 0), default=len(text))]
+    """The text before the first stop string that is completed in it."""
+    watch = StopStrings([stop for stop in ([stops] if isinstance(stops, str) else stops) if stop])
+    return watch.feed(text) + watch.finish()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_chameleon.inference.answers.stop_strings import StopStrings
+from megatron_chameleon.inference.answers.answer import AnswerBatch
 from megatron_chameleon.inference.engine.context import BatchContext
 from megatron_chameleon.inference.engine.guidance import Guidance
 from megatron_chameleon.inference.engine.modality import Force, ModalityState, TokenClasses
@@ -85,7 +85,7 @@ class BatchDecoder:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: Sequence[int],
         generator: torch.Generator,
-        stops: StopStrings | None = None,
+        answers: AnswerBatch | None = None,
     ) -> Iterator[list[list[int]]]:
         """Answer prompts.
 
@@ -93,7 +93,7 @@ class BatchDecoder:
             prompts: ``batch`` lists of token ids. Each starts with ``<s>``, and lengths may differ.
             max_new_tokens: The largest number of tokens of each answer, above 0.
             generator: A generator on the model's device.
-            stops: New ones, which end a row in which a stop string appears.
+            answers: New ones, which read the tokens and end a row in which a stop string appears.
 
         Yields:
             The new tokens of each answer, including ``</s>`` if it was drawn. They come whenever
@@ -111,8 +111,8 @@ class BatchDecoder:
                 columns_BC = self._drawn_BC[:, shown:count].tolist()
                 shown = count
                 new_tokens = [[token for token in row if token >= 0] for row in columns_BC]
-                if stops is not None:
-                    new_tokens, stopped = stops.take(new_tokens)
+                if answers is not None:
+                    new_tokens, stopped = answers.take(new_tokens)
                     if stopped:
                         self._state.finished_B[stopped] = True
                 finished = count >= longest or bool(self._state.finished_B.all())

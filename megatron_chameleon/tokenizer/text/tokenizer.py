@@ -17,6 +17,8 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import read_bytes
 
 TEXT_MODEL_FILE = "text.model"
+SPACE = "\u2581"
+"""How sentencepiece writes a space in a piece."""
 
 
 class TextTokenizer:
@@ -85,6 +87,14 @@ class TextTokenizer:
     def is_byte(self, token_id: int) -> bool:
         """Whether a token is one of the 256 bytes, such as ``<0x0A>``."""
         return self._processor.is_byte(token_id)
+
+    def byte(self, token_id: int) -> bytes:
+        """The byte of such a token."""
+        return bytes([int(self._tokens[token_id][1:-1], 16)])
+
+    def piece(self, token_id: int) -> str:
+        """The text of a token that is not a byte, behind other text."""
+        return self._tokens[token_id].replace(SPACE, " ")
 
     def score(self, token_id: int) -> float:
         """The score of a piece: the earlier it was learned, the higher."""

@@ -25,7 +25,7 @@ from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 from megatron_chameleon.training.samples.live_weights import LiveWeightsReader, gather_weights
 
 if TYPE_CHECKING:
-    from megatron_chameleon.inference.session import Answer
+    from megatron_chameleon.inference.answers.answer import Answer
 
 
 def check_samples(config: Config) -> None:
@@ -127,7 +127,7 @@ def _parts(prompt: SamplePromptConfig) -> list[Any]:
 def _write_answers(
     folder: Path, prompts: Sequence[SamplePromptConfig], answers: "Sequence[Answer]"
 ) -> None:
-    from megatron_chameleon.inference.answer_files import parts_and_images
+    from megatron_chameleon.inference.answers.files import parts_and_images
 
     make_folder(folder, TrainingError)
     lines = []

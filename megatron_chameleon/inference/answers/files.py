@@ -4,7 +4,7 @@ import io
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_chameleon.inference.session import Answer
+    from megatron_chameleon.inference.answers.answer import Answer
 
 
 def image_name(number: int, index: int) -> str:
