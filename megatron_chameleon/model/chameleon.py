@@ -54,13 +54,17 @@ class ChameleonModel(GPTModel):
         return cross_entropy, log_z, max_logit
 
 
-def build_model(config: Config, vocab_size: int, topology: Topology) -> list[ChameleonModel]:
+def build_model(
+    config: Config, vocab_size: int, topology: Topology, *, draws_weights: bool = True
+) -> list[ChameleonModel]:
     """Build this rank's parts of the model on its device, with the initial weights for the seed.
 
     Args:
         config: A checked config.
         vocab_size: A multiple of the tensor-parallel size.
         topology: From ``create_topology``.
+        draws_weights: Whether to draw the initial weights. Without them the weights are not set,
+            which saves minutes if those of a large checkpoint follow.
 
     Returns:
         One part, or ``virtual_pipeline_model_parallel_size`` parts. All share one
@@ -69,7 +73,17 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> list[Cha
     seed_random(config.training.seed, 0, 0, topology)  # megatron-core needs its streams
     transformer = transformer_config(config)
     stages = range(topology.virtual_pipeline_size)
-    return [_build_part(config, transformer, vocab_size, topology, stage) for stage in stages]
+    parts = [_build_part(config, transformer, vocab_size, topology, stage) for stage in stages]
+    for part in parts if draws_weights else ():
+        initialize_weights(
+            part,
+            seed=config.training.seed,
+            std=config.model.init_method_std,
+            num_layers=config.model.num_layers,
+            rank=topology.tensor_rank,
+            size=topology.tensor_size,
+        )
+    return [part.to(platform.device()) for part in parts]
 
 
 def _build_part(
@@ -107,15 +121,7 @@ def _build_part(
     )
     if model.pre_process:
         model.embedding.embedding_dropout.p = 0.0  # unlike megatron-core, the paper has none
-    initialize_weights(
-        model,
-        seed=config.training.seed,
-        std=model_config.init_method_std,
-        num_layers=model_config.num_layers,
-        rank=topology.tensor_rank,
-        size=topology.tensor_size,
-    )
-    return model.to(platform.device())
+    return model
 
 
 def transformer_config(config: Config) -> TransformerConfig:

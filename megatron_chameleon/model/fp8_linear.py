@@ -10,7 +10,8 @@ extensions/transformer_engine.py around it.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,11 +77,13 @@ class EmulatedFp8Linear(nn.Module):
     Attributes:
         is_first_microbatch: Whether the next forward pass quantises the weight again. All
             micro-batches of a step use the same quantised weight.
+        is_off: Whether the layer computes as it would without FP8.
     """
 
     def __init__(self, *args: Any, fp8: Fp8Config, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fp8 = fp8
+        self.is_off = False
         self.is_first_microbatch = True
         self._weight: tuple[Tensor, Tensor] | None = None
         self._slot = 0
@@ -120,6 +123,16 @@ class EmulatedFp8Linear(nn.Module):
         one scale for all ranks, which gives the same values.
         """
         assert bias is None
+        if self.is_off:
+            return super()._forward_impl(  # type: ignore[misc]
+                input,
+                weight,
+                bias=bias,
+                allreduce_dgrad=allreduce_dgrad,
+                sequence_parallel=sequence_parallel,
+                tp_group=tp_group,
+                **other,
+            )
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
@@ -278,3 +291,23 @@ def start_fp8_step(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, EmulatedFp8Linear):
             module.is_first_microbatch = True
+
+
+@contextmanager
+def without_fp8(model: nn.Module) -> Iterator[None]:
+    """Let emulated layers compute without FP8 for a while; their scales stay as they are.
+
+    Transformer Engine's layers use FP8 only where megatron-core's transformer block has entered
+    their context.
+
+    Args:
+        model: One part of the model.
+    """
+    layers = [module for module in model.modules() if isinstance(module, EmulatedFp8Linear)]
+    for layer in layers:
+        layer.is_off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_off = False

@@ -85,6 +85,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
     }
     | TOKENIZERS,
+    # a checkpoint of any format in the model of training, to measure it and to answer with it
+    "checkpoint/loading": {
+        "checkpoint/formats",
+        "checkpoint/names",
+        "config",
+        "model",
+        "parallel",
+    },
     "checkpoint/convert": {
         "checkpoint/names",
         "checkpoint/formats",
@@ -97,6 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # an answer is read with all of the tokenizer: its texts, its images, and what a token id means
     "inference/answers": {"tokenizer", "tokenizer/text"},
     "inference/engine": {"inference/answers", "parallel", "tokenizer/common"},
+    "inference/models": {"inference/engine", "model"},
     "inference": {
         "checkpoint/formats",
         "data/documents",
@@ -164,15 +173,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training/records",
         "training/run",
     },
-    # checkpoint/formats and names: a checkpoint of any format is measured by the model of training
     "training/validation": {
         "checkpoint/formats",
+        "checkpoint/loading",
         "checkpoint/names",
         "config",
         "config/checks",
         "data/batches",
         "data/validation",
-        "model",
         "parallel",
         "training/engines",
         "training/faults",

@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
+from megatron_chameleon.checkpoint.loading.model import load_model
 from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
 from megatron_chameleon.config.checks.check import check_model
 from megatron_chameleon.config.checks.layouts import check_vocabulary
@@ -27,13 +28,10 @@ from megatron_chameleon.config.schema import (
 )
 from megatron_chameleon.data.validation.reader import HeldOutReader
 from megatron_chameleon.errors import ChameleonError, ConfigError
-from megatron_chameleon.model.chameleon import build_model
-from megatron_chameleon.model.initialization import named_global_parameters
-from megatron_chameleon.model.tensor_shards import take_shard
 from megatron_chameleon.parallel.collectives import raise_together
 from megatron_chameleon.parallel.launch import Launch, join_process_group, leave_process_group
 from megatron_chameleon.parallel.megatron_setup import prepare_megatron
-from megatron_chameleon.parallel.topology import Topology, create_topology
+from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.training.engines.evaluation import evaluate_batches
 from megatron_chameleon.training.validation.losses import HeldOutLosses
 from megatron_chameleon.training.validation.measure import measure
@@ -113,7 +111,9 @@ def measure_checkpoint(
     try:
         topology = create_topology(config.parallel)
         with announced(f"loading the model from {reader.folder}"):
-            chunks = _load(reader, config, topology)
+            chunks: list[nn.Module] = list(load_model(reader, config, topology))
+            if config.training.dtype == "bf16":
+                chunks = [Float16Module(chunk.config, chunk) for chunk in chunks]
         done = 0
 
         def go_on(failure: ChameleonError | None) -> bool:
@@ -129,31 +129,3 @@ def measure_checkpoint(
         return losses
     finally:
         leave_process_group()
-
-
-def _load(reader: CheckpointReader, config: Config, topology: Topology) -> list[nn.Module]:
-    """This rank's parts of the model with the checkpoint's weights.
-
-    Raises:
-        CheckpointError: On every rank, if any cannot read a tensor.
-    """
-    parts = build_model(config, reader.dimensions.vocab_size, topology)
-    rows = {}
-    for row in tensor_rows(reader.dimensions):
-        layer = "" if row.layer is None else f"layers.{row.layer}."
-        rows[row.megatron_name.replace("layers.", layer)] = row
-    failure = None
-    try:
-        for part in parts:
-            part.requires_grad_(False)
-            for name, parameter in named_global_parameters(part):
-                whole, dim = reader.read(rows[name]), getattr(parameter, "partition_dim", -1)
-                if topology.tensor_size > 1 and dim >= 0:
-                    rank, size = topology.tensor_rank, topology.tensor_size
-                    whole = take_shard(whole, name, dim, rank, size)
-                parameter.copy_(whole)
-    except ChameleonError as error:
-        failure = error
-    raise_together(failure)
-    is_bf16 = config.training.dtype == "bf16"
-    return [Float16Module(part.config, part) if is_bf16 else part for part in parts]

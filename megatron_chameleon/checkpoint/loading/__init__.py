@@ -1,0 +1,1 @@
+"""Checkpoints of any format into the model that training uses."""

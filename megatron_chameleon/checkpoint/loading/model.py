@@ -1,0 +1,100 @@
+"""Fill the model that training uses with the weights of a checkpoint of any format and layout.
+
+Every process of the job calls this. Each tensor is read by one of the tensor-parallel ranks, which
+gives the others their parts. So each file is read once, and no rank holds more than its own part
+of the model and one whole tensor.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader
+from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import ChameleonError
+from megatron_chameleon.model.chameleon import ChameleonModel, build_model
+from megatron_chameleon.model.initialization import named_global_parameters
+from megatron_chameleon.model.tensor_shards import take_shard
+from megatron_chameleon.parallel.collectives import raise_together
+from megatron_chameleon.parallel.topology import Topology
+
+
+def load_model(
+    reader: CheckpointReader, config: Config, topology: Topology, vocab_rows: int | None = None
+) -> list[ChameleonModel]:
+    """This rank's parts of the model with the checkpoint's weights, which need no gradients.
+
+    Args:
+        reader: The checkpoint.
+        config: A checked config with the checkpoint's ``model`` section.
+        topology: From ``create_topology``.
+        vocab_rows: A multiple of the tensor-parallel size that is at least the vocabulary's size;
+            the rows behind the vocabulary become zeros. None: the vocabulary's size.
+
+    Raises:
+        CheckpointError: On every rank, if any cannot read a tensor.
+    """
+    vocab_rows = vocab_rows or reader.dimensions.vocab_size
+    parts = build_model(config, vocab_rows, topology, draws_weights=False)
+    rows = {}
+    for row in tensor_rows(reader.dimensions):
+        layer = "" if row.layer is None else f"layers.{row.layer}."
+        rows[row.megatron_name.replace("layers.", layer)] = row
+    failure = None
+    for part in parts:
+        part.requires_grad_(False)
+        named = list(named_global_parameters(part))
+        for start in range(0, len(named), topology.tensor_size):
+            found = _load_tensors(reader, rows, named[start : start + topology.tensor_size])
+            failure = failure or found
+    raise_together(failure)
+    return parts
+
+
+@torch.no_grad()
+def _load_tensors(
+    reader: CheckpointReader,
+    rows: dict[str, TensorRow],
+    named: Sequence[tuple[str, nn.Parameter]],
+) -> ChameleonError | None:
+    """Fill up to as many parameters as there are tensor-parallel ranks: each reads one.
+
+    Returns:
+        Why this rank could not read its tensor. The others then get zeros, instead of waiting.
+    """
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    own, failure = None, None
+    if group.rank() < len(named):
+        name, parameter = named[group.rank()]
+        try:
+            own = _shards(reader.read(rows[name]), name, parameter, group.size())
+        except ChameleonError as error:
+            own, failure = [torch.zeros_like(parameter)] * group.size(), error
+    for source, (_, parameter) in enumerate(named):
+        if group.size() == 1:
+            assert own is not None
+            parameter.copy_(own[0])
+            continue
+        shards = own if group.rank() == source else None
+        torch.distributed.scatter(parameter.data, shards, group=group, group_src=source)
+    return failure
+
+
+def _shards(whole: Tensor, name: str, parameter: Tensor, size: int) -> list[Tensor]:
+    """The parts of a tensor of all tensor-parallel ranks, with the dtype and device of this rank's.
+
+    Rows that the checkpoint's vocabulary lacks become zeros.
+    """
+    dim = getattr(parameter, "partition_dim", -1)
+    whole = whole.to(parameter.device, parameter.dtype)
+    if size == 1 or dim < 0:
+        missing = len(parameter) - len(whole)
+        return [functional.pad(whole, (0, 0) * (whole.dim() - 1) + (0, missing))] * size
+    missing = parameter.shape[0] * size - len(whole) if dim == 0 else 0
+    whole = functional.pad(whole, (0, 0) * (whole.dim() - 1) + (0, missing))
+    return [take_shard(whole, name, dim, rank, size).contiguous() for rank in range(size)]

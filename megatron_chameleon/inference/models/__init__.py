@@ -1,0 +1,1 @@
+"""Models whose keys and values the engine keeps: sources of ``CachedModel``."""

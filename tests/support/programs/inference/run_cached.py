@@ -1,0 +1,49 @@
+"""Read token by token with the trained model under several layouts, and write the logits.
+
+Usage: ``python run_cached.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes", "checkpoint",
+"token_ids", "lengths", "sequence_parallel"}; tensor parallelism has all processes. For each job and
+rank it writes NAME-RANK.pt: {"logits": [R, S, vocabulary], "codes": [R, codes], "same_codes": the
+same from "logits"}.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from plain_cache import PlainCache, cached_logits
+
+from forked_jobs import run_forked
+from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
+from megatron_chameleon.checkpoint.loading.config import inference_config, padded_vocabulary
+from megatron_chameleon.checkpoint.loading.model import load_model
+from megatron_chameleon.inference.engine.modality import TokenClasses
+from megatron_chameleon.inference.models.megatron_layers import MegatronLayers
+from megatron_chameleon.parallel.topology import create_topology
+
+
+def run_job(job: dict[str, Any], output: Path) -> None:
+    reader = open_checkpoint(job["checkpoint"])
+    config = inference_config(reader, job["processes"])
+    config.parallel.sequence_parallel = job["sequence_parallel"]
+    topology = create_topology(config.parallel)
+    rows = padded_vocabulary(reader.dimensions.vocab_size, job["processes"])
+    (model,) = load_model(reader, config, topology, rows)
+    tokenizer = open_tokenizer(reader, None, output / f"{job['name']}-{topology.rank}-scratch")
+    classes = TokenClasses(tokenizer.vocabulary)
+    token_ids = torch.load(job["token_ids"])
+    codes, size = classes.code_token_ids, tokenizer.vocabulary.size
+    with MegatronLayers.borrowed(model, codes, size) as layers:
+        logits = cached_logits(layers, token_ids, job["lengths"])
+        cache, first = PlainCache(layers.num_layers), torch.zeros(len(token_ids), 1)
+        cache.begin(first == 0)
+        last_RH = layers.hidden(token_ids[:, :1], first.long(), first[:, 0].long(), cache.attend)
+        results = {
+            "logits": logits,
+            "codes": layers.logits(last_RH, codes_only=True),
+            "same_codes": layers.logits(last_RH)[:, classes.code_token_ids],
+        }
+    torch.save(results, output / f"{job['name']}-{topology.rank}.pt")
+
+
+if __name__ == "__main__":
+    run_forked(run_job)
