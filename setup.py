@@ -27,6 +27,7 @@ setup(
         "megatron_chameleon": [
             "py.typed",
             "config/presets/*.yaml",
+            "inference/serving/page/*",
             "planner/*.yaml",
             "tokenizer/image/presets/*.yaml",
         ]
