@@ -1,21 +1,41 @@
-"""Turn conversations into prompts in the format of fine-tuning.
+"""Turn conversations into prompts, in the form that the model knows from its training.
 
-    session.generate([chat_prompt(document, session.tokenizer)])
+    session.generate([prompt_of(document, session.tokenizer, session.prompt_format)])
 
-A prompt is ``<s>`` and the turns so far, and the answer follows the last separator. See
-``data/documents/conversations.py`` for the format.
+For a model that was trained on conversations, a prompt is ``<s>`` and the turns so far, and the
+answer follows the last separator (``data/documents/conversations.py``). Any other model has never
+seen a separator. It gets what was said as the beginning of a document, and goes on from there.
 """
 
 from dataclasses import dataclass, fields
+from enum import StrEnum
 
 from PIL import Image
 
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.data.documents.conversations import turns_of
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import USER, Document, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
+
+
+class PromptFormat(StrEnum):
+    """What a model takes a prompt for."""
+
+    CHAT = "chat"
+    """The turns of a conversation, each with its end; the model gives the next answer."""
+    DOCUMENT = "document"
+    """The beginning of a document; the model writes the rest."""
+
+
+def prompt_format(reader: CheckpointReader) -> PromptFormat:
+    """The form of the prompts of a model.
+
+    It is a document's if the files don't say that the model was trained on conversations.
+    """
+    return PromptFormat.CHAT if reader.conversations else PromptFormat.DOCUMENT
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,22 @@ class PaddedImage(ImagePart):
 
 
 ChatPart = TextPart | ImagePart | Image.Image | ControlToken
+
+
+def prompt_of(document: Document, tokenizer: Tokenizer, form: PromptFormat) -> list[ChatPart]:
+    """The parts of a prompt in one of the two forms.
+
+    Args:
+        document: As for ``chat_prompt``.
+        tokenizer: The model's tokenizer.
+        form: In the form of a document, the messages follow one another with nothing in between,
+            and images are cropped as in documents.
+
+    Raises:
+        DataError: As ``chat_prompt`` does.
+    """
+    parts = chat_prompt(document, tokenizer)
+    return parts if form is PromptFormat.CHAT else list(document.content)
 
 
 def chat_prompt(document: Document, tokenizer: Tokenizer) -> list[ChatPart]:

@@ -22,6 +22,7 @@ from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.answers.answer import Answer, AnswerBatch
+from megatron_chameleon.inference.chat import PromptFormat, prompt_format
 from megatron_chameleon.inference.engine.decode import BatchDecoder
 from megatron_chameleon.inference.engine.modality import Force, TokenClasses
 from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
@@ -38,15 +39,23 @@ class Session:
         model: transformers' ``ChameleonForConditionalGeneration``.
         tokenizer: The model's tokenizer, including the image tokenizer.
         step: Number of optimizer updates that the model has had.
+        prompt_format: What the model takes a prompt for.
 
     Attributes:
         execution: How the steps of an answer run. Change it only before the first answer.
     """
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, step: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        step: int,
+        prompt_format: PromptFormat = PromptFormat.DOCUMENT,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.step = step
+        self.prompt_format = prompt_format
         self.device: torch.device = model.lm_head.weight.device
         self.context_tokens: int = model.config.max_position_embeddings
         self.execution = Execution.on(self.device.type)
@@ -82,7 +91,8 @@ class Session:
             reader = open_checkpoint(path, ema=ema)
             with tempfile.TemporaryDirectory() as scratch:
                 tokenizer = open_tokenizer(reader, tokenizer_folder, Path(scratch), device)
-            return cls(read_transformers(reader, tokenizer).to(device), tokenizer, reader.step)
+            model = read_transformers(reader, tokenizer).to(device)
+            return cls(model, tokenizer, reader.step, prompt_format(reader))
 
     @property
     def codes_per_image(self) -> int:

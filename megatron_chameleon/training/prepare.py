@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_chameleon.announce import announced
-from megatron_chameleon.checkpoint.state.folders import load_state
+from megatron_chameleon.checkpoint.state.folders import load_state, trained_on_conversations
 from megatron_chameleon.checkpoint.state.resume import check_fits
 from megatron_chameleon.checkpoint.state.start import Start, find_sound, find_start
 from megatron_chameleon.config.checks.check import check_config
@@ -69,6 +69,7 @@ def prepare_run(
         *(config, tokenizer, reader, checkpoint, skipped_steps, resume, start),
         held_out=held_out,
         trained=trained,
+        conversations=bool(trained_on_conversations(state)),
     )
 
 

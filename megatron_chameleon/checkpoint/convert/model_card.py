@@ -104,7 +104,11 @@ def _model_rows(target: Target) -> list[tuple[str, str]]:
     if image is not None:
         pixels = f"{image.resolution} x {image.resolution} pixels"
         rows.append(("An image", f"{pixels}, {image.codes_per_image:,} tokens"))
-    return [*rows, ("Updates", f"{target.step:,}")]
+    rows.append(("Updates", f"{target.step:,}"))
+    if target.conversations is not None:
+        form = "conversations" if target.conversations else "the beginnings of documents"
+        rows.append(("Prompts", form))
+    return rows
 
 
 def _training_rows(config: Config, step: int) -> list[tuple[str, str]]:

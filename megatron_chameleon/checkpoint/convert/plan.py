@@ -200,6 +200,7 @@ def make_target(
         config=reader.config,
         data=reader.data,
         skipped_steps=reader.skipped_steps,
+        conversations=reader.conversations,
         moments={row.key: tuple(p for p in reader.moments(row) if p in holds) for row in rows},
         ema_updates=reader.ema_updates,
     )

@@ -58,6 +58,7 @@ class CheckpointReader(Protocol):
         data: What the run has read, as stored in ``state.json``; None if the files don't say.
         skipped_steps: Steps of the run that made no update, as stored in ``state.json``; empty if
             the files don't say.
+        conversations: Whether the model was trained on conversations; None if the files don't say.
         ema_updates: Number of weights in the moving average of the weights that is stored beside
             them; 0: there is none.
         weight_files: Names of the files in the folder whose tensors are read.
@@ -77,6 +78,7 @@ class CheckpointReader(Protocol):
     config: Config | None
     data: dict[str, Any] | None
     skipped_steps: Sequence[int]
+    conversations: bool | None
     ema_updates: int
     weight_files: Collection[str]
 
@@ -134,6 +136,8 @@ class Target:
         config: The training config; None if the source doesn't say.
         data: What the run has read; None if the source doesn't say.
         skipped_steps: Steps of the run that made no update.
+        conversations: Whether the model was trained on conversations; None if the source doesn't
+            say.
         moments: The parts of each weight's optimizer state besides its main weight, by its row's
             key; ``MOMENTS`` for a weight that is not in it.
         ema_updates: Number of weights in the moving average, if that is one of the parts.
@@ -151,6 +155,7 @@ class Target:
     config: Config | None = None
     data: dict[str, Any] | None = None
     skipped_steps: Sequence[int] = ()
+    conversations: bool | None = None
     moments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ema_updates: int = 0
 
@@ -292,6 +297,7 @@ def write_origin(folder: Path, target: Target) -> None:
         "vocab_size": target.dimensions.vocab_size,
         "tokenizer_fingerprint": target.tokenizer.fingerprint,
         "parameters": parameters,
+        "trained_on_conversations": target.conversations,
         "model": asdict(target.model),
     }
     if target.has_optimizer:
@@ -310,6 +316,8 @@ class Origin:
         model: The model's settings by name.
         data: What the run has read.
         skipped_steps: Steps of the run that made no update.
+        conversations: Whether the model was trained on conversations; None if it is not known. A
+            folder without the file is Meta's or made from it, and those models were.
     """
 
     step: int = 0
@@ -317,6 +325,7 @@ class Origin:
     model: Mapping[str, Any] = field(default_factory=dict)
     data: dict[str, Any] | None = None
     skipped_steps: Sequence[int] = ()
+    conversations: bool | None = None
 
 
 def read_origin(folder: Path | None) -> Origin:
@@ -326,8 +335,10 @@ def read_origin(folder: Path | None) -> Origin:
         CheckpointError: The file is damaged, of another version, or has a value of another type or
             range.
     """
-    if folder is None or not (folder / ORIGIN_FILE).exists():
+    if folder is None:
         return Origin()
+    if not (folder / ORIGIN_FILE).exists():
+        return Origin(conversations=True)
     remedy = "Copy the file from the original, or remove it"
     values = read_values(folder / ORIGIN_FILE, remedy)
     if (found := values.text("format")) != ORIGIN_FORMAT:
@@ -341,6 +352,7 @@ def read_origin(folder: Path | None) -> Origin:
         model=recorded,
         data=None if data is None else dict(data),
         skipped_steps=values.wholes("skipped_steps", high=LARGEST_COUNT),
+        conversations=values.flag("trained_on_conversations", None),
     )
 
 

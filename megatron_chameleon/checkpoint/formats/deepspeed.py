@@ -103,6 +103,7 @@ class Reader:
         self.origin = read_origin(exported)
         self.fingerprint = self.origin.fingerprint
         self.data, self.skipped_steps = self.origin.data, self.origin.skipped_steps
+        self.conversations = self.origin.conversations
         own = self._folder_with(OWN_CONFIG_FILE)
         self.config: Config | None = load_recorded_config(own / OWN_CONFIG_FILE) if own else None
         self._prefix, self._is_hf = _naming(self._files)

@@ -83,6 +83,7 @@ class Reader:
         self.origin = read_origin(folder)
         self.model = with_recorded(model, self.origin, KNOWN, str(folder))
         self.step, self.fingerprint = self.origin.step, self.origin.fingerprint
+        self.conversations = self.origin.conversations
         self._files = SafetensorsReader(folder)
         self.weight_files = self._files.names
         check_layer_count(config.where, model.num_layers, len(self._files.shapes))

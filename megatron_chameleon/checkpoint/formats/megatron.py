@@ -60,6 +60,7 @@ from megatron_chameleon.checkpoint.state.folders import (
     STATE_FILE,
     STATE_FORMAT,
     STEP_FOLDER,
+    trained_on_conversations,
 )
 from megatron_chameleon.checkpoint.state.line import find_checkpoint
 from megatron_chameleon.checkpoint.state.reader import TensorInfo, TrainingCheckpoint
@@ -116,6 +117,7 @@ class Reader:
         self.config: Config | None = self._checkpoint.config if has_config else None
         self.data: dict[str, Any] | None = state.get("data")
         self.skipped_steps: Sequence[int] = state.get("skipped_steps", ())
+        self.conversations = trained_on_conversations(state)
         self.has_optimizer = state.get("optimizer") is not False
         self._averages = self.has_optimizer and has_average(self._checkpoint.optimizer_tensors)
         self.ema_updates: int = state["ema_updates"] if self._averages else 0
@@ -304,6 +306,7 @@ class Writer:
             "training_config": target.config is not None,
             "data": target.data,
             "skipped_steps": list(target.skipped_steps),
+            "trained_on_conversations": target.conversations,
             "source": target.origin,
             "vocab_size": target.dimensions.vocab_size,
             "tokenizer_fingerprint": target.tokenizer.fingerprint,

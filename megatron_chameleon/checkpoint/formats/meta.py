@@ -91,6 +91,7 @@ class Reader:
         self.folder = folder
         self.origin = read_origin(folder)
         self.step, self.fingerprint = self.origin.step, self.origin.fingerprint
+        self.conversations = self.origin.conversations
         params = _params(folder)
         self._shards = [PthFile(path) for path in _shard_files(folder)]
         self.weight_files = {shard.path.name for shard in self._shards}

@@ -5,6 +5,7 @@ A ``step_00001000`` folder is whole if it has ``state.json``, which is written l
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,44 @@ def load_state(folder: Path) -> dict[str, Any]:
     state["step"] = values.whole("step", high=LARGEST_COUNT)
     state["vocab_size"] = values.whole("vocab_size", low=1)
     state["tokenizer_fingerprint"] = values.text("tokenizer_fingerprint", None)
-    for key in ("optimizer", "training_config", "has_checksums"):
+    for key in ("optimizer", "training_config", "has_checksums", "trained_on_conversations"):
         values.flag(key, None)
     values.section("data", {})
     values.wholes("skipped_steps", high=LARGEST_COUNT)
     state["ema_updates"] = values.whole("ema_updates", high=LARGEST_COUNT, default=0)
     return state
+
+
+def trained_on_conversations(state: Mapping[str, Any]) -> bool | None:
+    """Whether a model has been trained on conversations, and so knows how a prompt ends.
+
+    Args:
+        state: ``state.json`` of its checkpoint. Earlier versions did not record it there; the token
+            files that it names then say it, if they are still where they were.
+
+    Returns:
+        None if neither says it.
+    """
+    if (recorded := state.get("trained_on_conversations")) is not None:
+        return bool(recorded)
+    found: list[bool | None] = []
+    for entry in (state.get("data") or {}).get("entries") or ():
+        sources = entry.get("sources") if isinstance(entry, dict) else None
+        for source in sources.values() if isinstance(sources, dict) else ():
+            prefix = source.get("prefix") if isinstance(source, dict) else None
+            found.append(_has_answers(prefix) if isinstance(prefix, str) else None)
+    if True in found:
+        return True
+    return None if None in found or not found else False
+
+
+def _has_answers(prefix: str) -> bool | None:
+    """Whether a token file holds answers; None if its description cannot be read."""
+    try:
+        content = read_json_object(Path(f"{prefix}.json"), CheckpointError, LARGEST_STATE_BYTES)
+    except CheckpointError:
+        return None
+    return bool(content.get("answers"))
 
 
 def load_checkpoint_config(folder: Path) -> Config:

@@ -18,6 +18,7 @@ from megatron_chameleon.data.mixture.mixture_history import (
     open_mixture,
     order_notes,
     resume_history,
+    stage2_begin,
 )
 from megatron_chameleon.data.mixture.sources import SourceSnapshot
 from megatron_chameleon.data.token_files.modality_balance import describe_answers
@@ -84,6 +85,15 @@ class BatchReader:
             if isinstance(source.corpus, TokenFileCorpus)
             for line in describe_answers(source.corpus.token_file.info)
         ]
+
+    def has_conversations(self, step: int) -> bool:
+        """Whether the run reads conversations up to a step."""
+        stages = {1} if stage2_begin(self.history, step) is None else {1, 2}
+        return any(
+            source.corpus.token_file.info.answers > 0
+            for source in self.sources
+            if source.stage in stages and isinstance(source.corpus, TokenFileCorpus)
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps about the order of the data."""

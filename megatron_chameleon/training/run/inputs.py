@@ -34,6 +34,8 @@ class RunInputs:
     """The documents of ``data.validation``; None if there are none."""
     trained: TrainedTokens = field(default_factory=TrainedTokens)
     """Up to the last step that was done."""
+    conversations: bool = False
+    """Whether the checkpoint where the run starts was trained on conversations."""
 
     def warnings(self) -> list[str]:
         """What the owner should know about the data, one line each."""
@@ -88,4 +90,5 @@ class RunInputs:
             "trained_tokens": self.trained.total,
             "data": self.reader.state(),
             "skipped_steps": self.skipped_steps.to_save(),
+            "trained_on_conversations": self.conversations or self.reader.has_conversations(step),
         }

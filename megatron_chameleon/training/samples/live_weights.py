@@ -63,6 +63,7 @@ class LiveWeightsReader:
     weight_files: Collection[str] = ()
     data: dict[str, Any] | None = None
     skipped_steps: Sequence[int] = ()
+    conversations: bool | None = None
     ema_updates = 0
 
     def __init__(

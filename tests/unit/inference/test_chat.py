@@ -1,17 +1,20 @@
 """Prompts are encoded in the format of fine-tuning."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_chameleon.checkpoint.convert.run import convert
+from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
 from megatron_chameleon.data.documents.records import parse_line
 from megatron_chameleon.data.documents.schema import Document
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.inference.chat import chat_prompt
+from megatron_chameleon.inference.chat import PromptFormat, chat_prompt, prompt_format, prompt_of
 from megatron_chameleon.inference.session import Session
 
 
@@ -63,3 +66,60 @@ def test_without_a_question(session: Session, tmp_path: Path) -> None:
         DataError, match=r"--prompt: no prompt given\. Give a text, an image or both"
     ):
         chat_prompt(Document("", "", (), "--prompt"), session.tokenizer)
+
+
+def test_in_a_document_the_turns_follow_one_another(session: Session, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 30, 3), dtype=np.uint8)).save(tmp_path / "wide.png")
+    wide = {"type": "image", "image": "wide.png"}
+    turns = [("user", [wide, {"type": "text", "text": "one"}]), ("assistant", "two"), ("user", "3")]
+    talk = parse(tmp_path, *turns)
+    plain = Document("", "", talk.content, "")
+    form = PromptFormat.DOCUMENT
+    (ids,) = session.encode([prompt_of(talk, session.tokenizer, form)])
+    block, _ = DocumentEncoder(session.tokenizer).encode([plain])
+    assert ids == block.token_ids.tolist()[:-1], "all but its </s>; the image is cropped too"
+    assert prompt_of(talk, session.tokenizer, PromptFormat.CHAT) == chat_prompt(
+        talk, session.tokenizer
+    )
+
+
+@pytest.mark.parametrize(
+    ("recorded", "form"), [(True, "chat"), (False, "document"), (None, "document")]
+)
+def test_the_form_of_prompts_survives_conversions(
+    tiny_checkpoint: Path, tmp_path: Path, recorded: bool | None, form: str
+) -> None:
+    source = tmp_path / "source" / "step_00000007"
+    shutil.copytree(tiny_checkpoint, source)
+    state = json.loads((source / "state.json").read_text())
+    (source / "state.json").write_text(json.dumps({**state, "trained_on_conversations": recorded}))
+    assert prompt_format(open_checkpoint(source)) == form
+    for to in ("hf", "meta", "megatron", "deepspeed")[: 4 if recorded else 1]:
+        convert(source, tmp_path / to, to, verify=False)
+        source = tmp_path / to
+        assert prompt_format(open_checkpoint(source)) == form, to
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert ("| Prompts | conversations |" in card) is (recorded is True)
+    assert Session.load(tmp_path / "hf").prompt_format == form
+
+
+def test_folders_that_others_published_answer_conversations(
+    tiny_checkpoint: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    """They are Meta's or made from Meta's, and converting them keeps that."""
+    for to in ("hf", "meta"):
+        folder = convert(tiny_checkpoint, tmp_path / to, to, verify=False).destination
+        (folder / "chameleon.json").unlink()
+        assert prompt_format(open_checkpoint(folder)) == "chat"
+        ours = convert(folder, tmp_path / f"from_{to}", "megatron", verify=False).destination
+        assert prompt_format(open_checkpoint(ours)) == "chat"
+
+
+def test_an_export_of_an_earlier_version_gets_documents(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = convert(tiny_checkpoint, tmp_path / "hf", "hf", verify=False).destination
+    origin = json.loads((folder / "chameleon.json").read_text())
+    del origin["trained_on_conversations"]
+    (folder / "chameleon.json").write_text(json.dumps(origin))
+    assert prompt_format(open_checkpoint(folder)) == "document"
