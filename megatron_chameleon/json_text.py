@@ -30,18 +30,18 @@ def parse_json(text: str, where: str, kind: type[ChameleonError] = DataError) ->
         problem = str(error).splitlines()[0]
         raise kind(where, f"is not valid JSON ({problem})", remedy) from error
     else:
-        depth = _depth(value)
+        depth = nesting(value)
     if depth > LARGEST_DEPTH:
         what = f"has JSON values nested deeper than {LARGEST_DEPTH} levels"
         raise kind(where, what, remedy)
     return value
 
 
-def _depth(value: Any) -> int:
+def nesting(value: Any, limit: int = LARGEST_DEPTH) -> int:
     """Levels of nesting, found without recursion; it stops at one above the limit."""
     level = [value] if isinstance(value, dict | list) else []
     depth = 0
-    while level and depth <= LARGEST_DEPTH:
+    while level and depth <= limit:
         depth += 1
         entries = (c.values() if isinstance(c, dict) else c for c in level)
         level = [e for container in entries for e in container if isinstance(e, dict | list)]

@@ -43,6 +43,7 @@ VERBS = {
     "convert": "convert a checkpoint to another format",
     "verify": "compare two checkpoints of any format",
     "generate": "generate text and images from a checkpoint",
+    "serve": "answer OpenAI's clients and browsers over HTTP",
     "evaluate": "benchmark a checkpoint and show the paper's figures beside it",
     "evaluate-loss": "measure loss and perplexity of a checkpoint on token files",
     "annotate": "let people judge answers: questionnaires, agreement, win rates, safety",

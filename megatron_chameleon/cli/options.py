@@ -87,6 +87,7 @@ TEMPERATURE = NumberOption(float, Between(0, 100))
 GUIDANCE = NumberOption(float, Between(0, 1000))
 WATCH_SECONDS = NumberOption(float, Between(0.1, 86400))
 SECONDS = NumberOption(float, Between(0, 10**7))
+TIMEOUT = NumberOption(float, Between(0.1, 86400))
 TOLERANCE = NumberOption(float, Between(0, 1000))
 
 

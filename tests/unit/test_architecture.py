@@ -114,6 +114,25 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
         "tokenizer/image",
     },
+    # What clients send is read without knowing the model, but for its vocabulary.
+    "inference/serving/requests": {
+        "data/documents",
+        "images",
+        "inference/engine",
+        "tokenizer/common",
+    },
+    "inference/serving/network": {"inference/serving/requests"},
+    "inference/serving": {
+        "data/documents",
+        "images",
+        "inference",
+        "inference/answers",
+        "inference/engine",
+        "inference/serving/network",
+        "inference/serving/requests",
+        "tokenizer",
+        "tokenizer/image",
+    },
     "evaluation/asking": {"data/documents", "inference", "inference/engine"},
     "evaluation/tasks": {
         "data/documents",

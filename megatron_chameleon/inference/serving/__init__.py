@@ -1,0 +1,1 @@
+"""Serving over HTTP: OpenAI's formats over a ``TokenEngine``, and the page."""

@@ -1,0 +1,198 @@
+"""The model that is served, as requests see it: prompts to token ids, codes to pictures."""
+
+import asyncio
+import base64
+import io
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.documents.schema import Document, TextPart
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.images.image_error import ImageError
+from megatron_chameleon.inference.chat import PaddedImage, PromptFormat, prompt_of
+from megatron_chameleon.inference.engine.options import GenerationOptions
+from megatron_chameleon.inference.prompts import PromptPart, encode_prompts
+from megatron_chameleon.inference.serving.requests.limits import Limits
+from megatron_chameleon.inference.serving.requests.messages import Piece
+from megatron_chameleon.inference.serving.requests.pictures import Picture
+from megatron_chameleon.inference.serving.requests.refusal import bad
+from megatron_chameleon.inference.serving.requests.remote import fetch_image
+from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
+
+T = TypeVar("T")
+
+
+class Workers:
+    """Threads for what would hold up the event loop: pictures, long texts, the web."""
+
+    def __init__(self) -> None:
+        self._compute = ThreadPoolExecutor(2, "images")
+        self._network = ThreadPoolExecutor(4, "fetch")
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._compute, function, *args)
+
+    async def wait(self, function: Callable[..., T], *args: Any) -> T:
+        """Run what mostly waits for the network."""
+        return await asyncio.get_running_loop().run_in_executor(self._network, function, *args)
+
+    def close(self) -> None:
+        for pool in (self._compute, self._network):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What is served under one name."""
+
+    name: str
+    tokenizer: Tokenizer
+    format: PromptFormat
+    """How a conversation becomes a prompt unless a request says."""
+    context_tokens: int
+    defaults: GenerationOptions = field(default_factory=GenerationOptions)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def codes_per_image(self) -> int:
+        """0 for a model without an image tokenizer."""
+        return self.tokenizer.image.codes_per_image if self.tokenizer.image else 0
+
+    def description(self, limits: Limits) -> dict[str, Any]:
+        """The object of ``/v1/models``."""
+        has_images = self.tokenizer.image is not None
+        edge = self.tokenizer.image.resolution if self.tokenizer.image else 0
+        hidden = ("max_tokens", "batch_size", "seed", "stop", "force")
+        defaults = {k: v for k, v in asdict(self.defaults).items() if k not in hidden}
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "megatron_chameleon",
+            "chameleon": {
+                "format": self.format.value,
+                "images_in": has_images,
+                "images_out": has_images and self.defaults.images,
+                "context_tokens": self.context_tokens,
+                "codes_per_image": self.codes_per_image,
+                "image_size": [edge, edge] if has_images else None,
+                "defaults": defaults,
+                "limits": {
+                    "images": limits.images,
+                    "image_bytes": limits.image_bytes,
+                    "image_pixels": limits.image_pixels,
+                    "body_bytes": limits.body_bytes,
+                    "messages": limits.messages,
+                    "answers": limits.answers,
+                    "prompt_tokens": limits.prompt_tokens,
+                    "max_tokens": limits.max_tokens,
+                },
+            },
+        }
+
+
+class PromptEncoder:
+    """Turns what a client sent into token ids, off the event loop."""
+
+    def __init__(self, model: ServedModel, limits: Limits, workers: Workers) -> None:
+        self._model, self._limits, self._workers = model, limits, workers
+
+    async def of_pieces(self, pieces: Sequence[Piece], form: str) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            Refusal: An image cannot be fetched or decoded, or the model reads none.
+        """
+        if self._model.tokenizer.image is None:
+            for piece in pieces:
+                if isinstance(piece.content, Picture):
+                    what = "this model has no image tokenizer, so it reads only text"
+                    raise bad(piece.content.where, what, "Send text alone", "images_not_supported")
+        files = [await self._fetched(piece) for piece in pieces]
+        return await self._workers.run(self._encode, files, form)
+
+    async def of_text(self, text: str) -> list[int]:
+        """Token ids of the beginning of a document."""
+        return (await self._workers.run(encode_prompts, [[text]], self._model.tokenizer))[0]
+
+    async def _fetched(self, piece: Piece) -> Piece:
+        content = piece.content
+        if isinstance(content, str) or content.data is not None:
+            return piece
+        data = await self._workers.wait(fetch_image, content.address, content.where, self._limits)
+        return Piece(piece.role, Picture(content.where, data))
+
+    def _encode(self, pieces: Sequence[Piece], form: str) -> list[int]:
+        limits, tokenizer = self._limits, self._model.tokenizer
+        content = [
+            TextPart(p.content) if isinstance(p.content, str) else p.content.part(limits)
+            for p in pieces
+        ]
+        roles = tuple(piece.role for piece in pieces)
+        document = Document("", "", tuple(content), "messages", roles)
+        parts = prompt_of(document, tokenizer, PromptFormat(form))
+        pictures = iter([p.content for p in pieces if isinstance(p.content, Picture)])
+        small: list[PromptPart] = [
+            self._opened(p, next(pictures)) if isinstance(p, ImagePart) else p for p in parts
+        ]
+        return encode_prompts([small], tokenizer)[0]
+
+    def _opened(self, part: ImagePart, picture: Picture) -> Image.Image:
+        """An image in the tokenizer's size; one large image at a time is in memory."""
+        image_tokenizer = self._model.tokenizer.image
+        assert image_tokenizer is not None
+        try:
+            image = part.open()
+            if isinstance(part, PaddedImage):
+                return image
+            return Image.fromarray(prepare_image(image, image_tokenizer.resolution))
+        except (ImageError, DataError) as error:
+            raise bad(picture.where, error.what, error.remedy, "invalid_image") from error
+
+
+class PictureMaker:
+    """Turns image codes into data URLs, off the event loop."""
+
+    def __init__(self, model: ServedModel, workers: Workers) -> None:
+        self._model, self._workers = model, workers
+        self.codes_per_image = model.codes_per_image
+
+    async def whole(self, codes: np.ndarray) -> str:
+        """A PNG of the codes of one image, as a data: URL."""
+        return await self._workers.run(self._whole, codes)
+
+    async def growing(self, codes: np.ndarray) -> str:
+        """A PNG of the first codes of an image; what is missing is transparent."""
+        return await self._workers.run(self._growing, codes)
+
+    def _whole(self, codes: np.ndarray) -> str:
+        assert self._model.tokenizer.image is not None
+        return data_url(self._model.tokenizer.image.decode(codes[None])[0])
+
+    def _growing(self, codes: np.ndarray) -> str:
+        image_tokenizer = self._model.tokenizer.image
+        assert image_tokenizer is not None
+        total = image_tokenizer.codes_per_image
+        # The decoder needs a whole image: the last code goes on, where it is not seen.
+        filled = np.concatenate([codes, np.full(total - len(codes), codes[-1])])
+        image = image_tokenizer.decode(filled[None])[0]
+        columns = round(total**0.5)
+        known = (np.arange(total) < len(codes)).reshape(-1, columns)
+        mask = Image.fromarray(known.astype(np.uint8) * 255)
+        image.putalpha(mask.resize(image.size, Image.Resampling.NEAREST))
+        return data_url(image)
+
+
+def data_url(image: Image.Image) -> str:
+    """An image as a PNG in a data: URL."""
+    content = io.BytesIO()
+    image.save(content, "png")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,1 @@
+"""What clients send: JSON, messages, images and options, read within limits."""
