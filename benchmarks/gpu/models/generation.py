@@ -28,7 +28,8 @@ from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.inference.engine.decode import BatchDecoder, collect
 from megatron_chameleon.inference.engine.modality import Force, TokenClasses
 from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
-from megatron_chameleon.inference.engine.sampling import choose
+from megatron_chameleon.inference.engine.row_settings import RowSettings
+from megatron_chameleon.inference.engine.sampling import draw
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.tokenizer.common.vocabulary import (
     BOS,
@@ -202,10 +203,9 @@ class Generator:
         device = platform.device()
         count = len(self.classes.code_V) if vocabulary else len(self.classes.code_token_ids)
         logits = torch.randn(batch, count, device=device)
-        allowed = torch.ones_like(logits, dtype=torch.bool)
-        draws = torch.Generator(device).manual_seed(1)
-        options = GenerationOptions()
-        times = time_calls(lambda: choose(logits, allowed, options, draws), repeats=20)
+        uniform = torch.rand(batch, dtype=torch.float64, device=device)
+        settings = RowSettings.of([GenerationOptions()] * batch, device)
+        times = time_calls(lambda: draw(logits, settings, uniform), repeats=20)
         seconds, spread = median_and_spread(times)
         return {"ms": seconds * 1e3, "spread": spread}
 

@@ -24,7 +24,8 @@ from megatron_chameleon.inference.engine.context import BatchContext
 from megatron_chameleon.inference.engine.guidance import Guidance
 from megatron_chameleon.inference.engine.modality import Force, ModalityState, TokenClasses
 from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
-from megatron_chameleon.inference.engine.sampling import choose, draw, penalise_repetition
+from megatron_chameleon.inference.engine.row_settings import RowSettings
+from megatron_chameleon.inference.engine.sampling import draw, forbid, penalise_repetition
 from megatron_chameleon.parallel import cuda_graphs
 
 RESERVED_TOKENS = 256
@@ -64,6 +65,7 @@ class BatchDecoder:
             self.execution.compiler,
             self._guidance.forgetful(batch, device),
         )
+        self._settings = RowSettings.of([options] * batch, device)
         self._generator = torch.Generator(device)
         self._record = cuda_graphs.graph_recorder(self._generator)
         tokens_left_B = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -187,7 +189,8 @@ class BatchDecoder:
             mixed_BV = self._guidance.mix(logits_RV)
             logits_BV = torch.where(state.in_image_B[:, None], mixed_BV, logits_BV)
         logits_BV = penalise_repetition(logits_BV, self._seen_BV, options.repetition_penalty)
-        tokens_B = choose(logits_BV, state.allowed(), options, self._generator)
+        forbid(logits_BV, self._classes.limits_KV, state.next_token())
+        tokens_B = draw(logits_BV, self._settings, self._uniforms())
         active_B = ~state.finished_B
         self._keep(tokens_B.masked_fill(~active_B, -1))
         state.advance(tokens_B)
@@ -202,11 +205,20 @@ class BatchDecoder:
         """``_draw`` for steps in which every row gets a code: only logits of codes are computed."""
         logits_RV = self.context.logits(last_RH, self._code_head_VH)
         logits_BV = self._guidance.mix(logits_RV)
-        places_B = draw(logits_BV, self.options, self._generator, self._seen_BV.shape[1])
+        places_B = draw(logits_BV, self._settings, self._uniforms())
         tokens_B = self._classes.code_token_ids[places_B]
         self._keep(tokens_B)
         self._state.advance_codes()
         self._tokens_B.copy_(tokens_B)
+
+    def _uniforms(self) -> Tensor:
+        """A number in [0, 1) for each row: fp64 [B]."""
+        return torch.rand(
+            self.batch,
+            generator=self._generator,
+            dtype=torch.float64,
+            device=self._generator.device,
+        )
 
     def _keep(self, tokens_B: Tensor) -> None:
         """Store tokens, or -1 for finished rows, in the next column of the answers."""

@@ -72,6 +72,10 @@ class TokenClasses:
         self.image_token_ids = frozenset(self.image_V.nonzero()[:, 0].tolist())
         self.allowed_KV = self._allowed()
         """bool [K, vocabulary], with a row for each ``NextToken``."""
+        self.limits_KV = torch.full(self.allowed_KV.shape, -torch.inf, device=device)
+        """fp32 [K, vocabulary], the largest logit that a token may have: -inf where it may not come
+        next, and the largest number elsewhere."""
+        self.limits_KV[self.allowed_KV] = torch.finfo(torch.float32).max
 
     def _allowed(self) -> Tensor:
         allowed_KV = torch.zeros(
@@ -137,7 +141,7 @@ class ModalityState:
 
     def allowed(self) -> Tensor:
         """bool [batch, vocabulary]: what may come next; only ``<pad>`` in finished rows."""
-        return self.classes.allowed_KV.index_select(0, self._next_token())
+        return self.classes.allowed_KV.index_select(0, self.next_token())
 
     def advance(self, token_ids_B: Tensor) -> None:
         """Update the state with the chosen tokens, int64 [batch]; finished rows do not change."""
@@ -156,7 +160,7 @@ class ModalityState:
         self.codes_left_B -= 1
         self.tokens_left_B -= 1
 
-    def _next_token(self) -> Tensor:
+    def next_token(self) -> Tensor:
         """``NextToken`` of each row: int64 [batch]."""
         if self._only_image:
             text_B = torch.full_like(self.tokens_left_B, NextToken.BEGIN_IMAGE)
