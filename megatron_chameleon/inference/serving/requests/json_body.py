@@ -56,7 +56,8 @@ class BodyReader:
                     self._held_bytes += len(chunk)
                     if taken > self._limits.body_bytes:
                         chunks.clear()
-                        await self._drain(receive)
+                        if message.get("more_body"):
+                            await self._drain(receive)
                         raise self._too_large(f"more than {self._limits.body_bytes:,}")
                     self._check_memory()
                     chunks.append(chunk)

@@ -6,10 +6,12 @@ same way. Addresses that are not public are refused, whatever form they are writ
 IPv6 forms that carry an IPv4 address. No proxy, cookie or credential is used.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -44,18 +46,53 @@ def fetch_image(url: str, where: str, limits: Limits) -> bytes:
     deadline = time.monotonic() + FETCH_SECONDS
     for _ in range(MOST_REDIRECTS + 1):
         parts = _split(url, where)
-        connection, path = _connect(parts, where, deadline)
-        try:
-            response = _ask(connection, path, parts)
-            if response.status not in _REDIRECTS:
-                return check_file(_read(response, where, limits, deadline), where, limits)
-            target = response.getheader("location") or ""
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _failed(where, f"{type(error).__name__}") from error
-        finally:
-            connection.close()
+        with _Deadline(deadline) as watched:
+            target = _fetch(parts, where, limits, watched)
+        if isinstance(target, bytes):
+            return check_file(target, where, limits)
         url = urljoin(url, target)
     raise _failed(where, f"there are more than {MOST_REDIRECTS} redirects")
+
+
+class _Deadline:
+    """Cuts a connection at a time. A timeout of the socket begins again with each byte."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._socket: socket.socket | None = None
+        self._timer = threading.Timer(max(0, deadline - time.monotonic()), self._cut)
+        self._timer.daemon = True
+
+    def __enter__(self) -> "_Deadline":
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self._socket is not None:
+            self._socket.close()
+
+    def watch(self, sock: socket.socket) -> socket.socket:
+        self._socket = sock
+        return sock
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def _fetch(parts: SplitResult, where: str, limits: Limits, watched: _Deadline) -> bytes | str:
+    """What is at an address: the file, or the address that it has moved to."""
+    try:
+        connection, path = _connect(parts, where, watched)
+        response = _ask(connection, path, parts)
+        if response.status in _REDIRECTS:
+            return response.getheader("location") or ""
+        return _read(response, where, limits, watched.deadline)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        _left(watched.deadline, where)
+        raise _failed(where, type(error).__name__) from error
 
 
 def is_public(address: Address) -> bool:
@@ -101,21 +138,22 @@ def _split(url: str, where: str) -> SplitResult:
 
 
 def _connect(
-    parts: SplitResult, where: str, deadline: float
+    parts: SplitResult, where: str, watched: _Deadline
 ) -> tuple[http.client.HTTPConnection, str]:
     """A connection to a public address of the host, and the path to ask for."""
     host = parts.hostname or ""
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
     address = _resolve(host, port, where)
-    try:
-        sock = socket.create_connection((str(address), port), timeout=_left(deadline, where))
-        if secure:
-            context = ssl.create_default_context()
-            sock = context.wrap_socket(sock, server_hostname=host.encode("idna").decode())
-    except OSError as error:
-        raise _failed(where, type(error).__name__) from error
-    connection = http.client.HTTPConnection(host, port, timeout=_left(deadline, where))
+    seconds = _left(watched.deadline, where)
+    sock = watched.watch(socket.create_connection((str(address), port), timeout=seconds))
+    if secure:
+        name = host.encode("idna").decode()
+        context = ssl.create_default_context()
+        sock = context.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
+        watched.watch(sock)
+        sock.do_handshake()
+    connection = http.client.HTTPConnection(host, port)
     connection.sock = sock
     path = parts.path or "/"
     return connection, f"{path}?{parts.query}" if parts.query else path
@@ -158,11 +196,11 @@ def _read(response: Any, where: str, limits: Limits, deadline: float) -> bytes:
     if announced.isdecimal() and int(announced[:20]) > limits.image_bytes:
         raise too_large(where, f"{int(announced[:20]):,}", limits)
     data = bytearray()
-    while chunk := response.read(_CHUNK_BYTES):
+    while chunk := response.read1(_CHUNK_BYTES):
         data += chunk
-        _left(deadline, where)
         if len(data) > limits.image_bytes:
             raise too_large(where, f"more than {limits.image_bytes:,}", limits)
+    _left(deadline, where)
     return bytes(data)
 
 
