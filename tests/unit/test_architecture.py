@@ -115,6 +115,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer/image",
     },
     # What clients send is read without knowing the model, but for its vocabulary.
+    # What vLLM's own processes load: the rules are the same as the decoder's.
+    "inference/vllm/plugins": {"inference/engine", "tokenizer/common"},
+    "inference/vllm": {
+        "checkpoint/formats",
+        "inference/engine",
+        "inference/vllm/plugins",
+        "tokenizer",
+        "tokenizer/common",
+    },
     "inference/serving/requests": {
         "data/documents",
         "images",
@@ -130,6 +139,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference/engine",
         "inference/serving/network",
         "inference/serving/requests",
+        "inference/vllm",
         "tokenizer",
         "tokenizer/image",
     },

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_chameleon.errors import DataError
-from megatron_chameleon.inference.chat import PromptFormat
+from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.inference.chat import PromptFormat, prompt_format
 from megatron_chameleon.inference.engine.decode import BatchDecoder
 from megatron_chameleon.inference.engine.interface import (
     EngineUsage,
@@ -26,6 +26,7 @@ from megatron_chameleon.inference.engine.interface import (
 )
 from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.inference.session import Session
+from megatron_chameleon.inference.vllm.opening import open_exported
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 DECODER, VLLM = "decoder", "vllm"
@@ -41,6 +42,8 @@ class OpenOptions:
     device: str = "cpu"
     tokenizer: str | None = None
     ema: bool = False
+    engine_options: tuple[str, ...] = ()
+    """``NAME=VALUE`` texts for vLLM."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,28 @@ def open_served(options: OpenOptions) -> Opened:
     Raises:
         ChameleonError: The model cannot be opened, or the engine cannot run here.
     """
+    if options.engine == VLLM:
+        return _open_vllm(options)
+    if options.engine_options:
+        what = "these options are vLLM's, and the engine is our own"
+        raise ConfigError("--engine-option", what, "Add --engine vllm, or leave them out")
     session = Session.load(options.path, options.device, options.tokenizer, ema=options.ema)
     engine = OneByOneEngine(session)
     summary = f"decoder on {options.device}, one answer after the other"
     return Opened(
         engine, session.tokenizer, Path(options.path).resolve().name, session.prompt_format, summary
     )
+
+
+def _open_vllm(options: OpenOptions) -> Opened:
+    for given, option in ((options.tokenizer, "--tokenizer"), (options.ema, "--ema")):
+        if given:
+            what = "vLLM serves an exported folder, whose weights and tokenizer are fixed"
+            raise ConfigError(option, what, "Give it to `chameleon convert`, and serve the result")
+    exported = open_exported(options.path, options.device, options.engine_options)
+    name = exported.reader.folder.resolve().name
+    form = prompt_format(exported.reader)
+    return Opened(exported.engine, exported.tokenizer, name, form, f"vLLM {exported.version}")
 
 
 class OneByOneEngine:
