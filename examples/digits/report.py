@@ -28,7 +28,7 @@ from sklearn.svm import SVC
 from megatron_chameleon.errors import ChameleonError, DataError
 from megatron_chameleon.evaluation.curves import read_whole_metrics, series
 from megatron_chameleon.evaluation.tasks.captions import accuracy, confusion, first_digit
-from megatron_chameleon.inference.engine.decode import GenerationOptions
+from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.session import CAPTION_OPTIONS, Session
 from megatron_chameleon.runs.metrics import Metrics
 

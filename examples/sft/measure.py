@@ -20,7 +20,7 @@ from megatron_chameleon.data.documents.records import parse_line
 from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.inference.chat import chat_prompt
-from megatron_chameleon.inference.engine.decode import GenerationOptions
+from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.session import Answer, Session
 
 FORMS = {"word": set(WORDS), "numeral": set(map(str, range(CLASSES)))}

@@ -9,7 +9,7 @@ memory.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from PIL import Image
 from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
-from megatron_chameleon.errors import DataError
+from megatron_chameleon.errors import ChameleonError, DataError
 from megatron_chameleon.inference.answers.answer import Answer, AnswerBatch
 from megatron_chameleon.inference.chat import PromptFormat, prompt_format
-from megatron_chameleon.inference.engine.decode import BatchDecoder
+from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder
+from megatron_chameleon.inference.engine.guidance import Guidance
+from megatron_chameleon.inference.engine.interface import TokenRequest
 from megatron_chameleon.inference.engine.modality import Force, TokenClasses
-from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
+from megatron_chameleon.inference.engine.options import Execution, GenerationOptions, seed_of
+from megatron_chameleon.inference.models.transformers_layers import TransformersLayers
 from megatron_chameleon.inference.prompts import PromptPart, encode_prompts, image_tokenizer_of
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
@@ -60,7 +63,7 @@ class Session:
         self.context_tokens: int = model.config.max_position_embeddings
         self.execution = Execution.on(self.device.type)
         self._classes = TokenClasses(tokenizer.vocabulary, self.device)
-        self._decoder: BatchDecoder | None = None
+        self._decoder: ContinuousDecoder | None = None
 
     @classmethod
     def load(
@@ -117,28 +120,58 @@ class Session:
         Args:
             prompts: Lists of texts and images in order. For an empty list, the model writes a
                 document from its start.
-            options: How to draw; None takes the reference's defaults.
+            options: How to draw; None takes the reference's defaults. The first prompt is answered
+                with the seed of the options, and each other one with ``seed_of`` it and its place.
             progress: Called with the number of answers so far and the total number.
 
         Raises:
             ConfigError: An option is out of range.
             DataError: A prompt does not fit the context, or an image cannot be read.
+            CheckpointError: The model's logits are not finite.
         """
         options = options or GenerationOptions()
         options.check()
         encoded = self.encode(prompts)
-        max_new_tokens = [self._max_new_tokens(token_ids, options) for token_ids in encoded]
-        generator = torch.Generator(device=self.device).manual_seed(options.seed)
-        answers: list[Answer] = []
-        for start in range(0, len(encoded), options.batch_size):
-            batch = slice(start, start + options.batch_size)
-            decoder = self._decoder_of(len(encoded[batch]), options)
-            drawn = AnswerBatch(self.tokenizer, len(encoded[batch]), options.stop)
-            for _ in decoder.stream(encoded[batch], max_new_tokens[batch], generator, drawn):
-                pass
-            answers += drawn.finish()
-            progress(len(answers), len(encoded))
-        return answers
+        requests = [
+            TokenRequest(
+                tuple(token_ids),
+                self._max_new_tokens(token_ids, options),
+                replace(options, seed=seed_of(options.seed, place)),
+            )
+            for place, token_ids in enumerate(encoded)
+        ]
+        answers: dict[int, Answer] = {}
+        for place, answer in self._answers(requests, options):
+            answers[place] = answer
+            progress(len(answers), len(requests))
+        return [answers[place] for place in range(len(requests))]
+
+    def _answers(
+        self, requests: Sequence[TokenRequest], options: GenerationOptions
+    ) -> Iterator[tuple[int, Answer]]:
+        """The place of each request and its answer, as they end."""
+        decoder = self.decoder()
+        decoder.max_rows = options.batch_size * len(Guidance.of(options).passes)
+        place_of = {decoder.add(request): place for place, request in enumerate(requests)}
+        growing = {number: AnswerBatch(self.tokenizer, 1, options.stop) for number in place_of}
+        try:
+            while growing:
+                for number, chunk in decoder.step():
+                    if isinstance(chunk, ChameleonError):
+                        raise chunk
+                    _, stopped = growing[number].take([chunk.token_ids])
+                    if stopped:
+                        decoder.cancel(number)
+                    if stopped or chunk.finish is not None:
+                        yield place_of[number], growing.pop(number).finish()[0]
+        except (ChameleonError, GeneratorExit):
+            raise
+        except BaseException:
+            self._decoder = None  # it may have been interrupted anywhere
+            raise
+        finally:
+            for number in growing:
+                decoder.cancel(number)
 
     def caption(
         self,
@@ -162,17 +195,15 @@ class Session:
         content = (part for answer in answers for part in answer.content)
         return [part for part in content if isinstance(part, Image.Image)]
 
-    def _decoder_of(self, batch: int, options: GenerationOptions) -> BatchDecoder:
-        """The last decoder if it fits, because it already has its buffers and graphs."""
-        # The session handles these four, so the decoders may differ in them.
-        options = replace(options, seed=0, max_tokens=None, batch_size=1, stop=())
-        decoder = self._decoder
-        if decoder is None or (decoder.batch, decoder.options) != (batch, options):
-            self._decoder = decoder = None  # frees its memory before the next one allocates its own
-            decoder = self._decoder = BatchDecoder(
-                self.model, self._classes, self.codes_per_image, batch, options, self.execution
+    def decoder(self) -> ContinuousDecoder:
+        """What decodes; it keeps its buffers and graphs from one call to the next."""
+        if self._decoder is None:
+            codes, execution = self._classes.code_token_ids, self.execution
+            layers = TransformersLayers(self.model, codes, execution.compiler)
+            self._decoder = ContinuousDecoder(
+                layers, self._classes, self.codes_per_image, execution
             )
-        return decoder
+        return self._decoder
 
     def _max_new_tokens(self, token_ids: list[int], options: GenerationOptions) -> int:
         room = self.context_tokens - len(token_ids)

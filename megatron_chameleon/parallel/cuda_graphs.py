@@ -9,7 +9,7 @@ from megatron_chameleon.parallel import platform
 Work = Callable[[], None]
 
 
-def graph_recorder(generator: torch.Generator) -> Callable[[Work], Work]:
+def graph_recorder() -> Callable[[Work], Work]:
     """A decorator that records a function as a CUDA graph on its second call.
 
     The function must work on tensors that stay where they are, and must never wait for the device.
@@ -18,11 +18,7 @@ def graph_recorder(generator: torch.Generator) -> Callable[[Work], Work]:
     without a GPU the function is returned unchanged.
 
     All functions of one recorder share the memory of their intermediate results, so only one of
-    them may run at a time.
-
-    Args:
-        generator: The generator that the functions draw from. Each replay continues where the last
-            call left off.
+    them may run at a time. They draw no random numbers.
     """
     if not platform.has_gpu():
         return lambda work: work
@@ -36,7 +32,6 @@ def graph_recorder(generator: torch.Generator) -> Callable[[Work], Work]:
                 calls.append(work)
             elif calls[0] is work:
                 graph = torch.cuda.CUDAGraph()
-                graph.register_generator_state(generator)
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     work()
                 calls[0] = graph.replay

@@ -104,13 +104,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # an answer is read with all of the tokenizer: its texts, its images, and what a token id means
     "inference/answers": {"tokenizer", "tokenizer/text"},
-    "inference/engine": {"inference/answers", "parallel", "tokenizer/common"},
+    "inference/engine": {"tokenizer/common"},
+    # graphs of its steps are recorded by parallel
+    "inference/engine/batching": {"inference/engine", "parallel"},
     "inference/models": {"inference/engine", "model"},
     "inference": {
         "checkpoint/formats",
         "data/documents",
         "inference/answers",
         "inference/engine",
+        "inference/engine/batching",
+        "inference/models",
         "tokenizer",
         "tokenizer/image",
     },
@@ -137,6 +141,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference",
         "inference/answers",
         "inference/engine",
+        "inference/engine/batching",
         "inference/serving/network",
         "inference/serving/requests",
         "inference/vllm",

@@ -25,11 +25,13 @@ from benchmarks.gpu.common import (
 from benchmarks.gpu.models.engines import preset_config, vocab_size
 from benchmarks.training.train_step import transformers_config
 from megatron_chameleon.config.parameters import count_parameters
-from megatron_chameleon.inference.engine.decode import BatchDecoder, collect
+from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder
+from megatron_chameleon.inference.engine.interface import TokenRequest
 from megatron_chameleon.inference.engine.modality import Force, TokenClasses
 from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
 from megatron_chameleon.inference.engine.row_settings import RowSettings
 from megatron_chameleon.inference.engine.sampling import draw
+from megatron_chameleon.inference.models.transformers_layers import TransformersLayers
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.tokenizer.common.vocabulary import (
     BOS,
@@ -137,10 +139,13 @@ class Generator:
         """The eager answer's tokens, by batch size."""
 
     def text_figures(self, batch: int, tokens: int, mode: str) -> Figures:
-        decoder = self._decoder(batch, 1, GenerationOptions(images=False), mode)
+        decoder, requests = (
+            self._decoder(1, mode),
+            self._requests(batch, GenerationOptions(images=False)),
+        )
         max_new_tokens = (SHORT_TOKENS + tokens, SHORT_TOKENS)
         begin = time.perf_counter()
-        answer = self._answer(decoder, max_new_tokens[0])
+        answer = answer_all(decoder, requests(max_new_tokens[0]))
         figures: Figures = {"first answer s": time.perf_counter() - begin}
         self._compare(batch, answer[0], mode, figures)
         if len(answer[0]) <= SHORT_TOKENS:
@@ -149,7 +154,9 @@ class Generator:
         long, short = (
             median_and_spread(
                 time_calls(
-                    lambda count=count: self._answer(decoder, count), repeats=repeats, warmup=1
+                    lambda count=count: answer_all(decoder, requests(count)),
+                    repeats=repeats,
+                    warmup=1,
                 )
             )[0]
             for count in max_new_tokens
@@ -174,21 +181,19 @@ class Generator:
 
     def image_figures(self, batch: int, codes: int, guidance: str, mode: str) -> Figures:
         options = GenerationOptions(force=Force.IMAGE, **GUIDANCE[guidance])
-        decoder = self._decoder(batch, codes, options, mode)
-        self._answer(decoder, codes + 2)
-        times = time_calls(lambda: self._answer(decoder, codes + 2), repeats=1, warmup=0)
+        decoder = self._decoder(codes, mode)
+        requests = self._requests(batch, options)(codes + 2)
+        answer_all(decoder, requests)
+        times = time_calls(lambda: answer_all(decoder, requests), repeats=1, warmup=0)
         figures: Figures = {"s per block": times[0], "images/s": batch / times[0]}
         return self._figures(batch, times[0] / (codes + 2), {"steps": codes + 2, **figures})
 
-    @torch.inference_mode()
     def prefill_figures(self, batch: int, length: int) -> Figures:
-        """Measure the prefill of prompts of one length, which need no mask."""
-        decoder = self._decoder(batch, 1, GenerationOptions(), "eager")
-        decoder.context.reserve(length + 1)
-        prompts = [[self._prompt(length)] * batch]
+        """Measure the prefill of prompts of one length, with the draw of one token."""
+        decoder = self._decoder(1, "eager")
+        requests = self._requests(batch, GenerationOptions(temperature=0, images=False), length)(1)
         times = time_calls(
-            lambda: decoder.context.start(prompts, self.classes.pad),
-            repeats=2 if self._context.tiny else 5,
+            lambda: answer_all(decoder, requests), repeats=2 if self._context.tiny else 5
         )
         seconds, spread = median_and_spread(times)
         rate = 2 * self.parameters * batch * length / seconds / 1e12
@@ -209,22 +214,22 @@ class Generator:
         seconds, spread = median_and_spread(times)
         return {"ms": seconds * 1e3, "spread": spread}
 
-    def _decoder(
-        self, batch: int, codes: int, options: GenerationOptions, mode: str
-    ) -> BatchDecoder:
+    def _decoder(self, codes: int, mode: str) -> ContinuousDecoder:
         execution = MODES[mode]
         if execution.graph:
             need_gpu("CUDA graphs need a GPU")
-        return BatchDecoder(self.model, self.classes, codes, batch, options, execution)
+        layers = TransformersLayers(self.model, self.classes.code_token_ids, execution.compiler)
+        return ContinuousDecoder(layers, self.classes, codes, execution, max_rows=96)
 
-    def _prompt(self, length: int) -> list[int]:
+    def _requests(
+        self, batch: int, options: GenerationOptions, length: int = PROMPT_TOKENS
+    ) -> Callable[[int], list[TokenRequest]]:
+        """Requests of equal prompts, for a number of new tokens."""
         word = int(self.classes.text_V.nonzero()[0])
-        return [self.classes.bos] + [word] * (length - 1)
-
-    def _answer(self, decoder: BatchDecoder, max_new_tokens: int) -> list[list[int]]:
-        draws = torch.Generator(platform.device()).manual_seed(1)
-        prompts = [self._prompt(PROMPT_TOKENS)] * decoder.batch
-        return collect(decoder.stream(prompts, [max_new_tokens] * decoder.batch, draws))
+        prompt = (self.classes.bos, *[word] * (length - 1))
+        return lambda tokens: [
+            TokenRequest(prompt, tokens, replace(options, seed=seed)) for seed in range(batch)
+        ]
 
     def _figures(self, batch: int, seconds: float, others: Figures) -> Figures:
         figures: Figures = {"tokens/s": batch / seconds, "ms per step": seconds * 1e3, **others}
@@ -233,6 +238,17 @@ class Generator:
             limit = width * self.parameters / bandwidth / 1e9
             figures |= {"limit ms": limit * 1e3, "of the limit": limit / seconds}
         return figures
+
+
+def answer_all(decoder: ContinuousDecoder, requests: Sequence[TokenRequest]) -> list[list[int]]:
+    """The tokens of the answers to requests that come at the same time."""
+    answers: dict[int, list[int]] = {decoder.add(request): [] for request in requests}
+    while decoder.usage().running + decoder.usage().waiting:
+        for number, chunk in decoder.step():
+            if isinstance(chunk, Exception):
+                raise chunk
+            answers[number] += chunk.token_ids
+    return list(answers.values())
 
 
 def build_transformers(model: Any, vocab: int) -> Any:

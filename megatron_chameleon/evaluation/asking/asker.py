@@ -25,7 +25,7 @@ from megatron_chameleon.evaluation.asking.likelihood import ContinuationScore, s
 from megatron_chameleon.inference.chat import ControlToken
 
 if TYPE_CHECKING:
-    from megatron_chameleon.inference.engine.decode import GenerationOptions
+    from megatron_chameleon.inference.engine.options import GenerationOptions
     from megatron_chameleon.inference.prompts import PromptPart
 from megatron_chameleon.inference.session import Answer, Session
 

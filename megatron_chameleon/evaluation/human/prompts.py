@@ -19,7 +19,7 @@ from megatron_chameleon.inference.chat import chat_prompt
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.answers.answer import Answer
-    from megatron_chameleon.inference.engine.decode import GenerationOptions
+    from megatron_chameleon.inference.engine.options import GenerationOptions
 
 ANSWERED_FILE = "documents.jsonl"
 KEPT = ("category", "modality")

@@ -13,8 +13,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.asker import Asker
-from megatron_chameleon.inference.engine.decode import GenerationOptions
 from megatron_chameleon.inference.engine.modality import Force
+from megatron_chameleon.inference.engine.options import GenerationOptions
 
 ANSWER_TOKENS = 256
 """Longest answer if a task does not say: the harness's own default."""

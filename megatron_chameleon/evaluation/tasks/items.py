@@ -25,8 +25,8 @@ from megatron_chameleon.evaluation.tasks.matching import (
 from megatron_chameleon.evaluation.tasks.results import ScoredItem, TaskResult
 from megatron_chameleon.evaluation.tasks.vqa import vqa_accuracy
 from megatron_chameleon.inference.chat import ChatPart, chat_prompt
-from megatron_chameleon.inference.engine.decode import GenerationOptions
 from megatron_chameleon.inference.engine.modality import Force
+from megatron_chameleon.inference.engine.options import GenerationOptions
 
 ItemPart = TextPart | ImagePart
 

@@ -1,38 +1,38 @@
-"""Classifier-free guidance: the passes of a batch, and how their logits are combined.
+"""Classifier-free guidance: the passes of an answer, and how their logits are combined.
 
-All passes are rows of one batch, so that a step reads the weights once. Source: the
-reference's ``InBatchInstructCFGLogitsProcessor`` and its split of the prompts; Brooks et al. 2022
-(arXiv 2211.09800), equation 3.
+Each pass is a row of the batch, so that a step reads the weights once. Source: the reference's
+``InBatchInstructCFGLogitsProcessor`` and its split of the prompts; Brooks et al. 2022 (arXiv
+2211.09800), equation 3.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from megatron_chameleon.inference.engine.modality import ModalityState, TokenClasses
+from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.inference.engine.options import GenerationOptions
 
 
-class Conditioning(StrEnum):
-    """What the rows of a pass are conditioned on."""
+class Conditioning(IntEnum):
+    """What a row is conditioned on."""
 
-    ALL = "all"
+    ALL = 0
     """Prompt and answer."""
-    IMAGES = "images"
+    IMAGES = 1
     """``<s>`` and the images of prompt and answer."""
-    NOTHING = "nothing"
+    NOTHING = 2
     """``<s>`` and the image that is being drawn."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """The passes of a batch. The first one sees everything, and its rows are the answers.
+    """The passes of an answer. The first one sees everything.
 
     Args:
-        passes: What the rows of each pass are conditioned on.
+        passes: What the row of each pass is conditioned on.
         scale: The scale of the prompt, or of its text if ``scale_image`` differs.
         scale_image: The scale of the prompt's images.
     """
@@ -53,45 +53,64 @@ class Guidance:
             passes.append(Conditioning.NOTHING)
         return cls(tuple(passes), scale, image)
 
+    @property
+    def mixed_passes(self) -> tuple[int, int, int]:
+        """The places in ``passes`` of the three logits that ``mix`` combines.
+
+        A pass that is not needed is replaced by one that makes its term 0.
+        """
+        last = len(self.passes) - 1
+        images = 1 if Conditioning.IMAGES in self.passes else last
+        return 0, images, last
+
     def prompt(self, kind: Conditioning, prompt: Sequence[int], classes: TokenClasses) -> list[int]:
-        """The part of a prompt that the rows of a pass see; prompts start with ``<s>``."""
+        """The part of a prompt that the row of a pass sees; prompts start with ``<s>``."""
         if kind is Conditioning.ALL:
             return list(prompt)
         if kind is Conditioning.NOTHING:
             return [classes.bos]
         return [classes.bos, *(t for t in prompt[1:] if t in classes.image_token_ids)]
 
-    def mix(self, logits_RV: Tensor) -> Tensor:
-        """Combine the logits of image codes: [passes * B, V] to [B, V]."""
-        if len(self.passes) == 1:
-            return logits_RV
-        full_BV, *others = logits_RV.chunk(len(self.passes))
-        base_BV = others[-1]
-        if len(self.passes) == 2:
-            return base_BV + self.scale * (full_BV - base_BV)
-        images_BV = others[0]
-        return (
-            base_BV + self.scale_image * (images_BV - base_BV) + self.scale * (full_BV - images_BV)
-        )
+    def mix(self, logits_PV: Tensor) -> Tensor:
+        """Combine the logits of the passes of one answer: [passes, V] to [1, V]."""
+        full_1V, images_1V, nothing_1V = (logits_PV[place, None] for place in self.mixed_passes)
+        return combined(full_1V, images_1V, nothing_1V, self.scale, self.scale_image)
 
-    def visible(self, active_B: Tensor, token_ids_B: Tensor, state: ModalityState) -> Tensor:
-        """Which rows see the tokens that were just drawn: bool [passes * B].
 
-        Args:
-            active_B: The rows that were not finished before.
-            token_ids_B: The tokens that were drawn.
-            state: The state after these tokens.
-        """
-        seen = {Conditioning.ALL: lambda: active_B}
-        seen[Conditioning.IMAGES] = lambda: active_B & state.classes.image_V[token_ids_B]
-        seen[Conditioning.NOTHING] = lambda: active_B & state.in_image_B
-        if len(self.passes) == 1:
-            return active_B
-        return torch.cat([seen[kind]() for kind in self.passes])
+def mix(logits_RV: Tensor, row_3B: Tensor, scale_B: Tensor, scale_image_B: Tensor) -> Tensor:
+    """Combine the logits of the passes of each answer: [R, V] to [B, V].
 
-    def forgetful(self, batch: int, device: torch.device) -> Tensor | None:
-        """Rows that forget an image when it is complete: bool [passes * B]; None if none does."""
-        if Conditioning.NOTHING not in self.passes:
-            return None
-        forgets = [kind is Conditioning.NOTHING for kind in self.passes]
-        return torch.tensor(forgets, device=device).repeat_interleave(batch)
+    Args:
+        logits_RV: Of all rows.
+        row_3B: int64 [3, B], the rows with everything, images alone and nothing of the prompt.
+        scale_B, scale_image_B: fp32 [B], as in ``Guidance``.
+    """
+    full_BV, images_BV, nothing_BV = (logits_RV.index_select(0, row_B) for row_B in row_3B)
+    return combined(full_BV, images_BV, nothing_BV, scale_B[:, None], scale_image_B[:, None])
+
+
+def combined(
+    full_BV: Tensor,
+    images_BV: Tensor,
+    nothing_BV: Tensor,
+    scale_B1: Tensor | float,
+    scale_image_B1: Tensor | float,
+) -> Tensor:
+    """The formula of guidance, of an image scale and a text scale."""
+    return nothing_BV + scale_image_B1 * (images_BV - nothing_BV) + scale_B1 * (full_BV - images_BV)
+
+
+def visible(kind_R: Tensor, token_ids_R: Tensor, in_image_R: Tensor, image_V: Tensor) -> Tensor:
+    """Which rows see the tokens that were just drawn for their answers: bool [R].
+
+    Args:
+        kind_R: int64 [R], ``Conditioning``.
+        token_ids_R: int64 [R], the tokens.
+        in_image_R: bool [R], whether the answers are in an image after these tokens.
+        image_V: bool [V], ``TokenClasses.image_V``.
+    """
+    return torch.where(
+        kind_R == Conditioning.NOTHING,
+        in_image_R,
+        (kind_R == Conditioning.ALL) | image_V.index_select(0, token_ids_R),
+    )

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.inference.engine.options import GenerationOptions
+
+
+class EngineError(ChameleonError):
+    """An answer that the engine could not finish, although the request was not at fault."""
 
 
 class FinishReason(StrEnum):
@@ -88,6 +93,10 @@ class TokenEngine(Protocol):
         """Answer a request, which joins the running ones as soon as there is room.
 
         Closing the iterator (``aclose``) cancels the request and frees its memory.
+
+        Raises:
+            ChameleonError: As ``check``.
+            EngineError: The answer cannot be finished. The chunks so far remain valid.
         """
 
     def usage(self) -> EngineUsage:

@@ -8,7 +8,10 @@ no code in text, and no ``<pad>``, ``<s>``, ``<unk>``, separator or placeholder.
 section 2.4; the reference inference code.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -96,48 +99,92 @@ class TokenClasses:
         return allowed_KV
 
 
+NEVER_TOKENS = 1 << 60
+"""More tokens than an answer ever has left: an answer that needs them never begins an image."""
+
+
+@dataclass(frozen=True)
+class AnswerRules:
+    """What the options of an answer say of its modalities.
+
+    Args:
+        in_text: ``NextToken`` outside an image, if no image may be begun.
+        image_room: How many tokens must be left for an image to be begun.
+        only_image: Whether the answer ends with the end of its image.
+    """
+
+    in_text: NextToken
+    image_room: int
+    only_image: bool
+
+    @classmethod
+    def of(cls, codes_per_image: int, images: bool = True, force: Force | None = None) -> Self:
+        """The rules of the options ``images`` and ``force``."""
+        if force is Force.IMAGE:
+            return cls(NextToken.BEGIN_IMAGE, NEVER_TOKENS, True)
+        may_begin = images and codes_per_image > 0 and force is not Force.TEXT
+        room = codes_per_image + 2 if may_begin else NEVER_TOKENS  # begin, codes, end
+        return cls(NextToken.TEXT, room, False)
+
+
+@dataclass(frozen=True)
 class ModalityState:
     """The state of every row. Its tensors keep their addresses, because a CUDA graph may hold them.
 
     Args:
         classes: The vocabulary's token classes.
         codes_per_image: Number of codes of one image.
-        tokens_left_B: int64 [batch], how many tokens each row may still get; 0 finishes the row.
-        images: Whether the model may begin an image.
-        force: A modality for the whole answer, or None.
-
-    Attributes:
+        tokens_left_B: int64 [batch], how many tokens each row may still get.
         codes_left_B: int64 [batch], codes still missing in the current image; -1 outside an image.
         finished_B: bool [batch].
+        in_text_B, image_room_B, only_image_B: int64, int64 and bool [batch], ``AnswerRules``.
     """
 
-    def __init__(
-        self,
+    classes: TokenClasses
+    codes_per_image: int
+    tokens_left_B: Tensor
+    codes_left_B: Tensor
+    finished_B: Tensor
+    in_text_B: Tensor
+    image_room_B: Tensor
+    only_image_B: Tensor
+
+    @classmethod
+    def begin(
+        cls,
         classes: TokenClasses,
         codes_per_image: int,
-        tokens_left_B: Tensor,
-        *,
-        images: bool = True,
-        force: Force | None = None,
-    ) -> None:
-        self.classes = classes
-        self.codes_per_image = codes_per_image
-        self.tokens_left_B = tokens_left_B.clone()
-        self.codes_left_B = torch.full_like(tokens_left_B, -1)
-        self.finished_B = tokens_left_B <= 0
-        self._images = images and codes_per_image > 0 and force is not Force.TEXT
-        self._only_image = force is Force.IMAGE
-
-    def restart(self, tokens_left_B: Tensor) -> None:
-        """Begin new answers. ``tokens_left_B``: int64 [batch]."""
-        self.tokens_left_B.copy_(tokens_left_B)
-        self.codes_left_B.fill_(-1)
-        self.finished_B.copy_(tokens_left_B <= 0)
+        tokens_left: Sequence[int],
+        rules: Sequence[AnswerRules],
+    ) -> Self:
+        """The state of answers without a token. One with no token left is finished."""
+        left_B, in_text_B, room_B = torch.tensor(
+            [
+                tokens_left,
+                [int(rule.in_text) for rule in rules],
+                [rule.image_room for rule in rules],
+            ]
+        )
+        only_image_B = torch.tensor([rule.only_image for rule in rules])
+        outside_B = torch.full_like(left_B, -1)
+        return cls(
+            classes,
+            codes_per_image,
+            *(left_B, outside_B, left_B <= 0, in_text_B, room_B, only_image_B),
+        )
 
     @property
     def in_image_B(self) -> Tensor:
         """bool [batch]: the next token is a code or the end of an image."""
         return self.codes_left_B >= 0
+
+    def next_token(self) -> Tensor:
+        """``NextToken`` of each row: int64 [batch]."""
+        # TEXT_OR_IMAGE is TEXT + 1
+        next_B = self.in_text_B + (self.tokens_left_B >= self.image_room_B)
+        next_B.masked_fill_(self.codes_left_B > 0, NextToken.CODE)
+        next_B.masked_fill_(self.codes_left_B == 0, NextToken.END_IMAGE)
+        return next_B.masked_fill_(self.finished_B, NextToken.FINISHED)
 
     def allowed(self) -> Tensor:
         """bool [batch, vocabulary]: what may come next; only ``<pad>`` in finished rows."""
@@ -148,27 +195,14 @@ class ModalityState:
         active_B = ~self.finished_B
         begins_B = active_B & (token_ids_B == self.classes.begin_image)
         # at 0 the end of the image comes, which makes it -1
-        self.codes_left_B -= (active_B & self.in_image_B).long()
+        self.codes_left_B.sub_((active_B & self.in_image_B).long())
         self.codes_left_B.masked_fill_(begins_B, self.codes_per_image)
-        self.tokens_left_B -= active_B.long()
-        self.finished_B |= (token_ids_B == self.classes.eos) | (self.tokens_left_B <= 0)
-        if self._only_image:
-            self.finished_B |= token_ids_B == self.classes.end_image
+        self.tokens_left_B.sub_(active_B.long())
+        self.finished_B.logical_or_(token_ids_B == self.classes.eos)
+        self.finished_B.logical_or_(self.tokens_left_B <= 0)
+        self.finished_B.logical_or_(self.only_image_B & (token_ids_B == self.classes.end_image))
 
     def advance_codes(self) -> None:
         """Update the state with a code in every row. Each must be in an image that is not full."""
-        self.codes_left_B -= 1
-        self.tokens_left_B -= 1
-
-    def next_token(self) -> Tensor:
-        """``NextToken`` of each row: int64 [batch]."""
-        if self._only_image:
-            text_B = torch.full_like(self.tokens_left_B, NextToken.BEGIN_IMAGE)
-        elif self._images:
-            has_room_B = self.tokens_left_B >= self.codes_per_image + 2  # begin, codes, end
-            text_B = has_room_B.long() * NextToken.TEXT_OR_IMAGE
-        else:
-            text_B = torch.full_like(self.tokens_left_B, NextToken.TEXT)
-        text_B.masked_fill_(self.codes_left_B > 0, NextToken.CODE)
-        text_B.masked_fill_(self.codes_left_B == 0, NextToken.END_IMAGE)
-        return text_B.masked_fill_(self.finished_B, NextToken.FINISHED)
+        self.codes_left_B.sub_(1)
+        self.tokens_left_B.sub_(1)

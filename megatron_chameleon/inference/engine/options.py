@@ -1,5 +1,6 @@
 """How an answer is drawn, and how its steps run on a machine."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -42,7 +43,8 @@ class GenerationOptions:
     """Strings that end an answer where its text contains one of them; they are not part of it."""
     seed: int = 1
     batch_size: int = 64
-    """Number of prompts that are answered together. The drawn tokens depend on it."""
+    """The largest number of prompts that are answered at the same time. The drawn tokens do not
+    depend on it, except through rounding."""
 
     def check(self) -> None:
         """Refuse values outside their range.
@@ -69,6 +71,15 @@ class GenerationOptions:
             raise ConfigError("stop", "a stop string is empty", "Give at least one character")
 
 
+def seed_of(seed: int, place: int) -> int:
+    """The seed of one of several answers that share a seed: its own for the first of them, and a
+    hash of seed and place for the others."""
+    if place == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}:{place}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
 @dataclass(frozen=True)
 class Execution:
     """How the steps of an answer run. The drawn tokens depend on it only through rounding."""
@@ -84,17 +95,23 @@ class Execution:
     width_step: int = 1
     """The number of cache columns that a step reads is rounded up to a multiple of this, so that
     one graph serves many steps."""
+    buckets: bool = False
+    """Whether the number of rows of a step is filled up to a power of two, for the same reason."""
 
     @classmethod
     def on(cls, device: str, compiler: str | None = None) -> "Execution":
         """The execution that suits a device, "cuda" or "cpu"."""
         if device != "cuda":
             return cls(compiler=compiler)
-        return cls(True, compiler, GPU_SYNC_EVERY_TOKENS, GPU_WIDTH_STEP)
+        return cls(True, compiler, GPU_SYNC_EVERY_TOKENS, GPU_WIDTH_STEP, buckets=True)
 
     def width(self, columns: int) -> int:
         """How many columns a step reads if ``columns`` are in use."""
         return -(-columns // self.width_step) * self.width_step
+
+    def bucket(self, rows: int) -> int:
+        """How many rows a step computes if ``rows`` are in use."""
+        return 1 << (rows - 1).bit_length() if self.buckets else rows
 
     def summary(self) -> str:
         """A line for the user, such as "steps launched one by one, layers not compiled"."""

@@ -74,6 +74,11 @@ class RowSettings:
         settings._write(slice(None), options)
         return settings
 
+    def set_all(self, options: Sequence[GenerationOptions]) -> None:
+        """Change all rows; those beyond ``options`` become ones whose tokens nobody reads."""
+        missing = len(self._options) - len(options)
+        self._write(slice(None), [*options, *[None] * missing])
+
     def set(self, row: int, options: GenerationOptions | None) -> None:
         """Change a row; None for one whose tokens nobody reads."""
         self._write(slice(row, row + 1), [options])

@@ -95,8 +95,8 @@ class Sampler:
 
     def _answer(self, step: int, weights: dict[str, Tensor]) -> "list[Answer]":
         from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
-        from megatron_chameleon.inference.engine.decode import GenerationOptions
         from megatron_chameleon.inference.engine.modality import Force
+        from megatron_chameleon.inference.engine.options import GenerationOptions
         from megatron_chameleon.inference.session import Session
 
         logging, device = self._config.logging, platform.device()

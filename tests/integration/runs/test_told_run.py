@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_chameleon.inference.engine.decode import GenerationOptions
 from megatron_chameleon.inference.engine.modality import Force
+from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.session import Session
 
 PROMPTS = "[{text: 'a handwritten seven', force: image}, {text: a}]"

@@ -14,8 +14,8 @@ from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import CheckpointError, ConfigError, DataError
-from megatron_chameleon.inference.engine.decode import GenerationOptions
 from megatron_chameleon.inference.engine.modality import Force
+from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.session import Session
 from tiny_model import write_tokenizer
 
@@ -75,7 +75,7 @@ def test_content_is_what_the_tokens_say(session: Session) -> None:
     """Texts and images in order; an image is decoded from the codes between its sentinels."""
     vocabulary, image = session.tokenizer.vocabulary, session.tokenizer.image
     assert image is not None
-    answers = session.generate([["a"]] * 20, GenerationOptions(seed=1, temperature=1.0, top_p=1.0))
+    answers = session.generate([["a"]] * 40, GenerationOptions(seed=1, temperature=1.0, top_p=1.0))
     assert any(len(answer.content) == 3 for answer in answers)
     for answer in answers:
         images = [part for part in answer.content if isinstance(part, Image.Image)]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_chameleon.errors import ChameleonError
+from megatron_chameleon.inference.engine.interface import EngineError
 
 _TYPES: Mapping[int, str] = {
     401: "authentication_error",
@@ -59,5 +60,6 @@ def bad(where: str, what: str, remedy: str, code: str | None = None) -> Refusal:
 
 
 def refusal_of(error: ChameleonError, where: str | None = None) -> Refusal:
-    """The refusal for an error of the library that the request caused."""
-    return bad(where or error.where, error.what, error.remedy)
+    """The refusal for an error of the library: the request caused it, or the engine failed."""
+    status = 500 if isinstance(error, EngineError) else 400
+    return Refusal(status, where or error.where, error.what, error.remedy)

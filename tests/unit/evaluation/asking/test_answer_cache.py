@@ -9,8 +9,8 @@ import pytest
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, model_fingerprint
 from megatron_chameleon.evaluation.asking.asker import Asker
-from megatron_chameleon.inference.engine.decode import GenerationOptions
 from megatron_chameleon.inference.engine.modality import Force
+from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.session import Session
 
 

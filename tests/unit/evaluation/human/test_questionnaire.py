@@ -19,8 +19,8 @@ from megatron_chameleon.evaluation.human.questionnaire import (
     read_key,
     write_questionnaire,
 )
-from megatron_chameleon.inference.engine.decode import GenerationOptions
 from megatron_chameleon.inference.engine.modality import Force
+from megatron_chameleon.inference.engine.options import GenerationOptions
 
 
 def answers(folder: Path, model: str, count: int = 6) -> Path:

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from megatron_chameleon.inference.engine.modality import Force, ModalityState, TokenClasses
+from megatron_chameleon.inference.engine.modality import (
+    AnswerRules,
+    Force,
+    ModalityState,
+    TokenClasses,
+)
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary, control_names
 
 CODES_PER_IMAGE = 3
@@ -15,9 +20,9 @@ CODES = set(VOCABULARY.code_token_ids.tolist())
 
 
 def state_of(*tokens_left: int, images: bool = True, force: Force | None = None) -> ModalityState:
-    classes = TokenClasses(VOCABULARY)
-    return ModalityState(
-        classes, CODES_PER_IMAGE, torch.tensor(tokens_left), images=images, force=force
+    rules = AnswerRules.of(CODES_PER_IMAGE, images, force)
+    return ModalityState.begin(
+        TokenClasses(VOCABULARY), CODES_PER_IMAGE, tokens_left, [rules] * len(tokens_left)
     )
 
 

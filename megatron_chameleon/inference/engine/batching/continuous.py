@@ -1,0 +1,447 @@
+"""Continuous batching: answers of all kinds grow together, and leave and join between two steps.
+
+    decoder = ContinuousDecoder(model, classes, codes_per_image)
+    number = decoder.add(TokenRequest((0, 40, 50), 100, GenerationOptions()))
+    while decoder.usage().running + decoder.usage().waiting:
+        for number, chunk in decoder.step():
+            print(number, chunk.token_ids)
+
+Nothing here waits, uses a clock or draws a number of its own: the same calls in the same order give
+the same tokens, so the ranks of a tensor-parallel model can do it side by side.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_chameleon.errors import DataError
+from megatron_chameleon.inference.engine.batching.cache import (
+    Cache,
+    PromptAttention,
+    default_cache_tokens,
+)
+from megatron_chameleon.inference.engine.batching.rows import Answer, Row
+from megatron_chameleon.inference.engine.batching.steps import (
+    NOT_FINITE,
+    NOTHING_DRAWN,
+    AnswerTensors,
+    DeviceState,
+    DrawPlan,
+    Layout,
+    StepPlan,
+)
+from megatron_chameleon.inference.engine.cached_model import CachedModel
+from megatron_chameleon.inference.engine.interface import (
+    EngineError,
+    EngineUsage,
+    FinishReason,
+    TokenChunk,
+    TokenRequest,
+)
+from megatron_chameleon.inference.engine.modality import TokenClasses
+from megatron_chameleon.inference.engine.options import Execution
+from megatron_chameleon.parallel import cuda_graphs
+
+PROMPT_TOKENS = 16_384
+"""Tokens of a pass over prompts, including padding. One row may have more."""
+MAX_ROWS = 64
+
+Event = tuple[int, TokenChunk | EngineError]
+"""A request's id, and its next tokens or why there are no more."""
+
+
+class ContinuousDecoder:
+    """Answers many requests at once.
+
+    A request waits until its prompt fits in the cache, and all wait in the order in which they
+    came. An answer that grows beyond the room on its shelf moves to a wider one. If the budget has
+    no room for that, the answer that came last gives up its rows. It waits in front of all others,
+    and is read again, with the tokens that it has, when another answer has ended. So the oldest
+    answer always grows, and every answer ends.
+
+    Args:
+        model: The layers.
+        classes: Token classes on the model's device.
+        codes_per_image: Number of codes of one image.
+        execution: How the steps run; None chooses what suits the device.
+        cache_tokens: The largest number of tokens whose keys and values are kept; None takes a
+            share of the device's memory.
+        max_rows: The largest number of rows of a step. A request has one, or two or three with
+            guidance. It may be changed between two steps.
+    """
+
+    def __init__(
+        self,
+        model: CachedModel,
+        classes: TokenClasses,
+        codes_per_image: int,
+        execution: Execution | None = None,
+        *,
+        cache_tokens: int | None = None,
+        max_rows: int = MAX_ROWS,
+    ) -> None:
+        self._model, self._classes, self._codes_per_image = model, classes, codes_per_image
+        self.execution = execution or Execution.on(model.device.type)
+        self.cache_tokens = cache_tokens or default_cache_tokens(model)
+        self.max_rows = max_rows
+        self.context_tokens: int = model.context_tokens
+        self._waiting: deque[Answer] = deque()
+        self._numbers = 0
+        self._record = cuda_graphs.graph_recorder()
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """An empty cache, and no answer that grows."""
+        self._cache = Cache(self._model, self.cache_tokens)
+        self._state = DeviceState(
+            self._model, self._classes, self._codes_per_image, self.execution.sync_every_tokens
+        )
+        self._running: list[Answer] = []
+        """In the order of their places."""
+        self._held = False
+        """Whether an answer had to give up its rows, and none has ended since."""
+        self._joining: Answer | None = None
+        self._layout: Layout | None = None
+        self._graphs: dict[StepPlan, Callable[[], None]] = {}
+        self._graphs_of = (-1, -1)
+
+    def check(self, request: TokenRequest) -> None:
+        """Refuse a request that could not be answered even if it were the only one.
+
+        Raises:
+            ConfigError: An option is out of range.
+            DataError: The request does not fit the context or the cache.
+        """
+        request.options.check()
+        answer = Answer(0, request, self._classes, self._codes_per_image)
+        check_tokens(answer, self.context_tokens)
+        if len(answer.rows) > self.max_rows:
+            raise DataError(
+                "guidance",
+                f"it takes {len(answer.rows)} rows, and at most {self.max_rows} are computed",
+                "Allow more rows, or ask without guidance",
+            )
+        self._cache.check([row.longest for row in answer.rows])
+
+    def add(self, request: TokenRequest) -> int:
+        """Take a request.
+
+        Returns:
+            Its id.
+
+        Raises:
+            ChameleonError: As ``check``.
+        """
+        self.check(request)
+        self._numbers += 1
+        self._waiting.append(Answer(self._numbers, request, self._classes, self._codes_per_image))
+        return self._numbers
+
+    @torch.inference_mode()
+    def cancel(self, number: int) -> None:
+        """End an answer. Nothing comes for it any more; one that has ended is ignored."""
+        for answer in [answer for answer in self._waiting if answer.number == number]:
+            self._waiting.remove(answer)
+        for answer in [answer for answer in self._running if answer.number == number]:
+            self._release(answer)
+
+    def abandon(self) -> list[int]:
+        """Give up all answers that grow, with all memory, after an error in ``step``.
+
+        Returns:
+            Their ids, and that of a request that was about to join. Those that wait are still
+            answered.
+        """
+        lost = [answer.number for answer in self._running]
+        if self._joining is not None:
+            lost.append(self._joining.number)
+            self._waiting.remove(self._joining)
+        self._set_up()
+        return lost
+
+    def usage(self) -> EngineUsage:
+        """The load at this moment."""
+        return EngineUsage(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            cache_tokens_used=self._cache.reserved_tokens,
+            cache_tokens_total=self._cache.budget_tokens,
+        )
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Let waiting requests join, and draw the next tokens of all answers.
+
+        Returns:
+            The new tokens of each answer that got any, with the reason if it has ended; and an
+            error in place of the rest of an answer whose logits are not finite.
+        """
+        news = _News()
+        if joined := self._join():
+            self._keep(joined, self._read(joined), news)
+        if self._running:
+            steps = self._make_room()
+            answers = list(self._running)
+            self._keep(answers, self._draw(steps), news)
+        return news.events()
+
+    # -- joining and leaving
+
+    def _join(self) -> list[Answer]:
+        """Give waiting requests their places and slots, as long as there is room."""
+        joined: list[Answer] = []
+        first_of = {shelf: len(shelf.slots) for shelf in self._cache.shelves}
+        rows = sum(len(answer.rows) for answer in self._running)
+        self._held &= bool(self._running)
+        while self._waiting and not self._held:
+            self._joining = answer = self._waiting[0]
+            rows += len(answer.rows)
+            if rows > self.max_rows or not self._take_slots(answer):
+                break
+            joined.append(self._waiting.popleft())
+            self._running.append(answer)
+        self._joining = None
+        if not joined:
+            return []
+        self._cache.sort_newest(first_of, key=lambda row: row.tokens)
+        joined.sort(key=lambda answer: _place_in_cache(answer.rows[0]))
+        first = len(self._running) - len(joined)
+        self._running[first:] = joined
+        longest = max(answer.max_new_tokens for answer in joined)
+        self._state.reserve(self.execution.bucket(len(self._running)), 1, longest)
+        for place, answer in enumerate(joined, first):
+            answer.place = place
+            self._state.admit(answer)
+        self._layout = None
+        return joined
+
+    def _take_slots(self, answer: Answer) -> bool:
+        """Take slots for all rows of an answer, or for none."""
+        whole = self._cache.must_begin_whole([row.longest for row in answer.rows])
+        for row in answer.rows:
+            row.slot = self._cache.take(row.longest if whole else row.tokens + 1, row)
+            if row.slot is None:
+                for taken in answer.rows:
+                    if taken.slot is not None:
+                        self._cache.give_back(taken.slot)
+                        taken.slot = None
+                return False
+        return True
+
+    def _release(self, answer: Answer) -> None:
+        """Free the slots and the place of an answer."""
+        for row in answer.rows:
+            assert row.slot is not None
+            self._cache.give_back(row.slot)
+            row.slot = None
+        last = self._running.pop()
+        if last is not answer:
+            self._state.move(last.place, answer.place)
+            last.place = answer.place
+            self._running[last.place] = last
+        answer.place = -1
+        self._layout, self._held = None, False
+
+    def _read(self, joined: Sequence[Answer]) -> Tensor:
+        """Read the prompts of answers, and what they already have, and draw their next tokens."""
+        rows = sorted((row for answer in joined for row in answer.rows), key=_place_in_cache)
+        hidden = [self._read_together(batch) for batch in _batches(rows)]
+        state, number_of = self._state, {row: number for number, row in enumerate(rows)}
+        state.load(joined, number_of)
+        places = slice(joined[0].place, joined[0].place + len(joined))
+        view = state.view(places, joined)
+        mixed = any(_in_guided_image(answer) for answer in joined)
+        plan = DrawPlan(False, view.settings.kind, mixed)
+        last_RH = torch.cat(hidden)
+        if not plan.mixed:
+            last_RH = last_RH.index_select(0, view.row_3B[0])
+        state.rewind()
+        state.draw(last_RH, view, plan)
+        return view.drawn_BS[:, :1]
+
+    def _read_together(self, rows: Sequence[Row]) -> Tensor:
+        """Read rows in neighbouring slots in one pass; the head's input [R, H]."""
+        seen, device = [row.seen() for row in rows], self._model.device
+        width = max(map(len, seen))
+        padded = [[*ids, *[self._classes.pad] * (width - len(ids))] for ids in seen]
+        positions_RS = torch.arange(width, device=device).expand(len(rows), width)
+        last_R = torch.tensor([len(ids) - 1 for ids in seen], device=device)
+        slot = rows[0].slot
+        assert slot is not None
+        attend = PromptAttention(slot.shelf, slice(slot.number, slot.number + len(rows)))
+        token_ids_RS = torch.tensor(padded, device=device)
+        return self._model.hidden(token_ids_RS, positions_RS, last_R, attend)
+
+    # -- growing
+
+    def _make_room(self) -> int:
+        """Make sure that all rows have room until the host reads the next tokens.
+
+        Returns:
+            How many steps it takes until then.
+        """
+        steps = self._steps()
+        for answer in sorted(self._running, key=lambda answer: answer.number):
+            for row in answer.rows if answer.place >= 0 else ():
+                while answer.place >= 0 and not self._widen(row, row.length + steps):
+                    self._give_way(max(self._running, key=lambda answer: answer.number))
+        return self._steps() if self._running else 0
+
+    def _steps(self) -> int:
+        longest = max(answer.tokens_left for answer in self._running)
+        return min(self.execution.sync_every_tokens, longest)
+
+    def _widen(self, row: Row, length: int) -> bool:
+        """Move a row to a wider shelf if it needs one; False if the budget has no room."""
+        slot, length = row.slot, min(length, row.longest)
+        assert slot is not None
+        if length <= slot.shelf.columns:
+            return True
+        wider = self._cache.move(slot, length)
+        if wider is None:
+            return False
+        row.slot, self._layout = wider, None
+        return True
+
+    def _give_way(self, answer: Answer) -> None:
+        """Take the rows from an answer, and let it wait in front of all others."""
+        self._release(answer)
+        self._waiting.appendleft(answer)
+        self._held = True
+
+    def _draw(self, steps: int) -> Tensor:
+        """Run steps; the tokens of each answer [B, steps]."""
+        if self._layout is None:
+            self._layout = Layout(self._state, self._cache, self._running, self.execution)
+        layout, state = self._layout, self._state
+        codes = min(answer.codes_left for answer in self._running)
+        mixed = any(
+            len(answer.rows) > 1 and (steps > 1 or answer.codes_left >= 0)
+            for answer in self._running
+        )
+        plans = {
+            codes_only: DrawPlan(codes_only, layout.view.settings.kind, mixed)
+            for codes_only in {codes > 0, codes > steps - 1}
+        }
+        lengths = layout.lengths()
+        state.rewind()
+        for number in range(steps):
+            segments = layout.segments(lengths, number, many=steps > 1)
+            sizes = (layout.rows, layout.answers, layout.in_order, layout.guided)
+            self._run(StepPlan(segments, *sizes, plans[number < codes]), layout.view)
+        return layout.view.drawn_BS[: len(self._running), :steps]
+
+    def _run(self, plan: StepPlan, view: AnswerTensors) -> None:
+        if not self.execution.graph:
+            self._state.step(plan, view)
+            return
+        moves = (self._cache.moves, self._state.moves)
+        if moves != self._graphs_of:  # the graphs hold the old buffers
+            self._graphs.clear()
+            self._graphs_of = moves
+        if plan not in self._graphs:
+            self._graphs[plan] = self._record(lambda: self._state.step(plan, view))
+        self._graphs[plan]()
+
+    # -- what was drawn
+
+    def _keep(self, answers: Sequence[Answer], drawn_BS: Tensor, news: "_News") -> None:
+        """Add the tokens to the answers, and free those that have ended."""
+        for answer, tokens in zip(answers, drawn_BS.tolist(), strict=True):
+            new = [token for token in tokens if token not in (NOTHING_DRAWN, NOT_FINITE)]
+            finish = answer.take(new) if new else None
+            if new:
+                news.add(answer, new, finish)
+            if NOT_FINITE in tokens:
+                for row in answer.rows:
+                    assert row.slot is not None
+                    self._cache.erase(row.slot)
+                news.failed(answer)
+            if NOT_FINITE in tokens or finish is not None:
+                self._release(answer)
+
+
+class _News:
+    """What a step has to tell, with one event for each answer."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, TokenChunk] = {}
+        self._errors: dict[int, EngineError] = {}
+
+    def add(self, answer: Answer, token_ids: list[int], finish: FinishReason | None) -> None:
+        before = self._chunks.get(answer.number)
+        token_ids = [*before.token_ids, *token_ids] if before else token_ids
+        self._chunks[answer.number] = TokenChunk(token_ids, finish)
+
+    def failed(self, answer: Answer) -> None:
+        self._errors[answer.number] = EngineError(
+            "model",
+            f"its logits for token {len(answer.token_ids) + 1:,} of the answer are not finite "
+            "(NaN or infinite)",
+            "Check its weights, or load it in a wider dtype",
+        )
+
+    def events(self) -> list[Event]:
+        """In the order of the requests; an error comes after the tokens before it."""
+        return sorted([*self._chunks.items(), *self._errors.items()], key=lambda event: event[0])
+
+
+def check_tokens(answer: Answer, context_tokens: int) -> None:
+    """Refuse a prompt or a number of new tokens that cannot be answered.
+
+    Raises:
+        DataError: It says what, with the numbers.
+    """
+    prompt, classes = answer.request.prompt, answer.classes
+    new, codes = answer.max_new_tokens, answer.codes_per_image
+    vocabulary = len(classes.code_V)
+    outside = next((token for token in prompt if not 0 <= token < vocabulary), None)
+    if not prompt or prompt[0] != classes.bos or outside is not None:
+        what = "it does not begin with <s>"
+        if outside is not None:
+            what = f"token id {outside:,} is outside the vocabulary of {vocabulary:,}"
+        raise DataError("prompt", what, "Encode it with the model's tokenizer")
+    if new < 1:
+        raise DataError("max_tokens", f"{new:,} is not above 0", "Ask for at least one token")
+    if len(prompt) + new > context_tokens:
+        raise DataError(
+            "max_tokens",
+            f"{len(prompt):,} tokens of the prompt and {new:,} of the answer do not fit the "
+            f"context of {context_tokens:,}",
+            f"Ask for at most {max(0, context_tokens - len(prompt)):,}, or shorten the prompt",
+        )
+    if answer.rules.only_image and (codes == 0 or new < codes + 2):
+        what = f"{new:,} is too few for an image, which has {codes + 2:,} tokens"
+        if codes == 0:
+            what = "the model has no image tokenizer, so it cannot draw"
+        raise DataError(
+            "max_tokens" if codes else "force", what, "Ask for text, or for more tokens"
+        )
+
+
+def _place_in_cache(row: Row) -> tuple[int, int]:
+    assert row.slot is not None
+    return row.slot.shelf.columns, row.slot.number
+
+
+def _in_guided_image(answer: Answer) -> bool:
+    return len(answer.rows) > 1 and answer.codes_left >= 0
+
+
+def _batches(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that are read in one pass: neighbours of similar lengths on one shelf."""
+    batches: list[list[Row]] = []
+    real = 0
+    for row in rows:
+        batch = batches[-1] if batches else None
+        if batch and batch[0].slot and row.slot and batch[0].slot.shelf is row.slot.shelf:
+            padded = (len(batch) + 1) * row.tokens  # they are sorted by length
+            if padded <= PROMPT_TOKENS and padded <= 2 * (real + row.tokens):
+                batch.append(row)
+                real += row.tokens
+                continue
+        batches.append([row])
+        real = row.tokens
+    return batches

@@ -1,0 +1,138 @@
+"""What the host knows of the answers that grow: their tokens, and the rows that they own."""
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_chameleon.inference.engine.batching.cache import Slot
+from megatron_chameleon.inference.engine.guidance import Conditioning, Guidance
+from megatron_chameleon.inference.engine.interface import FinishReason, TokenRequest
+from megatron_chameleon.inference.engine.modality import AnswerRules, TokenClasses
+from megatron_chameleon.inference.engine.sampling import uniforms
+
+
+class Row:
+    """One pass of an answer.
+
+    Args:
+        answer: The answer.
+        kind: What the row sees.
+        prompt: What it sees of the prompt.
+    """
+
+    def __init__(self, answer: "Answer", kind: Conditioning, prompt: list[int]) -> None:
+        self.answer, self.kind, self.prompt = answer, kind, prompt
+        self.slot: Slot | None = None
+        """Its place in the cache, while the answer grows."""
+
+    @property
+    def start(self) -> int:
+        """The length that the row returns to at the end of an image, if it forgets images."""
+        return len(self.prompt)
+
+    @property
+    def length(self) -> int:
+        """How many columns of the cache it sees: all of its tokens but the newest of the answer,
+        which the next step reads."""
+        answer = self.answer
+        if self.kind is Conditioning.ALL:
+            return self.start + len(answer.token_ids) - 1
+        if self.kind is Conditioning.IMAGES:
+            newest = answer.token_ids[-1] in answer.classes.image_token_ids
+            return self.start + answer.image_tokens - newest
+        return self.start + max(answer.image_tokens_begun - 1, 0)
+
+    @property
+    def longest(self) -> int:
+        """The largest number of columns that it can need."""
+        answer = self.answer
+        if self.kind is Conditioning.NOTHING:
+            return self.start + min(answer.max_new_tokens, answer.codes_per_image + 2)
+        return self.start + answer.max_new_tokens
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has once all of the answer's are read: the length of ``seen()``."""
+        answer = self.answer
+        if self.kind is Conditioning.ALL:
+            return self.start + len(answer.token_ids)
+        if self.kind is Conditioning.IMAGES:
+            return self.start + answer.image_tokens
+        return self.start + answer.image_tokens_begun
+
+    def seen(self) -> list[int]:
+        """The tokens that the row has seen once all of the answer's are read."""
+        answer = self.answer
+        if self.kind is Conditioning.ALL:
+            return [*self.prompt, *answer.token_ids]
+        if self.kind is Conditioning.IMAGES:
+            images = answer.classes.image_token_ids
+            return [*self.prompt, *(t for t in answer.token_ids if t in images)]
+        begun = answer.image_tokens_begun
+        return [*self.prompt, *(answer.token_ids[-begun:] if begun else ())]
+
+
+class Answer:
+    """A request and the tokens that were drawn for it.
+
+    Args:
+        number: The request's id.
+        request: What was asked for.
+        classes: The vocabulary's token classes.
+        codes_per_image: Number of codes of one image.
+    """
+
+    def __init__(
+        self, number: int, request: TokenRequest, classes: TokenClasses, codes_per_image: int
+    ) -> None:
+        options = request.options
+        self.number, self.request, self.options = number, request, options
+        self.classes, self.codes_per_image = classes, codes_per_image
+        self.max_new_tokens = request.max_new_tokens
+        self.guidance = Guidance.of(options)
+        self.rules = AnswerRules.of(codes_per_image, options.images, options.force)
+        self.rows = [
+            Row(self, kind, self.guidance.prompt(kind, request.prompt, classes))
+            for kind in self.guidance.passes
+        ]
+        self.token_ids: list[int] = []
+        self.codes_left = -1
+        """Codes still missing in the current image; -1 outside an image."""
+        self.image_tokens = 0
+        """Codes, beginnings and ends of images among the answer's tokens."""
+        self.place = -1
+        """Where the answer's state is on the device, while it grows."""
+
+    @property
+    def tokens_left(self) -> int:
+        return self.max_new_tokens - len(self.token_ids)
+
+    @property
+    def image_tokens_begun(self) -> int:
+        """Tokens of the image that is being drawn, with its beginning; 0 outside an image."""
+        return self.codes_per_image - self.codes_left + 1 if self.codes_left >= 0 else 0
+
+    def take(self, token_ids: Sequence[int]) -> FinishReason | None:
+        """Add tokens that were drawn; none may follow the one that ends the answer."""
+        classes = self.classes
+        for token in token_ids:
+            if self.codes_left > 0:
+                self.codes_left -= 1
+                self.image_tokens += 1
+            elif token == classes.begin_image:
+                self.codes_left = self.codes_per_image
+                self.image_tokens += 1
+            elif token == classes.end_image:
+                self.codes_left = -1
+                self.image_tokens += 1
+        self.token_ids.extend(token_ids)
+        last = self.token_ids[-1]
+        if last == classes.eos or (self.rules.only_image and last == classes.end_image):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.tokens_left <= 0 else None
+
+    def random_numbers(self) -> torch.Tensor:
+        """fp64 [max_new_tokens] in [0, 1): one number for each token, from the seed alone."""
+        seed = (self.options.seed + 2**63) % 2**64 - 2**63  # as a signed number
+        counts = torch.arange(self.max_new_tokens)
+        return uniforms(torch.full_like(counts, seed), counts)
