@@ -1,4 +1,4 @@
-"""Make documents of handwritten digits: captioned pairs, sums with pictures, text, held-out pairs.
+"""Make documents of handwritten digits: captioned pairs, sums, texts and conversations.
 
     python examples/digits/make_documents.py --output runs/digits/data
 
@@ -19,25 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from chats import SHAPES, WORDS, Chats, fill
 from PIL import Image
 from sklearn.datasets import load_digits
 
-WORDS = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
-)
-SHAPES = (
-    "is a round ring with nothing inside",
-    "is a single upright stroke",
-    "has a curve on top and a flat base",
-    "has open curves, all to the right",
-    "has an upright line crossed by a bar",
-    "has a flat roof above a round belly",
-    "has a loop at the bottom",
-    "has a flat roof and a slanted leg",
-    "has loops above each other",
-    "has a loop at the top",
-)
 CANONICAL = ("a handwritten {word}", "the digit {word}", "this is the number {word}")
 """The phrasings that are used in prompts."""
 CAPTIONS = (
@@ -135,12 +120,6 @@ def vary(image: Image.Image, draw: random.Random) -> Image.Image:
 # Documents
 
 
-def caption(template: str, label: int) -> str:
-    word = WORDS[label]
-    article = "an" if word == "eight" else "a"
-    return template.format(word=word, digit=label, a=article, shape=SHAPES[label])
-
-
 def document(identity: str, source: str, *content: str | Picture, **extra: Any) -> dict[str, Any]:
     """A document of texts and pictures in the given order."""
     parts = [
@@ -157,7 +136,7 @@ def pairs(
 ) -> Iterator[dict[str, Any]]:
     """Documents of a picture and its caption; each of the two comes first in half of them."""
     for picture in pictures:
-        content: list[str | Picture] = [caption(draw.choice(templates), picture.label), picture]
+        content: list[str | Picture] = [fill(draw.choice(templates), picture.label), picture]
         if draw.random() < 0.5:
             content.reverse()
         yield document(f"{source}-{picture.id}", source, *content, label=picture.label)
@@ -220,6 +199,14 @@ def shape(draw: random.Random) -> str:
     return f"A handwritten {WORDS[digit]} {SHAPES[digit]}."
 
 
+def chats(
+    training: list[Picture], clean: list[Picture], count: int, draw: random.Random
+) -> Iterator[dict[str, Any]]:
+    """Conversations: the user shows any picture, the model draws unchanged digits."""
+    for number, messages in enumerate(Chats(training, clean, draw).conversations(count)):
+        yield {"id": f"chats-{number:05d}", "source": "chats", "messages": messages}
+
+
 # Files
 
 
@@ -240,15 +227,19 @@ def write_documents(output: Path, args: argparse.Namespace) -> None:
     print(f"{output}/train_images: {len(training)} pictures of {args.size} x {args.size} pixels")
     print(f"{output}/heldout_images: {len(heldout)} pictures")
     clean = [picture for picture in training if picture.variant == 0]
-    draws = {name: random.Random(f"{args.seed}-{name}") for name in ("pairs", "sums", "text", "q")}
+    draws = {
+        name: random.Random(f"{args.seed}-{name}")
+        for name in ("pairs", "sums", "text", "q", "chats")
+    }
     files = {
         "pairs": list(pairs(training, CAPTIONS, "pairs", draws["pairs"])),
         "sums": list(sums(training, args.sums, draws["sums"])),
         "text": list(texts(args.texts, draws["text"])),
+        "chats": list(chats(training, clean, args.chats, draws["chats"])),
         "quality": list(pairs(clean, CANONICAL, "quality", draws["q"])),
         # The picture always comes first, with the first phrasing, so that all are scored alike.
         "heldout": [
-            document(p.id, "heldout", p, caption(CANONICAL[0], p.label), label=p.label)
+            document(p.id, "heldout", p, fill(CANONICAL[0], p.label), label=p.label)
             for p in heldout
         ],
     }
@@ -260,7 +251,8 @@ def write_documents(output: Path, args: argparse.Namespace) -> None:
         for name, documents in files.items()
         if name != "heldout"
         for record in documents
-        for part in record["content"]
+        for message in record.get("messages", [record])
+        for part in message["content"]
         if part["type"] == "text"
     )
     path = output / "corpus.txt"
@@ -275,11 +267,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sums", type=int, default=4000, help="number of documents in sums.jsonl")
     parser.add_argument("--texts", type=int, default=4000, help="number of documents in text.jsonl")
     parser.add_argument(
+        "--chats", type=int, default=16000, help="number of conversations in chats.jsonl"
+    )
+    parser.add_argument(
         "--seed", type=int, default=1, help="seed of everything except the held-out split"
     )
     args = parser.parse_args(argv)
-    if args.variants < 1 or args.size < 8 or args.sums < 1 or args.texts < 1:
-        parser.error("--variants, --sums and --texts must be at least 1, and --size at least 8")
+    if min(args.variants, args.sums, args.texts, args.chats) < 1 or args.size < 8:
+        counts = "--variants, --sums, --texts and --chats"
+        parser.error(f"{counts} must be at least 1, and --size at least 8")
     write_documents(args.output, args)
 
 

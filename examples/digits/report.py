@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_documents import CANONICAL, HELD_OUT_SHARE, SPLIT_SEED, caption
+from chat_figures import measure_chats
+from chat_page import chat_sections
+from chats import fill
+from make_documents import CANONICAL, HELD_OUT_SHARE, SPLIT_SEED
 from PIL import Image
 from report_page import write_overview, write_page
 from sklearn.datasets import load_digits
@@ -109,7 +112,7 @@ def caption_heldout(session: Session, images: list[Image.Image], labels: list[in
 def draw_digits(session: Session, judge: Judge, each: int, options: GenerationOptions) -> Drawings:
     """Draw every digit ``each`` times from its text, and classify the drawings with the judge."""
     labels = [digit for digit in range(CLASSES) for _ in range(each)]
-    prompts = [caption(CANONICAL[i % len(CANONICAL)], digit) for i, digit in enumerate(labels)]
+    prompts = [fill(CANONICAL[i % len(CANONICAL)], digit) for i, digit in enumerate(labels)]
     images = session.draw(prompts, options)
     return Drawings(images, labels, judge.classify(images))
 
@@ -164,12 +167,15 @@ def measure(run: Path, each: int, options: GenerationOptions) -> dict[str, Any]:
     captions = caption_heldout(session, images, labels)
     _say("drawings", started)
     drawings = draw_digits(session, judge, each, options)
+    _say("conversations", started)
+    chats = measure_chats(session, judge, (images, labels), options)
     _say("reconstructions", started)
     again = reconstruct(session, images)
     numbers = {
         "caption_accuracy": accuracy(captions.digits, labels),
         "generated_image_accuracy": accuracy(drawings.judged, drawings.labels),
         "reconstruction_psnr_db": psnr_db(images, again),
+        **chats.numbers(),
         **training_numbers(records),
         "heldout_images": len(images),
         "generated_images": len(drawings.images),
@@ -190,7 +196,9 @@ def measure(run: Path, each: int, options: GenerationOptions) -> dict[str, Any]:
     _say("pictures", started)
     write_overview(folder / "overview.png", records, numbers, tables, captions, drawings, again)
     config = (run / "config.yaml").read_text(encoding="utf-8")
-    write_page(folder / "index.html", records, numbers, tables, captions, drawings, again, config)
+    page = folder / "index.html"
+    talks = chat_sections(chats)
+    write_page(page, records, numbers, tables, captions, drawings, again, talks, config)
     numbers["report_seconds"] = time.monotonic() - started
     return numbers
 

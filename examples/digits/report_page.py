@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import chat_page
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -180,9 +181,10 @@ def write_page(
     captions: "Captions",
     drawings: "Drawings",
     again: Sequence[Image.Image],
+    chats: Sequence[str],
     config: str,
 ) -> None:
-    """Write one HTML file that needs no other files."""
+    """Write one HTML file that needs no other files; ``chats`` is its section on conversations."""
     losses = new_figure(9, 3.6)
     draw_losses(losses.subplots(), records)
     images = new_figure(9, 9.5)
@@ -192,7 +194,8 @@ def write_page(
         heading("Digits, drawn and read by one model", 1),
         how(
             f"One transformer was trained for {numbers['model_step']:,} steps on one stream of",
-            "text and image tokens. It captions images that it never saw and draws from text.",
+            "text and image tokens. It captions images that it never saw, draws from text, and",
+            "answers in conversations.",
         ),
         _number_cards(numbers),
         heading("Losses"),
@@ -220,11 +223,12 @@ def write_page(
             "encoding and decoding by the image tokenizer.",
         ),
         _figure(_matrices(tables), "confusion matrices of captions and drawings"),
+        *chats,
         *_caption_sections(captions),
         heading("Config"),
         folded("config.yaml", preformatted(config)),
     ]
-    save_whole(file, page("Digits", body, STYLE).encode("utf-8"))
+    save_whole(file, page("Digits", body, STYLE + chat_page.STYLE).encode("utf-8"))
 
 
 def _matrices(tables: Tables) -> Figure:

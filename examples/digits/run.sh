@@ -14,24 +14,24 @@ HERE=examples/digits
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 data=(--variants 16) image=() train=()
 if [ -n "${QUICK:-}" ]; then
-    data=(--variants 1 --sums 100 --texts 100)
+    data=(--variants 1 --sums 100 --texts 100 --chats 100)
     image=(training.steps=20)
     train=(training.steps=20 optimizer.lr_warmup_steps=2)
 fi
 started=$SECONDS
 say() { printf '\n== %s  (%ss)\n' "$1" "$((SECONDS - started))"; }
 
-say "1. Data: make handwritten digits with captions, sums and plain text"
+say "1. Data: make handwritten digits with captions, sums, plain text and conversations"
 python $HERE/make_documents.py --output "$RUN/data" --seed "$SEED" "${data[@]}"
 
 say "2. Tokenizers: train one vocabulary for text and image codes"
-chameleon tokenizer text "$RUN"/data/{pairs,sums,text,quality}.jsonl \
+chameleon tokenizer text "$RUN"/data/{pairs,sums,text,chats,quality}.jsonl \
     --output "$RUN/tokenizer" --vocab-size 512 --image-codes 64
 OMP_NUM_THREADS=2 chameleon tokenizer image "$RUN/data/train_images" \
     --output "$RUN/tokenizer" --config digits --seed "$SEED" "${image[@]}"
 
 say "3. Token files: turn the documents into tokens"
-for name in pairs sums text quality; do
+for name in pairs sums text chats quality; do
     chameleon preprocess "$RUN/data/$name.jsonl" --tokenizer "$RUN/tokenizer" \
         --output "$RUN/tokens/$name" --workers 2
 done

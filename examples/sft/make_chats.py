@@ -1,6 +1,7 @@
-"""Make conversations about handwritten digits, for fine-tuning the model of the digits demo.
+r"""Make conversations about handwritten digits, for fine-tuning the model of the digits demo.
 
-    python examples/sft/make_chats.py --pictures runs/digits/data --output runs/sft/data
+    PYTHONPATH=examples/digits python examples/sft/make_chats.py \
+        --pictures runs/digits/data --output runs/sft/data
 
 The script reads the pictures that the demo made. It writes three kinds of conversations, and
 questions about held-out digits that are in no training file:
@@ -19,14 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+from chats import WORDS, Part, fill, image, text
+
 ASK = {
     "word": ("What digit is this? Answer in a word.", "Read this number in a word."),
     "numeral": ("What digit is this? Answer in a numeral.", "Read this number in a numeral."),
 }
 DRAW = ("Draw {a} {word}.", "Draw the digit {word}.", "A picture of {a} {word}, written by hand.")
-
-Part = dict[str, str]
 
 
 def answer(label: int, form: str) -> str:
@@ -34,20 +34,8 @@ def answer(label: int, form: str) -> str:
     return WORDS[label] if form == "word" else str(label)
 
 
-def request(template: str, label: int) -> str:
-    return template.format(word=WORDS[label], a="an" if label == 8 else "a")
-
-
-def picture(path: str) -> Part:
-    return {"type": "image", "image": path}
-
-
-def text(words: str) -> Part:
-    return {"type": "text", "text": words}
-
-
 def ask(path: str, form: str, draw: random.Random) -> list[Part]:
-    return [picture(path), text(draw.choice(ASK[form]))]
+    return [image(path), text(draw.choice(ASK[form]))]
 
 
 def questions(pictures: list[tuple[str, int]], draw: random.Random) -> Iterator[dict[str, Any]]:
@@ -58,7 +46,7 @@ def questions(pictures: list[tuple[str, int]], draw: random.Random) -> Iterator[
 
 def drawings(pictures: list[tuple[str, int]], draw: random.Random) -> Iterator[dict[str, Any]]:
     for path, label in pictures:
-        yield {"prompt": request(draw.choice(DRAW), label), "answer": [picture(path)]}
+        yield {"prompt": fill(draw.choice(DRAW), label), "answer": [image(path)]}
 
 
 def dialogues(
@@ -70,8 +58,8 @@ def dialogues(
         turns = (
             ("user", ask(first, form, draw)),
             ("assistant", answer(label, form)),
-            ("user", request(draw.choice(DRAW), wanted)),
-            ("assistant", [picture(second)]),
+            ("user", fill(draw.choice(DRAW), wanted)),
+            ("assistant", [image(second)]),
         )
         yield {"messages": [{"role": role, "content": content} for role, content in turns]}
 

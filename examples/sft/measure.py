@@ -12,7 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from make_chats import DRAW, WORDS, answer, request
+from chats import WORDS, fill
+from make_chats import DRAW, answer
 from PIL import Image
 from report import CLASSES, Judge
 
@@ -23,7 +24,7 @@ from megatron_chameleon.inference.chat import chat_prompt
 from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.session import Answer, Session
 
-FORMS = {"word": set(WORDS), "numeral": set(map(str, range(CLASSES)))}
+FORMS = {"word": set(WORDS[:CLASSES]), "numeral": set(map(str, range(CLASSES)))}
 
 
 def ask(session: Session, documents: list[Document], options: GenerationOptions) -> list[Answer]:
@@ -54,7 +55,7 @@ def measure_questions(
 def measure_drawings(session: Session, each: int, seed: int) -> dict[str, float]:
     """Shares of requests that are answered by an image alone, and by one of the right digit."""
     labels = [digit for digit in range(CLASSES) for _ in range(each)]
-    texts = [request(DRAW[i % len(DRAW)], label) for i, label in enumerate(labels)]
+    texts = [fill(DRAW[i % len(DRAW)], label) for i, label in enumerate(labels)]
     documents = [Document("", "", (TextPart(text),), "request") for text in texts]
     options = GenerationOptions(seed=seed, repetition_penalty=1.0, max_tokens=40)
     found = ask(session, documents, options)

@@ -15,6 +15,11 @@ REPORTED = (
     "caption_accuracy",
     "generated_image_accuracy",
     "reconstruction_psnr_db",
+    "chat_drawing_accuracy",
+    "chat_second_drawing_accuracy",
+    "chat_recall_accuracy",
+    "chat_reading_accuracy",
+    "chat_sum_accuracy",
     "steps",
     "train_seconds",
     "tokens_per_second",
@@ -48,14 +53,14 @@ def test_the_report_has_every_figure(run: Path) -> None:
 
 def test_the_page_is_self_contained(run: Path) -> None:
     page = (run / "report" / "index.html").read_text()
-    for heading in ("Losses", "Images", "Which digits are confused", "Wrong captions", "Config"):
+    for heading in ("Losses", "Images", "Which digits are confused", "In conversations", "Config"):
         assert f"<h2>{heading}" in page
     assert 'src="http' not in page and "src='http" not in page
     assert (run / "report" / "overview.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_held_out_digits_are_in_no_token_file(run: Path) -> None:
-    for name in ("pairs", "sums", "text", "quality"):
+    for name in ("pairs", "sums", "text", "chats", "quality"):
         assert "heldout" not in (run / "data" / f"{name}.jsonl").read_text()
 
 

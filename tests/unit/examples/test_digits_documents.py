@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -14,16 +15,34 @@ from megatron_chameleon.data.documents.schema import TextPart
 from places import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples" / "digits" / "make_documents.py"
-FILES = ("pairs", "sums", "text", "quality", "heldout")
+FILES = ("pairs", "sums", "text", "chats", "quality", "heldout")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 WORDS += ("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")
 
+DIGIT = rf"\b(?:{'|'.join(WORDS[:10])}|\d)\b"
+NUMBER = rf"\b(?:{'|'.join(WORDS)})\b"
+
 
 def make(output, *options):
+    sys.path.insert(0, str(SCRIPT.parent))  # as when the script is run
+    try:
+        load().main(
+            [
+                "--output",
+                str(output),
+                *("--sums", "200", "--texts", "200", "--chats", "400"),
+                *options,
+            ]
+        )
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+
+
+def load():
     spec = importlib.util.spec_from_file_location("make_documents", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(["--output", str(output), "--sums", "200", "--texts", "200", *options])
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +54,10 @@ def digits(tmp_path_factory):
 
 def records(folder, name):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def parts_of(record):
+    return [part for m in record.get("messages", [record]) for part in m["content"]]
 
 
 def text_of(record):
@@ -65,6 +88,71 @@ def test_sums_are_right(digits):
         assert re.findall(rf"\b(?:{'|'.join(WORDS)})\b", text_of(record)) == [WORDS[total]]
 
 
+def labels_of(folder):
+    return {
+        part["image"]: record["label"]
+        for record in records(folder, "pairs")
+        for part in record["content"]
+        if part["type"] == "image"
+    }
+
+
+def turns_of(digits):
+    """The record, the user's message and the answer, for each answer."""
+    for record in records(digits, "chats"):
+        messages = record["messages"]
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2), record
+        for place in range(0, len(messages), 2):
+            yield record, messages[place], messages[place + 1], place
+
+
+def images_of(message):
+    return [part["image"] for part in message["content"] if part["type"] == "image"]
+
+
+def test_answers_in_conversations_are_right(digits):
+    """What the model says of a picture is its digit, and what it draws is what was asked for."""
+    labels, checked = labels_of(digits), dict.fromkeys(("read", "drawn", "asked", "sum"), 0)
+    last = None
+    for record, user, answer, place in turns_of(digits):
+        words, shown, drawn = text_of(answer), images_of(user), images_of(answer)
+        last = last if place else None
+        if shown:
+            last = labels[shown[0]]
+            assert not drawn and read_digit(words) == last, record
+            checked["read"] += 1
+        elif drawn:
+            last = labels[drawn[0]]
+            wanted = set(re.findall(DIGIT, text_of(user).lower())) - {"one"}  # "another one"
+            assert {read_digit(name) for name in wanted} <= {last}, record
+            assert words == "#" or read_digit(words) == last, record
+            checked["asked"] += len(wanted)
+            checked["drawn"] += 1
+        elif words.startswith("I drew"):
+            assert read_digit(words) == last, record
+        elif " plus " in words:
+            left, right, total = map(WORDS.index, re.findall(NUMBER, words.lower()))
+            assert left + right == total, record
+            checked["sum"] += 1
+    assert min(checked.values()) > 40, checked
+
+
+def test_conversations_are_varied(digits):
+    """Hardly any request is written twice, and all styles of writing occur."""
+    asked = [text_of(user) for _, user, answer, _ in turns_of(digits) if images_of(answer)]
+    assert len(set(asked)) > 0.7 * len(asked)
+    for style in (
+        r"^[a-z]",
+        r"^[A-Z][a-z]",
+        r"^[A-Z !?.,0-9]+$",
+        r"\?$",
+        r"\d",
+        r"please",
+        r"seven",
+    ):
+        assert sum(bool(re.search(style, words)) for words in asked) > 5, style
+
+
 def test_held_out_digits_are_in_no_training_document(digits):
     heldout = {part["image"] for r in records(digits, "heldout") for part in r["content"][:1]}
     assert len(heldout) == round(0.2 * 1797)
@@ -74,7 +162,7 @@ def test_held_out_digits_are_in_no_training_document(digits):
     seen = set()
     for name in FILES[:-1]:
         for record in records(digits, name):
-            images = [part["image"] for part in record["content"] if part["type"] == "image"]
+            images = [part["image"] for part in parts_of(record) if part["type"] == "image"]
             assert not heldout & set(images)
             seen |= {hashlib.sha256((digits / image).read_bytes()).hexdigest() for image in images}
     assert not pixels & seen
@@ -86,7 +174,7 @@ def test_same_seed_same_bytes_and_the_split_does_not_move(digits, tmp_path):
     for path in sorted(digits.rglob("*.*")):
         name = path.relative_to(digits)
         assert (tmp_path / "again" / name).read_bytes() == path.read_bytes(), name
-    for name, same in (("heldout", True), ("pairs", False), ("sums", False), ("text", False)):
+    for name, same in (("heldout", True), ("pairs", False), ("sums", False), ("chats", False)):
         other = (tmp_path / "other" / f"{name}.jsonl").read_bytes()
         assert (other == (digits / f"{name}.jsonl").read_bytes()) is same, name
 
@@ -112,8 +200,8 @@ def test_variants_differ_from_the_digit_but_not_much(digits):
 def test_all_files_are_documents(digits):
     for name, kinds in zip(
         FILES,
-        ({TextPart, ImagePart}, {TextPart, ImagePart}, {TextPart}, {TextPart, ImagePart}) * 2,
-        strict=False,
+        [{TextPart} if name == "text" else {TextPart, ImagePart} for name in FILES],
+        strict=True,
     ):
         documents = list(read_documents([digits / f"{name}.jsonl"]))
         assert len({document.id for document in documents}) == len(documents) > 0
@@ -126,7 +214,7 @@ def test_corpus_is_the_text_of_the_training_documents(digits):
         part["text"]
         for name in FILES[:-1]
         for record in records(digits, name)
-        for part in record["content"]
+        for part in parts_of(record)
         if part["type"] == "text"
     ]
     assert lines == parts

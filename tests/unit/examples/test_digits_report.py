@@ -66,3 +66,20 @@ def test_heldout_files_that_are_missing_or_broken_are_named(tmp_path: Path) -> N
     (tmp_path / "heldout.jsonl").write_text(json.dumps({"content": []}) + "\n")
     with pytest.raises(DataError, match=r"heldout\.jsonl:1: no image or no label"):
         read_heldout(tmp_path / "heldout.jsonl")
+
+
+def test_answers_in_conversations_are_counted() -> None:
+    from chat_figures import Talk, last_number, seen, text_of
+
+    class Judge:
+        def classify(self, images: list[Image.Image]) -> list[int]:
+            return [image.width for image in images]
+
+    two, five = (Image.new("RGB", (width, 8)) for width in (2, 5))
+    answers = [["Here is your two.", two], [two, five], ["I can only draw digits."], [five]]
+    turns = [[["draw"], answer] for answer in answers]
+    assert seen(turns, Judge()) == [2, None, None, 5]
+    assert Talk(turns, [2, 2, 2, 2], seen(turns, Judge())).right == 0.25
+    assert [text_of(t) for t in turns] == ["", "", "I can only draw digits.", ""]
+    assert last_number("Nine plus nine is eighteen.") == 18
+    assert last_number("Two plus two is") is last_number("") is None
