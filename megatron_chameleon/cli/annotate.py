@@ -9,7 +9,6 @@ chameleon annotate score judgements_1.json judgements_2.json judgements_3.json \
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import progress, show
@@ -25,12 +24,10 @@ from megatron_chameleon.cli.options import (
     add_image_options,
     add_sampling_options,
     device,
+    generation_options,
     image_options,
 )
 from megatron_chameleon.wording import counted
-
-if TYPE_CHECKING:
-    from megatron_chameleon.inference.engine.options import GenerationOptions
 
 KINDS = ("absolute", "pairwise", "safety")
 
@@ -113,7 +110,7 @@ def _answer(args: argparse.Namespace) -> None:
     from megatron_chameleon.inference.session import Session
     from megatron_chameleon.outputs import check_output_folder
 
-    options = _generation_options(args)
+    options = generation_options(args)
     with announced(f"reading {args.prompts}"):
         prompts = read_prompts(Path(args.prompts), image_options(args))[: args.limit]
     output = check_output_folder("--output", args.output)
@@ -124,20 +121,6 @@ def _answer(args: argparse.Namespace) -> None:
         progress(f"annotate: answering {counted(len(prompts), 'prompt')}")
         asker = Asker(session, answers, progress)
         show(answer_prompts(asker, prompts, output, options, args.chat))
-
-
-def _generation_options(args: argparse.Namespace) -> "GenerationOptions":
-    from megatron_chameleon.inference.engine.modality import Force
-    from megatron_chameleon.inference.engine.options import GenerationOptions
-
-    names = ("temperature", "top_p", "guidance", "max_tokens")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    force = Force(args.force) if args.force else None
-    options = GenerationOptions(
-        seed=args.seed, force=force, stop=tuple(args.stop), batch_size=args.batch_size, **given
-    )
-    options.check()
-    return options
 
 
 def _prepare(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from megatron_chameleon.cli.options import (
     add_ema_option,
     add_image_options,
     add_sampling_options,
+    generation_options,
     image_options,
 )
 from megatron_chameleon.wording import counted
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from megatron_chameleon.data.documents.image_part import ImagePart
     from megatron_chameleon.data.documents.schema import Document, TextPart
     from megatron_chameleon.inference.answers.answer import Answer
-    from megatron_chameleon.inference.engine.options import GenerationOptions
 
 ANSWERS_FILE = "documents.jsonl"
 
@@ -92,8 +92,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.inference.session import Session
     from megatron_chameleon.outputs import save_anyhow
 
-    options = _options(args)
-    options.check()
+    options = generation_options(args)
     _check_device(args)
     folder = _check_output(args)
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.count)]
@@ -136,16 +135,6 @@ def _check_output(args: argparse.Namespace) -> Path:
     replaced = [folder / ANSWERS_FILE, *folder.glob("[0-9]*-[0-9]*.png")]
     keep_inputs("--output", replaced, [*args.image, *([args.document] if args.document else [])])
     return folder
-
-
-def _options(args: argparse.Namespace) -> "GenerationOptions":
-    from megatron_chameleon.inference.engine.modality import Force
-    from megatron_chameleon.inference.engine.options import GenerationOptions
-
-    names = ("temperature", "top_p", "guidance", "guidance_image", "max_tokens", "batch_size")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    force = Force(args.force) if args.force else None
-    return GenerationOptions(seed=args.seed, force=force, stop=tuple(args.stop), **given)
 
 
 def _check_device(args: argparse.Namespace) -> None:

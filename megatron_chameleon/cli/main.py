@@ -42,6 +42,7 @@ VERBS = {
     "status": "show how runs stand: alive or not, step, loss, checkpoints, alarms",
     "convert": "convert a checkpoint to another format",
     "verify": "compare two checkpoints of any format",
+    "chat": "talk to a model in the terminal, in text and images",
     "generate": "generate text and images from a checkpoint",
     "serve": "answer OpenAI's clients and browsers over HTTP",
     "evaluate": "benchmark a checkpoint and show the paper's figures beside it",

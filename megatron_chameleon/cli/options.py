@@ -15,6 +15,7 @@ from megatron_chameleon.wording import shown
 
 if TYPE_CHECKING:
     from megatron_chameleon.images.options import ImageOptions
+    from megatron_chameleon.inference.engine.options import GenerationOptions
 
 _LONGEST_NUMBER = 100
 """Characters; Python takes a long time to read a number of millions of digits."""
@@ -181,6 +182,24 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="end an answer where this text appears in it; can be repeated",
     )
+
+
+def generation_options(args: argparse.Namespace) -> "GenerationOptions":
+    """What ``add_sampling_options`` parsed, and ``--guidance-image`` and ``--batch-size``.
+
+    Raises:
+        ConfigError: A value cannot work.
+    """
+    from megatron_chameleon.inference.engine.modality import Force
+    from megatron_chameleon.inference.engine.options import GenerationOptions
+
+    names = ("temperature", "top_p", "guidance", "guidance_image", "max_tokens", "batch_size")
+    values = {name: getattr(args, name, None) for name in names}
+    given = {name: value for name, value in values.items() if value is not None}
+    force = Force(args.force) if args.force else None
+    options = GenerationOptions(seed=args.seed, force=force, stop=tuple(args.stop), **given)
+    options.check()
+    return options
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:

@@ -7,9 +7,10 @@ answer follows the last separator (``data/documents/conversations.py``). Any oth
 seen a separator. It gets what was said as the beginning of a document, and goes on from there.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
+import numpy as np
 from PIL import Image
 
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
@@ -56,6 +57,14 @@ class PaddedImage(ImagePart):
         # not super(): a dataclass with slots is another class than the one that is written here
         image = ImagePart.open(self)
         return Image.fromarray(prepare_image(image, self.resolution, pad=True))
+
+
+@dataclass(slots=True)
+class EncodedImage(ImagePart):
+    """An image whose codes are known, so that each further prompt has the same ones."""
+
+    codes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), compare=False)
+    """int64 [codes per image], in raster order."""
 
 
 ChatPart = TextPart | ImagePart | Image.Image | ControlToken
@@ -111,7 +120,7 @@ def chat_prompt(document: Document, tokenizer: Tokenizer) -> list[ChatPart]:
 
 def _padded(part: TextPart | ImagePart, tokenizer: Tokenizer) -> ChatPart:
     """The part; an image is padded to the tokenizer's size."""
-    if isinstance(part, TextPart) or tokenizer.image is None:
+    if isinstance(part, TextPart | EncodedImage) or tokenizer.image is None:
         return part
-    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    values = {each.name: getattr(part, each.name) for each in fields(part)}
     return PaddedImage(**values, resolution=tokenizer.image.resolution)

@@ -7,7 +7,7 @@ from PIL import Image
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.inference.chat import ControlToken
+from megatron_chameleon.inference.chat import ControlToken, EncodedImage
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 
@@ -24,13 +24,14 @@ def encode_prompts(
     """
     vocabulary = tokenizer.vocabulary
     images = [_image(part) for prompt in prompts for part in prompt if _is_image(part)]
-    codes = iter(image_tokenizer_of(tokenizer).encode(images) if images else [])
+    encoded_images = iter(image_tokenizer_of(tokenizer).encode(images) if images else [])
     encoded = []
     for prompt in prompts:
         token_ids = [vocabulary.bos]
         for part in prompt:
-            if _is_image(part):
-                image_ids = vocabulary.codes_to_token_ids(next(codes)).tolist()
+            if _is_image(part) or isinstance(part, EncodedImage):
+                codes = part.codes if isinstance(part, EncodedImage) else next(encoded_images)
+                image_ids = vocabulary.codes_to_token_ids(codes).tolist()
                 token_ids += [vocabulary.begin_image, *image_ids, vocabulary.end_image]
             elif isinstance(part, ControlToken):
                 token_ids.append(part.token_id)
@@ -56,7 +57,8 @@ def image_tokenizer_of(tokenizer: Tokenizer) -> ImageTokenizer:
 
 
 def _is_image(part: PromptPart) -> bool:
-    return isinstance(part, Image.Image | ImagePart)
+    """Whether it is an image that has to be encoded."""
+    return isinstance(part, Image.Image | ImagePart) and not isinstance(part, EncodedImage)
 
 
 def _image(part: PromptPart) -> Image.Image:

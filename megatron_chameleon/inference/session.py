@@ -22,6 +22,7 @@ from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
 from megatron_chameleon.errors import ChameleonError, DataError
 from megatron_chameleon.inference.answers.answer import Answer, AnswerBatch
+from megatron_chameleon.inference.answers.stream import AnswerEnd, AnswerEvent, AnswerStream
 from megatron_chameleon.inference.chat import PromptFormat, prompt_format
 from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder
 from megatron_chameleon.inference.engine.guidance import Guidance
@@ -172,6 +173,29 @@ class Session:
         finally:
             for number in growing:
                 decoder.cancel(number)
+
+    def stream(
+        self, prompt: Sequence[PromptPart], options: GenerationOptions | None = None
+    ) -> Iterator[AnswerEvent]:
+        """Answer one prompt, in parts as they are drawn. Closing the iterator ends the answer.
+
+        Raises:
+            ConfigError, DataError: As ``generate`` does.
+        """
+        options = options or GenerationOptions()
+        options.check()
+        (token_ids,) = self.encode([prompt])
+        room = self._max_new_tokens(token_ids, options)
+        generator = torch.Generator(device=self.device).manual_seed(options.seed)
+        answer = AnswerStream(self.tokenizer, options.stop)
+        decoder = self._decoder_of(1, options)
+        for (new_tokens,) in decoder.stream([token_ids], [room], generator):
+            yield from answer.feed(new_tokens)
+            if answer.is_ended:
+                break
+        yield from answer.finish()
+        ended_itself = answer.is_ended and answer.stopped_by is None
+        yield AnswerEnd(ended_itself or options.force is Force.IMAGE)
 
     def caption(
         self,

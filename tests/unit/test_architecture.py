@@ -108,6 +108,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     # graphs of its steps are recorded by parallel
     "inference/engine/batching": {"inference/engine", "parallel"},
     "inference/models": {"inference/engine", "model"},
+    # a conversation in the terminal, without the verb that opens it
+    "inference/terminal": {
+        "data/documents",
+        "inference",
+        "inference/answers",
+        "inference/engine",
+        "tokenizer/text",
+    },
     "inference": {
         "checkpoint/formats",
         "data/documents",

@@ -64,7 +64,15 @@ class ImageIncomplete:
     """int64, fewer than an image has; maybe none."""
 
 
-AnswerEvent = TextDelta | ImageStarted | ImageCodes | ImageDone | ImageIncomplete
+@dataclass(frozen=True)
+class AnswerEnd:
+    """The last event of ``Session.stream``. An ``AnswerStream`` does not know why tokens end."""
+
+    is_complete: bool
+    """Whether the model ended the answer, and neither a stop string nor a limit did."""
+
+
+AnswerEvent = TextDelta | ImageStarted | ImageCodes | ImageDone | ImageIncomplete | AnswerEnd
 
 
 class AnswerStream:

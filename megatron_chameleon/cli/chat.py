@@ -1,0 +1,188 @@
+"""``chameleon chat CHECKPOINT``: talk to a model in the terminal, in text and images.
+
+chameleon chat runs/digits
+chameleon chat exported/digits --image three.png --prompt "Which digit is this?"
+echo "a handwritten three" | chameleon chat exported/digits --force image --output drawn
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.cli.options import (
+    add_ema_option,
+    add_sampling_options,
+    generation_options,
+)
+
+if TYPE_CHECKING:
+    from megatron_chameleon.data.documents.image_part import ImagePart
+    from megatron_chameleon.data.documents.schema import TextPart
+    from megatron_chameleon.inference.chat import PromptFormat
+    from megatron_chameleon.inference.engine.options import GenerationOptions
+    from megatron_chameleon.inference.session import Session
+    from megatron_chameleon.inference.terminal.chat import Chat
+    from megatron_chameleon.inference.terminal.lines import Lines
+
+PICTURES = ("auto", "sixel", "kitty", "blocks", "blocks256", "none")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a checkpoint, a run folder or an exported folder")
+    parser.add_argument("--prompt", metavar="TEXT", help="the first message, after the images")
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="image of the first message; can be repeated",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", default="", help="text before the first message"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("chat", "document"),
+        help="chat: messages are the turns of a conversation; document: they are the beginning of "
+        "a document, which the model continues (default: what the model was trained on)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        default="chat-images",
+        help="folder for the images of answers (default: chat-images)",
+    )
+    parser.add_argument(
+        "--pictures",
+        choices=PICTURES,
+        default="auto",
+        help="how to show images in the terminal (default: ask it what it can do)",
+    )
+    add_ema_option(parser)
+    add_sampling_options(parser)
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default) or cuda"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer the messages that somebody types, or the lines of a pipe."""
+    from megatron_chameleon.errors import ConfigError
+    from megatron_chameleon.inference.terminal.chat import COMMANDS
+    from megatron_chameleon.inference.terminal.lines import Lines, line_editing
+    from megatron_chameleon.outputs import check_output_folder
+    from megatron_chameleon.parallel import platform
+
+    options = generation_options(args)
+    if args.device == "cuda" and not platform.has_gpu():
+        raise ConfigError("--device cuda", "no usable GPU was found", "Use --device cpu")
+    check_output_folder("--output", args.output)
+    first = _first_message(args)
+    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    chat = _open(args, options, is_interactive)
+    lines = Lines(sys.stdin, is_interactive)
+    if first:
+        _ask(chat, first)
+    if is_interactive:
+        with line_editing(list(COMMANDS), os.environ):
+            _talk(chat, lines)
+        return
+    while (line := lines.read()) is not None and chat.take(line):
+        pass
+    chat.end()
+    if chat.failed:
+        sys.exit(2)
+
+
+def _first_message(args: argparse.Namespace) -> "list[TextPart | ImagePart]":
+    from megatron_chameleon.data.documents.image_part import ImagePart
+    from megatron_chameleon.data.documents.schema import TextPart
+
+    parts: list[TextPart | ImagePart] = [ImagePart(image) for image in args.image]
+    for part, image in zip(parts, args.image, strict=True):
+        assert isinstance(part, ImagePart)
+        _check_image(image)
+    return [*parts, TextPart(args.prompt)] if args.prompt else parts
+
+
+def _check_image(image: str) -> None:
+    """Refuse a file that cannot be opened, before the model is loaded."""
+    from megatron_chameleon.errors import DataError
+    from megatron_chameleon.images.image_error import ImageError
+    from megatron_chameleon.images.local_files import check_named
+
+    try:
+        check_named(image)
+    except ImageError as fault:
+        raise DataError(image, fault.what, "Check the path that --image names") from fault
+
+
+def _open(args: argparse.Namespace, options: "GenerationOptions", is_interactive: bool) -> "Chat":
+    from megatron_chameleon.inference.chat import PromptFormat
+    from megatron_chameleon.inference.conversation import Conversation
+    from megatron_chameleon.inference.session import Session
+    from megatron_chameleon.inference.terminal.chat import Chat
+    from megatron_chameleon.inference.terminal.pictures import Pictures
+    from megatron_chameleon.inference.terminal.screen import Screen
+
+    session = Session.load(args.checkpoint, args.device, args.tokenizer, ema=args.ema)
+    form = PromptFormat(args.format) if args.format else session.prompt_format
+    pictures = None if args.pictures == "auto" else Pictures(args.pictures)
+    screen = Screen(sys.stdout, sys.stderr, is_interactive, pictures, os.environ)
+    progress(_greeting(session, form))
+    return Chat(
+        session,
+        Conversation(session.tokenizer, form, args.system),
+        options,
+        screen,
+        Path(args.output),
+        finds_paths=is_interactive,
+        is_interruptible=is_interactive,
+    )
+
+
+def _greeting(session: "Session", form: "PromptFormat") -> str:
+    """What the model takes a message for."""
+    from megatron_chameleon.inference.chat import PromptFormat
+
+    context = f"{session.step:,} updates, a context of {session.context_tokens:,} tokens"
+    if form is PromptFormat.CHAT:
+        return f"{context}. Messages are turns of a conversation (/help shows the commands)"
+    reason = ""
+    if session.prompt_format is PromptFormat.DOCUMENT:
+        reason = ": the model was not trained on conversations"
+    return f"{context}. A message is the beginning of a document{reason} (/help)"
+
+
+def _ask(chat: "Chat", parts: "list[TextPart | ImagePart]") -> None:
+    from megatron_chameleon.errors import ChameleonError
+
+    try:
+        chat.ask(parts)
+    except ChameleonError as error:
+        chat.report(error)
+
+
+def _talk(chat: "Chat", lines: "Lines") -> None:
+    """Take messages until the end; Ctrl-C while somebody types drops the line."""
+    while True:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            line = lines.read()
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)")
+            continue
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if line is None:
+            print()
+            return
+        if not chat.take(line):
+            return

@@ -1,0 +1,1 @@
+"""A conversation in a terminal: lines in, text and pictures out."""
