@@ -21,12 +21,12 @@ from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
 from megatron_chameleon.errors import ChameleonError, DataError
-from megatron_chameleon.inference.answers.answer import Answer, AnswerBatch
-from megatron_chameleon.inference.answers.stream import AnswerEnd, AnswerEvent, AnswerStream
+from megatron_chameleon.inference.answers.answer import Answer, GrowingAnswer
+from megatron_chameleon.inference.answers.stream import AnswerEvent
 from megatron_chameleon.inference.chat import PromptFormat, prompt_format
 from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder
 from megatron_chameleon.inference.engine.guidance import Guidance
-from megatron_chameleon.inference.engine.interface import TokenRequest
+from megatron_chameleon.inference.engine.interface import FinishReason, TokenRequest
 from megatron_chameleon.inference.engine.modality import Force, TokenClasses
 from megatron_chameleon.inference.engine.options import Execution, GenerationOptions, seed_of
 from megatron_chameleon.inference.models.transformers_layers import TransformersLayers
@@ -142,37 +142,11 @@ class Session:
             for place, token_ids in enumerate(encoded)
         ]
         answers: dict[int, Answer] = {}
-        for place, answer in self._answers(requests, options):
-            answers[place] = answer
-            progress(len(answers), len(requests))
+        for place, growing, _ in self._draw(requests, options):
+            if growing.is_ended:
+                answers[place] = growing.answer()
+                progress(len(answers), len(requests))
         return [answers[place] for place in range(len(requests))]
-
-    def _answers(
-        self, requests: Sequence[TokenRequest], options: GenerationOptions
-    ) -> Iterator[tuple[int, Answer]]:
-        """The place of each request and its answer, as they end."""
-        decoder = self.decoder()
-        decoder.max_rows = options.batch_size * len(Guidance.of(options).passes)
-        place_of = {decoder.add(request): place for place, request in enumerate(requests)}
-        growing = {number: AnswerBatch(self.tokenizer, 1, options.stop) for number in place_of}
-        try:
-            while growing:
-                for number, chunk in decoder.step():
-                    if isinstance(chunk, ChameleonError):
-                        raise chunk
-                    _, stopped = growing[number].take([chunk.token_ids])
-                    if stopped:
-                        decoder.cancel(number)
-                    if stopped or chunk.finish is not None:
-                        yield place_of[number], growing.pop(number).finish()[0]
-        except (ChameleonError, GeneratorExit):
-            raise
-        except BaseException:
-            self._decoder = None  # it may have been interrupted anywhere
-            raise
-        finally:
-            for number in growing:
-                decoder.cancel(number)
 
     def stream(
         self, prompt: Sequence[PromptPart], options: GenerationOptions | None = None
@@ -180,22 +154,48 @@ class Session:
         """Answer one prompt, in parts as they are drawn. Closing the iterator ends the answer.
 
         Raises:
-            ConfigError, DataError: As ``generate`` does.
+            ConfigError, DataError, CheckpointError: As ``generate`` does.
         """
         options = options or GenerationOptions()
         options.check()
         (token_ids,) = self.encode([prompt])
         room = self._max_new_tokens(token_ids, options)
-        generator = torch.Generator(device=self.device).manual_seed(options.seed)
-        answer = AnswerStream(self.tokenizer, options.stop)
-        decoder = self._decoder_of(1, options)
-        for (new_tokens,) in decoder.stream([token_ids], [room], generator):
-            yield from answer.feed(new_tokens)
-            if answer.is_ended:
-                break
-        yield from answer.finish()
-        ended_itself = answer.is_ended and answer.stopped_by is None
-        yield AnswerEnd(ended_itself or options.force is Force.IMAGE)
+        request = TokenRequest(tuple(token_ids), room, options)
+        for _, _, events in self._draw([request], options):
+            yield from events
+
+    def _draw(
+        self, requests: Sequence[TokenRequest], options: GenerationOptions
+    ) -> Iterator[tuple[int, GrowingAnswer, list[AnswerEvent]]]:
+        """The place of an answer, the answer, and what has come of it, as the tokens are drawn."""
+        decoder = self.decoder()
+        decoder.max_rows = options.batch_size * len(Guidance.of(options).passes)
+        place_of = {decoder.add(request): place for place, request in enumerate(requests)}
+        answers = {number: GrowingAnswer(self.tokenizer, options.stop) for number in place_of}
+        try:
+            while answers:
+                for number, chunk in decoder.step():
+                    if isinstance(chunk, ChameleonError):
+                        raise chunk
+                    answer, finish = answers[number], chunk.finish
+                    events = answer.feed(
+                        chunk.token_ids,
+                        is_last=finish is not None,
+                        is_complete=finish is FinishReason.STOP,
+                    )
+                    if answer.is_ended:
+                        if finish is None:
+                            decoder.cancel(number)
+                        del answers[number]
+                    yield place_of[number], answer, events
+        except (ChameleonError, GeneratorExit):
+            raise
+        except BaseException:
+            self._decoder = None  # it may have been interrupted anywhere
+            raise
+        finally:
+            for number in answers:
+                decoder.cancel(number)
 
     def caption(
         self,

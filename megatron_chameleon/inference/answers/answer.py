@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_chameleon.inference.answers.stream import (
+    AnswerEnd,
     AnswerEvent,
     AnswerStream,
     ImageCodes,
@@ -43,48 +44,51 @@ def _joined(texts: list[str]) -> list[str]:
     return ["".join(texts)] if texts else []
 
 
-class AnswerBatch:
-    """Reads the answers of a batch while they are drawn.
+class GrowingAnswer:
+    """An answer while its tokens come.
 
     Args:
         tokenizer: Of the model.
-        rows: Number of answers.
-        stop: Strings that end an answer; none of them is empty.
+        stop: Strings that end the answer; none of them is empty.
+
+    Attributes:
+        is_ended: Whether it has all of its tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, rows: int, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._streams = [AnswerStream(tokenizer, stop) for _ in range(rows)]
-        self._events: list[list[AnswerEvent]] = [[] for _ in range(rows)]
-        self._token_ids: list[list[int]] = [[] for _ in range(rows)]
+        self._stream = AnswerStream(tokenizer, stop)
+        self._events: list[AnswerEvent] = []
+        self._token_ids: list[int] = []
+        self.is_ended = False
 
-    def take(self, new_tokens: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-        """Read the new tokens of each row.
+    def feed(
+        self, token_ids: Sequence[int], *, is_last: bool, is_complete: bool
+    ) -> list[AnswerEvent]:
+        """Take the next tokens.
+
+        Args:
+            token_ids: Those behind the one that completes a stop string are dropped.
+            is_last: Whether no more will come.
+            is_complete: Whether the model ended the answer by the last of them.
 
         Returns:
-            The new tokens of each row, without those behind the one that completes a stop string;
-            and the rows in which one was completed.
+            What is new, with an ``AnswerEnd`` as the last event.
         """
-        kept, stopped = [], []
-        for row, token_ids in enumerate(new_tokens):
-            stream, before = self._streams[row], self._streams[row].token_count
-            events = stream.feed(token_ids)
-            self._events[row] += [event for event in events if not isinstance(event, ImageCodes)]
-            kept.append(list(token_ids[: stream.token_count - before]))
-            self._token_ids[row] += kept[-1]
-            if stream.stopped_by is not None and kept[-1]:
-                stopped.append(row)
-        return kept, stopped
+        before = self._stream.token_count
+        events = self._stream.feed(token_ids)
+        self._token_ids += token_ids[: self._stream.token_count - before]
+        self.is_ended = is_last or self._stream.is_ended
+        if self.is_ended:
+            events += self._stream.finish()
+            events.append(AnswerEnd(is_complete and self._stream.stopped_by is None))
+        self._events += [event for event in events if not isinstance(event, ImageCodes)]
+        return events
 
-    def finish(self) -> list[Answer]:
-        """The answers, which have no more tokens."""
-        answers = []
-        for stream, events, token_ids in zip(
-            self._streams, self._events, self._token_ids, strict=True
-        ):
-            content = content_of([*events, *stream.finish()])
-            answers.append(Answer([self._decoded(part) for part in content], token_ids))
-        return answers
+    def answer(self) -> Answer:
+        """The answer, once it has ended."""
+        content = [self._decoded(part) for part in content_of(self._events)]
+        return Answer(content, self._token_ids)
 
     def _decoded(self, part: str | np.ndarray) -> str | Image.Image:
         if isinstance(part, str):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.inference.answers.answer import AnswerBatch, content_of
+from megatron_chameleon.inference.answers.answer import GrowingAnswer, content_of
 from megatron_chameleon.inference.answers.stop_strings import cut_at_stop
 from megatron_chameleon.inference.answers.stream import (
+    AnswerEnd,
     AnswerEvent,
     AnswerStream,
     ImageCodes,
@@ -138,17 +139,31 @@ def test_a_token_that_breaks_the_rules_is_not_taken_for_a_code(tokenizer: Tokeni
         stream.feed([tokenizer.vocabulary.begin_image, tokenizer.vocabulary.eos])
 
 
-def test_a_batch_stops_each_row_on_its_own(tokenizer: Tokenizer) -> None:
-    batch = AnswerBatch(tokenizer, 3, ["ab"])
-    rows = [tokenizer.text.encode("xaby"), [], image_ids(tokenizer, [3] * 16)]
-    assert batch.take([rows[0][:2], [], rows[2][:3]]) == ([rows[0][:2], [], rows[2][:3]], [])
-    assert batch.take([rows[0][2:], [], rows[2][3:]]) == ([rows[0][2:3], [], rows[2][3:]], [0])
-    answers = batch.finish()
-    assert [answer.token_ids for answer in answers] == [rows[0][:3], [], rows[2]]
-    assert answers[0].content == ["x"] and answers[1].content == []
+def test_an_answer_is_put_together_while_it_grows(tokenizer: Tokenizer) -> None:
+    ids = [*image_ids(tokenizer, [3] * 16), *tokenizer.text.encode("xaby")]
+    answer = GrowingAnswer(tokenizer, ["ab"])
+    assert not any(
+        isinstance(event, AnswerEnd)
+        for event in answer.feed(ids[:9], is_last=False, is_complete=False)
+    )
+    events = answer.feed(ids[9:], is_last=False, is_complete=False)
+    assert events[1:] == [TextDelta("x"), AnswerEnd(is_complete=False)] and answer.is_ended
+    assert answer.answer().token_ids == ids[:-1], "up to the token that completes the stop string"
     assert tokenizer.image is not None
-    (image,) = answers[2].content
-    assert image == tokenizer.image.decode(np.full((1, 16), 3))[0]
+    image, text = answer.answer().content
+    assert (image, text) == (tokenizer.image.decode(np.full((1, 16), 3))[0], "x")
+
+
+def test_who_ended_an_answer(tokenizer: Tokenizer) -> None:
+    eos, a = tokenizer.vocabulary.eos, tokenizer.text.encode("ab")[-1]
+    for ids, finish, is_complete in (
+        ([a, eos], True, True),
+        ([a], False, False),
+        ([a, a], True, False),  # a stop string, and the last token that there was room for
+    ):
+        answer = GrowingAnswer(tokenizer, ["bb"])
+        events = answer.feed(ids, is_last=True, is_complete=finish)
+        assert events[-1] == AnswerEnd(is_complete), ids
 
 
 def test_the_cost_of_a_token_does_not_grow(tokenizer: Tokenizer) -> None:
