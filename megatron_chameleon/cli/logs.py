@@ -55,8 +55,11 @@ def progress(line: str) -> None:
 
 
 def show(result: object) -> None:
-    """Print a result on stdout: a line, or a text of several lines."""
-    print(escape_text(str(result)))
+    """Print a result on stdout: a line, or a text of several lines.
+
+    It is flushed, because ``serve`` says where it listens and then runs on for days.
+    """
+    print(escape_text(str(result)), flush=True)
 
 
 def show_error(line: str) -> None:

@@ -144,7 +144,9 @@ async function refusal(response) {
     // A proxy in between answers with a page of its own, which is of no use here.
   }
   const message = `The server answered ${response.status} ${response.statusText}`.trim() + ".";
-  return errorOf({ message }, response.status, retryAfter);
+  // 502 and 504 without words of ours are a proxy's, which does not reach the server.
+  const type = response.status === 502 || response.status === 504 ? "unreachable" : "";
+  return errorOf({ message, type }, response.status, retryAfter);
 }
 
 function errorOf(error, status, retryAfter) {
@@ -152,8 +154,8 @@ function errorOf(error, status, retryAfter) {
   const code = `${error.code ?? ""} ${error.type ?? ""}`;
   let kind = status >= 400 && status < 500 ? "request" : "server";
   if (status === 401 || status === 403) kind = "key";
-  else if (status === 429 || status === 503) kind = "busy";
-  else if (status === 502 || status === 504) kind = "lost";
+  else if (status === 429 || (status === 503 && retryAfter)) kind = "busy";
+  else if (/unreachable/.test(code)) kind = "lost";
   else if (/context_length/.test(code)) kind = "context";
   else if (/invalid_request/.test(code)) kind = "request";
   return new ServerError(kind, message, { status, retryAfter });

@@ -75,9 +75,9 @@ class App {
     } catch (error) {
       if (!(error instanceof ServerError)) throw error;
       this.problem = error;
-      if (error.kind === "key" && (await this.#enterKey(this.server.key ? error.message : ""))) {
-        return this.#meetModel();
-      }
+      // The first time, everybody lacks the key; only a wrong one is worth the server's words.
+      const reason = this.server.key ? error.message : "";
+      if (error.kind === "key" && (await this.#askForKey(reason))) return this.#meetModel();
     }
     const can = this.model?.chameleon ?? {};
     byId("model").textContent = this.model?.id ?? "";
@@ -118,7 +118,14 @@ class App {
 
   async #answer(message, seed, again) {
     const { own } = this.settings;
-    const fresh = { parts: [], state: "waiting", seed, options: { ...own, seed }, began: Date.now() };
+    const fresh = {
+      parts: [],
+      state: "waiting",
+      seed,
+      options: { ...own, seed },
+      began: Date.now(),
+      context: this.model?.chameleon.context_tokens,
+    };
     const cleared = { error: undefined, usage: undefined, seconds: undefined, isAccepted: false };
     const node = again
       ? Object.assign(again, cleared, fresh)
@@ -147,27 +154,24 @@ class App {
   }
 
   async startNew() {
-    await this.#leave();
-    this.conversation = new Conversation();
-    small.set("sessionStorage", "conversation", this.conversation.id);
-    this.composer.cancelEdit();
-    this.show();
+    await this.#replace(new Conversation());
     this.composer.focus();
   }
 
   async #open(id) {
-    await this.#leave();
     const found = await this.store.load(id);
-    this.conversation = found ? new Conversation(found.record, found.nodes) : new Conversation();
-    small.set("sessionStorage", "conversation", this.conversation.id);
+    await this.#replace(found ? new Conversation(found.record, found.nodes) : new Conversation());
+  }
+
+  /** Show another conversation. An answer of this one that is still written is stopped and kept. */
+  async #replace(conversation) {
+    this.stop();
+    await this.answering?.done;
+    this.conversation = conversation;
+    small.set("sessionStorage", "conversation", conversation.id);
     this.composer.cancelEdit();
     this.show();
     this.follower.toEnd();
-  }
-
-  async #leave() {
-    this.stop();
-    await this.answering?.done;
   }
 
   /** A new tab goes on with the conversation that was last changed. */
@@ -254,12 +258,18 @@ class App {
     return Boolean(last);
   }
 
-  async #enterKey(reason) {
+  async #askForKey(reason) {
     const key = await askForKey(reason);
     if (!key) return false;
     this.server.key = key;
     small.set("sessionStorage", "key", key);
-    if (!this.model && this.problem?.kind !== "key") this.#meetModel();
+    return true;
+  }
+
+  /** Ask for the key that an answer lacks. */
+  async #enterKey(reason) {
+    if (!(await this.#askForKey(reason))) return false;
+    if (!this.model) await this.#meetModel();
     return true;
   }
 
@@ -278,9 +288,9 @@ class App {
     byId("open-conversations").addEventListener("click", async () => {
       listConversations(await this.store.list(), this.conversation.id, {
         open: (id) => this.#open(id),
-        remove: async (id) => {
-          await this.store.remove(id);
-          if (id === this.conversation.id) await this.startNew();
+        remove: async (ids) => {
+          for (const id of ids) await this.store.remove(id);
+          if (ids.includes(this.conversation.id)) await this.#replace(new Conversation());
         },
       });
     });

@@ -151,8 +151,10 @@ export class Composer {
   }
 
   async #paste(event) {
-    // Word processors put a picture of the text beside the text: the text is meant.
-    if (event.clipboardData.getData("text/plain")) return;
+    // Word processors put a picture of the text beside the formatted text: the text is meant. A
+    // file manager puts the file's name there as plain text: the file is meant.
+    const { types } = event.clipboardData;
+    if (types.includes("text/html") && types.includes("text/plain")) return;
     const files = [...event.clipboardData.files];
     if (!files.length) return;
     event.preventDefault();
@@ -206,8 +208,10 @@ export class Composer {
   #acceptDrops() {
     const zone = byId("drop");
     let depth = 0; // dragenter and dragleave come for every element that is crossed
-    const hasImages = ({ dataTransfer: transfer }) =>
-      transfer.types.includes("Files") || transfer.types.includes("text/uri-list");
+    let isOwn = false; // an image of this page, which some browsers drag as an address alone
+    const hasImages = ({ dataTransfer }) => isOwn || dataTransfer.types.includes("Files");
+    addEventListener("dragstart", (event) => (isOwn = event.target.tagName === "IMG"));
+    addEventListener("dragend", () => (isOwn = false));
     const show = (isShown) => {
       zone.hidden = !isShown;
       byId("drop-text").textContent = this.takesImages
@@ -234,8 +238,9 @@ export class Composer {
       if (!hasImages(event)) return;
       event.preventDefault(); // else the browser leaves the page and opens the file
       const files = await imagesOf(event.dataTransfer);
+      isOwn = false;
       if (!files.length) this.on.notice("Only images can be dropped here.");
-      this.addFiles(files);
+      await this.addFiles(files);
     });
   }
 }

@@ -3,6 +3,7 @@
 
 import { byId, iconButton, make, saveFile } from "./dom.js";
 import { sizeOf } from "./pictures.js";
+import { MOST_CONVERSATIONS } from "./store.js";
 
 /** Say something that needs no answer. */
 export function notice(text, seconds = 6) {
@@ -93,6 +94,11 @@ export function stamp(now = new Date()) {
  */
 export function listConversations(records, current, { open, remove }) {
   const dialog = byId("conversations");
+  const deleteAll = async () => {
+    if (!confirm(`Delete all ${records.length} conversations?`)) return;
+    await remove(records.map(({ id }) => id));
+    dialog.close();
+  };
   const rows = records.map((record) =>
     make(
       "li",
@@ -107,15 +113,16 @@ export function listConversations(records, current, { open, remove }) {
         make("span", { class: "when", text: when(record.changed) }),
       ),
       iconButton("delete", `Delete the conversation “${record.title}”`, async (event) => {
-        const row = event.currentTarget.closest("li");
+        if (!confirm(`Delete the conversation “${record.title}”?`)) return;
+        const row = event.target.closest("li");
         const next = (row.nextElementSibling ?? row.previousElementSibling)?.querySelector(".row");
-        await remove(record.id);
+        await remove([record.id]);
         row.remove();
         (next ?? dialog.querySelector("button"))?.focus();
       }),
     ),
   );
-  dialog.replaceChildren(
+  const contents = [
     make(
       "div",
       { class: "panel-head" },
@@ -123,8 +130,10 @@ export function listConversations(records, current, { open, remove }) {
       iconButton("close", "Close", () => dialog.close()),
     ),
     rows.length ? make("ul", { class: "rows" }, ...rows) : make("p", { class: "help", text: "There is none yet." }),
-    make("p", { class: "help", text: "They are kept in this browser alone." }),
-  );
+    make("p", { class: "help", text: `The latest ${MOST_CONVERSATIONS} are kept, in this browser alone.` }),
+    rows.length > 1 ? make("button", { type: "button", class: "act", text: "Delete all", on: { click: deleteAll } }) : null,
+  ];
+  dialog.replaceChildren(...contents.filter(Boolean));
   dialog.onclick = (event) => {
     if (event.target === dialog) dialog.close();
   };

@@ -221,11 +221,17 @@ function figuresOf({ usage, seconds }) {
 
 const note = (text) => make("p", { class: "note", text });
 
-function lengthNote({ options, usage }) {
-  const tokens = usage?.answerTokens ? ` after ${usage.answerTokens.toLocaleString("en")} tokens` : "";
-  return options?.max_tokens
-    ? `The answer ended at its limit of ${options.max_tokens.toLocaleString("en")} tokens. Settings has the limit.`
-    : `The answer ended${tokens}, because no more fits.`;
+/** Why an answer has no more tokens, with the numbers, and what to do for more. */
+function lengthNote({ options, usage, context }) {
+  const { promptTokens: before = 0, answerTokens: written = 0 } = usage ?? {};
+  const number = (value) => value.toLocaleString("en");
+  if (context && before + written >= context) {
+    return `The context of ${number(context)} tokens is full: ${number(before)} came before this answer, and it has ${number(written)}. A new conversation has room again.`;
+  }
+  if (options?.max_tokens) {
+    return `The answer ended at ${number(options.max_tokens)} tokens, the limit in the settings.`;
+  }
+  return `The answer ended after ${number(written)} tokens, which is as long as the server lets it be.`;
 }
 
 /** What is shown before the first piece of an answer: that something happens, and for how long. */

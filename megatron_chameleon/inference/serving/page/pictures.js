@@ -1,7 +1,7 @@
 // Images of the user: reading files, making large ones smaller, and how large they are shown.
 
-/** Longest edge of an image that is sent, in pixels. Models read far fewer. */
-export const MOST_PIXELS = 1536;
+/** Longest edge of an image that is sent, in pixels: twice what Chameleon reads. */
+export const MOST_PIXELS = 1024;
 /** Largest file that is sent as it is; a larger one is written again. */
 export const MOST_BYTES = 1024 * 1024;
 /** Images of one message. */

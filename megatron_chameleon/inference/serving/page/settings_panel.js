@@ -60,10 +60,9 @@ export class SettingsPanel {
       if (setting.kind === "choice") {
         for (const input of field.inputs) input.checked = input.value === (value ?? "");
       } else {
-        if (document.activeElement !== field.input || !field.error.textContent) {
-          field.input.value = value ?? "";
-        }
-        if (document.activeElement !== field.input) this.#complainAbout(field, "");
+        // What cannot be used stays until it is corrected, so that it can be read again.
+        const isTyping = document.activeElement === field.input;
+        if (!isTyping && !field.error.textContent) field.input.value = value ?? "";
       }
       field.reset.hidden = !isOwn;
     }
@@ -127,7 +126,12 @@ export class SettingsPanel {
     const error = make("p", { class: "field-error", id: `${id}-error`, "aria-live": "polite" });
     const reset = make("button", {
       type: "button", class: "plain small", text: "reset", "aria-label": `Reset ${label}`,
-      on: { click: () => { this.#complainAbout(field, ""); this.#set(name, undefined); input.focus(); } },
+      on: { click: () => { 
+        this.#complainAbout(field, "");
+        this.#set(name, undefined);
+        input.value = this.settings.get(name) ?? "";
+        input.focus();
+      } },
     });
     const field = { input, error, reset };
     this.#fields.set(name, field);
@@ -136,8 +140,11 @@ export class SettingsPanel {
       this.#complainAbout(field, found.error ?? "");
       if (!found.error) this.#set(name, found.value);
     });
-    // An empty field, or one that cannot be used, shows what holds once it is left.
-    input.addEventListener("blur", () => this.show());
+    // An empty field shows what holds once it is left.
+    input.addEventListener("blur", () => {
+      if (!input.value.trim()) this.#complainAbout(field, "");
+      this.show();
+    });
     input.addEventListener("keydown", (event) => {
       const direction = { ArrowUp: 1, ArrowDown: -1 }[event.key];
       if (!direction || input.value.trim() === "") return;

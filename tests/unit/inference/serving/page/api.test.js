@@ -117,6 +117,7 @@ test("each refusal becomes what the page can act on", async () => {
     [413, "<html>too large</html>", "request", /413/],
     [500, "oops", "server", /500/],
     [502, "<html>", "lost", /502/],
+    [504, error("longer than 900 seconds", "request_timeout"), "server", /900/],
     [422, { detail: "not so" }, "request", /not so/],
     [400, { error: "only words" }, "request", /only words/],
   ];
@@ -127,6 +128,8 @@ test("each refusal becomes what the page can act on", async () => {
       return fails(kind, words)(refusal);
     });
   }
+  refuses(503, error("its engine has failed"));
+  await assert.rejects(chat(), fails("server", /failed/));
 });
 
 test("a page in place of a stream, and a server that is not there", async () => {
