@@ -148,11 +148,11 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.inference.serving.app import Service
     from megatron_chameleon.inference.serving.engines import OpenOptions, open_served
     from megatron_chameleon.inference.serving.model import ServedModel
-    from megatron_chameleon.inference.serving.network.sockets import listen, url_of
+    from megatron_chameleon.inference.serving.network.sockets import bind, url_of
     from megatron_chameleon.inference.serving.server import serve
 
     _check_device(args.device)
-    with listen(args.host, args.port) as sock:
+    with bind(args.host, args.port) as sock:
         opened = open_served(
             OpenOptions(
                 args.checkpoint,
@@ -234,7 +234,7 @@ def _key(path: str | None) -> str | None:
     if path is not None:
         where, key = f"--api-key-file {path}", read_text(path).strip()
     elif (key := os.environ.get(KEY_VARIABLE, "").strip()) or KEY_VARIABLE in os.environ:
-        where = KEY_VARIABLE
+        where = f"{KEY_VARIABLE} (the environment)"  # a colon behind it would hide the rest
     else:
         return None
     if not SHORTEST_KEY <= len(key) <= LONGEST_KEY or not KEY.fullmatch(key):

@@ -8,6 +8,9 @@ A request is one line of JSON on standard input: ``words`` behind ``chameleon``,
 ``environment``, ``folder`` (the working directory), ``stdout`` and ``stderr`` (paths), ``timeout``
 in seconds, and ``file_bytes``, a limit on the size of files, or null. The answer is one line with
 the exit code, or null after the timeout.
+
+With ``background``, the answer is the number of the one process, and comes at once. Its exit code
+is the answer to ``{"wait": number, "timeout": seconds}``.
 """
 
 import contextlib
@@ -47,16 +50,25 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that a library prints may be taken for an answer
     for line in sys.stdin:
-        code = run(json.loads(line))
-        answers.write(json.dumps(code) + "\n")
+        answers.write(json.dumps(answer(json.loads(line))) + "\n")
         answers.flush()
 
 
-def run(request: dict[str, Any]) -> int | None:
-    """Fork the processes of one request and wait for all of them."""
+def answer(request: dict[str, Any]) -> int | None:
+    """Do what a request asks for."""
+    if "wait" in request:
+        return wait([request["wait"]], request["timeout"])
     port = free_port()
     running = [_fork(request, rank, port) for rank in range(request["processes"])]
-    deadline = time.monotonic() + request["timeout"]
+    if request.get("background"):
+        return running[0]
+    return wait(running, request["timeout"])
+
+
+def wait(running: list[int], timeout: float) -> int | None:
+    """Wait for processes: the exit code of the job, or None after the timeout."""
+    processes = len(running)
+    deadline = time.monotonic() + timeout
     codes: list[int] = []
     while running:
         for child in list(running):
@@ -73,7 +85,7 @@ def run(request: dict[str, Any]) -> int | None:
                 os.waitpid(child, 0)
             return next(filter(None, codes), None)
         time.sleep(0.005)
-    if request["processes"] > 1:
+    if processes > 1:
         return int(any(codes))  # torchrun's own exit code
     return codes[0]
 

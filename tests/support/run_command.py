@@ -35,7 +35,7 @@ def command(*words: object, processes: int = 1) -> list[str]:
 
 
 @functools.cache
-def _server() -> subprocess.Popen[str]:
+def command_server() -> subprocess.Popen[str]:
     """The command server of this test process; it ends with this process's end of the pipe."""
     return subprocess.Popen(
         [sys.executable, SUPPORT / "command_server.py"],
@@ -117,7 +117,7 @@ def _fork(
             "file_bytes": file_bytes,
             **outputs,
         }
-        server = _server()
+        server = command_server()
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()

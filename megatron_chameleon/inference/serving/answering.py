@@ -10,6 +10,7 @@ from typing import cast
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.inference.answers.stream import AnswerEvent, AnswerStream, ImageCodes
 from megatron_chameleon.inference.engine.interface import (
+    EngineError,
     FinishReason,
     TokenChunk,
     TokenEngine,
@@ -120,6 +121,8 @@ class Answerer:
         self._queue = Queue(limits.queue)
         self._tasks: set[asyncio.Task[None]] = set()
         self._image_ids = _image_ids(model)
+        # the smallest request; an engine that refuses it has come to its end
+        self._probe = TokenRequest((model.tokenizer.vocabulary.bos,), 1, GenerationOptions())
         self.is_draining = False
 
     @property
@@ -156,10 +159,10 @@ class Answerer:
         if self.is_draining:
             again = {"retry-after": "5", "connection": "close"}
             raise Refusal(503, "server", "it is stopping", "Send it again later", headers=again)
-        failure = getattr(self._engine, "failure", None)
-        if failure is not None:
-            what = f"its engine has failed ({type(failure).__name__})"
-            raise Refusal(503, "server", what, "Start the server again", headers=NO_RETRY)
+        try:
+            self._engine.check(self._probe)
+        except EngineError as error:
+            raise Refusal(503, error.where, error.what, error.remedy, headers=NO_RETRY) from error
 
     def check(self, ask: Ask) -> list[TokenRequest]:
         """The engine's requests for the answers to a prompt.

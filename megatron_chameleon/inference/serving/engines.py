@@ -58,9 +58,20 @@ def open_served(options: OpenOptions) -> Opened:
     session = Session.load(options.path, options.device, options.tokenizer, ema=options.ema)
     engine = DecoderEngine(session.decoder())
     summary = f"decoder on {options.device}, {session.execution.summary()}"
-    return Opened(
-        engine, session.tokenizer, Path(options.path).resolve().name, session.prompt_format, summary
-    )
+    name = name_of(Path(options.path))
+    return Opened(engine, session.tokenizer, name, session.prompt_format, summary)
+
+
+def name_of(path: Path) -> str:
+    """The name of a model: that of its run for folders that are called the same in every run.
+
+    >>> name_of(Path("runs/digits/checkpoints/step_00000007")), name_of(Path("/models/mine"))
+    ('digits', 'mine')
+    """
+    path = path.resolve()
+    while path.name in ("exported", "checkpoints") or path.name.startswith("step_"):
+        path = path.parent
+    return path.name or "model"
 
 
 def _open_vllm(options: OpenOptions) -> Opened:
@@ -69,6 +80,6 @@ def _open_vllm(options: OpenOptions) -> Opened:
             what = "vLLM serves an exported folder, whose weights and tokenizer are fixed"
             raise ConfigError(option, what, "Give it to `chameleon convert`, and serve the result")
     exported = open_exported(options.path, options.device, options.engine_options)
-    name = exported.reader.folder.resolve().name
+    name = name_of(exported.reader.folder)
     form = prompt_format(exported.reader)
     return Opened(exported.engine, exported.tokenizer, name, form, f"vLLM {exported.version}")

@@ -16,6 +16,7 @@ import uvicorn
 
 from megatron_chameleon.inference.serving.app import ChameleonApp, Service
 from megatron_chameleon.inference.serving.network.protocol import protocol_of
+from megatron_chameleon.inference.serving.network.sockets import listen
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class _Serving:
             try:
                 await self._service.engine.start()
                 if self._first_signal is None:
+                    listen(self._sock)
                     self._ready()
                     await self._server.serve(sockets=[self._sock])
             finally:
@@ -88,7 +90,7 @@ class _Serving:
             self._app.answerer.is_draining = True
             self._stopped.set()
         elif now - self._first_signal > _SAME_PRESS_SECONDS:
-            self._first_signal = -1e9
+            self._first_signal = now  # a third one changes nothing
             self._app.answerer.cancel_all()
             self._server.should_exit = self._server.force_exit = True
             _end_process_after(_FORCED_SECONDS)

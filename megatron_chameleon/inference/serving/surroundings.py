@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_chameleon.inference.serving.metrics import Metrics
+from megatron_chameleon.inference.serving.requests.limits import Limits
 from megatron_chameleon.inference.serving.requests.refusal import NO_RETRY, Refusal
 from megatron_chameleon.inference.serving.responses import send_refusal
 from megatron_chameleon.wording import shown
@@ -36,6 +37,7 @@ class Surroundings:
             await send(message)
 
         try:
+            _check_headers(scope)
             await self._app(scope, receive, noting)
         except Exception as error:
             if not isinstance(error, Refusal | HTTPException):
@@ -50,6 +52,21 @@ class Surroundings:
             seconds = time.monotonic() - started
             line = "%s %s %d %.2f s"
             logger.debug(line, scope["method"], scope["path"][:200], status, seconds)
+
+
+def _check_headers(scope: Scope) -> None:
+    """Refuse what h11 lets through: large headers that come in one part, and two lengths of a body,
+    of which a proxy may have believed the other one."""
+    lines = [scope.get("raw_path", b""), scope["query_string"]]
+    lines += [name + value for name, value in scope["headers"]]
+    size, limit = sum(len(line) + 4 for line in lines), Limits().header_bytes
+    if size > limit:
+        what = f"address and headers have {size:,} bytes, and the limit is {limit:,}"
+        raise Refusal(431, "request", what, "Send fewer")
+    names = {name for name, _ in scope["headers"]}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        what = "Content-Length and Transfer-Encoding say two lengths"
+        raise Refusal(400, "request", what, "Send one of them", headers={"connection": "close"})
 
 
 def _refusal(error: Exception, scope: Any) -> Refusal:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.engine.interface import (
+    EngineError,
     EngineUsage,
     FinishReason,
     TokenChunk,
@@ -39,7 +40,7 @@ class StandInEngine:
         self.step_seconds = 0.0
         self.text = "a handwritten three"
         self.fault: Exception | None = None
-        self.failure: Exception | None = None
+        self.failure: EngineError | None = None
         self.requests: list[TokenRequest] = []
         self.running = 0
         self.is_stopped = False
@@ -49,6 +50,8 @@ class StandInEngine:
         pass
 
     def check(self, request: TokenRequest) -> None:
+        if self.failure is not None:
+            raise self.failure
         request.options.check()
         if request.options.guidance == 999:  # stands for what needs too much memory
             raise DataError("guidance", "3 passes need 600 tokens of 512", "Use less")

@@ -31,7 +31,7 @@ def tool() -> ModuleType:
 
 
 def test_the_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("preprocess", "inspect", "evaluate"):
+    for verb in ("preprocess", "inspect", "evaluate", "serve"):
         with pytest.raises(SystemExit):
             cli.main([verb, "--help"])
     usage = capsys.readouterr().out

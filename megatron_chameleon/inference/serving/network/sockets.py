@@ -1,4 +1,4 @@
-"""Opens the address that the server listens on, before the model is loaded."""
+"""The address that the server listens on; it is taken before the model is loaded."""
 
 import errno
 import ipaddress
@@ -17,8 +17,8 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or host.lower().endswith(".localhost")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with an address. Until it listens, clients are told that nobody is there.
 
     Args:
         host: A name or address of this machine.
@@ -38,12 +38,23 @@ def listen(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.bind(address)
-        sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
         raise _fault(error, host, port) from error
     sock.setblocking(False)
     return sock
+
+
+def listen(sock: socket.socket) -> None:
+    """Let clients connect.
+
+    Raises:
+        ConfigError: Another program has begun to listen on the port.
+    """
+    try:
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        raise _fault(error, *sock.getsockname()[:2]) from error
 
 
 def _fault(error: OSError, host: str, port: int) -> ConfigError:

@@ -40,7 +40,8 @@ class BodyReader:
         _check_type(headers)
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > self._limits.body_bytes:
-            await self._drain(receive)
+            if "expect" not in headers:  # such a client sends nothing before it is told to
+                await self._drain(receive)
             raise self._too_large(f"{int(announced[:20]):,}")
         taken = 0
         try:

@@ -13,6 +13,7 @@ from PIL import Image
 from asgi_client import apost, chat, get, post, until
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import PromptFormat
+from megatron_chameleon.inference.engine.interface import EngineError
 from megatron_chameleon.inference.serving.app import ChameleonApp
 from megatron_chameleon.inference.serving.model import ServedModel
 from megatron_chameleon.inference.serving.requests.limits import Limits
@@ -239,7 +240,9 @@ def test_faults_of_the_engine(app: ChameleonApp, engine: StandInEngine, caplog) 
         assert "a secret of the code" in caplog.text
     engine.fault = None
     assert chat(app, guidance=999).message == "guidance: 3 passes need 600 tokens of 512. Use less."
-    engine.failure = RuntimeError("dead")
+    engine.fault = EngineError("engine", "it failed: CUDA error", "Start it again")
+    assert chat(app).status == 500 and "CUDA error" in chat(app).message
+    engine.failure = engine.fault
     assert chat(app).status == get(app, "/health").status == 503
 
 
