@@ -99,13 +99,15 @@ class DecoderEngine:
             while True:
                 await ticket.news.wait()
                 ticket.news.clear()
-                if ticket.token_ids or ticket.finish is not None:
-                    token_ids, ticket.token_ids = ticket.token_ids, []
-                    yield TokenChunk(token_ids, ticket.finish)
-                if ticket.finish is not None:
+                # more may come while the reader has the chunk
+                token_ids, finish, error = ticket.token_ids, ticket.finish, ticket.error
+                ticket.token_ids = []
+                if token_ids or finish is not None:
+                    yield TokenChunk(token_ids, finish)
+                if finish is not None:
                     return
-                if ticket.error is not None:
-                    raise ticket.error
+                if error is not None:
+                    raise error
         finally:
             if ticket.finish is None and ticket.error is None:
                 self._commands.put(lambda decoder: self._cancel(decoder, ticket))

@@ -1,0 +1,65 @@
+"""A model for the engine whose logits are random numbers, over a vocabulary of a few tokens."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder
+from megatron_chameleon.inference.engine.cached_model import Attend
+from megatron_chameleon.inference.engine.modality import TokenClasses
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary, control_names
+
+CODES_PER_IMAGE = 3
+NAMES = ["<s>", "<pad>", "</s>", "<unk>", *control_names(4), "a", "b", "c"]
+CLASSES = TokenClasses(Vocabulary.from_tokens(NAMES))
+
+
+class RandomModel:
+    """``CachedModel`` of one layer. It prefers what the rules forbid as often as what they allow.
+
+    Args:
+        seed: Of the numbers.
+        endless: Whether it never prefers the end of an answer.
+
+    Attributes:
+        broken: What a logit of the last row becomes in the next call.
+        error: What the next call raises.
+        seconds: How long a call takes.
+    """
+
+    device, dtype = torch.device("cpu"), torch.float32
+    num_layers, num_key_heads, head_dim, context_tokens = 1, 2, 4, 40
+
+    def __init__(self, seed: int = 1, *, endless: bool = False) -> None:
+        self._generator, self._endless = torch.Generator().manual_seed(seed), endless
+        self.broken: float | None = None
+        self.error: Exception | None = None
+        self.seconds = 0.0
+
+    def hidden(
+        self, token_ids_RS: Tensor, positions_RS: Tensor, last_R: Tensor, attend: Attend
+    ) -> Tensor:
+        time.sleep(self.seconds)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        rows, tokens = token_ids_RS.shape
+        assert int(positions_RS.max()) < self.context_tokens
+        states = torch.randn(3, rows, 2, tokens, 4, generator=self._generator)
+        attended = attend(0, *states)
+        assert attended.shape == states[0].shape
+        assert attended.isfinite().all()
+        return attended[:, 0, 0]
+
+    def logits(self, last_RH: Tensor, codes_only: bool = False) -> Tensor:
+        count = len(CLASSES.code_token_ids) if codes_only else len(CLASSES.code_V)
+        logits = 3 * torch.randn(len(last_RH), count, generator=self._generator)
+        if self._endless and not codes_only:
+            logits[:, CLASSES.eos] = -100
+        if self.broken is not None:
+            logits[-1, 0], self.broken = self.broken, None
+        return logits
+
+    def decoder(self, **settings) -> ContinuousDecoder:
+        return ContinuousDecoder(self, CLASSES, CODES_PER_IMAGE, **settings)
