@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from megatron_chameleon.cli.options import (
     add_sampling_options,
     generation_options,
 )
+from megatron_chameleon.cli.ranks import follows
 
 if TYPE_CHECKING:
     from megatron_chameleon.data.documents.image_part import ImagePart
@@ -74,7 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer the messages that somebody types, or the lines of a pipe."""
+    if follows(args):
+        return
     from megatron_chameleon.errors import ConfigError
+    from megatron_chameleon.inference.job import open_session
     from megatron_chameleon.inference.terminal.chat import COMMANDS
     from megatron_chameleon.inference.terminal.lines import Lines, line_editing
     from megatron_chameleon.outputs import check_output_folder
@@ -86,17 +91,20 @@ def run(args: argparse.Namespace) -> None:
     check_output_folder("--output", args.output)
     first = _first_message(args)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    chat = _open(args, options, is_interactive)
-    lines = Lines(sys.stdin, is_interactive)
-    if first:
-        _ask(chat, first)
-    if is_interactive:
-        with line_editing(list(COMMANDS), os.environ):
-            _talk(chat, lines)
-        return
-    while (line := lines.read()) is not None and chat.take(line):
-        pass
-    chat.end()
+    with closing(
+        open_session(args.checkpoint, args.device, args.tokenizer, ema=args.ema)
+    ) as session:
+        chat = _open(args, session, options, is_interactive)
+        lines = Lines(sys.stdin, is_interactive)
+        if first:
+            _ask(chat, first)
+        if is_interactive:
+            with line_editing(list(COMMANDS), os.environ):
+                _talk(chat, lines)
+            return
+        while (line := lines.read()) is not None and chat.take(line):
+            pass
+        chat.end()
     if chat.failed:
         sys.exit(2)
 
@@ -124,15 +132,18 @@ def _check_image(image: str) -> None:
         raise DataError(image, fault.what, "Check the path that --image names") from fault
 
 
-def _open(args: argparse.Namespace, options: "GenerationOptions", is_interactive: bool) -> "Chat":
+def _open(
+    args: argparse.Namespace,
+    session: "Session",
+    options: "GenerationOptions",
+    is_interactive: bool,
+) -> "Chat":
     from megatron_chameleon.inference.chat import PromptFormat
     from megatron_chameleon.inference.conversation import Conversation
-    from megatron_chameleon.inference.session import Session
     from megatron_chameleon.inference.terminal.chat import Chat
     from megatron_chameleon.inference.terminal.pictures import Pictures
     from megatron_chameleon.inference.terminal.screen import Screen
 
-    session = Session.load(args.checkpoint, args.device, args.tokenizer, ema=args.ema)
     form = PromptFormat(args.format) if args.format else session.prompt_format
     pictures = None if args.pictures == "auto" else Pictures(args.pictures)
     screen = Screen(sys.stdout, sys.stderr, is_interactive, pictures, os.environ)

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,15 @@ from megatron_chameleon.cli.options import (
     generation_options,
     image_options,
 )
+from megatron_chameleon.cli.ranks import follows
 from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
     from megatron_chameleon.data.documents.image_part import ImagePart
     from megatron_chameleon.data.documents.schema import Document, TextPart
     from megatron_chameleon.inference.answers.answer import Answer
+    from megatron_chameleon.inference.engine.options import GenerationOptions
+    from megatron_chameleon.inference.session import Session
 
 ANSWERS_FILE = "documents.jsonl"
 
@@ -87,30 +91,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer every prompt ``--count`` times, print the texts and save the images."""
-    from megatron_chameleon.inference.chat import chat_prompt
-    from megatron_chameleon.inference.engine.options import Execution
-    from megatron_chameleon.inference.session import Session
+    if follows(args):
+        return
+    from megatron_chameleon.inference.job import open_session
     from megatron_chameleon.outputs import save_anyhow
 
     options = generation_options(args)
     _check_device(args)
     folder = _check_output(args)
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.count)]
-    session = Session.load(args.checkpoint, args.device, args.tokenizer, ema=args.ema)
-    session.execution = Execution.on(args.device, "inductor" if args.compile else None)
-    asked = [
-        chat_prompt(prompt, session.tokenizer)
-        if args.chat or prompt.roles
-        else list(prompt.content)
-        for prompt in prompts
-    ]
-    started = time.monotonic()
-    compiling = ", after compiling the layers" if args.compile else ""
-    with announced(f"generating {counted(len(asked), 'answer')}{compiling}"):
-        answers = session.generate(
-            asked, options, lambda done, total: _report(done, total, started)
-        )
-    progress(f"{args.device}: {session.execution.summary()}")
+    with closing(
+        open_session(args.checkpoint, args.device, args.tokenizer, ema=args.ema)
+    ) as session:
+        answers = _answer(session, prompts, options, args)
     has_images = any(not isinstance(part, str) for answer in answers for part in answer.content)
     shown = None
     try:
@@ -122,6 +115,33 @@ def run(args: argparse.Namespace) -> None:
             _print(number, answer, shown)
     if shown is not None:
         progress(f"{counted(len(answers), 'answer')}: {folder / ANSWERS_FILE}")
+
+
+def _answer(
+    session: "Session",
+    prompts: Sequence["Document"],
+    options: "GenerationOptions",
+    args: argparse.Namespace,
+) -> "list[Answer]":
+    from megatron_chameleon.inference.chat import chat_prompt
+    from megatron_chameleon.inference.engine.options import Execution
+
+    if session.model is not None:
+        session.execution = Execution.on(args.device, "inductor" if args.compile else None)
+    asked = [
+        chat_prompt(prompt, session.tokenizer)
+        if args.chat or prompt.roles
+        else list(prompt.content)
+        for prompt in prompts
+    ]
+    started = time.monotonic()
+    compiling = ", after compiling the layers" if session.execution.compiler else ""
+    with announced(f"generating {counted(len(asked), 'answer')}{compiling}"):
+        answers = session.generate(
+            asked, options, lambda done, total: _report(done, total, started)
+        )
+    progress(f"{session.device}: {session.execution.summary()}")
+    return answers
 
 
 def _check_output(args: argparse.Namespace) -> Path:

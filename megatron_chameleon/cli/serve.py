@@ -24,6 +24,7 @@ from megatron_chameleon.cli.options import (
     add_ema_option,
     device,
 )
+from megatron_chameleon.cli.ranks import follows
 from megatron_chameleon.config.constraints import Between
 from megatron_chameleon.wording import counted, shown
 
@@ -142,6 +143,8 @@ def _add_address(address: "argparse._ArgumentGroup") -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Listen, load the model, say where the page is, and serve until a signal comes."""
+    if args.engine == "decoder" and follows(args):
+        return
     _check_packages()
     limits, access = _limits(args), _access(args)
     from megatron_chameleon.inference.chat import PromptFormat

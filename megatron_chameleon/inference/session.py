@@ -25,6 +25,7 @@ from megatron_chameleon.inference.answers.answer import Answer, GrowingAnswer
 from megatron_chameleon.inference.answers.stream import AnswerEvent
 from megatron_chameleon.inference.chat import PromptFormat, prompt_format
 from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder
+from megatron_chameleon.inference.engine.batching.lockstep import AnyDecoder, LockstepDecoder
 from megatron_chameleon.inference.engine.guidance import Guidance
 from megatron_chameleon.inference.engine.interface import FinishReason, TokenRequest
 from megatron_chameleon.inference.engine.modality import Force, TokenClasses
@@ -37,13 +38,14 @@ CAPTION_OPTIONS = GenerationOptions(temperature=0, repetition_penalty=1.0)
 
 
 class Session:
-    """A model and its tokenizer on one device.
+    """A model and its tokenizer.
 
     Args:
-        model: transformers' ``ChameleonForConditionalGeneration``.
+        model: transformers' ``ChameleonForConditionalGeneration``; None if a decoder is given.
         tokenizer: The model's tokenizer, including the image tokenizer.
         step: Number of optimizer updates that the model has had.
         prompt_format: What the model takes a prompt for.
+        decoder: What decodes in place of ``model``, such as one of several tensor-parallel ranks.
 
     Attributes:
         execution: How the steps of an answer run. Change it only before the first answer.
@@ -55,16 +57,22 @@ class Session:
         tokenizer: Tokenizer,
         step: int,
         prompt_format: PromptFormat = PromptFormat.DOCUMENT,
+        *,
+        decoder: AnyDecoder | None = None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self._decoder = decoder
         self.tokenizer = tokenizer
         self.step = step
         self.prompt_format = prompt_format
-        self.device: torch.device = model.lm_head.weight.device
-        self.context_tokens: int = model.config.max_position_embeddings
-        self.execution = Execution.on(self.device.type)
+        if decoder is None:
+            self.model = model.eval().requires_grad_(False)
+            self.device: torch.device = model.lm_head.weight.device
+            self.context_tokens: int = model.config.max_position_embeddings
+            self.execution = Execution.on(self.device.type)
+        else:
+            self.model, self.device = None, decoder.device
+            self.context_tokens, self.execution = decoder.context_tokens, decoder.execution
         self._classes = TokenClasses(tokenizer.vocabulary, self.device)
-        self._decoder: ContinuousDecoder | None = None
 
     @classmethod
     def load(
@@ -131,18 +139,28 @@ class Session:
             CheckpointError: The model's logits are not finite.
         """
         options = options or GenerationOptions()
-        options.check()
+        seeds = [seed_of(options.seed, place) for place in range(len(prompts))]
+        return self.generate_each(prompts, [replace(options, seed=s) for s in seeds], progress)
+
+    def generate_each(
+        self,
+        prompts: Sequence[Sequence[PromptPart]],
+        options: Sequence[GenerationOptions],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[Answer]:
+        """Answer prompts, each with options and a seed of its own; see ``generate``.
+
+        They grow side by side, as many as the smallest ``batch_size`` allows.
+        """
+        for one in options:
+            one.check()
         encoded = self.encode(prompts)
         requests = [
-            TokenRequest(
-                tuple(token_ids),
-                self._max_new_tokens(token_ids, options),
-                replace(options, seed=seed_of(options.seed, place)),
-            )
-            for place, token_ids in enumerate(encoded)
+            TokenRequest(tuple(token_ids), self._max_new_tokens(token_ids, one), one)
+            for token_ids, one in zip(encoded, options, strict=True)
         ]
         answers: dict[int, Answer] = {}
-        for place, growing, _ in self._draw(requests, options):
+        for place, growing, _ in self._draw(requests):
             if growing.is_ended:
                 answers[place] = growing.answer()
                 progress(len(answers), len(requests))
@@ -161,17 +179,22 @@ class Session:
         (token_ids,) = self.encode([prompt])
         room = self._max_new_tokens(token_ids, options)
         request = TokenRequest(tuple(token_ids), room, options)
-        for _, _, events in self._draw([request], options):
+        for _, _, events in self._draw([request]):
             yield from events
 
     def _draw(
-        self, requests: Sequence[TokenRequest], options: GenerationOptions
+        self, requests: Sequence[TokenRequest]
     ) -> Iterator[tuple[int, GrowingAnswer, list[AnswerEvent]]]:
         """The place of an answer, the answer, and what has come of it, as the tokens are drawn."""
-        decoder = self.decoder()
-        decoder.max_rows = options.batch_size * len(Guidance.of(options).passes)
+        decoder, asked = self.decoder(), [request.options for request in requests]
+        if asked:
+            rows = max(len(Guidance.of(options).passes) for options in asked)
+            decoder.max_rows = rows * min(options.batch_size for options in asked)
         place_of = {decoder.add(request): place for place, request in enumerate(requests)}
-        answers = {number: GrowingAnswer(self.tokenizer, options.stop) for number in place_of}
+        answers = {
+            number: GrowingAnswer(self.tokenizer, asked[place].stop)
+            for number, place in place_of.items()
+        }
         try:
             while answers:
                 for number, chunk in decoder.step():
@@ -219,7 +242,7 @@ class Session:
         content = (part for answer in answers for part in answer.content)
         return [part for part in content if isinstance(part, Image.Image)]
 
-    def decoder(self) -> ContinuousDecoder:
+    def decoder(self) -> AnyDecoder:
         """What decodes; it keeps its buffers and graphs from one call to the next."""
         if self._decoder is None:
             codes, execution = self._classes.code_token_ids, self.execution
@@ -228,6 +251,11 @@ class Session:
                 layers, self._classes, self.codes_per_image, execution
             )
         return self._decoder
+
+    def close(self) -> None:
+        """End a decoder that was given, and with it the other ranks of the job."""
+        if isinstance(self._decoder, LockstepDecoder):
+            self._decoder.close()
 
     def _max_new_tokens(self, token_ids: list[int], options: GenerationOptions) -> int:
         room = self.context_tokens - len(token_ids)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.masking import mask_secrets
@@ -160,13 +161,16 @@ def is_reported_by_rank_0(launch: Launch, seconds: float = 10.0) -> bool:
 
 
 def join_process_group(
-    launch: Launch, stop_signal: Callable[[], str | None] = lambda: None
+    launch: Launch,
+    stop_signal: Callable[[], str | None] = lambda: None,
+    limit_seconds: float | None = None,
 ) -> None:
     """Initialise torch.distributed for this process: NCCL on GPUs, gloo on CPUs.
 
     Args:
         launch: The place of this process.
         stop_signal: Returns the name of a signal that asks this process to stop, or None.
+        limit_seconds: How long a collective may wait for the other ranks; None: PyTorch's limit.
 
     Raises:
         ConfigError: The address of the first process is unknown, or not all processes have come.
@@ -189,7 +193,11 @@ def join_process_group(
         )
         store = meeting.wait(address, port)
     torch.distributed.init_process_group(
-        platform.distributed_backend(), store=store, rank=launch.rank, world_size=launch.world_size
+        platform.distributed_backend(),
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=None if limit_seconds is None else timedelta(seconds=limit_seconds),
     )
 
 

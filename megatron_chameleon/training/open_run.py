@@ -246,7 +246,7 @@ class Run:
         self.watch.begin("sampling", step, is_long=True)
         self.engine.complete_weights()
         try:
-            line = self.sampler.sample(step, self.engine.named_parameters())
+            line = self.sampler.sample(step, self.engine.parts[0])
         except ChameleonError as error:
             self.reporter.failure = error
             return

@@ -107,7 +107,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference/engine": {"tokenizer/common"},
     # graphs of its steps are recorded by parallel
     "inference/engine/batching": {"inference/engine", "parallel"},
-    "inference/models": {"inference/engine", "model"},
     # a conversation in the terminal, without the verb that opens it
     "inference/terminal": {
         "data/documents",
@@ -116,6 +115,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference/engine",
         "tokenizer/text",
     },
+    # the trained model answers, at any tensor parallelism and from any checkpoint
+    "inference/models": {
+        "checkpoint/formats",
+        "checkpoint/loading",
+        "inference/engine",
+        "inference/engine/batching",
+        "model",
+        "parallel",
+        "tokenizer",
+    },
     "inference": {
         "checkpoint/formats",
         "data/documents",
@@ -123,6 +132,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference/engine",
         "inference/engine/batching",
         "inference/models",
+        "parallel",
         "tokenizer",
         "tokenizer/image",
     },
@@ -153,6 +163,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference/serving/network",
         "inference/serving/requests",
         "inference/vllm",
+        "parallel",
         "tokenizer",
         "tokenizer/image",
     },
@@ -227,19 +238,21 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training/engines",
         "training/faults",
     },
+    # the model that is being trained answers, as one that is served does
     "training/samples": {
-        "checkpoint/names",
-        "checkpoint/formats",
         "checkpoint/state",
         "config",
         "data/documents",
         "inference",
         "inference/answers",
         "inference/engine",
-        "model",
+        "inference/engine/batching",
+        "inference/models",
         "parallel",
-        "tokenizer",
         "runs",
+        "tokenizer",
+        "tokenizer/common",
+        "tokenizer/image",
     },
     "training": {
         "checkpoint/state",

@@ -41,6 +41,3 @@ def _check_samples(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(key, what, later)
     if config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
         yield ConfigError(key, f"{every} needs whole weights, but ZeRO 3 splits them", later)
-    if config.model.qk_norm_groups == 0:
-        what = f"{every} generates with transformers, whose Chameleon always has QK-norm"
-        yield ConfigError(key, what, "Set it to 0, because model.qk_norm_groups is 0")

@@ -79,7 +79,7 @@ class MegatronLayers:
         own = [layer.self_attention.core_attention for layer in model.decoder.layers]
         model.eval()
         try:
-            with kept_fp8_scales([model]), without_fp8(model), torch.inference_mode():
+            with kept_fp8_scales([model]), without_fp8(model):
                 layers = cls(model, code_token_ids, vocab_size)
                 layers._take_over_attention()
                 yield layers

@@ -11,8 +11,9 @@ from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.inference.chat import PromptFormat, prompt_format
 from megatron_chameleon.inference.engine.batching.service import DecoderEngine
 from megatron_chameleon.inference.engine.interface import TokenEngine
-from megatron_chameleon.inference.session import Session
+from megatron_chameleon.inference.job import open_session
 from megatron_chameleon.inference.vllm.opening import open_exported
+from megatron_chameleon.parallel.launch import find_launch
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 DECODER, VLLM = "decoder", "vllm"
@@ -55,9 +56,11 @@ def open_served(options: OpenOptions) -> Opened:
     if options.engine_options:
         what = "these options are vLLM's, and the engine is our own"
         raise ConfigError("--engine-option", what, "Add --engine vllm, or leave them out")
-    session = Session.load(options.path, options.device, options.tokenizer, ema=options.ema)
+    session = open_session(options.path, options.device, options.tokenizer, ema=options.ema)
     engine = DecoderEngine(session.decoder())
-    summary = f"decoder on {options.device}, {session.execution.summary()}"
+    ranks = find_launch().world_size
+    shared = f", {ranks} tensor-parallel ranks" if ranks > 1 else ""
+    summary = f"decoder on {session.device}{shared}, {session.execution.summary()}"
     name = name_of(Path(options.path))
     return Opened(engine, session.tokenizer, name, session.prompt_format, summary)
 
@@ -75,6 +78,10 @@ def name_of(path: Path) -> str:
 
 
 def _open_vllm(options: OpenOptions) -> Opened:
+    if (ranks := find_launch().world_size) > 1:
+        what = f"vLLM starts its own processes, and this job has {ranks}"
+        remedy = f"Start it alone, with --engine-option tensor_parallel_size={ranks}"
+        raise ConfigError("--engine vllm", what, remedy)
     for given, option in ((options.tokenizer, "--tokenizer"), (options.ema, "--ema")):
         if given:
             what = "vLLM serves an exported folder, whose weights and tokenizer are fixed"

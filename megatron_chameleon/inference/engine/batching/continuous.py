@@ -87,6 +87,7 @@ class ContinuousDecoder:
         self.cache_tokens = cache_tokens or default_cache_tokens(model)
         self.max_rows = max_rows
         self.context_tokens: int = model.context_tokens
+        self.device: torch.device = model.device
         self._waiting: deque[Answer] = deque()
         self._numbers = 0
         self._record = cuda_graphs.graph_recorder()

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder, Event
+from megatron_chameleon.inference.engine.batching.continuous import Event
+from megatron_chameleon.inference.engine.batching.lockstep import AnyDecoder, LockstepDecoder
 from megatron_chameleon.inference.engine.interface import (
     EngineError,
     EngineUsage,
@@ -56,14 +57,14 @@ class _Ticket:
 
 
 class DecoderEngine:
-    """``TokenEngine`` over a ``ContinuousDecoder``.
+    """``TokenEngine`` over a decoder, of this process or of several ranks.
 
     Args:
         decoder: Its owner must not use it any more.
     """
 
-    def __init__(self, decoder: ContinuousDecoder) -> None:
-        self._decoder: ContinuousDecoder | None = decoder
+    def __init__(self, decoder: AnyDecoder) -> None:
+        self._decoder: AnyDecoder | None = decoder
         self.context_tokens: int = decoder.context_tokens
         self._usage, self._coming = decoder.usage(), 0
         """After the last step, and requests that the thread had not taken by then."""
@@ -71,7 +72,7 @@ class DecoderEngine:
         self._ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._commands: queue.SimpleQueue[Callable[[ContinuousDecoder], None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[AnyDecoder], None]] = queue.SimpleQueue()
         # the thread alone uses these
         self._tickets: dict[int, _Ticket] = {}
         self._draining = False
@@ -144,9 +145,11 @@ class DecoderEngine:
             self._end_all(decoder, f"it failed: {_described(error)}")
         finally:
             self._decoder = None
+            if isinstance(decoder, LockstepDecoder):
+                decoder.close()
             self._tell(self._ended.set)
 
-    def _take_commands(self, decoder: ContinuousDecoder) -> bool:
+    def _take_commands(self, decoder: AnyDecoder) -> bool:
         """Take the commands that are there, and wait for one if there is nothing to decode.
 
         Returns:
@@ -162,29 +165,29 @@ class DecoderEngine:
                 return True
             command(decoder)
 
-    def _add(self, decoder: ContinuousDecoder, ticket: _Ticket) -> None:
+    def _add(self, decoder: AnyDecoder, ticket: _Ticket) -> None:
         ticket.number = decoder.add(ticket.request)
         self._tickets[ticket.number] = ticket
         self._tell(self._arrived, decoder.usage())
 
-    def _cancel(self, decoder: ContinuousDecoder, ticket: _Ticket) -> None:
+    def _cancel(self, decoder: AnyDecoder, ticket: _Ticket) -> None:
         if self._tickets.pop(ticket.number, None) is not None:
             decoder.cancel(ticket.number)
             self._deliver(decoder, [])
 
-    def _drain(self, decoder: ContinuousDecoder) -> None:
+    def _drain(self, decoder: AnyDecoder) -> None:
         self._draining = True
 
-    def _cancel_all(self, decoder: ContinuousDecoder) -> None:
+    def _cancel_all(self, decoder: AnyDecoder) -> None:
         for number in self._tickets:
             decoder.cancel(number)
         self._end_all(decoder, "it was stopped")
 
-    def _end_all(self, decoder: ContinuousDecoder, what: str) -> None:
+    def _end_all(self, decoder: AnyDecoder, what: str) -> None:
         error = EngineError("engine", what, "Ask again when it has been started")
         self._deliver(decoder, [(number, error) for number in self._tickets])
 
-    def _step(self, decoder: ContinuousDecoder) -> list[Event]:
+    def _step(self, decoder: AnyDecoder) -> list[Event]:
         """A step of the decoder. An error ends the answers that grow; those that wait go on."""
         try:
             return decoder.step()
@@ -197,7 +200,7 @@ class DecoderEngine:
                 remedy = "Give the cache less memory, or compute fewer rows at once"
             return [(number, EngineError("engine", what, remedy)) for number in lost]
 
-    def _deliver(self, decoder: ContinuousDecoder, events: Sequence[Event]) -> None:
+    def _deliver(self, decoder: AnyDecoder, events: Sequence[Event]) -> None:
         """Hand the events to the loop, in one call."""
         handed = [(self._tickets[number], event) for number, event in events]
         for number, event in events:

@@ -254,7 +254,6 @@ SAMPLES = {"logging.sample_every_steps": 5}
             {**SAMPLES, "engine.name": "deepspeed", "engine.zero_stage": 3},
             "5 needs whole weights, but ZeRO 3 splits them. Set it to 0",
         ),
-        ({**SAMPLES, "model.qk_norm_groups": 0}, "whose Chameleon always has QK-norm"),
         ({"logging.sample_max_tokens": 0}, "logging.sample_max_tokens: 0 is not between 1 and"),
         ({"logging.sample_every_steps": -1}, "logging.sample_every_steps: -1 is not between 0"),
     ],
