@@ -36,6 +36,7 @@ GPU = (
         ("checkpoint.save", ["a step while a checkpoint is written", "for a synchronous save"]),
         ("training.train_step", ["fp32: losses of 3 steps agree", "bf16-weights"]),
         ("training.train_step --isolated", ["isolated by a dense mask", "document by document"]),
+        ("serve", ["its batching", "image          3", "one by one takes", "6 requests at random"]),
         ("training.watchdogs", ["hang watch", "together", "checked before over unchecked"]),
     ],
 )
