@@ -52,7 +52,7 @@ PICTURES: dict[str, tuple[Any, str]] = {
     "cut off": (data_url(PNG[:100]), "cannot be decoded"),
     "a header alone": (data_url(PNG[:8]), "cannot be decoded"),
     "broken base64": ("data:image/png;base64,iVBOR!!!", "broken"),
-    "base64 cut off": (data_url(PNG)[:-3], "broken"),
+    "base64 cut off": (data_url(PNG)[:159], "broken"),
     "base64 of another alphabet": ("data:image/png;base64,iVBOR三", "broken"),
     "nothing": ("data:image/png;base64,", "0 bytes"),
     "noise": (data_url(b"x" * 500), "are not PNG"),

@@ -1,7 +1,9 @@
 """The real server: OpenAI's own client, strangers, slow clients, and its end."""
 
+import argparse
 import base64
 import contextlib
+import importlib.util
 import io
 import os
 import random
@@ -16,6 +18,8 @@ import pytest
 from PIL import Image
 
 from bad_requests import CHATS, PNG, bodies, data_url
+from megatron_chameleon.cli import serve
+from megatron_chameleon.errors import ConfigError
 from run_command import run_chameleon
 from running_server import RunningServer, read_all, running_server
 
@@ -234,6 +238,14 @@ def test_mistakes_are_one_line(
     assert result.returncode == 2
     (error,) = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
     assert line in error
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    hidden = lambda name, *rest: None if name == "uvicorn" else find(name, *rest)
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    with pytest.raises(ConfigError, match=r"uvicorn is not installed\. Run `pip install 'mega"):
+        serve.run(argparse.Namespace(engine="vllm"))
 
 
 def test_a_port_that_is_taken(tiny_checkpoint: Path) -> None:

@@ -111,7 +111,8 @@ def _data_of(url: str, where: str, limits: Limits) -> bytes:
         raise too_large(where, f"more than {limits.image_bytes:,}", limits)
     try:
         encoded = unquote_to_bytes(text) if "%" in text else text.encode("ascii")
-        data = base64.b64decode(encoded, validate=True)
+        encoded = encoded.translate(None, b" \t\r\n").rstrip(b"=")  # as browsers read it
+        data = base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
     except ValueError as error:  # UnicodeEncodeError and binascii.Error too
         what = f"the base64 text of {len(text):,} characters is broken"
         raise bad(where, what, _REMEDY) from error

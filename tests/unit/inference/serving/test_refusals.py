@@ -99,7 +99,8 @@ def test_pictures_that_are_read(app: ChameleonApp, kind: str) -> None:
     data = file_of(Image.new("RGB", (300, 20), "teal"), kind)
     for mime in (f"image/{kind}", "image/png"):  # many programs write the wrong one
         url = data_url(data, mime)
-        for value in (url, {"url": url}, {"url": url.replace("+", "%2B"), "detail": "high"}):
+        spellings = (url, url.rstrip("="), url[:60] + "\r\n " + url[60:], url.replace("+", "%2B"))
+        for value in (url, *({"url": spelled, "detail": "high"} for spelled in spellings)):
             response = chat(app, [{"type": "image_url", "image_url": value}], force="text")
             assert response.status == 200, response.body
 
