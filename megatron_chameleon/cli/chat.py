@@ -6,6 +6,7 @@ echo "a handwritten three" | chameleon chat exported/digits --force image --outp
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -90,12 +91,13 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--device cuda", "no usable GPU was found", "Use --device cpu")
     check_output_folder("--output", args.output)
     first = _first_message(args)
-    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    source = sys.stdin or io.StringIO()  # it may have been closed
+    is_interactive = source.isatty() and sys.stdout.isatty()
     with closing(
         open_session(args.checkpoint, args.device, args.tokenizer, ema=args.ema)
     ) as session:
         chat = _open(args, session, options, is_interactive)
-        lines = Lines(sys.stdin, is_interactive)
+        lines = Lines(source, is_interactive)
         if first:
             _ask(chat, first)
         if is_interactive:

@@ -158,7 +158,7 @@ class Conversation:
         return Document("chat", "chameleon chat", tuple(content), "the conversation", tuple(roles))
 
     def _encoded(self, part: Part) -> Part:
-        if isinstance(part, TextPart | EncodedImage):
+        if isinstance(part, TextPart):
             return part
         tokenizer = image_tokenizer_of(self._tokenizer)
         data = part.read()

@@ -313,5 +313,5 @@ def _with_remedy(error: DataError) -> DataError:
     """
     if error.where != "prompt":
         return error
-    remedy = "Take back the last exchanges with /undo, or begin anew with /reset"
+    remedy = "Write less, take back exchanges with /undo, or begin anew with /reset"
     return DataError("the conversation", error.what, remedy)

@@ -14,7 +14,13 @@ from megatron_chameleon.data.documents.records import parse_line
 from megatron_chameleon.data.documents.schema import Document
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.inference.chat import PromptFormat, chat_prompt, prompt_format, prompt_of
+from megatron_chameleon.inference.chat import (
+    EncodedImage,
+    PromptFormat,
+    chat_prompt,
+    prompt_format,
+    prompt_of,
+)
 from megatron_chameleon.inference.session import Session
 
 
@@ -123,3 +129,15 @@ def test_an_export_of_an_earlier_version_gets_documents(
     del origin["trained_on_conversations"]
     (folder / "chameleon.json").write_text(json.dumps(origin))
     assert prompt_format(open_checkpoint(folder)) == "document"
+
+
+def test_images_with_known_codes_stand_beside_others(session: Session, tmp_path: Path) -> None:
+    noise = np.random.default_rng(2).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    image, other = Image.fromarray(noise), Image.new("RGB", (8, 8), "red")
+    known = EncodedImage(b"never opened", codes=np.arange(16))
+    (ids,) = session.encode([[other, known, image]])
+    v = session.tokenizer.vocabulary
+    blocks = [ids[1:19], ids[19:37], ids[37:]]
+    assert blocks[1][1:-1] == v.codes_to_token_ids(np.arange(16)).tolist()
+    assert blocks[0] == session.encode([[other]])[0][1:]
+    assert blocks[2] == session.encode([[image]])[0][1:]

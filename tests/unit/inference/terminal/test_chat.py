@@ -27,6 +27,7 @@ from megatron_chameleon.inference.conversation import Conversation
 from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.prompts import encode_prompts
 from megatron_chameleon.inference.terminal.chat import COMMANDS, Chat
+from megatron_chameleon.inference.terminal.image_files import save_image
 from megatron_chameleon.inference.terminal.screen import Screen
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 
@@ -151,7 +152,7 @@ def test_undo_retry_and_reset(terminal: Terminal, tokenizer: Tokenizer) -> None:
 def test_a_retry_that_fails_keeps_the_old_answer(terminal: Terminal, tmp_path: Path) -> None:
     terminal.session.answers = [["1"], [DataError("prompt", "too long", "x")], []]
     terminal.say("a")
-    assert "error: the conversation: too long. Take back the last" in terminal.say("/retry")
+    assert "error: the conversation: too long. Write less, take back" in terminal.say("/retry")
     assert terminal.say("/retry") == "(the answer is empty; nothing is kept of it)\n"
     terminal.say(f"/save {tmp_path / 'kept.jsonl'}")
     (saved,) = read_documents([tmp_path / "kept.jsonl"])
@@ -162,7 +163,7 @@ def test_a_message_without_an_answer_is_taken_back(terminal: Terminal) -> None:
     error = DataError("prompt", "its 90 tokens leave too little room", "Shorten it")
     terminal.session.answers = [[error], []]
     assert terminal.say("a" * 90) == (
-        "error: the conversation: its 90 tokens leave too little room. Take back the last "
+        "error: the conversation: its 90 tokens leave too little room. Write less, take back "
         "exchanges with /undo, or begin anew with /reset.\n"
     )
     assert terminal.say("b") == "(the answer is empty; nothing is kept of it)\n"
@@ -296,6 +297,16 @@ def test_no_image_is_overwritten(terminal: Terminal, tmp_path: Path) -> None:
     shown = terminal.say("a")
     assert "0008.png]\n" in shown and "0009.png]\n" in shown
     assert (tmp_path / "images/0007.png").read_bytes() == b"mine"
+
+
+def test_no_image_of_another_process_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes the same number between the look at the folder and our file."""
+    (tmp_path / "0001.png").write_bytes(b"theirs")
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    assert save_image(tmp_path, Image.new("RGB", (1, 1))) == tmp_path / "0002.png"
+    assert (tmp_path / "0001.png").read_bytes() == b"theirs"
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_it(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -61,6 +61,10 @@ def test_a_sixel_image_has_every_pixel(width: int, height: int) -> None:
     assert np.abs(read_sixel(sixel(image)) - shown).max() <= 1, "to the rounding of hundredths"
 
 
+def test_runs_of_a_colour_are_counted() -> None:
+    assert len(sixel(Image.new("RGB", (640, 640), "red"))) < 1500
+
+
 def test_photographs_take_the_nearest_of_256_colours() -> None:
     red, green = np.meshgrid(np.arange(128), np.arange(128))
     gradient = Image.fromarray(np.stack([red, green, 0 * red], -1).astype(np.uint8))
