@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import openai
@@ -20,6 +21,7 @@ from PIL import Image
 from bad_requests import CHATS, PNG, bodies, data_url
 from megatron_chameleon.cli import serve
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.inference.serving.requests.limits import Limits
 from run_command import run_chameleon
 from running_server import RunningServer, read_all, running_server
 
@@ -238,6 +240,12 @@ def test_mistakes_are_one_line(
     assert result.returncode == 2
     (error,) = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
     assert line in error
+
+
+def test_every_limit_has_an_option() -> None:
+    fixed = {"idle_seconds", "ping_seconds", "header_bytes"}
+    names = {field.name for field in fields(Limits)}
+    assert {field for _, field, *_ in serve.LIMITS} == names - fixed
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
