@@ -14,6 +14,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_chameleon.cli.asked import (
+    add_device_option,
+    add_prompt_options,
+    check_device,
+    prompt_parts,
+)
 from megatron_chameleon.cli.logs import progress
 from megatron_chameleon.cli.options import (
     add_ema_option,
@@ -36,14 +42,7 @@ PICTURES = ("auto", "sixel", "kitty", "blocks", "blocks256", "none")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a checkpoint, a run folder or an exported folder")
-    parser.add_argument("--prompt", metavar="TEXT", help="the first message, after the images")
-    parser.add_argument(
-        "--image",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="image of the first message; can be repeated",
-    )
+    add_prompt_options(parser, "the first message")
     parser.add_argument(
         "--system", metavar="TEXT", default="", help="text before the first message"
     )
@@ -70,27 +69,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default) or cuda"
-    )
+    add_device_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Answer the messages that somebody types, or the lines of a pipe."""
     if follows(args):
         return
-    from megatron_chameleon.errors import ConfigError
+    from megatron_chameleon.images.options import ImageOptions
     from megatron_chameleon.inference.job import open_session
     from megatron_chameleon.inference.terminal.chat import COMMANDS
     from megatron_chameleon.inference.terminal.lines import Lines, line_editing
     from megatron_chameleon.outputs import check_output_folder
-    from megatron_chameleon.parallel import platform
 
     options = generation_options(args)
-    if args.device == "cuda" and not platform.has_gpu():
-        raise ConfigError("--device cuda", "no usable GPU was found", "Use --device cpu")
+    check_device(args)
     check_output_folder("--output", args.output)
-    first = _first_message(args)
+    first = prompt_parts(args, ImageOptions())
     source = sys.stdin or io.StringIO()  # it may have been closed
     is_interactive = source.isatty() and sys.stdout.isatty()
     with closing(
@@ -109,29 +104,6 @@ def run(args: argparse.Namespace) -> None:
         chat.end()
     if chat.failed:
         sys.exit(2)
-
-
-def _first_message(args: argparse.Namespace) -> "list[TextPart | ImagePart]":
-    from megatron_chameleon.data.documents.image_part import ImagePart
-    from megatron_chameleon.data.documents.schema import TextPart
-
-    parts: list[TextPart | ImagePart] = [ImagePart(image) for image in args.image]
-    for part, image in zip(parts, args.image, strict=True):
-        assert isinstance(part, ImagePart)
-        _check_image(image)
-    return [*parts, TextPart(args.prompt)] if args.prompt else parts
-
-
-def _check_image(image: str) -> None:
-    """Refuse a file that cannot be opened, before the model is loaded."""
-    from megatron_chameleon.errors import DataError
-    from megatron_chameleon.images.image_error import ImageError
-    from megatron_chameleon.images.local_files import check_named
-
-    try:
-        check_named(image)
-    except ImageError as fault:
-        raise DataError(image, fault.what, "Check the path that --image names") from fault
 
 
 def _open(

@@ -16,6 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_chameleon.announce import announced
+from megatron_chameleon.cli.asked import (
+    add_device_option,
+    add_prompt_options,
+    check_device,
+    prompt_parts,
+)
 from megatron_chameleon.cli.logs import progress, show, show_generated
 from megatron_chameleon.cli.options import (
     ANSWERS,
@@ -42,14 +48,7 @@ ANSWERS_FILE = "documents.jsonl"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a checkpoint, a run folder or an exported folder")
-    parser.add_argument("--prompt", metavar="TEXT", help="text of the prompt, after the images")
-    parser.add_argument(
-        "--image",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="image of the prompt; can be repeated",
-    )
+    add_prompt_options(parser, "the prompt")
     parser.add_argument(
         "--document",
         metavar="FILE",
@@ -78,9 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default) or cuda"
-    )
+    add_device_option(parser)
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -97,7 +94,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.outputs import save_anyhow
 
     options = generation_options(args)
-    _check_device(args)
+    check_device(args)
+    _check_compiler(args)
     folder = _check_output(args)
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.count)]
     with closing(
@@ -123,17 +121,12 @@ def _answer(
     options: "GenerationOptions",
     args: argparse.Namespace,
 ) -> "list[Answer]":
-    from megatron_chameleon.inference.chat import chat_prompt
+    from megatron_chameleon.inference.chat import parts_of
     from megatron_chameleon.inference.engine.options import Execution
 
     if session.model is not None:
         session.execution = Execution.on(args.device, "inductor" if args.compile else None)
-    asked = [
-        chat_prompt(prompt, session.tokenizer)
-        if args.chat or prompt.roles
-        else list(prompt.content)
-        for prompt in prompts
-    ]
+    asked = [parts_of(prompt, session.tokenizer, is_chat=args.chat) for prompt in prompts]
     started = time.monotonic()
     compiling = ", after compiling the layers" if session.execution.compiler else ""
     with announced(f"generating {counted(len(asked), 'answer')}{compiling}"):
@@ -157,12 +150,9 @@ def _check_output(args: argparse.Namespace) -> Path:
     return folder
 
 
-def _check_device(args: argparse.Namespace) -> None:
+def _check_compiler(args: argparse.Namespace) -> None:
     from megatron_chameleon.errors import ConfigError
-    from megatron_chameleon.parallel import platform
 
-    if args.device == "cuda" and not platform.has_gpu():
-        raise ConfigError("--device cuda", "no usable GPU was found", "Use --device cpu")
     compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
     if args.compile and not any(map(shutil.which, compilers)):
         raise ConfigError(
@@ -174,13 +164,9 @@ def _check_device(args: argparse.Namespace) -> None:
 
 def _prompts(args: argparse.Namespace) -> list["Document"]:
     """The documents of ``--document``, or the one prompt of ``--image`` and ``--prompt``."""
-    from megatron_chameleon.data.documents.image_part import ImagePart
     from megatron_chameleon.data.documents.parse import read_prompts
-    from megatron_chameleon.data.documents.schema import Document, TextPart
-    from megatron_chameleon.errors import ConfigError, DataError
-    from megatron_chameleon.images.image_error import ImageError
-    from megatron_chameleon.images.local_files import check_named
-    from megatron_chameleon.images.remote_files import is_url
+    from megatron_chameleon.data.documents.schema import Document
+    from megatron_chameleon.errors import ConfigError
 
     images = image_options(args)
     if args.document:
@@ -191,16 +177,7 @@ def _prompts(args: argparse.Namespace) -> list["Document"]:
                 "Put everything into the document, or leave it out",
             )
         return read_prompts([args.document], images)
-    for image in args.image:  # before the model is loaded
-        try:
-            if not is_url(image):
-                check_named(image)
-        except ImageError as fault:
-            raise DataError(image, fault.what, "Check the path that --image names") from fault
-    prompt: list[TextPart | ImagePart] = [ImagePart(image, images) for image in args.image]
-    if args.prompt is not None:
-        prompt.append(TextPart(args.prompt))
-    return [Document("", "", tuple(prompt), "--prompt")]
+    return [Document("", "", tuple(prompt_parts(args, images)), "--prompt")]
 
 
 def _report(done: int, total: int, started: float) -> None:

@@ -86,6 +86,22 @@ def prompt_of(document: Document, tokenizer: Tokenizer, form: PromptFormat) -> l
     return parts if form is PromptFormat.CHAT else list(document.content)
 
 
+def parts_of(document: Document, tokenizer: Tokenizer, *, is_chat: bool) -> list[ChatPart]:
+    """The parts of a prompt that somebody wrote as a document.
+
+    Args:
+        document: A conversation is asked as one; any other document is continued as it is.
+        tokenizer: The model's tokenizer.
+        is_chat: Whether a document without roles is one message of the user instead.
+
+    Raises:
+        DataError: As ``chat_prompt`` does.
+    """
+    if is_chat or document.roles:
+        return chat_prompt(document, tokenizer)
+    return list(document.content)
+
+
 def chat_prompt(document: Document, tokenizer: Tokenizer) -> list[ChatPart]:
     """The parts of a conversation up to the answer that the model should give.
 

@@ -15,7 +15,7 @@ from megatron_chameleon.evaluation.asking.record_files import read_records
 from megatron_chameleon.evaluation.human.questionnaire import data_uri, part_json
 from megatron_chameleon.files import write_text
 from megatron_chameleon.images.options import ImageOptions
-from megatron_chameleon.inference.chat import chat_prompt
+from megatron_chameleon.inference.chat import parts_of
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.answers.answer import Answer
@@ -76,10 +76,7 @@ def answer_prompts(
         DataError: An image or the disk cannot be used, or a prompt does not fit the context.
     """
     tokenizer = asker.session.tokenizer
-    asked = [
-        chat_prompt(document, tokenizer) if chat or document.roles else list(document.content)
-        for document, _ in prompts
-    ]
+    asked = [parts_of(document, tokenizer, is_chat=chat) for document, _ in prompts]
     answers = asker.answer(asked, options, _keep)
     lines = [
         {
