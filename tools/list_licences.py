@@ -23,6 +23,7 @@ STATED_ELSEWHERE = {
     "scipy": "BSD-3-Clause",
     "mpich": "MPICH (permissive)",
     "megatron-core": "Apache-2.0 and BSD-3-Clause",
+    "vllm": "Apache-2.0",
 }
 """Read in the project's repository."""
 

@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.errors import ChameleonError, ConfigError, DataError, PeerError, one_line
+from megatron_chameleon.errors import ChameleonError, ConfigError, DataError, one_line
 from megatron_chameleon.inference.engine.guidance import Guidance
 from megatron_chameleon.inference.engine.interface import (
+    EngineError,
     EngineUsage,
     FinishReason,
     TokenChunk,
@@ -215,6 +216,7 @@ class VllmEngine:
                 companions.insert(0, self._wake(request))
             others = [asyncio.create_task(_drain(run)) for run in companions]
             try:
+                await asyncio.sleep(0)  # they go first
                 async with aclosing(runs[0]):
                     async for token_ids in runs[0]:
                         drawn = [token for token in token_ids if token != classes.pad]
@@ -228,7 +230,7 @@ class VllmEngine:
                 return
             idle = idle + 1 if len(answer) == before else 0
             await asyncio.sleep(min(0.005 * idle**2, LONGEST_PAUSE_SECONDS))
-        raise PeerError(
+        raise EngineError(
             "guidance",
             f"the passes of an image did not enter one step of vLLM in {TRIES} attempts",
             "Send the request again when the server has less to do",
@@ -250,21 +252,23 @@ class VllmEngine:
         if self._launched is None:
             raise _stopped()
         try:
-            async for token_ids in self._launched.run(prompt, row, room, stops):
-                yield token_ids
+            async with aclosing(self._launched.run(prompt, row, room, stops)) as run:
+                async for token_ids in run:
+                    yield token_ids
         except (asyncio.CancelledError, GeneratorExit, ChameleonError):
             raise
         except Exception as error:
             if self._launched.dead:
                 self.failure = error
             what = f"vLLM failed: {one_line(error)}"
-            raise PeerError("engine", what, f"See {self._launched.log_place}") from error
+            raise EngineError("engine", what, f"See {self._launched.log_place}") from error
 
 
-def _stopped() -> PeerError:
-    return PeerError("server", "it is shutting down", "Send the request again later")
+def _stopped() -> EngineError:
+    return EngineError("engine", "it is stopping", "Ask again when it has been started")
 
 
 async def _drain(run: AsyncGenerator[list[int]]) -> None:
-    async for _ in run:
-        pass
+    async with aclosing(run):
+        async for _ in run:
+            pass

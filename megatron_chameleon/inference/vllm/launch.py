@@ -7,12 +7,13 @@ import os
 import signal
 import uuid
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.errors import ChameleonError, ConfigError, PeerError, first_line
+from megatron_chameleon.errors import ChameleonError, ConfigError, first_line
+from megatron_chameleon.inference.engine.interface import EngineError
 from megatron_chameleon.inference.vllm.arguments import engine_arguments
 from megatron_chameleon.inference.vllm.installed import check_installed
 from megatron_chameleon.inference.vllm.log import VllmLog
@@ -67,7 +68,7 @@ class Launched:
             stops: Tokens that end it; they are given out too.
 
         Raises:
-            PeerError: It was aborted.
+            EngineError: It was aborted.
         """
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -85,13 +86,14 @@ class Launched:
         name = uuid.uuid4().hex
         self._ids.add(name)
         try:
-            async for output in self._llm.generate(tokens_input(prompt), params, name):
-                answer = output.outputs[0]
-                if answer.token_ids:
-                    yield list(answer.token_ids)
-                if answer.finish_reason not in (None, "stop", "length"):
-                    what = f"vLLM ended an answer with {answer.finish_reason!r}"
-                    raise PeerError("engine", what, "Send the request again")
+            async with aclosing(self._llm.generate(tokens_input(prompt), params, name)) as outputs:
+                async for output in outputs:
+                    answer = output.outputs[0]
+                    if answer.token_ids:
+                        yield list(answer.token_ids)
+                    if answer.finish_reason not in (None, "stop", "length"):
+                        what = f"vLLM ended an answer with {answer.finish_reason!r}"
+                        raise EngineError("engine", what, "Send the request again")
         finally:
             self._ids.discard(name)
 

@@ -63,5 +63,5 @@ def _not_exported(path: str | Path, reader: CheckpointReader) -> CheckpointError
     existing = Path(path) / EXPORTED
     if (existing / VOCABULARY_FILE).is_file():
         return CheckpointError(str(path), what, f"Give {existing}, which is one")
-    remedy = f"Run `chameleon convert {path} --to hf --output FOLDER` and give that folder"
+    remedy = f"Run `chameleon convert {path} FOLDER --to hf` and give that folder"
     return CheckpointError(str(path), what, remedy)

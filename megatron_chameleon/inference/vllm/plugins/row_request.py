@@ -55,8 +55,10 @@ class RowRequest:
         return len(self.guidance.passes) if self.group else 1
 
     def extra_args(self) -> dict[str, Any]:
-        """Plain values, as they go to vLLM's other processes."""
+        """Plain values, as they go to vLLM's other processes; whole numbers have 64 bits there."""
         options = {name: getattr(self.options, name) for name in OPTIONS}
+        options["seed"] = (self.options.seed + 2**63) % 2**64 - 2**63  # as our own engine does it
+        options["top_k"] = min(self.options.top_k, 2**62)
         own = {each.name: getattr(self, each.name) for each in fields(self)[1:]}
         return {**{name: value for name, value in options.items() if value is not None}, **own}
 

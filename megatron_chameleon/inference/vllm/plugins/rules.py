@@ -20,7 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_chameleon.inference.engine.modality import Force, NextToken, TokenClasses
+from megatron_chameleon.inference.engine.modality import (
+    AnswerRules,
+    ModalityState,
+    TokenClasses,
+)
 from megatron_chameleon.inference.engine.row_settings import RowSettings
 from megatron_chameleon.inference.engine.sampling import (
     draw,
@@ -61,9 +65,9 @@ class _Step:
     Attributes:
         rows: The R rows.
         places_R: int64, where they are in ``Rules.rows``.
-        answered: The number of tokens that vLLM has drawn in each row.
-        due: Whether the row's next token is drawn in this step. V2 hands over rows whose prompt is
-            not read to its end, and ignores their tokens.
+        answered: The number of tokens that vLLM has drawn in each row. V2 also hands over rows
+            whose prompt is not read to its end, and ignores their tokens; there it is too small,
+            so that such a row never stands where the other passes of its image do.
         left_R: int64, codes missing in the row's image, or -1.
         seen_RV: bool, the text tokens that are penalised; None if no row has a penalty.
     """
@@ -71,7 +75,6 @@ class _Step:
     rows: list[Row]
     places_R: Tensor
     answered: list[int]
-    due: list[bool]
     left_R: Tensor
     seen_RV: Tensor | None
 
@@ -144,7 +147,7 @@ class Rules:
             seen_RV = torch.stack([nothing_V if r.seen_V is None else r.seen_V for r in rows])
         answered = [len(row.answer) for row in rows]
         places_R = torch.arange(len(rows), device=self.device)
-        step = _Step(rows, places_R, answered, [True] * len(rows), left_R, seen_RV)
+        step = _Step(rows, places_R, answered, left_R, seen_RV)
         return self._apply(logits_RV, step)
 
     def _read(self, row: Row, tokens: Sequence[int]) -> None:
@@ -170,7 +173,6 @@ class Rules:
         slots = context.idx_mapping_np.tolist()
         rows = [self.rows[slot] for slot in slots]
         lengths = context.seq_lens_upper_bound_np.tolist()  # exact without speculative decoding
-        due = [n >= states.prefill_len.np[slot] for n, slot in zip(lengths, slots, strict=True)]
         length_R1 = context.pos[:, None].long() + 1
         back_L = torch.arange(self.codes_per_image + 1, device=self.device)
         tokens = states.all_token_ids.gpu
@@ -189,7 +191,7 @@ class Rules:
             seen_RV = torch.zeros_like(logits_RV, dtype=torch.bool).scatter_(1, last_RL, True)
             seen_RV &= self.classes.text_V
         answered = [n - row.prompt_tokens for n, row in zip(lengths, rows, strict=True)]
-        step = _Step(rows, context.idx_mapping.long(), answered, due, left_R, seen_RV)
+        step = _Step(rows, context.idx_mapping.long(), answered, left_R, seen_RV)
         return self._apply(logits_RV, step)
 
     # both
@@ -199,7 +201,7 @@ class Rules:
         rows = step.rows
         requests = [row.request for row in rows]
         counts = [request.drawn + n for request, n in zip(requests, step.answered, strict=True)]
-        whole, broken = self._groups(requests, counts, step.due)
+        whole, broken = self._groups(requests, counts)
         for group in whole:
             # the answer's row gets the mixed logits
             logits_RV[group[0]] = requests[group[0]].guidance.mix(logits_RV[group])[0]
@@ -218,7 +220,7 @@ class Rules:
         return logits_RV.fill_(-torch.inf).scatter_(1, tokens_R[:, None], 0.0)
 
     def _groups(
-        self, requests: Sequence[RowRequest], counts: Sequence[int], due: Sequence[bool]
+        self, requests: Sequence[RowRequest], counts: Sequence[int]
     ) -> tuple[list[list[int]], list[int]]:
         """The rows of each whole group in the order of their passes, and those of broken groups."""
         members: dict[str, dict[int, int]] = {}
@@ -230,7 +232,7 @@ class Rules:
             numbers = [parts[part] for part in sorted(parts)]
             complete = len(numbers) == requests[numbers[0]].parts
             together = len({counts[number] for number in numbers}) == 1
-            if complete and together and all(due[number] for number in numbers):
+            if complete and together:
                 whole.append(numbers)
             else:
                 broken += numbers
@@ -239,14 +241,21 @@ class Rules:
     def _next_tokens(
         self, requests: Sequence[RowRequest], left_R: Tensor, room_R: Tensor
     ) -> Tensor:
-        """``NextToken`` of each row, by the same table as ``ModalityState``: int64 [R]."""
-        only_image_R = self._tensor([r.options.force is Force.IMAGE for r in requests])
-        may_begin_R = self._tensor([r.options.images and r.options.force is None for r in requests])
-        may_begin_R &= room_R >= self.codes_per_image + 2  # begin, codes, end
-        next_R = torch.where(may_begin_R, int(NextToken.TEXT_OR_IMAGE), int(NextToken.TEXT))
-        next_R = next_R.masked_fill(only_image_R, int(NextToken.BEGIN_IMAGE))
-        next_R = next_R.masked_fill(left_R > 0, int(NextToken.CODE))
-        return next_R.masked_fill(left_R == 0, int(NextToken.END_IMAGE))
+        """``NextToken`` of each row: int64 [R]."""
+        rules = [
+            AnswerRules.of(self.codes_per_image, request.options.images, request.options.force)
+            for request in requests
+        ]
+        return ModalityState(
+            self.classes,
+            self.codes_per_image,
+            tokens_left_B=room_R,
+            codes_left_B=left_R,
+            finished_B=torch.zeros_like(left_R, dtype=torch.bool),
+            in_text_B=self._tensor([int(rule.in_text) for rule in rules]),
+            image_room_B=self._tensor([rule.image_room for rule in rules]),
+            only_image_B=self._tensor([rule.only_image for rule in rules]),
+        ).next_token()
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self.device)
