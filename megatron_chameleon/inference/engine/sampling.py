@@ -192,14 +192,18 @@ def _draw_by_candidates(logits_BV: Tensor, settings: RowSettings, uniform_B1: Te
         total_B1 = _Weights(logits_BV, largest_B1, settings.temperature_B1).total_B1
     tokens_B = torch.zeros(len(logits_BV), dtype=torch.int64)
     rows = torch.arange(len(logits_BV))
+    at_least = 0.0
     for count in (*(few for few in CANDIDATES if few < most), most):
+        if count < min(at_least, most):
+            continue
         likely_BK, ids_BK = _most_likely(logits_BV, count)
         weights = _Weights(likely_BK, likely_BK[:, :1], settings.temperature_B1)
-        place_B1, suffices_B = _choose_place(weights, total_B1, settings, uniform_B1)
+        place_B1, factor_B = _choose_place(weights, total_B1, settings, uniform_B1)
         tokens_B[rows] = _ids_at(place_B1, likely_BK, ids_BK, logits_BV)
-        left = (~suffices_B).nonzero()[:, 0]
+        left = (factor_B > 1).nonzero()[:, 0]
         if count == most or not len(left):
             break
+        at_least = count * float(factor_B[left].min())
         rows, logits_BV, settings = rows[left], logits_BV[left], settings.take(left)
         uniform_B1 = uniform_B1[left]
         total_B1 = None if total_B1 is None else total_B1[left]
@@ -219,14 +223,15 @@ def _choose_place(
         uniform_B1: Numbers in [0, 1).
 
     Returns:
-        int64 [B, 1], and bool [B], whether the row draws from no more tokens than these.
+        int64 [B, 1], and fp64 [B]: 1 or less if the row draws from no more tokens than these;
+        otherwise it needs at least so many times as many, because later ones weigh less.
     """
     kind, count = settings.kind, weights.count
     kept_B1 = weights.total_B1 if total_B1 is None else total_B1
-    suffices_B1 = settings.top_k_B1 <= count
+    factor_B1 = settings.top_k_B1.double() / count
     if kind.top_k:
         of_top_k_B1 = weights.up_to(settings.top_k_B1.clamp(max=count) - 1)
-        kept_B1 = torch.where(suffices_B1, of_top_k_B1, kept_B1)
+        kept_B1 = torch.where(factor_B1 <= 1, of_top_k_B1, kept_B1)
     if kind.top_p:
         wanted_B1 = settings.top_p_B1 * kept_B1
         # the token that completes top_p is one of them
@@ -234,8 +239,8 @@ def _choose_place(
         nucleus_B1 = torch.minimum(nucleus_B1, kept_B1)
         kept_B1 = torch.where(settings.top_p_B1 < 1, nucleus_B1, kept_B1)
         unlimited_B1 = settings.top_k_B1 == NO_LIMIT
-        suffices_B1 = suffices_B1 | (unlimited_B1 & (wanted_B1 <= weights.total_B1))
-    return weights.place(uniform_B1 * kept_B1), suffices_B1[:, 0]
+        factor_B1 = torch.where(unlimited_B1, wanted_B1 / weights.total_B1, factor_B1)
+    return weights.place(uniform_B1 * kept_B1), factor_B1[:, 0]
 
 
 def _most_likely(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
