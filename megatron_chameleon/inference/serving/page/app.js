@@ -33,6 +33,12 @@ class App {
     this.store = new Store(await openBackend().catch(() => null) ?? this.#withoutBackend(), (reason) =>
       notice(TROUBLE[reason], 20),
     );
+    // All of this is read before anything can be sent, so that no message ends up in a conversation
+    // that is replaced a moment later.
+    this.conversation = await this.#read(
+      small.get("sessionStorage", "conversation") || (await this.#latest()),
+    );
+    small.set("sessionStorage", "conversation", this.conversation.id);
     this.list = new MessageList(byId("log"), {
       edit: (node) => this.composer.edit(node),
       copy: (node) => this.#copy(textOf(node.parts), "The text"),
@@ -56,7 +62,8 @@ class App {
     });
     this.follower = new Follower(byId("scroller"), byId("log"), byId("to-end"));
     this.#listen();
-    await this.#open(small.get("sessionStorage", "conversation") || (await this.#latest()));
+    this.show();
+    this.follower.toEnd();
     if (!matchMedia("(pointer: coarse)").matches) this.composer.focus(); // no keyboard on phones yet
     await this.#meetModel();
     this.store.trim();
@@ -159,8 +166,13 @@ class App {
   }
 
   async #open(id) {
+    await this.#replace(await this.#read(id));
+  }
+
+  /** A kept conversation, or a new one if it is not there. */
+  async #read(id) {
     const found = await this.store.load(id);
-    await this.#replace(found ? new Conversation(found.record, found.nodes) : new Conversation());
+    return found ? new Conversation(found.record, found.nodes) : new Conversation();
   }
 
   /** Show another conversation. An answer of this one that is still written is stopped and kept. */
@@ -195,7 +207,7 @@ class App {
     const title = this.problem.kind === "key" ? "The server asks for an API key" : "No connection to the model";
     return [
       make("div", { class: "problem", role: "alert" }, make("strong", { text: title }),
-        make("p", { text: `${this.problem.message} Is “chameleon serve” still running?` }), again),
+        make("p", { text: this.problem.message + (this.problem.kind === "lost" ? " Is “chameleon serve” still running?" : "") }), again),
     ];
   }
 
@@ -207,8 +219,9 @@ class App {
     const lines = isDocument
       ? `This model was not trained on conversations. It takes each message as the beginning of a new document, and goes on in ${kinds}.`
       : `It answers in ${kinds}${can.images_in === false ? "" : ", and reads both"}.`;
-    const examples = (can.examples ?? []).slice(0, 6).map((example) => {
-      const { text, force } = typeof example === "string" ? { text: example } : example;
+    const given = Array.isArray(can.examples) ? can.examples.slice(0, 6) : [];
+    const examples = given.map((example) => {
+      const { text, force } = typeof example === "string" ? { text: example } : (example ?? {});
       return make("button", {
         type: "button", class: "example", text, dir: "auto",
         on: { click: () => this.#tryExample(text, force) },

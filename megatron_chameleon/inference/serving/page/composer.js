@@ -22,7 +22,8 @@ export class Composer {
     this.on = on;
     this.takesImages = true;
     this.isBusy = false;
-    this.#text.value = small.get("sessionStorage", "draft");
+    // What is typed before the page is ready stays.
+    this.#text.value ||= small.get("sessionStorage", "draft");
     this.#text.addEventListener("input", () => this.#changed());
     this.#text.addEventListener("keydown", (event) => this.#key(event));
     this.#text.addEventListener("paste", (event) => this.#paste(event));

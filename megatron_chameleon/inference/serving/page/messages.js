@@ -261,7 +261,13 @@ function picture(actions) {
   const bar = make("progress", { max: "1", "aria-label": "Progress of the image" });
   const save = iconButton("save", "Save the image", () => actions.saveImage(image.src));
   open.addEventListener("click", () => actions.enlarge(image));
-  return make("figure", {}, open, bar, make("figcaption", {}, save));
+  const figure = make("figure", {}, open, bar, make("figcaption", {}, save));
+  image.addEventListener("load", () => figure.classList.remove("broken"));
+  image.addEventListener("error", () => {
+    figure.classList.add("broken");
+    image.alt = "An image that this browser cannot show";
+  });
+  return figure;
 }
 
 function showPicture(figure, part, node) {
