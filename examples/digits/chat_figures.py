@@ -4,7 +4,6 @@
 text or with an image. Several of the phrasings never occur in chats.jsonl.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -15,6 +14,7 @@ from PIL import Image
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import ASSISTANT, USER, Document, TextPart
 from megatron_chameleon.evaluation.tasks.captions import accuracy, first_digit
+from megatron_chameleon.images.png import png_bytes
 from megatron_chameleon.inference.chat import chat_prompt
 from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.session import Session
@@ -165,6 +165,4 @@ def _document(turns: list[Turn]) -> Document:
 def _part(said: Said) -> TextPart | ImagePart:
     if isinstance(said, str):
         return TextPart(said)
-    file = io.BytesIO()
-    said.save(file, format="png")
-    return ImagePart(file.getvalue())
+    return ImagePart(png_bytes(said))

@@ -1,10 +1,10 @@
 """The report's section about conversations: figures and some of the conversations themselves."""
 
-import io
 from collections.abc import Sequence
 
 from chat_figures import ChatFigures, Talk, Turn
 
+from megatron_chameleon.images.png import png_bytes
 from megatron_chameleon.pages.elements import cards, escape, heading, how, image
 
 SHOWN = 12
@@ -65,7 +65,5 @@ def _message(turn: Turn) -> str:
         if isinstance(part, str):
             parts.append(escape(part))
             continue
-        file = io.BytesIO()
-        part.save(file, format="png")
-        parts.append(image(file.getvalue(), "a digit"))
+        parts.append(image(png_bytes(part), "a digit"))
     return " ".join(parts) or "(nothing)"

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from megatron_chameleon.evaluation.curves import COLORS, series, smooth, style
+from megatron_chameleon.images.png import png_bytes
 from megatron_chameleon.pages.elements import (
     cards,
     escape,
@@ -278,12 +279,10 @@ def _gallery(captions: "Captions", indices: Sequence[int]) -> str:
         return "<p>None.</p>"
     cells = []
     for index in indices:
-        buffer = io.BytesIO()
-        captions.images[index].save(buffer, format="png")
         text = escape(captions.texts[index] or "(nothing)")
         label = captions.labels[index]
         cells.append(
-            f"<figure>{image(buffer.getvalue(), str(label))}"
+            f"<figure>{image(png_bytes(captions.images[index]), str(label))}"
             f"<figcaption>{text}<br><small>is {label}</small></figcaption></figure>"
         )
     return f'<div class="captions">{"".join(cells)}</div>'

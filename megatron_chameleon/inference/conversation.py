@@ -1,6 +1,5 @@
 """A conversation that grows: messages of the user, and the answers of a model."""
 
-import base64
 import io
 import itertools
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from megatron_chameleon.data.documents.schema import (
     Document,
     TextPart,
 )
+from megatron_chameleon.images.png import data_url, png_bytes
 from megatron_chameleon.inference.chat import EncodedImage, PromptFormat, prompt_of
 from megatron_chameleon.inference.prompts import PromptPart, image_tokenizer_of
 from megatron_chameleon.tokenizer.folder import Tokenizer
@@ -170,9 +170,7 @@ class Conversation:
 
 
 def _drawn(codes: np.ndarray, image: Image.Image) -> EncodedImage:
-    content = io.BytesIO()
-    image.save(content, "png")
-    return EncodedImage(content.getvalue(), codes=codes)
+    return EncodedImage(png_bytes(image), codes=codes)
 
 
 def _written(part: Part) -> dict[str, str]:
@@ -181,4 +179,4 @@ def _written(part: Part) -> dict[str, str]:
         return {"type": "text", "text": part.text}
     assert isinstance(part.image, bytes), "images are read when they come into the conversation"
     kind = (Image.open(io.BytesIO(part.image)).get_format_mimetype() or "image/png").lower()
-    return {"type": "image", "image": f"data:{kind};base64,{base64.b64encode(part.image).decode()}"}
+    return {"type": "image", "image": data_url(part.image, kind)}

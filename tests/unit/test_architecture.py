@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data/batches",
         "data/mixture",
         "data/token_files",
+        "images",
         "tokenizer",
         "tokenizer/common",
     },
@@ -102,14 +103,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
         "tokenizer/common",
     },
-    # an answer is read with all of the tokenizer: its texts, its images, and what a token id means
-    "inference/answers": {"tokenizer", "tokenizer/text"},
+    # an answer is read with all of the tokenizer: its texts, its images, and what a token id means;
+    # images/png.py writes images as files, here and wherever one is shown
+    "inference/answers": {"images", "tokenizer", "tokenizer/text"},
     "inference/engine": {"tokenizer/common"},
     # graphs of its steps are recorded by parallel
     "inference/engine/batching": {"inference/engine", "parallel"},
     # a conversation in the terminal, without the verb that opens it
     "inference/terminal": {
         "data/documents",
+        "images",
         "inference",
         "inference/answers",
         "inference/engine",
@@ -128,6 +131,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {
         "checkpoint/formats",
         "data/documents",
+        "images",
         "inference/answers",
         "inference/engine",
         "inference/engine/batching",

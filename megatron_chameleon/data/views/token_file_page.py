@@ -7,9 +7,7 @@ conversations, which are not trained, are grey.
 Try: ``chameleon inspect PREFIX --html documents.html``
 """
 
-import base64
 import html
-import io
 import itertools
 import re
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ import numpy as np
 from megatron_chameleon.data.token_files.modality_balance import describe_answers
 from megatron_chameleon.data.token_files.reader import TokenFile, TokenFileInfo
 from megatron_chameleon.files import write_text
+from megatron_chameleon.images.png import data_url, png_bytes
 from megatron_chameleon.terminal import escape_line
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
@@ -245,8 +244,6 @@ def _figure(token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
         expected = "" if image is None else f", not {image.codes_per_image}"
         caption = f"{len(codes)} image codes{expected}: {listed}"
         return f"<figure><figcaption>{html.escape(caption)}</figcaption></figure>"
-    buffer = io.BytesIO()
-    image.decode(codes[np.newaxis])[0].save(buffer, format="PNG")
-    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    source = data_url(png_bytes(image.decode(codes[np.newaxis])[0]))
     caption = f"<figcaption>{len(codes)} codes</figcaption>"
     return f'<figure><img src="{source}" alt="image" title="codes {listed}">{caption}</figure>'

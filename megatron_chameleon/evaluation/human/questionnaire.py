@@ -6,8 +6,6 @@
 Each form has its own order of items, and its own sides for the two answers of a pair.
 """
 
-import base64
-import io
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +25,7 @@ from megatron_chameleon.evaluation.human.scores import LABELS, Judgement
 from megatron_chameleon.files import write_text
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.images.pixels import upright_rgb
+from megatron_chameleon.images.png import data_url, png_bytes
 from megatron_chameleon.images.references import ImageFolder
 
 KEY_FORMAT = "megatron_chameleon.questionnaire/1"
@@ -335,9 +334,7 @@ def _inline(parts: Sequence[Mapping[str, str]], images: ImageFolder) -> list[dic
 
 def data_uri(image: Any) -> str:
     """A ``data:`` URI with a PIL image as PNG, as a model sees it."""
-    buffer = io.BytesIO()
-    upright_rgb(image).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(png_bytes(upright_rgb(image)))
 
 
 def part_json(part: TextPart | ImagePart) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """How answers are written: texts in a line of JSON, images in PNG files beside it."""
 
-import io
 from typing import TYPE_CHECKING
+
+from megatron_chameleon.images.png import png_bytes
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.answers.answer import Answer
@@ -30,9 +31,7 @@ def parts_and_images(
         if isinstance(part, str):
             parts.append({"type": "text", "text": part})
             continue
-        content = io.BytesIO()
-        part.save(content, "png")
         name = image_name(number, index)
-        images[name] = content.getvalue()
+        images[name] = png_bytes(part)
         parts.append({"type": "image", "image": name})
     return parts, images

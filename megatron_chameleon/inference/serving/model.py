@@ -1,8 +1,6 @@
 """The model that is served, as requests see it: prompts to token ids, codes to pictures."""
 
 import asyncio
-import base64
-import io
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.images.image_error import ImageError
+from megatron_chameleon.images.png import data_url, png_bytes
 from megatron_chameleon.inference.chat import PaddedImage, PromptFormat, prompt_of
 from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.prompts import PromptPart, encode_prompts
@@ -175,7 +174,7 @@ class PictureMaker:
 
     def _whole(self, codes: np.ndarray) -> str:
         assert self._model.tokenizer.image is not None
-        return data_url(self._model.tokenizer.image.decode(codes[None])[0])
+        return data_url(png_bytes(self._model.tokenizer.image.decode(codes[None])[0]))
 
     def _growing(self, codes: np.ndarray) -> str:
         image_tokenizer = self._model.tokenizer.image
@@ -188,11 +187,4 @@ class PictureMaker:
         known = (np.arange(total) < len(codes)).reshape(-1, columns)
         mask = Image.fromarray(known.astype(np.uint8) * 255)
         image.putalpha(mask.resize(image.size, Image.Resampling.NEAREST))
-        return data_url(image)
-
-
-def data_url(image: Image.Image) -> str:
-    """An image as a PNG in a data: URL."""
-    content = io.BytesIO()
-    image.save(content, "png")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+        return data_url(png_bytes(image))

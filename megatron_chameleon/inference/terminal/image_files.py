@@ -1,6 +1,5 @@
 """Save the images of answers, each under a name that no file has."""
 
-import io
 import itertools
 import os
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from megatron_chameleon.files import make_folder, write_bytes, writing
+from megatron_chameleon.images.png import png_bytes
 
 
 def save_image(folder: Path, image: Image.Image) -> Path:
@@ -16,13 +16,11 @@ def save_image(folder: Path, image: Image.Image) -> Path:
     Raises:
         DataError: It cannot be written.
     """
-    content = io.BytesIO()
-    image.save(content, "png")
     make_folder(folder)
     with writing(folder):
         path = _claimed(folder)
     try:
-        write_bytes(path, content.getvalue())
+        write_bytes(path, png_bytes(image))
     except BaseException:
         path.unlink(missing_ok=True)
         raise

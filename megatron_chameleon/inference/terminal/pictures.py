@@ -4,11 +4,12 @@ Sources: DEC STD 070 and vt340 manuals (sixel), kitty's "Terminal graphics proto
 """
 
 import base64
-import io
 from enum import StrEnum
 
 import numpy as np
 from PIL import Image
+
+from megatron_chameleon.images.png import png_bytes
 
 SMALLEST_EDGE = 192
 """Pixels; smaller images are enlarged by a whole factor."""
@@ -99,9 +100,7 @@ def _run_lengths(bits: np.ndarray) -> str:
 
 def kitty(rgb: Image.Image) -> str:
     """An image in kitty's graphics protocol: a PNG in base64, in chunks; no reply is asked for."""
-    content = io.BytesIO()
-    rgb.save(content, "png")
-    text = base64.b64encode(content.getvalue()).decode()
+    text = base64.b64encode(png_bytes(rgb)).decode()
     chunks = [text[i : i + CHUNK_CHARACTERS] for i in range(0, len(text), CHUNK_CHARACTERS)]
     out = []
     for number, chunk in enumerate(chunks):
