@@ -125,7 +125,7 @@ def end_process(error: PeerError) -> None:
 
     Its open connections could not be served any more, and the launcher ends the other ranks.
     """
-    logger.error("%s", error)
+    logger.error("error: %s", error)
     for handler in logging.getLogger().handlers:
         handler.flush()
     os._exit(error.exit_code)

@@ -1,9 +1,10 @@
 """Read token by token with the trained model under several layouts, and write the logits.
 
-Usage: ``python run_cached.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes", "checkpoint",
-"token_ids", "lengths", "sequence_parallel"}; tensor parallelism has all processes. For each job and
+A job is {"name", "processes", "checkpoint",
+"token_ids", "lengths", "sequence_parallel",
+"samples"}; tensor parallelism has all processes. For each job and
 rank it writes NAME-RANK.pt: {"logits": [R, S, vocabulary], "codes": [R, codes], "same_codes": the
-same from "logits"}.
+same from "logits"}. With "samples", the folder NAME has what the model writes as in training.
 """
 
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any
 import torch
 from plain_cache import PlainCache, cached_logits
 
-from forked_jobs import run_forked
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
 from megatron_chameleon.checkpoint.loading.config import inference_config, padded_vocabulary
 from megatron_chameleon.checkpoint.loading.model import load_model
+from megatron_chameleon.config.schema import SamplePromptConfig
 from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.inference.models.megatron_layers import MegatronLayers
 from megatron_chameleon.parallel.topology import create_topology
+from megatron_chameleon.training.samples.sampler import Sampler
+
+FORCES = ("image", "text", None)
 
 
 def run_job(job: dict[str, Any], output: Path) -> None:
@@ -42,8 +46,12 @@ def run_job(job: dict[str, Any], output: Path) -> None:
             "codes": layers.logits(last_RH, codes_only=True),
             "same_codes": layers.logits(last_RH)[:, classes.code_token_ids],
         }
+    if job["samples"]:
+        config.logging.run_dir, config.logging.sample_every_steps = str(output / job["name"]), 1
+        config.logging.sample_prompts = [SamplePromptConfig("a", force=f) for f in FORCES]
+        config.logging.sample_max_tokens = 20
+        config.tokenizer.path = str(tokenizer.folder)
+        model.train()
+        Sampler(config, topology).sample(7, model)
+        assert model.training and model.decoder.layers[0].self_attention.core_attention.training
     torch.save(results, output / f"{job['name']}-{topology.rank}.pt")
-
-
-if __name__ == "__main__":
-    run_forked(run_job)

@@ -1,6 +1,6 @@
 """Answer on several ranks, with all well or not, and write what rank 0 and the others find.
 
-Usage: ``python run_lockstep.py JOBS.json OUTPUT_DIR``. A job is {"name", "processes", "checkpoint",
+A job is {"name", "processes", "checkpoint",
 "port", "fault"}; a fault is null, "follower ends", "leader ends" or "follower draws". For each job
 it writes NAME.json, the answers of rank 0 or the message of the rank that is left.
 """
@@ -13,7 +13,6 @@ from typing import Any
 import mixed_requests
 import torch
 
-from forked_jobs import run_forked
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
 from megatron_chameleon.errors import PeerError
 from megatron_chameleon.inference.engine.batching import lockstep
@@ -70,7 +69,3 @@ def spoil(fault: str) -> None:
         return events
 
     ContinuousDecoder.step = spoiled
-
-
-if __name__ == "__main__":
-    run_forked(run_job)
