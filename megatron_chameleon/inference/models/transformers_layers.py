@@ -1,16 +1,80 @@
 """The layers of transformers' Chameleon, with attention that the engine computes.
 
 transformers' own ``forward`` forbids image codes and grows its cache by copying it. So each layer
-is run here from its modules, in two parts: what comes before attention and what comes after it.
+is run here from its weights, in two parts: what comes before attention and what comes after it. For
+a small model, the time of a step is the number of operations. So the projections of queries, keys
+and values are one product, those of the MLP too, and the heads of queries and keys are normed and
+rotated together. The joined weights take the place of the model's own, which become views of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm, linear, rms_norm
 
 from megatron_chameleon.inference.engine.cached_model import Attend
+
+QK_NORM_EPSILON = 1e-5
+"""As in transformers' ``ChameleonLayerNorm``."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The weights of a layer. J joins query and key heads, F is twice the MLP's width."""
+
+    attention_norm_H: Tensor
+    mlp_norm_H: Tensor
+    epsilon: float
+    qkv: tuple[Tensor, Tensor | None]
+    """Weight and bias; so are the following ones."""
+    qk_norm_JD: tuple[Tensor, Tensor]
+    output: tuple[Tensor, Tensor | None]
+    gate_up: tuple[Tensor, Tensor | None]
+    down: tuple[Tensor, Tensor | None]
+    activation: Callable[[Tensor], Tensor]
+    query_heads: int
+    key_heads: int
+
+    @classmethod
+    def of(cls, layer: Any) -> "_Layer":
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = (attention.q_norm, attention.k_norm)
+        return cls(
+            attention_norm_H=layer.input_layernorm.weight,
+            mlp_norm_H=layer.post_attention_layernorm.weight,
+            epsilon=layer.input_layernorm.variance_epsilon,
+            qkv=_joined_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
+            qk_norm_JD=(
+                torch.cat([norm.weight for norm in norms]),
+                torch.cat([norm.bias for norm in norms]),
+            ),
+            output=(attention.o_proj.weight, attention.o_proj.bias),
+            gate_up=_joined_linear([mlp.gate_proj, mlp.up_proj]),
+            down=(mlp.down_proj.weight, mlp.down_proj.bias),
+            activation=mlp.act_fn,
+            query_heads=attention.num_heads,
+            key_heads=attention.num_key_value_heads,
+        )
+
+
+def _joined_linear(modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of linear modules one below the other, as the modules' own memory."""
+    found: list[Tensor | None] = []
+    for name in ("weight", "bias"):
+        parts = [getattr(module, name) for module in modules]
+        if parts[0] is None:
+            found.append(None)
+            continue
+        whole = torch.cat([part.data for part in parts])
+        for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = rows
+        found.append(whole)
+    weight, bias = found
+    assert weight is not None
+    return weight, bias
 
 
 class TransformersLayers:
@@ -27,7 +91,8 @@ class TransformersLayers:
     def __init__(self, model: Any, code_token_ids: Tensor, compiler: str | None = None) -> None:
         config = model.config
         self._transformer, self._head = model.model, model.lm_head
-        self._layers = list(model.model.layers)
+        with torch.no_grad():
+            self._layers = [_Layer.of(layer) for layer in model.model.layers]
         embedding = model.model.embed_tokens.weight
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
@@ -52,11 +117,11 @@ class TransformersLayers:
         before, after = self._step_parts if tokens == 1 else self._parts
         hidden_RSH = self._transformer.embed_tokens(token_ids_RS)
         positions = positions_RS.reshape(-1)
-        shape = (rows, 1, tokens, self.head_dim)  # the same for all heads
-        cos_R1SD = self._cos_CD.index_select(0, positions).view(shape)
-        sin_R1SD = self._sin_CD.index_select(0, positions).view(shape)
+        shape = (rows, tokens, 1, self.head_dim)  # the same for all heads
+        cos_RS1D = self._cos_CD.index_select(0, positions).view(shape)
+        sin_RS1D = self._sin_CD.index_select(0, positions).view(shape)
         for number, layer in enumerate(self._layers):
-            query_RNSD, key_RGSD, value_RGSD = before(layer, hidden_RSH, cos_R1SD, sin_R1SD)
+            query_RNSD, key_RGSD, value_RGSD = before(layer, hidden_RSH, cos_RS1D, sin_RS1D)
             attention_RNSD = attend(number, query_RNSD, key_RGSD, value_RGSD)
             hidden_RSH = after(layer, hidden_RSH, attention_RNSD)
         if tokens > 1:
@@ -83,44 +148,45 @@ def _compiled(part: Part, compiler: str | None) -> Part:
     return torch.compile(part, backend=backend, mode=mode or None, fullgraph=True)
 
 
-def _before(layer: Any, hidden_RSH: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    return _before_swin(layer, layer.input_layernorm(hidden_RSH), cos, sin)
+def _before(layer: _Layer, hidden_RSH: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    return _before_swin(layer, _normed(hidden_RSH, layer.attention_norm_H, layer), cos, sin)
 
 
 def _before_swin(
-    layer: Any, input_RSH: Tensor, cos_R1SD: Tensor, sin_R1SD: Tensor
+    layer: _Layer, input_RSH: Tensor, cos_RS1D: Tensor, sin_RS1D: Tensor
 ) -> tuple[Tensor, ...]:
     """Queries, keys and values of a layer. Its norms come after the parts in the Swin order."""
-    attention = layer.self_attn
-    rows, tokens, _ = input_RSH.shape
-    heads, groups, dim = attention.num_heads, attention.num_key_value_heads, attention.head_dim
-    # transformers' norms of queries and keys expect rows and tokens as one dimension
-    query = attention.q_norm(attention.q_proj(input_RSH).view(-1, heads, dim))
-    key = attention.k_norm(attention.k_proj(input_RSH).view(-1, groups, dim))
-    query_RNSD = query.view(rows, tokens, heads, dim).transpose(1, 2)
-    key_RGSD = key.view(rows, tokens, groups, dim).transpose(1, 2)
-    value_RGSD = attention.v_proj(input_RSH).view(rows, tokens, groups, dim).transpose(1, 2)
-    return (
-        _rotated(query_RNSD, cos_R1SD, sin_R1SD),
-        _rotated(key_RGSD, cos_R1SD, sin_R1SD),
-        value_RGSD,
-    )
+    dim, queries = cos_RS1D.shape[-1], layer.query_heads
+    joined = queries + layer.key_heads
+    heads_RSHD = linear(input_RSH, *layer.qkv).unflatten(-1, (-1, dim))
+    normed_RSJD = layer_norm(heads_RSHD[:, :, :joined], (dim,), eps=QK_NORM_EPSILON)
+    weight_JD, bias_JD = layer.qk_norm_JD
+    normed_RSJD = normed_RSJD * weight_JD + bias_JD
+    first, second = normed_RSJD.chunk(2, dim=-1)
+    turned_RSJD = torch.cat((-second, first), dim=-1)
+    rotated_RJSD = (normed_RSJD * cos_RS1D + turned_RSJD * sin_RS1D).transpose(1, 2)
+    value_RGSD = heads_RSHD[:, :, joined:].transpose(1, 2)
+    return rotated_RJSD[:, :queries], rotated_RJSD[:, queries:], value_RGSD
 
 
-def _rotated(heads_RNSD: Tensor, cos_R1SD: Tensor, sin_R1SD: Tensor) -> Tensor:
-    first, second = heads_RNSD.chunk(2, dim=-1)
-    return heads_RNSD * cos_R1SD + torch.cat((-second, first), dim=-1) * sin_R1SD
+def _after(layer: _Layer, hidden_RSH: Tensor, attention_RNSD: Tensor) -> Tensor:
+    hidden_RSH = hidden_RSH + linear(_joined(attention_RNSD), *layer.output)
+    return hidden_RSH + _mlp(layer, _normed(hidden_RSH, layer.mlp_norm_H, layer))
 
 
-def _after(layer: Any, hidden_RSH: Tensor, attention_RNSD: Tensor) -> Tensor:
-    hidden_RSH = hidden_RSH + layer.self_attn.o_proj(_joined(attention_RNSD))
-    return hidden_RSH + layer.mlp(layer.post_attention_layernorm(hidden_RSH))
+def _after_swin(layer: _Layer, hidden_RSH: Tensor, attention_RNSD: Tensor) -> Tensor:
+    attended_RSH = linear(_joined(attention_RNSD), *layer.output)
+    hidden_RSH = hidden_RSH + _normed(attended_RSH, layer.attention_norm_H, layer)
+    return hidden_RSH + _normed(_mlp(layer, hidden_RSH), layer.mlp_norm_H, layer)
 
 
-def _after_swin(layer: Any, hidden_RSH: Tensor, attention_RNSD: Tensor) -> Tensor:
-    attended_RSH = layer.self_attn.o_proj(_joined(attention_RNSD))
-    hidden_RSH = hidden_RSH + layer.input_layernorm(attended_RSH)
-    return hidden_RSH + layer.post_attention_layernorm(layer.mlp(hidden_RSH))
+def _mlp(layer: _Layer, input_RSH: Tensor) -> Tensor:
+    gate, up = linear(input_RSH, *layer.gate_up).chunk(2, dim=-1)
+    return linear(layer.activation(gate) * up, *layer.down)
+
+
+def _normed(hidden_RSH: Tensor, weight_H: Tensor, layer: _Layer) -> Tensor:
+    return rms_norm(hidden_RSH, weight_H.shape, weight_H, layer.epsilon)
 
 
 def _joined(attention_RNSD: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from megatron_chameleon.inference.engine.batching.cache import (
     PromptAttention,
     default_cache_tokens,
 )
+from megatron_chameleon.inference.engine.batching.requests import Event, News, check_tokens
 from megatron_chameleon.inference.engine.batching.rows import Answer, Row
 from megatron_chameleon.inference.engine.batching.steps import (
     NOT_FINITE,
@@ -34,10 +35,7 @@ from megatron_chameleon.inference.engine.batching.steps import (
 )
 from megatron_chameleon.inference.engine.cached_model import CachedModel
 from megatron_chameleon.inference.engine.interface import (
-    EngineError,
     EngineUsage,
-    FinishReason,
-    TokenChunk,
     TokenRequest,
 )
 from megatron_chameleon.inference.engine.modality import TokenClasses
@@ -47,9 +45,6 @@ from megatron_chameleon.parallel import cuda_graphs
 PROMPT_TOKENS = 16_384
 """Tokens of a pass over prompts, including padding. One row may have more."""
 MAX_ROWS = 64
-
-Event = tuple[int, TokenChunk | EngineError]
-"""A request's id, and its next tokens or why there are no more."""
 
 
 class ContinuousDecoder:
@@ -179,13 +174,15 @@ class ContinuousDecoder:
             The new tokens of each answer that got any, with the reason if it has ended; and an
             error in place of the rest of an answer whose logits are not finite.
         """
-        news = _News()
+        news = News()
         if joined := self._join():
             self._keep(joined, self._read(joined), news)
         if self._running:
             steps = self._make_room()
             answers = list(self._running)
             self._keep(answers, self._draw(steps), news)
+            if self._layout is not None:
+                self._layout.advance(steps)
         return news.events()
 
     # -- joining and leaving
@@ -284,13 +281,18 @@ class ContinuousDecoder:
             How many steps it takes until then.
         """
         steps = self._steps()
+        if self._layout is not None and self._layout.room >= steps:
+            return steps
         for answer in sorted(self._running, key=lambda answer: answer.number):
             for row in answer.rows if answer.place >= 0 else ():
                 while answer.place >= 0 and not self._widen(row, row.length + steps):
                     self._give_way(max(self._running, key=lambda answer: answer.number))
-        return self._steps() if self._running else 0
+        self._layout = None
+        return self._steps()
 
     def _steps(self) -> int:
+        if self.execution.sync_every_tokens == 1 or not self._running:
+            return 1
         longest = max(answer.tokens_left for answer in self._running)
         return min(self.execution.sync_every_tokens, longest)
 
@@ -326,10 +328,9 @@ class ContinuousDecoder:
             codes_only: DrawPlan(codes_only, layout.view.settings.kind, mixed)
             for codes_only in {codes > 0, codes > steps - 1}
         }
-        lengths = layout.lengths()
         state.rewind()
         for number in range(steps):
-            segments = layout.segments(lengths, number, many=steps > 1)
+            segments = layout.segments(number, many=steps > 1)
             sizes = (layout.rows, layout.answers, layout.in_order, layout.guided)
             self._run(StepPlan(segments, *sizes, plans[number < codes]), layout.view)
         return layout.view.drawn_BS[: len(self._running), :steps]
@@ -348,7 +349,7 @@ class ContinuousDecoder:
 
     # -- what was drawn
 
-    def _keep(self, answers: Sequence[Answer], drawn_BS: Tensor, news: "_News") -> None:
+    def _keep(self, answers: Sequence[Answer], drawn_BS: Tensor, news: News) -> None:
         """Add the tokens to the answers, and free those that have ended."""
         for answer, tokens in zip(answers, drawn_BS.tolist(), strict=True):
             new = [token for token in tokens if token not in (NOTHING_DRAWN, NOT_FINITE)]
@@ -362,64 +363,6 @@ class ContinuousDecoder:
                 news.failed(answer)
             if NOT_FINITE in tokens or finish is not None:
                 self._release(answer)
-
-
-class _News:
-    """What a step has to tell, with one event for each answer."""
-
-    def __init__(self) -> None:
-        self._chunks: dict[int, TokenChunk] = {}
-        self._errors: dict[int, EngineError] = {}
-
-    def add(self, answer: Answer, token_ids: list[int], finish: FinishReason | None) -> None:
-        before = self._chunks.get(answer.number)
-        token_ids = [*before.token_ids, *token_ids] if before else token_ids
-        self._chunks[answer.number] = TokenChunk(token_ids, finish)
-
-    def failed(self, answer: Answer) -> None:
-        self._errors[answer.number] = EngineError(
-            "model",
-            f"its logits for token {len(answer.token_ids) + 1:,} of the answer are not finite "
-            "(NaN or infinite)",
-            "Check its weights, or load it in a wider dtype",
-        )
-
-    def events(self) -> list[Event]:
-        """In the order of the requests; an error comes after the tokens before it."""
-        return sorted([*self._chunks.items(), *self._errors.items()], key=lambda event: event[0])
-
-
-def check_tokens(answer: Answer, context_tokens: int) -> None:
-    """Refuse a prompt or a number of new tokens that cannot be answered.
-
-    Raises:
-        DataError: It says what, with the numbers.
-    """
-    prompt, classes = answer.request.prompt, answer.classes
-    new, codes = answer.max_new_tokens, answer.codes_per_image
-    vocabulary = len(classes.code_V)
-    outside = next((token for token in prompt if not 0 <= token < vocabulary), None)
-    if not prompt or prompt[0] != classes.bos or outside is not None:
-        what = "it does not begin with <s>"
-        if outside is not None:
-            what = f"token id {outside:,} is outside the vocabulary of {vocabulary:,}"
-        raise DataError("prompt", what, "Encode it with the model's tokenizer")
-    if new < 1:
-        raise DataError("max_tokens", f"{new:,} is not above 0", "Ask for at least one token")
-    if len(prompt) + new > context_tokens:
-        raise DataError(
-            "max_tokens",
-            f"{len(prompt):,} tokens of the prompt and {new:,} of the answer do not fit the "
-            f"context of {context_tokens:,}",
-            f"Ask for at most {max(0, context_tokens - len(prompt)):,}, or shorten the prompt",
-        )
-    if answer.rules.only_image and (codes == 0 or new < codes + 2):
-        what = f"{new:,} is too few for an image, which has {codes + 2:,} tokens"
-        if codes == 0:
-            what = "the model has no image tokenizer, so it cannot draw"
-        raise DataError(
-            "max_tokens" if codes else "force", what, "Ask for text, or for more tokens"
-        )
 
 
 def _place_in_cache(row: Row) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import torch
 from megatron_chameleon.inference.engine.batching.cache import Slot
 from megatron_chameleon.inference.engine.guidance import Conditioning, Guidance
 from megatron_chameleon.inference.engine.interface import FinishReason, TokenRequest
-from megatron_chameleon.inference.engine.modality import AnswerRules, TokenClasses
+from megatron_chameleon.inference.engine.modality import NEVER_TOKENS, AnswerRules, TokenClasses
 from megatron_chameleon.inference.engine.sampling import uniforms
 
 
@@ -49,6 +49,13 @@ class Row:
         if self.kind is Conditioning.NOTHING:
             return self.start + min(answer.max_new_tokens, answer.codes_per_image + 2)
         return self.start + answer.max_new_tokens
+
+    @property
+    def room(self) -> int:
+        """How many tokens it may get before it needs a wider shelf."""
+        assert self.slot is not None
+        columns = self.slot.shelf.columns
+        return NEVER_TOKENS if self.longest <= columns else columns - self.length
 
     @property
     def tokens(self) -> int:

@@ -17,7 +17,7 @@ from megatron_chameleon.inference.engine.batching.cache import Cache, Segment, S
 from megatron_chameleon.inference.engine.batching.rows import Answer, Row
 from megatron_chameleon.inference.engine.cached_model import CachedModel
 from megatron_chameleon.inference.engine.guidance import Conditioning, mix, visible
-from megatron_chameleon.inference.engine.modality import ModalityState, TokenClasses
+from megatron_chameleon.inference.engine.modality import NEVER_TOKENS, ModalityState, TokenClasses
 from megatron_chameleon.inference.engine.options import Execution
 from megatron_chameleon.inference.engine.row_settings import DrawKind, RowSettings
 from megatron_chameleon.inference.engine.sampling import draw, forbid, penalise_repetition
@@ -99,6 +99,14 @@ class AnswerTensors:
         self.guided_B, self.row_3B = truth[2], whole[6:9]
         self.seen_BV, self.random_BK = state.seen_BV[places], state.random_BK[places]
         self.drawn_BS = state.drawn_BS[places]
+
+    def random_numbers(self, kind: DrawKind) -> Tensor:
+        """A number for each answer's next token: fp64 [B]."""
+        if not (kind.free or kind.filtered):
+            return self.random_BK[:, 0]  # nobody uses them
+        # finished answers go on counting until the host sees them
+        number_B1 = self.count_B.clamp(max=self.random_BK.shape[1] - 1)[:, None]
+        return self.random_BK.gather(1, number_B1)[:, 0]
 
 
 class DeviceState:
@@ -275,9 +283,7 @@ class DeviceState:
             if plan.kind.penalised:
                 penalise_repetition(logits_BV, answers.seen_BV, answers.settings.penalty_B)
             forbid(logits_BV, classes.limits_KV, modality.next_token())
-        # finished answers go on counting until the host sees them
-        number_B1 = answers.count_B.clamp(max=answers.random_BK.shape[1] - 1)[:, None]
-        token_B = draw(logits_BV, answers.settings, answers.random_BK.gather(1, number_B1)[:, 0])
+        token_B = draw(logits_BV, answers.settings, answers.random_numbers(plan.kind))
         if plan.codes_only:
             token_B = classes.code_token_ids[token_B]
         drawn_B = token_B.masked_fill(broken_B, NOT_FINITE)
@@ -331,8 +337,22 @@ class Layout:
         state.load(running, number_of)
         state.load_rows(places)
         self.view = state.view(slice(0, self.answers), running)
+        self._lengths = self._measured()
+        self.room = min(
+            (row.room for row in number_of),
+            default=NEVER_TOKENS,
+        )
+        """How many steps all rows have room for on their shelves."""
 
-    def lengths(self) -> list[tuple[int, int]]:
+    def advance(self, steps: int) -> None:
+        """Note that steps were run, and that no answer has ended."""
+        self.room -= steps
+        if self.guided:  # rows that see only a part of their answer
+            self._lengths = self._measured()
+        else:
+            self._lengths = [(low + steps, high + steps) for low, high in self._lengths]
+
+    def _measured(self) -> list[tuple[int, int]]:
         """The smallest and the largest number of columns that rows of each shelf have now."""
         found = []
         for shelf, _, _ in self._parts:
@@ -340,18 +360,17 @@ class Layout:
             found.append((min(lengths), max(lengths)))
         return found
 
-    def segments(
-        self, lengths: Sequence[tuple[int, int]], number: int, many: bool
-    ) -> tuple[Segment, ...]:
+    def segments(self, number: int, many: bool) -> tuple[Segment, ...]:
         """The segments of a step.
 
         Args:
-            lengths: What ``lengths`` gave before the first step.
-            number: How many steps came since.
+            number: How many steps came since the last ``advance``.
             many: Whether more than one step runs until the host knows the lengths again.
         """
         segments = []
-        for (shelf, first, rows), (shortest, longest) in zip(self._parts, lengths, strict=True):
+        for (shelf, first, rows), (shortest, longest) in zip(
+            self._parts, self._lengths, strict=True
+        ):
             columns = longest + number + 1
             width = min(self._execution.width(columns), shelf.columns)
             # rows that see only a part of their answer have lengths that are not known
