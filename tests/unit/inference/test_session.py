@@ -14,6 +14,8 @@ from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import CheckpointError, ConfigError, DataError
+from megatron_chameleon.inference.answers.answer import content_of
+from megatron_chameleon.inference.answers.stream import AnswerEnd
 from megatron_chameleon.inference.engine.modality import Force
 from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.session import Session
@@ -193,3 +195,30 @@ def test_converted_checkpoints_open_too(tiny_checkpoint: Path, tmp_path: Path, t
     weights = session.model.state_dict()
     for name, tensor in expected.model.state_dict().items():
         assert torch.equal(weights[name], tensor), name
+
+
+def test_a_stream_is_the_answer_in_parts(session: Session) -> None:
+    """Also beside stop strings and limits; and whoever stops listening leaves nothing behind."""
+    for options in (
+        GenerationOptions(seed=3, temperature=1.2, max_tokens=40),
+        GenerationOptions(seed=4, temperature=1.2, max_tokens=9, stop=("a", "e", " ")),
+        GenerationOptions(seed=5, force=Force.IMAGE),
+    ):
+        (answer,) = session.generate([["a"]], options)
+        events = list(session.stream(["a"], options))
+        parts = content_of(events)
+        texts = [part for part in answer.content if isinstance(part, str)]
+        assert [part for part in parts if isinstance(part, str)] == texts
+        assert len(parts) == len(answer.content) and isinstance(events[-1], AnswerEnd)
+        ended_itself = answer.token_ids[-1] in (
+            session.tokenizer.vocabulary.eos,
+            *([session.tokenizer.vocabulary.end_image] if options.force else []),
+        )
+        assert events[-1].is_complete is ended_itself
+    stream = session.stream(["a"], GenerationOptions(max_tokens=40, images=False))
+    next(stream)
+    assert session.decoder().usage().running == 1
+    stream.close()  # type: ignore[attr-defined]
+    assert session.decoder().usage().running == 0
+    with pytest.raises(DataError, match=r"its 64 tokens leave too little room"):
+        next(session.stream(["\x01" * 63]))
