@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import os
 import re
+import sys
 from typing import TYPE_CHECKING
 
 from megatron_chameleon.cli.logs import show
@@ -176,6 +177,7 @@ def run(args: argparse.Namespace) -> None:
 
         def ready() -> None:  # the engine has started, and knows how much fits
             show("\n".join((*_lines(service, opened.summary), f"page: {url_of(sock)}")))
+            sys.stdout.flush()  # a log or a pipe would get these lines only at the end
 
         serve(service, sock, ready)
 

@@ -31,6 +31,7 @@ SCRIPTS = {
     "sft": ["train", "CONFIG"],
     "convert": ["convert"],
     "preprocess_array": ["preprocess"],
+    "serve": ["serve"],
 }
 NUMBERS = {"N": "1", "X": "1"}  # of a synopsis; of hf|meta, the first
 VARIABLES = {
