@@ -147,10 +147,12 @@ class Session:
         prompts: Sequence[Sequence[PromptPart]],
         options: Sequence[GenerationOptions],
         progress: Callable[[int, int], None] = lambda done, total: None,
+        answered: Callable[[int, Answer], None] = lambda place, answer: None,
     ) -> list[Answer]:
         """Answer prompts, each with options and a seed of its own; see ``generate``.
 
-        They grow side by side, as many as the smallest ``batch_size`` allows.
+        They grow side by side, as many as the smallest ``batch_size`` allows. ``answered`` gets
+        each answer as soon as it ends, with the place of its prompt.
         """
         for one in options:
             one.check()
@@ -163,6 +165,7 @@ class Session:
         for place, growing, _ in self._draw(requests):
             if growing.is_ended:
                 answers[place] = growing.answer()
+                answered(place, answers[place])
                 progress(len(answers), len(requests))
         return [answers[place] for place in range(len(requests))]
 

@@ -11,7 +11,7 @@ Anything that already has an answer is not asked again.
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 from megatron_chameleon.inference.session import Answer, Session
 
 Progress = Callable[[str], None]
+ROUNDS = 16
+"""So many times ``batch_size`` prompts are encoded at once. The next one grows as soon as an answer
+ends, and only the last ones of them wait for each other."""
 REPORT_SECONDS = 2.0
 """Time between two progress lines; the last line is always reported."""
 
@@ -87,12 +90,12 @@ class Asker:
     ) -> list[str]:
         """Answer prompts in text. A prompt that is asked twice gets two independent answers.
 
-        Each batch has its own random generator and is stored as a whole or not at all. A killed
-        evaluation therefore continues with the same random draws as if it had not been killed.
+        Each answer is drawn with a seed of its own. A killed evaluation therefore continues with
+        the same random draws as if it had not been killed.
 
         Args:
             prompts: Texts and images in order.
-            options: How to generate; ``batch_size`` prompts are answered together.
+            options: How to generate; up to ``batch_size`` answers grow at the same time.
 
         Raises:
             DataError: A prompt does not fit the context, or an image cannot be read.
@@ -126,18 +129,46 @@ class Asker:
             asked = value_digest(["write", prompt_as_json(prompt), settings])
             keys.append(f"{asked}-{seen[asked]}" if seen[asked] else asked)
             seen[asked] += 1
-        started, new = time.monotonic(), 0
-        for start in range(0, len(prompts), options.batch_size):
-            batch = slice(start, start + options.batch_size)
-            if all(key in self._answers for key in keys[batch]):
-                continue
-            seed = int(value_digest([options.seed, *keys[batch]])[:12], 16)
-            fitted = [self._fit(prompt, options) for prompt in prompts[batch]]
-            answers = self.session.generate(fitted, replace(options, seed=seed))
-            self._answers.add(dict(zip(keys[batch], map(keep, answers), strict=True)))
-            new += len(fitted)
-            self._report(start + len(fitted), len(prompts), "answers", started, new)
+        left = [place for place, key in enumerate(keys) if key not in self._answers]
+        started, before = time.monotonic(), len(keys) - len(left)
+        done, together = before, ROUNDS * options.batch_size
+
+        def store(ended: dict[str, list[Any]]) -> None:
+            nonlocal done
+            self._answers.add(ended)
+            done += len(ended)
+            self._report(done, len(keys), "answers", started, done - before)
+
+        for start in range(0, len(left), together):
+            asked_now = {keys[place]: prompts[place] for place in left[start : start + together]}
+            self._answer_together(asked_now, options, keep, store)
         return [self._answers[key] for key in keys]
+
+    def _answer_together(
+        self,
+        prompts: Mapping[str, Sequence["PromptPart"]],
+        options: "GenerationOptions",
+        keep: Callable[["Answer"], list[Any]],
+        store: Callable[[dict[str, list[Any]]], None],
+    ) -> None:
+        """Answer prompts, and store the answers while they end, ``batch_size`` at a time."""
+        keys = list(prompts)
+        fitted = [self._fit(prompt, options) for prompt in prompts.values()]
+        seeds = [int(value_digest([options.seed, key])[:12], 16) for key in keys]
+        ended: dict[str, list[Any]] = {}
+
+        def answered(place: int, answer: "Answer") -> None:
+            ended[keys[place]] = keep(answer)
+            if len(ended) >= options.batch_size:
+                store(ended)
+                ended.clear()
+
+        try:
+            each = [replace(options, seed=seed) for seed in seeds]
+            self.session.generate_each(fitted, each, answered=answered)
+        finally:
+            if ended:
+                store(ended)
 
     def _fit(
         self, prompt: Sequence["PromptPart"], options: "GenerationOptions"

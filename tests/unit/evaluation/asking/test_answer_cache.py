@@ -122,16 +122,38 @@ def test_a_resumed_evaluation_draws_what_it_would_have_drawn(
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed/answers.jsonl").write_text("\n".join(lines[:4]) + '\n{"key"')  # 3 of 4
     asked = []
-    generate = session.generate
+    generate = session.generate_each
 
-    def count(prompts: list, options: GenerationOptions) -> list:
+    def count(prompts: list, options: list, **more: object) -> list:
         asked.append(len(prompts))
-        return generate(prompts, options)
+        return generate(prompts, options, **more)
 
-    monkeypatch.setattr(session, "generate", count)
+    monkeypatch.setattr(session, "generate_each", count)
     with AnswerCache(tmp_path / "killed", "m") as answers:
-        assert Asker(session, answers).write(prompts, drawn()) == whole
-    assert asked == [2], "the complete batch is not asked again"
+        assert Asker(session, answers).write(prompts, drawn(batch_size=3)) == whole
+    assert asked == [1], "what has an answer is not asked again"
+
+
+def test_answers_are_stored_while_others_grow(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure in the middle loses no answer that has ended."""
+    decoder, steps = session.decoder(), []
+    step = decoder.step
+
+    def failing() -> list:
+        steps.append(1)
+        if len(steps) == 9:
+            raise MemoryError
+        return step()
+
+    monkeypatch.setattr(decoder, "step", failing)
+    with AnswerCache(tmp_path, "m") as answers:
+        asker = Asker(session, answers)
+        with pytest.raises(MemoryError):
+            asker.write([[f"a {n}"] for n in range(6)], drawn())
+    stored = (tmp_path / "answers.jsonl").read_text().splitlines()[1:]
+    assert 2 <= len(stored) < 6
 
 
 def test_scores_are_not_asked_twice(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
