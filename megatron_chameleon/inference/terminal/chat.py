@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
 from megatron_chameleon.files import write_text
@@ -246,7 +246,10 @@ class Chat:
             raise ConfigError("/image", "no file is named", "Write /image FILE")
         parts = [ImagePart(path) for path in paths]
         for part in parts:
-            part.open()  # now, and not with the message
+            try:
+                part.open()  # now, and not with the message
+            except ImageError as fault:
+                raise DataError(part.name, fault.what, "Check the file and its path") from fault
         image_tokenizer_of(self._session.tokenizer)
         self._images += parts
         self._screen.note(f"({counted(len(self._images), 'image')} for the next message)")

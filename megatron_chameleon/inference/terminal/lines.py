@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from megatron_chameleon.inference.terminal.paths import escaped
+
 PROMPT, MORE = "> ", ". "
 BLOCK = '"""'
 """A line that begins with it begins a message of several lines, up to a line that ends with it."""
@@ -118,7 +120,7 @@ def _completion(readline, words: Sequence[str], text: str, state: int) -> str | 
             names = sorted(path for path in folder.iterdir() if path.name.startswith(beginning))
         except OSError:
             names = []
-        found = [f"{path}/" if path.is_dir() else str(path) for path in names]
+        found = [escaped(path) + "/" * path.is_dir() for path in names]
     else:
         found = []
     return found[state] if state < len(found) else None

@@ -42,6 +42,11 @@ def read_paths(words: str) -> Iterator[str]:
         yield str(Path(_unquoted(match)).expanduser())
 
 
+def escaped(path: Path) -> str:
+    """A path as one word of a command."""
+    return re.sub(r"([\s\\'\"])", r"\\\1", str(path))
+
+
 def _image_file(match: re.Match[str]) -> tuple[Path | None, int]:
     """The file that a word names, and where its name ends in the line."""
     name, end = _unquoted(match), match.end()

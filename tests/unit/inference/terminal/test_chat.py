@@ -193,7 +193,9 @@ def test_images_wait_for_the_message(terminal: Terminal, tmp_path: Path) -> None
     assert terminal.say(f"/image {tmp_path}/a b.png") == "(1 image for the next message)\n"
     assert "error: " in (told := terminal.say(f"/image {tmp_path}/broken.png"))
     assert "broken.png" in told and told.count("\n") == 1
-    assert "no such image file" in terminal.say("/image missing.png")
+    assert terminal.say("/image missing.png") == (
+        "error: missing.png: no such image file. Check the file and its path.\n"
+    )
     terminal.say("  ")
     (prompt,) = terminal.session.prompts
     assert len(prompt) == 1 + 18 + 1, "the image alone"

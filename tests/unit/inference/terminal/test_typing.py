@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.inference.terminal.lines import Lines, history_file
-from megatron_chameleon.inference.terminal.paths import read_paths, split_images
+from megatron_chameleon.inference.terminal.paths import escaped, read_paths, split_images
 
 
 @pytest.fixture
@@ -58,6 +58,8 @@ def test_paths_behind_a_command(folder: Path) -> None:
     assert list(read_paths("cat.png 'My Photo (1).JPG'")) == ["cat.png", "My Photo (1).JPG"]
     assert list(read_paths(" ~/cat.png missing.png ")) == [f"{folder}/cat.png", "missing.png"]
     assert list(read_paths("")) == []
+    for path in folder.iterdir():
+        assert list(read_paths(f"{escaped(path)} cat.png")) == [str(path), "cat.png"]
 
 
 @pytest.mark.parametrize(
