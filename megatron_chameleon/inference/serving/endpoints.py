@@ -22,7 +22,7 @@ from megatron_chameleon.inference.serving.requests.bodies import read_chat, read
 from megatron_chameleon.inference.serving.requests.json_body import BodyReader, parse_object
 from megatron_chameleon.inference.serving.requests.limits import Limits
 from megatron_chameleon.inference.serving.requests.pictures import Picture
-from megatron_chameleon.inference.serving.requests.refusal import Refusal, refusal_of
+from megatron_chameleon.inference.serving.requests.refusal import Refusal, bad, refusal_of
 from megatron_chameleon.inference.serving.requests.sampling import Wishes
 from megatron_chameleon.inference.serving.requests.token_ids import check_token_ids
 from megatron_chameleon.inference.serving.responses import (
@@ -83,6 +83,9 @@ class JobReader:
                 prompts.append(await self._encoder.of_text(prompt))
             else:
                 where = "prompt" if len(body.prompts) == 1 else f"prompt[{number}]"
+                if len(prompt) > (context := self._model.context_tokens):
+                    what = f"it has {len(prompt):,} tokens, more than the context of {context:,}"
+                    raise bad(where, what, "Shorten it", "context_length_exceeded")
                 prompts.append(check_token_ids(prompt, vocabulary, codes, where))
         return self._job(body.wishes, prompts, CompletionFormat)
 

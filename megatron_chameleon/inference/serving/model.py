@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -103,6 +103,9 @@ class PromptEncoder:
 
     def __init__(self, model: ServedModel, limits: Limits, workers: Workers) -> None:
         self._model, self._limits, self._workers = model, limits, workers
+        tokens = model.tokenizer.vocabulary.tokens
+        self._most_characters = model.context_tokens * max(map(len, tokens))
+        """A token has no more characters than its name."""
 
     async def of_pieces(self, pieces: Sequence[Piece], form: str) -> list[int]:
         """Token ids of a conversation.
@@ -115,12 +118,26 @@ class PromptEncoder:
                 if isinstance(piece.content, Picture):
                     what = "this model has no image tokenizer, so it reads only text"
                     raise bad(piece.content.where, what, "Send text alone", "images_not_supported")
+        self._check_length(piece.content for piece in pieces if isinstance(piece.content, str))
         files = [await self._fetched(piece) for piece in pieces]
         return await self._workers.run(self._encode, files, form)
 
     async def of_text(self, text: str) -> list[int]:
-        """Token ids of the beginning of a document."""
+        """Token ids of the beginning of a document.
+
+        Raises:
+            Refusal: It is longer than the context by far.
+        """
+        self._check_length([text])
         return (await self._workers.run(encode_prompts, [[text]], self._model.tokenizer))[0]
+
+    def _check_length(self, texts: Iterable[str]) -> None:
+        """Refuse texts that cannot fit, before they are encoded."""
+        count = sum(map(len, texts))
+        if count > self._most_characters:
+            context = self._model.context_tokens
+            what = f"its {count:,} characters have more tokens than the context of {context:,}"
+            raise bad("prompt", what, "Shorten it", "context_length_exceeded")
 
     async def _fetched(self, piece: Piece) -> Piece:
         content = piece.content

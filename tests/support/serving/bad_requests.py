@@ -189,7 +189,7 @@ MESSAGES: dict[str, tuple[Any, str]] = {
         [{"role": "user", "content": _image(data_url(PNG)) * 17}],
         "more than 16 images",
     ),
-    "a long text": ([{"role": "user", "content": "seven " * 5000}], "tokens leave too little room"),
+    "a long text": ([{"role": "user", "content": "seven " * 90}], "tokens leave too little room"),
     "a misspelled key": ([{"role": "user", "contnt": "a", "content": "b"}], "did you mean content"),
 }
 """``messages`` -> words of the reason."""

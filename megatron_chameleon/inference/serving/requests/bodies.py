@@ -13,6 +13,8 @@ from megatron_chameleon.inference.serving.requests.sampling import Wishes, read_
 from megatron_chameleon.inference.serving.requests.unsupported import IGNORED, refuse_unsupported
 
 FORMATS = ("chat", "document")
+_MOST_IDS = 1 << 20
+"""Token ids of a prompt, before anybody looks at each of them."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ def _prompts(value: Any) -> list[str | list[int]]:
     """A text, texts, token ids, or lists of token ids."""
     if isinstance(value, str):
         return [value]
+    if isinstance(value, list) and len(value) > _MOST_IDS:
+        what = f"it is a list of {len(value):,}, and the limit is {_MOST_IDS:,}"
+        raise bad("prompt", what, "Shorten it", "context_length_exceeded")
     if isinstance(value, list) and value:
         if all(_is_id(token_id) for token_id in value):
             return [value]
@@ -98,7 +103,8 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_id(token_id) for token_id in value)
+    is_list = isinstance(value, list) and 0 < len(value) <= _MOST_IDS
+    return is_list and all(_is_id(token_id) for token_id in value)
 
 
 def _is_id(value: Any) -> bool:

@@ -16,6 +16,8 @@ from megatron_chameleon.inference.serving.requests.refusal import bad
 from megatron_chameleon.wording import shown
 
 _ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "assistant": ASSISTANT}
+MOST_PARTS = 1024
+"""Of one message."""
 _TOOL_ROLES = ("tool", "function")
 _PART = '{"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}'
 
@@ -105,6 +107,9 @@ def _content(fields: Fields, role: str, limits: Limits, remote: bool) -> list[st
     if isinstance(value, str):
         parts: list[str | Picture] = [value]
     elif isinstance(value, list):
+        if len(value) > MOST_PARTS:
+            what = f"it has {len(value):,} parts, and the limit is {MOST_PARTS:,}"
+            raise fields.wrong("content", what, "Join its texts")
         parts = [
             _part(part, f"{fields.path}content[{number}]", role, limits, remote)
             for number, part in enumerate(value)

@@ -3,7 +3,6 @@
 import base64
 import re
 from dataclasses import dataclass
-from urllib.parse import unquote_to_bytes
 
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.images.options import ImageOptions
@@ -21,6 +20,8 @@ _MAGIC = (
     (re.compile(rb"RIFF....WEBP", re.DOTALL), "WebP"),
     (re.compile(rb"GIF8[79]a"), "GIF"),
 )
+_ESCAPES = (("%2B", "+"), ("%2b", "+"), ("%2F", "/"), ("%2f", "/"), ("%3D", "="), ("%3d", "="))
+"""Of the letters of base64 in a URL. Undoing all escapes of a long text would take gigabytes."""
 _FORMATS = "PNG, JPEG, WebP or GIF"
 _REMEDY = f"Send {_FORMATS} as data:image/png;base64,..."
 
@@ -110,7 +111,9 @@ def _data_of(url: str, where: str, limits: Limits) -> bytes:
     if len(text) > 2 * limits.image_bytes:  # before it is decoded; escapes make it longer
         raise too_large(where, f"more than {limits.image_bytes:,}", limits)
     try:
-        encoded = unquote_to_bytes(text) if "%" in text else text.encode("ascii")
+        for escape, letter in _ESCAPES:
+            text = text.replace(escape, letter)
+        encoded = text.encode("ascii")
         encoded = encoded.translate(None, b" \t\r\n").rstrip(b"=")  # as browsers read it
         data = base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
     except ValueError as error:  # UnicodeEncodeError and binascii.Error too

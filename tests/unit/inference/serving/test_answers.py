@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from asgi_client import apost, chat, get, post, until
+from asgi_client import Response, apost, chat, get, post, until
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import PromptFormat
 from megatron_chameleon.inference.engine.interface import EngineError
@@ -203,6 +203,16 @@ def test_a_full_queue_is_refused_and_a_place_comes_free(make_app, engine: StandI
         assert [(await task).status for task in waiting] == [200]
         assert (await apost(app, CHATS, {**ASKED, "n": 4})).status == 429
         assert (await apost(app, CHATS, {**ASKED, "n": 3})).status == 200
+        # answers that grow wait no more
+        engine.step_seconds, engine.text = 0.03, "a handwritten three, " * 20
+        begun: list[Response] = []
+        values = {**ASKED, "n": 3, "stream": True, "force": "text"}
+        growing = asyncio.create_task(apost(app, CHATS, values, on_part=begun.append))
+        await until(lambda: bool(begun) and len(begun[0].events()) >= 7)
+        assert (await apost(app, CHATS, {**ASKED, "n": 3, "max_tokens": 1})).status == 200
+        assert not growing.done()
+        growing.cancel()
+        await asyncio.gather(growing, return_exceptions=True)
 
     asyncio.run(crowd())
 

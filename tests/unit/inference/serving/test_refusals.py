@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -220,6 +221,29 @@ def test_bodies_share_their_memory() -> None:
         assert await reader.read(dict(JSON), quick) == b"123"
 
     asyncio.run(arrive())
+
+
+def test_large_requests_are_refused_before_they_cost_much(app: ChameleonApp) -> None:
+    many = 100_000
+    keys = ",".join(f'"k{number}": 1' for number in range(many))
+    text = json.dumps([{"type": "text", "text": "a"}] * many)
+    broken = [{**IMAGE, "image_url": "data:image/png;base64," + "%41" * many}]
+    user = '{"messages": [{"role": "user", "content": %s}]}'
+    large = {
+        "has the key 'a' twice": f'{{{keys}, "a":1, "a":2}}',
+        "this field is not known": f"{{{keys}}}",
+        "has 100,000 parts": user % text,
+        "more tokens than the context": user % json.dumps("a" * (4 << 20)),
+        "it has 100,000 tokens, more than the context": json.dumps({"prompt": [5] * many}),
+        "is a list of 1,100,000": json.dumps({"prompt": [5] * 11 * many}),
+        "is broken": user % json.dumps(broken),
+    }
+    started = time.monotonic()
+    for words, body in large.items():
+        path = COMPLETIONS if '"prompt"' in body[:20] else CHATS
+        response = post(app, path, body.encode())
+        assert response.status == 400 and words in response.message, response.message
+    assert time.monotonic() - started < 10  # a loop in a loop would take an hour
 
 
 VALUES: tuple[Any, ...] = (
