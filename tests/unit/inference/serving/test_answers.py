@@ -135,6 +135,10 @@ def test_completions_continue_texts_and_token_ids(
         assert [choice["text"] for choice in body["choices"]] == ["a handwritten three"] * count
         assert body["usage"]["prompt_tokens"] == (len(text_ids) + 1) * (count // 2)
     assert set(engine.prompts) == {(bos, *text_ids)}
+    vocabulary = tokenizer.vocabulary
+    image = [vocabulary.begin_image, *vocabulary.code_token_ids.tolist(), vocabulary.end_image]
+    assert post(app, COMPLETIONS, {"prompt": [bos, *image, *text_ids]}).status == 200
+    assert engine.prompts[-1] == (bos, *image, *text_ids)
     body = post(app, COMPLETIONS, {"prompt": "a", "return_token_ids": True}).json()
     (choice,) = body["choices"]
     assert [part["type"] for part in choice["content"]] == ["text", "image_url"]
