@@ -55,9 +55,18 @@ def check_split(reader: CheckpointReader, ranks: int) -> None:
     ]
     raise ConfigError(
         "launch",
-        f"{ranks} processes cannot share the model's {' and '.join(broken)} equally",
-        f"Start {', '.join(works[:-1])}{' or ' * (len(works) > 1)}{works[-1]}",
+        f"{ranks} processes cannot share the model's {_listed(broken)} equally",
+        f"Start {_listed(works, 'or')}",
     )
+
+
+def _listed(words: list[str], last: str = "and") -> str:
+    """
+    >>> _listed(["1"]), _listed(["1", "2", "4"], "or")
+    ('1', '1, 2 or 4')
+    """
+    *others, final = words
+    return f"{', '.join(others)} {last} {final}" if others else final
 
 
 def padded_vocabulary(vocab_size: int, ranks: int) -> int:

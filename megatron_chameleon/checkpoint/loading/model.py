@@ -14,11 +14,11 @@ from torch.nn import functional
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.errors import ChameleonError
+from megatron_chameleon.errors import ChameleonError, CheckpointError
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.model.tensor_shards import take_shard
-from megatron_chameleon.parallel.collectives import raise_together
+from megatron_chameleon.parallel.collectives import all_gather, raise_together
 from megatron_chameleon.parallel.topology import Topology
 
 
@@ -35,8 +35,10 @@ def load_model(
             the rows behind the vocabulary become zeros. None: the vocabulary's size.
 
     Raises:
-        CheckpointError: On every rank, if any cannot read a tensor.
+        CheckpointError: On every rank, if any cannot read a tensor, or has opened another
+            checkpoint than rank 0.
     """
+    _check_same(reader)
     vocab_rows = vocab_rows or reader.dimensions.vocab_size
     parts = build_model(config, vocab_rows, topology, draws_weights=False)
     rows = {}
@@ -52,6 +54,21 @@ def load_model(
             failure = failure or found
     raise_together(failure)
     return parts
+
+
+def _check_same(reader: CheckpointReader) -> None:
+    """Refuse to mix checkpoints: in the folder of a run that goes on, the newest one changes.
+
+    Raises:
+        CheckpointError: On every rank.
+    """
+    opened = all_gather((reader.folder.name, reader.step))
+    for rank, found in enumerate(opened):
+        if found != opened[0]:
+            what = f"rank 0 has opened {opened[0][0]} (step {opened[0][1]:,}), and rank {rank} "
+            what += f"{found[0]} (step {found[1]:,})"
+            remedy = "Give the folder of one checkpoint instead of a run's"
+            raise CheckpointError(str(reader.folder), what, remedy)
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ import torch
 from plain_cache import cached_logits
 
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
+from megatron_chameleon.checkpoint.loading import model as loading
 from megatron_chameleon.checkpoint.loading.config import inference_config
 from megatron_chameleon.checkpoint.loading.model import load_model
 from megatron_chameleon.config.schema import Config, Fp8Config
-from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.errors import CheckpointError, ConfigError
 from megatron_chameleon.inference.models.megatron_layers import MegatronLayers
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
 from megatron_chameleon.parallel.topology import Topology
@@ -93,7 +94,7 @@ def test_a_checkpoint_keeps_its_dtype(tiny_checkpoint: Path, topology: Topology)
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        (3, "3 processes cannot share the model's 4 attention heads and 2 key/value heads and "),
+        (3, "3 processes cannot share the model's 4 attention heads, 2 key/value heads and 40 "),
         (4, "4 processes cannot share the model's 2 key/value heads equally. Start 1 or 2"),
     ],
 )
@@ -101,3 +102,16 @@ def test_a_model_that_cannot_be_split(tiny_checkpoint: Path, ranks: int, message
     with pytest.raises(ConfigError) as caught:
         inference_config(open_checkpoint(tiny_checkpoint), ranks)
     assert message in str(caught.value)
+
+
+def test_ranks_that_have_opened_different_checkpoints(
+    tiny_checkpoint: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = open_checkpoint(tiny_checkpoint)
+    monkeypatch.setattr(loading, "all_gather", lambda opened: [opened, ("step_00000009", 9)])
+    with pytest.raises(CheckpointError) as caught:
+        load_model(reader, inference_config(reader, 1), topology)
+    assert str(caught.value).endswith(
+        "rank 0 has opened step_00000007 (step 7), and rank 1 step_00000009 (step 9). "
+        "Give the folder of one checkpoint instead of a run's."
+    )
