@@ -207,6 +207,7 @@ def test_settings_reach_the_server_and_go_back(open_page: OpenPage) -> None:
     expect(page.get_by_text("Enter a number, above 0 and at most 1.")).to_be_visible()
     send(page, "tell")
     expect(page.get_by_label("Top p", exact=True)).to_be_focused()
+    expect(field(page)).to_have_value("tell")
     assert not asked
     page.get_by_label("Top p", exact=True).fill("0.5")
     send(page, "tell")

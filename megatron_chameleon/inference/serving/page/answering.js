@@ -25,7 +25,7 @@ export class Answering {
     this.on = on;
     this.messages = messagesFor(model, conversation.before(node));
     this.body = {
-      model: model?.id ?? "chameleon",
+      model: model?.id, // left out while it is not known: a server has one
       messages: requestMessages(this.messages),
       stream_images: true,
       ...withoutBlank(node.options),

@@ -30,15 +30,6 @@ class App {
 
   async start() {
     fitToViewport();
-    this.store = new Store(await openBackend().catch(() => null) ?? this.#withoutBackend(), (reason) =>
-      notice(TROUBLE[reason], 20),
-    );
-    // All of this is read before anything can be sent, so that no message ends up in a conversation
-    // that is replaced a moment later.
-    this.conversation = await this.#read(
-      small.get("sessionStorage", "conversation") || (await this.#latest()),
-    );
-    small.set("sessionStorage", "conversation", this.conversation.id);
     this.list = new MessageList(byId("log"), {
       edit: (node) => this.composer.edit(node),
       copy: (node) => this.#copy(textOf(node.parts), "The text"),
@@ -55,6 +46,7 @@ class App {
       small.set("localStorage", "settings", String(this.settings)),
     );
     this.composer = new Composer({
+      maySend: () => !this.panel.complain(),
       send: (parts, edited) => this.send(parts, edited),
       edit: (node) => this.list.markEdited(this.conversation.path(), node),
       editLast: () => this.#editLast(),
@@ -62,11 +54,28 @@ class App {
     });
     this.follower = new Follower(byId("scroller"), byId("log"), byId("to-end"));
     this.#listen();
-    this.show();
-    this.follower.toEnd();
-    if (!matchMedia("(pointer: coarse)").matches) this.composer.focus(); // no keyboard on phones yet
+    this.ready = this.#restore();
+    await this.ready;
+    // On a phone this would bring up the keyboard at once.
+    const isFree = document.activeElement === document.body;
+    if (isFree && !matchMedia("(pointer: coarse)").matches) this.composer.focus();
     await this.#meetModel();
     this.store.trim();
+  }
+
+  /**
+   * Read the conversation that was shown last. What is done meanwhile waits for it, so that no
+   * message ends up in a conversation that is replaced a moment later.
+   */
+  async #restore() {
+    const backend = (await openBackend().catch(() => null)) ?? this.#withoutBackend();
+    this.store = new Store(backend, (reason) => notice(TROUBLE[reason], 20));
+    this.conversation = await this.#read(
+      small.get("sessionStorage", "conversation") || (await this.#latest()),
+    );
+    small.set("sessionStorage", "conversation", this.conversation.id);
+    this.show();
+    this.follower.toEnd();
   }
 
   #withoutBackend() {
@@ -100,8 +109,8 @@ class App {
   }
 
   /** Send a message; `edited` is the earlier one that it takes the place of. */
-  send(parts, edited) {
-    if (this.panel.complain()) return;
+  async send(parts, edited) {
+    await this.ready;
     const path = this.conversation.path();
     const parent = edited ? this.conversation.get(edited.parent) : path.at(-1);
     const message = this.conversation.add(parent, "user", parts);
@@ -161,6 +170,7 @@ class App {
   }
 
   async startNew() {
+    await this.ready;
     await this.#replace(new Conversation());
     this.composer.focus();
   }
@@ -299,6 +309,7 @@ class App {
     );
     byId("save-document").addEventListener("click", () => this.#download());
     byId("open-conversations").addEventListener("click", async () => {
+      await this.ready;
       listConversations(await this.store.list(), this.conversation.id, {
         open: (id) => this.#open(id),
         remove: async (ids) => {

@@ -15,8 +15,8 @@ export class Composer {
   #draft = null;
 
   /**
-   * @param {object} on What happens: `send(parts, editedNode)`, `edit(node or null)`, `editLast()`,
-   *     and `notice(text)` for what cannot be done.
+   * @param {object} on What happens: `maySend()` is asked before `send(parts, editedNode)`;
+   *     `edit(node or null)`, `editLast()`, and `notice(text)` for what cannot be done.
    */
   constructor(on) {
     this.on = on;
@@ -62,7 +62,7 @@ export class Composer {
   submit() {
     const parts = usable(joinParts(this.#text.value, this.#images));
     if (this.isBusy) return this.on.notice("Wait for the answer to end, or stop it.");
-    if (this.#reading || !parts.length) return;
+    if (this.#reading || !parts.length || !this.on.maySend()) return;
     const edited = this.#editing;
     this.#editing = null;
     this.#draft = null;
