@@ -114,7 +114,7 @@ def test_openais_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="is not served here"):
         create(model="gpt-4o", messages=ASKED)
     with pytest.raises(openai.BadRequestError, match="too little room") as fault:
-        create(model="tiny", messages=[{"role": "user", "content": "seven " * 500}])
+        create(model="tiny", messages=[{"role": "user", "content": "seven " * 60}])
     assert fault.value.code == "context_length_exceeded"
 
 
