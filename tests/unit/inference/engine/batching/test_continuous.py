@@ -9,9 +9,11 @@ import torch
 
 from megatron_chameleon.inference.engine import sampling as sampling_module
 from megatron_chameleon.inference.engine.batching import cache as cache_module
+from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder
 from megatron_chameleon.inference.engine.interface import FinishReason, TokenRequest
 from megatron_chameleon.inference.engine.modality import Force
 from megatron_chameleon.inference.engine.options import Execution, GenerationOptions
+from megatron_chameleon.inference.models.transformers_layers import TransformersLayers
 from megatron_chameleon.parallel import cuda_graphs
 from recorded_ops import RecordedOps
 from tiny_decoder import CODES, Tiny, answer_all
@@ -222,3 +224,16 @@ def test_a_step_can_be_replayed(
     execution = replace(WINDOWS, graph=graph)
     assert answer_all(tiny.decoder(execution), requests_of_all_kinds(tiny), 4) == expected
     assert not graph or sum(recording.replays for recording in recordings) > 20
+
+
+def test_compiled_layers_give_the_same_tokens(tiny: Tiny) -> None:
+    """Only tracing and functionalisation are tested; one compilation serves all layers."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = GenerationOptions(temperature=0, images=False)
+    requests = [TokenRequest((0, 90 + n), 12 + n, options) for n in range(3)]
+    layers = TransformersLayers(tiny.model, tiny.classes.code_token_ids, "aot_eager")
+    decoder = ContinuousDecoder(layers, tiny.classes, CODES)
+    assert answer_all(decoder, requests) == answer_all(tiny.decoder(), requests)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 2 <= graphs <= 6  # two parts of a layer, for one row, a few, and any number of them
