@@ -127,14 +127,14 @@ def compare_images(subject: Subject, args: argparse.Namespace, clock: Callable[[
 def compare_arrivals(
     subject: Subject, args: argparse.Namespace, clock: Callable[[], float]
 ) -> None:
-    """Requests that arrive at random, twice as fast as batches can answer them."""
+    """Requests that arrive at random, four times as fast as fixed batches answer them."""
     count, rows = (6, 2) if args.quick else (32, 8)
     mean = min(subject.text_tokens, MEAN_TOKENS)
     most = min(8 * mean, subject.model.config.max_position_embeddings - LONGEST_PROMPT)
     ours = Ours(subject, max_rows=rows, ends=False)
     burst = random_arrivals(subject, count, mean, most, per_second=1e9)
     load = serve_in_batches(ours, burst, rows, clock)
-    arrivals = random_arrivals(subject, count, mean, most, per_second=2 * count / load.seconds)
+    arrivals = random_arrivals(subject, count, mean, most, per_second=4 * count / load.seconds)
     loads: dict[str, list[Load]] = {"continuous": [], "fixed": []}
     for _ in range(args.rounds):
         loads["continuous"].append(serve_continuously(ours, arrivals, clock))
