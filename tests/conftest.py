@@ -11,6 +11,8 @@ import torch
 from run_command import run_chameleon
 from tiny_project import TinyProject, make_tiny_project
 
+collect_ignore = ["with_vllm"]  # `make test-vllm`, which does not read this file
+
 if not torch.cuda.is_available():  # before anything imports Triton, which reads it only then
     os.environ["TRITON_INTERPRET"] = "1"
 

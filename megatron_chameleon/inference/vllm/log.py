@@ -24,7 +24,8 @@ class VllmLog:
 
     def __init__(self) -> None:
         self.file: Path | None = None
-        if os.environ.get(CONFIG_VARIABLE) or os.environ.get(LEVEL_VARIABLE):
+        is_ours = LOG_VARIABLE in os.environ  # of an earlier start in this process
+        if os.environ.get(LEVEL_VARIABLE) or (os.environ.get(CONFIG_VARIABLE) and not is_ours):
             return
         folder = Path(tempfile.mkdtemp(prefix="chameleon-vllm-"))
         self.file = folder / "vllm.log"

@@ -136,10 +136,13 @@ def test_what_is_not_exported_is_refused(
 
 
 def test_the_cause_is_found_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (CONFIG_VARIABLE, LEVEL_VARIABLE, LOG_VARIABLE):
+    for name in (CONFIG_VARIABLE, LEVEL_VARIABLE):
         monkeypatch.setenv(name, "")
+    monkeypatch.setenv(LOG_VARIABLE, "of an earlier start")
+    VllmLog().remove()
     log = VllmLog()
     assert log.file is not None and os.environ[LOG_VARIABLE] == str(log.file)
+    assert Path(os.environ[CONFIG_VARIABLE]).is_file()
     assert log.cause() is None
     log.file.write_text(
         "2026 ERROR EngineCore[7] vllm.v1.engine.core: EngineCore failed to start.\n"
@@ -159,6 +162,7 @@ def test_a_level_of_the_user_keeps_the_log_on_the_terminal(
 ) -> None:
     monkeypatch.setenv(LEVEL_VARIABLE, "DEBUG")
     monkeypatch.delenv(LOG_VARIABLE, raising=False)
+    monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
     log = VllmLog()
     assert log.file is None and log.cause() is None and LOG_VARIABLE not in os.environ
     log.remove()
