@@ -54,7 +54,8 @@ class VllmEngine:
         context_tokens: int,
         options: dict[str, Any],
     ) -> None:
-        self.context_tokens = min(context_tokens, options.get("max_model_len") or context_tokens)
+        most = options.get("max_model_len")  # vLLM refuses what is no number
+        self.context_tokens = min(context_tokens, most) if isinstance(most, int) else context_tokens
         self._folder, self._options = folder, options
         self._classes, self._codes_per_image = TokenClasses(vocabulary), codes_per_image
         self._launched: Launched | None = None

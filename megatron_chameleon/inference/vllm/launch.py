@@ -205,12 +205,13 @@ def _load_recorder(load: list[float]) -> type:
 
 def _start_error(folder: Path, error: Exception, log: VllmLog) -> ConfigError:
     cause = log.cause() or _first_problem(error)
-    where = f" ({log.file})" if log.file is not None else ""
-    remedy = (
-        "See vLLM's log" + where + ". Less memory: --engine-option gpu_memory_utilization=0.8, "
-        "kv_cache_memory_bytes=... or max_model_len=..."
-    )
-    if "head" in cause.lower():
+    remedy = "Change --engine-option" if log.file is None else f"See vLLM's log, {log.file}"
+    if "memory" in cause.lower():
+        remedy += (
+            "; it takes less memory with --engine-option gpu_memory_utilization=0.8, or "
+            "kv_cache_memory_bytes or max_model_len"
+        )
+    elif "head size" in cause.lower() or "head_size" in cause.lower():
         remedy = "Serve this model without --engine vllm, or on a GPU"
     return ConfigError(f"--engine vllm: {folder}", f"vLLM does not start: {cause}", remedy)
 
@@ -218,6 +219,7 @@ def _start_error(folder: Path, error: Exception, log: VllmLog) -> ConfigError:
 def _first_problem(error: Exception) -> str:
     """The line that says what is wrong; pydantic's first line only counts errors."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and "validation error" in lines[0]:
-        return f"{lines[1]}: {lines[2]}" if len(lines) > 2 else lines[1]
-    return first_line(error)
+    if len(lines) < 2 or "validation error" not in lines[0]:
+        return first_line(error)
+    text = lines[1] if len(lines) == 2 or "[type=" in lines[1] else f"{lines[1]}: {lines[2]}"
+    return text.split(" [type=")[0].removeprefix("Value error, ").rstrip(".")

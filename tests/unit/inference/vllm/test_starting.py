@@ -11,7 +11,7 @@ import pytest
 
 from megatron_chameleon.errors import ChameleonError, CheckpointError, ConfigError
 from megatron_chameleon.inference.serving.engines import OpenOptions, open_served
-from megatron_chameleon.inference.vllm import installed, opening
+from megatron_chameleon.inference.vllm import installed, launch, opening
 from megatron_chameleon.inference.vllm.arguments import parse_options
 from megatron_chameleon.inference.vllm.log import CONFIG_VARIABLE, LEVEL_VARIABLE, VllmLog
 from megatron_chameleon.inference.vllm.plugins.registration import LOG_VARIABLE
@@ -166,6 +166,25 @@ def test_a_level_of_the_user_keeps_the_log_on_the_terminal(
     log = VllmLog()
     assert log.file is None and log.cause() is None and LOG_VARIABLE not in os.environ
     log.remove()
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("CUDA error\nmore", "CUDA error"),
+        (
+            "1 validation error for A\nmax_seqs\n  Too small [type=x, y=1]\n  See",
+            "max_seqs: Too small",
+        ),
+        ("1 validation error for A\n  Value error, 4 heads [type=v, i=(3)]\n See", "4 heads"),
+    ],
+)
+def test_the_first_problem_of_an_error_is_told(text: str, cause: str, tmp_path: Path) -> None:
+    log = SimpleNamespace(cause=lambda: None, file=Path("vllm.log"))
+    error = launch._start_error(tmp_path, ValueError(text), log)  # type: ignore[arg-type]
+    assert str(error) == (
+        f"--engine vllm: {tmp_path}: vLLM does not start: {cause}. See vLLM's log, vllm.log."
+    )
 
 
 REGISTER = """
