@@ -23,7 +23,7 @@ class RandomModel:
         endless: Whether it never prefers the end of an answer.
 
     Attributes:
-        broken: What a logit of the last row becomes in the next call.
+        broken: What the last row's keys, values and a logit become in the next call.
         error: What the next call raises.
         seconds: How long a call takes.
     """
@@ -47,9 +47,12 @@ class RandomModel:
         rows, tokens = token_ids_RS.shape
         assert int(positions_RS.max()) < self.context_tokens
         states = torch.randn(3, rows, 2, tokens, 4, generator=self._generator)
+        whole = rows
+        if self.broken is not None:
+            states[:, -1], whole = self.broken, rows - 1
         attended = attend(0, *states)
         assert attended.shape == states[0].shape
-        assert attended.isfinite().all()
+        assert attended[:whole].isfinite().all(), "nothing comes from another row"
         return attended[:, 0, 0]
 
     def logits(self, last_RH: Tensor, codes_only: bool = False) -> Tensor:
