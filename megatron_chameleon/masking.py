@@ -50,6 +50,8 @@ _QUERY = re.compile(
 _HEX = re.compile(r"(?<![0-9A-Za-z/_.\-])[0-9a-f]{40}(?![0-9A-Za-z])")
 _SECRET_NAME = re.compile(rf"(?:[\w.\-]*{_NAMES}|token|[a-z_]*netrc|[a-z_]*cookie)", re.IGNORECASE)
 _PLAIN = {"null", "none", "true", "false", "~", "", MASK}
+# "/etc/passwd: the image cannot be read": a message goes on behind the name, no value stands there
+_MESSAGE_WORDS = {"a", "an", "the", "it", "its", "is", "no", "not", "this", "there", "has", "must"}
 
 
 # The path of a webhook's address is its secret. The first form is any address in the config's key,
@@ -131,5 +133,7 @@ def is_secret_name(name: str) -> bool:
 
 def _mask_value(match: re.Match[str]) -> str:
     value = match["value"]
-    shown = value if value.lower() in _PLAIN or value.endswith(MASK) else MASK
+    is_message = match["before"].endswith(": ") and value in _MESSAGE_WORDS and not match["quote"]
+    is_plain = is_message or value.lower() in _PLAIN or value.endswith(MASK)
+    shown = value if is_plain else MASK
     return f"{match['before']}{match['quote']}{shown}"

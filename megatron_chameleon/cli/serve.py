@@ -97,6 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_ema_option(parser)
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--example",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="message that the page suggests; up to six are shown, so the option can be repeated",
+    )
     _add_address(parser.add_argument_group("address and access"))
     limits = parser.add_argument_group("limits")
     defaults = Limits()
@@ -172,6 +179,7 @@ def run(args: argparse.Namespace) -> None:
             opened.tokenizer,
             PromptFormat(args.format or opened.format),
             opened.engine.context_tokens,
+            examples=tuple(args.example),
         )
         service = Service(opened.engine, model, limits, access, args.allow_remote_images)
 

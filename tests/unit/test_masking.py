@@ -45,6 +45,7 @@ PLAIN = (
     "sha256 " + "0123456789abcdef" * 4,
     "models--x/snapshots/0123456789abcdef0123456789abcdef01234567/config.json",
     "api_key: null",
+    "/etc/passwd: the image cannot be read. WANDB_API_KEY: it is empty",
 )
 
 

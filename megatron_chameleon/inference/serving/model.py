@@ -59,6 +59,8 @@ class ServedModel:
     context_tokens: int
     defaults: GenerationOptions = field(default_factory=GenerationOptions)
     created: int = field(default_factory=lambda: int(time.time()))
+    examples: tuple[str, ...] = ()
+    """Messages that the page suggests."""
 
     @property
     def codes_per_image(self) -> int:
@@ -84,6 +86,7 @@ class ServedModel:
                 "codes_per_image": self.codes_per_image,
                 "image_size": [edge, edge] if has_images else None,
                 "defaults": defaults,
+                "examples": list(self.examples),
                 "limits": {
                     "images": limits.images,
                     "image_bytes": limits.image_bytes,

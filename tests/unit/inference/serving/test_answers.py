@@ -295,9 +295,10 @@ def test_the_model_says_what_it_can(app: ChameleonApp, make_app, tokenizer: Toke
 
 def test_a_model_of_text_alone(make_app, tokenizer: Tokenizer, picture: str) -> None:
     text_only = replace(tokenizer, image=None)
-    app = make_app(ServedModel("words", text_only, PromptFormat.DOCUMENT, 256))
+    app = make_app(ServedModel("words", text_only, PromptFormat.DOCUMENT, 256, examples=("Hi",)))
     about = get(app, "/v1/models").json()["data"][0]["chameleon"]
     assert not about["images_in"] and not about["images_out"] and about["image_size"] is None
+    assert about["examples"] == ["Hi"]
     content = [{"type": "image_url", "image_url": {"url": picture}}]
     response = chat(app, content)
     assert response.status == 400 and "reads only text" in response.message
