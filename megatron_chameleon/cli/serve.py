@@ -26,7 +26,7 @@ from megatron_chameleon.cli.options import (
     device,
 )
 from megatron_chameleon.cli.ranks import follows
-from megatron_chameleon.config.constraints import Between
+from megatron_chameleon.config.constraints import Above, Between
 from megatron_chameleon.wording import counted, shown
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from megatron_chameleon.inference.serving.requests.limits import Limits
 
 PORT = NumberOption(int, Between(0, 65535))
+CACHE_GIB = NumberOption(float, Above(0, at_most=2**20))
 KEY_VARIABLE = "CHAMELEON_API_KEY"
 SHORTEST_KEY, LONGEST_KEY = 8, 1024
 KEY = re.compile(r"[!-~]+")
@@ -73,19 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("checkpoint", help="a run folder, a checkpoint or an exported folder")
     parser.add_argument("--name", help="name of the model (default: that of the folder)")
-    parser.add_argument(
-        "--engine",
-        choices=("decoder", "vllm"),
-        default="decoder",
-        help="decoder, our own (default), or vllm, which is an extra and takes exported folders",
-    )
-    parser.add_argument(
-        "--engine-option",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="an engine argument of vLLM, such as max_num_seqs=64; can be repeated",
-    )
+    _add_engine(parser.add_argument_group("engine"))
     parser.add_argument(
         "--format",
         choices=("chat", "document"),
@@ -117,6 +106,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"{summary} (default: {default})",
         )
+
+
+def _add_engine(engine: "argparse._ArgumentGroup") -> None:
+    engine.add_argument(
+        "--engine",
+        choices=("decoder", "vllm"),
+        default="decoder",
+        help="decoder, our own (default), or vllm, which is an extra and takes exported folders",
+    )
+    engine.add_argument(
+        "--engine-option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an engine argument of vLLM, such as max_num_seqs=64; can be repeated",
+    )
+    engine.add_argument(
+        "--cache-gib",
+        type=CACHE_GIB,
+        metavar="N",
+        help="GiB for keys and values on each device (default: 80%% of a GPU's free memory, or a "
+        "quarter of the machine's); answers beyond it wait",
+    )
+    engine.add_argument(
+        "--max-rows",
+        type=COUNT,
+        metavar="N",
+        help="rows that are computed together (default: 64); an answer has one, or two or three "
+        "with guidance",
+    )
 
 
 def _add_address(address: "argparse._ArgumentGroup") -> None:
@@ -172,6 +191,8 @@ def run(args: argparse.Namespace) -> None:
                 args.tokenizer,
                 args.ema,
                 tuple(args.engine_option),
+                None if args.cache_gib is None else int(args.cache_gib * 2**30),
+                args.max_rows,
             )
         )
         model = ServedModel(

@@ -31,6 +31,10 @@ class OpenOptions:
     ema: bool = False
     engine_options: tuple[str, ...] = ()
     """``NAME=VALUE`` texts for vLLM."""
+    cache_bytes: int | None = None
+    """For keys and values on each device; None takes a share of what there is."""
+    max_rows: int | None = None
+    """Of a step; None takes the decoder's default."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,12 @@ def open_served(options: OpenOptions) -> Opened:
         what = "these options are vLLM's, and the engine is our own"
         raise ConfigError("--engine-option", what, "Add --engine vllm, or leave them out")
     session = open_session(options.path, options.device, options.tokenizer, ema=options.ema)
-    engine = DecoderEngine(session.decoder())
+    decoder = session.decoder()
+    if options.max_rows is not None:
+        decoder.max_rows = options.max_rows
+    if options.cache_bytes is not None:
+        decoder.limit_cache(options.cache_bytes)
+    engine = DecoderEngine(decoder)
     ranks = find_launch().world_size
     shared = f", {ranks} tensor-parallel ranks" if ranks > 1 else ""
     summary = f"decoder on {session.device}{shared}, {session.execution.summary()}"
@@ -82,6 +91,13 @@ def _open_vllm(options: OpenOptions) -> Opened:
         what = f"vLLM starts its own processes, and this job has {ranks}"
         remedy = f"Start it alone, with --engine-option tensor_parallel_size={ranks}"
         raise ConfigError("--engine vllm", what, remedy)
+    for given, option, name in (
+        (options.cache_bytes, "--cache-gib", "kv_cache_memory_bytes"),
+        (options.max_rows, "--max-rows", "max_num_seqs"),
+    ):
+        if given is not None:
+            what = "it is an option of our own engine"
+            raise ConfigError(option, what, f"Use --engine-option {name}=N with vLLM")
     for given, option in ((options.tokenizer, "--tokenizer"), (options.ema, "--ema")):
         if given:
             what = "vLLM serves an exported folder, whose weights and tokenizer are fixed"

@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_chameleon.errors import DataError
+from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.inference.engine.batching.cache import (
     Cache,
     PromptAttention,
+    bytes_per_token,
     default_cache_tokens,
 )
 from megatron_chameleon.inference.engine.batching.requests import Event, News, check_tokens
@@ -41,6 +42,7 @@ from megatron_chameleon.inference.engine.interface import (
 from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.inference.engine.options import Execution
 from megatron_chameleon.parallel import cuda_graphs
+from megatron_chameleon.wording import format_bytes
 
 PROMPT_TOKENS = 16_384
 """Tokens of a pass over prompts, including padding. One row may have more."""
@@ -102,6 +104,21 @@ class ContinuousDecoder:
         self._layout: Layout | None = None
         self._graphs: dict[StepPlan, Callable[[], None]] = {}
         self._graphs_of = (-1, -1)
+
+    def limit_cache(self, size: int) -> None:
+        """Keep keys and values within so many bytes on this rank; only while nothing is answered.
+
+        Raises:
+            ConfigError: They would hold less than the shortest row needs.
+        """
+        assert not self._running, "rows would lose their keys and values"
+        tokens, shortest = size // bytes_per_token(self._model), self._cache.shelves[0].columns
+        if tokens < shortest:
+            least = format_bytes(shortest * bytes_per_token(self._model))
+            what = f"{format_bytes(size)} hold {tokens:,} tokens, too few for any answer"
+            raise ConfigError("memory for keys and values", what, f"Give it {least} or more")
+        self.cache_tokens = tokens
+        self._set_up()
 
     def check(self, request: TokenRequest) -> None:
         """Refuse a request that could not be answered even if it were the only one.

@@ -182,6 +182,10 @@ class LockstepDecoder:
         """As of the decoder."""
         return self._decoder.context_tokens
 
+    def limit_cache(self, size: int) -> None:
+        """As of the decoder, on each rank."""
+        self._do("limit_cache", size)
+
     def check(self, request: TokenRequest) -> None:
         """As of the decoder."""
         self._decoder.check(request)

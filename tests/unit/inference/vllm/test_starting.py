@@ -91,6 +91,8 @@ def test_malformed_options_are_named(texts: list[str], message: str) -> None:
         (OpenOptions("x", engine_options=("a=1",)), "--engine-option: these options are vLLM's"),
         (OpenOptions("x", "vllm", tokenizer="t"), "--tokenizer: vLLM serves an exported folder"),
         (OpenOptions("x", "vllm", ema=True), "--ema: vLLM serves an exported folder"),
+        (OpenOptions("x", "vllm", cache_bytes=1), "--cache-gib: it is an option of our own engine"),
+        (OpenOptions("x", "vllm", max_rows=1), "--max-rows: it is an option of our own engine"),
     ],
 )
 def test_options_of_another_engine_are_refused(options: OpenOptions, message: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.inference.engine import sampling as sampling_module
 from megatron_chameleon.inference.engine.batching import cache as cache_module
 from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder
@@ -157,6 +158,45 @@ def test_narrow_shelves_and_little_memory_change_no_answer(
         requests = requests_of_all_kinds(tiny)
         assert answer_all(decoder, requests, watch=lambda _: watch()) == expected
         assert max(used) > 200
+
+
+def test_a_second_image_is_guided_without_the_first(tiny: Tiny) -> None:
+    """The pass that sees nothing of the prompt forgets an image when it is complete."""
+    rng = random.Random(3)
+    words = tiny.classes.text_V.nonzero()[:, 0].tolist()
+    requests = []
+    for number in range(40):
+        prompt = (tiny.vocabulary.bos, *rng.choices(words, k=rng.randint(0, 3)))
+        options = GenerationOptions(
+            temperature=0,
+            repetition_penalty=1.7,
+            guidance=3.0,
+            guidance_image=1.2 if number % 2 else None,
+        )
+        requests.append(TokenRequest(prompt, 64 - len(prompt), options))
+    answers = answer_all(tiny.decoder(), requests)
+    assert answer_all(tiny.decoder(WINDOWS), requests, 3) == answers
+    several = [
+        (request, answer)
+        for request, answer in zip(requests, answers, strict=True)
+        if answer.count(tiny.classes.begin_image) > 1
+    ]
+    assert len({request.options for request, _ in several[:4]}) == 2, "of both kinds of guidance"
+    for request, answer in several[:4]:
+        assert answer == chosen_alone(tiny, request, answer)
+
+
+def test_memory_for_keys_and_values_is_limited_in_bytes(tiny: Tiny) -> None:
+    decoder = tiny.decoder()
+    each = cache_module.bytes_per_token(decoder._model)
+    with pytest.raises(ConfigError, match=r"hold 71 tokens, too few for any answer"):
+        decoder.limit_cache(72 * each - 1)
+    decoder.limit_cache(72 * each)
+    assert decoder.usage().cache_tokens_total == 72
+    guided = TokenRequest((tiny.vocabulary.bos,), 40, GenerationOptions(guidance=2.0))
+    with pytest.raises(DataError, match=r"in 2 rows of guidance .* keeps at most 72 "):
+        decoder.check(guided)
+    decoder.check(replace(guided, options=GenerationOptions()))
 
 
 def test_a_seeded_answer_does_not_depend_on_what_runs_beside_it(tiny: Tiny) -> None:
