@@ -20,7 +20,7 @@ from megatron_chameleon.cli.asked import (
     check_device,
     prompt_parts,
 )
-from megatron_chameleon.cli.logs import progress
+from megatron_chameleon.cli.logs import progress, show
 from megatron_chameleon.cli.options import (
     add_ema_option,
     add_sampling_options,
@@ -162,12 +162,12 @@ def _talk(chat: "Chat", lines: "Lines") -> None:
         try:
             line = lines.read()
         except KeyboardInterrupt:
-            print("\n(Ctrl-D or /quit leaves)")
+            show("\n(Ctrl-D or /quit leaves)")
             continue
         finally:
             signal.signal(signal.SIGINT, before)
         if line is None:
-            print()
+            show("")
             return
         if not chat.take(line):
             return

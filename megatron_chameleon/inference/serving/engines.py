@@ -91,11 +91,11 @@ def _open_vllm(options: OpenOptions) -> Opened:
         what = f"vLLM starts its own processes, and this job has {ranks}"
         remedy = f"Start it alone, with --engine-option tensor_parallel_size={ranks}"
         raise ConfigError("--engine vllm", what, remedy)
-    for given, option, name in (
+    for limit, option, name in (
         (options.cache_bytes, "--cache-gib", "kv_cache_memory_bytes"),
         (options.max_rows, "--max-rows", "max_num_seqs"),
     ):
-        if given is not None:
+        if limit is not None:
             what = "it is an option of our own engine"
             raise ConfigError(option, what, f"Use --engine-option {name}=N with vLLM")
     for given, option in ((options.tokenizer, "--tokenizer"), (options.ema, "--ema")):
