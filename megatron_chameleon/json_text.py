@@ -22,18 +22,36 @@ def parse_json(text: str, where: str, kind: type[ChameleonError] = DataError) ->
     """
     remedy = "Restore the file, or write it again"
     try:
-        value = json.loads(text)
-    except RecursionError:
-        value = None
-        depth = LARGEST_DEPTH + 1
+        return load_json(text, LARGEST_DEPTH)
+    except TooDeepError as error:
+        raise kind(where, f"has JSON values {error}", remedy) from error
     except ValueError as error:
         problem = str(error).splitlines()[0]
         raise kind(where, f"is not valid JSON ({problem})", remedy) from error
-    else:
-        depth = nesting(value)
-    if depth > LARGEST_DEPTH:
-        what = f"has JSON values nested deeper than {LARGEST_DEPTH} levels"
-        raise kind(where, what, remedy)
+
+
+class TooDeepError(Exception):
+    """JSON is nested deeper than it may be; its text says so."""
+
+
+def load_json(text: str, deepest: int, **hooks: Any) -> Any:
+    """Parse JSON within a number of levels.
+
+    Args:
+        text: The JSON.
+        deepest: The largest depth of nesting.
+        hooks: Of ``json.loads``.
+
+    Raises:
+        TooDeepError: It is nested deeper.
+        ValueError: It is not JSON.
+    """
+    try:
+        value = json.loads(text, **hooks)
+    except RecursionError as error:
+        raise TooDeepError(f"nested deeper than {deepest} levels") from error
+    if nesting(value, deepest) > deepest:
+        raise TooDeepError(f"nested deeper than {deepest} levels")
     return value
 
 

@@ -8,6 +8,7 @@ from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import ControlToken, EncodedImage
+from megatron_chameleon.inference.engine.modality import Force
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 
@@ -39,6 +40,45 @@ def encode_prompts(
                 token_ids += tokenizer.text.encode(_text(part))
         encoded.append(token_ids)
     return encoded
+
+
+def answer_room(
+    prompt_tokens: int,
+    context_tokens: int,
+    codes_per_image: int,
+    force: Force | None,
+    max_tokens: int | None,
+) -> int:
+    """The largest number of tokens of an answer.
+
+    Args:
+        prompt_tokens: Tokens of the prompt.
+        context_tokens: The largest number of tokens of a prompt and its answer.
+        codes_per_image: Number of codes of one image.
+        force: What the answer must be.
+        max_tokens: How many tokens are asked for; None is as many as fit.
+
+    Raises:
+        DataError: The prompt leaves too little room, or ``max_tokens`` is too few for an image.
+    """
+    is_image = force is Force.IMAGE
+    needed = codes_per_image + 2 if is_image else 1  # begin, codes, end
+    if is_image and max_tokens is not None and max_tokens < needed:
+        raise DataError(
+            "max_tokens",
+            f"{max_tokens:,} is too few for an image, which has {needed:,} tokens",
+            f"Set it to {needed:,} or more",
+        )
+    room = context_tokens - prompt_tokens
+    if room < needed:
+        raise DataError(
+            "prompt",
+            f"its {prompt_tokens:,} tokens leave too little room in the context of "
+            f"{context_tokens:,} for {'an image' if is_image else 'an answer'}, which needs "
+            f"{needed:,} more",
+            f"Shorten it to at most {max(0, context_tokens - needed):,} tokens",
+        )
+    return room if max_tokens is None else min(room, max_tokens)
 
 
 def image_tokenizer_of(tokenizer: Tokenizer) -> ImageTokenizer:

@@ -20,7 +20,7 @@ from PIL import Image
 from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
-from megatron_chameleon.errors import ChameleonError, DataError
+from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.inference.answers.answer import Answer, GrowingAnswer
 from megatron_chameleon.inference.answers.stream import AnswerEvent
 from megatron_chameleon.inference.chat import PromptFormat, prompt_format
@@ -31,7 +31,12 @@ from megatron_chameleon.inference.engine.interface import FinishReason, TokenReq
 from megatron_chameleon.inference.engine.modality import Force, TokenClasses
 from megatron_chameleon.inference.engine.options import Execution, GenerationOptions, seed_of
 from megatron_chameleon.inference.models.transformers_layers import TransformersLayers
-from megatron_chameleon.inference.prompts import PromptPart, encode_prompts, image_tokenizer_of
+from megatron_chameleon.inference.prompts import (
+    PromptPart,
+    answer_room,
+    encode_prompts,
+    image_tokenizer_of,
+)
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 CAPTION_OPTIONS = GenerationOptions(temperature=0, repetition_penalty=1.0)
@@ -261,22 +266,12 @@ class Session:
             self._decoder.close()
 
     def _max_new_tokens(self, token_ids: list[int], options: GenerationOptions) -> int:
-        room = self.context_tokens - len(token_ids)
-        needed = self.codes_per_image + 2 if options.force is Force.IMAGE else 1
-        if room < needed:
-            answer = "an image" if options.force is Force.IMAGE else "an answer"
-            raise DataError(
-                "prompt",
-                f"its {len(token_ids):,} tokens leave too little room in the context of "
-                f"{self.context_tokens:,} for {answer}, which needs {needed:,} more",
-                f"Shorten it to at most {max(0, self.context_tokens - needed):,} tokens",
-            )
         if options.force is Force.IMAGE:
             image_tokenizer_of(self.tokenizer)
-            if options.max_tokens is not None and options.max_tokens < needed:
-                raise DataError(
-                    "max_tokens",
-                    f"{options.max_tokens:,} is too few for an image, which has {needed:,} tokens",
-                    f"Set it to {needed:,} or more",
-                )
-        return room if options.max_tokens is None else min(room, options.max_tokens)
+        return answer_room(
+            len(token_ids),
+            self.context_tokens,
+            self.codes_per_image,
+            options.force,
+            options.max_tokens,
+        )

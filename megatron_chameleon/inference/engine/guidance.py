@@ -12,7 +12,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from megatron_chameleon.inference.engine.modality import TokenClasses
+from megatron_chameleon.inference.engine.modality import TokenClasses, may_draw
 from megatron_chameleon.inference.engine.options import GenerationOptions
 
 
@@ -43,13 +43,14 @@ class Guidance:
 
     @classmethod
     def of(cls, options: GenerationOptions) -> "Guidance":
-        """Guidance with only the passes that the options need."""
+        """Guidance with only the passes that the options need: one for an answer in text alone."""
         scale, image = options.guidance, options.guidance_image
         image = scale if image is None else image
         passes = [Conditioning.ALL]
-        if image != scale:
+        draws = may_draw(options.images, options.force)
+        if draws and image != scale:
             passes.append(Conditioning.IMAGES)
-        if image != 1:
+        if draws and image != 1:
             passes.append(Conditioning.NOTHING)
         return cls(tuple(passes), scale, image)
 

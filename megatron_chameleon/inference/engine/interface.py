@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from megatron_chameleon.errors import ChameleonError
+from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.inference.engine.options import GenerationOptions
 
 
@@ -24,6 +25,27 @@ class FinishReason(StrEnum):
     """The model wrote ``</s>``, or completed the image that was asked for."""
     LENGTH = "length"
     """It has as many tokens as it may have."""
+
+
+def finish_reason(
+    last: int, tokens_left: int, only_image: bool, classes: TokenClasses
+) -> FinishReason | None:
+    """Whether an answer has ended, and why.
+
+    Args:
+        last: Its newest token.
+        tokens_left: How many more it may have.
+        only_image: Whether it is one image and nothing else.
+        classes: The vocabulary's token classes.
+    """
+    if last == classes.eos or (only_image and last == classes.end_image):
+        return FinishReason.STOP
+    return FinishReason.LENGTH if tokens_left <= 0 else None
+
+
+def stopping() -> EngineError:
+    """The error of a request that comes to an engine which ends."""
+    return EngineError("engine", "it is stopping", "Ask again when it has been started")
 
 
 @dataclass(frozen=True)

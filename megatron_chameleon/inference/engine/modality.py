@@ -103,6 +103,11 @@ NEVER_TOKENS = 1 << 60
 """More tokens than an answer ever has left: an answer that needs them never begins an image."""
 
 
+def may_draw(images: bool, force: Force | None) -> bool:
+    """Whether an answer with these options may have an image, if the model draws any."""
+    return force is Force.IMAGE or (images and force is not Force.TEXT)
+
+
 @dataclass(frozen=True)
 class AnswerRules:
     """What the options of an answer say of its modalities.
@@ -122,7 +127,7 @@ class AnswerRules:
         """The rules of the options ``images`` and ``force``."""
         if force is Force.IMAGE:
             return cls(NextToken.BEGIN_IMAGE, NEVER_TOKENS, True)
-        may_begin = images and codes_per_image > 0 and force is not Force.TEXT
+        may_begin = codes_per_image > 0 and may_draw(images, force)
         room = codes_per_image + 2 if may_begin else NEVER_TOKENS  # begin, codes, end
         return cls(NextToken.TEXT, room, False)
 

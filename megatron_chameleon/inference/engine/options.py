@@ -80,6 +80,11 @@ def seed_of(seed: int, place: int) -> int:
     return int.from_bytes(digest, "big")
 
 
+def signed_seed(seed: int) -> int:
+    """The seed as a signed number of 64 bits, as tensors and messages hold it."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
 @dataclass(frozen=True)
 class Execution:
     """How the steps of an answer run. The drawn tokens depend on it only through rounding."""

@@ -7,7 +7,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import cast
 
-from megatron_chameleon.errors import ChameleonError
+from megatron_chameleon.errors import ChameleonError, DataError
 from megatron_chameleon.inference.answers.stream import AnswerEvent, AnswerStream, ImageCodes
 from megatron_chameleon.inference.engine.interface import (
     EngineError,
@@ -16,8 +16,9 @@ from megatron_chameleon.inference.engine.interface import (
     TokenEngine,
     TokenRequest,
 )
-from megatron_chameleon.inference.engine.modality import Force
+from megatron_chameleon.inference.engine.modality import Force, TokenClasses
 from megatron_chameleon.inference.engine.options import GenerationOptions
+from megatron_chameleon.inference.prompts import answer_room
 from megatron_chameleon.inference.serving.metrics import Metrics
 from megatron_chameleon.inference.serving.model import ServedModel
 from megatron_chameleon.inference.serving.requests.limits import Limits
@@ -120,7 +121,7 @@ class Answerer:
         self._engine, self._model, self._limits, self._metrics = engine, model, limits, metrics
         self._queue = Queue(limits.queue)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._image_ids = _image_ids(model)
+        self._image_ids = TokenClasses(model.tokenizer.vocabulary).image_token_ids
         # the smallest request; an engine that refuses it has come to its end
         self._probe = TokenRequest((model.tokenizer.vocabulary.bos,), 1, GenerationOptions())
         self.is_draining = False
@@ -175,34 +176,21 @@ class Answerer:
         if most is not None and count > most:
             what = f"it has {count:,} tokens, and the limit is {most:,}"
             raise bad("prompt", what, "Shorten it", "context_length_exceeded")
-        room = context - count
-        needed = self._model.codes_per_image + 2 if force is Force.IMAGE else 1
-        self._check_image(ask, needed)
-        if room < needed:
-            answer = "an image" if force is Force.IMAGE else "an answer"
-            what = (
-                f"its {count:,} tokens leave too little room in the context of {context:,} for "
-                f"{answer}, which needs {needed:,} more"
-            )
-            remedy = f"Shorten it to at most {max(0, context - needed):,} tokens"
-            raise bad("prompt", what, remedy, "context_length_exceeded")
-        tokens = room if ask.max_tokens is None else min(room, ask.max_tokens)
+        if force is Force.IMAGE and self._model.tokenizer.image is None:
+            what = "this model has no image tokenizer, so it draws nothing"
+            raise bad("force", what, "Leave it out", "images_not_supported")
+        try:
+            codes = self._model.codes_per_image
+            tokens = answer_room(count, context, codes, force, ask.max_tokens)
+        except DataError as error:
+            code = "context_length_exceeded" if error.where == "prompt" else None
+            raise bad(error.where, error.what, error.remedy, code) from error
         requests = [TokenRequest(tuple(ask.prompt), tokens, options) for options in ask.options]
         try:
             self._engine.check(requests[0])
         except ChameleonError as error:
             raise refusal_of(error) from error
         return requests
-
-    def _check_image(self, ask: Ask, needed: int) -> None:
-        if ask.options[0].force is not Force.IMAGE:
-            return
-        if self._model.tokenizer.image is None:
-            what = "this model has no image tokenizer, so it draws nothing"
-            raise bad("force", what, "Leave it out", "images_not_supported")
-        if ask.max_tokens is not None and ask.max_tokens < needed:
-            what = f"{ask.max_tokens:,} is too few for an image, which has {needed:,} tokens"
-            raise bad("max_tokens", what, f"Set it to {needed:,} or more")
 
     async def answer(
         self, requests: Sequence[TokenRequest], place: Place, growing: bool = False
@@ -328,9 +316,3 @@ class Answerer:
         images = sum(token_id in self._image_ids for token_id in token_ids)
         self._metrics.tokens.labels("image").inc(images)
         self._metrics.tokens.labels("text").inc(len(token_ids) - images)
-
-
-def _image_ids(model: ServedModel) -> frozenset[int]:
-    vocabulary = model.tokenizer.vocabulary
-    ends = {vocabulary.begin_image, vocabulary.end_image}
-    return frozenset(vocabulary.code_token_ids.tolist()) | ends

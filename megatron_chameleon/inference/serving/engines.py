@@ -17,7 +17,6 @@ from megatron_chameleon.parallel.launch import find_launch
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 DECODER, VLLM = "decoder", "vllm"
-ENGINES = (DECODER, VLLM)
 
 
 @dataclass(frozen=True)

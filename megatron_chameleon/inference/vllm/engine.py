@@ -18,9 +18,10 @@ from megatron_chameleon.inference.engine.guidance import Guidance
 from megatron_chameleon.inference.engine.interface import (
     EngineError,
     EngineUsage,
-    FinishReason,
     TokenChunk,
     TokenRequest,
+    finish_reason,
+    stopping,
 )
 from megatron_chameleon.inference.engine.modality import Force, TokenClasses
 from megatron_chameleon.inference.vllm.launch import Launched, launch
@@ -106,15 +107,17 @@ class VllmEngine:
     async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenChunk]:
         """As ``TokenEngine.generate``."""
         if self._stopping or self._launched is None:
-            raise _stopped()
+            raise stopping()
         self._answering += 1
         self._idle.clear()
         try:
             async with self._slots.take(self._rows(request)):
                 answer: list[int] = []
+                only_image = request.options.force is Force.IMAGE
                 async with aclosing(self._parts(request, answer)) as parts:
                     async for token_ids in parts:
-                        finish = self._finish(request, answer)
+                        left = request.max_new_tokens - len(answer)
+                        finish = finish_reason(answer[-1], left, only_image, self._classes)
                         yield TokenChunk(token_ids, finish)
                         if finish is not None:
                             return
@@ -137,7 +140,7 @@ class VllmEngine:
         if self._answering:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), max(0.0, seconds))
-        self._slots.close(_stopped())
+        self._slots.close(stopping())
         if self._launched is not None:
             await self._launched.abort()
             launched, self._launched = self._launched, None
@@ -145,23 +148,12 @@ class VllmEngine:
 
     def _guided(self, request: TokenRequest) -> Guidance | None:
         """The guidance of the request's images; None if there is none to apply."""
-        options = request.options
-        drawing = self._codes_per_image > 0 and options.force is not Force.TEXT
-        guidance = Guidance.of(options)
-        if len(guidance.passes) == 1 or not drawing:
-            return None
-        return guidance if options.images or options.force is Force.IMAGE else None
+        guidance = Guidance.of(request.options)
+        return guidance if self._codes_per_image and len(guidance.passes) > 1 else None
 
     def _rows(self, request: TokenRequest) -> int:
         guidance = self._guided(request)
         return 1 if guidance is None else len(guidance.passes)
-
-    def _finish(self, request: TokenRequest, answer: list[int]) -> FinishReason | None:
-        if answer[-1] == self._classes.eos or (
-            request.options.force is Force.IMAGE and answer[-1] == self._classes.end_image
-        ):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(answer) >= request.max_new_tokens else None
 
     async def _parts(self, request: TokenRequest, answer: list[int]) -> AsyncGenerator[list[int]]:
         """The next tokens, again and again; ``answer`` grows by them."""
@@ -251,7 +243,7 @@ class VllmEngine:
     ) -> AsyncGenerator[list[int]]:
         """One request of vLLM."""
         if self._launched is None:
-            raise _stopped()
+            raise stopping()
         try:
             async with aclosing(self._launched.run(prompt, row, room, stops)) as run:
                 async for token_ids in run:
@@ -263,10 +255,6 @@ class VllmEngine:
                 self.failure = error
             what = f"vLLM failed: {one_line(error)}"
             raise EngineError("engine", what, f"See {self._launched.log_place}") from error
-
-
-def _stopped() -> EngineError:
-    return EngineError("engine", "it is stopping", "Ask again when it has been started")
 
 
 async def _drain(run: AsyncGenerator[list[int]]) -> None:

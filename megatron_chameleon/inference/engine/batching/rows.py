@@ -6,8 +6,13 @@ import torch
 
 from megatron_chameleon.inference.engine.batching.cache import Slot
 from megatron_chameleon.inference.engine.guidance import Conditioning, Guidance
-from megatron_chameleon.inference.engine.interface import FinishReason, TokenRequest
+from megatron_chameleon.inference.engine.interface import (
+    FinishReason,
+    TokenRequest,
+    finish_reason,
+)
 from megatron_chameleon.inference.engine.modality import NEVER_TOKENS, AnswerRules, TokenClasses
+from megatron_chameleon.inference.engine.options import signed_seed
 from megatron_chameleon.inference.engine.sampling import uniforms
 
 
@@ -133,13 +138,9 @@ class Answer:
                 self.codes_left = -1
                 self.image_tokens += 1
         self.token_ids.extend(token_ids)
-        last = self.token_ids[-1]
-        if last == classes.eos or (self.rules.only_image and last == classes.end_image):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if self.tokens_left <= 0 else None
+        return finish_reason(self.token_ids[-1], self.tokens_left, self.rules.only_image, classes)
 
     def random_numbers(self) -> torch.Tensor:
         """fp64 [max_new_tokens] in [0, 1): one number for each token, from the seed alone."""
-        seed = (self.options.seed + 2**63) % 2**64 - 2**63  # as a signed number
         counts = torch.arange(self.max_new_tokens)
-        return uniforms(torch.full_like(counts, seed), counts)
+        return uniforms(torch.full_like(counts, signed_seed(self.options.seed)), counts)

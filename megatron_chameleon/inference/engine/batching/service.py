@@ -29,6 +29,7 @@ from megatron_chameleon.inference.engine.interface import (
     FinishReason,
     TokenChunk,
     TokenRequest,
+    stopping,
 )
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class DecoderEngine:
     def check(self, request: TokenRequest) -> None:
         """As ``TokenEngine.check``."""
         if self._stopping or self._decoder is None:
-            raise EngineError("engine", "it is stopping", "Ask again when it has been started")
+            raise stopping()
         self._decoder.check(request)
 
     async def generate(self, request: TokenRequest) -> AsyncIterator[TokenChunk]:

@@ -1,14 +1,13 @@
 """Reads the JSON body of a request, within limits of bytes, time and depth."""
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from megatron_chameleon.inference.serving.requests.limits import MIB, Limits
 from megatron_chameleon.inference.serving.requests.refusal import Refusal, bad
-from megatron_chameleon.json_text import nesting
+from megatron_chameleon.json_text import TooDeepError, load_json
 from megatron_chameleon.wording import shown
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -115,17 +114,12 @@ def parse_object(data: bytes) -> dict[str, Any]:
         what = f"it is not UTF-8 (at byte {error.start:,})"
         raise bad("body", what, "Encode it as UTF-8") from error
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except RecursionError:
-        depth, value = DEEPEST + 1, None
+        value = load_json(text, DEEPEST, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except TooDeepError as error:
+        raise bad("body", f"its JSON is {error}", "Send flatter JSON") from error
     except ValueError as error:
         what = f"it is not valid JSON ({str(error).splitlines()[0][:200]})"
         raise bad("body", what, "Send one JSON object") from error
-    else:
-        depth = nesting(value, DEEPEST)
-    if depth > DEEPEST:
-        what = f"its JSON is nested deeper than {DEEPEST} levels"
-        raise bad("body", what, "Send flatter JSON")
     if not isinstance(value, dict):
         raise bad("body", "it is not a JSON object", "Send an object, such as {...}")
     return value

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.inference.engine.guidance import Guidance
 from megatron_chameleon.inference.engine.modality import Force
-from megatron_chameleon.inference.engine.options import GenerationOptions
+from megatron_chameleon.inference.engine.options import GenerationOptions, signed_seed
 
 OPTIONS = (
     "temperature",
@@ -57,7 +57,7 @@ class RowRequest:
     def extra_args(self) -> dict[str, Any]:
         """Plain values, as they go to vLLM's other processes; whole numbers have 64 bits there."""
         options = {name: getattr(self.options, name) for name in OPTIONS}
-        options["seed"] = (self.options.seed + 2**63) % 2**64 - 2**63  # as our own engine does it
+        options["seed"] = signed_seed(self.options.seed)
         options["top_k"] = min(self.options.top_k, 2**62)
         own = {each.name: getattr(self, each.name) for each in fields(self)[1:]}
         return {**{name: value for name, value in options.items() if value is not None}, **own}
