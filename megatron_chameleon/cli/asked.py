@@ -69,5 +69,6 @@ def check_device(args: argparse.Namespace) -> None:
     from megatron_chameleon.errors import ConfigError
     from megatron_chameleon.parallel import platform
 
-    if args.device == "cuda" and not platform.has_gpu():
-        raise ConfigError("--device cuda", "no usable GPU was found", "Use --device cpu")
+    if args.device != "cpu" and not platform.has_gpu():
+        what = "no usable GPU was found"
+        raise ConfigError(f"--device {args.device}", what, "Use --device cpu")

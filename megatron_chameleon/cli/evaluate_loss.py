@@ -10,16 +10,15 @@ import argparse
 import json
 import logging
 import re
-import sys
 import tempfile
 import time
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_chameleon import announce
 from megatron_chameleon.cli.logs import progress, show
 from megatron_chameleon.cli.options import HELD_OUT_TOKENS, add_ema_option, add_overrides
+from megatron_chameleon.cli.ranks import one_of_a_job
 
 if TYPE_CHECKING:
     from megatron_chameleon.checkpoint.formats.base import CheckpointReader
@@ -58,24 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print the table."""
-    from megatron_chameleon.errors import ChameleonError
-    from megatron_chameleon.parallel.launch import (
-        describe_launch,
-        find_launch,
-        is_reported_by_rank_0,
-    )
-
-    launch = find_launch()
-    if place := describe_launch(launch):
-        progress(place)
-    if launch.rank > 0:
-        logging.getLogger(announce.__name__).setLevel(logging.WARNING)  # rank 0 speaks for all
-    try:
+    with one_of_a_job(debug=args.debug) as launch:
         _measure(args, launch)
-    except ChameleonError as error:
-        if not args.debug and is_reported_by_rank_0(launch):
-            sys.exit(error.exit_code)
-        raise
 
 
 def _measure(args: argparse.Namespace, launch: "Launch") -> None:

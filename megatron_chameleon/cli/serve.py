@@ -10,9 +10,9 @@ import argparse
 import importlib.util
 import os
 import re
-import sys
 from typing import TYPE_CHECKING
 
+from megatron_chameleon.cli.asked import check_device
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
     ANSWERS,
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.inference.serving.network.sockets import bind, url_of
     from megatron_chameleon.inference.serving.server import serve
 
-    _check_device(args.device)
+    check_device(args)
     with bind(args.host, args.port) as sock:
         opened = open_served(
             OpenOptions(
@@ -206,17 +206,8 @@ def run(args: argparse.Namespace) -> None:
 
         def ready() -> None:  # the engine has started, and knows how much fits
             show("\n".join((*_lines(service, opened.summary), f"page: {url_of(sock)}")))
-            sys.stdout.flush()  # a log or a pipe would get these lines only at the end
 
         serve(service, sock, ready)
-
-
-def _check_device(name: str) -> None:
-    from megatron_chameleon.errors import ConfigError
-    from megatron_chameleon.parallel import platform
-
-    if name != "cpu" and not platform.has_gpu():
-        raise ConfigError(f"--device {name}", "no usable GPU was found", "Use --device cpu")
 
 
 def _limits(args: argparse.Namespace) -> "Limits":

@@ -5,9 +5,9 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_chameleon import announce
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, add_overrides
+from megatron_chameleon.cli.ranks import one_of_a_job
 
 if TYPE_CHECKING:
     from megatron_chameleon.parallel.launch import Launch
@@ -43,21 +43,11 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.checks.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import load_config
     from megatron_chameleon.config.names import find_config
-    from megatron_chameleon.errors import ChameleonError, ConfigError
-    from megatron_chameleon.parallel.launch import (
-        describe_launch,
-        find_launch,
-        is_reported_by_rank_0,
-    )
+    from megatron_chameleon.errors import ConfigError
 
     if args.no_step and not args.dry_run:
         raise ConfigError("--no-step", "it goes with --dry-run only", "Add --dry-run, or remove it")
-    launch = find_launch()
-    if not (args.dry_run and args.no_step) and (place := describe_launch(launch)):
-        _logger.info(place, extra={"stderr": True})  # before the imports, which take seconds
-    if launch.rank > 0:
-        logging.getLogger(announce.__name__).setLevel(logging.WARNING)  # rank 0 speaks for all
-    try:
+    with one_of_a_job(debug=args.debug, is_shown=not args.no_step) as launch:
         config = load_config(find_config(args.config), args.overrides)
         world_size = launch.world_size
         if args.dry_run and launch.launcher == "alone":
@@ -79,10 +69,6 @@ def run(args: argparse.Namespace) -> None:
             _dry_run(inputs, launch, world_size, with_step=not args.no_step)
             return
         finished = train(inputs, launch)
-    except ChameleonError as error:
-        if not args.debug and is_reported_by_rank_0(launch):
-            sys.exit(error.exit_code)
-        raise
     if not finished:
         from megatron_chameleon.training.faults.signals import EXIT_CODE
 
@@ -95,7 +81,6 @@ def _dry_run(inputs: "RunInputs", launch: "Launch", world_size: int, *, with_ste
 
     if launch.rank == 0:
         show(describe_dry_run(inputs, launch, world_size))
-        sys.stdout.flush()  # the step may take a while, or end the process
     found = try_step(inputs, launch, world_size) if with_step else ""
     if found and launch.rank == 0:
         show(found)
