@@ -30,11 +30,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from benchmarks.vocabulary import word_tokens
 from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.batch import Batch
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.token_files.reader import TokenFileWriter
-from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary, control_names
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 STEP_TOKENS_PER_SECOND = 16_000
@@ -61,9 +62,7 @@ QUICK = Size(seq_length=128, image_codes=16, tokens=50_000, samples=64)
 def tokenizer_of(size: Size) -> Tokenizer:
     """Write a vocabulary as large as the paper's, without any encoder."""
     codes = min(8192, 8 * size.image_codes)
-    names = ["<s>", "<pad>", "</s>", "<unk>", *control_names(codes)]
-    names += [f"w{i}" for i in range((1 << 16) - len(names))]
-    vocabulary = Vocabulary.from_tokens(names)
+    vocabulary = Vocabulary.from_tokens(word_tokens(1 << 16, codes))
     return Tokenizer(Path("none"), vocabulary, cast(Any, None), None, "benchmark")
 
 

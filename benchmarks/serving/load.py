@@ -37,7 +37,6 @@ from benchmarks.serving.wishes import Wish, wishes
 MOST_GROWTH = 0.05
 """Share by which the server's memory may grow from the first third of the load to the last."""
 SMALL_BUFFER = 4096
-START_SECONDS = 300
 
 
 @dataclass

@@ -9,17 +9,11 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks.training.train_step import transformers_config
+from benchmarks.vocabulary import word_tokens
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.inference.session import Session
-from megatron_chameleon.tokenizer.common.vocabulary import (
-    BOS,
-    EOS,
-    PAD,
-    UNK,
-    Vocabulary,
-    control_names,
-)
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 SHAPES = {
     # 340M parameters, of which embedding and head are 134M
@@ -97,8 +91,7 @@ def random_subject(name: str, codes_per_image: int, text_tokens: int) -> Subject
     from transformers import ChameleonForConditionalGeneration
 
     shape, size, codes = SHAPES[name]
-    names = [BOS, PAD, EOS, UNK, *control_names(codes)]
-    names += [f"word{number}" for number in range(size - len(names))]
+    names = word_tokens(size, codes)
     config = transformers_config(shape, size)
     config.vocabulary_map = {token: number for number, token in enumerate(names)}
     config.bos_token_id, config.pad_token_id, config.eos_token_id = 0, 1, 2

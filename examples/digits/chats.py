@@ -344,7 +344,3 @@ def refusal(draw: random.Random) -> Pair:
     article = "an" if thing[0] in "aeiou" else "a"
     words = f"{draw.choice(WISHES)}{draw.choice(VERBS)} {article} {thing}{draw.choice(ENDS)}"
     return typed(words, draw), ONLY_DIGITS
-
-
-TALK = (*[arithmetic] * 8, shape, shape, spelling, comparison, small_talk, small_talk, refusal)
-"""The kinds of questions without a picture; sums are harder to learn, so they come more often."""

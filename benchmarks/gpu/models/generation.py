@@ -24,6 +24,7 @@ from benchmarks.gpu.common import (
 )
 from benchmarks.gpu.models.engines import preset_config, vocab_size
 from benchmarks.training.train_step import transformers_config
+from benchmarks.vocabulary import word_tokens
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder
 from megatron_chameleon.inference.engine.interface import TokenRequest
@@ -33,14 +34,7 @@ from megatron_chameleon.inference.engine.row_settings import RowSettings
 from megatron_chameleon.inference.engine.sampling import draw
 from megatron_chameleon.inference.models.transformers_layers import TransformersLayers
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.tokenizer.common.vocabulary import (
-    BOS,
-    EOS,
-    PAD,
-    UNK,
-    Vocabulary,
-    control_names,
-)
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 PROMPT_TOKENS = 32
 SHORT_TOKENS = 8
@@ -130,9 +124,8 @@ class Generator:
         self._model_config.seq_length = 4096  # positions; an image and its prompt must fit
         vocab = vocab_size(context.tiny)
         codes = 32 if context.tiny else 8192
-        names = [BOS, PAD, EOS, UNK, *control_names(codes)]
-        names += [f"word{number}" for number in range(vocab - len(names))]
-        self.classes = TokenClasses(Vocabulary.from_tokens(names), platform.device())
+        vocabulary = Vocabulary.from_tokens(word_tokens(vocab, codes))
+        self.classes = TokenClasses(vocabulary, platform.device())
         self.model = build_transformers(self._model_config, vocab)
         self.parameters = count_parameters(self._model_config, vocab)
         self._text: dict[int, Sequence[int]] = {}
