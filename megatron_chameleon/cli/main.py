@@ -29,7 +29,7 @@ from megatron_chameleon.cli.shrunken_files import report_shrunken_files
 from megatron_chameleon.errors import ChameleonError
 
 OVERRIDE = re.compile(r"[^-=\s][^=\s]*=.*", re.DOTALL)
-"""A word for ``config/overrides.py`` behind an option, where argparse does not expect it."""
+"""An override (``config/reading/overrides.py``) behind an option, where argparse expects none."""
 
 VERBS = {
     "tokenizer": "train a text tokenizer or an image tokenizer",

@@ -1,8 +1,9 @@
 """Read a config: defaults < preset < YAML file < ``section.key=value``.
 
 A file's section ``variables`` may define values of your own, to be used as ``${variables.name}``.
-OmegaConf reads the YAML, the overrides and ``${...}``. ``build.py`` turns the result into the
-dataclasses of ``schema.py`` and finds every unknown key and every value of the wrong type at once.
+OmegaConf reads the YAML, the overrides and ``${...}``. ``reading/build.py`` turns the result into
+the dataclasses of ``schema.py`` and finds every unknown key and every value of the wrong type at
+once.
 """
 
 import dataclasses
@@ -14,13 +15,13 @@ from typing import Any, TypeVar
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from megatron_chameleon.config.build import Builder, Mistake
 from megatron_chameleon.config.constraints import find_violations
-from megatron_chameleon.config.interpolation import check_interpolation, unresolved
 from megatron_chameleon.config.names import PRESETS, preset_names
-from megatron_chameleon.config.overrides import Override, apply_overrides, parse_overrides
+from megatron_chameleon.config.reading.build import Builder, Mistake
+from megatron_chameleon.config.reading.interpolation import check_interpolation, unresolved
+from megatron_chameleon.config.reading.overrides import Override, apply_overrides, parse_overrides
+from megatron_chameleon.config.reading.yaml_file import ERRORS, read_yaml
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.config.yaml_file import ERRORS, read_yaml
 from megatron_chameleon.errors import ConfigError, ConfigErrors, first_line
 from megatron_chameleon.masking import masked_values
 from megatron_chameleon.wording import shown

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
-from megatron_chameleon.config.interpolation import unresolved
+from megatron_chameleon.config.reading.interpolation import unresolved
+from megatron_chameleon.config.reading.yaml_file import read_yaml
 from megatron_chameleon.config.schema import Config
-from megatron_chameleon.config.yaml_file import read_yaml
 from megatron_chameleon.files import read_bytes, read_json_object
 from megatron_chameleon.runs.lines import LARGEST_STEP, BrokenLines, read_objects
 

@@ -18,7 +18,9 @@ PACKAGE = "megatron_chameleon"
 TOKENIZERS = {"tokenizer", "tokenizer/common", "tokenizer/image", "tokenizer/text"}
 
 MAY_IMPORT: dict[str, set[str]] = {
-    "config": set(),
+    "config": {"config/reading"},
+    # YAML and overrides as plain values; it does not know which keys there are
+    "config/reading": set(),
     "config/checks": {"config", "schedules"},
     "schedules": {"config"},
     "parallel": {"config"},
@@ -74,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
     },
     # Lists a run's checkpoints and compares its config with the defaults; no tensor is read.
-    "runs": {"checkpoint/state", "config"},
+    "runs": {"checkpoint/state", "config", "config/reading"},
     # The look of all HTML pages; it knows nothing of what they show.
     "pages": set(),
     # Samples are decoded as other people's images are, and the audit says what was read.
@@ -84,6 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint/state",
         "checkpoint/tensor_files",
         "config",
+        "config/reading",
     }
     | TOKENIZERS,
     # a checkpoint of any format in the model of training, to measure it and to answer with it

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from megatron_chameleon.checkpoint.formats.base import check_names
 from megatron_chameleon.checkpoint.tensor_files.pth import PthFile
-from megatron_chameleon.config.yaml_file import read_yaml
+from megatron_chameleon.config.reading.yaml_file import read_yaml
 from megatron_chameleon.errors import CheckpointError, ConfigError
 from megatron_chameleon.files import read_bytes, write_bytes, write_text
 from megatron_chameleon.tokenizer.common.files import tokenizer_file

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from megatron_chameleon.config.yaml_file import ERRORS, check_yaml
+from megatron_chameleon.config.reading.yaml_file import ERRORS, check_yaml
 from megatron_chameleon.errors import ConfigError, first_line
 from megatron_chameleon.wording import cut
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.config.load import load_config
-from megatron_chameleon.config.overrides import Override
+from megatron_chameleon.config.reading.overrides import Override
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError
 
