@@ -13,8 +13,8 @@ from megatron_chameleon.images.image_error import ImageError
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.images.pixels import PixelError, upright_rgb
 from megatron_chameleon.pages.elements import escape, heading, how, image
+from megatron_chameleon.runs.answers.samples import SamplePart, list_samples, read_samples
 from megatron_chameleon.runs.run import RunRecord
-from megatron_chameleon.runs.samples import SamplePart, list_samples, read_samples
 from megatron_chameleon.wording import counted
 
 MOST_STEPS = 10

@@ -29,6 +29,7 @@ from megatron_chameleon.training.run.folder import checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.reporter import Reporter
 from megatron_chameleon.training.samples.sampler import Sampler
+from megatron_chameleon.training.samples.trained_model import TrainedModel
 from megatron_chameleon.training.validation.losses import LOSS
 from megatron_chameleon.training.validation.validator import Validator
 
@@ -82,7 +83,8 @@ class Run:
                 rate = run_learning_rate(config, self.inputs.reader.history)
                 self.engine = build_engine(config, vocab_size, self.topology, rate)
             self.watch.clock = self.engine.clock
-            self.sampler = Sampler(config, self.topology)
+            trained = TrainedModel(config, self.topology)
+            self.sampler = Sampler(config, trained)
             # What a rollback closes and opens again has a stack of its own.
             self._restarted = stack.enter_context(ExitStack())
             steps_done = self._load(start) if start else 0

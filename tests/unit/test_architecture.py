@@ -77,10 +77,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # Lists a run's checkpoints and compares its config with the defaults; no tensor is read.
     "runs": {"checkpoint/state", "config", "config/reading"},
+    "runs/answers": {"checkpoint/state", "runs"},
     # The look of all HTML pages; it knows nothing of what they show.
     "pages": set(),
     # Samples are decoded as other people's images are, and the audit says what was read.
-    "reports": {"checkpoint/state", "config", "data/views", "images", "pages", "runs"},
+    "reports": {
+        "checkpoint/state",
+        "config",
+        "data/views",
+        "images",
+        "pages",
+        "runs",
+        "runs/answers",
+    },
     "checkpoint/formats": {
         "checkpoint/names",
         "checkpoint/state",
@@ -256,7 +265,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference/engine/batching",
         "inference/models",
         "parallel",
-        "runs",
+        "runs/answers",
         "tokenizer",
         "tokenizer/common",
         "tokenizer/image",

@@ -8,8 +8,7 @@ and a sample that cannot be written does not end it.
 
 import html
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +18,15 @@ from megatron_chameleon.checkpoint.state.folders import step_folder, step_of
 from megatron_chameleon.config.schema import Config, SamplePromptConfig
 from megatron_chameleon.errors import ChameleonError, ConfigError, PeerError, TrainingError
 from megatron_chameleon.files import make_folder, write_text, write_together
-from megatron_chameleon.inference.engine.batching.cache import ODD_COLUMNS
-from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder
-from megatron_chameleon.inference.engine.batching.lockstep import Channel, LockstepDecoder, follow
-from megatron_chameleon.inference.engine.modality import Force, TokenClasses
+from megatron_chameleon.inference.engine.modality import Force
 from megatron_chameleon.inference.engine.options import GenerationOptions
-from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.runs.samples import SAMPLES_FILE
-from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
-from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import read_vqgan_config
+from megatron_chameleon.runs.answers.samples import SAMPLES_FILE
+from megatron_chameleon.tokenizer.folder import load_tokenizer
+from megatron_chameleon.training.samples.trained_model import TrainedModel
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.answers.answer import Answer
+    from megatron_chameleon.inference.session import Session
 
 
 def check_samples(config: Config) -> None:
@@ -54,22 +48,15 @@ def check_samples(config: Config) -> None:
 class Sampler:
     """Writes the samples of a run.
 
-    Making one is a collective of the job.
-
     Args:
         config: A checked config.
-        topology: The place of this process.
+        trained: The model that is asked.
     """
 
-    def __init__(self, config: Config, topology: Topology) -> None:
-        self._config, self._topology = config, topology
+    def __init__(self, config: Config, trained: TrainedModel) -> None:
+        self._config, self._trained = config, trained
         self._every = config.logging.sample_every_steps
         self._folder = Path(config.logging.run_dir) / "samples"
-        # Only the ranks that hold parts of rank 0's model; the others hold copies.
-        self._takes_part = topology.data_rank == 0 and topology.context_rank == 0
-        self._tokenizer: Tokenizer | None = None
-        if self._every:
-            self._channel = Channel(list(range(topology.tensor_size)))
 
     def is_due(self, step: int) -> bool:
         """Whether the config wants samples after this step, counted from 1."""
@@ -90,62 +77,23 @@ class Sampler:
             TrainingError: On rank 0, if the file system refuses a file.
             PeerError: Another rank has ended.
         """
-        if not self._takes_part:
+        if not self._trained.takes_part:
             return ""
-        is_first = self._topology.rank == 0
+        prompts = self._config.logging.sample_prompts
         try:
-            tokenizer, failure = self._open_tokenizer() if is_first else None, None
-            vocabulary = Vocabulary.load(self._config.tokenizer.path)
-            image_codes = read_vqgan_config(self._config.tokenizer.path).codes_per_image
-        except ChameleonError as error:
-            failure = error
-        if not self._channel.agree(failure is None):  # nobody waits for a rank that cannot answer
-            what = failure or "another rank cannot read the tokenizer"
-            return f"step {step}: no samples were written: {what}" if is_first else ""
-        try:
-            with self._decoder(model, vocabulary, image_codes) as decoder:
-                if tokenizer is None:
-                    follow(decoder, self._channel, self._topology.rank)
-                    return ""
-                leader = LockstepDecoder(decoder, self._channel, fail=lambda error: None)
-                answers = self._answer(step, leader, tokenizer)
+            answers = self._trained.ask(model, step, len(prompts), self._answer)
+            if answers is None:
+                return ""
             folder = self._folder / step_folder(step)
-            _write_answers(folder, self._config.logging.sample_prompts, answers)
-            _write_index(self._folder, self._config.logging.sample_prompts)
+            _write_answers(folder, prompts, answers)
+            _write_index(self._folder, prompts)
         except (TrainingError, PeerError):  # the folder or the disk, or the job
             raise
         except (ChameleonError, OSError, torch.OutOfMemoryError) as error:
             return f"step {step}: no samples were written: {str(error).splitlines()[0]}"
         return f"sampled {folder}"
 
-    def _open_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            path = self._config.tokenizer.path
-            self._tokenizer = load_tokenizer(path, device=platform.device())
-        return self._tokenizer
-
-    @contextmanager
-    def _decoder(
-        self, model: Any, vocabulary: Vocabulary, image_codes: int
-    ) -> Iterator[ContinuousDecoder]:
-        """A decoder of this rank, with room for all prompts side by side."""
-        from megatron_chameleon.inference.models.megatron_layers import MegatronLayers
-        from megatron_chameleon.inference.models.ranks import execution_on
-
-        device, prompts = platform.device(), len(self._config.logging.sample_prompts)
-        classes = TokenClasses(vocabulary, device)
-        with MegatronLayers.borrowed(model, classes.code_token_ids, vocabulary.size) as layers:
-            yield ContinuousDecoder(
-                layers,
-                classes,
-                image_codes,
-                execution_on(device.type),
-                cache_tokens=prompts * (layers.context_tokens + ODD_COLUMNS),
-            )
-
-    def _answer(self, step: int, decoder: LockstepDecoder, tokenizer: Tokenizer) -> "list[Answer]":
-        from megatron_chameleon.inference.session import Session
-
+    def _answer(self, session: "Session") -> "list[Answer]":
         logging = self._config.logging
         options = [
             GenerationOptions(
@@ -155,11 +103,7 @@ class Sampler:
             )
             for prompt in logging.sample_prompts
         ]
-        session = Session(None, tokenizer, step, decoder=decoder)
-        try:
-            return session.generate_each([_parts(p) for p in logging.sample_prompts], options)
-        finally:
-            session.close()
+        return session.generate_each([_parts(p) for p in logging.sample_prompts], options)
 
 
 def _parts(prompt: SamplePromptConfig) -> list[Any]:

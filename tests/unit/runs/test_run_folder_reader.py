@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.runs.answers.samples import list_samples, read_samples
 from megatron_chameleon.runs.records import MOST_EVENTS, defaults
 from megatron_chameleon.runs.run import find_run, read_run
-from megatron_chameleon.runs.samples import list_samples, read_samples
 from places import REPOSITORY
 
 

@@ -21,6 +21,7 @@ from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.inference.models.megatron_layers import MegatronLayers
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.training.samples.sampler import Sampler
+from megatron_chameleon.training.samples.trained_model import TrainedModel
 
 FORCES = ("image", "text", None)
 
@@ -52,6 +53,6 @@ def run_job(job: dict[str, Any], output: Path) -> None:
         config.logging.sample_max_tokens = 20
         config.tokenizer.path = str(tokenizer.folder)
         model.train()
-        Sampler(config, topology).sample(7, model)
+        Sampler(config, TrainedModel(config, topology)).sample(7, model)
         assert model.training and model.decoder.layers[0].self_attention.core_attention.training
     torch.save(results, output / f"{job['name']}-{topology.rank}.pt")
