@@ -36,7 +36,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data/documents": {"data/inputs", "data/inputs/decoding", "images"},
     "data/token_files": {"tokenizer"},
     "data/tokenizer_corpus": {"data/documents", "data/inputs", "images"},
-    "data/preprocess": {"data/documents", "data/inputs", "data/token_files", "images", "parallel"}
+    # processes that take blocks of records; what they do with them is the caller's
+    "data/workers": {"data/inputs"},
+    "data/preprocess": {
+        "data/documents",
+        "data/inputs",
+        "data/token_files",
+        "data/workers",
+        "images",
+        "parallel",
+    }
     | TOKENIZERS,
     "data/mixture": {"config", "data/token_files", "schedules", "tokenizer/common"},
     "data/batches": {

@@ -9,10 +9,12 @@ import time
 import pytest
 
 from megatron_chameleon.data.inputs.records import Block, FileSlice, Position
-from megatron_chameleon.data.preprocess import memory_budget, workers
+from megatron_chameleon.data.preprocess import memory_budget
 from megatron_chameleon.data.preprocess.encode import EncodedBlock
 from megatron_chameleon.data.preprocess.memory_budget import MemoryBudget
 from megatron_chameleon.data.preprocess.options import EncodeOptions
+from megatron_chameleon.data.preprocess.workers import encoding_pool
+from megatron_chameleon.data.workers import pool as workers
 from megatron_chameleon.errors import DataError
 
 MIB = 1 << 20
@@ -25,7 +27,7 @@ def block(record, payload=b""):
 @pytest.fixture
 def no_processes(monkeypatch):
     """A pool whose workers answer at once, last block first."""
-    pool = workers._Pool.__new__(workers._Pool)
+    pool = workers.Pool.__new__(workers.Pool)
     pool._workers = [workers._Worker(None, None) for _ in range(2)]
     pool._most_workers = 2
     pool._in_flight = workers.deque()
@@ -39,7 +41,7 @@ def no_processes(monkeypatch):
 
     def receive():
         task, block = pool.sent.pop()
-        task.result = EncodedBlock(None, [], block.after)
+        task.result, task.is_done = EncodedBlock(None, [], block.after), True
 
     monkeypatch.setattr(pool, "_send", send)
     monkeypatch.setattr(pool, "_receive", receive)
@@ -57,7 +59,7 @@ def test_blocks_follow_the_results_closely_and_in_order(no_processes):
             yield block(i)
 
     order = []
-    for written, result in enumerate(no_processes.encode(blocks())):
+    for written, result in enumerate(no_processes.work(blocks())):
         assert read - written <= 5
         order.append(result.after.record)
     assert order == list(range(10))
@@ -66,16 +68,16 @@ def test_blocks_follow_the_results_closely_and_in_order(no_processes):
 def test_large_blocks_are_few_in_flight(no_processes):
     most = 0
     blocks = (block(i, FileSlice(0, 30 * MIB)) for i in range(9))
-    for _ in no_processes.encode(blocks):
+    for _ in no_processes.work(blocks):
         most = max(most, len(no_processes._in_flight) + 1)
     assert most == 2
-    (alone,) = no_processes.encode(iter([block(0, bytes(65 * MIB))]))
+    (alone,) = no_processes.work(iter([block(0, bytes(65 * MIB))]))
     assert alone.after.record == 0
 
 
 @pytest.fixture
 def pool(tokenizer):
-    pool = workers._Pool(tokenizer, EncodeOptions(), 2)
+    pool = encoding_pool(tokenizer, EncodeOptions(), 2)
     yield pool
     pool.kill()
     assert all(worker.process.exitcode is not None for worker in pool._workers)
@@ -85,7 +87,7 @@ def test_a_killed_worker_and_a_stuck_one(pool, tmp_path):
     """The killed one is named; the stuck one does not outlive the pool."""
     lines = b"".join(json.dumps({"text": f"line {i}"}).encode() + b"\n" for i in range(50))
     blocks = [block(50 * i, lines) for i in range(4)]
-    found = list(pool.encode(iter(blocks)))
+    found = list(pool.work(iter(blocks)))
     assert [len(b.tokens.lengths) for b in found] == [50] * 4
     assert [b.after.record for b in found] == [0, 50, 100, 150]
     first, second = (worker.process.pid for worker in pool._workers)
@@ -94,17 +96,17 @@ def test_a_killed_worker_and_a_stuck_one(pool, tmp_path):
     threading.Timer(0.3, os.kill, (first, signal.SIGKILL)).start()
     message = rf"f\.jsonl:1: worker process {first} was killed \(SIGKILL\) at or after this .*fewer"
     with pytest.raises(DataError, match=message):
-        list(pool.encode(iter(blocks)))
+        list(pool.work(iter(blocks)))
     started = time.monotonic()
     pool.kill()
     assert time.monotonic() - started < 2
 
 
 def test_no_more_workers_are_started_than_blocks_keep_busy(tokenizer):
-    pool = workers._Pool(tokenizer, EncodeOptions(), 1024)
+    pool = encoding_pool(tokenizer, EncodeOptions(), 1024)
     lines = b'{"text": "a line"}\n'
     try:
-        found = list(pool.encode(block(i, lines) for i in range(2)))
+        found = list(pool.work(block(i, lines) for i in range(2)))
         assert [b.after.record for b in found] == [0, 1]
         assert len(pool._workers) == 2
     finally:
@@ -114,7 +116,7 @@ def test_no_more_workers_are_started_than_blocks_keep_busy(tokenizer):
 def test_an_error_of_a_worker_is_that_of_the_command(pool, tmp_path):
     missing = Block(str(tmp_path / "gone.jsonl"), 0, 0, Position(), FileSlice(0, 9))
     with pytest.raises(DataError, match=r"gone\.jsonl: no such file\. Check the path"):
-        list(pool.encode(iter([missing])))
+        list(pool.work(iter([missing])))
 
 
 def test_memory_is_shared_and_who_asks_first_gets_first(monkeypatch):

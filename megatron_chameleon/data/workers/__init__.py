@@ -1,0 +1,1 @@
+"""Processes that work on blocks of records and return their results in order."""
