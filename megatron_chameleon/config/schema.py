@@ -22,6 +22,7 @@ from megatron_chameleon.config.constraints import (
     Text,
     ZeroOr,
 )
+from megatron_chameleon.config.finetuning import AdapterConfig
 
 WEIGHTS = Between(1e-9, 1e15, remedy="Use a number in that range, or remove the source")
 LayerCount = Annotated[int, Between(1, 2000)]
@@ -394,6 +395,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_chameleon.config.parameters import qk_norm_groups
@@ -121,7 +121,15 @@ def _build_part(
     )
     if model.pre_process:
         model.embedding.embedding_dropout.p = 0.0  # unlike megatron-core, the paper has none
+        if transformer.recompute_granularity == "full":
+            model.embedding.register_forward_hook(_need_gradient)
     return model
+
+
+def _need_gradient(embedding: nn.Module, inputs: Any, output: Tensor) -> None:
+    """Recomputed layers get gradients only if their input needs one, also above frozen weights."""
+    if torch.is_grad_enabled():
+        output.requires_grad_()
 
 
 def transformer_config(config: Config) -> TransformerConfig:

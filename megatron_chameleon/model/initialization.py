@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_chameleon.checkpoint.names.adapters import A, is_adapter
 from megatron_chameleon.model.tensor_shards import take_shard
 
 
@@ -39,6 +40,26 @@ def initialize_weights(
             scale = std / math.sqrt(2 * num_layers) if writes_residual else std
             generator = torch.Generator().manual_seed(_key(seed, name))
             parameter.copy_(_draw_part(parameter, name, scale, generator, rank, size))
+
+
+@torch.no_grad()
+def initialize_adapters(model: nn.Module, *, seed: int, rank: int, size: int) -> None:
+    """Draw the matrices A of the adapters of one part of the model, as ``peft`` does; B stays zero.
+
+    A [rank, in] is uniform between -1 / sqrt(in) and 1 / sqrt(in).
+
+    Args and layout: as for ``initialize_weights``.
+    """
+    for name, parameter in named_global_parameters(model):
+        if not (is_adapter(name) and name.endswith(A)):
+            continue
+        shape, dim = list(parameter.shape), getattr(parameter, "partition_dim", -1)
+        if size > 1 and dim >= 0:
+            shape[dim] *= size
+        generator = torch.Generator().manual_seed(_key(seed, name))
+        bound = 1 / math.sqrt(shape[1])
+        whole = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        parameter.copy_(take_shard(whole, name, dim, rank, size) if dim >= 0 else whole)
 
 
 def named_global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -192,8 +192,11 @@ class ChameleonLayer(TransformerLayer):
     Only sequence and context parallelism change them (``parallel/random_streams.py``).
     """
 
+    adapter_dropout = 0.0
+    """The rate of its adapters, where it has some."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training and self.config.hidden_dropout > 0:
+        if self.training and max(self.config.hidden_dropout, self.adapter_dropout) > 0:
             seed_layer(self.layer_number)
         return super().forward(*args, **kwargs)
 

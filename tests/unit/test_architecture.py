@@ -73,7 +73,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer/common",
     },
     "model/kernels": set(),
-    "model": {"config", "config/checks", "model/kernels", "parallel"},
+    # adapters have names of their own in every format
+    "model": {"checkpoint/names", "config", "config/checks", "model/kernels", "parallel"},
+    "model/tuning": {"checkpoint/names", "config"},
     "checkpoint": set(),
     "checkpoint/names": {"config"},
     "checkpoint/tensor_files": set(),

@@ -6,6 +6,7 @@ Every rule yields a ``ConfigError`` with the numbers and the remedy. All are rai
 import math
 from collections.abc import Iterator
 
+from megatron_chameleon.config.checks.adapters import check_adapter
 from megatron_chameleon.config.checks.engines import check_engine
 from megatron_chameleon.config.checks.fp8 import check_fp8
 from megatron_chameleon.config.checks.fusion import check_fusions
@@ -51,6 +52,7 @@ def check_model(config: Config, world_size: int) -> None:
 def _check_combinations(config: Config, world_size: int) -> list[ConfigError]:
     """Problems of values that are valid on their own but do not fit each other."""
     problems = [*_check_model(config), *_check_parallel(config), *check_engine(config)]
+    problems += [*check_adapter(config)]
     problems += [*check_fusions(config), *check_ramp(config)]
     if not problems:  # suggesting a layout only makes sense for a model that can exist
         problems = [*check_layout(config, world_size), *check_fp8(config)]

@@ -1,0 +1,36 @@
+"""Check that the adapters of a config fit the rest of it."""
+
+from collections.abc import Iterator
+
+from megatron_chameleon.config.finetuning import AdapterConfig
+from megatron_chameleon.config.schema import Config
+from megatron_chameleon.errors import ConfigError
+
+RANK_NEEDED = ("dropout", "dora", "quantize", "start_from", "base")
+
+
+def check_adapter(config: Config) -> Iterator[ConfigError]:
+    """Everything in the section ``adapter`` that cannot work with the rest of the config."""
+    adapter, model = config.adapter, config.model
+    if not adapter.rank:
+        for key in RANK_NEEDED:
+            if getattr(adapter, key) != getattr(AdapterConfig(), key):
+                what = f"{getattr(adapter, key)} is set, but adapter.rank is 0: there is no adapter"
+                yield ConfigError(f"adapter.{key}", what, "Set adapter.rank, or remove it")
+        return
+    smallest = min(model.hidden_size, model.ffn_hidden_size)
+    if adapter.rank > smallest:
+        what = f"{adapter.rank} is more than the model's matrices have, whose smaller side is "
+        what += f"{smallest}"
+        yield ConfigError("adapter.rank", what, f"Use at most {smallest}; 8 to 64 are common")
+    if not adapter.target_modules:
+        remedy = "Name at least one, such as q_proj, or remove the key to adapt all of them"
+        yield ConfigError("adapter.target_modules", "names no layer, so nothing is trained", remedy)
+    if doubles := sorted(
+        {n for n in adapter.target_modules if adapter.target_modules.count(n) > 1}
+    ):
+        what = f"names {', '.join(doubles)} more than once"
+        yield ConfigError("adapter.target_modules", what, "Name each layer once")
+    if config.optimizer.name == "muon":
+        what = "muon updates the matrices of the model, which are frozen beside an adapter"
+        yield ConfigError("optimizer.name", what, "Use adamw, or set adapter.rank to 0")

@@ -1,0 +1,38 @@
+"""The sections of the config that only fine-tuning uses."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from megatron_chameleon.config.constraints import Above, Below, Between, OneOf, PathText
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a transformer layer, as the exported Hugging Face model names them."""
+LinearLayer = Annotated[str, OneOf(*LINEAR_LAYERS)]
+
+
+@dataclass
+class AdapterConfig:
+    """Low-rank adapters (LoRA): small matrices beside frozen weights, which alone are trained.
+
+    Source: Hu et al., arXiv 2106.09685. Names and numbers are those of the ``peft`` library.
+    """
+
+    rank: Annotated[int, Between(0, 2**14)] = 0
+    """Rank of the two matrices A [rank, in] and B [out, rank] of each linear layer; 0: no adapter,
+    the model itself is trained."""
+    alpha: Annotated[float, Above(0, at_most=1e6)] = 16.0
+    """What the adapter adds to a layer's output is ``alpha / rank * B A x``."""
+    dropout: Annotated[float, Below(0, 1)] = 0.0
+    """Dropout rate of the adapters' input."""
+    target_modules: list[LinearLayer] = field(default_factory=lambda: list(LINEAR_LAYERS))
+    """The linear layers that get an adapter, in every transformer layer."""
+    dora: bool = False
+    """Also train the length of each row of the adapted weights (DoRA, arXiv 2402.09353)."""
+    quantize: Annotated[str, OneOf("nf4")] | None = None
+    """nf4: store the frozen weights of all linear layers in 4 bits (QLoRA, arXiv 2305.14314), which
+    needs a GPU and the library bitsandbytes; null: as they are."""
+    start_from: PathText | None = None
+    """A folder of ``peft`` with the adapter to begin from; null: A is random and B is zero."""
+    base: PathText | None = None
+    """Where the frozen weights lie now, if they were moved after the run began; null: where the run
+    found them."""
