@@ -63,6 +63,12 @@ class ModelConfig:
     layernorm_epsilon: Annotated[float, Between(1e-12, 0.1)] = 1e-5
     rotary_base: Annotated[int, Between(2, 10**12)] = 10000
     init_method_std: Annotated[float, Between(1e-6, 10)] = 0.02
+    train: list[Name] = field(default_factory=list)
+    """Globs on the names of the exported Hugging Face model's tensors and modules: what is trained.
+    Empty: everything. ``lm_head[image]`` means the rows of the image codes, ``[text]`` the others,
+    and ``[A:B]`` the rows from A up to B."""
+    freeze: list[Name] = field(default_factory=list)
+    """Globs like those of ``train``: what is not trained, even if ``train`` names it."""
 
 
 @dataclass

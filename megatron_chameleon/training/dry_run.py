@@ -152,7 +152,10 @@ def _try_step(inputs: RunInputs) -> str:
     topology = create_topology(config.parallel)
     with announced("building the model"):
         rate = run_learning_rate(config, inputs.reader.history)
-        engine = build_engine(config, inputs.tokenizer.vocabulary.size, topology, rate)
+        vocabulary = inputs.tokenizer.vocabulary
+        engine = build_engine(
+            config, vocabulary.size, topology, rate, vocabulary.code_token_ids.tolist()
+        )
     if inputs.checkpoint is not None:
         with announced(f"loading {inputs.checkpoint}"):
             load(inputs.checkpoint, engine)

@@ -65,7 +65,7 @@ class Run:
         self.stop_signals, self.events = stop_signals, events
 
     def __enter__(self) -> "Run":
-        config, vocab_size = self.config, self.inputs.tokenizer.vocabulary.size
+        config, vocabulary = self.config, self.inputs.tokenizer.vocabulary
         start = self.inputs.checkpoint
         self.topology = create_topology(config.parallel)
         with ExitStack() as stack:
@@ -81,7 +81,10 @@ class Run:
             self.watch.begin("building the model", 0, is_long=True)
             with announced("building the model"):
                 rate = run_learning_rate(config, self.inputs.reader.history)
-                self.engine = build_engine(config, vocab_size, self.topology, rate)
+                self.engine = build_engine(
+                    *(config, vocabulary.size, self.topology, rate),
+                    vocabulary.code_token_ids.tolist(),
+                )
             self.watch.clock = self.engine.clock
             trained = TrainedModel(config, self.topology)
             self.sampler = Sampler(config, trained)

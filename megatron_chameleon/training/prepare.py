@@ -17,6 +17,7 @@ from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.mixture.mixture_history import count_stage2_steps
 from megatron_chameleon.data.validation.reader import HeldOutReader
+from megatron_chameleon.model.tuning.selection import select_trained
 from megatron_chameleon.parallel.collectives import run_on_rank_0
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.training.engines.base import check_installed
@@ -52,6 +53,7 @@ def prepare_run(
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
     for problem in check_vocabulary(tokenizer.vocabulary.size, config):
         raise problem
+    select_trained(config, tokenizer.vocabulary.size, tokenizer.vocabulary.code_token_ids)
     check_samples(config)
     start = start or find_start(checkpoints_folder(config), resume)
     checkpoint = start.checkpoint

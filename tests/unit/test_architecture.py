@@ -75,7 +75,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model/kernels": set(),
     # adapters have names of their own in every format
     "model": {"checkpoint/names", "config", "config/checks", "model/kernels", "parallel"},
-    "model/tuning": {"checkpoint/names", "config"},
+    # Patterns of tensor names choose what is trained, and the names are those of the name table.
+    "model/tuning": {"checkpoint/names", "config", "model"},
     "checkpoint": set(),
     "checkpoint/names": {"config"},
     "checkpoint/tensor_files": set(),
@@ -238,6 +239,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "data/batches",
         "model",
+        "model/tuning",
         "parallel",
         "schedules",
         "training/metrics",
@@ -289,6 +291,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data/mixture",
         "data/validation",
         "model",
+        "model/tuning",
         "parallel",
         "planner",
         "schedules",

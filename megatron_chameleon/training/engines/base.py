@@ -135,6 +135,7 @@ def build_engine(
     vocab_size: int,
     topology: Topology,
     learning_rate: LearningRate | None = None,
+    image_ids: Sequence[int] = (),
 ) -> TrainingEngine:
     """The engine that ``engine.name`` asks for, before its first step.
 
@@ -143,12 +144,13 @@ def build_engine(
         vocab_size: Number of tokens in the vocabulary.
         topology: From ``create_topology``.
         learning_rate: Of each step; None: as the config alone says.
+        image_ids: The token ids of the image codes, which ``model.train`` and ``freeze`` may name.
     """
     if config.engine.name == "deepspeed":
         prepare_deepspeed(find_launch().local_rank)  # before deepspeed is imported
         from megatron_chameleon.training.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(config, vocab_size, topology, learning_rate)
+        return DeepSpeedEngine(config, vocab_size, topology, learning_rate, image_ids)
     from megatron_chameleon.training.engines.megatron import MegatronEngine
 
-    return MegatronEngine(config, vocab_size, topology, learning_rate)
+    return MegatronEngine(config, vocab_size, topology, learning_rate, image_ids)

@@ -33,6 +33,8 @@ from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.model.chameleon import build_model
 from megatron_chameleon.model.fp8 import kept_fp8_scales
 from megatron_chameleon.model.initialization import named_global_parameters
+from megatron_chameleon.model.tuning.selection import select_trained
+from megatron_chameleon.model.tuning.trainable import set_trainable
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
@@ -56,6 +58,7 @@ class DeepSpeedEngine:
         vocab_size: Number of tokens in the vocabulary.
         topology: From ``create_topology``.
         learning_rate: Of each step; None: as the config alone says.
+        image_ids: The token ids of the image codes, which ``model.train`` and ``freeze`` may name.
     """
 
     def __init__(
@@ -64,10 +67,13 @@ class DeepSpeedEngine:
         vocab_size: int,
         topology: Topology,
         learning_rate: LearningRate | None = None,
+        image_ids: Sequence[int] = (),
     ) -> None:
         self.config = config
         self.topology = topology
         (self.model,) = build_model(config, vocab_size, topology)
+        self.selection = select_trained(config, vocab_size, image_ids)
+        set_trainable(self.selection, [self.model], topology.tensor_rank)
         self.monitor = StepMonitor([self.model], topology.tensor_size)
         self.clock = StepClock()
         # ZeRO 3 takes the weights apart, so their shapes are noted first.

@@ -33,6 +33,8 @@ from megatron_chameleon.model.fp8 import kept_fp8_scales
 from megatron_chameleon.model.fp8_linear import start_fp8_step
 from megatron_chameleon.model.fusions import add_weight_gradients_in_products, select_fusions
 from megatron_chameleon.model.initialization import named_global_parameters
+from megatron_chameleon.model.tuning.selection import select_trained
+from megatron_chameleon.model.tuning.trainable import set_trainable
 from megatron_chameleon.parallel.random_streams import seed_random
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.schedules.learning_rate import LearningRate, StepScheduler
@@ -60,6 +62,7 @@ class MegatronEngine:
         vocab_size: Number of tokens in the vocabulary.
         topology: From ``create_topology``.
         learning_rate: Of each step; None: as the config alone says.
+        image_ids: The token ids of the image codes, which ``model.train`` and ``freeze`` may name.
     """
 
     def __init__(
@@ -68,10 +71,13 @@ class MegatronEngine:
         vocab_size: int,
         topology: Topology,
         learning_rate: LearningRate | None = None,
+        image_ids: Sequence[int] = (),
     ) -> None:
         self.config = config
         self.topology = topology
         self.parts = build_model(config, vocab_size, topology)
+        self.selection = select_trained(config, vocab_size, image_ids)
+        set_trainable(self.selection, self.parts, topology.tensor_rank)
         self.monitor = StepMonitor(self.parts, topology.tensor_size)
         self.clock = StepClock()
         transformer = self.parts[0].config
