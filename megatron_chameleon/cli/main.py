@@ -47,6 +47,7 @@ VERBS = {
     "serve": "answer OpenAI's clients and browsers over HTTP",
     "evaluate": "benchmark a checkpoint and show the paper's figures beside it",
     "evaluate-loss": "measure loss and perplexity of a checkpoint on token files",
+    "evaluate-modalities": "see whether a model answers in text or images as it is asked to",
     "annotate": "let people judge answers: questionnaires, agreement, win rates, safety",
     "report": "write one HTML page that shows a run",
     "compare": "show how two or more runs went, and how they were set up",

@@ -17,11 +17,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _show_modalities(folder: Path) -> None:
+    """What the newest check of modalities found; the report names a damaged one as a problem."""
+    from contextlib import suppress
+
+    from megatron_chameleon.errors import DataError
+    from megatron_chameleon.runs.answers.modalities import read_check
+    from megatron_chameleon.terminal import escape_line
+
+    with suppress(DataError):
+        check = read_check(folder)
+        for text, weight in check.lines():
+            show(escape_line(f"{'warning: ' * bool(weight)}step {check.step:,}: {text}"))
+
+
 def run(args: argparse.Namespace) -> None:
     """Read the run and write the page."""
     from megatron_chameleon.files import write_text
     from megatron_chameleon.outputs import check_name, check_output
     from megatron_chameleon.reports.report import report_page
+    from megatron_chameleon.runs.answers.modalities import list_checks
     from megatron_chameleon.runs.run import find_run, run_files
     from megatron_chameleon.terminal import escape_line
     from megatron_chameleon.wording import format_bytes
@@ -34,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
     with announced(f"reading {folder}"):
         found, page = report_page(folder)
     write_text(output, page)
+    for check in list_checks(folder)[-1:]:
+        _show_modalities(check)
     size = format_bytes(len(page.encode("utf-8", "surrogatepass")))
     for problem in found.problems:
         show(escape_line(f"note: {problem}"))

@@ -35,7 +35,7 @@ EventKind = Annotated[
     str,
     OneOf(
         *("start", "restart", "resume", "resume_change", "alarm", "straggler", "validation_rises"),
-        *("skip", "rollback", "save", "stop", "finish", "error", "hang"),
+        *("modalities", "skip", "rollback", "save", "stop", "finish", "error", "hang"),
     ),
 ]
 
@@ -122,6 +122,9 @@ class ValidationConfig:
     max_tokens: Annotated[int, Between(1, 10**15)] | None = None
     """Measure about this many tokens of each source: the same documents each time, evenly spread
     over its files. null: all of them."""
+    modality_prompts: Annotated[int, Between(0, 1000)] = 16
+    """After the last step, let the model answer so many prompts of held-out conversations whose
+    answer is a text, and as many whose answer is one image, and count which it gives; 0: none."""
 
 
 @dataclass

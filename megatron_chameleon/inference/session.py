@@ -161,10 +161,22 @@ class Session:
         """
         for one in options:
             one.check()
-        encoded = self.encode(prompts)
+        return self.generate_ids(self.encode(prompts), options, progress, answered)
+
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: Sequence[GenerationOptions],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        answered: Callable[[int, Answer], None] = lambda place, answer: None,
+    ) -> list[Answer]:
+        """Like ``generate_each``, for prompts that are token ids already, such as those of a token
+        file. Each of them begins with ``<s>``."""
+        for one in options:
+            one.check()
         requests = [
-            TokenRequest(tuple(token_ids), self._max_new_tokens(token_ids, one), one)
-            for token_ids, one in zip(encoded, options, strict=True)
+            TokenRequest(tuple(token_ids), self._max_new_tokens(len(token_ids), one), one)
+            for token_ids, one in zip(prompts, options, strict=True)
         ]
         answers: dict[int, Answer] = {}
         for place, growing, _ in self._draw(requests):
@@ -185,7 +197,7 @@ class Session:
         options = options or GenerationOptions()
         options.check()
         (token_ids,) = self.encode([prompt])
-        room = self._max_new_tokens(token_ids, options)
+        room = self._max_new_tokens(len(token_ids), options)
         request = TokenRequest(tuple(token_ids), room, options)
         for _, _, events in self._draw([request]):
             yield from events
@@ -265,11 +277,11 @@ class Session:
         if isinstance(self._decoder, LockstepDecoder):
             self._decoder.close()
 
-    def _max_new_tokens(self, token_ids: list[int], options: GenerationOptions) -> int:
+    def _max_new_tokens(self, prompt_tokens: int, options: GenerationOptions) -> int:
         if options.force is Force.IMAGE:
             image_tokenizer_of(self.tokenizer)
         return answer_room(
-            len(token_ids),
+            prompt_tokens,
             self.context_tokens,
             self.codes_per_image,
             options.force,

@@ -25,6 +25,11 @@ from megatron_chameleon.reports.curves import (
 from megatron_chameleon.reports.findings import headlines, held_out
 from megatron_chameleon.reports.formats import NONE, amount, duration, number
 from megatron_chameleon.reports.mixture import mixture_section
+from megatron_chameleon.reports.modalities import (
+    modality_findings,
+    modality_section,
+    read_checks,
+)
 from megatron_chameleon.reports.samples import sample_section
 from megatron_chameleon.reports.tables import (
     checkpoint_table,
@@ -55,9 +60,11 @@ def report_page(path: str | Path) -> tuple[RunRecord, str]:
 
 def _body(run: RunRecord) -> Iterator[str]:
     samples = sample_section(run, run.problems)
+    checks = read_checks(run)
+    modalities = modality_section(run, checks)
     yield heading(run.name, 1)
     yield how(f"{run.path.resolve()} · {_times(run)}")
-    yield notes(headlines(run))
+    yield notes([*headlines(run), *modality_findings(checks)])
     yield cards(_numbers(run))
     sections: tuple[tuple[str, Callable[[RunRecord], str]], ...] = (
         ("Losses", _losses),
@@ -65,6 +72,7 @@ def _body(run: RunRecord) -> Iterator[str]:
         ("Stability", stability_charts),
         ("Data", _data),
         ("Samples", lambda run: samples),
+        ("Modalities of answers", lambda run: modalities),
         ("Events and alarms", event_table),
         ("Checkpoints", checkpoint_table),
         ("Config", _config),

@@ -44,11 +44,11 @@ def sample_section(run: RunRecord, problems: list[str]) -> str:
         )
     chosen = _spread(folders, MOST_STEPS)
     answers: dict[str, list[str]] = {}
-    budget = _Budget()
+    budget = PictureBudget()
     for folder in reversed(chosen):  # the newest get their pictures first
         for answer in read_samples(folder, problems)[:MOST_PROMPTS]:
             figures = answers.setdefault(answer.prompt, [])
-            parts = "".join(_part(part, budget) for part in answer.parts[:_MOST_PARTS])
+            parts = "".join(part_content(part, budget) for part in answer.parts[:_MOST_PARTS])
             caption = f"<figcaption>step {step_of(folder):,}</figcaption>"
             figures.insert(0, f"<figure>{caption}{parts or '<p>(nothing)</p>'}</figure>")
     problems += budget.problems
@@ -62,7 +62,7 @@ def sample_section(run: RunRecord, problems: list[str]) -> str:
     return "".join(body)
 
 
-class _Budget:
+class PictureBudget:
     """How many more pictures the page may hold."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class _Budget:
             return '<p class="pale">(a picture that cannot be read)</p>'
 
 
-def _part(part: SamplePart, budget: _Budget) -> str:
+def part_content(part: SamplePart, budget: PictureBudget) -> str:
     if part.image is not None:
         return budget.picture(part.image)
     if not part.text:

@@ -22,6 +22,7 @@ from megatron_chameleon.training.faults.nonfinite import NonFiniteGuard
 from megatron_chameleon.training.faults.signals import StopSignals
 from megatron_chameleon.training.faults.weights import check_loaded_weights
 from megatron_chameleon.training.learning_rate import run_learning_rate
+from megatron_chameleon.training.modalities.at_end import ModalityChecker, has_conversations
 from megatron_chameleon.training.prepare import describe_run
 from megatron_chameleon.training.records.events import EventLog
 from megatron_chameleon.training.resume_changes import resume_lines
@@ -29,7 +30,7 @@ from megatron_chameleon.training.run.folder import checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.reporter import Reporter
 from megatron_chameleon.training.samples.sampler import Sampler
-from megatron_chameleon.training.samples.trained_model import TrainedModel
+from megatron_chameleon.training.samples.trained_model import TrainedModel, can_answer
 from megatron_chameleon.training.validation.losses import LOSS
 from megatron_chameleon.training.validation.validator import Validator
 
@@ -86,8 +87,13 @@ class Run:
                     vocabulary.code_token_ids.tolist(),
                 )
             self.watch.clock = self.engine.clock
-            trained = TrainedModel(config, self.topology)
+            checks = config.data.validation.modality_prompts and has_conversations(
+                self.inputs.held_out
+            )
+            is_asked = (checks or config.logging.sample_every_steps) and can_answer(config)
+            trained = TrainedModel(config, self.topology) if is_asked else None
             self.sampler = Sampler(config, trained)
+            self._modalities = ModalityChecker(config, self.inputs.held_out, trained)
             # What a rollback closes and opens again has a stack of its own.
             self._restarted = stack.enter_context(ExitStack())
             steps_done = self._load(start) if start else 0
@@ -231,10 +237,36 @@ class Run:
         self.events.record("stop", text, step, signal=signal)
 
     def finish(self) -> None:
-        """Finish the last checkpoint after the last step."""
+        """Finish the last checkpoint after the last step, and see what the model answers."""
         self.saver.wait()
         steps = self.config.training.steps
+        if self._modalities.is_due and self._steps_done < steps:
+            self._check_modalities(steps)
         self.events.record("finish", f"all {steps:,} steps are done", steps)
+
+    def _check_modalities(self, step: int) -> None:
+        """Tell whether the model answers in the modality that it is asked for. A collective."""
+        reporter = self.reporter
+        if self._modalities.obstacle:
+            reporter.say(self._modalities.obstacle)
+            return
+        self.watch.begin("checking modalities", step, is_long=True)
+        self.engine.complete_weights()
+        failure, found = None, None
+        try:
+            found = self._modalities.check(step, self.engine.parts[0], reporter.say)
+        except ChameleonError as error:
+            failure = error
+        raise_together(failure)  # and the other ranks wait until rank 0 has its answers
+        if isinstance(found, str):
+            if found:
+                reporter.warn(found)
+            return
+        assert found is not None
+        for text, weight in found.lines():
+            (reporter.warn if weight else reporter.say)(text)
+            if weight:
+                self.events.record("modalities", text, step)
 
     def after_restart(self, is_saved: bool) -> str:
         """What the same command does after this process has stopped, in words."""

@@ -229,6 +229,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
         "planner",
         "runs",
+        "runs/answers",
         "tokenizer",
         "training/metrics",
         "training/records",
@@ -267,6 +268,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training/engines",
         "training/faults",
     },
+    # a model answers prompts of held-out conversations, in training and as a checkpoint
+    "training/modalities": {
+        "checkpoint/state",
+        "config",
+        "data/mixture",
+        "data/validation",
+        "inference",
+        "inference/answers",
+        "inference/engine",
+        "runs/answers",
+        "tokenizer",
+        "training/samples",
+    },
     # the model that is being trained answers, as one that is served does
     "training/samples": {
         "checkpoint/state",
@@ -299,6 +313,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training/engines",
         "training/faults",
         "training/metrics",
+        "training/modalities",
         "training/records",
         "training/run",
         "training/samples",

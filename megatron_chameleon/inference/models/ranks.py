@@ -119,7 +119,7 @@ def _opened(
         channel = Channel()
         with MegatronLayers.borrowed(model, classes.code_token_ids, vocabulary.size) as layers:
             if settings.get("cache_tokens") is None:
-                settings = {**settings, "cache_tokens": _cache_tokens(layers, channel)}
+                settings = {**settings, "cache_tokens": common_cache_tokens(layers, channel)}
             yield (
                 ContinuousDecoder(
                     layers, classes, codes_per_image, execution_on(device.type), **settings
@@ -130,8 +130,11 @@ def _opened(
         leave_process_group()
 
 
-def _cache_tokens(layers: MegatronLayers, channel: Channel) -> int:
-    """Tokens whose keys and values fit on every rank; ranks on CPUs share one memory."""
+def common_cache_tokens(layers: MegatronLayers, channel: Channel) -> int:
+    """Tokens whose keys and values fit on every rank; ranks on CPUs share one memory.
+
+    A collective of the ranks of the channel.
+    """
     tokens = default_cache_tokens(layers)
     if layers.device.type == "cpu":
         tokens = max(tokens // len(channel.ranks), layers.context_tokens)

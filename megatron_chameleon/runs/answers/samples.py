@@ -60,7 +60,7 @@ def read_samples(folder: Path, problems: list[str]) -> list[SampleAnswer]:
                 break
             content = record.get("content")
             parts = content if isinstance(content, list) else []
-            found = [_part(folder, part) for part in parts[:MOST_ANSWERS]]
+            found = [read_part(folder, part) for part in parts[:MOST_ANSWERS]]
             shown = [part for part in found if part is not None]
             answers.append(SampleAnswer(_prompt(record.get("prompt")), shown))
     except DataError as error:
@@ -70,7 +70,13 @@ def read_samples(folder: Path, problems: list[str]) -> list[SampleAnswer]:
     return answers
 
 
-def _part(folder: Path, part: Any) -> SamplePart | None:
+def read_part(folder: Path, part: Any) -> SamplePart | None:
+    """A part of an answer in ``samples.jsonl``; None if it is neither a text nor an image.
+
+    Args:
+        folder: Where the images lie.
+        part: A value of JSON.
+    """
     if not isinstance(part, Mapping):
         return None
     text, image = part.get("text"), part.get("image")

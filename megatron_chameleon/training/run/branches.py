@@ -37,6 +37,8 @@ from megatron_chameleon.checkpoint.state.line import (
 from megatron_chameleon.checkpoint.state.start import Start
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.files import empty_folder, own_folder, write_bytes, write_text, writing
+from megatron_chameleon.runs.answers.modalities import FOLDER as MODALITIES
+from megatron_chameleon.runs.answers.samples import FOLDER as SAMPLES
 from megatron_chameleon.runs.records import ALARMS_FILE, CONFIG_FILE, EVENTS_FILE
 from megatron_chameleon.training.run.skipped_steps import NONFINITE_FILE
 from megatron_chameleon.training.run.trackers import WANDB_ID_FILE
@@ -48,7 +50,8 @@ RECORDS = (
     EVENTS_FILE,
     WANDB_ID_FILE,
     "tensorboard",
-    "samples",
+    SAMPLES,
+    MODALITIES,
 )
 """What a run writes about its steps. A branch keeps a copy of each."""
 
@@ -163,12 +166,13 @@ def _drop_later_records(run: Path, step: int) -> None:
         kept = [line for line in lines if _is_until(line, step)]
         if len(kept) < len(lines):
             write_bytes(log, b"".join(kept), CheckpointError)
-    samples = run / "samples"
-    later = [path for path in samples.glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
-    for path in later:
-        if step_of(path) > step:
-            shutil.rmtree(path)
-            (samples / "index.html").unlink(missing_ok=True)  # the next sample writes it again
+    for name in (SAMPLES, MODALITIES):
+        steps = [path for path in (run / name).glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
+        for path in steps:
+            if step_of(path) > step:
+                shutil.rmtree(path)
+                # the next sample writes it again
+                (run / name / "index.html").unlink(missing_ok=True)
 
 
 def _is_until(line: bytes, step: int) -> bool:

@@ -50,10 +50,10 @@ class Sampler:
 
     Args:
         config: A checked config.
-        trained: The model that is asked.
+        trained: The model that is asked; None if the config wants no samples.
     """
 
-    def __init__(self, config: Config, trained: TrainedModel) -> None:
+    def __init__(self, config: Config, trained: TrainedModel | None) -> None:
         self._config, self._trained = config, trained
         self._every = config.logging.sample_every_steps
         self._folder = Path(config.logging.run_dir) / "samples"
@@ -77,7 +77,7 @@ class Sampler:
             TrainingError: On rank 0, if the file system refuses a file.
             PeerError: Another rank has ended.
         """
-        if not self._trained.takes_part:
+        if self._trained is None or not self._trained.takes_part:
             return ""
         prompts = self._config.logging.sample_prompts
         try:

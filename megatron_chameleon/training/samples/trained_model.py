@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ChameleonError, DataError
 from megatron_chameleon.inference.engine.batching.cache import ODD_COLUMNS
@@ -25,13 +27,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def can_answer(config: Config) -> bool:
+    """Whether the layout holds whole layers and weights, which answering needs."""
+    zero_stage = config.engine.zero_stage if config.engine.name == "deepspeed" else 0
+    return config.parallel.pipeline_model_parallel_size == 1 and zero_stage < 3
+
+
 class TrainedModel:
     """The model that is being trained.
 
     Making one is a collective of the job.
 
     Args:
-        config: A checked config.
+        config: A checked config, of a layout that can answer.
         topology: The place of this process.
 
     Attributes:
@@ -52,7 +60,7 @@ class TrainedModel:
         Args:
             model: This rank's part of the model. It is as before afterwards.
             step: The step that was just done, counted from 1.
-            rows: How many answers there is room for side by side.
+            rows: How many answers may grow side by side, if there is memory for them.
             ask: Called on rank 0 with the session, which is closed afterwards.
 
         Returns:
@@ -94,17 +102,20 @@ class TrainedModel:
     ) -> Iterator[ContinuousDecoder]:
         """A decoder of this rank, with room for all answers side by side."""
         from megatron_chameleon.inference.models.megatron_layers import MegatronLayers
-        from megatron_chameleon.inference.models.ranks import execution_on
+        from megatron_chameleon.inference.models.ranks import common_cache_tokens, execution_on
 
         device = platform.device()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what training holds without need counts as taken
         classes = TokenClasses(vocabulary, device)
         with MegatronLayers.borrowed(model, classes.code_token_ids, vocabulary.size) as layers:
+            most = rows * (layers.context_tokens + ODD_COLUMNS)
             yield ContinuousDecoder(
                 layers,
                 classes,
                 image_codes,
                 execution_on(device.type),
-                cache_tokens=rows * (layers.context_tokens + ODD_COLUMNS),
+                cache_tokens=min(most, common_cache_tokens(layers, self._channel)),
             )
 
 

@@ -209,3 +209,29 @@ def test_the_defaults_of_entries_of_lists_are_known(tmp_path: Path) -> None:
     from megatron_chameleon.runs.records import RecordedConfig
 
     assert RecordedConfig(values, "").changed() == {"data.stage1[0].prefix": ("", "a")}
+
+
+def test_a_collapse_stands_at_the_top_with_examples(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=30)
+    check = folder / "modalities" / "step_00000030"
+    check.mkdir(parents=True)
+    given = {"text": 0, "one image": 16}
+    counts = {"expected": "text", "prompts": "held-out", "given": given, "cut_off": 2}
+    found = {"step": 30, "max_tokens": 64, "counts": [counts], "notes": [HOSTILE]}
+    (check / "modalities.json").write_text(json.dumps(found))
+    answer = {"expected": "text", "given": "one image", "prompt": HOSTILE, "cut_off": True}
+    picture = {"type": "image", "image": "../../samples/step_00000100/0000-0.png"}
+    lines = [json.dumps({**answer, "content": [{"type": "text", "text": HOSTILE}, picture]})] * 900
+    (check / "samples.jsonl").write_text("\n".join(["{", *lines]))
+    run, page = report_page(folder)
+    top, _, rest = page.partition("<h2>Losses")
+    assert '<li class="bad">Text has collapsed: most text questions are not answered' in top
+    assert "(text questions: 0 of 16 answered with text, 16 with one image; 2 cut off)" in top
+    assert "Expected: text" in rest and rest.count("one image, cut off") == 4
+    assert "<script" not in page and "\u202e" not in page
+    assert "a picture that is not in the folder" in page  # it lies outside
+    assert any("line 1, which is not valid JSON" in problem for problem in run.problems)
+    (check / "modalities.json").write_text("[]")
+    run, page = report_page(folder)
+    assert any("must hold a JSON object" in problem for problem in run.problems)
+    assert "Nobody has looked." in plain(page)
