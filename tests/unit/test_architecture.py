@@ -6,14 +6,12 @@ them. A new arrow between two folders is a decision: add it here in the same com
 
 import ast
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from package_imports import PACKAGE, cycle, folder, imported, modules
 
 from places import REPOSITORY
-
-PACKAGE = "megatron_chameleon"
 
 TOKENIZERS = {"tokenizer", "tokenizer/common", "tokenizer/image", "tokenizer/text"}
 
@@ -347,30 +345,6 @@ MOST_FILES_PER_FOLDER = 12
 CODE = (PACKAGE, "tools", "examples", "benchmarks", "tests")
 
 
-def modules() -> dict[str, Path]:
-    root = REPOSITORY / PACKAGE
-    return {
-        ".".join([PACKAGE, *path.relative_to(root).with_suffix("").parts]): path
-        for path in root.rglob("*.py")
-    }
-
-
-def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The package's modules that a file imports anywhere, in its functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names)):
-                if name in known:
-                    yield name
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in known)
-
-
-def folder(path: Path) -> str:
-    place = path.parent.relative_to(REPOSITORY / PACKAGE).as_posix()
-    return "" if place == "." else place
-
-
 @pytest.fixture(scope="module")
 def arrows() -> dict[Path, set[Path]]:
     known = modules()
@@ -404,24 +378,6 @@ def test_no_folders_and_no_files_import_each_other(arrows: dict[Path, set[Path]]
             found = {folder(t) for t in targets if t.name != "__init__.py"} - FREE
             between.setdefault(folder(source), set()).update(found - {folder(source)})
     assert cycle(between) is None
-
-
-def cycle(graph: dict) -> list | None:
-    """The first circle of a graph, found depth first."""
-    done: set = set()
-
-    def visit(node, path: list) -> list | None:
-        if node in path:
-            return [*path[path.index(node) :], node]
-        if node in done:
-            return None
-        for target in graph.get(node, ()):
-            if found := visit(target, [*path, node]):
-                return found
-        done.add(node)
-        return None
-
-    return next((found for node in graph if (found := visit(node, []))), None)
 
 
 def code_files() -> list[Path]:
