@@ -36,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the run has none yet, or go back to one of the run's own and set later ones aside. The "
         "same command, given again, goes on from the newest checkpoint",
     )
+    parser.add_argument(
+        "--start-from",
+        metavar="PATH",
+        help="begin at step 0 with the weights of a checkpoint of any format: a folder in Hugging "
+        "Face's or Meta's format, a converted one, DeepSpeed's, another run or one of its "
+        "checkpoints. Settings of the model and tokenizer.path are taken from it where the config "
+        "has none. The same command, given again, goes on from the run's newest checkpoint",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,6 +55,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.no_step and not args.dry_run:
         raise ConfigError("--no-step", "it goes with --dry-run only", "Add --dry-run, or remove it")
+    if args.start_from is not None and args.resume != "auto":
+        what = f"it does not go with --resume {args.resume}"
+        raise ConfigError(f"--start-from {args.start_from}", what, "Give one of the two")
     with one_of_a_job(debug=args.debug, is_shown=not args.no_step) as launch:
         config = load_config(find_config(args.config), args.overrides)
         world_size = launch.world_size
@@ -59,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
         from megatron_chameleon.training.prepare import prepare_run
         from megatron_chameleon.training.records.notify import receiver_warning
 
-        inputs = prepare_run(config, world_size, args.resume)
+        resume, weights_only = args.start_from or args.resume, args.start_from is not None
+        inputs = prepare_run(config, world_size, resume, weights_only=weights_only)
         if launch.rank == 0:
             receiver = receiver_warning(config.logging)
             for line in (*paper.warnings(config), *inputs.warnings(), receiver):

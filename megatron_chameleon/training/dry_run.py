@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_chameleon.announce import announced
+from megatron_chameleon.checkpoint.loading.beginning import describe_beginning
 from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.checkpoint.state.resume import load
 from megatron_chameleon.config.load import format_config
@@ -44,6 +45,8 @@ MOST_RANKS = 8
 def describe_dry_run(inputs: RunInputs, launch: Launch, world_size: int) -> str:
     """The resolved config, what the run would do, and why this machine cannot do it, if so."""
     start = f"resumes from {inputs.checkpoint}" if inputs.checkpoint else "starts from step 0"
+    if inputs.weights:
+        start = describe_beginning(inputs.weights, inputs.config)
     lines = [
         f"{format_config(inputs.config)}\n{describe_run(inputs)}; {start}; {launch.launcher}",
         *resume_lines(inputs),
@@ -153,13 +156,16 @@ def _try_step(inputs: RunInputs) -> str:
     with announced("building the model"):
         rate = run_learning_rate(config, inputs.reader.history)
         vocabulary = inputs.tokenizer.vocabulary
+        image_ids = vocabulary.code_token_ids.tolist()
         engine = build_engine(
-            config, vocabulary.size, topology, rate, vocabulary.code_token_ids.tolist()
+            *(config, vocabulary.size, topology, rate, image_ids), weights=inputs.weights
         )
     if inputs.checkpoint is not None:
         with announced(f"loading {inputs.checkpoint}"):
             load(inputs.checkpoint, engine)
         check_loaded_weights(engine.named_parameters(), inputs.checkpoint)
+    if inputs.start.weights is not None:
+        check_loaded_weights(engine.named_parameters(), inputs.start.weights)
     step = _steps_done(inputs) + 1
     batches = inputs.reader.batches_for(step, topology.data_rank, topology.data_size)
     count = counted(len(batches), "micro-batch", "es")

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_chameleon.announce import announced
+from megatron_chameleon.checkpoint.loading.beginning import describe_beginning
 from megatron_chameleon.checkpoint.state.folders import load_state, step_of
 from megatron_chameleon.checkpoint.state.resume import load
 from megatron_chameleon.checkpoint.state.save import VALIDATION_LOSS, Saver
@@ -80,11 +81,13 @@ class Run:
                 )
             )
             self.watch.begin("building the model", 0, is_long=True)
-            with announced("building the model"):
+            weights = self.inputs.start.weights
+            with announced(f"building the model{f' from {weights}' if weights else ''}"):
                 rate = run_learning_rate(config, self.inputs.reader.history)
                 self.engine = build_engine(
                     *(config, vocabulary.size, self.topology, rate),
                     vocabulary.code_token_ids.tolist(),
+                    weights=self.inputs.weights,
                 )
             self.watch.clock = self.engine.clock
             checks = config.data.validation.modality_prompts and has_conversations(
@@ -97,6 +100,8 @@ class Run:
             # What a rollback closes and opens again has a stack of its own.
             self._restarted = stack.enter_context(ExitStack())
             steps_done = self._load(start) if start else 0
+            if weights is not None:
+                check_loaded_weights(self.engine.named_parameters(), weights)
             self.events.start(steps_done)
             self._open_after(steps_done)
             self._report_start(start)
@@ -116,6 +121,10 @@ class Run:
         if start is not None:
             self.events.record("resume", f"goes on from {start}")
         if note := self.inputs.start.note:
+            self.reporter.say(note)
+            self.events.record("resume", note)
+        if weights := self.inputs.weights:
+            note = describe_beginning(weights, self.config)
             self.reporter.say(note)
             self.events.record("resume", note)
         for line in (lines := resume_lines(self.inputs)):
@@ -272,10 +281,9 @@ class Run:
         """What the same command does after this process has stopped, in words."""
         if is_saved:
             return "the same command resumes the run"
-        begin = self.inputs.checkpoint or "step 0"
         return (
             "nothing was saved, because no step has made an update yet; the same command starts "
-            f"again from {begin}"
+            f"again from {self.inputs.beginning}"
         )
 
     def sample(self, step: int) -> None:

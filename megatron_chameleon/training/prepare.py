@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_chameleon.announce import announced
+from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
+from megatron_chameleon.checkpoint.loading.beginning import check_first_weights
 from megatron_chameleon.checkpoint.state.folders import load_state, trained_on_conversations
 from megatron_chameleon.checkpoint.state.resume import check_fits
 from megatron_chameleon.checkpoint.state.start import Start, find_sound, find_start
@@ -33,7 +35,12 @@ from megatron_chameleon.training.samples.sampler import check_samples
 
 
 def prepare_run(
-    config: Config, world_size: int, resume: str, start: Start | None = None
+    config: Config,
+    world_size: int,
+    resume: str,
+    start: Start | None = None,
+    *,
+    weights_only: bool = False,
 ) -> RunInputs:
     """Check the config, the tokenizer, the data and the checkpoint of a run.
 
@@ -42,6 +49,8 @@ def prepare_run(
         world_size: Number of processes of the run.
         resume: ``auto``, ``never`` or the path of a checkpoint.
         start: What ``resume`` means, if that is known already.
+        weights_only: Whether the path is a checkpoint of any format that only gives the run its
+            first weights.
 
     Raises:
         ChameleonError: Something is missing or does not fit.
@@ -55,10 +64,13 @@ def prepare_run(
         raise problem
     select_trained(config, tokenizer.vocabulary.size, tokenizer.vocabulary.code_token_ids)
     check_samples(config)
-    start = start or find_start(checkpoints_folder(config), resume)
-    checkpoint = start.checkpoint
+    start = start or find_start(checkpoints_folder(config), resume, weights_only=weights_only)
+    checkpoint, weights = start.checkpoint, None
     if checkpoint is not None:
         check_fits(checkpoint, config, tokenizer.fingerprint)
+    if start.weights is not None:
+        weights = open_checkpoint(start.weights)
+        check_first_weights(weights, config, tokenizer)
     with announced("reading the indices of the data sources"):
         reader = open_reader(config, tokenizer, checkpoint)
         held_out = HeldOutReader(config, tokenizer) if config.data.validation.sources else None
@@ -69,9 +81,11 @@ def prepare_run(
         trained = find_trained_tokens(state, reader)
     return RunInputs(
         *(config, tokenizer, reader, checkpoint, skipped_steps, resume, start),
+        weights_only=weights_only,
+        weights=weights,
         held_out=held_out,
         trained=trained,
-        conversations=bool(trained_on_conversations(state)),
+        conversations=bool(weights.conversations if weights else trained_on_conversations(state)),
     )
 
 
@@ -86,20 +100,22 @@ def refresh_inputs(inputs: RunInputs, world_size: int) -> RunInputs:
         ChameleonError: On every rank: as ``prepare_run`` does, no checkpoint is sound, or the
             file system refuses to set a branch aside.
     """
-    folder = checkpoints_folder(inputs.config)
+    folder, weights_only = checkpoints_folder(inputs.config), inputs.weights_only
 
     def look() -> Start:
         finish_moves(folder)
-        return find_start(folder, inputs.resume)
+        return find_start(folder, inputs.resume, weights_only=weights_only)
 
     start = find_sound(folder, run_on_rank_0(look))
     if start != inputs.start:
-        inputs = prepare_run(inputs.config, world_size, inputs.resume, start)
+        inputs = prepare_run(
+            inputs.config, world_size, inputs.resume, start, weights_only=weights_only
+        )
     run_on_rank_0(lambda: carry_out(folder, start))
     if start.moves is None:
         return inputs
     start = replace(start, checkpoint=start.checkpoint_after_moves, moves=None)
-    return prepare_run(inputs.config, world_size, inputs.resume, start)
+    return prepare_run(inputs.config, world_size, inputs.resume, start, weights_only=weights_only)
 
 
 def describe_run(inputs: RunInputs) -> str:

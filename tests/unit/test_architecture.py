@@ -115,6 +115,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "model",
         "parallel",
+        "tokenizer",
     },
     "checkpoint/convert": {
         "checkpoint/names",
@@ -219,6 +220,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training/metrics": {"config", "data/batches", "parallel", "runs"},
     "training/records": {"checkpoint/state", "config", "config/checks", "runs"},
     "training/run": {
+        "checkpoint/formats",  # the weights of any format that a run begins with
         "checkpoint/state",
         "config",
         "config/checks",
@@ -233,6 +235,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training/records",
     },
     "training/engines": {
+        "checkpoint/formats",
+        "checkpoint/loading",
         "checkpoint/names",
         "checkpoint/state",
         "config",
@@ -296,6 +300,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer/image",
     },
     "training": {
+        "checkpoint/formats",
+        "checkpoint/loading",
         "checkpoint/state",
         "config",
         "config/checks",

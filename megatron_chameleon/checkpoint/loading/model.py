@@ -1,8 +1,8 @@
 """Fill the model that training uses with the weights of a checkpoint of any format and layout.
 
-Every process of the job calls this. Each tensor is read by one of the tensor-parallel ranks, which
-gives the others their parts. So each file is read once, and no rank holds more than its own part
-of the model and one whole tensor.
+Every process of the job calls this. Each tensor is read by one of the ranks that hold parts of it
+or copies of them, which gives the others what is theirs. So each file is read once in the whole
+job, and no rank holds more than its own part of the model and one whole tensor.
 """
 
 from collections.abc import Sequence
@@ -35,25 +35,67 @@ def load_model(
             the rows behind the vocabulary become zeros. None: the vocabulary's size.
 
     Raises:
+        CheckpointError: As ``fill_weights``.
+    """
+    vocab_rows = vocab_rows or reader.dimensions.vocab_size
+    parts = build_model(config, vocab_rows, topology, draws_weights=False)
+    for part in parts:
+        part.requires_grad_(False)
+    fill_weights(reader, parts)
+    return parts
+
+
+def build_first_model(
+    config: Config, vocab_size: int, topology: Topology, weights: CheckpointReader | None
+) -> list[ChameleonModel]:
+    """The model that a run begins with: ``build_model``, with the weights of a checkpoint if any.
+
+    Args:
+        config: A checked config, which fits the checkpoint.
+        vocab_size: A multiple of the tensor-parallel size.
+        topology: From ``create_topology``.
+        weights: The checkpoint; None draws the weights from the config's seed.
+
+    Raises:
+        CheckpointError: As ``fill_weights``.
+    """
+    parts = build_model(config, vocab_size, topology, draws_weights=weights is None)
+    if weights is not None:
+        fill_weights(weights, parts)
+    return parts
+
+
+def fill_weights(reader: CheckpointReader, parts: Sequence[nn.Module]) -> None:
+    """Copy the weights of a checkpoint into the parameters of this rank. A collective.
+
+    Parameters that the checkpoint's format does not know, such as those of adapters, stay as they
+    are.
+
+    Args:
+        reader: The checkpoint.
+        parts: This rank's parts of the model, before an optimizer copies their parameters.
+
+    Raises:
         CheckpointError: On every rank, if any cannot read a tensor, or has opened another
             checkpoint than rank 0.
     """
+    from megatron.core import parallel_state
+
     _check_same(reader)
-    vocab_rows = vocab_rows or reader.dimensions.vocab_size
-    parts = build_model(config, vocab_rows, topology, draws_weights=False)
     rows = {}
     for row in tensor_rows(reader.dimensions):
         layer = "" if row.layer is None else f"layers.{row.layer}."
         rows[row.megatron_name.replace("layers.", layer)] = row
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    at_once = tensor.size() * data.size()
     failure = None
     for part in parts:
-        part.requires_grad_(False)
-        named = list(named_global_parameters(part))
-        for start in range(0, len(named), topology.tensor_size):
-            found = _load_tensors(reader, rows, named[start : start + topology.tensor_size])
+        named = [pair for pair in named_global_parameters(part) if pair[0] in rows]
+        for start in range(0, len(named), at_once):
+            found = _fill(reader, rows, named[start : start + at_once], tensor, data)
             failure = failure or found
     raise_together(failure)
-    return parts
 
 
 def _check_same(reader: CheckpointReader) -> None:
@@ -72,33 +114,46 @@ def _check_same(reader: CheckpointReader) -> None:
 
 
 @torch.no_grad()
-def _load_tensors(
+def _fill(
     reader: CheckpointReader,
     rows: dict[str, TensorRow],
     named: Sequence[tuple[str, nn.Parameter]],
+    tensor: torch.distributed.ProcessGroup,
+    data: torch.distributed.ProcessGroup,
 ) -> ChameleonError | None:
-    """Fill up to as many parameters as there are tensor-parallel ranks: each reads one.
+    """Fill up to as many parameters as there are ranks that share them: each reads one.
+
+    Args:
+        reader: The checkpoint.
+        rows: Its rows by the names of parameters in the whole model.
+        named: The same on every rank of both groups.
+        tensor: The ranks that hold the parts of the parameters.
+        data: The ranks that hold the same parts as this one.
 
     Returns:
         Why this rank could not read its tensor. The others then get zeros, instead of waiting.
     """
-    from megatron.core import parallel_state
-
-    group = parallel_state.get_tensor_model_parallel_group()
+    size = tensor.size()
+    shares = [named[start : start + size] for start in range(0, len(named), size)]
+    mine = shares[data.rank()] if data.rank() < len(shares) else []
     own, failure = None, None
-    if group.rank() < len(named):
-        name, parameter = named[group.rank()]
+    if tensor.rank() < len(mine):
+        name, parameter = mine[tensor.rank()]
         try:
-            own = _shards(reader.read(rows[name]), name, parameter, group.size())
+            own = _shards(reader.read(rows[name]), name, parameter, size)
         except ChameleonError as error:
-            own, failure = [torch.zeros_like(parameter)] * group.size(), error
-    for source, (_, parameter) in enumerate(named):
-        if group.size() == 1:
+            own, failure = [torch.zeros_like(parameter)] * size, error
+    for source, (_, parameter) in enumerate(mine):
+        if size == 1:
             assert own is not None
             parameter.copy_(own[0])
             continue
-        shards = own if group.rank() == source else None
-        torch.distributed.scatter(parameter.data, shards, group=group, group_src=source)
+        shards = own if tensor.rank() == source else None
+        torch.distributed.scatter(parameter.data, shards, group=tensor, group_src=source)
+    if data.size() > 1:
+        for owner, share in enumerate(shares):
+            for _, parameter in share:
+                torch.distributed.broadcast(parameter.data, group=data, group_src=owner)
     return failure
 
 

@@ -32,13 +32,18 @@ from megatron_chameleon.parallel.collectives import first_message
 
 logger = logging.getLogger(__name__)
 
+_WEIGHT_FORMATS = ("Hugging Face", "Meta")
+
 
 @dataclass(frozen=True)
 class Start:
     """Where a run begins or goes on, and what its folder then looks like."""
 
     checkpoint: Path | None = None
-    """Where it is now; None for step 0 and random weights."""
+    """Where it is now; None for step 0."""
+    weights: Path | None = None
+    """The folder, of any format, whose weights a run begins with at step 0; None for random weights
+    or those of ``checkpoint``."""
     given: str | None = None
     """What to note in ``line.json`` as the beginning; None leaves the note as it is."""
     moves: Moves | None = None
@@ -54,7 +59,7 @@ class Start:
         return self.checkpoint.parent.parent / self.checkpoint.name
 
 
-def find_start(folder: Path, resume: str) -> Start:
+def find_start(folder: Path, resume: str, *, weights_only: bool = False) -> Start:
     """Choose the checkpoint to resume from. Only small files are read, and nothing is changed.
 
     A job that is requeued repeats its command, which must then go on and not begin again. So
@@ -65,7 +70,10 @@ def find_start(folder: Path, resume: str) -> Start:
         folder: The run's ``checkpoints/`` folder.
         resume: ``auto`` for the newest sound checkpoint of the line, ``never``, or a path. One of
             the run's own checkpoints is where the run goes back to. A path outside the folder is
-            where the run begins, as long as it has no checkpoint of its own.
+            where the run begins, as long as it has no checkpoint of its own. It may be a folder of
+            weights in Hugging Face's or Meta's format.
+        weights_only: Whether the path is a checkpoint of any format, or a run, that only gives the
+            run its first weights.
 
     Raises:
         CheckpointError: The path is not a sound checkpoint, none of the line's checkpoints is
@@ -85,8 +93,16 @@ def find_start(folder: Path, resume: str) -> Start:
     given = place or str(Path(resume).absolute())
     if found and given == record.given:
         return _go_on(folder, note=lambda newest: _note_repeated(folder, resume, record, newest))
+    if weights_only and place:
+        what = "it is one of the run's own checkpoints, and only another run can begin with them"
+        remedy = f"Use --resume {resume} to go back to it, or give another logging.run_dir"
+        raise CheckpointError(resume, what, remedy)
     checkpoint = folder / place if place else Path(resume)
-    _check_given(checkpoint, Path(resume))
+    is_weights = weights_only or (place is None and has_only_weights(checkpoint))
+    if not is_weights:
+        _check_given(checkpoint, Path(resume))
+    elif not checkpoint.is_dir():
+        raise _not_a_checkpoint(checkpoint)
     if place is None and Path(resume).resolve().is_relative_to(folder.resolve()):
         what = "it lies among the run's checkpoints, but its name is not that of one"
         remedy = f"Give a folder such as {folder}/step_... or {folder}/branch_0001/step_..."
@@ -94,9 +110,11 @@ def find_start(folder: Path, resume: str) -> Start:
     if place is None and found:
         own = "the run has checkpoints of its own and goes on from"
         return _go_on(folder, note=lambda newest: f"{own} {newest.name}; {resume} is not read")
+    if is_weights:
+        return Start(weights=checkpoint.absolute(), given=given)
     moves = None if place is None else _moves_to(folder, place)
     note = _note_moves(folder, moves, f"the run goes back to {place}") if moves else None
-    return Start(checkpoint, given, moves, note)
+    return Start(checkpoint, given=given, moves=moves, note=note)
 
 
 def _go_on(
@@ -107,7 +125,8 @@ def _go_on(
     for checkpoint in reversed(list_line(folder, whole=False)):
         damage = find_damage_of_small_files(checkpoint)
         if damage is None:
-            return _tidied(folder, Start(checkpoint, given, None, note and note(checkpoint)))
+            start = Start(checkpoint, given=given, note=note and note(checkpoint))
+            return _tidied(folder, start)
         damages.append(damage)
     if damages:
         raise _none_is_sound(folder, damages)
@@ -188,14 +207,26 @@ def _check_given(checkpoint: Path, given: Path) -> None:
         raise CheckpointError(str(given), damage, "Use an older checkpoint")
 
 
+def has_only_weights(folder: Path) -> bool:
+    """Whether a folder has a format without optimizer state, so that only weights can be meant."""
+    return not (folder / STATE_FILE).is_file() and other_format(folder) in _WEIGHT_FORMATS
+
+
 def _not_a_checkpoint(path: Path) -> CheckpointError:
     what = f"This is not a whole checkpoint: it has no {STATE_FILE}"
     remedy = "Give a folder such as runs/NAME/checkpoints/step_..."
     if not path.is_dir():
         what = "There is no such folder"
+    elif (path / "checkpoints").is_dir():
+        what = "This is a run folder, not one of its checkpoints"
+        remedy = (
+            f"Give a folder such as {path}/checkpoints/step_..., or use --start-from {path} to "
+        )
+        remedy += "begin with the weights of its newest checkpoint"
     elif format_name := other_format(path):
         what = f"This is a {format_name} folder"
-        remedy = f"Run `chameleon convert {path} DST --to megatron` first"
+        remedy = f"--start-from {path} begins a run with its weights. To keep the optimizer state, "
+        remedy += f"run `chameleon convert {path} DST --to megatron` first and resume from DST"
     return CheckpointError(str(path), what, remedy)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.state.save import Snapshot
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
@@ -136,6 +137,7 @@ def build_engine(
     topology: Topology,
     learning_rate: LearningRate | None = None,
     image_ids: Sequence[int] = (),
+    weights: CheckpointReader | None = None,
 ) -> TrainingEngine:
     """The engine that ``engine.name`` asks for, before its first step.
 
@@ -145,12 +147,13 @@ def build_engine(
         topology: From ``create_topology``.
         learning_rate: Of each step; None: as the config alone says.
         image_ids: The token ids of the image codes, which ``model.train`` and ``freeze`` may name.
+        weights: The checkpoint whose weights the model begins with; None: they are drawn.
     """
     if config.engine.name == "deepspeed":
         prepare_deepspeed(find_launch().local_rank)  # before deepspeed is imported
         from megatron_chameleon.training.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(config, vocab_size, topology, learning_rate, image_ids)
+        return DeepSpeedEngine(config, vocab_size, topology, learning_rate, image_ids, weights)
     from megatron_chameleon.training.engines.megatron import MegatronEngine
 
-    return MegatronEngine(config, vocab_size, topology, learning_rate, image_ids)
+    return MegatronEngine(config, vocab_size, topology, learning_rate, image_ids, weights)

@@ -21,6 +21,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
 
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader
+from megatron_chameleon.checkpoint.loading.model import build_first_model
 from megatron_chameleon.checkpoint.state.deepspeed_state import (
     DeepSpeedSnapshot,
     ShardedState,
@@ -30,7 +32,6 @@ from megatron_chameleon.checkpoint.state.deepspeed_state import (
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
-from megatron_chameleon.model.chameleon import build_model
 from megatron_chameleon.model.fp8 import kept_fp8_scales
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.model.tuning.selection import select_trained
@@ -59,6 +60,7 @@ class DeepSpeedEngine:
         topology: From ``create_topology``.
         learning_rate: Of each step; None: as the config alone says.
         image_ids: The token ids of the image codes, which ``model.train`` and ``freeze`` may name.
+        weights: The checkpoint whose weights the model begins with; None: they are drawn.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class DeepSpeedEngine:
         topology: Topology,
         learning_rate: LearningRate | None = None,
         image_ids: Sequence[int] = (),
+        weights: CheckpointReader | None = None,
     ) -> None:
         self.config = config
         self.topology = topology
-        (self.model,) = build_model(config, vocab_size, topology)
+        (self.model,) = build_first_model(config, vocab_size, topology, weights)
         self.selection = select_trained(config, vocab_size, image_ids)
         set_trainable(self.selection, [self.model], topology.tensor_rank)
         self.monitor = StepMonitor([self.model], topology.tensor_size)

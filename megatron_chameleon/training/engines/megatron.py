@@ -22,13 +22,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader
+from megatron_chameleon.checkpoint.loading.model import build_first_model
 from megatron_chameleon.checkpoint.names.optimizer_state import weight_key
 from megatron_chameleon.checkpoint.state.megatron_optimizer import load_optimizer, sharded_optimizer
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.checkpoint.state.torch_dist import ShardedSnapshot, load_sharded
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import Batch
-from megatron_chameleon.model.chameleon import ChameleonModel, build_model
+from megatron_chameleon.model.chameleon import ChameleonModel
 from megatron_chameleon.model.fp8 import kept_fp8_scales
 from megatron_chameleon.model.fp8_linear import start_fp8_step
 from megatron_chameleon.model.fusions import add_weight_gradients_in_products, select_fusions
@@ -63,6 +65,7 @@ class MegatronEngine:
         topology: From ``create_topology``.
         learning_rate: Of each step; None: as the config alone says.
         image_ids: The token ids of the image codes, which ``model.train`` and ``freeze`` may name.
+        weights: The checkpoint whose weights the model begins with; None: they are drawn.
     """
 
     def __init__(
@@ -72,10 +75,11 @@ class MegatronEngine:
         topology: Topology,
         learning_rate: LearningRate | None = None,
         image_ids: Sequence[int] = (),
+        weights: CheckpointReader | None = None,
     ) -> None:
         self.config = config
         self.topology = topology
-        self.parts = build_model(config, vocab_size, topology)
+        self.parts = build_first_model(config, vocab_size, topology, weights)
         self.selection = select_trained(config, vocab_size, image_ids)
         set_trainable(self.selection, self.parts, topology.tensor_rank)
         self.monitor = StepMonitor(self.parts, topology.tensor_size)

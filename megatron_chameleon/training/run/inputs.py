@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.checkpoint.state.start import Start
 from megatron_chameleon.config.schema import Config
@@ -24,18 +25,27 @@ class RunInputs:
     reader: BatchReader
     """The run's own reader, which may be reading ahead."""
     checkpoint: Path | None
-    """Where the run starts; None for step 0 and random weights."""
+    """Where the run starts; None for step 0."""
     skipped_steps: SkippedSteps
     resume: str
     """``auto``, ``never`` or a path, as the user asked for it."""
     start: Start = field(default_factory=Start)
     """How ``resume`` was understood."""
+    weights_only: bool = False
+    """Whether the path in ``resume`` gives the run its first weights and nothing else."""
+    weights: CheckpointReader | None = None
+    """The opened checkpoint whose weights the run begins with at step 0, if that is asked for."""
     held_out: HeldOutReader | None = None
     """The documents of ``data.validation``; None if there are none."""
     trained: TrainedTokens = field(default_factory=TrainedTokens)
     """Up to the last step that was done."""
     conversations: bool = False
     """Whether the checkpoint where the run starts was trained on conversations."""
+
+    @property
+    def beginning(self) -> Path | str:
+        """Where the run starts, for people."""
+        return self.checkpoint or self.start.weights or "step 0"
 
     def warnings(self) -> list[str]:
         """What the owner should know about the data, one line each."""

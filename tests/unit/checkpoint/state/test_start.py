@@ -82,23 +82,47 @@ def test_a_path_that_is_not_a_checkpoint(tmp_path: Path) -> None:
         resumes_from(tmp_path, str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [
-        ("config.json", "Hugging Face"),
-        ("params.json", "Meta"),
-        ("latest", "DeepSpeed"),
-        ("latest_universal", "DeepSpeed"),
-    ],
-)
-def test_a_folder_of_another_format_is_named(tmp_path: Path, file: str, name: str) -> None:
+@pytest.mark.parametrize("file", ["config.json", "params.json"])
+def test_a_folder_of_weights_is_where_a_run_begins(tmp_path: Path, file: str) -> None:
+    weights, run = tmp_path / "weights", tmp_path / "run"
+    weights.mkdir()
+    (weights / file).touch()
+    for weights_only in (False, True):
+        start = find_start(run, str(weights), weights_only=weights_only)
+        assert (start.weights, start.checkpoint, start.given) == (weights, None, str(weights))
+    write_line(run, LineRecord(str(weights), "today"))
+    newest = make(run, 5)
+    shutil.rmtree(weights)
+    again = find_start(run, str(weights), weights_only=True)
+    assert (again.weights, again.checkpoint) == (None, newest), "a requeued job goes on"
+    with pytest.raises(CheckpointError, match="typo: There is no such folder"):
+        find_start(run, str(tmp_path / "typo"), weights_only=True)
+
+
+@pytest.mark.parametrize("file", ["latest", "latest_universal"])
+def test_a_folder_with_an_optimizer_of_another_format_is_named(tmp_path: Path, file: str) -> None:
     (tmp_path / file).touch()
     with pytest.raises(CheckpointError) as caught:
         resumes_from(tmp_path / "run", str(tmp_path))
     assert str(caught.value) == (
-        f"{tmp_path}: This is a {name} folder. Run `chameleon convert {tmp_path} DST --to "
-        "megatron` first."
+        f"{tmp_path}: This is a DeepSpeed folder. --start-from {tmp_path} begins a run with its "
+        f"weights. To keep the optimizer state, run `chameleon convert {tmp_path} DST --to "
+        "megatron` first and resume from DST."
     )
+    assert find_start(tmp_path / "run", str(tmp_path), weights_only=True).weights == tmp_path
+
+
+def test_a_checkpoint_or_a_run_gives_another_run_its_weights_only(tmp_path: Path) -> None:
+    other, run = tmp_path / "other", tmp_path / "run" / "checkpoints"
+    checkpoint = make(other / "checkpoints", 5)
+    for path in (other, checkpoint):
+        start = find_start(run, str(path), weights_only=True)
+        assert (start.weights, start.checkpoint) == (path, None)
+    with pytest.raises(CheckpointError, match=r"not one of its checkpoints\. .* --start-from /"):
+        find_start(run, str(other))
+    own = make(run, 5)
+    with pytest.raises(CheckpointError, match=r"only another run can begin with them\. Use --resu"):
+        find_start(run, str(own), weights_only=True)
 
 
 def test_auto_skips_checkpoints_whose_small_files_are_damaged(tmp_path: Path) -> None:

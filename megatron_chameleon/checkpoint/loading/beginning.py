@@ -1,0 +1,86 @@
+"""The weights that a run begins with: whether they fit its config and tokenizer, and in words."""
+
+import json
+
+from megatron_chameleon.checkpoint.formats import FORMATS
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader
+from megatron_chameleon.checkpoint.formats.opening import check_encoder, check_fingerprint
+from megatron_chameleon.config.schema import Config, ModelConfig
+from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.tokenizer.folder import Tokenizer
+
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "norm_order",
+    "qk_norm_groups",
+    "layernorm_epsilon",
+    "rotary_base",
+)
+"""What the weights decide about the model. Its other settings may differ in every run."""
+
+
+def check_architecture(reader: CheckpointReader, config: Config) -> None:
+    """Refuse a config whose model is not that of the weights.
+
+    Raises:
+        CheckpointError: It names every value that differs, in one line.
+    """
+    found = [
+        f"model.{name}={json.dumps(stored)} (your config: {json.dumps(wanted)})"
+        for name in ARCHITECTURE
+        for stored, wanted in [(_resolved(reader.model, name), _resolved(config.model, name))]
+        if stored != wanted
+    ]
+    if found:
+        raise CheckpointError(
+            str(reader.folder),
+            f"The weights have {', '.join(found)}",
+            f"Remove {'it' if len(found) == 1 else 'them'} from your config, which takes over what "
+            "the weights say, or give other weights",
+        )
+
+
+def _resolved(model: ModelConfig, name: str) -> object:
+    """A setting, or the number of heads where null stands for it."""
+    value = getattr(model, name)
+    if value is None and name in ("num_query_groups", "qk_norm_groups"):
+        return model.num_attention_heads
+    return value
+
+
+def check_first_weights(reader: CheckpointReader, config: Config, tokenizer: Tokenizer) -> None:
+    """Refuse weights that do not fit a run.
+
+    Args:
+        reader: The weights.
+        config: The run's.
+        tokenizer: The run's; its image tokenizer need not be loaded.
+
+    Raises:
+        CheckpointError: The model or the tokenizer is another one.
+    """
+    check_architecture(reader, config)
+    folder, vocab_size = reader.folder, reader.dimensions.vocab_size
+    if tokenizer.vocabulary.size != vocab_size:
+        what = f"has {tokenizer.vocabulary.size:,} tokens, and the weights in {folder} have "
+        what += f"{vocab_size:,}"
+        remedy = "Remove tokenizer.path, which takes the tokenizer of the weights, or name that one"
+        raise CheckpointError(str(tokenizer.folder), what, remedy)
+    if reader.fingerprint is not None:
+        check_fingerprint(tokenizer, reader.fingerprint, str(folder))
+    check_encoder(tokenizer, reader)
+
+
+def describe_beginning(reader: CheckpointReader, config: Config) -> str:
+    """From which weights a run begins, and whether its sequences are longer than theirs."""
+    text = f"starts from step 0 with the weights of {reader.folder} ({FORMATS[reader.format]}"
+    text += f", step {reader.step:,})" if reader.step else ")"
+    longest = reader.model.seq_length
+    if config.model.seq_length > longest:
+        text += f"; its sequences of {config.model.seq_length:,} tokens are longer than the "
+        text += f"{longest:,} that the weights know, so the positions beyond are new to them"
+    return text
