@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, add_action, add_common_options, add_overrides
+from megatron_chameleon.cli.starting import add_start_from, load_inheriting
 
 if TYPE_CHECKING:
+    from megatron_chameleon.checkpoint.formats.base import CheckpointReader
     from megatron_chameleon.config.paper import PaperComparison
     from megatron_chameleon.config.schema import Config
 
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = add_action(kinds, "check", "show every value beside the paper's and mark deviations")
     check.add_argument("config", metavar="CONFIG", help=CONFIG)
     add_overrides(check)
+    add_start_from(check)
     check.add_argument(
         "--paper",
         choices=("7b", "34b"),
@@ -46,16 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config import paper
     from megatron_chameleon.config.checks.check import check_config, smallest_world_size
-    from megatron_chameleon.config.load import find_preset, load_config
+    from megatron_chameleon.config.load import find_preset
     from megatron_chameleon.config.names import find_config
     from megatron_chameleon.schedules.batch_sizes import plan_batches, samples_before
 
     path = find_config(args.config)
-    config = load_config(path, args.overrides)
+    config, weights = load_inheriting(path, args.overrides, args.start_from)
     check_config(filled_in(config), smallest_world_size(config.parallel))
     size = args.paper or _size_of_preset(find_preset(path, args.overrides))
     chosen = size or paper.nearest_size(config)
-    vocab_size, note = find_vocab_size(config)
+    vocab_size, note = find_vocab_size(config, weights)
 
     rows = paper.compare(config, chosen, args.stage)
     samples = samples_before(plan_batches(config.training), config.training.steps)
@@ -110,8 +113,8 @@ def _size_of_preset(preset: str | None) -> str | None:
     return next((size for size in SIZES if preset and preset.endswith(f"_{size}")), None)
 
 
-def find_vocab_size(config: "Config") -> tuple[int, str]:
-    """The vocabulary size of the config's tokenizer, or the paper's if it does not exist yet.
+def find_vocab_size(config: "Config", weights: "CheckpointReader | None" = None) -> tuple[int, str]:
+    """The vocabulary size of the weights or the config's tokenizer; the paper's without either.
 
     Returns:
         The size, and a note for the user, which is empty for the config's own.
@@ -121,6 +124,8 @@ def find_vocab_size(config: "Config") -> tuple[int, str]:
     from megatron_chameleon.config.paper import VOCAB_SIZE
     from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
+    if weights is not None:
+        return weights.dimensions.vocab_size, ""
     path = config.tokenizer.path
     if path and Path(path).is_dir():
         return Vocabulary.load(Path(path)).size, ""

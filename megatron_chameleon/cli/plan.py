@@ -12,11 +12,13 @@ import argparse
 from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, COUNT, GPU_COUNT, add_overrides
+from megatron_chameleon.cli.starting import add_start_from, load_inheriting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help=CONFIG)
     add_overrides(parser)
+    add_start_from(parser)
     parser.add_argument(
         "--gpus", type=GPU_COUNT, required=True, metavar="N", help="number of GPUs of the job"
     )
@@ -36,14 +38,13 @@ def run(args: argparse.Namespace) -> None:
     import json
 
     from megatron_chameleon.cli.config import filled_in, find_vocab_size
-    from megatron_chameleon.config.load import load_config
     from megatron_chameleon.config.names import find_config
     from megatron_chameleon.planner.gpus import GPUS
     from megatron_chameleon.planner.report import as_json, as_text, check_any_fits
     from megatron_chameleon.planner.search import PlanRequest, search_layouts
 
-    config = load_config(find_config(args.config), args.overrides)
-    vocab_size, _ = find_vocab_size(config)
+    config, weights = load_inheriting(find_config(args.config), args.overrides, args.start_from)
+    vocab_size, _ = find_vocab_size(config, weights)
     request = PlanRequest(filled_in(config), vocab_size, args.gpus, GPUS[args.gpu])
     with announced(f"comparing the layouts of {args.gpus} GPUs"):
         result = search_layouts(request)

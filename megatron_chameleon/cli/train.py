@@ -3,13 +3,17 @@
 import argparse
 import logging
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, add_overrides
 from megatron_chameleon.cli.ranks import one_of_a_job
+from megatron_chameleon.cli.starting import add_start_from, load_inheriting, tokenizer_in_place
 
 if TYPE_CHECKING:
+    from megatron_chameleon.config.schema import Config
     from megatron_chameleon.parallel.launch import Launch
     from megatron_chameleon.training.run.inputs import RunInputs
 
@@ -36,20 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the run has none yet, or go back to one of the run's own and set later ones aside. The "
         "same command, given again, goes on from the newest checkpoint",
     )
-    parser.add_argument(
-        "--start-from",
-        metavar="PATH",
-        help="begin at step 0 with the weights of a checkpoint of any format: a folder in Hugging "
-        "Face's or Meta's format, a converted one, DeepSpeed's, another run or one of its "
-        "checkpoints. Settings of the model and tokenizer.path are taken from it where the config "
-        "has none. The same command, given again, goes on from the run's newest checkpoint",
+    add_start_from(
+        parser,
+        ". The same command, given again, goes on from the run's newest checkpoint. --resume takes "
+        "folders in Hugging Face's and Meta's format as well",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_chameleon.config import paper
     from megatron_chameleon.config.checks.check import check_config, smallest_world_size
-    from megatron_chameleon.config.load import load_config
     from megatron_chameleon.config.names import find_config
     from megatron_chameleon.errors import ConfigError
 
@@ -59,40 +58,73 @@ def run(args: argparse.Namespace) -> None:
         what = f"it does not go with --resume {args.resume}"
         raise ConfigError(f"--start-from {args.start_from}", what, "Give one of the two")
     with one_of_a_job(debug=args.debug, is_shown=not args.no_step) as launch:
-        config = load_config(find_config(args.config), args.overrides)
+        start_from = args.start_from or _weights_to_resume(args.resume)
+        config, weights = load_inheriting(find_config(args.config), args.overrides, start_from)
         world_size = launch.world_size
         if args.dry_run and launch.launcher == "alone":
             # check as if the smallest possible number of processes had been started
             world_size = smallest_world_size(config.parallel)
         check_config(config, world_size)  # before the imports, which take seconds
-
-        from megatron_chameleon.training.loop import train
-        from megatron_chameleon.training.prepare import prepare_run
-        from megatron_chameleon.training.records.notify import receiver_warning
-
-        resume, weights_only = args.start_from or args.resume, args.start_from is not None
-        inputs = prepare_run(config, world_size, resume, weights_only=weights_only)
-        if launch.rank == 0:
-            receiver = receiver_warning(config.logging)
-            for line in (*paper.warnings(config), *inputs.warnings(), receiver):
-                if line:
-                    _logger.warning(line)
-        if args.dry_run:
-            _dry_run(inputs, launch, world_size, with_step=not args.no_step)
-            return
-        finished = train(inputs, launch)
+        with tokenizer_in_place(config, weights, launch.rank, keep=not args.dry_run) as ready:
+            finished = _start(args, ready, config, launch, world_size)
     if not finished:
         from megatron_chameleon.training.faults.signals import EXIT_CODE
 
         sys.exit(EXIT_CODE)
 
 
-def _dry_run(inputs: "RunInputs", launch: "Launch", world_size: int, *, with_step: bool) -> None:
+def _start(
+    args: argparse.Namespace,
+    config: "Config",
+    shown: "Config",
+    launch: "Launch",
+    world_size: int,
+) -> bool:
+    """Train, or do a dry run.
+
+    Args:
+        args: Of the verb.
+        config: The run's.
+        shown: The config that the run will write.
+        launch: The place of this process.
+        world_size: Number of processes that the config was checked for.
+
+    Returns:
+        Whether all steps were done.
+    """
+    from megatron_chameleon.config import paper
+    from megatron_chameleon.training.loop import train
+    from megatron_chameleon.training.prepare import prepare_run
+    from megatron_chameleon.training.records.notify import receiver_warning
+
+    resume, weights_only = args.start_from or args.resume, args.start_from is not None
+    inputs = prepare_run(config, world_size, resume, weights_only=weights_only)
+    if launch.rank == 0:
+        receiver = receiver_warning(config.logging)
+        for line in (*paper.warnings(config), *inputs.warnings(), receiver):
+            if line:
+                _logger.warning(line)
+    if args.dry_run:
+        _dry_run(inputs, shown, launch, world_size, with_step=not args.no_step)
+        return True
+    return train(inputs, launch)
+
+
+def _weights_to_resume(resume: str) -> str | None:
+    """The path that ``--resume`` names if it is a folder of weights alone."""
+    from megatron_chameleon.checkpoint.state.folders import has_only_weights
+
+    return resume if resume not in ("auto", "never") and has_only_weights(Path(resume)) else None
+
+
+def _dry_run(
+    inputs: "RunInputs", shown: "Config", launch: "Launch", world_size: int, *, with_step: bool
+) -> None:
     """Print what the run would do, and try its next step."""
     from megatron_chameleon.training.dry_run import describe_dry_run, try_step
 
     if launch.rank == 0:
-        show(describe_dry_run(inputs, launch, world_size))
+        show(describe_dry_run(replace(inputs, config=shown), launch, world_size))
     found = try_step(inputs, launch, world_size) if with_step else ""
     if found and launch.rank == 0:
         show(found)

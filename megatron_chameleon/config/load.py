@@ -8,7 +8,7 @@ once.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,9 @@ LISTED = 20
 """Mistakes of one config that are reported."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), inherited: Mapping[str, Any] | None = None
+) -> Config:
     """Read a training config.
 
     Args:
@@ -41,6 +43,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             apply wherever the file itself sets none.
         overrides: Words of the form ``section.key=value``, the value in YAML. An entry of a list is
             ``data.stage1[0].weight=2``.
+        inherited: Values by section and key that apply wherever neither the file and its preset nor
+            an override sets one.
 
     Raises:
         ConfigError: The file, the preset or an override cannot be read.
@@ -52,6 +56,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if (preset := _preset_of(own, words)) is not None:
         where = _origin("preset", f"{path}: preset", words)
         layers.insert(0, read_yaml(_preset_path(preset, where)))
+    if inherited:
+        layers.insert(0, OmegaConf.create(dict(inherited)))
     return _resolve(Config, layers, str(path), words)
 
 

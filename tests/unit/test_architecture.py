@@ -116,6 +116,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model",
         "parallel",
         "tokenizer",
+        "tokenizer/common",
     },
     "checkpoint/convert": {
         "checkpoint/names",

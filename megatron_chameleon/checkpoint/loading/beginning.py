@@ -1,13 +1,20 @@
-"""The weights that a run begins with: whether they fit its config and tokenizer, and in words."""
+"""The weights that a run begins with: what its config inherits from them, and whether they fit."""
 
 import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
 
 from megatron_chameleon.checkpoint.formats import FORMATS
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.formats.opening import check_encoder, check_fingerprint
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import CheckpointError
-from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.files import make_folder, writing
+from megatron_chameleon.tokenizer.common.files import tokenizer_file
+from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES, Tokenizer
 
 ARCHITECTURE = (
     "num_layers",
@@ -21,6 +28,49 @@ ARCHITECTURE = (
     "rotary_base",
 )
 """What the weights decide about the model. Its other settings may differ in every run."""
+
+
+def inherited_settings(model: ModelConfig) -> dict[str, Any]:
+    """The values that a config takes over from weights where it has none of its own.
+
+    Args:
+        model: Of the weights.
+
+    Returns:
+        Values by section and key, for ``load_config``. Dropout is a choice of each run.
+    """
+    names = (*ARCHITECTURE, "seq_length", "init_method_std")
+    return {"model": {name: getattr(model, name) for name in names}}
+
+
+def keep_tokenizer(reader: CheckpointReader, destination: Path) -> None:
+    """Write the tokenizer of weights to a folder, whole or not at all; nothing if it is there.
+
+    Args:
+        reader: The weights.
+        destination: A tokenizer folder; those above it are created.
+
+    Raises:
+        CheckpointError: The weights come without a tokenizer, or the folder cannot be written.
+    """
+    if os.path.lexists(destination):
+        return
+    make_folder(destination.parent, CheckpointError)
+    with writing(destination.parent, CheckpointError):
+        place = tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.partial-")
+    partial = Path(place)
+    try:
+        found = reader.tokenizer_folder(partial / "made")
+        with writing(partial, CheckpointError):
+            new = partial / "new"
+            new.mkdir()
+            for name in FINGERPRINTED_FILES:
+                if (file := tokenizer_file(found, name)).is_file():
+                    shutil.copyfile(file, new / name)
+            if not destination.exists():
+                new.rename(destination)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_architecture(reader: CheckpointReader, config: Config) -> None:

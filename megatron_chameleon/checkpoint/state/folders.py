@@ -26,6 +26,7 @@ _FOREIGN_FILES = {
     "params.json": "Meta",
 }
 """Files that only another format's folders have, and the name of that format."""
+_WEIGHT_FORMATS = ("Hugging Face", "Meta")
 
 
 def step_folder(step: int) -> str:
@@ -52,6 +53,11 @@ def other_format(folder: Path) -> str | None:
         if (folder / name).is_file():
             return format_name
     return None
+
+
+def has_only_weights(folder: Path) -> bool:
+    """Whether a folder has a format without optimizer state, so that only weights can be meant."""
+    return not (folder / STATE_FILE).is_file() and other_format(folder) in _WEIGHT_FORMATS
 
 
 def load_state(folder: Path) -> dict[str, Any]:

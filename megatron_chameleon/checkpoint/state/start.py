@@ -9,6 +9,7 @@ import torch
 
 from megatron_chameleon.checkpoint.state.folders import (
     STATE_FILE,
+    has_only_weights,
     list_step_folders,
     other_format,
     step_of,
@@ -31,8 +32,6 @@ from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.parallel.collectives import first_message
 
 logger = logging.getLogger(__name__)
-
-_WEIGHT_FORMATS = ("Hugging Face", "Meta")
 
 
 @dataclass(frozen=True)
@@ -205,11 +204,6 @@ def _check_given(checkpoint: Path, given: Path) -> None:
     damage = find_damage_of_small_files(checkpoint)
     if damage:
         raise CheckpointError(str(given), damage, "Use an older checkpoint")
-
-
-def has_only_weights(folder: Path) -> bool:
-    """Whether a folder has a format without optimizer state, so that only weights can be meant."""
-    return not (folder / STATE_FILE).is_file() and other_format(folder) in _WEIGHT_FORMATS
 
 
 def _not_a_checkpoint(path: Path) -> CheckpointError:

@@ -1,8 +1,15 @@
-"""A run that starts from a converted checkpoint has its weights and begins at step 1."""
+"""A run that starts from the weights of another format has them and begins at step 1."""
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from megatron_chameleon.config.load import load_config
+
 LAYOUT = ["parallel.tensor_model_parallel_size=2", "parallel.use_distributed_optimizer=true"]
+NO_WARMUP = "optimizer.lr_warmup_steps=0"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -19,3 +26,49 @@ def test_training_starts_from_a_converted_checkpoint(tiny, chameleon, dtype: str
     assert old[0]["loss"] - old[-1]["loss"] > 0.5, "a run that has learned nothing proves nothing"
     # not the samples that were trained on last
     assert abs(new[0]["loss"] - old[-1]["loss"]) < 0.25
+    if dtype == "fp32":
+        return
+    # the same weights straight from the folder of the other format, bit for bit
+    direct = ["--start-from", folders[0], *LAYOUT]
+    tiny.train("direct", *words[:-1], *direct, processes=2)
+    assert contents(tiny.folder / "direct") == contents(tiny.folder / run)
+
+
+def contents(run: Path) -> list[tuple[str, bytes]]:
+    """The files with tensors of a run's last checkpoint."""
+    (checkpoint,) = (run / "checkpoints").glob("step_*")
+    return [(path.name, path.read_bytes()) for path in sorted(checkpoint.glob("*.distcp"))]
+
+
+def test_a_config_inherits_what_it_does_not_say(tiny, chameleon, tmp_path: Path) -> None:
+    """Model and tokenizer come from the weights, and stay when those are gone."""
+    tiny.train("first", "training.steps=2", NO_WARMUP)
+    weights, run = tmp_path / "weights", tmp_path / "run"
+    chameleon("convert", tiny.folder / "first", weights, "--to", "hf")
+    config = tmp_path / "train.yaml"
+    text = tiny.config.read_text().split("data:")[1]
+    config.write_text(f"model: {{hidden_dropout: 0.1}}\ndata:{text}")
+    words = [config, f"logging.run_dir={run}", NO_WARMUP, "--start-from", weights]
+    dry = chameleon("train", *words, "training.steps=2", "--dry-run", "--no-step").stdout
+    assert f"path: {run}/tokenizer" in dry and not run.exists(), "a dry run leaves nothing"
+    chameleon("train", *words, "training.steps=2")
+    recorded = load_config(run / "config.yaml")
+    assert (recorded.model.num_layers, recorded.model.seq_length) == (4, 64)
+    assert recorded.model.hidden_dropout == 0.1
+    assert recorded.tokenizer.path == str(run / "tokenizer")
+    shutil.rmtree(weights)
+    chameleon("train", *words, "training.steps=3")
+    chameleon("train", *words[:3], "training.steps=4")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    found = chameleon("config", "check", config, "--start-from", tiny.folder / "first")
+    assert f"vocabulary {352:,}" in found.stdout
+    refused = chameleon(
+        *("train", config, f"logging.run_dir={tmp_path}/other", "model.num_layers=5"),
+        *(NO_WARMUP, "model.hidden_size=48", "--start-from", tiny.folder / "first"),
+        succeeds=False,
+    )
+    assert (
+        "The weights have model.num_layers=4 (your config: 5), model.hidden_size=32 (your config: "
+        "48). Remove them from your config"
+    ) in refused.stderr
