@@ -36,3 +36,20 @@ class AdapterConfig:
     base: PathText | None = None
     """Where the frozen weights lie now, if they were moved after the run began; null: where the run
     found them."""
+
+
+@dataclass
+class DpoConfig:
+    """Preference tuning by direct preference optimization, with ``training.objective: dpo``.
+
+    Source: Rafailov et al., arXiv 2305.18290, equation 7.
+    """
+
+    beta: Annotated[float, Above(0, at_most=1e3)] = 0.1
+    """How strongly the model is held to the reference, which are the weights that the run begins
+    with: the larger, the closer it stays."""
+    label_smoothing: Annotated[float, Below(0, 0.5)] = 0.0
+    """Share of the pairs in which the wrong answer may have been preferred (conservative DPO)."""
+    rpo_alpha: Annotated[float, Between(0, 1e3)] = 0.0
+    """Weight of a further term, the mean cross-entropy over the tokens of the chosen answer. It
+    keeps the chosen answers from becoming unlikely (arXiv 2404.19733)."""

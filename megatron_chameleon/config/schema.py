@@ -22,7 +22,7 @@ from megatron_chameleon.config.constraints import (
     Text,
     ZeroOr,
 )
-from megatron_chameleon.config.finetuning import AdapterConfig
+from megatron_chameleon.config.finetuning import AdapterConfig, DpoConfig
 
 WEIGHTS = Between(1e-9, 1e15, remedy="Use a number in that range, or remove the source")
 LayerCount = Annotated[int, Between(1, 2000)]
@@ -237,6 +237,9 @@ class OptimizerConfig:
 
 @dataclass
 class TrainingConfig:
+    objective: Annotated[str, OneOf("next_token", "dpo")] = "next_token"
+    """next_token: cross-entropy of the next token; dpo: preference tuning on pairs of answers, with
+    the section ``dpo``."""
     steps: PositiveInt = 100
     """Optimizer updates in the whole run."""
     seed: Seed = 1
@@ -405,6 +408,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

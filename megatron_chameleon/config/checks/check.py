@@ -11,6 +11,7 @@ from megatron_chameleon.config.checks.engines import check_engine
 from megatron_chameleon.config.checks.fp8 import check_fp8
 from megatron_chameleon.config.checks.fusion import check_fusions
 from megatron_chameleon.config.checks.layouts import check_layout, list_divisors
+from megatron_chameleon.config.checks.preference import check_preference
 from megatron_chameleon.config.checks.reporting import check_reporting
 from megatron_chameleon.config.checks.schedules import check_ramp, check_schedules
 from megatron_chameleon.config.constraints import find_violations
@@ -52,7 +53,7 @@ def check_model(config: Config, world_size: int) -> None:
 def _check_combinations(config: Config, world_size: int) -> list[ConfigError]:
     """Problems of values that are valid on their own but do not fit each other."""
     problems = [*_check_model(config), *_check_parallel(config), *check_engine(config)]
-    problems += [*check_adapter(config)]
+    problems += [*check_adapter(config), *check_preference(config)]
     problems += [*check_fusions(config), *check_ramp(config)]
     if not problems:  # suggesting a layout only makes sense for a model that can exist
         problems = [*check_layout(config, world_size), *check_fp8(config)]

@@ -29,6 +29,7 @@ def check_loss_on(config: Config, sources: Sequence[DataSource]) -> None:
     problems = []
     for source in sources:
         info = _info(source)
+        problems += _check_pairs(config, source, info)
         others = info.documents - info.total("conversations")
         if config.data.loss_on == "answers" and others:
             what = f"{others:,} of the {info.documents:,} documents of {source.corpus.prefix} are "
@@ -47,6 +48,23 @@ def check_loss_on(config: Config, sources: Sequence[DataSource]) -> None:
             problems.append(ConfigError(f"{source.where}.prefix", what, remedy))
     if problems:
         raise ConfigErrors(problems)
+
+
+def _check_pairs(config: Config, source: DataSource, info: TokenFileInfo) -> Iterator[ConfigError]:
+    """Check that the documents are pairs if the loss compares answers, and not otherwise."""
+    pairs, prefix = info.total("pairs"), source.corpus.prefix
+    if config.training.objective == "dpo" and pairs < info.documents:
+        what = f"{info.documents - pairs:,} of the {info.documents:,} documents of {prefix} are not"
+        what += " pairs of a chosen and a rejected answer, which training.objective=dpo needs"
+        remedy = "Leave the others out of the input, and run chameleon preprocess again"
+        yield ConfigError(f"{source.where}.prefix", what, remedy)
+    if config.training.objective != "dpo" and pairs:
+        what = (
+            f"{pairs:,} of the {info.documents:,} documents of {prefix} are pairs, whose rejected"
+        )
+        what += f" answers must not be trained by training.objective={config.training.objective}"
+        remedy = "Set training.objective=dpo, or write the chosen answers as messages"
+        yield ConfigError(f"{source.where}.prefix", what, remedy)
 
 
 def data_warnings(config: Config, sources: Sequence[DataSource]) -> list[str]:

@@ -32,17 +32,25 @@ class Turn:
     is_answer: bool = False
     """Whether the loss is on this turn and not on prompts. False if the document is not a
     conversation."""
+    begins: bool = True
+    """Whether it is the first turn, before which ``<s>`` stands."""
 
 
 def turns_of(document: Document) -> Iterator[Turn]:
-    """Prompts and answers in order; a document that is not a conversation is one turn."""
+    """Prompts and answers in order; a document that is not a conversation is one turn.
+
+    Of a pair, the turns of the chosen conversation come first, and the loss is only on the answers
+    in which the two differ.
+    """
     if document.roles is None:
         yield Turn(document.content)
         return
-    place = 0
+    place, pair = 0, document.pair
     for is_answer, roles in itertools.groupby(document.roles, lambda role: role == ASSISTANT):
         stop = place + sum(1 for _ in roles)
-        yield Turn(document.content[place:stop], not is_answer, is_answer)
+        begin = 0 if pair is None or place < pair.rejected else pair.rejected
+        in_loss = is_answer and (pair is None or place - begin >= pair.shared)
+        yield Turn(document.content[place:stop], not is_answer, in_loss, place == begin)
         place = stop
 
 

@@ -21,6 +21,7 @@ import orjson
 from megatron_chameleon.data.documents.image_part import ImagePart, image_part
 from megatron_chameleon.data.documents.media import is_encoded
 from megatron_chameleon.data.documents.messages import join_texts
+from megatron_chameleon.data.documents.pairs import is_pair, join_pair, split_pair
 from megatron_chameleon.data.documents.pictures import Beside, find_beside, place_pictures
 from megatron_chameleon.data.documents.schema import ASSISTANT, USER, Document, TextPart
 from megatron_chameleon.data.documents.shapes import answer_key, form_of, read_shape
@@ -126,6 +127,9 @@ def document_of(record: Record, origin: Origin, own: Mapping[str, bytes] | None 
         DataError: The record has no known form, breaks it, or holds a picture that is not read.
     """
     where, folder = origin.where, origin.folder
+    if is_pair(record):
+        chosen, rejected = (document_of(r, origin, own) for r in split_pair(record, where))
+        return join_pair(chosen, rejected)
     form = form_of(record, where)
     shaped = read_shape(record, form, folder, where)
     used = {*shaped.used, *NAMES}
@@ -181,7 +185,8 @@ def question_of(record: Record, origin: Origin) -> Question:
     prompt, told = _asked_and_told(record, origin)
     where = origin.where
     key = next((k for k in REFERENCE_KEYS if record.get(k) is not None), None)
-    key = key or answer_key(record, form_of(record, where))
+    if key is None and not is_pair(record):
+        key = answer_key(record, form_of(record, where))
     if key is not None:
         references = references_of(record[key], key, where)
         _check_prompt_has_no_answer(prompt, references)
@@ -218,11 +223,16 @@ def references_of(value: Any, key: str, where: str) -> tuple[str, ...]:
 def _asked_and_told(
     record: Record, origin: Origin, own: Mapping[str, bytes] | None = None
 ) -> tuple[Document, list[TextPart | ImagePart]]:
-    """A record without the answer at its end, and the parts of that answer."""
-    form = form_of(record, origin.where)
-    key = answer_key(record, form)
-    if key is not None and not _is_content(record[key]):
-        record = {k: v for k, v in record.items() if k not in (*REFERENCE_KEYS, key)}
+    """A record without the answer at its end, and the parts of that answer.
+
+    Of a pair, it is the chosen answer.
+    """
+    if is_pair(record):
+        record, _ = split_pair(record, origin.where)
+    else:
+        key = answer_key(record, form_of(record, origin.where))
+        if key is not None and not _is_content(record[key]):
+            record = {k: v for k, v in record.items() if k not in (*REFERENCE_KEYS, key)}
     document = document_of(record, origin, own)
     if document.roles is None:
         return document, []

@@ -26,6 +26,16 @@ class TextPart:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class PairPlaces:
+    """Where the two conversations of a pair lie in the parts of its document."""
+
+    rejected: int
+    """The part with which the rejected conversation begins, after the chosen one."""
+    shared: int
+    """How many parts the two have in common at their beginning: the prompt."""
+
+
 @dataclass(slots=True)
 class Document:
     id: str
@@ -40,3 +50,5 @@ class Document:
     """Line, sample or row of its file, counted from 1."""
     unused_keys: tuple[str, ...] = ()
     """Keys of the record that hold a value and were not read."""
+    pair: PairPlaces | None = None
+    """For a pair of a chosen and a rejected answer (``pairs.py``), which is two conversations."""

@@ -10,6 +10,7 @@
     images and texts            OBELICS: parallel lists; one of the two is null at each place.
                                 The Cauldron: texts are objects with user and assistant
     caption                     the caption of a picture in another key
+    chosen and rejected         two answers to the prompt in the other keys (``pairs.py``)
 
 A record has one of the first four keys, or else it is of the first of the others that it has. To
 add a form, write a function and a line in ``_READERS``, and its key in ``inputs/form_keys.py``.
@@ -57,9 +58,6 @@ def form_of(record: Record, where: str) -> str:
     if len(found) > 1:
         what = f"has the keys {' and '.join(found)} at once"
         raise DataError(where, what, "Write content, text, messages, or prompt and answer")
-    if record.get("chosen") is not None and record.get("rejected") is not None:
-        what = "is a pair of a chosen and a rejected answer, which is not a document"
-        raise DataError(where, what, "Write the chosen answer as messages")
     for key in OTHER_FORM_KEYS:
         if record.get(key) is not None:
             return key
@@ -222,6 +220,12 @@ def _interleaved_part(
     return TextPart(text.removeprefix("\ufeff"))
 
 
+def _read_half_pair(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:
+    """A whole pair is two records (``pairs.py``), so only half of one gets here."""
+    what = f"has a {key} answer, but no rejected one"
+    raise DataError(where, what, "Write both, or write the answer as messages")
+
+
 _READERS: Mapping[str, Callable[[Record, str, ImageFolder, str], Shaped]] = {
     "content": _read_content,
     "text": _read_text,
@@ -232,4 +236,5 @@ _READERS: Mapping[str, Callable[[Record, str, ImageFolder, str], Shaped]] = {
     "instruction": _read_instruction,
     "texts": _read_interleaved,
     "caption": _read_text,
+    "chosen": _read_half_pair,
 }

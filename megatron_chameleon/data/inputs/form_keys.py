@@ -4,7 +4,7 @@ import re
 
 FIRST_FORM_KEYS = ("content", "text", "messages", "conversations")
 """A record has one of these at most."""
-OTHER_FORM_KEYS = ("prompt", "question", "instruction", "texts", "caption")
+OTHER_FORM_KEYS = ("prompt", "question", "instruction", "texts", "caption", "chosen")
 """The first one decides if there is none of ``FIRST_FORM_KEYS``."""
 FORM_KEYS = (*FIRST_FORM_KEYS, *OTHER_FORM_KEYS)
 WEIGHT_KEY = "weight"

@@ -306,4 +306,5 @@ class DocumentEncoder:
             input=input_number,
             answers=span_records(encoded.answers),
             answer_counts=span_counts(encoded.answers),
+            pairs=np.array([document.pair is not None for document in documents], dtype=bool),
         )

@@ -2,7 +2,8 @@
 
 A document becomes ``<s>``, its parts in order, ``</s>``; an image becomes begin-image, its codes
 row by row, end-image. Conversations consist of turns (``conversations.py``), and their answers are
-marked.
+marked. A pair of a chosen and a rejected answer is two conversations, one behind the other, each
+with an ``<s>`` of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -103,9 +104,11 @@ class _Layout:
         """Add a document, taking as many texts and codes as it has parts."""
         images: list[tuple[int, int]] = []
         answers: list[tuple[int, int]] = []
-        self.arrays.append(self._bos)
-        length = 1
+        length = 0
         for turn in turns_of(document):
+            if turn.begins:
+                self.arrays.append(self._bos)
+                length += 1
             first = length
             for part in turn.parts:
                 if isinstance(part, TextPart):

@@ -89,6 +89,8 @@ class CorpusTotals:
     answer_tokens: int = 0
     answer_images: int = 0
     answer_image_tokens: int = 0
+    pairs: int = 0
+    """Documents that are two conversations: a prompt with a chosen and with a rejected answer."""
 
     def add(self, other: "CorpusTotals") -> None:
         """Add the totals of further documents."""
@@ -183,6 +185,8 @@ class TokenBlock:
     """``TOKEN_SPAN`` [answers], in the order of the documents."""
     answer_counts: np.ndarray | None = None
     """Number of answers of each document, int64 [documents]; None if there are no answers."""
+    pairs: np.ndarray | None = None
+    """Which documents are pairs of a chosen and a rejected answer, bool [documents]; None: none."""
 
 
 def holdout_prefix(prefix: str | Path) -> str:
@@ -207,8 +211,11 @@ def partial_folder_of(prefix: str | Path) -> Path:
 
 
 def info_to_json(info: TokenFileInfo) -> str:
-    """The text of a sidecar. The key ``holdout`` is there only if something was held out."""
+    """The text of a sidecar. ``holdout`` and ``pairs`` are there only if they say something."""
     record = asdict(info)
+    for totals in record["sources"].values():
+        if not totals["pairs"]:
+            del totals["pairs"]
     if info.holdout is None:
         del record["holdout"]
     return json.dumps(record, indent=2) + "\n"

@@ -31,7 +31,9 @@ def totals_of_block(block: TokenBlock) -> dict[str, CorpusTotals]:
         sums = np.bincount(numbers, values, minlength=len(block.corpus_names))
         return [int(value) for value in sums]
 
+    pairs = block.corpus_numbers[:0] if block.pairs is None else block.corpus_numbers[block.pairs]
     columns = {
+        "pairs": by_corpus(pairs),
         "documents": by_corpus(block.corpus_numbers),
         "tokens": by_corpus(block.corpus_numbers, block.lengths),
         "images": by_corpus(corpus_of_image),

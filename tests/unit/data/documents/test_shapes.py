@@ -88,7 +88,7 @@ def test_interleaved_lists_in_lines() -> None:
 @pytest.mark.parametrize(
     ("record", "what"),
     [
-        ({"prompt": "x", "chosen": "a", "rejected": "b"}, "is a pair of a chosen and a rejected"),
+        ({"chosen": "a", "image": "x.png"}, "has a chosen answer, but no rejected one"),
         (
             {"messages": [{"role": "tool", "content": "x"}]},
             "messages[0] is from the role 'tool', and calls of tools are not read",

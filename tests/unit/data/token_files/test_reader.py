@@ -250,7 +250,7 @@ def test_side_files_say_where_images_and_documents_come_from(with_images, tokeni
     ]
     totals = with_images.info.sources
     conversations = ("conversations", "conversation_tokens", "conversation_image_tokens")
-    conversations += ("answers", "answer_tokens", "answer_images", "answer_image_tokens")
+    conversations += ("answers", "answer_tokens", "answer_images", "answer_image_tokens", "pairs")
     assert list(totals) == ["x", "y"]
     assert dataclasses.asdict(totals["x"]) == {
         "documents": 3,
