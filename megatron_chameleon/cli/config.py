@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
     path = find_config(args.config)
     config, weights = load_inheriting(path, args.overrides, args.start_from)
     check_config(filled_in(config), smallest_world_size(config.parallel))
+    config = with_known_steps(config)
     size = args.paper or _size_of_preset(find_preset(path, args.overrides))
     chosen = size or paper.nearest_size(config)
     vocab_size, note = find_vocab_size(config, weights)
@@ -93,6 +94,28 @@ def load_checked(name: str, overrides: Sequence[str]) -> "Config":
     config = load_config(find_config(name), overrides)
     check_config(config, smallest_world_size(config.parallel))
     return config
+
+
+def with_known_steps(config: "Config") -> "Config":
+    """The config with the number of steps that ``training.epochs`` leads to, if it says it.
+
+    Raises:
+        ChameleonError: The data, of which they follow, cannot be read.
+    """
+    if config.training.epochs is None:
+        return config
+    from megatron_chameleon.data.batches.reader import BatchReader
+    from megatron_chameleon.errors import ChameleonError, ConfigError
+    from megatron_chameleon.tokenizer.folder import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(config.tokenizer.path, images=False)
+        return BatchReader(config, tokenizer).config
+    except ChameleonError as error:
+        what = "the number of steps follows from the token files, which cannot be read: "
+        what += str(error).splitlines()[0].rstrip(".")
+        remedy = "Make them first, or set training.steps in its place"
+        raise ConfigError("training.epochs", what, remedy) from error
 
 
 def filled_in(config: "Config") -> "Config":

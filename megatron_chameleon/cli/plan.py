@@ -37,13 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import json
 
-    from megatron_chameleon.cli.config import filled_in, find_vocab_size
+    from megatron_chameleon.cli.config import filled_in, find_vocab_size, with_known_steps
     from megatron_chameleon.config.names import find_config
     from megatron_chameleon.planner.gpus import GPUS
     from megatron_chameleon.planner.report import as_json, as_text, check_any_fits
     from megatron_chameleon.planner.search import PlanRequest, search_layouts
 
     config, weights = load_inheriting(find_config(args.config), args.overrides, args.start_from)
+    config = with_known_steps(config)
     vocab_size, _ = find_vocab_size(config, weights)
     request = PlanRequest(filled_in(config), vocab_size, args.gpus, GPUS[args.gpu])
     with announced(f"comparing the layouts of {args.gpus} GPUs"):

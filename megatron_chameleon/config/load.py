@@ -21,6 +21,7 @@ from megatron_chameleon.config.reading.build import Builder, Mistake
 from megatron_chameleon.config.reading.interpolation import check_interpolation, unresolved
 from megatron_chameleon.config.reading.overrides import Override, apply_overrides, parse_overrides
 from megatron_chameleon.config.reading.yaml_file import ERRORS, read_yaml
+from megatron_chameleon.config.run_length import settle_run_length
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError, ConfigErrors, first_line
 from megatron_chameleon.masking import masked_values
@@ -58,6 +59,7 @@ def load_config(
         layers.insert(0, read_yaml(_preset_path(preset, where)))
     if inherited:
         layers.insert(0, OmegaConf.create(dict(inherited)))
+    words += settle_run_length(layers, words)
     return _resolve(Config, layers, str(path), words)
 
 
@@ -70,7 +72,9 @@ def replace_values(config: Config, overrides: Sequence[str]) -> Config:
     if not overrides:
         return config
     layers = [OmegaConf.create(dataclasses.asdict(config))]
-    return _resolve(Config, layers, "config", parse_overrides(overrides))
+    words = parse_overrides(overrides)
+    words += settle_run_length(layers, words)
+    return _resolve(Config, layers, "config", words)
 
 
 def load_recorded_config(path: Path) -> Config:

@@ -84,7 +84,8 @@ class SourceConfig:
     prefix: PathText = ""
     """Path of the two files without .bin and .idx."""
     weight: Annotated[float, WEIGHTS] = 1.0
-    """Share of the tokens among the sources of its stage; the weights need not sum to 1."""
+    """Share among the sources of its stage, of what ``data.weights_by`` names; the weights need not
+    sum to 1. With ``training.epochs`` and all weights at 1, each source is read equally often."""
     image_first: Share | None = None
     """Share of the text-image pairs that start with the image; null keeps each pair as written."""
     repeat: Annotated[bool | int, Repeats(10**6)] = True
@@ -135,6 +136,9 @@ class DataConfig:
     """Sources that are used from the first step on."""
     stage2: list[SourceConfig] = field(default_factory=list)
     """Sources that join for the last part of training."""
+    weights_by: Annotated[str, OneOf("tokens", "samples", "trained_tokens")] = "tokens"
+    """What the weights and ``stage2_share`` are shares of. tokens: all tokens; samples: documents,
+    such as conversations; trained_tokens: tokens that the loss is computed on."""
     reset_attention: bool = False
     """Isolate documents: each document that is packed into a sequence attends only to itself, and a
     text is cut only if it is longer than a sequence."""
@@ -240,8 +244,12 @@ class TrainingConfig:
     objective: Annotated[str, OneOf("next_token", "dpo")] = "next_token"
     """next_token: cross-entropy of the next token; dpo: preference tuning on pairs of answers, with
     the section ``dpo``."""
-    steps: PositiveInt = 100
-    """Optimizer updates in the whole run."""
+    steps: NonNegativeInt = 100
+    """Optimizer updates in the whole run; 0: they follow from ``epochs``."""
+    epochs: Annotated[float, Above(0, at_most=10**6)] | None = None
+    """How often the run reads all documents of stage 1, such as 3 or 0.5, in place of ``steps``.
+    The one that is set last counts: that of the command line, of the file, of the preset. A
+    resolved config has both. null: ``steps`` alone says how long the run is."""
     seed: Seed = 1
     micro_batch_size: Annotated[int, Between(1, 2**16)] = 1
     """Sequences per forward and backward pass on one data-parallel rank."""

@@ -1,6 +1,6 @@
 """The data sources of a run: their planned shares, and what the run has read of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ def planned_sources(values: Mapping[str, Any]) -> list[PlannedSource]:
         values: ``section.key`` and value, such as ``data.stage1[0].prefix``.
     """
     first, second = (_read_sources(values, stage) for stage in (1, 2))
+    if not _are_of_tokens(values, [weight for *_, weight in first]):
+        return [
+            PlannedSource(n, p, s, (None, None))
+            for s in (1, 2)
+            for n, p, _ in (first, second)[s - 1]
+        ]
     share = values.get("data.stage2_share")
     own = float(share) if isinstance(share, int | float) and 0 <= share <= 1 else 0.5
     totals = [sum(weight for _, _, weight in found) for found in (first, second)]
@@ -47,6 +53,13 @@ def planned_sources(values: Mapping[str, Any]) -> list[PlannedSource]:
         part = own * weight / totals[1] if totals[1] else 0.0
         found.append(PlannedSource(name, prefix, 2, (None, part)))
     return found
+
+
+def _are_of_tokens(values: Mapping[str, Any], weights: Sequence[float]) -> bool:
+    """Whether the weights are shares of tokens, so that they can be compared with what is seen."""
+    if values.get("data.weights_by", "tokens") != "tokens":
+        return False
+    return values.get("training.epochs") is None or any(weight != 1 for weight in weights)
 
 
 def _read_sources(values: Mapping[str, Any], stage: int) -> list[tuple[str, str, float]]:

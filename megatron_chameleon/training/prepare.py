@@ -11,12 +11,13 @@ from megatron_chameleon.announce import announced
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
 from megatron_chameleon.checkpoint.loading.beginning import check_first_weights
 from megatron_chameleon.checkpoint.state.folders import load_state, trained_on_conversations
-from megatron_chameleon.checkpoint.state.resume import check_fits
+from megatron_chameleon.checkpoint.state.resume import check_fits, check_step
 from megatron_chameleon.checkpoint.state.start import Start, find_sound, find_start
 from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.checks.layouts import check_vocabulary
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
+from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.mixture.mixture_history import count_stage2_steps
 from megatron_chameleon.data.validation.reader import HeldOutReader
 from megatron_chameleon.model.tuning.selection import select_trained
@@ -73,6 +74,7 @@ def prepare_run(
         check_first_weights(weights, config, tokenizer)
     with announced("reading the indices of the data sources"):
         reader = open_reader(config, tokenizer, checkpoint)
+        config = with_known_steps(reader, world_size, checkpoint)
         held_out = HeldOutReader(config, tokenizer) if config.data.validation.sources else None
     run_learning_rate(config, reader.history)  # it may not fit the history of the run
     skipped_steps = find_skipped_steps(config, checkpoint)
@@ -87,6 +89,20 @@ def prepare_run(
         trained=trained,
         conversations=bool(weights.conversations if weights else trained_on_conversations(state)),
     )
+
+
+def with_known_steps(reader: BatchReader, world_size: int, checkpoint: Path | None) -> Config:
+    """The config of a reader, whose steps may follow from ``training.epochs``, checked once more.
+
+    Raises:
+        ChameleonError: A schedule does not fit into these steps, or the checkpoint is beyond them.
+    """
+    config = reader.config
+    if config.training.epochs is not None:
+        check_config(config, world_size)
+        if checkpoint is not None:
+            check_step(checkpoint, config)
+    return config
 
 
 def refresh_inputs(inputs: RunInputs, world_size: int) -> RunInputs:
@@ -123,11 +139,13 @@ def describe_run(inputs: RunInputs) -> str:
     config = inputs.config
     parameters = count_parameters(config.model, inputs.tokenizer.vocabulary.size)
     stage2 = count_stage2_steps(inputs.reader.history, config.training.steps)
+    end = inputs.reader.epochs_end
+    epochs = "" if end is None else f"; {end.description}"
     has_stages = config.data.stage2 or stage2
     stages = f", {stage2:,} of them in stage 2" if has_stages else " in one stage"
     return (
         f"{parameters:,} parameters; {_describe_batches(inputs)}; {config.training.steps:,} steps"
-        f"{stages}{_describe_decay(inputs)}"
+        f"{stages}{_describe_decay(inputs)}{epochs}"
     )
 
 

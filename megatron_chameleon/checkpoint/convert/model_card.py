@@ -144,7 +144,14 @@ def _data_table(config: Config) -> str:
         lines.append(f"| {_source_name(source)} | {share:.1%} | {later} |")
     for source, share in zip(data.stage2, others, strict=True):
         lines.append(f"| {_source_name(source)} |  | {share * second:.1%} |")
-    return "\n".join([*lines, "", "Shares of the tokens, as the config plans them.\n"])
+    unit = data.weights_by.replace("_", " ")
+    note = f"Shares of the {unit}, as the config plans them.\n"
+    if (epochs := config.training.epochs) is not None:
+        note = f"{note[:-2]}, until {epochs:g} epochs were read.\n"
+        if all(source.weight == 1 for source in data.stage1):
+            names = ", ".join(map(_source_name, data.stage1))
+            return f"## Data\n\n{epochs:g} epochs of all documents of: {names}\n"
+    return "\n".join([*lines, "", note])
 
 
 def _shares(sources: Sequence[SourceConfig]) -> list[float]:

@@ -72,10 +72,22 @@ def check_fits(checkpoint: Path, config: Config, tokenizer_fingerprint: str) -> 
         )
     if not weights_only and config.optimizer.name != old.optimizer.name:
         raise _other_optimizer(checkpoint, old.optimizer.name, config.optimizer.name)
-    if state["step"] > config.training.steps and not weights_only:
+    if config.training.steps:  # 0: the data say it
+        check_step(checkpoint, config)
+
+
+def check_step(checkpoint: Path, config: Config) -> None:
+    """Refuse a checkpoint beyond the last step of the config.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    state = load_state(checkpoint)
+    if state["step"] > config.training.steps and state.get("optimizer") is not False:
         what = f"The checkpoint is at step {state['step']}, beyond training.steps "
         what += str(config.training.steps)
-        raise CheckpointError(str(checkpoint), what, "Raise training.steps")
+        name = "steps" if config.training.epochs is None else "epochs"
+        raise CheckpointError(str(checkpoint), what, f"Raise training.{name}")
 
 
 def _other_optimizer(checkpoint: Path, old: str, new: str) -> CheckpointError:

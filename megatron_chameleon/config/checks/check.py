@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from megatron_chameleon.config.checks.adapters import check_adapter
 from megatron_chameleon.config.checks.engines import check_engine
+from megatron_chameleon.config.checks.epochs import check_epochs
 from megatron_chameleon.config.checks.fp8 import check_fp8
 from megatron_chameleon.config.checks.fusion import check_fusions
 from megatron_chameleon.config.checks.layouts import check_layout, list_divisors
@@ -31,7 +32,7 @@ def check_config(config: Config, world_size: int) -> None:
     Raises:
         ConfigErrors: One entry per problem.
     """
-    problems = list(find_violations(config))
+    problems = [*find_violations(config), *check_epochs(config)]
     # Other checks divide by these values or compare them, so they must be valid before those run.
     if problems := problems or _check_combinations(config, world_size):
         raise ConfigErrors(problems)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatron_chameleon.config.checks.epochs import known_steps
 from megatron_chameleon.config.checks.on_event import check_on_event
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError
@@ -16,7 +17,7 @@ def check_reporting(config: Config) -> Iterator[ConfigError]:
 
 
 def _check_profile(config: Config) -> Iterator[ConfigError]:
-    steps, last = config.training.profile_steps, config.training.steps
+    steps, last = config.training.profile_steps, known_steps(config)
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= last):
         what = f"{steps} is not a first and last step between 1 and training.steps {last}"
         yield ConfigError(

@@ -6,6 +6,7 @@ What depends on the history of the run is checked where the history is known
 
 from collections.abc import Iterator
 
+from megatron_chameleon.config.checks.epochs import known_steps
 from megatron_chameleon.config.schema import Config, OptimizerConfig
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.wording import shown
@@ -17,7 +18,7 @@ WSD_PLACES = ("lr_wsd_decay_steps", "lr_wsd_decay_tokens", "lr_wsd_decay_on")
 
 def check_schedules(config: Config) -> Iterator[ConfigError]:
     """Problems of the learning rate's schedule and of lists of steps."""
-    warmup, steps = config.optimizer.lr_warmup_steps, config.training.steps
+    warmup, steps = config.optimizer.lr_warmup_steps, known_steps(config)
     if warmup >= steps:
         what = f"{warmup} is not below training.steps {steps}"
         yield ConfigError("optimizer.lr_warmup_steps", what, f"Use at most {steps - 1}")
@@ -35,11 +36,11 @@ def check_schedules(config: Config) -> Iterator[ConfigError]:
 
 
 def _check_wsd(config: Config) -> Iterator[ConfigError]:
-    values, steps = config.optimizer, config.training.steps
+    values, steps = config.optimizer, known_steps(config)
     given = [f"optimizer.{name}" for name in WSD_PLACES if getattr(values, name) is not None]
     if not given:
         what = "wsd does not say where the decay begins"
-        fifth = max(2, steps // 5)
+        fifth = max(2, (config.training.steps or 100) // 5)
         remedy = f"Set optimizer.lr_wsd_decay_steps, such as {fifth} for the last fifth of the run"
         remedy += ", optimizer.lr_wsd_decay_tokens or optimizer.lr_wsd_decay_on"
         yield ConfigError("optimizer.lr_decay_style", what, remedy)

@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.mixture.corpus import TokenFileCorpus
-from megatron_chameleon.data.mixture.sources import DataSource
+from megatron_chameleon.data.mixture.sources import DataSource, stage2_token_share
 from megatron_chameleon.data.token_files.format import HELD_OUT, TokenFileInfo
 from megatron_chameleon.data.token_files.modality_balance import rare_modality
 from megatron_chameleon.errors import ConfigError, ConfigErrors
@@ -37,7 +37,7 @@ def check_loss_on(config: Config, sources: Sequence[DataSource]) -> None:
             remedy = "Write them as prompt and answer and run chameleon preprocess again, or set "
             remedy += "data.loss_on=auto to train on all tokens of documents without answers"
             problems.append(ConfigError(f"{source.where}.prefix", what, remedy))
-        too_long = _too_long(config, source)
+        too_long = too_long_conversations(config, source)
         if len(too_long) == info.documents:
             what = (
                 f"all {info.documents:,} conversations of {source.corpus.prefix} are longer than "
@@ -97,7 +97,7 @@ def source_warnings(config: Config, sources: Sequence[DataSource]) -> list[str]:
                 f"{source.where}: data.loss_on is all, so the loss includes the prompts of "
                 f"{info.total('conversations'):,} conversations; auto leaves them out"
             )
-        too_long = _too_long(config, source)
+        too_long = too_long_conversations(config, source)
         if len(too_long):
             found.append(_about_long(config, source, too_long))
     return found
@@ -108,7 +108,7 @@ def _info(source: DataSource) -> TokenFileInfo:
     return source.corpus.token_file.info
 
 
-def _too_long(config: Config, source: DataSource) -> np.ndarray:
+def too_long_conversations(config: Config, source: DataSource) -> np.ndarray:
     """The conversations that are left out because they are longer than a sequence: int64."""
     corpus, length = source.corpus, config.model.seq_length
     assert isinstance(corpus, TokenFileCorpus)
@@ -139,15 +139,15 @@ def _unbalanced(config: Config, sources: Sequence[DataSource]) -> Iterator[str]:
     shares = [(source, 1.0) for source in first]
     stages = [("stage 1", shares)]
     if second:
-        kept = 1 - config.data.stage2_share
-        shares = [(source, kept) for source in first]
-        shares += [(source, config.data.stage2_share) for source in second]
+        own = stage2_token_share(sources, config.data.stage2_share)
+        shares = [(source, 1 - own) for source in first]
+        shares += [(source, own) for source in second]
         stages.append(("stage 2", shares))
     for name, shares in stages:
         tokens = of_images = 0.0
         for source, share in shares:
-            total = sum(s.config.weight for s in sources if s.stage == source.stage)
-            weight = share * source.config.weight / total
+            total = sum(s.weight for s in sources if s.stage == source.stage)
+            weight = share * source.weight / total
             trained, image = _trained_shares(config, _info(source))
             tokens, of_images = tokens + weight * trained, of_images + weight * image
         if warning := rare_modality(tokens, of_images, absent=True):

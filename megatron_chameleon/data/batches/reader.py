@@ -5,10 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.batch import Batch, PackedSample, make_batch, read_sample
+from megatron_chameleon.data.batches.epochs import EpochsEnd, find_end
 from megatron_chameleon.data.batches.loss_on import check_loss_on, data_warnings
 from megatron_chameleon.data.batches.open_sources import open_sources
+from megatron_chameleon.data.batches.shares import with_shares
 from megatron_chameleon.data.mixture.corpus import Corpus, TokenFileCorpus
 from megatron_chameleon.data.mixture.mixture import ExhaustedError, Mixture
 from megatron_chameleon.data.mixture.mixture_history import (
@@ -20,7 +24,9 @@ from megatron_chameleon.data.mixture.mixture_history import (
     resume_history,
     stage2_begin,
 )
+from megatron_chameleon.data.mixture.packing import PackedSequences
 from megatron_chameleon.data.mixture.sources import SourceSnapshot
+from megatron_chameleon.data.mixture.stream import DocumentParts
 from megatron_chameleon.data.token_files.modality_balance import describe_answers
 from megatron_chameleon.data.token_files.reader import open_token_file
 from megatron_chameleon.errors import ConfigError, ConfigErrors, DataError
@@ -35,18 +41,21 @@ class BatchReader:
     A sample depends on nothing but the data, the config, the history and its index.
 
     Args:
-        config: The run's config, checked; data, model.seq_length, and training.{steps, seed,
-            global_batch_size, micro_batch_size} are read.
+        config: The run's config, checked; data, model.seq_length, and training.{steps, epochs,
+            seed, global_batch_size, micro_batch_size} are read.
         tokenizer: The tokenizer that the token files were written with.
         state: What ``state`` returned when the run was saved; None for a new run.
         steps_done: Number of steps done by then.
 
     Attributes:
+        config: As given, with the number of steps that follows from ``training.epochs``.
+        epochs_end: Where the last epoch ends; None without ``training.epochs``.
         sources: Those that the config lists, stage 1 first.
 
     Raises:
         ConfigErrors: All problems at once: token files that are missing or broken, sources that are
             exhausted before the last step, or sources that have changed.
+        ConfigError: ``training.steps`` is not what ``training.epochs`` leads to.
     """
 
     def __init__(
@@ -59,7 +68,7 @@ class BatchReader:
         self.config = config
         self.vocabulary = tokenizer.vocabulary
         self._tokenizer = tokenizer
-        sources = open_sources(config, tokenizer)
+        sources = with_shares(config, open_sources(config, tokenizer))
         check_loss_on(config, sources)
         self.sources = sources
         self._corpora = {source.key: source.corpus for source in sources}
@@ -71,7 +80,13 @@ class BatchReader:
             resumed = resume_history(self.history, config, sources, steps_done, self._open_mixture)
             self._mixtures.clear()
             self.history = resumed
-        self._check_length(steps_done)
+        self.epochs_end: EpochsEnd | None = None
+        if config.training.epochs is None:
+            self._check_length(steps_done)
+            return
+        last = self.mixture(self.history.entries[-1].first_sample)
+        self.epochs_end = find_end(config, sources, self.history, last)
+        self.config = self.epochs_end.config
 
     def warnings(self) -> list[str]:
         """What the owner should know about the loss, conversations and the order, a line each."""
@@ -95,6 +110,15 @@ class BatchReader:
             if source.stage in stages and isinstance(source.corpus, TokenFileCorpus)
         )
 
+    @property
+    def samples(self) -> int:
+        """Number of samples of the run that hold documents.
+
+        Those that ``training.epochs`` does not fill the last step with are empty.
+        """
+        samples = self.history.first_sample(self.config.training.steps)
+        return samples if self.epochs_end is None else min(samples, self.epochs_end.samples)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps about the order of the data."""
         return self.history.to_json()
@@ -110,8 +134,7 @@ class BatchReader:
         Args:
             index: Counted from the start of the run, >= 0.
         """
-        mixture = self.mixture(index)
-        packed = mixture.sequence(index)
+        mixture, packed = self.mixture(index), self.packed(index)
         documents = [cursor.stream.documents for cursor in mixture.cursors.values()]
         return read_sample(
             packed,
@@ -121,6 +144,14 @@ class BatchReader:
             self.vocabulary,
             answers_only=self.config.data.loss_on != "all",
         )
+
+    def packed(self, index: int) -> PackedSequences:
+        """The document parts of one sample; none behind the end of the last epoch."""
+        try:
+            return self.mixture(index).sequence(index)
+        except ExhaustedError:
+            none = np.zeros(0, dtype=np.int64)
+            return PackedSequences(DocumentParts.join([]), none, none, 1)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Read the samples with these indices as one batch, in their order."""

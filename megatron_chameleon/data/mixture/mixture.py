@@ -140,9 +140,12 @@ class Mixture:
 
     def cursors_at(self, sample: int) -> dict[str, Cursor]:
         """Where each source stands before a sample, including what has been taken but not used."""
-        if sample == self.first_sample:
-            return dict(self.cursors)
-        place = self.locate(sample - 1)
+        try:
+            if sample == self.first_sample:
+                return dict(self.cursors)
+            place = self.locate(sample - 1)
+        except ExhaustedError as error:  # the last step is filled up with padding
+            return self.cursors_at(error.samples)
         return self._cursors_after(place.phase, place.block, place.sequence + 1)
 
     def _cursors_after(self, phase: Phase, block: int, sequences: int) -> dict[str, Cursor]:

@@ -29,6 +29,7 @@ from megatron_chameleon.data.mixture.sources import (
     check_known_sources,
     move_snapshot,
     read_backlog,
+    stage2_token_share,
     take_snapshots,
 )
 from megatron_chameleon.data.mixture.stream import Cursor, SourceStream
@@ -161,7 +162,7 @@ def _check_values(history: MixtureHistory) -> None:
             if source.weight == 0:
                 raise ValueError(f"the source {source.key!r} has the weight 0")
             if source.epochs is not None:
-                _check_counts(source, epochs=1)
+                _check_number("epochs", source.epochs)
         for snapshot in entry.sources.values():
             _check_snapshot(snapshot)
     starts = [
@@ -366,13 +367,11 @@ def _new_entry(
         border = samples_before(batches, steps)
     stages: dict[int, list[SourceWeight]] = {1: [], 2: []}
     for source in sources:
-        repeat = source.config.repeat
-        epochs = None if repeat is True else max(1, int(repeat))
-        stages[source.stage].append(SourceWeight(source.key, source.config.weight, epochs))
+        stages[source.stage].append(SourceWeight(source.key, source.weight, source.epochs))
     weights = MixtureWeights(
         tuple(stages[1]),
         tuple(stages[2]),
-        data.stage2_share,
+        stage2_token_share(sources, data.stage2_share),
         border if data.stage2 else 0,
         data.packing_reserve,
     )

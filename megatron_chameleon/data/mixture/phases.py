@@ -17,8 +17,9 @@ class SourceWeight:
     """Identifies the source."""
     weight: float
     """Above 0; the weights of a stage need not sum to 1."""
-    epochs: int | None = None
-    """How often its documents may be read at most; None for no limit."""
+    epochs: int | float | None = None
+    """How often its documents may be read at most; None for no limit. A fraction is exact to a
+    token."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class MixtureWeights:
     reserve: float = 0.002
     """Share of a block's room that is left free because documents fill it unevenly, in [0, 1)."""
 
-    def of_stage(self, stage: int) -> dict[str, tuple[float, int | None]]:
+    def of_stage(self, stage: int) -> dict[str, tuple[float, int | float | None]]:
         """Weight and limit of epochs of each source of a stage; the weights sum to 1."""
         first = sum(source.weight for source in self.stage1)
         keep = 1.0 if stage == 1 else 1 - self.stage2_share

@@ -30,6 +30,34 @@ class DataSource:
     """Its place in the config, for errors: ``data.stage1[0]``."""
     config: SourceConfig
     corpus: Corpus
+    share: float = 1.0
+    """Its weight among the sources of its stage, in what ``data.weights_by`` names."""
+    tokens_per_unit: float = 1.0
+    """Tokens of the stream for each unit of that: 1 for tokens, the mean length for samples."""
+    epochs: int | float | None = None
+    """How often its documents may be read at most; None for no limit."""
+
+    @property
+    def weight(self) -> float:
+        """Its weight in tokens."""
+        return self.share * self.tokens_per_unit
+
+
+def stage2_token_share(sources: Sequence[DataSource], share: float) -> float:
+    """The share of the tokens of stage 2 that its own sources have.
+
+    Args:
+        sources: All sources.
+        share: Their share of what ``data.weights_by`` names.
+    """
+    if all(source.tokens_per_unit == 1 for source in sources):
+        return share
+    tokens = {}
+    for stage, part in ((1, 1 - share), (2, share)):
+        of_stage = [source for source in sources if source.stage == stage]
+        total = sum(source.share for source in of_stage)
+        tokens[stage] = part * sum(source.weight for source in of_stage) / max(total, 1e-300)
+    return tokens[2] / (tokens[1] + tokens[2])
 
 
 @dataclass(frozen=True)

@@ -330,9 +330,10 @@ class Cursor:
         self._ends = np.cumsum(self.backlog.tokens)
         self.backlog_tokens = int(self._ends[-1]) if len(self._ends) else 0
 
-    def tokens_left(self, epochs: int) -> int:
+    def tokens_left(self, epochs: int | float) -> int:
         """Number of tokens until the stream has given so many epochs."""
-        return max(0, self.backlog_tokens + epochs * self.stream.corpus.tokens - self.base)
+        last = round(epochs * self.stream.corpus.tokens)
+        return max(0, self.backlog_tokens + last - self.base)
 
     def parts(self, first: int, last: int) -> DocumentParts:
         """The document parts between two positions, which count from the cursor."""

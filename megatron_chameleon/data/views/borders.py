@@ -59,8 +59,8 @@ def find_borders(reader: BatchReader) -> Borders:
         reader: Of the run.
     """
     found = Borders()
-    history, steps = reader.history, reader.config.training.steps
-    samples = history.first_sample(steps)
+    history = reader.history
+    samples = reader.samples
     at: dict[int, list[str]] = {}
     block_ends: list[int] = []
     ends = [entry.first_sample for entry in history.entries[1:]] + [samples]
@@ -133,7 +133,7 @@ def _measure(reader: BatchReader, found: Borders, samples: int) -> dict[int, flo
         first, size = history.first_sample(step - 1), history.batch_size(step - 1)
         if not any(first < end and begin < first + size for begin, end, _ in found.unknown):
             tokens = sum(
-                int(reader.mixture(sample).sequence(sample).parts.tokens.sum())
+                int(reader.packed(sample).parts.tokens.sum())
                 for sample in range(first, first + size)
             )
             shares[step] = 1 - tokens / (size * history.seq_length)

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chameleon.data.batches.reader import BatchReader, PackedSample
+from megatron_chameleon.data.batches.shares import amounts_of
+from megatron_chameleon.data.mixture.phases import Phase
 from megatron_chameleon.data.views.audit import (
     KINDS,
     StepAudit,
@@ -39,11 +41,13 @@ section { border-left: .4rem solid #ddd; margin: .4rem 0; padding-left: .6rem }
 def mixture_summary(reader: BatchReader) -> str:
     """Describe the sources, their sizes, and what each stage takes from them, for people."""
     config, history = reader.config, reader.history
-    samples = history.first_sample(config.training.steps)
+    samples = reader.samples
     first = history.entries[-1].first_sample
     mixture = reader.mixture(max(first, samples - 1))
     width = max(map(len, (*mixture.source_names, "source")))
-    lines = [
+    epochs = reader.epochs_end
+    lines = [] if epochs is None else [epochs.description]
+    lines += [
         f"{config.training.steps:,} steps, {samples:,} sequences of {mixture.seq_length:,} tokens; "
         f"{len(history.entries)} mixture{'s' if len(history.entries) > 1 else ''}",
         "",
@@ -74,11 +78,37 @@ def _phase_lines(reader: BatchReader, first: int, samples: int, width: int) -> l
     for phase in mixture.phases(samples):
         end = samples if phase.end_sample is None else min(samples, phase.end_sample)
         lines += ["", f"stage {phase.stage}, samples {phase.first_sample:,} to {end - 1:,}:"]
+        others = _other_shares(reader, phase)
         for key, share in phase.shares().items():
             blocks = -(-(end - phase.first_sample) // phase.sequences)
             epochs = phase.position(key, blocks) / mixture.cursors[key].stream.corpus.tokens
-            lines.append(f"{key:{width}} {100 * share:6.2f}% of the tokens, {epochs:,.3f} epochs")
+            text = "".join(f", {100 * part:.2f}% of the {unit}" for unit, part in others[key])
+            lines.append(
+                f"{key:{width}} {100 * share:6.2f}% of the tokens{text}, {epochs:,.3f} epochs"
+            )
     return lines
+
+
+def _other_shares(reader: BatchReader, phase: Phase) -> dict[str, list[tuple[str, float]]]:
+    """The shares of the samples and of the trained tokens that each source of a phase has.
+
+    There are none of a source that the config no longer lists.
+    """
+    sources = {source.key: source for source in reader.sources}
+    shares = phase.shares()
+    if not all(key in sources for key in shares):
+        return {key: [] for key in shares}
+    amounts = {key: amounts_of(reader.config, sources[key]) for key in shares}
+    parts = {key: share / sources[key].corpus.tokens for key, share in shares.items()}
+    found: dict[str, list[tuple[str, float]]] = {key: [] for key in shares}
+    for unit, counts in (
+        ("samples", {key: amount.documents for key, amount in amounts.items()}),
+        ("trained tokens", {key: amount.trained_tokens for key, amount in amounts.items()}),
+    ):
+        total = sum(parts[key] * count for key, count in counts.items())
+        for key, count in counts.items():
+            found[key].append((unit, parts[key] * count / total if total else 0.0))
+    return found
 
 
 def write_sequence_page(

@@ -33,7 +33,7 @@ def tokens_seen(reader: BatchReader, steps: int) -> dict[str, tuple[float, float
         reader: Of the run.
         steps: How many steps are done, at least 1.
     """
-    last = reader.history.first_sample(steps) - 1
+    last = min(reader.history.first_sample(steps), reader.samples) - 1
     mixture = reader.mixture(last)
     place = mixture.locate(last)
     share = (place.sequence + 1) / place.phase.sequences
