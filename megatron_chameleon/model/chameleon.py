@@ -4,6 +4,7 @@ This file says what the model is. How it is split over processes does not show h
 megatron-core's layers split themselves according to the config.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,13 +123,13 @@ def _build_part(
     if model.pre_process:
         model.embedding.embedding_dropout.p = 0.0  # unlike megatron-core, the paper has none
         if transformer.recompute_granularity == "full":
-            model.embedding.register_forward_hook(_need_gradient)
+            model.embedding.register_forward_hook(partial(_need_gradient, model.decoder))
     return model
 
 
-def _need_gradient(embedding: nn.Module, inputs: Any, output: Tensor) -> None:
+def _need_gradient(decoder: nn.Module, embedding: nn.Module, inputs: Any, output: Tensor) -> None:
     """Recomputed layers get gradients only if their input needs one, also above frozen weights."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in decoder.parameters()):
         output.requires_grad_()
 
 

@@ -89,13 +89,14 @@ def add_weight_gradients_in_products(model: nn.Module) -> None:
     affects megatron-core's own output layer, which raises an error unless an extension of apex is
     installed. So the switch stays off, and this function sets the attribute of the layers that
     support it, which they read in each forward pass. Call it only where gradient buffers exist:
-    without ``main_grad`` the layers' backward pass fails.
+    without ``main_grad`` the layers' backward pass fails. Frozen weights have none.
 
     Args:
         model: One part of the model.
     """
     for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
+        weights = module.parameters(recurse=False)
+        if hasattr(module, "fuse_wgrad_accumulation") and all(p.requires_grad for p in weights):
             switchable: Any = module
             switchable.fuse_wgrad_accumulation = True
 

@@ -137,14 +137,17 @@ def refresh_inputs(inputs: RunInputs, world_size: int) -> RunInputs:
 def describe_run(inputs: RunInputs) -> str:
     """The number of parameters, of tokens per step and of steps, in a line."""
     config = inputs.config
-    parameters = count_parameters(config.model, inputs.tokenizer.vocabulary.size)
+    vocabulary = inputs.tokenizer.vocabulary
+    parameters = f"{count_parameters(config.model, vocabulary.size):,} parameters"
+    if config.model.train or config.model.freeze:
+        parameters = select_trained(config, vocabulary.size, vocabulary.code_token_ids).describe()
     stage2 = count_stage2_steps(inputs.reader.history, config.training.steps)
     end = inputs.reader.epochs_end
     epochs = "" if end is None else f"; {end.description}"
     has_stages = config.data.stage2 or stage2
     stages = f", {stage2:,} of them in stage 2" if has_stages else " in one stage"
     return (
-        f"{parameters:,} parameters; {_describe_batches(inputs)}; {config.training.steps:,} steps"
+        f"{parameters}; {_describe_batches(inputs)}; {config.training.steps:,} steps"
         f"{stages}{_describe_decay(inputs)}{epochs}"
     )
 

@@ -298,7 +298,8 @@ def write_origin(folder: Path, target: Target) -> None:
         "tokenizer_fingerprint": target.tokenizer.fingerprint,
         "parameters": parameters,
         "trained_on_conversations": target.conversations,
-        "model": asdict(target.model),
+        # What a run trained says nothing of the model.
+        "model": asdict(replace(target.model, train=[], freeze=[])),
     }
     if target.has_optimizer:
         content["data"] = target.data

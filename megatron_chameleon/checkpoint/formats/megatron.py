@@ -54,6 +54,7 @@ from megatron_chameleon.checkpoint.names.optimizer_state import (
     optimizer_key,
     optimizer_parts,
 )
+from megatron_chameleon.checkpoint.names.partial_state import layer_key
 from megatron_chameleon.checkpoint.names.table import K_NORM, Q_NORM
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.state.folders import (
@@ -144,7 +145,17 @@ class Reader:
                 for row in weights
                 for part in optimizer_parts(self.dtype(row), self.moments(row))
             ]
-            _check_tensors(where, self._checkpoint.optimizer_tensors, optimizer_rows)
+            found = self._checkpoint.optimizer_tensors
+            if self._is_partly_trained():  # only what was trained has a state
+                layered = [row for row in optimizer_rows if row.layer is not None]
+                names = {layer_key(row.stored_name, row.layer or 0) for row in layered}
+                found = {name: info for name, info in found.items() if name not in names}
+                optimizer_rows = [row for row in optimizer_rows if row.stored_name in found]
+            _check_tensors(where, found, optimizer_rows)
+
+    def _is_partly_trained(self) -> bool:
+        config = self._checkpoint.config
+        return bool(config.model.train or config.model.freeze or config.adapter.rank)
 
     def dtype(self, row: TensorRow) -> torch.dtype:
         """The dtype of a stored weight, or of its average if that stands for it."""
@@ -155,7 +166,8 @@ class Reader:
     def moments(self, row: TensorRow) -> tuple[str, ...]:
         """AdamW's or Muon's, and the moving average if there is one."""
         momentum = optimizer_key(MOMENTUM, row.megatron_name)
-        is_muon = momentum in self._checkpoint.optimizer_tensors
+        alone = layer_key(momentum, row.layer or 0)
+        is_muon = any(name in self._checkpoint.optimizer_tensors for name in (momentum, alone))
         moments = (MOMENTUM,) if is_muon else MOMENTS
         return (*moments, AVERAGE) if self._averages else moments
 
@@ -163,7 +175,22 @@ class Reader:
         """Read one tensor, without padding rows of the vocabulary."""
         if self._reads_average and row.part is None:
             row = replace(row, part=AVERAGE)
+        if row.part is not None and row.stored_name not in self._checkpoint.optimizer_tensors:
+            return self._read_partly(row)
         return self._checkpoint.read(row.stored_name, row.layer)[: row.shape[0]]
+
+    def _read_partly(self, row: TensorRow) -> torch.Tensor:
+        """A part of the optimizer's state of which the checkpoint has only some layers, or none.
+
+        What was not trained is its own main weight and average, and its moments are zero.
+        """
+        alone = layer_key(row.stored_name, row.layer or 0)
+        if alone in self._checkpoint.optimizer_tensors:
+            return self._checkpoint.read(alone)
+        if row.part in (MAIN_WEIGHT, AVERAGE):
+            weight = self._checkpoint.read(row.megatron_name, row.layer)[: row.shape[0]]
+            return weight.float()
+        return torch.zeros(row.shape)
 
     def tokenizer_folder(self, scratch: Path) -> Path:
         """The tokenizer folder in the checkpoint, or the one that its config names.

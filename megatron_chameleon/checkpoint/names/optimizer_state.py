@@ -1,6 +1,6 @@
 """The names under which a training checkpoint stores the optimizer's state."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import torch
 
@@ -21,20 +21,6 @@ def optimizer_key(part: str, name: str) -> str:
         name: The weight's name.
     """
     return f"{OPTIMIZER_PREFIX}state.{part}.{name}"
-
-
-def weight_key(name: str, dtype: torch.dtype, stored: Collection[str]) -> str:
-    """The name under which a checkpoint stores a weight most precisely.
-
-    This is the fp32 main weight where fp32 is wanted and the checkpoint has one.
-
-    Args:
-        name: The weight's name.
-        dtype: The dtype in which the weight is wanted.
-        stored: All names in the checkpoint.
-    """
-    main = optimizer_key(MAIN_WEIGHT, name)
-    return main if dtype == torch.float32 and main in stored else name
 
 
 def has_average(stored: Iterable[str]) -> bool:

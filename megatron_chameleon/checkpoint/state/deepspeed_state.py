@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -36,7 +37,13 @@ from megatron_chameleon.checkpoint.names.optimizer_state import (
     MOMENTS,
     OPTIMIZER_PREFIX,
     optimizer_parts,
-    weight_key,
+)
+from megatron_chameleon.checkpoint.names.partial_state import (
+    clear_frozen_rows,
+    split_in,
+    to_load,
+    to_store,
+    weight_to_load,
 )
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.checkpoint.state.torch_dist import (
@@ -54,9 +61,11 @@ class ShardedState:
 
     Args:
         model: This rank's part of the model, before DeepSpeed gets it.
+        split: The stacked weights of which only some layers are trained.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, split: frozenset[str] = frozenset()) -> None:
+        self._split = split
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._parameters = dict(model.named_parameters())
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
@@ -73,11 +82,12 @@ class ShardedState:
         """The state of ``engine.optimizer``, about to be saved."""
         return DeepSpeedSnapshot(self, optimizer)
 
-    def own_elements(self) -> Iterator[tuple[int, torch.dtype]]:
-        """Size and dtype of each parameter that this rank writes."""
+    def own_elements(self) -> Iterator[tuple[int, torch.dtype, bool]]:
+        """Size and dtype of each parameter that this rank writes, and whether it is trained."""
         for name, entry in self._entries.items():
             if is_main_replica(entry.replica_id):
-                yield self._shapes[name].numel(), self._parameters[name].dtype
+                parameter = self._parameters[name]
+                yield self._shapes[name].numel(), parameter.dtype, parameter.requires_grad
 
     def collect(self, optimizer: Any) -> dict[str, Any]:
         """Weights and optimizer state as sharded tensors. A collective.
@@ -97,11 +107,13 @@ class ShardedState:
 
             weight = _get(optimizer, parameter, MAIN_WEIGHT)
             state["model"][name] = dataclasses.replace(entry, data=keep(weight.to(parameter.dtype)))
-            for part in optimizer_parts(parameter.dtype, moments):
+            parts = optimizer_parts(parameter.dtype, moments) if parameter.requires_grad else ()
+            for part in parts:
                 value = weight if part == MAIN_WEIGHT else _get(optimizer, parameter, part)
-                state["optimizer"][f"{part}.{name}"] = make_sharded_optimizer_tensor(
+                sharded = make_sharded_optimizer_tensor(
                     entry, keep(value), f"{OPTIMIZER_PREFIX}state.{part}"
                 )
+                state["optimizer"][f"{part}.{name}"] = to_store(sharded, self._split)
         return state
 
     def restore(
@@ -131,27 +143,46 @@ class ShardedState:
 
     def _load(self, checkpoint: Path, optimizer: Any, parts: tuple[str, ...]) -> None:
         stored = TrainingCheckpoint(checkpoint).names
+        split = self._split | split_in(stored)
         if hasattr(optimizer, "checkpoint_event_prologue"):  # ZeRO 3
             optimizer.checkpoint_event_prologue()
         for names in self._batches():
-            wanted = {
-                f"{part}.{name}": self._to_fill(name, part, stored)
+            filled = [
+                (name, part)
                 for name in names
-                for part in parts
+                for part in (parts if self._parameters[name].requires_grad else (MAIN_WEIGHT,))
+            ]
+            wanted = {
+                f"{part}.{name}": self._to_fill(name, part, stored, split) for name, part in filled
             }
-            loaded = load_sharded(checkpoint, wanted, is_whole=False)
-            for name in names:
-                for part in parts:
-                    _set(optimizer, self._parameters[name], part, loaded.pop(f"{part}.{name}"))
+            loaded = load_sharded(
+                checkpoint, {key: w for key, w in wanted.items() if w is not None}, is_whole=False
+            )
+            for name, part in filled:
+                parameter, value = self._parameters[name], loaded.pop(f"{part}.{name}", None)
+                if value is None:  # a moment of a weight that was frozen so far
+                    value = torch.zeros(self._shapes[name])
+                elif part in MOMENTS:
+                    clear_frozen_rows(parameter, value, shape=self._shapes[name])
+                _set(optimizer, parameter, part, value)
         update_weights(optimizer)
 
-    def _to_fill(self, name: str, part: str, stored: Collection[str]) -> ShardedBase:
+    def _to_fill(
+        self, name: str, part: str, stored: Collection[str], split: Collection[str]
+    ) -> ShardedBase | None:
         entry = self._entries[name]
         empty = torch.empty(self._shapes[name], dtype=torch.float32)
         sharded = make_sharded_optimizer_tensor(entry, empty, f"{OPTIMIZER_PREFIX}state.{part}")
-        if part == MAIN_WEIGHT:
-            sharded.key = weight_key(entry.key, torch.float32, stored)
-        return sharded
+        if part != MAIN_WEIGHT:
+            found: ShardedBase | None = to_load(sharded, stored, split)
+            return found
+        weight = dataclasses.replace(sharded, key=entry.key)
+        dtype = self._parameters[name].dtype
+        is_main = dtype == torch.float32 or self._parameters[name].requires_grad
+        whole: ShardedBase = weight_to_load(
+            weight, torch.float32 if is_main else dtype, stored, split
+        )
+        return whole
 
     def _batches(self) -> Iterator[list[str]]:
         names: list[str] = []
@@ -178,8 +209,8 @@ class DeepSpeedSnapshot:
         weight_bytes = {torch.float32: 4, torch.bfloat16: 2 + 4}  # bf16 also has fp32 main weights
         moments = len(MOMENTS) + keeps_average(self._optimizer)
         return sum(
-            count * (weight_bytes[dtype] + 4 * moments)
-            for count, dtype in self._state.own_elements()
+            count * (weight_bytes[dtype] + 4 * moments if is_trained else dtype.itemsize)
+            for count, dtype, is_trained in self._state.own_elements()
         )
 
     def stage(self, folder: Path, *, keep: bool) -> ShardedFiles:
@@ -241,6 +272,8 @@ def _link_state(optimizer: Any) -> None:
 
 def _get(optimizer: Any, parameter: nn.Parameter, part: str) -> Tensor:
     """A parameter's whole fp32 main weight or moment. A collective under ZeRO."""
+    if not parameter.requires_grad:
+        return _frozen_weight(parameter)
     if isinstance(optimizer, Optimizer):
         return parameter.detach() if part == MAIN_WEIGHT else optimizer.state[parameter][part]
     if part == MAIN_WEIGHT:
@@ -252,6 +285,9 @@ def _set(optimizer: Any, parameter: nn.Parameter, part: str, value: Tensor) -> N
     """Set this rank's part of a parameter's main weight or moment from the whole fp32 tensor."""
     if isinstance(optimizer, Optimizer):
         _get(optimizer, parameter, part).copy_(value)
+        return
+    if not parameter.requires_grad:
+        _set_frozen_weight(parameter, value)
         return
     set_weight, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
     if hasattr(parameter, "ds_tensor"):  # ZeRO 3, whose setters of whole tensors ignore padding
@@ -268,6 +304,24 @@ def _set(optimizer: Any, parameter: nn.Parameter, part: str, value: Tensor) -> N
         set_weight(parameter, value)
     else:
         set_moment(parameter, value, part)
+
+
+def _frozen_weight(parameter: Any) -> Tensor:
+    """A whole weight that DeepSpeed's optimizer does not know. A collective under ZeRO 3."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def _set_frozen_weight(parameter: Any, value: Tensor) -> None:
+    """Set this rank's part of such a weight from the whole tensor."""
+    if not hasattr(parameter, "ds_tensor"):
+        parameter.data.copy_(value)
+        return
+    own, rank = parameter.ds_tensor, parallel_state.get_data_parallel_rank()
+    values = value.flatten()[rank * own.numel() : (rank + 1) * own.numel()]
+    own.data.flatten()[: values.numel()].copy_(values)
 
 
 def update_weights(optimizer: Any) -> None:

@@ -26,7 +26,12 @@ from megatron_chameleon.checkpoint.names.optimizer_state import (
     MOMENTS,
     optimizer_key,
     optimizer_parts,
-    weight_key,
+)
+from megatron_chameleon.checkpoint.names.partial_state import (
+    clear_frozen_rows,
+    to_load,
+    to_store,
+    weight_to_load,
 )
 from megatron_chameleon.checkpoint.state.torch_dist import load_sharded
 
@@ -85,13 +90,16 @@ def _within_row(row: int, start: int, stop: int, shape: Sequence[int]) -> Iterat
 
 
 def sharded_ranges(
-    optimizers: Sequence[DistributedOptimizer], model: Sequence[ShardedBase]
+    optimizers: Sequence[DistributedOptimizer],
+    model: Sequence[ShardedBase],
+    split: Collection[str] = (),
 ) -> dict[str, ShardedTensor]:
     """The optimizer state of this rank's ranges, as sharded tensors to be saved.
 
     Args:
         optimizers: The optimizers, after at least one step.
         model: The model's sharded tensors, with the parameters themselves in them.
+        split: The stacked weights of which only some layers are trained.
     """
     found: dict[str, ShardedTensor] = {}
     for optimizer, parameter, sharded, start, stop in _owned(optimizers, model):
@@ -102,7 +110,7 @@ def sharded_ranges(
             for rectangle in _sharded_rectangles(
                 sharded, optimizer_key(part, sharded.key), values, start, stop
             ):
-                found[str(len(found))] = rectangle
+                found[str(len(found))] = to_store(rectangle, split)
     return found
 
 
@@ -116,7 +124,7 @@ def load_ranges(
     *,
     average: bool = False,
 ) -> None:
-    """Load the optimizer state of this rank's ranges. A collective.
+    """Load the optimizer state of this rank's ranges; see ``load_optimizer``. A collective.
 
     Args:
         optimizers: The optimizers, before their first step.
@@ -137,23 +145,29 @@ def load_ranges(
             for weight, own in optimizer.optimizer.state.items():
                 own[AVERAGE] = torch.empty_like(weight)
     wanted: dict[str, ShardedTensor] = {}
-    filled: list[tuple[DistributedOptimizer, nn.Parameter, dict[str, Tensor]]] = []
+    filled: list[tuple[DistributedOptimizer, nn.Parameter, int, dict[str, Tensor]]] = []
     for optimizer, parameter, sharded, start, stop in _owned(optimizers, model):
         state = {_NAMES.get(part, part): torch.empty(stop - start) for part in parts}
         for part in parts:
-            key = optimizer_key(part, sharded.key)
-            if part == MAIN_WEIGHT:
-                key = weight_key(sharded.key, torch.float32, stored)
-            for rectangle in _sharded_rectangles(
-                sharded, key, state[_NAMES.get(part, part)], start, stop
-            ):
-                wanted[str(len(wanted))] = rectangle
-        filled.append((optimizer, parameter, state))
+            is_weight, values = part == MAIN_WEIGHT, state[_NAMES.get(part, part)]
+            key = sharded.key if is_weight else optimizer_key(part, sharded.key)
+            for rectangle in _sharded_rectangles(sharded, key, values, start, stop):
+                if is_weight:
+                    found = weight_to_load(rectangle, torch.float32, stored, ())
+                else:
+                    found = to_load(rectangle, stored, ())
+                if found is None:  # the weight was frozen so far
+                    rectangle.data.zero_()
+                else:
+                    wanted[str(len(wanted))] = found
+        filled.append((optimizer, parameter, start, state))
     loaded = load_sharded(checkpoint, dict(wanted), is_whole=False)
     for key, rectangle in wanted.items():
         if loaded[key].data_ptr() != rectangle.data.data_ptr():
             rectangle.data.copy_(loaded[key])
-    for optimizer, parameter, state in filled:
+    for optimizer, parameter, start, state in filled:
+        for part in MOMENTS:
+            clear_frozen_rows(parameter, state[part], start)
         _set(optimizer, parameter, state, step)
 
 

@@ -6,7 +6,10 @@ beside the tensors. Here only the tensors are kept, under the names that
 ``checkpoint/state/reader.py`` lists.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,21 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
 
 from megatron_chameleon.checkpoint.names.optimizer_state import (
     AVERAGE,
     MAIN_WEIGHT,
+    MOMENTS,
     MOMENTUM,
     optimizer_key,
-    weight_key,
+)
+from megatron_chameleon.checkpoint.names.partial_state import (
+    clear_frozen_rows,
+    to_load,
+    to_store,
+    weight_of,
+    weight_to_load,
 )
 from megatron_chameleon.checkpoint.state.distributed_optimizer import load_ranges, sharded_ranges
 from megatron_chameleon.checkpoint.state.torch_dist import load_sharded
@@ -35,7 +46,10 @@ _MAIN_WEIGHT = optimizer_key(MAIN_WEIGHT, "")
 
 
 def sharded_optimizer(
-    optimizer: MegatronOptimizer, model: dict[str, Any], metadata: dict[str, Any]
+    optimizer: MegatronOptimizer,
+    model: dict[str, Any],
+    metadata: dict[str, Any],
+    split: Collection[str] = (),
 ) -> dict[str, Any]:
     """The optimizer's tensors that are to be saved. A collective.
 
@@ -43,9 +57,10 @@ def sharded_optimizer(
         optimizer: The optimizer, after at least one step.
         model: The model's sharded state, with the parameters themselves in it.
         metadata: Megatron-core's settings for sharded state.
+        split: The stacked weights of which only some layers are trained.
     """
     if distributed := _distributed(optimizer):
-        return sharded_ranges(distributed, list(sharded_values(model)))
+        return sharded_ranges(distributed, list(sharded_values(model)), split)
     state = {
         str(number): member.sharded_state_dict(model, False, metadata=metadata)
         for number, member in enumerate(_members(optimizer))
@@ -56,7 +71,7 @@ def sharded_optimizer(
     for index, sharded in enumerate(sharded_values(tensors)):
         name = sharded.key.removeprefix(_MAIN_WEIGHT)
         if dtypes.get(name) != torch.float32:  # an fp32 weight is its own main weight
-            kept[str(index)] = sharded
+            kept[str(index)] = to_store(sharded, split)
     return kept
 
 
@@ -69,10 +84,13 @@ def load_optimizer(
     step: int,
     *,
     average: bool = False,
+    split: Collection[str] = (),
 ) -> None:
     """Load main weights, moments and the step. A collective.
 
-    The optimizer keeps its own learning rate, betas and similar settings.
+    The optimizer keeps its own learning rate, betas and similar settings. Moments that the
+    checkpoint lacks, because the weights were frozen so far, are zeros. So are the moments of
+    frozen rows.
 
     Args:
         optimizer: The optimizer, before its first step.
@@ -82,6 +100,7 @@ def load_optimizer(
         stored: All names in the checkpoint.
         step: Number of updates before the checkpoint.
         average: Whether to load the moving average of the weights too.
+        split: The stacked weights of which only some layers are trained, here or so far.
 
     Raises:
         CheckpointError: A file is missing, damaged or of another shape.
@@ -99,15 +118,14 @@ def load_optimizer(
         str(number): member.sharded_state_dict(model, True, metadata=metadata)
         for number, member in members.items()
     }
-    for sharded in sharded_values(state):
-        if sharded.key.startswith(_MAIN_WEIGHT):
-            name = sharded.key.removeprefix(_MAIN_WEIGHT)
-            sharded.key = weight_key(name, torch.float32, stored)
-    dict_list_map_inplace(_keep_own, state)
-    loaded = load_sharded(checkpoint, state)
+    dict_list_map_inplace(partial(_place, stored, split), state)
+    loaded = load_sharded(checkpoint, state, is_whole=False)
     for number, member in members.items():
         _set_step(loaded[str(number)], step, member)
         member.load_state_dict(loaded[str(number)])
+    for parameter, moments in _moments(members.values()):
+        for moment in moments:
+            clear_frozen_rows(parameter, moment)
 
 
 def _create_averages(optimizer: MegatronOptimizer) -> None:
@@ -126,7 +144,9 @@ def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
 
 def _members(optimizer: MegatronOptimizer) -> list[Any]:
     """The optimizers that megatron-core has chained, or the only one."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+    members = getattr(optimizer, "chained_optimizers", [optimizer])
+    # megatron-core's stand-in for the optimizer of a rank where everything is frozen has no state
+    return [member for member in members if not getattr(member, "is_stub_optimizer", False)]
 
 
 def sharded_values(state: dict[str, Any]) -> Iterator[Any]:
@@ -136,10 +156,29 @@ def sharded_values(state: dict[str, Any]) -> Iterator[Any]:
             yield value
 
 
-def _keep_own(value: Any) -> Any:
-    """Tell megatron-core to keep a value that it does not read from the checkpoint."""
-    kept = ShardedTensor | ShardedTensorFactory | LocalNonpersistentObject
-    return value if isinstance(value, kept) else LocalNonpersistentObject(value)
+def _place(stored: Collection[str], split: Collection[str], value: Any) -> Any:
+    """Tell megatron-core under which name to read a value, or to keep it as it is."""
+    if isinstance(value, LocalNonpersistentObject):
+        return value
+    if not isinstance(value, ShardedTensor | ShardedTensorFactory):
+        return LocalNonpersistentObject(value)
+    if value.key.startswith(_MAIN_WEIGHT):
+        weight = replace(value, key=weight_of(value.key))
+        return weight_to_load(weight, torch.float32, stored, split)
+    found = to_load(value, stored, split)
+    return LocalNonpersistentObject(value.data.zero_()) if found is None else found
+
+
+def _moments(members: Iterable[Any]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Each weight of the model that an optimizer updates, with its moments of AdamW."""
+    for member in members:
+        state = member.optimizer.state
+        groups = [group["params"] for group in member.optimizer.param_groups]
+        if hasattr(member, "float16_groups"):  # the groups above then have copies of its weights
+            groups = [*member.float16_groups, *member.fp32_from_fp32_groups]
+        for weight in chain.from_iterable(groups):
+            main = getattr(weight, "main_param", weight)  # the fp32 copy of a bf16 weight
+            yield weight, [m for name, m in state[main].items() if name in MOMENTS]
 
 
 def _set_step(state: dict[str, Any], step: int, optimizer: Any) -> None:

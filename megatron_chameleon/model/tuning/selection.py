@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from megatron_chameleon.checkpoint.names.mappings import VOCABULARY, Dimensions
+from megatron_chameleon.checkpoint.names.partial_state import layer_key
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.config.parameters import qk_norm_groups, query_groups
 from megatron_chameleon.config.schema import Config, ModelConfig
@@ -24,6 +25,7 @@ from megatron_chameleon.model.tuning.wrong_patterns import matches_nothing
 from megatron_chameleon.wording import cut
 
 _ROWS = re.compile(r"(?P<name>.*)\[(?P<rows>image|text|\d*:\d*)\]")
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+\.")
 Range = tuple[int, int]
 
 
@@ -48,6 +50,15 @@ class Selection:
         ranges = self.trained.get(name)
         return None if ranges is None or ranges == ((0, self.shapes[name][0]),) else ranges
 
+    def is_trained(self, name: str, layer: int | None) -> bool:
+        """Whether any row of a parameter is trained.
+
+        Args:
+            name: In a checkpoint, where the layers are stacked.
+            layer: None: it is outside the layers.
+        """
+        return bool(self.trained[name if layer is None else layer_key(name, layer)])
+
     def count(self, name: str) -> int:
         """The trained elements of a parameter."""
         width = math.prod(self.shapes[name][1:])
@@ -66,6 +77,14 @@ class Selection:
     @property
     def is_everything(self) -> bool:
         return self.trained_count == self.total_count
+
+    @property
+    def split_stacks(self) -> frozenset[str]:
+        """The stacked weights of which only some layers are trained, by their stacked names."""
+        layers: dict[str, set[bool]] = {}
+        for name, ranges in self.trained.items():
+            layers.setdefault(_LAYER.sub("", name), set()).add(bool(ranges))
+        return frozenset(name for name, states in layers.items() if len(states) > 1)
 
     def describe(self) -> str:
         """How much is trained, in a line."""
@@ -144,7 +163,7 @@ def _parameters(model: ModelConfig, vocab_size: int) -> dict[str, TensorRow]:
         k_norm_groups=min(groups, query_groups(model)),
     )
     return {
-        row.megatron_name.replace("decoder.layers.", f"decoder.layers.{row.layer}."): row
+        (row.megatron_name if row.layer is None else layer_key(row.megatron_name, row.layer)): row
         for row in tensor_rows(dimensions)
     }
 

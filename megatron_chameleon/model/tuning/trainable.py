@@ -12,10 +12,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from megatron_chameleon.checkpoint.names.partial_state import FROZEN_ROWS
 from megatron_chameleon.model.initialization import named_global_parameters
 from megatron_chameleon.model.tuning.selection import Range, Selection
-
-_FROZEN_ROWS = "frozen_rows"
 
 
 def set_trainable(selection: Selection, parts: Sequence[nn.Module], rank: int) -> None:
@@ -34,15 +33,15 @@ def set_trainable(selection: Selection, parts: Sequence[nn.Module], rank: int) -
             frozen = tuple(_others(ranges, parameter.size(0), parameter.size(0) * rank))
             if not ranges:
                 parameter.requires_grad_(False)
-            elif frozen:
-                setattr(parameter, _FROZEN_ROWS, frozen)
+                continue
+            setattr(parameter, FROZEN_ROWS, frozen)
+            if frozen:
                 parameter.register_hook(partial(_without_rows, frozen))
 
 
-def frozen_rows(parameter: Tensor) -> tuple[Range, ...]:
-    """The ranges [first, last) of this rank's rows that are not trained; empty: all rows are."""
-    found: tuple[Range, ...] = getattr(parameter, _FROZEN_ROWS, ())
-    return found
+def is_partly_trained(parameter: Tensor) -> bool:
+    """Whether only some rows of the whole parameter are trained."""
+    return hasattr(parameter, FROZEN_ROWS)
 
 
 def _others(ranges: Sequence[Range], rows: int, offset: int) -> Iterator[Range]:

@@ -80,7 +80,7 @@ class DeepSpeedEngine:
         self.monitor = StepMonitor([self.model], topology.tensor_size)
         self.clock = StepClock()
         # ZeRO 3 takes the weights apart, so their shapes are noted first.
-        self._state = ShardedState(self.model)
+        self._state = ShardedState(self.model, self.selection.split_stacks)
         _sum_shared_gradients(self.model, config)
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
@@ -154,7 +154,8 @@ class DeepSpeedEngine:
         # DeepSpeed averages over the data-parallel ranks; the loss is a mean over all unmasked
         # tokens.
         scale = self.topology.data_size / self._count_tokens(micro_batches)
-        nan_hook = next(self.model.parameters()).register_hook(_make_nan) if not update else None
+        trained = next(p for p in self.model.parameters() if p.requires_grad)
+        nan_hook = trained.register_hook(_make_nan) if not update else None
         norm, updated, metrics = 0.0, False, {}
         numbers = self.topology.micro_batch_numbers(len(micro_batches))
         shape = micro_batch_shape(self.config, micro_batches)
@@ -221,7 +222,7 @@ class DeepSpeedEngine:
 
     def _clip_gradients(self) -> float:
         """Clip as DeepSpeed does without ZeRO, where it does not report the norm; returns it."""
-        parameters = list(self.model.parameters())
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         own = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p)]
         norm = get_grad_norm_fp32(
             own, grad_stats_parallel_group=parallel_state.get_model_parallel_group()
@@ -332,6 +333,8 @@ def _sum_shared_gradients(model: nn.Module, config: Config) -> None:
     group = parallel_state.get_tensor_model_parallel_group()
     for name, parameter in model.named_parameters():
         is_qk_norm = "q_layernorm" in name or "k_layernorm" in name
+        if not parameter.requires_grad:
+            continue
         if is_qk_norm or getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(partial(_sum_over, group))
 

@@ -40,7 +40,7 @@ class GradientGroups:
         self._parameters: dict[str, list[nn.Parameter]] = {group: [] for group in GROUPS}
         for part in parts:
             for name, parameter in part.named_parameters():
-                if param_is_not_tensor_parallel_duplicate(parameter):
+                if parameter.requires_grad and param_is_not_tensor_parallel_duplicate(parameter):
                     self._parameters[group_of(name)].append(parameter)
 
     def squares(self) -> Tensor:

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.loading.model import build_first_model
-from megatron_chameleon.checkpoint.names.optimizer_state import weight_key
+from megatron_chameleon.checkpoint.names.partial_state import split_in, weight_to_load
 from megatron_chameleon.checkpoint.state.megatron_optimizer import load_optimizer, sharded_optimizer
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.checkpoint.state.torch_dist import ShardedSnapshot, load_sharded
@@ -108,7 +108,7 @@ class MegatronEngine:
         self.compute_gradients(step, micro_batches)
         overflows, squares = self._measure_gradients()
         metrics = asdict(self.monitor.finish_step(self.config.training.z_loss))  # the host waits
-        metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        metrics["learning_rate"] = self._learning_rate()
         metrics["grad_norm"], of_groups = self.gradients.norms(squares)
         values = (metrics["loss"] or 0.0, metrics["grad_norm"])
         update = update and not overflows and all(map(math.isfinite, values))
@@ -118,6 +118,11 @@ class MegatronEngine:
         self.scheduler.step(1)
         metrics["step_seconds"] = time.perf_counter() - start
         return metrics
+
+    def _learning_rate(self) -> float:
+        """The learning rate of this step; a rank where everything is frozen has no group."""
+        groups = self.optimizer.param_groups
+        return float(groups[0]["lr"] if groups else self.scheduler.get_lr({}))
 
     @torch.no_grad()
     def _measure_gradients(self) -> tuple[bool, Tensor]:
@@ -234,7 +239,8 @@ class MegatronEngine:
         """The state to save."""
         self.complete_weights()
         model = self._sharded_model()
-        optimizer = sharded_optimizer(self.optimizer, model, self._checkpoint_metadata())
+        split, metadata = self.selection.split_stacks, self._checkpoint_metadata()
+        optimizer = sharded_optimizer(self.optimizer, model, metadata, split)
         return ShardedSnapshot({"model": model, "optimizer": optimizer})
 
     def restore(self, checkpoint: Path, step: int) -> None:
@@ -244,7 +250,9 @@ class MegatronEngine:
         updates = count_updates(checkpoint, step)
         average = self.average.begin_restore(checkpoint, stored)
         load_optimizer(
-            self.optimizer, model, metadata, checkpoint, stored, updates, average=average
+            *(self.optimizer, model, metadata, checkpoint, stored, updates),
+            average=average,
+            split=self.selection.split_stacks | split_in(stored),
         )
         self._load_weights(checkpoint, stored, fp8_state=True)
         self.scheduler.continue_after(step)
@@ -256,7 +264,7 @@ class MegatronEngine:
         self.optimizer.reload_model_params()  # the fp32 copies of bf16 weights
 
     def _load_weights(self, checkpoint: Path, stored: Collection[str], *, fp8_state: bool) -> None:
-        model = self._sharded_model()
+        model, split = self._sharded_model(), split_in(stored)
         for part in model.values():
             for name, value in list(part.items()):
                 # These are Transformer Engine's scales; other engines' checkpoints have none.
@@ -264,8 +272,9 @@ class MegatronEngine:
                     if not fp8_state or getattr(value, "unique_key", "") not in stored:
                         del part[name]
                 else:
-                    value.key = weight_key(value.key, value.data.dtype, stored)
-        loaded = load_sharded(checkpoint, model)
+                    part[name] = weight_to_load(value, value.data.dtype, stored, split)
+        # Of some layers it may be the main weights that are read, and of others the weights.
+        loaded = load_sharded(checkpoint, model, is_whole=not split)
         for i, part in enumerate(self.parts):
             part.load_state_dict(loaded[_part_key(i)], strict=False)  # no weight is missing
 

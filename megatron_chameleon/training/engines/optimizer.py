@@ -14,10 +14,11 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from megatron_chameleon.config.schema import Config
+from megatron_chameleon.model.tuning.trainable import is_partly_trained
 from megatron_chameleon.training.engines.muon import Muon, dimensions_of, find_matrix
 
 
@@ -42,7 +43,12 @@ def build_optimizer(config: Config, model_chunks: Sequence[nn.Module]) -> Megatr
     overrides: Any = {_no_decay(): {"wd_mult": 0.0}}
     if values.name == "adamw":
         return get_megatron_optimizer(megatron_config, chunks, config_overrides=overrides)
-    named = [named for chunk in chunks for named in chunk.named_parameters()]
+    named = [
+        (name, parameter)
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad
+    ]
     matrices = {p: matrix for name, p in named if (matrix := find_matrix(name, p))}
     others = [p for _, p in named if p not in matrices]
     # megatron-core's functions pass over parameters that need no gradient.
@@ -51,6 +57,8 @@ def build_optimizer(config: Config, model_chunks: Sequence[nn.Module]) -> Megatr
     with _frozen(matrices):
         adamw = get_megatron_optimizer(megatron_config, chunks, config_overrides=overrides)
     found = [matrices[p] for group in groups for p in group["params"]]
+    if not found:  # every matrix of this rank is frozen
+        return adamw
     muon: Any = Muon(groups, found, values, dimensions_of(config))
     if megatron_config.bf16:
         muon = Float16OptimizerWithFloat16Params(muon, megatron_config, None, _create_momentum)
@@ -82,7 +90,8 @@ def build_torch_adamw(config: Config, model: nn.Module) -> AdamW:
     values, no_decay = config.optimizer, _no_decay()
     parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in model.named_parameters():
-        parts[no_decay.matches(parameter, name)].append(parameter)
+        if parameter.requires_grad:
+            parts[no_decay.matches(parameter, name)].append(parameter)
     groups = [
         {"params": parameters, "wd_mult": wd_mult}
         for parameters, wd_mult in zip(parts, (1.0, 0.0), strict=True)
@@ -100,6 +109,10 @@ def build_torch_adamw(config: Config, model: nn.Module) -> AdamW:
 
 def _no_decay() -> ParamKey:
     # megatron-core's own rule finds vectors only, and the weights of the QK-norms have a dimension
-    # for the group.
-    vectors = ParamPredicate(name="vector", fn=lambda parameter: parameter.dim() == 1)
-    return ParamKey(name=("*norm.weight", "*norm.bias"), predicate=vectors)
+    # for the group. Decay would also change the frozen rows of a matrix.
+    predicate = ParamPredicate(name="vector_or_rows", fn=_is_vector_or_rows)
+    return ParamKey(name=("*norm.weight", "*norm.bias"), predicate=predicate)
+
+
+def _is_vector_or_rows(parameter: Tensor) -> bool:
+    return parameter.dim() == 1 or is_partly_trained(parameter)
