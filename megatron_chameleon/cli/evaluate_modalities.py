@@ -100,19 +100,22 @@ def _folder_in_run(args: argparse.Namespace, step: int) -> Path | None:
 def _open_corpora(reader: "CheckpointReader", args: argparse.Namespace) -> "list[Corpus]":
     """The held-out documents: those that were given, or the run's; none if there are none."""
     from megatron_chameleon.checkpoint.formats.opening import open_tokenizer
-    from megatron_chameleon.data.validation.reader import HeldOutReader
-    from megatron_chameleon.parallel.launch import find_launch
-    from megatron_chameleon.training.validation.checkpoint import evaluation_config
+    from megatron_chameleon.config.schema import SourceConfig
+    from megatron_chameleon.data.batches.open_sources import open_listed
+    from megatron_chameleon.errors import ConfigErrors
 
     of_run = reader.config.data.validation.sources if reader.config is not None else []
-    if not args.data and not of_run:
+    prefixes = args.data or [source.prefix for source in of_run]
+    if not prefixes:
         return []
-    config = evaluation_config(reader, args.data, [], find_launch().world_size)
     where = "--data" if args.data else "data.validation.sources"
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = open_tokenizer(reader, args.tokenizer, Path(scratch))
-        held_out = HeldOutReader(config, tokenizer, where)
-    return [source.source.corpus for source in held_out.sources]
+        sources = [SourceConfig(prefix) for prefix in prefixes]
+        opened, problems = open_listed(where, 0, sources, reader.model.seq_length, tokenizer)
+    if problems:
+        raise ConfigErrors(problems)
+    return [source.corpus for source in opened]
 
 
 def _check(

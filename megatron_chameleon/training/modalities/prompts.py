@@ -156,6 +156,9 @@ def _candidates(corpus: Corpus, tokenizer: Tokenizer, most: int) -> Iterator[lis
             continue
         (length,) = np.diff(corpus.starts(document, document + 1)).tolist()
         token_ids = corpus.read(document, 0, length).tolist()
+        # A pair is two conversations, of which the second has the answer that was rejected.
+        bos = tokenizer.vocabulary.bos
+        first = token_ids.index(bos, 1) if bos in token_ids[1:] else length
         yield [
             AskedPrompt(
                 _kind_of(token_ids[start : start + tokens], tokenizer),
@@ -163,6 +166,7 @@ def _candidates(corpus: Corpus, tokenizer: Tokenizer, most: int) -> Iterator[lis
                 tokens,
             )
             for start, tokens in spans.tolist()
+            if start < first
         ]
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from conversation_files import write_conversations
 from megatron_chameleon.data.mixture.corpus import TokenFileCorpus
-from megatron_chameleon.data.token_files.reader import open_token_file
+from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.answers.answer import Answer
 from megatron_chameleon.runs.answers.modalities import (
@@ -84,6 +84,20 @@ def test_no_prompt_comes_twice_and_each_leaves_room_for_an_image(corpus, tokeniz
     assert len(held_out_prompts([long], tokenizer, 64, 5)) == 3  # 41 + 18 tokens, and </s>
     assert len(held_out_prompts([long], tokenizer, 56, 5)) == 2
     assert held_out_prompts([], tokenizer, 64, 5) == []
+
+
+def test_the_rejected_answer_of_a_pair_is_no_example(tmp_path, tokenizer):
+    v = tokenizer.vocabulary
+    image = [v.begin_image, *v.code_token_ids[:16].tolist(), v.end_image]
+    chosen = [v.bos, v.size - 1, v.separator, *image, v.eos]
+    rejected = [v.bos, v.size - 1, v.separator, v.size - 2, v.eos]
+    with TokenFileWriter(tmp_path / "pairs", tokenizer) as writer:
+        answers = [(3, len(chosen) - 3), (len(chosen) + 3, 2)]
+        writer.add(np.array(chosen + rejected), 1, answers=answers)
+        writer.commit()
+    pairs = TokenFileCorpus(open_token_file(tmp_path / "pairs", tokenizer))
+    (prompt,) = held_out_prompts([pairs], tokenizer, 64, 5)
+    assert (prompt.expected, list(prompt.token_ids)) == (IMAGE, chosen[:3])
 
 
 def test_built_in_prompts_stand_in_for_what_is_missing(corpus, tokenizer):
