@@ -98,6 +98,7 @@ setup(
             "nltk",
             "krippendorff",
             "webdataset",  # what the tar reader is compared with
+            "datasets",  # writes the files that people have
             "openai",  # the client that people use
             "playwright",  # drives Chromium through the chat page
             "httpx",

@@ -20,7 +20,7 @@ from megatron_chameleon.cli.options import (
     add_image_options,
     image_options,
 )
-from megatron_chameleon.data.documents.image_fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
+from megatron_chameleon.images.fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
 from megatron_chameleon.wording import shown
 
 

@@ -68,7 +68,7 @@ def are_padded(document: Document, fit: str) -> list[bool]:
 
     Args:
         document: With or without roles.
-        fit: One of ``image_fit.IMAGE_FITS``.
+        fit: One of ``images.fit.IMAGE_FITS``.
     """
     roles = document.roles or (ASSISTANT,) * len(document.content)
     return [

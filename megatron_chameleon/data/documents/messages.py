@@ -7,6 +7,11 @@
 {"type": "image", "image": "PATH, data: URI or {bytes, path}"}
 {"type": "image"}                                    the next picture of the key `images`
 {"type": "image_url", "image_url": {"url": "PATH or data: URI"}}
+{"type": "image", "source": {"type": "base64", "data": "..."}}    Anthropic
+{"image": "PATH"}, {"text": "..."}                                Qwen
+
+Messages of the developer are system messages. A conversation with a tool or a call of one is left
+out as a whole: the format has the roles of prompt and answer only, and neither would be right.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +32,7 @@ from megatron_chameleon.data.documents.schema import (
     SYSTEM,
     USER,
     TextPart,
+    UnusableDocument,
 )
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.images.references import ImageFolder
@@ -39,11 +45,13 @@ _ROLES: Mapping[str, str] = {
 _TOOL_ROLES = frozenset(
     ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
 )
+TOOL_CALL = "call of a tool"
+"""Why a conversation with tools is dropped: the format has no token for who speaks but two."""
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 _TOOL_KEYS = ("tool_calls", "function_call")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image")
-_SOURCES = ("image", "image_url", "url", "path", "bytes", "data", "base64", "file")
+_SOURCES = ("image", "image_url", "url", "path", "bytes", "data", "base64", "file", "source")
 """Where an image part holds its picture; the first one with a value counts."""
 
 Names = tuple[str, ...]
@@ -97,22 +105,27 @@ def _role_and_content(message: Any, name: str, where: str) -> tuple[str, Any]:
     role = next((fields[key] for key in _ROLE_KEYS if fields.get(key) is not None), None)
     key = next((key for key in _CONTENT_KEYS if fields.get(key) is not None), None)
     if tools := [key for key in _TOOL_KEYS if fields.get(key)]:
-        what = f"{name} has {tools[0]}, and calls of tools are not read"
-        raise DataError(where, what, "Remove the document, or write the call as text")
+        raise _tool_error(f"{name} has {tools[0]}", where)
     if not isinstance(role, str) or key is None:
         what = f"{name} must be an object with a role and content"
         raise DataError(where, what, 'Write {"role": "user", "content": ...}')
     if role.lower() in _TOOL_ROLES:
-        what = f"{name} is from the role {shown_key(role)!r}, and calls of tools are not read"
-        raise DataError(where, what, "Remove the document, or write the call as text")
+        raise _tool_error(f"{name} is from the role {shown_key(role)!r}", where)
     if role.lower() not in _ROLES:
         what = f"{name} has the unknown role {shown_key(role)!r}"
         raise DataError(where, what, "Write user, assistant or system")
     return _ROLES[role.lower()], fields[key]
 
 
+def _tool_error(what: str, where: str) -> UnusableDocument:
+    remedy = "Remove the document, or write the call as text"
+    return UnusableDocument(where, f"{what}, and calls of tools are not read", remedy, TOOL_CALL)
+
+
 def _check_order(role: str, before: str | None, name: str, where: str) -> None:
     """Refuse a message that cannot follow the previous message."""
+    if role == SYSTEM and before == SYSTEM:  # a system message, then one of the developer
+        return
     if role == SYSTEM and before is not None:
         what = f"{name} is a system message after other messages"
         raise DataError(where, what, "Put the one system message first")
@@ -161,6 +174,9 @@ def _parse_part(
     part: Any, name: str, folder: ImageFolder, where: str, unused: set[str] | None
 ) -> TextPart | ImagePart | Mark:
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind is None and isinstance(part, dict):  # as Qwen writes it: {"image": ...}, {"text": ...}
+        given = [key for key in ("text", "image") if part.get(key) is not None]
+        kind = given[0] if len(given) == 1 else None
     if kind not in (*_TEXT_TYPES, *_IMAGE_TYPES):
         what = (
             f"{name} has the unknown type {shown_key(kind) if isinstance(kind, str) else kind!r}"

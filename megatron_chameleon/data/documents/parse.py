@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.data.documents.image_part import ImagePart, missing_image
+from megatron_chameleon.data.documents.image_part import ImageError, ImagePart, missing_image
 from megatron_chameleon.data.documents.media import (
     AUDIO,
     IMAGE,
@@ -31,7 +31,7 @@ from megatron_chameleon.data.documents.records import (
     prompt_of,
     record_name,
 )
-from megatron_chameleon.data.documents.schema import Document
+from megatron_chameleon.data.documents.schema import Document, UnusableDocument
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.decoding.json_values import BYTE_ORDER_MARK, check_values
 from megatron_chameleon.data.inputs.files import find_inputs
@@ -189,7 +189,8 @@ def _parse_lines(
 
 def _fault(error: DataError, path: str, record: Mapping[str, Any], default: str) -> Fault:
     name = record_name(record.get("id"), default)
-    return Fault(error, BROKEN_DOCUMENT, name, record_name(record.get("source"), _stem(path)))
+    reason = error.reason if isinstance(error, UnusableDocument | ImageError) else BROKEN_DOCUMENT
+    return Fault(error, reason, name, record_name(record.get("source"), _stem(path)))
 
 
 def _read_slice(path: str, part: FileSlice) -> bytes:
@@ -243,7 +244,8 @@ def _tar_document(
         if medium in (AUDIO, VIDEO):
             name = "a video" if medium == VIDEO else "sound"
             what = f"its .{shown_key(suffix)} holds {name}, which is not read"
-            raise DataError(origin.where, what, "Remove the sample or the file")
+            remedy = "Remove the sample or the file"
+            raise UnusableDocument(origin.where, what, remedy, "sound or video")
         if medium == IMAGE:
             pictures[f"{base}.{suffix}".lower()] = data
         else:

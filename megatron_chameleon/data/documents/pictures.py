@@ -29,21 +29,25 @@ from megatron_chameleon.data.documents.media import (
     is_link,
     medium_of,
 )
-from megatron_chameleon.data.documents.schema import SYSTEM, TextPart
+from megatron_chameleon.data.documents.schema import SYSTEM, TextPart, UnusableDocument
 from megatron_chameleon.data.inputs.form_keys import PICTURE_KEY
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.images.references import ImageFolder
 from megatron_chameleon.wording import counted
 
 MARK = "<image>"
-_MARK_OF_TEXT = re.compile(re.escape(MARK))
-_MARKS = re.compile(
-    r"<image>|<\|image\|>|<img>|<ImageHere>|<image_placeholder>"
-    r"|<\|vision_start\|><\|image_pad\|><\|vision_end\|>"
-    r"|<\|?(?:image|img)[ _-]?(?P<number>\d{1,4})\|?>",
-    re.IGNORECASE,
+PLACE_ALONE, PICTURE_ALONE = "place without a picture", "picture without a place"
+"""Why a document is dropped whose marks and pictures are not equally many."""
+_SURE_MARKS = (
+    r"(?:<im_start>)?<image>(?:<im_end>)?|<\|image\|>|<ImageHere>|<image_placeholder>"
+    r"|<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|image_pad\|>"
+    r"|<image_soft_token>|<start_of_image>|<IMG_CONTEXT>|<__media__>"
+    r"|<\|?(?:image|img)[ _-]?(?P<number>\d{1,4})\|?>"
 )
-"""Marks that data sets use; all but the first count only if there is a key of pictures."""
+_MARK_ALONE = re.compile(_SURE_MARKS, re.IGNORECASE)
+"""Marks that no text has for another reason, but for pages about XML or about such models."""
+_MARKS = re.compile(rf"{_SURE_MARKS}|<img>", re.IGNORECASE)
+"""Marks that data sets use. ``<img>`` counts only if there is a key of pictures."""
 _INLINE = re.compile(r"</(?:image|img)>", re.IGNORECASE)
 
 _NAME_KEY = re.compile(
@@ -60,6 +64,7 @@ _FILE_KEYS = (
 _EMPTY: tuple[Any, ...] = (None, "", b"", False, [], {}, ())
 
 
+_LONGEST_MARK = 64
 _LONGEST_KEY = 64
 """Longer keys than this are of no known kind."""
 
@@ -90,6 +95,7 @@ def find_beside(
     where: str,
     own: Sequence[str] | None = None,
     has_pictures: bool = False,
+    of_record: bool = False,
 ) -> Beside:
     """Find the pictures beside a text.
 
@@ -101,6 +107,7 @@ def find_beside(
         own: Names of the files that hold the record's own pictures, if it has any.
         has_pictures: Whether the text itself holds pictures, so that a link or file name beside it
             says where one of them came from.
+        of_record: Whether it is a whole record, whose key of pictures may be there and be null.
 
     Raises:
         DataError: A key holds a picture, sound or video that cannot be read.
@@ -109,8 +116,12 @@ def find_beside(
     of_names: list[str] = []
     linked: list[str] = []
     unused: list[str] = []
+    has_empty_key = False
     for key, value in record.items():
-        if key in used or value is None:
+        if key in used:
+            continue
+        if value is None:
+            has_empty_key = has_empty_key or bool(of_record and PICTURE_KEY.fullmatch(key))
             continue
         kind = _kind_of_key(key[:_LONGEST_KEY])
         if kind == "picture":
@@ -124,7 +135,7 @@ def find_beside(
         elif value:  # an empty text or list says nothing
             unused.append(key)
     if not (of_pictures or of_names or linked):
-        return Beside(unused_keys=tuple(unused))
+        return Beside(has_key=has_empty_key, unused_keys=tuple(unused))
     pictures: list[ImagePart] = []
     for key in _in_order([k for k in of_pictures if record[k] not in _EMPTY], where):
         if not _names_own(record[key], own):
@@ -134,7 +145,8 @@ def find_beside(
         of_names = [key for key in of_names if key not in read]
     if linked and not (pictures or own or has_pictures):
         _refuse(linked[0], medium_of(record[linked[0]]), where)
-    return Beside(tuple(pictures), bool(of_pictures), (*unused, *of_names, *linked))
+    has_key = bool(of_pictures) or has_empty_key
+    return Beside(tuple(pictures), has_key, (*unused, *of_names, *linked))
 
 
 def place_pictures(
@@ -172,7 +184,9 @@ def place_pictures(
     if places != len(pictures):
         what = f"has {counted(places, 'place')} for pictures ({MARK}) and "
         what += f"{counted(len(pictures), 'picture')} beside the text"
-        raise DataError(where, what, "Give each place one picture, or remove the document")
+        remedy = "Give each place one picture, or remove the document"
+        reason = PLACE_ALONE if places > len(pictures) else PICTURE_ALONE
+        raise UnusableDocument(where, what, remedy, reason)
     pieces = [
         _cut(part.text, marks) if isinstance(part, TextPart) and marks is not None else [part]
         for part in parts
@@ -213,16 +227,25 @@ def _marks_in(
     """What counts as a mark in texts; None if nothing does."""
     if beside.has_key or beside.pictures:
         return _MARKS
-    if has_own or is_written_in_parts:
+    if is_written_in_parts:
         return None
     if roles is not None:
-        return _MARK_OF_TEXT
+        return _MARK_ALONE
+    if has_own:
+        return None
     # most texts have no mark at all, and are not copied to find out
-    marked = [part.text for part in parts if isinstance(part, TextPart) and MARK in part.text]
-    texts = [text.strip() for text in marked if "</image>" not in text]
-    if any(text.startswith(MARK) or text.endswith(MARK) for text in texts):
-        return _MARK_OF_TEXT
-    return None
+    texts = [part.text for part in parts if isinstance(part, TextPart) and "<" in part.text]
+    return _MARK_ALONE if any(map(_is_marked_at_an_end, texts)) else None
+
+
+def _is_marked_at_an_end(text: str) -> bool:
+    """Whether a text begins or ends with a mark, white space aside."""
+    begin = len(text) - len(text.lstrip())
+    is_marked = _MARK_ALONE.match(text, begin) or any(
+        match.end() >= len(text.rstrip())
+        for match in _MARK_ALONE.finditer(text, max(begin, len(text.rstrip()) - _LONGEST_MARK))
+    )
+    return bool(is_marked) and "</image>" not in text
 
 
 def _cut(text: str, marks: re.Pattern[str]) -> list[TextPart | ImagePart | Mark | int]:
@@ -270,7 +293,7 @@ def _before(
             return whole, None if roles is None else list(roles)
         what = f"has {counted(len(known), 'picture')} in its text and "
         what += f"{counted(len(pictures), 'picture')} beside it without a place"
-        raise DataError(where, what, f"Mark the places with {MARK}")
+        raise UnusableDocument(where, what, f"Mark the places with {MARK}", PICTURE_ALONE)
     texts = [part for part in whole if part != TextPart("")] if roles is None else whole
     if roles is None:
         return [*pictures, *texts], None
@@ -396,7 +419,8 @@ def _refuse(key: str, medium: str, where: str) -> None:
         name = "a video" if medium == VIDEO else "sound"
         what = f"the key {shown_key(key)} holds {name}, which is not read"
         remedy = "Remove the document, or pass the key to --ignore-keys"
-    raise DataError(where, what, remedy)
+    reason = "picture in a key that is not read" if medium == IMAGE else "sound or video"
+    raise UnusableDocument(where, what, remedy, reason)
 
 
 def shown_key(key: str) -> str:

@@ -11,7 +11,7 @@ The second and the third never show an answer to the model: neither the key ``an
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,20 @@ from megatron_chameleon.data.documents.media import is_encoded
 from megatron_chameleon.data.documents.messages import join_texts
 from megatron_chameleon.data.documents.pairs import is_pair, join_pair, split_pair
 from megatron_chameleon.data.documents.pictures import Beside, find_beside, place_pictures
-from megatron_chameleon.data.documents.schema import ASSISTANT, USER, Document, TextPart
-from megatron_chameleon.data.documents.shapes import answer_key, form_of, read_shape
+from megatron_chameleon.data.documents.schema import (
+    ASSISTANT,
+    USER,
+    Document,
+    TextPart,
+    UnusableDocument,
+)
+from megatron_chameleon.data.documents.shapes import (
+    answer_key,
+    form_of,
+    link_key,
+    read_shape,
+    table_of_links,
+)
 from megatron_chameleon.errors import DataError, one_line
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.images.references import ImageFolder
@@ -135,17 +147,20 @@ def document_of(record: Record, origin: Origin, own: Mapping[str, bytes] | None 
     used = {*shaped.used, *NAMES}
     if any(isinstance(part, TextPart) and is_encoded(part.text) for part in shaped.parts):
         what = "has the letters of an encoded picture where a text is expected"
-        raise DataError(where, what, 'Write it as {"type": "image", "image": ...}')
+        remedy = 'Write it as {"type": "image", "image": ...}'
+        raise UnusableDocument(where, what, remedy, "picture written as a text")
     has_pictures = any(isinstance(part, ImagePart) for part in shaped.parts)
     names = None if own is None else list(own)
-    beside = find_beside(record, used, folder, where, names, has_pictures)
+    beside = find_beside(record, used, folder, where, names, has_pictures, of_record=True)
     if own is not None:
         pictures = (*(image_part(data, folder) for data in own.values()), *beside.pictures)
         beside = Beside(pictures, bool(own) or beside.has_key, beside.unused_keys)
     parts, roles = place_pictures(shaped.parts, shaped.roles, beside, where, form == "content")
+    _check_links(record, form, parts, origin)
     if form == "caption" and not any(isinstance(part, ImagePart) for part in parts):
         what = "has a caption, but no picture"
-        raise DataError(where, what, "Name the picture in the key `image`, or write `text`")
+        remedy = "Name the picture in the key `image`, or write `text`"
+        raise UnusableDocument(where, what, remedy, "caption without a picture")
     file_name = origin.path.rsplit("/", 1)[-1]
     return Document(
         record_name(record.get("id"), origin.key or f"{file_name}:{origin.number}"),
@@ -156,6 +171,18 @@ def document_of(record: Record, origin: Origin, own: Mapping[str, bytes] | None 
         origin.number,
         (*beside.unused_keys, *sorted(shaped.unused)) if shaped.unused else beside.unused_keys,
     )
+
+
+def _check_links(
+    record: Record, form: str, parts: Sequence[TextPart | ImagePart], origin: Origin
+) -> None:
+    """Refuse a row of a table of links, unless the user allows links to be followed."""
+    if form not in ("text", "caption") or (key := link_key(record)) is None:
+        return
+    pictures = [part.image for part in parts if isinstance(part, ImagePart)]
+    is_named = pictures == [record[key]] if pictures else form == "caption"
+    if is_named and record[key].partition("://")[0].lower() not in origin.images.protocols:
+        raise table_of_links(record, key, origin.where)
 
 
 def prompt_of(record: Record, origin: Origin, own: Mapping[str, bytes] | None = None) -> Document:

@@ -14,6 +14,19 @@ point of its own, because only the first may show an answer to the model:
 from dataclasses import dataclass
 
 from megatron_chameleon.data.documents.image_part import ImagePart
+from megatron_chameleon.errors import DataError
+
+
+class UnusableDocument(DataError):
+    """A document that is left out for a reason which is counted by itself.
+
+    ``reason`` is a few words that are the same for all documents with this fault.
+    """
+
+    def __init__(self, where: str, what: str, remedy: str, reason: str) -> None:
+        super().__init__(where, what, remedy)
+        self.reason = reason
+
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 """The roles in a conversation."""

@@ -1,29 +1,31 @@
-"""The forms that a record may have. Each is known by one of its keys:
+"""The forms that a record may have. Each is known by one of its keys: ``FORMS`` lists them.
 
-    content                     parts in order: {"content": [{"type": "text", ...}, ...]}
-    text                        {"text": "..."}
-    messages                    a conversation, as OpenAI and Hugging Face write it
-    conversations               a conversation, as ShareGPT and LLaVA write it
-    prompt (with answer)        a conversation of two messages; also question and answer, and
-                                prompt and completion or response
-    instruction (with output)   a conversation, as Alpaca writes it, with input and history
-    images and texts            OBELICS: parallel lists; one of the two is null at each place.
-                                The Cauldron: texts are objects with user and assistant
-    caption                     the caption of a picture in another key
-    chosen and rejected         two answers to the prompt in the other keys (``pairs.py``)
-
-A record has one of the first four keys, or else it is of the first of the others that it has. To
-add a form, write a function and a line in ``_READERS``, and its key in ``inputs/form_keys.py``.
+A record has one of the keys ``content``, ``text``, ``messages`` and ``conversations``, or else it
+is of the first of the other forms whose key it has. To add a form, write a function and an entry of
+``FORMS``, and its key in ``inputs/form_keys.py``.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_chameleon.data.documents.interleaved import (
+    PICTURES_OF_TEXT_LIST,
+    parse_parallel,
+    parse_text_list,
+)
+from megatron_chameleon.data.documents.media import is_link
 from megatron_chameleon.data.documents.messages import parse_content, parse_messages
-from megatron_chameleon.data.documents.pictures import Part, read_picture, shown_key
-from megatron_chameleon.data.documents.schema import ASSISTANT, SYSTEM, USER, TextPart
-from megatron_chameleon.data.inputs.form_keys import FIRST_FORM_KEYS, OTHER_FORM_KEYS
+from megatron_chameleon.data.documents.pictures import Part, shown_key
+from megatron_chameleon.data.documents.schema import (
+    ASSISTANT,
+    SYSTEM,
+    USER,
+    TextPart,
+    UnusableDocument,
+)
+from megatron_chameleon.data.inputs.form_keys import FIRST_FORM_KEYS, LINK_KEYS, OTHER_FORM_KEYS
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.images.references import ImageFolder
 
@@ -31,6 +33,7 @@ Record = Mapping[str, Any]
 
 ANSWER_KEYS = ("answer", "completion", "response", "output")
 """The keys of the answer to a prompt; the first one with a value counts."""
+TABLE_OF_LINKS = "link to a picture"
 _CONTEXT_KEYS = ("input", "context")
 
 
@@ -64,6 +67,8 @@ def form_of(record: Record, where: str) -> str:
     for key in (*FIRST_FORM_KEYS, *OTHER_FORM_KEYS):
         if key in record:
             return key  # its reader says that null is no text
+    if (link := link_key(record)) is not None:
+        raise table_of_links(record, link, where)
     keys = ", ".join(map(shown_key, record))[:200] or "no key"
     what = f"has none of the keys content, text, messages and prompt (it has {keys})"
     raise DataError(where, what, "Write content, text, messages, or prompt and answer")
@@ -84,9 +89,27 @@ def read_shape(record: Record, form: str, folder: ImageFolder, where: str) -> Sh
     return _READERS[form](record, form, folder, where)
 
 
+def link_key(record: Record) -> str | None:
+    """The key that holds a link to the web, as in the tables of LAION; None if none does."""
+    found = (key for key in record if key.lower() in LINK_KEYS and isinstance(record[key], str))
+    return next((key for key in found if is_link(record[key])), None)
+
+
+def table_of_links(record: Record, key: str, where: str) -> UnusableDocument:
+    """The error of a row that names a picture by a link which may not be followed."""
+    path = where.rpartition(":")[0]
+    kind = path.rpartition(".")[2].lower()
+    caption = next((k for k in record if k.lower() in ("caption", "text", "alt_text")), "caption")
+    what = f"names its picture by a link in the column {shown_key(key)}, which is not followed"
+    remedy = "Download the pictures, and preprocess 'images/*.tar': img2dataset --url_list "
+    remedy += f"{path} --input_format {kind} --url_col {shown_key(key)} --caption_col "
+    remedy += f"{shown_key(caption)} --output_format webdataset --output_folder images"
+    return UnusableDocument(where, what, remedy, TABLE_OF_LINKS)
+
+
 def answer_key(record: Record, form: str) -> str | None:
     """The key of the answer to a record's prompt; None if it has none."""
-    if form not in ("prompt", "question", "instruction"):
+    if form not in ("prompt", "question", "query", "instruction"):
         return None
     return next((key for key in ANSWER_KEYS if record.get(key) is not None), None)
 
@@ -182,42 +205,21 @@ def _conversation(
 
 
 def _read_interleaved(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:
-    images, texts = record.get("images") or [], record.get("texts") or []
-    if not isinstance(images, list) or not isinstance(texts, list):
-        what = "images and texts must be lists"
-        raise DataError(
-            where, what, "Write two list columns; at each place one of the two must be null"
-        )
+    texts = record.get("texts")
+    texts = texts if isinstance(texts, list) else []
     if texts and all(isinstance(t, dict) and {"user", "assistant"} <= t.keys() for t in texts):
         messages = [
             {"role": role, "content": text[role]} for text in texts for role in (USER, ASSISTANT)
         ]
         names = [f"texts[{i}]" for i in range(len(texts)) for _ in (USER, ASSISTANT)]
         return _conversation(record, messages, {"texts"}, folder, where, names)
-    if len(images) != len(texts) or not images:
-        what = f"images has {len(images)} entries, but texts has {len(texts)}"
-        raise DataError(where, what, "Write two lists of the same length, at least 1")
-    pairs = enumerate(zip(images, texts, strict=True))
-    parts = tuple(_interleaved_part(i, image, text, folder, where) for i, (image, text) in pairs)
+    parts = parse_parallel(record, folder, where)
     return Shaped(parts, None, frozenset(("images", "texts")))
 
 
-def _interleaved_part(
-    position: int, image: Any, text: Any, folder: ImageFolder, where: str
-) -> Part:
-    if (image is None) == (text is None):
-        both = "both null" if image is None else "both set"
-        what = f"images[{position}] and texts[{position}] are {both}"
-        raise DataError(where, what, "Set exactly one of the two at each place")
-    if text is None:
-        if not isinstance(image, str | bytes | dict):
-            what = f"images[{position}] must be a path or bytes, not {type(image).__name__}"
-            raise DataError(where, what, "Write paths or bytes into the list")
-        return read_picture(image, f"images[{position}]", folder, where)
-    if not isinstance(text, str):
-        what = f"texts[{position}] must be a string, not {type(text).__name__}"
-        raise DataError(where, what, "Write strings into the list")
-    return TextPart(text.removeprefix("\ufeff"))
+def _read_text_list(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:
+    parts = parse_text_list(record, folder, where)
+    return Shaped(parts, None, frozenset((key, PICTURES_OF_TEXT_LIST)))
 
 
 def _read_half_pair(record: Record, key: str, folder: ImageFolder, where: str) -> Shaped:
@@ -226,15 +228,131 @@ def _read_half_pair(record: Record, key: str, folder: ImageFolder, where: str) -
     raise DataError(where, what, "Write both, or write the answer as messages")
 
 
-_READERS: Mapping[str, Callable[[Record, str, ImageFolder, str], Shaped]] = {
-    "content": _read_content,
-    "text": _read_text,
-    "messages": _read_messages,
-    "conversations": _read_messages,
-    "prompt": _read_prompt,
-    "question": _read_prompt,
-    "instruction": _read_instruction,
-    "texts": _read_interleaved,
-    "caption": _read_text,
-    "chosen": _read_half_pair,
-}
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form of records; the table of docs/data.md is made from these (``form_table``)."""
+
+    key: str
+    """The key that tells it."""
+    name: str
+    """Who writes it so, for people."""
+    how: str
+    """How it is read, for people; Markdown."""
+    example: Record
+    """A record of this form; ``0.png`` is a picture beside its file."""
+    read: Callable[[Record, str, ImageFolder, str], Shaped]
+
+
+_ASKED = {"role": "user", "content": "<image>Which digit?"}
+_TOLD = {"role": "assistant", "content": "Zero."}
+
+FORMS = (
+    Form(
+        "content",
+        "our own",
+        "text and image parts in order",
+        {"content": [{"type": "text", "text": "A zero:"}, {"type": "image", "image": "0.png"}]},
+        _read_content,
+    ),
+    Form(
+        "text",
+        "plain text; image and text columns",
+        "one text; pictures beside it stand before it or at its marks",
+        {"text": "A zero.", "image": "0.png"},
+        _read_text,
+    ),
+    Form(
+        "messages",
+        "OpenAI, Hugging Face, LLaMA-Factory",
+        "a conversation of `role` and `content`, which is a text or a list of parts (`text`, "
+        "`image`, `image_url`); a part `image` without a picture takes the next one of `images`",
+        {"messages": [_ASKED, _TOLD], "images": ["0.png"]},
+        _read_messages,
+    ),
+    Form(
+        "conversations",
+        "ShareGPT, LLaVA",
+        "a conversation of `from` and `value`",
+        {
+            "image": "0.png",
+            "conversations": [
+                {"from": "human", "value": "<image>Which digit?"},
+                {"from": "gpt", "value": "Zero."},
+            ],
+        },
+        _read_messages,
+    ),
+    Form(
+        "prompt",
+        "our own, TRL",
+        "with `answer`, `completion` or `response`: a conversation of two messages; each may be a "
+        "text, parts, or a list of messages",
+        {"prompt": "<image>Which digit?", "answer": "Zero.", "image": "0.png"},
+        _read_prompt,
+    ),
+    Form(
+        "question",
+        "visual question answering",
+        "as `prompt`",
+        {"question": "Which digit?", "answer": "Zero.", "image": "0.png"},
+        _read_prompt,
+    ),
+    Form(
+        "query",
+        "ms-swift",
+        "as `prompt`",
+        {"query": "<image>Which digit?", "response": "Zero.", "images": ["0.png"]},
+        _read_prompt,
+    ),
+    Form(
+        "instruction",
+        "Alpaca",
+        "with `output`, and `input` and `history` if they are there: a conversation",
+        {"instruction": "Write it as a numeral.", "input": "three", "output": "3"},
+        _read_instruction,
+    ),
+    Form(
+        "texts",
+        "OBELICS, The Cauldron",
+        "the lists `images` and `texts`, of which one is null at each place; or texts that are "
+        "objects with `user` and `assistant`, a conversation about the `images`",
+        {"images": [None, "0.png"], "texts": ["A zero:", None]},
+        _read_interleaved,
+    ),
+    Form(
+        "text_list",
+        "MMC4",
+        "texts in order; each picture of `image_info` stands before the text that its "
+        "`matched_text_index` names. `image_name` is its file",
+        {
+            "text_list": ["Digits.", "A zero."],
+            "image_info": [{"image_name": "0.png", "matched_text_index": 1}],
+        },
+        _read_text_list,
+    ),
+    Form(
+        "caption",
+        "image and caption columns",
+        "the caption of a picture in another key; the picture stands first",
+        {"image": "0.png", "caption": "A zero."},
+        _read_text,
+    ),
+    Form(
+        "chosen",
+        "TRL, LLaMA-Factory",
+        "with `rejected`: two answers to the prompt in the other keys, for preference tuning",
+        {"prompt": "Write 3 as a word.", "chosen": "three", "rejected": "3"},
+        _read_half_pair,
+    ),
+)
+"""In the order of ``FORM_KEYS``."""
+_READERS = {form.key: form.read for form in FORMS}
+
+
+def form_table() -> str:
+    """The table of docs/data.md in Markdown: one row per form, with an example."""
+    lines = ["| key | written by | how it is read | example |", "|---|---|---|---|"]
+    for form in FORMS:
+        example = json.dumps(form.example, ensure_ascii=False)
+        lines.append(f"| `{form.key}` | {form.name} | {form.how} | `{example}` |")
+    return "\n".join(lines) + "\n"

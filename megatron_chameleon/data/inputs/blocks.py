@@ -20,6 +20,7 @@ from megatron_chameleon.data.inputs.records import (
     Limits,
     Position,
 )
+from megatron_chameleon.data.inputs.table import table_blocks
 from megatron_chameleon.data.inputs.tar import tar_blocks
 from megatron_chameleon.errors import DataError
 
@@ -68,8 +69,10 @@ def _blocks_of_range(
     first_byte = 0
     if item.kind == "tar":
         found = tar_blocks(item, file, start.record, limits.document_bytes)
-    elif item.kind == "parquet":
+    elif item.kind in ("parquet", "arrow"):
         found = parquet_blocks(item, part, file, start.record, limits)
+    elif item.kind == "table":
+        found = table_blocks(item, file, start.record, limits.document_bytes)
     else:
         found = line_blocks(item, part, file, start, limits.document_bytes)
         first_byte = part.start

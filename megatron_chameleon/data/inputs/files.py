@@ -1,15 +1,8 @@
 """Finds the input files and puts them in order.
 
-An input is a local path, a glob, or a URL of any file system that fsspec knows (``s3://``,
-``gs://``, ``hf://``, ...; some need a package of their own). The files of a glob are sorted by
-name. The suffix says what kind of file it is:
-
-- ``.jsonl``, ``.ndjson``: one document per line
-- ``.json``: one document per line, or an array of documents
-- ``.tar``: WebDataset
-- ``.parquet``: OBELICS-style, or a column ``text`` or ``messages``
-
-JSON and tars may be compressed: ``.gz``, ``.zst``.
+An input is a local path, a folder (``folders.py``), a glob, or a URL of any file system that fsspec
+knows (``s3://``, ``gs://``, ``hf://``, ...; some need a package of their own). The files of a glob
+are sorted by name. The suffix says what kind of file it is: ``FILE_KINDS``.
 """
 
 import glob
@@ -21,11 +14,44 @@ from typing import IO, Any
 
 import fsspec
 
+from megatron_chameleon.data.inputs.folders import files_of_folder
 from megatron_chameleon.errors import DataError
 
-KINDS = {"jsonl": "lines", "json": "json", "ndjson": "lines", "tar": "tar", "parquet": "parquet"}
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of file of documents; the table of docs/data.md is made from these."""
+
+    name: str
+    """As in ``InputFile.kind``."""
+    suffixes: tuple[str, ...]
+    document: str
+    """What a document is in it, for people."""
+    may_be_compressed: bool = True
+
+
+FILE_KINDS = (
+    FileKind("lines", ("jsonl", "ndjson"), "a line"),
+    FileKind("json", ("json",), "a line, or an element of the array"),
+    FileKind("table", ("csv", "tsv"), "a row; the first row names the columns"),
+    FileKind("parquet", ("parquet",), "a row", may_be_compressed=False),
+    FileKind(
+        "arrow",
+        ("arrow", "feather"),
+        "a row, in Arrow's stream format (as `datasets` writes it) or file format",
+        may_be_compressed=False,
+    ),
+    FileKind(
+        "tar",
+        ("tar",),
+        "a WebDataset sample: its images and the caption in `.txt`, or a `.json`",
+    ),
+)
+_KINDS = {suffix: kind for kind in FILE_KINDS for suffix in kind.suffixes}
 COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd"}
-SUFFIXES = ".jsonl, .json, .ndjson or .tar (each also with .gz or .zst), or .parquet"
+SUFFIXES = (
+    ".jsonl, .json, .ndjson, .csv, .tsv or .tar (each also with .gz or .zst), .parquet or .arrow"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +61,7 @@ class InputFile:
     path: str
     """As the user gave it, or as the glob found it."""
     kind: str
-    """lines, json, tar or parquet; a json file may be lines, too."""
+    """The name of one of ``FILE_KINDS``; a json file may be lines, too."""
     compression: str | None
     """gzip, zstd or None."""
     size_bytes: int
@@ -75,7 +101,7 @@ class InputRange:
     input: int
     """Index in the list of inputs."""
     start: int = 0
-    """Bytes of the file for uncompressed lines; rows for parquet; 0 for other kinds."""
+    """Bytes of the file for uncompressed lines; rows for parquet and Arrow; 0 for other kinds."""
     stop: int | None = None
     """None: up to the end."""
     size_bytes: int = 0
@@ -86,13 +112,15 @@ def find_inputs(words: Sequence[str | Path]) -> list[InputFile]:
     """Find the files that paths, globs and URLs name, in order.
 
     Raises:
-        DataError: If a file is missing, is a folder or has an unknown suffix, or a glob matches
-            nothing.
+        DataError: If a file is missing or has an unknown suffix, a glob matches nothing, or a
+            folder does not tell what to read.
     """
     found: list[InputFile] = []
     for word in map(str, words):
         if "://" in word:
             found += _remote(word)
+        elif Path(word).is_dir():
+            found += map(_local, files_of_folder(word, _kind_of_name))
         elif Path(word).exists() or not glob.has_magic(word):
             found.append(_local(word))
         else:
@@ -115,8 +143,7 @@ def has_documents(path: str) -> bool:
 
 def _local(path: str) -> InputFile:
     if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "no such file"
-        raise DataError(path, what, f"Pass a file of documents: {SUFFIXES}")
+        raise DataError(path, "no such file", f"Pass a file of documents: {SUFFIXES}")
     kind, compression = _kind(path)
     status = Path(path).stat()
     return InputFile(
@@ -156,10 +183,14 @@ def _kind(path: str) -> tuple[str, str | None]:
         words, compression = [*words[:-1], "tar"], "gzip"
     elif compression:
         words = words[:-1]
-    kind = KINDS.get(words[-1]) if len(words) > 1 else None
-    if kind is None or (kind == "parquet" and compression):
+    kind = _KINDS.get(words[-1]) if len(words) > 1 else None
+    if kind is None or (compression and not kind.may_be_compressed):
         raise DataError(path, "unknown kind of file", f"Pass a {SUFFIXES} file")
-    return kind, compression
+    return kind.name, compression
+
+
+def _kind_of_name(name: str) -> str | None:
+    return _kind(name)[0] if has_documents(name) else None
 
 
 def _cannot_open(path: str, error: Exception) -> DataError:

@@ -1,4 +1,4 @@
-"""Reads the rows of parquet files: all columns that could hold text or pictures.
+"""Reads the rows of parquet and Arrow files: all columns that could hold text or pictures.
 
 Another process decodes them, within a limit of memory (``parquet_client.py``). Where that fails,
 the rows before the fault are read one by one, and reading goes on with the next row group.
@@ -12,8 +12,14 @@ from megatron_chameleon.data.inputs.decoding.broken_file import BrokenFile
 from megatron_chameleon.data.inputs.decoding.json_values import MOST_VALUES
 from megatron_chameleon.data.inputs.decoding.parquet_client import ParquetClient, ParquetFault
 from megatron_chameleon.data.inputs.files import InputFile, InputRange
-from megatron_chameleon.data.inputs.form_keys import FORM_KEYS, PICTURE_KEY, WEIGHT_KEY
+from megatron_chameleon.data.inputs.form_keys import (
+    FORM_KEYS,
+    LINK_KEYS,
+    PICTURE_KEY,
+    WEIGHT_KEY,
+)
 from megatron_chameleon.data.inputs.records import (
+    BROKEN_DOCUMENT,
     BROKEN_FILE,
     TOO_LARGE_DOCUMENT,
     Fault,
@@ -57,7 +63,7 @@ def parquet_blocks(
 
 def _client(item: InputFile, file: IO[bytes], limits: Limits) -> ParquetClient:
     path = None if item.is_remote else item.path
-    return ParquetClient(path, file, item.size_bytes, limits.document_bytes)
+    return ParquetClient(path, file, item.size_bytes, limits.document_bytes, item.kind)
 
 
 class _Rows:
@@ -122,6 +128,10 @@ class _Rows:
         if kind == b"L":
             fault = _large_row(f"{self._item.path}:{row + 1}", self._limits, *json.loads(content))
             return self._file_block(fault, row, row + 1)
+        if kind == b"X":
+            what = f"the row is damaged ({content.decode(errors='replace')})"
+            error = DataError(f"{self._item.path}:{row + 1}", what, "Write the row again")
+            return self._file_block(Fault(error, BROKEN_DOCUMENT), row, row + 1)
         count, stream = int.from_bytes(content[:8], "big"), content[8:]
         return self._file_block(ParquetRows(stream, tuple(self._unread)), row, row + count)
 
@@ -170,7 +180,7 @@ def _batch_rows(schema: Any, columns: list[str]) -> int:
 def _columns(schema: Any) -> tuple[list[str], list[str]]:
     """The columns to read, and those that can hold neither text nor a picture."""
     names: list[str] = schema.names
-    if not set(FORM_KEYS) & set(names):
+    if not (set(FORM_KEYS) & set(names) or set(LINK_KEYS) & {name.lower() for name in names}):
         what = f"has no column {', '.join(FORM_KEYS)} (it has {', '.join(names)[:200]})"
         remedy = "Write a column text or messages, or the parallel list columns images and texts"
         raise BrokenFile(what, remedy)

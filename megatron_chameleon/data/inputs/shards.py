@@ -38,7 +38,7 @@ def _cut(item: InputFile, index: int, start: int, stop: int) -> InputRange | Non
     last = None if stop == item.size_bytes else stop
     if item.kind == "lines" and item.compression is None:
         return InputRange(index, start, last, stop - start)
-    if item.kind == "parquet":
+    if item.kind in ("parquet", "arrow"):
         rows = row_borders(item, start, last)
         return None if rows is None else InputRange(index, *rows, stop - start)
     return InputRange(index, 0, None, item.size_bytes) if start == 0 else None

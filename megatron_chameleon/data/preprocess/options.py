@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_chameleon.data.documents.image_fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
 from megatron_chameleon.data.inputs.files import InputFile
 from megatron_chameleon.data.inputs.records import Limits
 from megatron_chameleon.data.token_files.format import (
@@ -19,6 +18,7 @@ from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX, HELD_OUT_
 from megatron_chameleon.data.token_files.writer_state import read_writer_state
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.files import read_json_object
+from megatron_chameleon.images.fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.tokenizer.text.fast import EXACT
 

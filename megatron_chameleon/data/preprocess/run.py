@@ -22,6 +22,7 @@ from typing import Any
 from megatron_chameleon.announce import announced
 from megatron_chameleon.data.documents.parse import UnusedKeys, parse_block
 from megatron_chameleon.data.documents.schema import TextPart
+from megatron_chameleon.data.documents.shapes import TABLE_OF_LINKS
 from megatron_chameleon.data.inputs.blocks import read_blocks
 from megatron_chameleon.data.inputs.files import InputFile, InputRange, find_inputs, signature_of
 from megatron_chameleon.data.inputs.records import BROKEN_FILE, Block, Fault, Limits, Position
@@ -213,6 +214,8 @@ class _PreprocessRun:
         self.report = ProgressReport(self.total_bytes, writer.totals, self.position.read_bytes)
         self.first_bad: list[str] = []
         """The first three bad documents, for error messages."""
+        self.first_link: DataError | None = None
+        """The first document that names its picture by a link."""
         self.unused_keys = UnusedKeys()
         self._started = self._saved = time.monotonic()
         if saved:
@@ -253,9 +256,14 @@ class _PreprocessRun:
             self.writer.training.drop(bad.id, bad.corpus_name, bad.where, bad.reason, bad.detail)
             if bad.reason == BROKEN_FILE:
                 logger.warning("%s: %s", bad.where, bad.detail)
+            if bad.reason == TABLE_OF_LINKS and self.first_link is None:
+                what, _, remedy = bad.detail.partition(". ")
+                self.first_link = DataError(bad.where, what, remedy)
             if len(self.first_bad) < 3:
                 at = "" if bad.detail.startswith(bad.where) else f"{bad.where}: "
                 self.first_bad.append(f"{at}{bad.detail}")
+        if not self.writer.totals.documents and self._bad() >= LEAST_JUDGED_RECORDS:
+            self._check_is_no_table_of_links()
         self.unused_keys.add(encoded.unused_keys)
         self.position = encoded.after
         self.report.update(self.writer.totals, self.position.read_bytes)
@@ -294,6 +302,16 @@ class _PreprocessRun:
         remedy = "Fix the inputs and use --restart, or resume with a larger --max-bad"
         raise DataError(str(self.writer.training.prefix), what, remedy)
 
+    def _check_is_no_table_of_links(self) -> None:
+        """Stop if all documents so far name their pictures by links.
+
+        Raises:
+            DataError: They do; it says how to download them.
+        """
+        if set(self.writer.state.dropped) == {TABLE_OF_LINKS} and self.first_link is not None:
+            self.writer.discard()
+            raise self.first_link
+
     def _no_documents(self) -> DataError:
         where = self.files[0].path if len(self.files) == 1 else f"{len(self.files)} inputs"
         if held_out := self.writer.totals.documents:
@@ -301,6 +319,7 @@ class _PreprocessRun:
         dropped = self.writer.state.dropped
         if not dropped:
             return DataError(where, "no documents found", "Check the inputs")
+        self._check_is_no_table_of_links()
         what = f"all {self._bad()} documents were dropped ({count_reasons(dropped)})"
         what += f"; the first: {self.first_bad[0]}" if self.first_bad else ""
         remedy = "Check that these are the right files; docs/data.md has the forms of a document"

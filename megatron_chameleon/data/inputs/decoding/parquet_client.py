@@ -1,4 +1,4 @@
-"""Runs ``parquet_process.py``, which decodes parquet within a limit of memory."""
+"""Runs ``parquet_process.py``, which decodes parquet and Arrow within a limit of memory."""
 
 import contextlib
 import json
@@ -27,13 +27,14 @@ class ParquetFault(BrokenFile):
 
 
 class ParquetClient:
-    """A parquet file that another process decodes; use it as a context.
+    """A parquet or Arrow file that another process decodes; use it as a context.
 
     Args:
         path: The file; None if only this process can open it.
         file: The same, open.
         size_bytes: Its size.
         largest_bytes: Most bytes of a row.
+        kind: parquet or arrow.
 
     Raises:
         ParquetFault: From all methods, if the file cannot be decoded. The client is then closed.
@@ -41,8 +42,14 @@ class ParquetClient:
     """
 
     def __init__(
-        self, path: str | None, file: IO[bytes], size_bytes: int, largest_bytes: int
+        self,
+        path: str | None,
+        file: IO[bytes],
+        size_bytes: int,
+        largest_bytes: int,
+        kind: str = "parquet",
     ) -> None:
+        self._kind = kind
         self._path = path
         self._file = file
         self._size_bytes = size_bytes
@@ -81,6 +88,7 @@ class ParquetClient:
         self._send(
             path=None if self._path is None else str(Path(self._path).resolve()),
             size_bytes=self._size_bytes,
+            kind=self._kind,
             memory_bytes=self._memory_bytes,
         )
         self.group_rows = json.loads(self._receive()[1])
@@ -99,7 +107,7 @@ class ParquetClient:
         process.wait()
 
     def rows(self, **request: Any) -> Iterator[tuple[bytes, bytes]]:
-        """Messages ``B`` and ``L`` of rows of one row group.
+        """Messages ``B``, ``L`` and ``X`` of rows of one row group.
 
         Args:
             request: The arguments of ``parquet_process._rows``.

@@ -283,11 +283,11 @@ def test_truncated_parquet(tmp_path):
     [
         ("none.jsonl", r"none\.jsonl: no such file\. Pass a file of documents"),
         ("folder.jsonl", r"folder\.jsonl: is a folder"),
-        ("words.csv", r"words\.csv: unknown kind of file\. Pass a \.jsonl"),
+        ("words.xlsx", r"words\.xlsx: unknown kind of file\. Pass a \.jsonl"),
     ],
 )
 def test_what_is_not_a_file_of_documents(tmp_path, name, message):
     (tmp_path / "folder.jsonl").mkdir()
-    (tmp_path / "words.csv").write_text("x")
+    (tmp_path / "words.xlsx").write_text("x")
     with pytest.raises(DataError, match=message):
         list(read_documents([tmp_path / name]))

@@ -48,7 +48,7 @@ def test_kind_by_suffix(tmp_path, name, kind, compression):
     assert (item.kind, item.compression) == (kind, compression)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "jsonl", "a.gz", "a.parquet.gz", "tar"])
+@pytest.mark.parametrize("name", ["a.xlsx", "jsonl", "a.gz", "a.parquet.gz", "tar"])
 def test_unknown_kinds(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=r"unknown kind of file\. Pass a \.jsonl, \.json"):

@@ -140,7 +140,7 @@ def test_a_line_that_is_not_text_is_dropped_and_listed(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"x", r"a.csv: unknown kind of file. Pass a .jsonl, .json, .*"),
+        ("a.xlsx", b"x", r"a.xlsx: unknown kind of file. Pass a .jsonl, .json, .*"),
         ("a", b"x", r"a: unknown kind of file"),
         ("a.txt", "wide".encode("utf-16"), r"a.txt: is UTF-16. Convert it to UTF-8"),
         ("none.txt", None, r"none.txt: no such file"),
