@@ -20,7 +20,7 @@ Record = Mapping[str, Any]
 
 CHOSEN, REJECTED = "chosen", "rejected"
 _PROMPT_LISTS = ("messages", "conversations")
-_PROMPT_KEYS = ("prompt", "question", "instruction")
+_PROMPT_KEYS = ("prompt", "question", "query", "instruction")
 _ROLE_KEYS = ("role", "from")
 _ANSWERING = (ASSISTANT, "gpt", "chatgpt", "model")
 _FIX = "Write a prompt, and chosen and rejected as two answers to it"
