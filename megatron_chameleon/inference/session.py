@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from megatron_chameleon.announce import announced
-from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
+from megatron_chameleon.checkpoint.loading.transformers_model import read_transformers
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.inference.answers.answer import Answer, GrowingAnswer
 from megatron_chameleon.inference.answers.stream import AnswerEvent

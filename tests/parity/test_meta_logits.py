@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_chameleon.checkpoint.convert.run import convert
-from megatron_chameleon.checkpoint.formats.hf_model import load_transformers, logits
+from megatron_chameleon.checkpoint.loading.transformers_model import load_transformers, logits
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from meta_files import HEAD_DIM, HEADS, KEY_HEADS, LAYERS, MetaModel, random_shards, write_meta
 

@@ -121,6 +121,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint/convert": {
         "checkpoint/names",
         "checkpoint/formats",
+        "checkpoint/loading",
         "checkpoint/state",
         "checkpoint/tensor_files",
         "config",
@@ -154,6 +155,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "inference": {
         "checkpoint/formats",
+        "checkpoint/loading",
         "data/documents",
         "images",
         "inference/answers",

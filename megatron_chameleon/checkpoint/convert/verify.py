@@ -24,15 +24,15 @@ from megatron_chameleon.checkpoint.formats.base import (
     TokenizerMissingError,
     most_precise_row,
 )
-from megatron_chameleon.checkpoint.formats.hf_model import (
-    load_transformers,
-    logits,
-    read_transformers,
-)
 from megatron_chameleon.checkpoint.formats.opening import (
     check_encoder,
     open_checkpoint,
     open_tokenizer,
+)
+from megatron_chameleon.checkpoint.loading.transformers_model import (
+    load_transformers,
+    logits,
+    read_transformers,
 )
 from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, optimizer_parts
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_chameleon.checkpoint.convert.run import convert
-from megatron_chameleon.checkpoint.formats.hf_model import read_transformers
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
+from megatron_chameleon.checkpoint.loading.transformers_model import read_transformers
 from megatron_chameleon.config.schema import ModelConfig, TrainingConfig
 from megatron_chameleon.inference.engine.batching.continuous import ContinuousDecoder
 from megatron_chameleon.inference.engine.modality import Force, TokenClasses

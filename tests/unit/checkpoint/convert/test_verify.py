@@ -9,7 +9,7 @@ import torch
 
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.convert.verify import fixed_document, largest_difference, verify
-from megatron_chameleon.checkpoint.formats.hf_model import load_transformers, logits
+from megatron_chameleon.checkpoint.loading.transformers_model import load_transformers, logits
 from megatron_chameleon.cli.main import main
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
