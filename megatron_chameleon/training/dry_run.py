@@ -45,7 +45,7 @@ MOST_RANKS = 8
 def describe_dry_run(inputs: RunInputs, launch: Launch, world_size: int) -> str:
     """The resolved config, what the run would do, and why this machine cannot do it, if so."""
     start = f"resumes from {inputs.checkpoint}" if inputs.checkpoint else "starts from step 0"
-    if inputs.weights:
+    if inputs.start.weights and inputs.weights:
         start = describe_beginning(inputs.weights, inputs.config)
     lines = [
         f"{format_config(inputs.config)}\n{describe_run(inputs)}; {start}; {launch.launcher}",

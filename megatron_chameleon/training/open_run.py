@@ -123,7 +123,7 @@ class Run:
         if note := self.inputs.start.note:
             self.reporter.say(note)
             self.events.record("resume", note)
-        if weights := self.inputs.weights:
+        if self.inputs.start.weights and (weights := self.inputs.weights):
             note = describe_beginning(weights, self.config)
             self.reporter.say(note)
             self.events.record("resume", note)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_chameleon.announce import announced
-from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
+from megatron_chameleon.checkpoint.loading.base_weights import find_first_weights
 from megatron_chameleon.checkpoint.loading.beginning import check_first_weights
 from megatron_chameleon.checkpoint.state.folders import load_state, trained_on_conversations
 from megatron_chameleon.checkpoint.state.resume import check_fits, check_step
@@ -66,11 +66,11 @@ def prepare_run(
     select_trained(config, tokenizer.vocabulary.size, tokenizer.vocabulary.code_token_ids)
     check_samples(config)
     start = start or find_start(checkpoints_folder(config), resume, weights_only=weights_only)
-    checkpoint, weights = start.checkpoint, None
+    first = find_first_weights(config, start)
+    checkpoint, weights = first.start.checkpoint, first.reader
     if checkpoint is not None:
         check_fits(checkpoint, config, tokenizer.fingerprint)
-    if start.weights is not None:
-        weights = open_checkpoint(start.weights)
+    if weights is not None:
         check_first_weights(weights, config, tokenizer)
     with announced("reading the indices of the data sources"):
         reader = open_reader(config, tokenizer, checkpoint)
@@ -82,12 +82,15 @@ def prepare_run(
         state = load_state(checkpoint) if checkpoint is not None else {}
         trained = find_trained_tokens(state, reader)
     return RunInputs(
-        *(config, tokenizer, reader, checkpoint, skipped_steps, resume, start),
+        *(config, tokenizer, reader, checkpoint, skipped_steps, resume, first.start),
         weights_only=weights_only,
         weights=weights,
+        weight_entries=first.entries,
         held_out=held_out,
         trained=trained,
-        conversations=bool(weights.conversations if weights else trained_on_conversations(state)),
+        conversations=bool(
+            trained_on_conversations(state) if state or not weights else weights.conversations
+        ),
     )
 
 

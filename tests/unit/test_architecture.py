@@ -100,7 +100,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runs",
         "runs/answers",
     },
+    # the adapters of our checkpoints and of peft's folders; formats adds them to weights
+    "checkpoint/adapters": {
+        "checkpoint/names",
+        "checkpoint/state",
+        "checkpoint/tensor_files",
+        "config",
+    },
     "checkpoint/formats": {
+        "checkpoint/adapters",
         "checkpoint/names",
         "checkpoint/state",
         "checkpoint/tensor_files",
@@ -110,15 +118,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     | TOKENIZERS,
     # a checkpoint of any format in the model of training, to measure it and to answer with it
     "checkpoint/loading": {
+        "checkpoint/adapters",
         "checkpoint/formats",
         "checkpoint/names",
+        "checkpoint/state",
         "config",
         "model",
+        "model/tuning",
         "parallel",
         "tokenizer",
         "tokenizer/common",
     },
     "checkpoint/convert": {
+        "checkpoint/adapters",
         "checkpoint/names",
         "checkpoint/formats",
         "checkpoint/loading",
@@ -303,7 +315,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer/image",
     },
     "training": {
-        "checkpoint/formats",
         "checkpoint/loading",
         "checkpoint/state",
         "config",

@@ -45,6 +45,7 @@ class ConversionOptions:
         optimizer: Whether to keep optimizer state where source and format have it.
         ema: Whether to write the moving average of the weights as the weights.
         shard_bytes: Largest size of a file of tensors (hf only).
+        base: Where the base weights of an adapter are; None: where they were when it was trained.
     """
 
     dtype: str | None = None
@@ -53,6 +54,7 @@ class ConversionOptions:
     optimizer: bool = True
     ema: bool = False
     shard_bytes: int = SHARD_BYTES
+    base: str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def plan_conversion(
     """
     destination, chosen = Path(destination), ConversionOptions(**options)
     check_conversion_options(to, chosen, destination)
-    reader = open_checkpoint(source, ema=chosen.ema)
+    reader = open_checkpoint(source, ema=chosen.ema, base=chosen.base)
     check_destination(source, reader, destination)
     with tempfile.TemporaryDirectory() as scratch:
         target = make_target(reader, to, chosen, Path(scratch))

@@ -91,7 +91,7 @@ def convert(
     started = time.monotonic()
     destination, chosen = Path(destination), ConversionOptions(**options)
     check_conversion_options(to, chosen, destination)
-    reader = open_checkpoint(source, ema=chosen.ema)
+    reader = open_checkpoint(source, ema=chosen.ema, base=chosen.base)
     check_destination(source, reader, destination)
     if verify:
         _check_source(reader, progress)

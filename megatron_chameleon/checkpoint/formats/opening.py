@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_chameleon.checkpoint.formats import FORMATS, load_format
+from megatron_chameleon.checkpoint.formats.adapted import AdaptedReader, find_adapter
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader, TokenizerMissingError
 from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
     META_TEXT_FILE,
@@ -25,15 +26,18 @@ TOKENIZER_FOLDER = "tokenizer"
 """Where Meta's folders and our converted checkpoints have it."""
 
 
-def open_checkpoint(path: str | Path, *, ema: bool = False) -> CheckpointReader:
+def open_checkpoint(
+    path: str | Path, *, ema: bool = False, base: str | Path | None = None
+) -> CheckpointReader:
     """Open a checkpoint of any format.
 
     Files of weights beside those that are read are named in a warning.
 
     Args:
-        path: A training checkpoint, a ``checkpoints`` or run folder, a Hugging Face folder, or one
-            of Meta's or of DeepSpeed's.
+        path: A training checkpoint, a ``checkpoints`` or run folder, a Hugging Face folder, one of
+            Meta's or of DeepSpeed's, or an adapter, which is read together with its base weights.
         ema: Whether the moving average of the weights stands for the weights, in fp32.
+        base: Where the base weights of an adapter are; None: where they were when it was trained.
 
     Raises:
         CheckpointError: The path is none of these, the checkpoint is damaged, it has an adapter
@@ -44,6 +48,9 @@ def open_checkpoint(path: str | Path, *, ema: bool = False) -> CheckpointReader:
         what = "is a file, and checkpoints are folders" if folder.exists() else "no such folder"
         raise CheckpointError(str(path), what, "Give a checkpoint or a run folder")
     try:
+        if (adapter := find_adapter(folder, ema=ema)) is not None:
+            place = None if base is None else Path(base)
+            return AdaptedReader(folder, adapter, open_checkpoint, place)
         refuse_adapter(folder)
         for name in FORMATS:
             module = load_format(name)

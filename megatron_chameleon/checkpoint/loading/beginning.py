@@ -127,7 +127,8 @@ def check_first_weights(reader: CheckpointReader, config: Config, tokenizer: Tok
 
 def describe_beginning(reader: CheckpointReader, config: Config) -> str:
     """From which weights a run begins, and whether its sequences are longer than theirs."""
-    text = f"starts from step 0 with the weights of {reader.folder} ({FORMATS[reader.format]}"
+    kind = FORMATS.get(reader.format, reader.format)
+    text = f"starts from step 0 with the weights of {reader.folder} ({kind}"
     text += f", step {reader.step:,})" if reader.step else ")"
     longest = reader.model.seq_length
     if config.model.seq_length > longest:

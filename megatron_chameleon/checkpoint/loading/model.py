@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
+from megatron_chameleon.checkpoint.loading.base_weights import build_adapters
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ChameleonError, CheckpointError
@@ -62,6 +63,8 @@ def build_first_model(
     parts = build_model(config, vocab_size, topology, draws_weights=weights is None)
     if weights is not None:
         fill_weights(weights, parts)
+    if config.adapter.rank:
+        build_adapters(config, parts, topology)
     return parts
 
 

@@ -7,6 +7,7 @@ of its own, so the numbers of an adapter are the same everywhere, and only names
     base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight     peft
 """
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -71,6 +72,21 @@ def is_adapter(name: str) -> bool:
     return any(f".{module}." in name for module in MODULES)
 
 
+def adapter_place(name: str) -> tuple[str, str]:
+    """Hugging Face's linear layer and the part of its adapter that a parameter is.
+
+    Args:
+        name: In the whole model, such as
+            ``decoder.layers.3.self_attention.qkv_adapter.q_proj_lora_A``.
+    """
+    path, _, own = name.rpartition(".")
+    layer = re.search(r"layers\.(\d+)\.", name)
+    site = next(site for site in SITES if path.endswith(f".{site.module}"))
+    part = next(part for part in (A, B, MAGNITUDE) if own.endswith(f"_{part}"))
+    assert layer is not None
+    return f"model.layers.{layer[1]}.{site.hf_parent}.{own.removesuffix(f'_{part}')}", part
+
+
 @dataclass(frozen=True)
 class AdapterTensor:
     """One tensor of an adapter.
@@ -112,7 +128,10 @@ def adapter_tensors(
             for name, rows in site.outputs(model).items():
                 if name not in targets:
                     continue
-                shapes = {A: (rank, site.inputs(model)), B: (rows, rank)}
+                shapes: dict[str, tuple[int, ...]] = {
+                    A: (rank, site.inputs(model)),
+                    B: (rows, rank),
+                }
                 shapes |= {MAGNITUDE: (rows,)} if dora else {}
                 for part, shape in shapes.items():
                     yield AdapterTensor(

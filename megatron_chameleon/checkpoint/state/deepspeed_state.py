@@ -11,7 +11,7 @@ each rank needs memory for its share only.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,19 @@ class ShardedState:
     Args:
         model: This rank's part of the model, before DeepSpeed gets it.
         split: The stacked weights of which only some layers are trained.
+        is_kept: Which parameters are saved and loaded, by their names; None: all of them.
     """
 
-    def __init__(self, model: nn.Module, split: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        split: frozenset[str] = frozenset(),
+        is_kept: Callable[[str], bool] | None = None,
+    ) -> None:
         self._split = split
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self._parameters = dict(model.named_parameters())
+        named = model.named_parameters()
+        self._parameters = {name: p for name, p in named if is_kept is None or is_kept(name)}
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
         entries = model.sharded_state_dict(metadata={"dp_cp_group": group})  # type: ignore[operator]
         self._entries: dict[str, Any] = {}

@@ -26,6 +26,10 @@ _FIXED = (
     "model.norm_order",
     "model.qk_norm_groups",
     "training.seed",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.target_modules",
+    "adapter.dora",
 )
 # A run must share these with a checkpoint of weights alone, or with one that was trained elsewhere.
 _FIXED_WEIGHTS = (

@@ -145,6 +145,10 @@ class SafetensorsReader:
     memory: what has been read would stay there, and a file that becomes shorter would end the
     process.
 
+    Args:
+        folder: The folder.
+        single: Name of the only file, which has no index then; None: that of a model.
+
     Attributes:
         shapes: The shape of each tensor by its name.
         dtypes: The dtype of each tensor by its name.
@@ -154,14 +158,15 @@ class SafetensorsReader:
         CheckpointError: A file is missing or damaged, or the index does not match the files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: str | None = None) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._places: dict[str, _Place] = {}
         index = folder / INDEX_FILE
-        files = self._read_index() if index.exists() else None
-        self.names = frozenset(files.values()) if files is not None else frozenset({SINGLE_FILE})
+        files = self._read_index() if single is None and index.exists() else None
+        only = frozenset({single or SINGLE_FILE})
+        self.names = only if files is None else frozenset(files.values())
         for file in sorted(self.names):
             self._read_header(file, files)
         for name, file in (files or {}).items():

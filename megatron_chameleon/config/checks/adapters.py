@@ -31,6 +31,11 @@ def check_adapter(config: Config) -> Iterator[ConfigError]:
     ):
         what = f"names {', '.join(doubles)} more than once"
         yield ConfigError("adapter.target_modules", what, "Name each layer once")
+    if model.train or model.freeze:
+        key = "train" if model.train else "freeze"
+        what = "names parameters of the model, which are all frozen beside an adapter"
+        remedy = "Remove it, or set adapter.rank to 0"
+        yield ConfigError(f"model.{key}", what, remedy)
     if config.optimizer.name == "muon":
         what = "muon updates the matrices of the model, which are frozen beside an adapter"
         yield ConfigError("optimizer.name", what, "Use adamw, or set adapter.rank to 0")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.loading.model import build_first_model
+from megatron_chameleon.checkpoint.names.adapters import is_adapter
 from megatron_chameleon.checkpoint.state.deepspeed_state import (
     DeepSpeedSnapshot,
     ShardedState,
@@ -80,7 +81,9 @@ class DeepSpeedEngine:
         self.monitor = StepMonitor([self.model], topology.tensor_size)
         self.clock = StepClock()
         # ZeRO 3 takes the weights apart, so their shapes are noted first.
-        self._state = ShardedState(self.model, self.selection.split_stacks)
+        # Beside an adapter, the frozen weights are neither saved nor loaded.
+        is_kept = is_adapter if config.adapter.rank else None
+        self._state = ShardedState(self.model, self.selection.split_stacks, is_kept)
         _sum_shared_gradients(self.model, config)
         self.engine, *_ = deepspeed.initialize(
             model=self.model,

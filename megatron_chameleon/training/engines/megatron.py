@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.loading.model import build_first_model
+from megatron_chameleon.checkpoint.names.adapters import is_adapter
 from megatron_chameleon.checkpoint.names.partial_state import split_in, weight_to_load
 from megatron_chameleon.checkpoint.state.megatron_optimizer import load_optimizer, sharded_optimizer
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
@@ -279,11 +280,20 @@ class MegatronEngine:
             part.load_state_dict(loaded[_part_key(i)], strict=False)  # no weight is missing
 
     def _sharded_model(self) -> dict[str, Any]:
-        """The weights as megatron-core's sharded tensors, with their global positions."""
+        """The weights as megatron-core's sharded tensors, with their global positions.
+
+        Beside an adapter, the frozen weights are neither saved nor loaded.
+        """
         metadata = self._checkpoint_metadata()
-        return {
+        state = {
             _part_key(i): part.sharded_state_dict(metadata=metadata)
             for i, part in enumerate(self.parts)
+        }
+        if not self.config.adapter.rank:
+            return state
+        return {
+            part: {name: value for name, value in values.items() if is_adapter(name)}
+            for part, values in state.items()
         }
 
     def _checkpoint_metadata(self) -> dict[str, Any]:

@@ -34,7 +34,10 @@ class RunInputs:
     weights_only: bool = False
     """Whether the path in ``resume`` gives the run its first weights and nothing else."""
     weights: CheckpointReader | None = None
-    """The opened checkpoint whose weights the run begins with at step 0, if that is asked for."""
+    """The opened checkpoint whose weights the run begins with at step 0, if that is asked for, or
+    with whose weights it goes on, frozen, beside its own adapter."""
+    weight_entries: Mapping[str, Any] = field(default_factory=dict)
+    """What ``state.json`` records of weights that the run's own checkpoints do not hold."""
     held_out: HeldOutReader | None = None
     """The documents of ``data.validation``; None if there are none."""
     trained: TrainedTokens = field(default_factory=TrainedTokens)
@@ -101,4 +104,5 @@ class RunInputs:
             "data": self.reader.state(),
             "skipped_steps": self.skipped_steps.to_save(),
             "trained_on_conversations": self.conversations or self.reader.has_conversations(step),
+            **self.weight_entries,
         }
