@@ -100,6 +100,7 @@ setup(
             "webdataset",  # what the tar reader is compared with
             "datasets",  # writes the files that people have
             "openai",  # the client that people use
+            "peft",  # what our adapters are compared with
             "playwright",  # drives Chromium through the chat page
             "httpx",
         ],
