@@ -1,7 +1,8 @@
 """``chameleon inspect PREFIX --html FILE``: show a token file as the model will see it.
 
 With a config instead of a prefix, it shows the mixture of the run; the page then shows the packed
-sequences of a step.
+sequences of a step. With a file or folder of documents, it shows how ``chameleon preprocess`` would
+understand them; no tokenizer is needed.
 """
 
 import argparse
@@ -11,7 +12,13 @@ from pathlib import Path
 from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.config import load_checked
 from megatron_chameleon.cli.logs import show
-from megatron_chameleon.cli.options import COUNT, INDEX, add_overrides
+from megatron_chameleon.cli.options import (
+    COUNT,
+    INDEX,
+    add_image_options,
+    add_overrides,
+    image_options,
+)
 from megatron_chameleon.wording import counted
 
 _logger = logging.getLogger(__name__)
@@ -20,8 +27,9 @@ _logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "prefix",
-        metavar="PREFIX|CONFIG",
-        help="a token file without .bin and .idx, or the YAML config of a run",
+        metavar="PREFIX|CONFIG|INPUT",
+        help="a token file without .bin and .idx, the YAML config of a run, or documents as "
+        "`chameleon preprocess` reads them (such as a .jsonl file, or a folder of `datasets`)",
     )
     add_overrides(parser, "with a config")
     parser.add_argument(
@@ -35,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--documents",
         type=COUNT,
-        default=20,
         metavar="N",
-        help="number of documents on the page (default: 20)",
+        help="number of documents on the page (default: 20); of an input also in the terminal "
+        "(default: 3)",
     )
     parser.add_argument(
         "--start",
@@ -63,13 +71,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="check every length, offset and image of the index"
     )
+    add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    if _is_config(args.prefix):
+    if _is_input(args.prefix):
+        _inspect_input(args)
+    elif _is_config(args.prefix):
         _inspect_mixture(args)
     else:
         _inspect_token_file(args)
+
+
+def _is_input(name: str) -> bool:
+    """Whether it names documents, rather than a token file or a config."""
+    from megatron_chameleon.data.inputs.files import has_documents
+
+    try:
+        if Path(f"{name}.idx").exists():
+            return False
+        is_folder = Path(name).is_dir()
+        is_configured = is_folder and any(Path(name).glob("*.y*ml"))
+    except (OSError, ValueError):  # too long for a path, or with a null byte
+        return False
+    return has_documents(name) or (is_folder and not is_configured and any(Path(name).iterdir()))
+
+
+def _inspect_input(args: argparse.Namespace) -> None:
+    from megatron_chameleon.data.views.raw_input import (
+        describe_documents,
+        describe_input,
+        look_at_input,
+        write_input_page,
+    )
+    from megatron_chameleon.errors import ConfigError
+
+    if args.overrides:
+        what = f"{args.prefix} is an input, which has no values to override"
+        raise ConfigError(args.overrides[0], what, "Remove it, or name a YAML file")
+    _check_page(args, [args.prefix])
+    most = args.documents or (20 if args.html else 3)
+    with announced(f"reading {args.prefix}"):
+        found = look_at_input(args.prefix, image_options(args), most, args.start)
+    show(describe_input(args.prefix, found))
+    if args.html:
+        written = write_input_page(Path(args.html), args.prefix, found)
+        show(f"{args.html}: {counted(written, 'document')}")
+    elif found.first:
+        show(describe_documents(found.first))
 
 
 def _is_config(name: str) -> bool:
@@ -142,7 +191,7 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
     if args.html and tokenizer is not None:
         with announced(f"writing {args.html}"):
             written = write_token_file_page(
-                args.html, token_file, tokenizer, args.start, args.documents
+                args.html, token_file, tokenizer, args.start, args.documents or 20
             )
         show(f"{args.html}: {counted(written, 'document')}")
 

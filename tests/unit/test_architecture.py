@@ -63,6 +63,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "data/views": {
         "config",  # what a run has read follows from its config
+        # a raw input is shown as preprocessing would read it
+        "data/documents",
+        "data/inputs",
+        "pages",
         "data/batches",
         "data/mixture",
         "data/token_files",

@@ -47,6 +47,18 @@ FILE_KINDS = (
         "a WebDataset sample: its images and the caption in `.txt`, or a `.json`",
     ),
 )
+
+
+def kind_table() -> str:
+    """The table of docs/data.md in Markdown: one row per kind of file."""
+    lines = ["| suffix | a document is |", "|---|---|"]
+    for kind in FILE_KINDS:
+        suffixes = ", ".join(f"`.{suffix}`" for suffix in kind.suffixes)
+        more = ", also with `.gz` or `.zst`" if kind.may_be_compressed else ""
+        lines.append(f"| {suffixes}{more} | {kind.document} |")
+    return "\n".join(lines) + "\n"
+
+
 _KINDS = {suffix: kind for kind in FILE_KINDS for suffix in kind.suffixes}
 COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd"}
 SUFFIXES = (

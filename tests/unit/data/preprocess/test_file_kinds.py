@@ -23,7 +23,15 @@ from megatron_chameleon.data.documents.shapes import FORMS
 from megatron_chameleon.data.inputs.form_keys import FORM_KEYS
 from megatron_chameleon.data.preprocess.options import PreprocessOptions
 from megatron_chameleon.data.preprocess.run import preprocess
+from megatron_chameleon.data.views.raw_input import (
+    describe_documents,
+    describe_input,
+    look_at_input,
+    write_input_page,
+)
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.images.options import ImageOptions
+from tools import write_data_tables
 
 Record = dict[str, Any]
 
@@ -416,3 +424,24 @@ def test_rows_of_a_broken_stream_and_of_a_table_are_kept(
     assert [d["where"].rpartition("/")[2] for d in dropped] == [
         *("a.arrow:31", "b.csv:2", "b.csv:3", "b.csv:4")
     ]
+
+
+def test_the_tables_of_the_guide_are_current() -> None:
+    guide = write_data_tables.GUIDE.read_text(encoding="utf-8")
+    assert write_data_tables.with_tables(guide) == guide, "run python tools/write_data_tables.py"
+
+
+def test_inspect_shows_how_a_raw_input_is_understood(folder: Path) -> None:
+    faulty = {"messages": turns("<image>?", "a"), "note": "b"}
+    path = str(lines(folder / "a.jsonl", *ASKED, {"text": "plain", "score": 1}, faulty))
+    found = look_at_input(path, ImageOptions(), most=2)
+    told = describe_input(path, found)
+    assert "4 documents in 1 file, of which 3 would be kept (2 conversations)" in told
+    assert "forms: messages 3 (75.0%), text 1 (25.0%)" in told
+    assert "parts by role: user 4 (66.7%), assistant 2 (33.3%)" in told
+    assert "opened: 16 x 16 (2)" in told and "keys not used: score" in told
+    assert "dropped, place without a picture: 1\n" in told and "a.jsonl:4: has 1 place" in told
+    shown = describe_documents(found.first).splitlines()
+    assert shown[2:4] == ["prompt: Which?", "answer: Zero."] and len(shown) == 8
+    assert write_input_page(folder / "a.html", path, found) == 2
+    assert "data:image/png;base64," in (folder / "a.html").read_text()
