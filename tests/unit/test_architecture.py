@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data/inputs/decoding": set(),
     "data/inputs": {"data/inputs/decoding"},
     "data/documents": {"data/inputs", "data/inputs/decoding", "images"},
-    "data/token_files": {"tokenizer"},
+    # files of other programs name no images: they are found by the ids of the vocabulary
+    "data/token_files": {"tokenizer", "tokenizer/common"},
     "data/tokenizer_corpus": {"data/documents", "data/inputs", "images"},
     # processes that take blocks of records; what they do with them is the caller's
     "data/workers": {"data/inputs"},

@@ -26,7 +26,7 @@ def check_loss_on(config: Config, sources: Sequence[DataSource]) -> None:
         ConfigErrors: A source has documents that are not conversations although ``data.loss_on`` is
             answers, or all of its conversations are longer than a sequence.
     """
-    problems = []
+    problems: list[ConfigError] = []
     for source in sources:
         info = _info(source)
         problems += _check_pairs(config, source, info)
@@ -92,6 +92,8 @@ def source_warnings(config: Config, sources: Sequence[DataSource]) -> list[str]:
     found = []
     for source in sources:
         info = _info(source)
+        if note := source.corpus.token_file.note:  # type: ignore[attr-defined]
+            found.append(f"{source.where}: {note}")
         if info.answers and config.data.loss_on == "all":
             found.append(
                 f"{source.where}: data.loss_on is all, so the loss includes the prompts of "

@@ -121,6 +121,13 @@ class Mixture:
             self._phases.append(self._next_phase())
         return [phase for phase in self._phases if phase.first_sample < samples]
 
+    def phases_to_end(self, samples: int) -> list[Phase]:
+        """The same, but no further than to the end of the sources."""
+        try:
+            return self.phases(samples)
+        except ExhaustedError:
+            return [phase for phase in self._phases if phase.first_sample < samples]
+
     def sequence(self, sample: int) -> PackedSequences:
         """The document parts of one sample; its ``source`` counts ``source_names``."""
         place = self.locate(sample)

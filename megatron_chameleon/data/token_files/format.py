@@ -234,6 +234,12 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
         remedy = "Finish it with the same `chameleon preprocess` command"
         what = f"the token file is unfinished: {partial_folder_of(prefix)} still exists"
         raise DataError(str(prefix), what, remedy)
+    is_other = missing == [".json"] and not file_of(prefix, ".documents").exists()
+    if is_other or file_of(prefix, ".ds").is_file() or str(prefix).endswith(".ds"):
+        what = "it was not written by chameleon preprocess, so its tokenizer is not known"
+        raise DataError(
+            str(prefix), what, "Name it: --tokenizer DIR, or tokenizer.path in a config"
+        )
     if missing == [".json"]:
         raise DataError(
             str(prefix),

@@ -33,6 +33,7 @@ from megatron_chameleon.data.token_files.format import (
     token_dtype,
 )
 from megatron_chameleon.data.token_files.index_file import CHUNK_DOCUMENTS, check_index
+from megatron_chameleon.data.token_files.plain_files import PlainTokens, is_plain, open_plain
 from megatron_chameleon.data.token_files.writer import TokenFileWriter
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.folder import Tokenizer
@@ -73,36 +74,45 @@ class Origin:
 class TokenFile:
     """A complete token file, memory-mapped. ``open_token_file`` makes it."""
 
-    def __init__(self, prefix: str, info: TokenFileInfo) -> None:
+    def __init__(self, prefix: str, info: TokenFileInfo, plain: PlainTokens | None = None) -> None:
         self.prefix = prefix
         self.info = info
-        self._dataset = IndexedDataset(prefix)
+        self.note = "" if plain is None else plain.note
+        """What the user should know about it, in a line; empty for a file of ours."""
+        self._plain = plain
         self._corpus_names = list(info.sources)
         self._itemsize = np.dtype(info.dtype).itemsize
-        self.documents: np.ndarray = np.memmap(
-            f"{prefix}.documents", dtype=DOCUMENT_RECORD, mode="r"
-        )
+        self.documents: np.ndarray
         """``DOCUMENT_RECORD`` [documents], memory-mapped."""
         self.images: np.ndarray = np.empty(0, dtype=IMAGE_RECORD)
         """``IMAGE_RECORD`` [images], memory-mapped."""
-        if info.images:  # an empty file cannot be memory-mapped
-            self.images = np.memmap(f"{prefix}.images", dtype=IMAGE_RECORD, mode="r")
         self.answers: np.ndarray = np.empty(0, dtype=ANSWER_RECORD)
         """``ANSWER_RECORD`` [answers], memory-mapped."""
+        if plain is not None:
+            self.documents, self.images = plain.documents, plain.images
+            return
+        self._dataset = IndexedDataset(prefix)
+        self.documents = np.memmap(f"{prefix}.documents", dtype=DOCUMENT_RECORD, mode="r")
+        if info.images:  # an empty file cannot be memory-mapped
+            self.images = np.memmap(f"{prefix}.images", dtype=IMAGE_RECORD, mode="r")
         if info.answers:
             self.answers = np.memmap(f"{prefix}{ANSWERS_SUFFIX}", dtype=ANSWER_RECORD, mode="r")
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return self.info.documents
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int32 [documents], memory-mapped."""
+        if self._plain is not None:
+            return self._plain.lengths
         return self._dataset.index.sequence_lengths
 
     @property
     def offsets(self) -> np.ndarray:
         """First byte of each document in the .bin, int64 [documents], memory-mapped."""
+        if self._plain is not None:
+            return self._plain.offsets
         return self._dataset.index.sequence_pointers
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
@@ -130,7 +140,8 @@ class TokenFile:
         length = available if length is None else length
         # megatron-core would read on into the next document
         assert start >= 0 and 0 <= length <= available, f"tokens {start}+{length} of {tokens}"
-        token_ids = self._dataset.get(document, start, length)
+        file = self._dataset if self._plain is None else self._plain
+        token_ids = file.get(document, start, length)
         if length and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.info.vocab_size:
             what = f"document {document} has token ids from {token_ids.min()} to {token_ids.max()}"
             what += f", but the vocabulary ends at {self.info.vocab_size - 1}"
@@ -226,6 +237,8 @@ class TokenFile:
         Raises:
             DataError: A number does not fit; the error names the first such document.
         """
+        if self._plain is not None:
+            return  # all of it was read when it was opened
         offset = 0
         for start in range(0, len(self), CHUNK_DOCUMENTS):
             chunk = slice(start, start + CHUNK_DOCUMENTS)
@@ -292,11 +305,15 @@ def open_token_file(prefix: str | Path, tokenizer: Tokenizer | None) -> TokenFil
 
     Args:
         prefix: Path of the files without .bin and .idx.
-        tokenizer: The tokenizer that must have written the file; None skips that check.
+        tokenizer: The tokenizer that must have written the file; None skips that check. A file of
+            another program (``plain_files.py``) is read with it and cannot do without.
 
     Raises:
         DataError: A file is missing, broken, truncated or empty, or another tokenizer wrote it.
     """
+    if tokenizer is not None and is_plain(prefix):
+        plain = open_plain(prefix, tokenizer)
+        return TokenFile(str(prefix), plain.info, plain)
     info = read_info(prefix)
     _check_tokenizer(str(prefix), info, tokenizer)
     check_index(f"{prefix}.idx", info)

@@ -77,7 +77,7 @@ def find_borders(reader: BatchReader) -> Borders:
             continue
         for sample, what in _phase_ends(mixture, end):
             at.setdefault(sample, []).append(what)
-        for phase in mixture.phases(end):
+        for phase in mixture.phases_to_end(end):
             stop = end if phase.end_sample is None else min(end, phase.end_sample)
             found.block_ends += (stop - phase.first_sample) // phase.sequences
             block_ends += _some_block_ends(phase, stop)
@@ -101,7 +101,7 @@ def _some_block_ends(phase: Phase, stop: int) -> list[int]:
 
 def _phase_ends(mixture: Mixture, end: int) -> Iterator[tuple[int, str]]:
     """The samples before ``end`` behind which a stage begins or a source is missing."""
-    phases = mixture.phases(end)
+    phases = mixture.phases_to_end(end)
     for phase, following in itertools.pairwise(phases):
         if following.stage != phase.stage:
             yield following.first_sample, f"stage {following.stage} begins"

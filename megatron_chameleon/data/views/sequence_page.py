@@ -75,7 +75,7 @@ def _phase_lines(reader: BatchReader, first: int, samples: int, width: int) -> l
         mixture = reader.mixture(first)
     except ConfigError as error:  # the run has used it before, and needs its files no more
         return ["", f"samples {first:,} to {samples - 1:,}: not known ({error.what})"]
-    for phase in mixture.phases(samples):
+    for phase in mixture.phases_to_end(samples):
         end = samples if phase.end_sample is None else min(samples, phase.end_sample)
         lines += ["", f"stage {phase.stage}, samples {phase.first_sample:,} to {end - 1:,}:"]
         others = _other_shares(reader, phase)

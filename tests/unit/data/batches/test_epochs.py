@@ -179,6 +179,7 @@ def test_a_run_gets_more_epochs(sources, tokenizer, done):
     assert longer.config.training.steps > steps
     found = {last_name(key): times_of(counts) for key, counts in tokens_read(longer).items()}
     assert found == {"talks": {4: 149}, "pairs": {4: 70}}
+    assert " epochs" in mixture_summary(longer) and find_borders(longer).borders
 
 
 def test_another_batch_size_in_mid_run_changes_the_steps_only(sources, tokenizer):
