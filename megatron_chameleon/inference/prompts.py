@@ -10,7 +10,7 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import ControlToken, EncodedImage
 from megatron_chameleon.inference.engine.modality import Force
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
+from megatron_chameleon.tokenizer.image.tokenizer import NO_DECODER, ImageTokenizer
 
 PromptPart = str | Image.Image | TextPart | ImagePart | ControlToken
 
@@ -89,11 +89,21 @@ def image_tokenizer_of(tokenizer: Tokenizer) -> ImageTokenizer:
     """
     if tokenizer.image is None:
         raise DataError(
-            str(tokenizer.folder),
-            "the tokenizer has no image tokenizer",
-            "Use a folder with image.safetensors",
+            "image",
+            "the model has no image tokenizer, so it reads and writes text alone",
+            "Ask for text alone, or give a tokenizer with image.safetensors (--tokenizer)",
         )
     return tokenizer.image
+
+
+def check_draws(tokenizer: Tokenizer) -> None:
+    """Refuse to draw an image that nobody could see.
+
+    Raises:
+        DataError: There is no image tokenizer, or it has no decoder.
+    """
+    if not image_tokenizer_of(tokenizer).has_decoder:
+        raise DataError("image", *NO_DECODER)
 
 
 def _is_image(part: PromptPart) -> bool:

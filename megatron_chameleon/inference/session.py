@@ -34,8 +34,8 @@ from megatron_chameleon.inference.models.transformers_layers import Transformers
 from megatron_chameleon.inference.prompts import (
     PromptPart,
     answer_room,
+    check_draws,
     encode_prompts,
-    image_tokenizer_of,
 )
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
@@ -113,7 +113,8 @@ class Session:
 
     @property
     def codes_per_image(self) -> int:
-        return self.tokenizer.image.codes_per_image if self.tokenizer.image else 0
+        """Codes of an image that it can draw; 0 for a model that draws none."""
+        return self.tokenizer.drawn_codes
 
     def encode(self, prompts: Sequence[Sequence[PromptPart]]) -> list[list[int]]:
         """Token ids of prompts: ``<s>`` and the parts in order as in a document, without ``</s>``.
@@ -279,7 +280,7 @@ class Session:
 
     def _max_new_tokens(self, prompt_tokens: int, options: GenerationOptions) -> int:
         if options.force is Force.IMAGE:
-            image_tokenizer_of(self.tokenizer)
+            check_draws(self.tokenizer)
         return answer_room(
             prompt_tokens,
             self.context_tokens,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_chameleon.errors import DataError
+from megatron_chameleon.errors import DataError, first_line
 from megatron_chameleon.files import open_to_read
 from megatron_chameleon.tokenizer.common.files import (
     IMAGE_CONFIG_FILE,
@@ -35,20 +35,25 @@ class Tokenizer:
     vocabulary: Vocabulary
     text: TextTokenizer
     image: "ImageTokenizer | None"
-    """None if the folder was loaded without images."""
+    """None if the folder was loaded without images, or has none."""
     fingerprint: str
     """Changes with any byte that could change an id (``fingerprint``)."""
 
+    @property
+    def drawn_codes(self) -> int:
+        """The codes of an image that can be drawn; 0 if none can, as without a decoder."""
+        return self.image.codes_per_image if self.image and self.image.has_decoder else 0
+
 
 def load_tokenizer(
-    folder: str | Path, *, images: bool = True, device: "str | torch.device" = "cpu"
+    folder: str | Path, *, images: bool | None = True, device: "str | torch.device" = "cpu"
 ) -> Tokenizer:
     """Load a tokenizer folder and check that its parts belong together.
 
     Args:
         folder: Written by ``chameleon tokenizer text`` and ``chameleon tokenizer image``.
         images: Whether the image tokenizer is needed; if not, it is neither loaded nor required to
-            exist.
+            exist. None: it is loaded if the folder has one.
         device: Where the image tokenizer runs.
 
     Raises:
@@ -70,8 +75,40 @@ def load_tokenizer(
             f"({vocabulary.size} tokens) have different tokens",
             "Run `chameleon tokenizer text` again, or copy both files from the same run",
         )
+    if images is None:
+        images = has_image_tokenizer(folder)
     image = load_image_tokenizer(folder, vocabulary, device) if images else None
     return Tokenizer(folder, vocabulary, text, image, fingerprint(folder))
+
+
+def has_image_tokenizer(folder: str | Path) -> bool:
+    """Whether a tokenizer folder has any file of an image tokenizer."""
+    names = (IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE)
+    return any(tokenizer_file(folder, name).is_file() for name in names)
+
+
+def drawn_codes(folder: str | Path) -> int:
+    """As ``Tokenizer.drawn_codes``, without loading any weights.
+
+    Raises:
+        DataError: A file is unreadable.
+    """
+    if not has_image_tokenizer(folder):
+        return 0
+    from safetensors import SafetensorError, safe_open
+
+    from megatron_chameleon.tokenizer.image.tokenizer import read_vqgan_config
+
+    path = tokenizer_file(folder, IMAGE_WEIGHTS_FILE)
+    codes = read_vqgan_config(folder).codes_per_image
+    try:
+        open_to_read(path).close()
+        with safe_open(path, "pt") as file:
+            has_decoder = any(name.startswith("decoder.") for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        what, remedy = f"cannot be read ({first_line(error)[:200]})", "Copy the folder again"
+        raise DataError(str(path), what, remedy) from error
+    return codes if has_decoder else 0
 
 
 def load_image_tokenizer(

@@ -244,7 +244,7 @@ def make_plan(
         parameters=sum(element_count(row.shape) for row in target.weights),
         optimizer=_optimizer_sentence(reader, target, to, ema),
         files=writer.files(),
-        tokenizer_bytes=sum(path.stat().st_size for path in tokenizer_files),
+        tokenizer_bytes=sum(path.stat().st_size for path in tokenizer_files if path.is_file()),
         free_bytes=shutil.disk_usage(existing).free,
         largest_bytes=max(largest_bytes(row) for row in target.rows),
     )

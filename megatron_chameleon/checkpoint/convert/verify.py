@@ -293,6 +293,9 @@ def _compare_tokenizers(
 def _open_own_tokenizer(reader: CheckpointReader, scratch: Path) -> tuple[Tokenizer | None, str]:
     """A checkpoint's own tokenizer, or None and what is missing."""
     try:
-        return open_tokenizer(reader, None, scratch), ""
+        tokenizer = open_tokenizer(reader, None, scratch)
+        if reader.format == "hf" and tokenizer.folder == scratch:  # made of transformers' files
+            return None, f"{reader.folder}: has no VQ decoder"
+        return tokenizer, ""
     except TokenizerMissingError as error:
         return None, f"{error.where}: {error.what}"

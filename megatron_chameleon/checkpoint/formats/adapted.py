@@ -98,6 +98,7 @@ class AdaptedReader:
             check_base(reader.folder, reader.weight_files, recorded[1], str(self.folder))
         self.model, self.dimensions = reader.model, reader.dimensions
         self.weight_files = reader.weight_files
+        self.image_config, self.token_ids = reader.image_config, reader.token_ids
         self.fingerprint = reader.fingerprint
         self.step = int(state.get("step", reader.step))
         self.data = state.get("data")

@@ -28,6 +28,7 @@ from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.files import read_json_object, write_text
 from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.tokenizer.image.shape import VqganConfig
 from megatron_chameleon.values import LARGEST_COUNT, Values, printable
 from megatron_chameleon.wording import shown
 
@@ -62,6 +63,9 @@ class CheckpointReader(Protocol):
         ema_updates: Number of weights in the moving average of the weights that is stored beside
             them; 0: there is none.
         weight_files: Names of the files in the folder whose tensors are read.
+        image_config: The shape of the image encoder that came with the checkpoint; None if the
+            files don't say.
+        token_ids: Ids by the names of tokens; empty if the files don't say.
 
     Raises (on opening):
         CheckpointError: A tensor is missing, unexpected or of the wrong shape, a file is damaged,
@@ -81,6 +85,8 @@ class CheckpointReader(Protocol):
     conversations: bool | None
     ema_updates: int
     weight_files: Collection[str]
+    image_config: VqganConfig | None
+    token_ids: Mapping[str, int]
 
     def dtype(self, row: TensorRow) -> torch.dtype:
         """The dtype of a stored weight."""

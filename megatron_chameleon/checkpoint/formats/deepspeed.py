@@ -23,6 +23,7 @@ config and ``engine.load_checkpoint(DST, load_lr_scheduler_states=False)``.
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -49,6 +50,7 @@ from megatron_chameleon.checkpoint.formats.deepspeed_files import (
 )
 from megatron_chameleon.checkpoint.formats.hf import (
     VQ_PREFIX,
+    check_has_images,
     check_has_norms,
     check_has_tokenizer,
     encoder_tensors,
@@ -89,6 +91,8 @@ class Reader:
     """A ZeRO or universal checkpoint. See ``formats.base.CheckpointReader``."""
 
     format = "deepspeed"
+    image_config = None
+    token_ids: Mapping[str, int] = MappingProxyType({})
     ema_updates = 0
 
     def __init__(self, folder: Path) -> None:
@@ -249,6 +253,7 @@ class Writer:
 
     def __init__(self, target: Target) -> None:
         check_has_norms(target)
+        check_has_images(target, decoder=False)
         self._target = target
         self._folder = f"global_step{target.step}"
         self._encoder = encoder_tensors(target.tokenizer)

@@ -8,9 +8,11 @@
 
 Hugging Face's model cannot store the decoder that turns codes into images, so it is kept beside the
 model and read back from there. A folder that others wrote has none of the files in the last two
-lines; its tokenizer must be given with ``--tokenizer``.
+lines. Its tokenizer is made of ``tokenizer.json`` and the encoder, and images are not drawn, unless
+``--tokenizer`` brings a decoder.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -35,6 +37,7 @@ from megatron_chameleon.checkpoint.formats.hf_config import (
     build_config,
     model_of_config,
     read_config,
+    token_ids_of_config,
     vqgan_of_config,
 )
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
@@ -52,8 +55,12 @@ from megatron_chameleon.tokenizer.common.files import (
     IMAGE_WEIGHTS_FILE,
     tokenizer_file,
 )
+from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE
 from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES, Tokenizer
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.published import PUBLISHED_TEXT_FILE, write_published_tokenizer
+
+logger = logging.getLogger(__name__)
 
 VQ_PREFIX = "model.vqmodel."
 
@@ -84,6 +91,7 @@ class Reader:
         self.model = with_recorded(model, self.origin, KNOWN, str(folder))
         self.step, self.fingerprint = self.origin.step, self.origin.fingerprint
         self.conversations = self.origin.conversations
+        self.token_ids = token_ids_of_config(config)
         self._files = SafetensorsReader(folder)
         self.weight_files = self._files.names
         check_layer_count(config.where, model.num_layers, len(self._files.shapes))
@@ -92,8 +100,9 @@ class Reader:
         per_head = Dimensions.of(model, vocab_size, heads, key_heads)
         expected = {n: s for row in tensor_rows(per_head) for n, s in row.hf_shapes.items()}
         self._has_encoder = any(name.startswith(VQ_PREFIX) for name in self._files.shapes)
-        if self._has_encoder:
-            expected |= _encoder_shapes(vqgan_of_config(config))
+        self.image_config = vqgan_of_config(config) if self._has_encoder else None
+        if self.image_config is not None:
+            expected |= _encoder_shapes(self.image_config)
         check_names(str(folder), self._files.shapes, expected)
         self.model.qk_norm_groups, q_groups, k_groups = norm_settings(
             self.origin.model.get("qk_norm_groups"),
@@ -126,13 +135,21 @@ class Reader:
         return row.to_megatron({name: self._files.read(name) for name in row.hf_names})
 
     def tokenizer_folder(self, scratch: Path) -> Path:
-        """The folder itself.
+        """The folder itself, or what can be made of transformers' files, which have no VQ decoder.
 
         Raises:
-            TokenizerMissingError: It does not have our tokenizer, and so has no VQ decoder either.
+            TokenizerMissingError: It has lost a file of our tokenizer, or has no text tokenizer.
+            DataError: The text tokenizer cannot be used.
         """
-        check_has_tokenizer(self.folder)
-        return self.folder
+        is_published = self.fingerprint is None and not (self.folder / VOCABULARY_FILE).exists()
+        if not is_published or not (self.folder / PUBLISHED_TEXT_FILE).is_file():
+            check_has_tokenizer(self.folder)
+            return self.folder
+        found = write_published_tokenizer(self.folder, self.encoder(), self.image_config, scratch)
+        can = "can be read and not drawn" if self._has_encoder else "can neither be read nor drawn"
+        what = "no VQ decoder" if self._has_encoder else "no image tokenizer"
+        logger.warning("%s has %s: images %s (--tokenizer brings one)", self.folder, what, can)
+        return found
 
     def encoder(self) -> Mapping[str, Callable[[], torch.Tensor]]:
         """How to read each tensor of transformers' image encoder."""
@@ -150,6 +167,7 @@ class Writer:
 
     def __init__(self, target: Target) -> None:
         check_has_norms(target)
+        check_has_images(target, decoder=False)
         self._target = target
         self._encoder = encoder_tensors(target.tokenizer)
         specs = [
@@ -189,6 +207,24 @@ def check_has_norms(target: Target) -> None:
             "Chameleon cannot leave it out",
             "Convert a model that was trained with QK-norm",
         )
+
+
+def check_has_images(target: Target, *, decoder: bool) -> None:
+    """Refuse a model without the parts of an image tokenizer that a format cannot leave out.
+
+    Args:
+        target: What is to be written.
+        decoder: Whether the decoder is needed too.
+
+    Raises:
+        CheckpointError: One is missing.
+    """
+    image = target.tokenizer.image
+    if image is None or (decoder and not image.has_decoder):
+        lacking = "an image tokenizer" if image is None else "a VQ decoder"
+        what = f"the model comes without {lacking}, which the format cannot leave out"
+        remedy = "Give a tokenizer that has one with --tokenizer, or use --to megatron"
+        raise CheckpointError(target.origin, what, remedy)
 
 
 def write_settings(folder: Path, target: Target) -> None:

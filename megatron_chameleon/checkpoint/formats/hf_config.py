@@ -8,7 +8,7 @@ import torch
 from megatron_chameleon.checkpoint.formats.base import bounds, check_model, read_values
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.errors import ChameleonError, CheckpointError
-from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
+from megatron_chameleon.tokenizer.common.vocabulary import IMAGE_PLACEHOLDER, Vocabulary
 from megatron_chameleon.tokenizer.image.tokenizer import vqgan_config
 from megatron_chameleon.tokenizer.image.vqgan import VqganConfig
 from megatron_chameleon.values import Values, describe
@@ -168,6 +168,15 @@ def whole_rotary_base(theta: float, where: str) -> int:
             where, f"rope_theta {theta} is not a whole number", "Convert another checkpoint"
         )
     return int(theta)
+
+
+def token_ids_of_config(config: Values) -> dict[str, int]:
+    """The ids of the tokens that ``vocabulary_map`` names, except for the image placeholder.
+
+    Hugging Face calls that one by a name of its own. A value that is no id is left out.
+    """
+    names = config.section("vocabulary_map", {}).content
+    return {n: i for n, i in names.items() if type(i) is int and n != IMAGE_PLACEHOLDER}
 
 
 def vqgan_of_config(config: Values) -> VqganConfig:

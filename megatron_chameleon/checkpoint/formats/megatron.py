@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ class Reader:
     """
 
     format = "megatron"
+    image_config = None
+    token_ids: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, folder: Path) -> None:
         self._checkpoint = TrainingCheckpoint(find_checkpoint(folder))
@@ -320,7 +323,8 @@ class Writer:
         tokenizer = folder / TOKENIZER_FOLDER
         tokenizer.mkdir()
         for name in FINGERPRINTED_FILES:
-            shutil.copyfile(tokenizer_file(target.tokenizer.folder, name), tokenizer / name)
+            if (file := tokenizer_file(target.tokenizer.folder, name)).is_file():
+                shutil.copyfile(file, tokenizer / name)
         config = deepcopy(target.config or Config())
         config.model = target.model
         config.tokenizer = TokenizerConfig(path=TOKENIZER_FOLDER)

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from megatron_chameleon.checkpoint.formats.base import (
     with_recorded,
     write_origin,
 )
+from megatron_chameleon.checkpoint.formats.hf import check_has_images
 from megatron_chameleon.checkpoint.formats.hf_config import whole_rotary_base
 from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
     META_TEXT_FILE,
@@ -81,6 +83,8 @@ class Reader:
     """Meta's shards. See ``formats.base.CheckpointReader``."""
 
     format = "meta"
+    image_config = None
+    token_ids: Mapping[str, int] = MappingProxyType({})
     has_optimizer = False
     config = None
     data = None
@@ -218,6 +222,7 @@ class Writer:
     holds: Collection[str] = ()
 
     def __init__(self, target: Target) -> None:
+        check_has_images(target, decoder=True)
         dims = target.dimensions
         count = target.shards or max(1, dims.q_norm_groups, dims.k_norm_groups)
         check_divides(f"--shards {count}", dims, count)

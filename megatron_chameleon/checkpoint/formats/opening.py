@@ -17,7 +17,15 @@ from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.files import cannot_read
 from megatron_chameleon.tokenizer.common.files import tokenizer_file
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE
-from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES, Tokenizer, load_tokenizer
+from megatron_chameleon.tokenizer.folder import (
+    FINGERPRINTED_FILES,
+    Tokenizer,
+    fingerprint,
+    has_image_tokenizer,
+    load_image_tokenizer,
+    load_tokenizer,
+)
+from megatron_chameleon.tokenizer.image.shape import VqganConfig
 from megatron_chameleon.values import printable
 
 logger = logging.getLogger(__name__)
@@ -99,11 +107,14 @@ def open_tokenizer(
             another one.
     """
     path = reader.tokenizer_folder(scratch) if folder is None else find_tokenizer(folder, scratch)
-    for name in FINGERPRINTED_FILES:
+    text_alone = path.is_dir() and not has_image_tokenizer(path)
+    if text_alone and reader.fingerprint not in (None, fingerprint(path)):
+        text_alone = False  # it has lost its image tokenizer
+    for name in FINGERPRINTED_FILES[:2] if text_alone else FINGERPRINTED_FILES:
         if path.is_dir() and not tokenizer_file(path, name).is_file():
             what = f"has no {name}, so it is not a whole tokenizer"
             raise TokenizerMissingError(str(path), what, "Give the tokenizer with --tokenizer")
-    tokenizer = load_tokenizer(path, device=device)
+    tokenizer = load_tokenizer(path, images=None, device=device)
     if reader.fingerprint is not None:
         check_fingerprint(tokenizer, reader.fingerprint, str(reader.folder))
     if tokenizer.vocabulary.size != reader.dimensions.vocab_size:
@@ -113,7 +124,14 @@ def open_tokenizer(
             f"{reader.dimensions.vocab_size}",
             "Give the tokenizer of the run with --tokenizer",
         )
+    check_tokens(tokenizer, reader)
     check_encoder(tokenizer, reader)
+    if folder is not None and tokenizer.image and not reader.encoder() and not reader.fingerprint:
+        logger.warning(
+            "%s: nothing in %s says which image encoder the model was trained with, so that of the "
+            "tokenizer is not checked",
+            *(tokenizer.folder, reader.folder),
+        )
     return tokenizer
 
 
@@ -151,6 +169,21 @@ def check_fingerprint(tokenizer: Tokenizer, expected: str, checkpoint: str) -> N
         )
 
 
+def check_tokens(tokenizer: Tokenizer, reader: CheckpointReader) -> None:
+    """Refuse a tokenizer whose ids stand for other tokens than the checkpoint's files say.
+
+    Raises:
+        CheckpointError: It names the first token.
+    """
+    tokens = tokenizer.vocabulary.tokens
+    for name, token_id in reader.token_ids.items():
+        if not 0 <= token_id < len(tokens) or tokens[token_id] != name:
+            found = printable(tokens[token_id]) if 0 <= token_id < len(tokens) else "nothing"
+            what = f"token {token_id} is {found}, and {reader.folder} says {printable(name)}"
+            remedy = "Give the tokenizer that the model was trained with (--tokenizer)"
+            raise CheckpointError(str(tokenizer.folder), what, remedy)
+
+
 def check_encoder(tokenizer: Tokenizer, reader: CheckpointReader) -> None:
     """Refuse a tokenizer whose image encoder is not the one that came with the checkpoint.
 
@@ -160,17 +193,21 @@ def check_encoder(tokenizer: Tokenizer, reader: CheckpointReader) -> None:
     Raises:
         CheckpointError: It names the first tensor that differs.
     """
-    stored = reader.encoder()
-    if not stored or tokenizer.image is None:
+    stored, image = reader.encoder(), tokenizer.image
+    if stored and image is None and has_image_tokenizer(tokenizer.folder):
+        image = load_image_tokenizer(tokenizer.folder, tokenizer.vocabulary)
+    if not stored or image is None:
         return
-    weights = tokenizer.image.model.state_dict()
+    weights = image.model.state_dict()
     ours = {name: weight for name, weight in weights.items() if not name.startswith("decoder.")}
     differing = [
         name
         for name in sorted(ours.keys() | stored.keys())
         if name not in ours or name not in stored or not _is_same(ours[name].cpu(), stored[name]())
     ]
-    if differing:
+    if not differing:
+        _check_shape(tokenizer, image.config, reader)
+    else:
         is_own = tokenizer.folder == reader.folder
         what = (
             "its image tokenizer is not the encoder among its weights"
@@ -184,6 +221,20 @@ def check_encoder(tokenizer: Tokenizer, reader: CheckpointReader) -> None:
             f"{'Copy the whole folder again, or give' if is_own else 'Give'} the tokenizer that "
             "the model was trained with (--tokenizer)",
         )
+
+
+def _check_shape(tokenizer: Tokenizer, own: VqganConfig, reader: CheckpointReader) -> None:
+    """Refuse the right weights in another shape: a resolution decides how many codes images have.
+
+    Raises:
+        CheckpointError: The images have another size.
+    """
+    wanted = reader.image_config or own
+    if own.resolution != wanted.resolution:
+        what = f"its images have {own.resolution} pixels a side, and those of {reader.folder} "
+        what += f"{wanted.resolution}"
+        remedy = "Give the tokenizer that the model was trained with (--tokenizer)"
+        raise CheckpointError(str(tokenizer.folder), what, remedy)
 
 
 def _is_same(ours: torch.Tensor, stored: torch.Tensor) -> bool:

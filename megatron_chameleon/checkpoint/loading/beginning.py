@@ -9,7 +9,11 @@ from typing import Any
 
 from megatron_chameleon.checkpoint.formats import FORMATS
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
-from megatron_chameleon.checkpoint.formats.opening import check_encoder, check_fingerprint
+from megatron_chameleon.checkpoint.formats.opening import (
+    check_encoder,
+    check_fingerprint,
+    check_tokens,
+)
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.files import make_folder, writing
@@ -122,6 +126,7 @@ def check_first_weights(reader: CheckpointReader, config: Config, tokenizer: Tok
         raise CheckpointError(str(tokenizer.folder), what, remedy)
     if reader.fingerprint is not None:
         check_fingerprint(tokenizer, reader.fingerprint, str(folder))
+    check_tokens(tokenizer, reader)
     check_encoder(tokenizer, reader)
 
 

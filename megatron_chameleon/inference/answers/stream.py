@@ -92,7 +92,7 @@ class AnswerStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._codes_per_image = tokenizer.image.codes_per_image if tokenizer.image else 0
+        self._codes_per_image = tokenizer.drawn_codes
         self._text = IncrementalDecoder(tokenizer.text)
         self._stops = StopStrings(stop)
         self._image: np.ndarray | None = None

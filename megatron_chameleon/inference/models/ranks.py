@@ -115,7 +115,7 @@ def _opened(
         (model,) = load_model(reader, config, topology, rows)
         vocabulary, device = tokenizer.vocabulary, platform.device()
         classes = TokenClasses(vocabulary, device)
-        codes_per_image = tokenizer.image.codes_per_image if tokenizer.image else 0
+        codes_per_image = tokenizer.drawn_codes
         channel = Channel()
         with MegatronLayers.borrowed(model, classes.code_token_ids, vocabulary.size) as layers:
             if settings.get("cache_tokens") is None:

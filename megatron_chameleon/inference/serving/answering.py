@@ -176,8 +176,9 @@ class Answerer:
         if most is not None and count > most:
             what = f"it has {count:,} tokens, and the limit is {most:,}"
             raise bad("prompt", what, "Shorten it", "context_length_exceeded")
-        if force is Force.IMAGE and self._model.tokenizer.image is None:
-            what = "this model has no image tokenizer, so it draws nothing"
+        if force is Force.IMAGE and not self._model.codes_per_image:
+            lacks = "image decoder" if self._model.tokenizer.image else "image tokenizer"
+            what = f"this model has no {lacks}, so it draws nothing"
             raise bad("force", what, "Leave it out", "images_not_supported")
         try:
             codes = self._model.codes_per_image

@@ -64,13 +64,13 @@ class ServedModel:
 
     @property
     def codes_per_image(self) -> int:
-        """0 for a model without an image tokenizer."""
-        return self.tokenizer.image.codes_per_image if self.tokenizer.image else 0
+        """Codes of an image that it can draw; 0 for a model that draws none."""
+        return self.tokenizer.drawn_codes
 
     def description(self, limits: Limits) -> dict[str, Any]:
         """The object of ``/v1/models``."""
-        has_images = self.tokenizer.image is not None
-        edge = self.tokenizer.image.resolution if self.tokenizer.image else 0
+        image = self.tokenizer.image
+        has_images, edge = image is not None, image.resolution if image else 0
         hidden = ("max_tokens", "batch_size", "seed", "stop", "force")
         defaults = {k: v for k, v in asdict(self.defaults).items() if k not in hidden}
         return {
@@ -81,9 +81,9 @@ class ServedModel:
             "chameleon": {
                 "format": self.format.value,
                 "images_in": has_images,
-                "images_out": has_images and self.defaults.images,
+                "images_out": bool(self.codes_per_image) and self.defaults.images,
                 "context_tokens": self.context_tokens,
-                "codes_per_image": self.codes_per_image,
+                "codes_per_image": image.codes_per_image if image else 0,
                 "image_size": [edge, edge] if has_images else None,
                 "defaults": defaults,
                 "examples": list(self.examples),

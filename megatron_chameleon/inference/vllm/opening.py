@@ -49,7 +49,7 @@ def open_exported(path: str | Path, device: str, options: Sequence[str]) -> Expo
         raise _not_exported(path, reader)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = open_tokenizer(reader, None, Path(scratch), device)
-    codes = tokenizer.image.codes_per_image if tokenizer.image else 0
+    codes = tokenizer.drawn_codes
     context_tokens = reader.model.seq_length
     engine = VllmEngine(reader.folder, tokenizer.vocabulary, codes, context_tokens, parsed)
     return Exported(engine, tokenizer, reader, version)

@@ -41,6 +41,11 @@ LARGEST_BATCH = 8
 """Measured on CPU: beyond either limit, larger passes take no less time per image."""
 
 GPU_BATCH = 32
+NO_DECODER = (
+    "it has no decoder, so images can be read and not drawn",
+    "Give a tokenizer folder that has one, ours or Meta's, with --tokenizer",
+)
+"""What is wrong and what to do where an image is asked for."""
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 LARGEST_RATIO = 16
@@ -168,8 +173,9 @@ class ImageTokenizer:
             raise DataError(
                 str(path), f"cannot be read ({first_line(error)[:200]})", remedy
             ) from error
+        has_decoder = any(name.startswith("decoder.") for name in weights)
         with torch.device("meta"):
-            model = Vqgan(config)
+            model = Vqgan(config, has_decoder=has_decoder)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         wrong = sorted(
@@ -199,6 +205,11 @@ class ImageTokenizer:
     @property
     def codes_per_image(self) -> int:
         return self.config.codes_per_image
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether it can turn codes into images; transformers' weights have no decoder."""
+        return self.model.has_decoder
 
     @property
     def codebook_size(self) -> int:
@@ -259,8 +270,10 @@ class ImageTokenizer:
             codes: Integers [n, codes_per_image] in [0, codebook_size), row-major.
 
         Raises:
-            DataError: If the shape or a value does not fit this tokenizer.
+            DataError: If the shape or a value does not fit this tokenizer, or it has no decoder.
         """
+        if not self.has_decoder:
+            raise DataError("image tokenizer", *NO_DECODER)
         codes = np.asarray(codes)
         if codes.ndim != 2 or codes.shape[1] != self.codes_per_image:
             raise DataError(

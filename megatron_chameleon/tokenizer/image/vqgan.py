@@ -226,28 +226,38 @@ class VqganOutput:
 
 
 class Vqgan(nn.Module):
-    """VqganEncoder, codebook and decoder. Pixels are in [-1, 1]."""
+    """VqganEncoder, codebook and decoder. Pixels are in [-1, 1].
 
-    def __init__(self, config: VqganConfig) -> None:
+    Args:
+        config: Its shape.
+        has_decoder: Whether it can turn codes into images.
+    """
+
+    def __init__(self, config: VqganConfig, *, has_decoder: bool = True) -> None:
         super().__init__()
         self.config = config
         self.encoder = VqganEncoder(config)
-        self.decoder = VqganDecoder(config)
+        self.has_decoder = has_decoder
+        if has_decoder:
+            self.decoder = VqganDecoder(config)
         self.quantize = Codebook(config.codebook_size, config.embed_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     def convolve_in(self, dtype: torch.dtype, memory_format: torch.memory_format) -> "Vqgan":
         """Compute everything except the codebook distances in another type and memory format."""
-        for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv):
+        for part in (*self._networks(), self.quant_conv, self.post_quant_conv):
             part.to(dtype).to(memory_format=memory_format)  # type: ignore[call-overload]
         return self
 
     def compile_networks(self, backend: str = "inductor", mode: str | None = None) -> "Vqgan":
         """Let ``torch.compile`` fuse norms, activations and skips; it compiles per batch size."""
-        for part in (self.encoder, self.decoder):
+        for part in self._networks():
             part.compile(backend=backend, mode=mode, fullgraph=True, dynamic=False)
         return self
+
+    def _networks(self) -> list[nn.Module]:
+        return [self.encoder, self.decoder] if self.has_decoder else [self.encoder]
 
     def latents(self, pixels_BCHW: Tensor) -> Tensor:
         """The latents that are compared with the codebook: [B, embed_dim, h, w]."""

@@ -183,4 +183,4 @@ def _one_of_each_kind(prompts: Sequence[AskedPrompt]) -> list[AskedPrompt]:
 
 
 def _image_tokens(tokenizer: Tokenizer) -> int:
-    return tokenizer.image.codes_per_image + 2 if tokenizer.image else 0
+    return tokenizer.drawn_codes + 2 if tokenizer.drawn_codes else 0

@@ -37,7 +37,7 @@ def check_samples(config: Config) -> None:
     """
     if not config.logging.sample_every_steps:
         return
-    load_tokenizer(config.tokenizer.path)
+    load_tokenizer(config.tokenizer.path, images=None)
     for i, prompt in enumerate(config.logging.sample_prompts):
         if prompt.image is not None and not Path(prompt.image).is_file():
             what = f"no such image file: {prompt.image}"

@@ -18,8 +18,7 @@ from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
-from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import read_vqgan_config
+from megatron_chameleon.tokenizer.folder import Tokenizer, drawn_codes, load_tokenizer
 
 if TYPE_CHECKING:
     from megatron_chameleon.inference.session import Session
@@ -76,7 +75,7 @@ class TrainedModel:
         try:
             tokenizer = self._open_tokenizer() if self.is_first else None
             vocabulary = Vocabulary.load(self._path)
-            image_codes = read_vqgan_config(self._path).codes_per_image
+            image_codes = drawn_codes(self._path)
         except ChameleonError as error:
             failure = error
         if not self._channel.agree(failure is None):  # nobody waits for a rank that cannot answer
@@ -93,7 +92,7 @@ class TrainedModel:
 
     def _open_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._path, device=platform.device())
+            self._tokenizer = load_tokenizer(self._path, images=None, device=platform.device())
         return self._tokenizer
 
     @contextmanager
