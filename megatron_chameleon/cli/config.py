@@ -51,12 +51,16 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.checks.check import check_config, smallest_world_size
     from megatron_chameleon.config.load import find_preset
     from megatron_chameleon.config.names import find_config
+    from megatron_chameleon.errors import ConfigError
     from megatron_chameleon.schedules.batch_sizes import plan_batches, samples_before
 
     path = find_config(args.config)
     config, weights = load_inheriting(path, args.overrides, args.start_from)
     check_config(filled_in(config), smallest_world_size(config.parallel))
-    config = with_known_steps(config)
+    try:
+        config = with_known_steps(config)
+    except ConfigError as error:  # data that are still to be made are not an error here
+        _logger.warning(error.lines()[0])
     size = args.paper or _size_of_preset(find_preset(path, args.overrides))
     chosen = size or paper.nearest_size(config)
     vocab_size, note = find_vocab_size(config, weights)
