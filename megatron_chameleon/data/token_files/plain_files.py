@@ -6,7 +6,7 @@
 
 Nothing says which tokenizer wrote them, so the caller names it. Images are found by the tokens that
 begin and end them, and all documents are read once for that when such a file is opened. It then
-takes 36 bytes of memory for each document and 8 for each image.
+takes 44 bytes of memory for each document and 8 for each image.
 
 Documents are taken as they stand. Megatron's have no ``<s>``, and sequences that Megatron splits a
 document into are one document again. Where they came from is not known, and none is a conversation.
