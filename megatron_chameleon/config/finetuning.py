@@ -28,9 +28,6 @@ class AdapterConfig:
     """The linear layers that get an adapter, in every transformer layer."""
     dora: bool = False
     """Also train the length of each row of the adapted weights (DoRA, arXiv 2402.09353)."""
-    quantize: Annotated[str, OneOf("nf4")] | None = None
-    """nf4: store the frozen weights of all linear layers in 4 bits (QLoRA, arXiv 2305.14314), which
-    needs a GPU and the library bitsandbytes; null: as they are."""
     start_from: PathText | None = None
     """A folder of ``peft`` with the adapter to begin from; null: A is random and B is zero."""
     base: PathText | None = None

@@ -6,7 +6,7 @@ from megatron_chameleon.config.finetuning import AdapterConfig
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError
 
-RANK_NEEDED = ("dropout", "dora", "quantize", "start_from", "base")
+RANK_NEEDED = ("dropout", "dora", "start_from", "base")
 
 
 def check_adapter(config: Config) -> Iterator[ConfigError]:
