@@ -14,12 +14,12 @@ SEED=${SEED:-1}
 HERE=examples/sft
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=examples/digits${PYTHONPATH:+:$PYTHONPATH}  # measure.py imports the demo's judge
-data=() train=() measure=() workers=2
+data=() train=() measure=() workers=2 holdout=0.02
 if [ -n "${QUICK:-}" ]; then
     data=(--count 60)
     train=(training.steps=6 optimizer.lr_warmup_steps=2)
     measure=(--questions 8 --drawings 1)
-    workers=1
+    workers=1 holdout=0.2
 fi
 started=$SECONDS
 say() { printf '\n== %s  (%ss)\n' "$1" "$((SECONDS - started))"; }
@@ -30,18 +30,16 @@ python $HERE/make_chats.py --pictures "$BASE/data" --output "$RUN/data" --seed "
 say "2. Token files: mark the answers, and keep images in prompts whole"
 for name in questions drawings dialogues; do
     chameleon preprocess "$RUN/data/$name.jsonl" --tokenizer "$BASE/tokenizer" \
-        --output "$RUN/tokens/$name" --workers "$workers" --image-root "$BASE/data"
+        --output "$RUN/tokens/$name" --holdout "$holdout" --workers "$workers" --image-root "$BASE/data"
 done
 chameleon inspect "$RUN/tokens/dialogues" --html "$RUN/dialogues.html"
 
 say "3. Before fine-tuning: ask the demo's model"
-rm -rf "$RUN/base"
-chameleon convert "$BASE" "$RUN/base" --to megatron --no-optimizer
-[ -n "${QUICK:-}" ] || OMP_NUM_THREADS=2 python $HERE/measure.py "$RUN/base" --data "$RUN/data" --pictures "$BASE/data" --output "$RUN/before.json" "${measure[@]}"
+[ -n "${QUICK:-}" ] || OMP_NUM_THREADS=2 python $HERE/measure.py "$BASE" --data "$RUN/data" --pictures "$BASE/data" --output "$RUN/before.json" "${measure[@]}"
 
 say "4. Fine-tuning: two processes start from the demo's weights, with the loss on answers only"
-torchrun --standalone --nproc-per-node 2 -m megatron_chameleon train $HERE/digits.yaml --resume "$RUN/base" \
-    training.seed="$SEED" variables.base="$BASE" variables.run="$RUN" logging.run_dir="$RUN" "${train[@]}"
+torchrun --standalone --nproc-per-node 2 -m megatron_chameleon train $HERE/digits.yaml --start-from "$BASE" \
+    training.seed="$SEED" variables.run="$RUN" logging.run_dir="$RUN" "${train[@]}"
 
 say "5. After fine-tuning: ask the same questions"
 rm -rf "$RUN/exported"

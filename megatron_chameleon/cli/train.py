@@ -124,7 +124,9 @@ def _dry_run(
     from megatron_chameleon.training.dry_run import describe_dry_run, try_step
 
     if launch.rank == 0:
-        show(describe_dry_run(replace(inputs, config=shown), launch, world_size))
+        # The run's own config, whose steps follow from its epochs, with the tokenizer's real place.
+        config = replace(inputs.config, tokenizer=shown.tokenizer)
+        show(describe_dry_run(replace(inputs, config=config), launch, world_size))
     found = try_step(inputs, launch, world_size) if with_step else ""
     if found and launch.rank == 0:
         show(found)
