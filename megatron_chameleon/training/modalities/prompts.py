@@ -88,12 +88,15 @@ def built_in_prompts(
 ) -> list[AskedPrompt]:
     """Prompts for the kinds of answers, text and one image, that no other prompt asks for.
 
+    A model whose images cannot be decoded is asked for none.
+
     Args:
         tokenizer: The model's tokenizer.
         context_tokens: As for ``held_out_prompts``.
         asked: The prompts that there are.
     """
-    missing = [kind for kind in BUILT_IN if kind not in {prompt.expected for prompt in asked}]
+    kinds = [Modality.TEXT, *([Modality.IMAGE] if tokenizer.drawn_codes else [])]
+    missing = [kind for kind in kinds if kind not in {prompt.expected for prompt in asked}]
     vocabulary, prompts = tokenizer.vocabulary, []
     for kind in missing:
         for text in BUILT_IN[kind]:

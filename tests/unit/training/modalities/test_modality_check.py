@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,8 @@ def test_built_in_prompts_stand_in_for_what_is_missing(corpus, tokenizer):
     assert describe_prompt(built_in[0], tokenizer) == "Draw a picture of a cat."
     assert kinds(built_in_prompts(tokenizer, 128, [])) == {TEXT: 4, IMAGE: 4}
     assert built_in_prompts(tokenizer, 20, []) == []
+    without_images = replace(tokenizer, image=None)
+    assert kinds(built_in_prompts(without_images, 128, [])) == {TEXT: 4}
 
 
 def test_a_prompt_in_words_has_its_speakers_and_images(tokenizer):
