@@ -26,6 +26,7 @@ from megatron_chameleon.training.learning_rate import run_learning_rate
 from megatron_chameleon.training.modalities.at_end import ModalityChecker, has_conversations
 from megatron_chameleon.training.prepare import describe_run
 from megatron_chameleon.training.records.events import EventLog
+from megatron_chameleon.training.reference.measure import REFERENCE, find_reference
 from megatron_chameleon.training.resume_changes import resume_lines
 from megatron_chameleon.training.run.folder import checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
@@ -102,6 +103,7 @@ class Run:
             steps_done = self._load(start) if start else 0
             if weights is not None:
                 check_loaded_weights(self.engine.named_parameters(), weights)
+            self._reference = self._find_reference(steps_done)
             self.events.start(steps_done)
             self._open_after(steps_done)
             self._report_start(start)
@@ -115,6 +117,23 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self._opened.__exit__(kind, error, traceback)
+
+    def _find_reference(self, steps_done: int) -> dict[str, str]:
+        """Give the readers the reference of ``training.objective: dpo``.
+
+        Returns:
+            What checkpoints keep about it.
+        """
+        if self.config.training.objective != "dpo":
+            return {}
+
+        def note_progress() -> None:
+            self.watch.begin("computing the reference log-probabilities", steps_done, is_long=True)
+
+        note_progress()
+        with announced("computing the reference log-probabilities"):
+            digest = find_reference(self.inputs, self.engine, self.topology, note_progress)
+        return {REFERENCE: digest}
 
     def _report_start(self, start: Path | None) -> None:
         """Say from where the run goes on, and with which other settings."""
@@ -216,6 +235,7 @@ class Run:
             self.guard.check_weights(step)
         self.reporter.flush_to_disk()
         entries = self.inputs.checkpoint_entries(step) | self.engine.average.state_entries()
+        entries |= self._reference
         measured_step, loss = self._held_out_loss
         if measured_step == step and loss is not None and math.isfinite(loss):
             entries[VALIDATION_LOSS] = loss

@@ -238,7 +238,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference",
         "runs",
     },
-    "training/metrics": {"config", "data/batches", "parallel", "runs"},
+    # the loss on pairs of answers, which engines minimise and metrics take means of
+    "training/preference": {"config", "data/batches"},
+    # what the model gives to all pairs before its first step, measured as held-out documents are
+    "training/reference": {"checkpoint/state", "config", "data/batches", "data/mixture"}
+    | {"data/validation", "parallel", "training/engines", "training/preference", "training/run"},
+    "training/metrics": {"config", "data/batches", "parallel", "runs", "training/preference"},
     "training/records": {"checkpoint/state", "config", "config/checks", "runs"},
     "training/run": {
         "checkpoint/formats",  # the weights of any format that a run begins with
@@ -267,6 +272,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
         "schedules",
         "training/metrics",
+        "training/preference",
         "training/run",
     },
     "training/faults": {
@@ -290,6 +296,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
         "training/engines",
         "training/faults",
+        "training/preference",
     },
     # a model answers prompts of held-out conversations, in training and as a checkpoint
     "training/modalities": {
@@ -338,6 +345,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training/metrics",
         "training/modalities",
         "training/records",
+        "training/reference",
         "training/run",
         "training/samples",
         "training/validation",

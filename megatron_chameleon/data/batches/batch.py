@@ -19,6 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_chameleon.data.batches.pairs import (
+    AnswerPairs,
+    ReferenceTables,
+    find_second,
+    pairs_of_samples,
+)
 from megatron_chameleon.data.mixture.corpus import OrderedDocuments
 from megatron_chameleon.data.mixture.packing import PackedSequences
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
@@ -45,6 +51,8 @@ class Batch:
     """[parts + 1], int32: where each isolated part begins in the micro-batch, whose sequences are
     counted one after the other, and last the number of all its tokens. A part is what a sequence
     holds of a document, or its padding. None: attention is causal over each sequence."""
+    pairs: AnswerPairs | None = None
+    """The pairs of answers that it holds; None unless preferences are trained."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,9 @@ class PackedSample:
     """The document parts."""
     source_names: list[str]
     """Names of the sources, by the numbers in ``packed.source``."""
+    reference: np.ndarray | None = None
+    """The reference's log-probabilities of the sequence's pairs, float64 [pairs, 2]: see
+    ``AnswerPairs``. None unless preferences are trained."""
 
 
 def read_sample(
@@ -73,6 +84,8 @@ def read_sample(
     vocabulary: Vocabulary,
     *,
     answers_only: bool,
+    paired: bool = False,
+    references: ReferenceTables | None = None,
 ) -> PackedSample:
     """Read the tokens of one packed sequence, and find its labels.
 
@@ -83,12 +96,17 @@ def read_sample(
         seq_length: Tokens of a sequence.
         vocabulary: Of the tokens.
         answers_only: Whether only the answers of conversations count in the loss.
+        paired: Whether each document is a pair of conversations, which are two parts.
+        references: Of the pairs of each source, by its name; None if they are not known yet.
+
+    Raises:
+        DataError: A document is not a pair although ``paired``.
     """
     tokens = np.full(seq_length, vocabulary.pad, dtype=np.int64)
     labels = tokens.copy()
     in_loss = np.zeros(seq_length, dtype=bool)
     sizes = packed.parts.tokens
-    part = np.repeat(np.arange(len(sizes) + 1), np.append(sizes, seq_length - sizes.sum()))
+    firsts: list[int] = []  # tokens of the first conversation of each pair
     columns = (packed.source, *(getattr(packed.parts, name) for name in _COLUMNS))
     begin = 0
     for source, epoch, document, start, stop, whole in zip(
@@ -103,9 +121,44 @@ def read_sample(
         in_loss[begin:labels_end] = True
         if answers_only and documents[source].corpus.longest_conversation:
             in_loss[begin:labels_end] = documents[source].trained(document, start + 1, last)
+        if paired:
+            where = f"{documents[source].corpus.prefix}: document {document}"
+            firsts.append(find_second(ids, vocabulary.bos, where))
         begin = end
+    if paired:
+        first = np.array(firsts, dtype=np.int64)
+        sizes = np.stack([first, sizes - first], axis=1).reshape(-1)
+    part = np.repeat(np.arange(len(sizes) + 1), np.append(sizes, seq_length - sizes.sum()))
     in_loss &= (labels != vocabulary.pad) & (labels != vocabulary.bos)
-    return PackedSample(tokens, labels, in_loss, part, packed, source_names)
+    reference = _references(packed, source_names, references) if paired else None
+    return PackedSample(tokens, labels, in_loss, part, packed, source_names, reference)
+
+
+def _references(
+    packed: PackedSequences, source_names: list[str], tables: ReferenceTables | None
+) -> np.ndarray:
+    """The reference's log-probabilities of the pairs of a sequence: float64 [pairs, 2]."""
+    if tables is None:
+        return np.zeros((len(packed.parts), 2))
+    found = [
+        tables[source_names[source]][document]
+        for source, document in zip(packed.source, packed.parts.document, strict=True)
+    ]
+    return np.array(found, dtype=np.float64).reshape(-1, 2)
+
+
+def _pairs(samples: Sequence[PackedSample]) -> AnswerPairs | None:
+    """The pairs of a micro-batch; None unless preferences are trained."""
+    references = [sample.reference for sample in samples if sample.reference is not None]
+    if not references:
+        return None
+    counts = [2 * len(sample.packed.parts) for sample in samples]
+    answers = [
+        np.where(sample.part < count, sample.part, -1)
+        for sample, count in zip(samples, counts, strict=True)
+    ]
+    documents = [sample.packed.parts.document for sample in samples]
+    return pairs_of_samples(answers, documents, references)
 
 
 def make_batch(samples: Sequence[PackedSample], vocabulary: Vocabulary, *, isolated: bool) -> Batch:
@@ -132,4 +185,5 @@ def make_batch(samples: Sequence[PackedSample], vocabulary: Vocabulary, *, isola
         image_mask=torch.from_numpy(vocabulary.is_image_code(labels)),
         position_ids=torch.tensor(positions),
         cu_seqlens=None if borders is None else torch.tensor(borders, dtype=torch.int32),
+        pairs=_pairs(samples),
     )

@@ -12,6 +12,7 @@ from megatron_chameleon.data.batches.batch import Batch, PackedSample, make_batc
 from megatron_chameleon.data.batches.epochs import EpochsEnd, find_end
 from megatron_chameleon.data.batches.loss_on import check_loss_on, data_warnings
 from megatron_chameleon.data.batches.open_sources import open_sources
+from megatron_chameleon.data.batches.pairs import ReferenceTables
 from megatron_chameleon.data.batches.shares import with_shares
 from megatron_chameleon.data.mixture.corpus import Corpus, TokenFileCorpus
 from megatron_chameleon.data.mixture.mixture import ExhaustedError, Mixture
@@ -51,6 +52,8 @@ class BatchReader:
         config: As given, with the number of steps that follows from ``training.epochs``.
         epochs_end: Where the last epoch ends; None without ``training.epochs``.
         sources: Those that the config lists, stage 1 first.
+        references: What the reference gives to the pairs of each source; None until it is known, or
+            if no preferences are trained.
 
     Raises:
         ConfigErrors: All problems at once: token files that are missing or broken, sources that are
@@ -71,6 +74,7 @@ class BatchReader:
         sources = with_shares(config, open_sources(config, tokenizer))
         check_loss_on(config, sources)
         self.sources = sources
+        self.references: ReferenceTables | None = None
         self._corpora = {source.key: source.corpus for source in sources}
         self._mixtures: dict[int, Mixture] = {}
         if state is None:
@@ -143,6 +147,8 @@ class BatchReader:
             self.config.model.seq_length,
             self.vocabulary,
             answers_only=self.config.data.loss_on != "all",
+            paired=self.config.training.objective == "dpo",
+            references=self.references,
         )
 
     def packed(self, index: int) -> PackedSequences:

@@ -20,6 +20,7 @@ from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.batch import make_batch, read_sample
 from megatron_chameleon.data.batches.loss_on import check_loss_on, source_warnings
 from megatron_chameleon.data.batches.open_sources import open_listed
+from megatron_chameleon.data.batches.pairs import ReferenceTables
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.data.mixture.packing import PackedSequences
 from megatron_chameleon.data.mixture.sources import DataSource
@@ -48,6 +49,7 @@ class HeldOutReader:
 
     Attributes:
         sources: In the order of the config.
+        references: See ``BatchReader``; by the names of the sources.
 
     Raises:
         ConfigErrors: Some sources cannot be used; it names all of them.
@@ -68,6 +70,7 @@ class HeldOutReader:
             HeldOutSource(name, source, self._stream(source), validation.max_tokens)
             for name, source in zip(names, opened, strict=True)
         ]
+        self.references: ReferenceTables | None = None
         self._documents = [source.stream.documents for source in self.sources]
 
     def _stream(self, source: DataSource) -> SourceStream:
@@ -153,6 +156,8 @@ class HeldOutReader:
                 self.config.model.seq_length,
                 self._vocabulary,
                 answers_only=self.config.data.loss_on != "all",
+                paired=self.config.training.objective == "dpo",
+                references=self.references,
             )
             for packed in [*group, *[empty] * missing]
         ]

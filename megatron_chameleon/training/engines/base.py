@@ -16,6 +16,7 @@ from megatron_chameleon.parallel.launch import find_launch
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.schedules.learning_rate import LearningRate
 from megatron_chameleon.training.engines.ema import WeightAverage
+from megatron_chameleon.training.engines.objective import Measurement
 from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
 
@@ -63,8 +64,10 @@ class TrainingEngine(Protocol):
             micro_batches: As in ``train_step``.
         """
 
-    def evaluate(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """The losses of micro-batches that are not trained, with dropout off.
+    def evaluate(
+        self, micro_batches: Sequence[Batch], measurement: Measurement | None = None
+    ) -> Tensor:
+        """Numbers, such as the losses, of micro-batches that are not trained, with dropout off.
 
         Nothing that a training step sees changes: neither weights, moments and FP8 scales, nor the
         metrics of the next step.
@@ -72,10 +75,11 @@ class TrainingEngine(Protocol):
         Args:
             micro_batches: This data-parallel rank's, as many on every rank and at least one; with
                 interleaved pipelines, a multiple of the pipeline's size.
+            measurement: What to take; None for ``held_out_measurement``.
 
         Returns:
-            float64 [micro-batches, 4], see ``modality_sums``; zeros on ranks that do not compute
-            the loss. Tensor-parallel ranks have equal values.
+            float64 [micro-batches, numbers]; zeros on ranks that do not compute the loss.
+            Tensor-parallel ranks have equal values.
         """
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:

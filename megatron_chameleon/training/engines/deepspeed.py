@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,12 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.schedules.learning_rate import LearningRate, StepScheduler
 from megatron_chameleon.training.engines.ema import WeightAverage
 from megatron_chameleon.training.engines.inputs import micro_batch_shape, own_part, run_model
-from megatron_chameleon.training.engines.objective import modality_sums, summed_loss
+from megatron_chameleon.training.engines.objective import (
+    Measurement,
+    held_out_measurement,
+    loss_count,
+    summed_loss,
+)
 from megatron_chameleon.training.engines.optimizer import build_torch_adamw
 from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
@@ -125,8 +129,11 @@ class DeepSpeedEngine:
         self._pass(step, micro_batches, update=False)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """The losses of micro-batches that are not trained; see ``TrainingEngine``."""
+    def evaluate(
+        self, micro_batches: Sequence[Batch], measurement: Measurement | None = None
+    ) -> Tensor:
+        """Numbers of micro-batches that are not trained; see ``TrainingEngine``."""
+        taken = measurement or held_out_measurement(self.config)
         shape = micro_batch_shape(self.config, micro_batches)
         sums: list[Tensor] = []
         self.engine.eval()
@@ -134,7 +141,7 @@ class DeepSpeedEngine:
             with kept_fp8_scales(self.parts):
                 for whole_batch in micro_batches:
                     batch, documents = own_part(whole_batch, shape)
-                    sums.append(modality_sums(batch, run_model(self.engine, batch, documents)))
+                    sums.append(taken.values(batch, run_model(self.engine, batch, documents)))
         finally:
             self.engine.train()
         return torch.stack(sums)
@@ -167,13 +174,13 @@ class DeepSpeedEngine:
             batch, documents = own_part(whole_batch, shape)
             self.clock.start()
             output = run_model(self.engine, batch, documents)
-            loss = summed_loss(batch, output, training.z_loss, self.monitor)
+            loss = summed_loss(batch, output, training.z_loss, self.monitor, self.config.dpo)
             # ZeRO reduces gradients during the backward pass, so the clock stops before it.
             self.clock.stop("backward, gradient reduction and update")
             scale_or_nan = scale + 0 * loss.detach()  # NaN if the loss is infinite or NaN
             self.engine.backward(scale_or_nan * loss, scale_wrt_gas=False)
             if self.engine.is_gradient_accumulation_boundary():
-                metrics = asdict(self.monitor.finish_step(training.z_loss))
+                metrics = self.monitor.finish_step(training.z_loss).values()
             norm, updated = self._step()
         if nan_hook is not None:
             nan_hook.remove()
@@ -216,10 +223,10 @@ class DeepSpeedEngine:
             yield name, _own_part(parameter)
 
     def _count_tokens(self, micro_batches: Sequence[Batch]) -> float:
-        """Unmasked tokens of the whole global batch, at least 1."""
+        """Unmasked tokens, or pairs, of the whole global batch, at least 1."""
         tokens = torch.zeros(1, dtype=torch.float64, device=platform.device())
         for batch in micro_batches:
-            tokens += batch.loss_mask.sum().to(tokens.device)
+            tokens += loss_count(batch).to(tokens.device)
         torch.distributed.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
         return max(tokens.item(), 1.0)
 

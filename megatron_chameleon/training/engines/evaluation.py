@@ -17,14 +17,21 @@ from megatron_chameleon.training.engines.inputs import (
     own_part,
     run_model,
 )
-from megatron_chameleon.training.engines.objective import modality_sums
+from megatron_chameleon.training.engines.objective import (
+    Measurement,
+    Output,
+    held_out_measurement,
+)
 
 
 @torch.no_grad()
 def evaluate_batches(
-    config: Config, chunks: Sequence[nn.Module], micro_batches: Sequence[Batch]
+    config: Config,
+    chunks: Sequence[nn.Module],
+    micro_batches: Sequence[Batch],
+    measurement: Measurement | None = None,
 ) -> Tensor:
-    """The losses of micro-batches; a collective of the ranks that hold the model.
+    """Numbers of micro-batches, such as losses; a collective of the ranks that hold the model.
 
     Dropout is off, and nothing is left behind that a training step would see.
 
@@ -32,18 +39,21 @@ def evaluate_batches(
         config: Of the run.
         chunks: This rank's parts of the model, as the engine has wrapped them.
         micro_batches: At least one; with interleaved pipelines, a multiple of the pipeline's size.
+        measurement: What to take; None for ``held_out_measurement``.
 
     Returns:
-        float64 [micro-batches, 4], the ``modality_sums`` of each; zeros on pipeline stages before
-        the last one.
+        float64 [micro-batches, numbers]; zeros on pipeline stages before the last one.
     """
+    taken = measurement or held_out_measurement(config)
     shape = micro_batch_shape(config, micro_batches)
-    sums = torch.zeros(len(micro_batches), 4, dtype=torch.float64, device=platform.device())
+    sums = torch.zeros(
+        len(micro_batches), taken.count, dtype=torch.float64, device=platform.device()
+    )
     for chunk in chunks:
         chunk.eval()
     try:
         get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, sums, shape),
+            forward_step_func=partial(_forward_step, sums, shape, taken),
             data_iterator=[enumerate(micro_batches) for _ in chunks],
             model=list(chunks),
             num_microbatches=len(micro_batches),
@@ -60,17 +70,18 @@ def evaluate_batches(
 def _forward_step(
     sums: Tensor,
     shape: MicroBatchShape,
+    taken: Measurement,
     micro_batches: Iterator[tuple[int, Batch]],
     model: nn.Module,
 ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, dict]]]:
     number, whole_batch = next(micro_batches)
     batch, documents = own_part(whole_batch, shape)
-    return run_model(model, batch, documents), partial(_note, sums[number], batch)
+    return run_model(model, batch, documents), partial(_note, sums[number], taken, batch)
 
 
 def _note(
-    place: Tensor, batch: Batch, output: tuple[Tensor, Tensor, Tensor]
+    place: Tensor, taken: Measurement, batch: Batch, output: Output
 ) -> tuple[Tensor, Tensor, dict]:
     """Keep the sums; what megatron-core gets is not used in a pass without gradients."""
-    place.copy_(modality_sums(batch, output))
+    place.copy_(taken.values(batch, output))
     return output[0].sum(), batch.loss_mask.sum().int(), {}

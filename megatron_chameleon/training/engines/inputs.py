@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.batch import Batch
+from megatron_chameleon.data.batches.pairs import AnswerPairs
 from megatron_chameleon.model.backend import packs_documents
 from megatron_chameleon.model.isolation import IsolatedDocuments
 from megatron_chameleon.parallel import platform
@@ -75,12 +76,14 @@ def own_part(batch: Batch, shape: MicroBatchShape) -> tuple[Batch, IsolatedDocum
     tensors: dict[str, Tensor] = {
         name: tensor
         for name, tensor in vars(batch).items()
-        if tensor is not None and name != "cu_seqlens"
+        if isinstance(tensor, Tensor) and name != "cu_seqlens"
     }
+    if batch.pairs is not None:
+        tensors["answer"] = batch.pairs.answer
     if shape.packed:
         return _pack(tensors, batch, shape)
     on_device = {name: platform.copy_to_device(tensor) for name, tensor in tensors.items()}
-    own = Batch(**get_batch_on_this_cp_rank(on_device))
+    own = _batch(get_batch_on_this_cp_rank(on_device), batch.pairs)
     if batch.cu_seqlens is None:
         return own, None
     return own, IsolatedDocuments.grouped(batch.cu_seqlens, own.position_ids)
@@ -131,9 +134,16 @@ def _pack(
         platform.copy_to_device(position_ids),
         in_parts=size > 1,
     )
-    return Batch(
-        **{name: platform.copy_to_device(tensor) for name, tensor in tensors.items()}
-    ), documents
+    on_device = {name: platform.copy_to_device(tensor) for name, tensor in tensors.items()}
+    return _batch(on_device, batch.pairs), documents
+
+
+def _batch(tensors: dict[str, Tensor], pairs: AnswerPairs | None) -> Batch:
+    """A micro-batch of tensors on the device; ``answer`` among them is that of its pairs."""
+    if pairs is not None:
+        reference = platform.copy_to_device(pairs.reference)
+        pairs = AnswerPairs(tensors.pop("answer"), reference, pairs.documents)
+    return Batch(**tensors, pairs=pairs)
 
 
 @dataclass(frozen=True)

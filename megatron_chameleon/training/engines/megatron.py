@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ from megatron_chameleon.training.engines.inputs import (
     own_part,
     run_model,
 )
-from megatron_chameleon.training.engines.objective import summed_loss
+from megatron_chameleon.training.engines.objective import Measurement, loss_count, summed_loss
 from megatron_chameleon.training.engines.optimizer import build_optimizer
 from megatron_chameleon.training.metrics.step_metrics import StepMonitor
 from megatron_chameleon.training.metrics.stragglers import StepClock
@@ -108,7 +107,7 @@ class MegatronEngine:
         start = time.perf_counter()
         self.compute_gradients(step, micro_batches)
         overflows, squares = self._measure_gradients()
-        metrics = asdict(self.monitor.finish_step(self.config.training.z_loss))  # the host waits
+        metrics = self.monitor.finish_step(self.config.training.z_loss).values()  # the host waits
         metrics["learning_rate"] = self._learning_rate()
         metrics["grad_norm"], of_groups = self.gradients.norms(squares)
         values = (metrics["loss"] or 0.0, metrics["grad_norm"])
@@ -175,10 +174,12 @@ class MegatronEngine:
         self.compute_gradients(step, micro_batches)
         self.monitor.finish_step(self.config.training.z_loss)
 
-    def evaluate(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """The losses of micro-batches that are not trained; see ``TrainingEngine``."""
+    def evaluate(
+        self, micro_batches: Sequence[Batch], measurement: Measurement | None = None
+    ) -> Tensor:
+        """Numbers of micro-batches that are not trained; see ``TrainingEngine``."""
         with kept_fp8_scales(self.parts):
-            return evaluate_batches(self.config, self.chunks, micro_batches)
+            return evaluate_batches(self.config, self.chunks, micro_batches, measurement)
 
     def compute_gradients(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Run the forward and backward passes; gradients are then those of the whole run's loss."""
@@ -226,9 +227,10 @@ class MegatronEngine:
     def _loss(
         self, batch: Batch, output: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, dict]:
-        """The sum over unmasked tokens; megatron-core divides it by the global batch's number."""
-        loss = summed_loss(batch, output, self.config.training.z_loss, self.monitor)
-        return loss, batch.loss_mask.sum().int(), {}
+        """The sum over tokens or pairs; megatron-core divides it by the global batch's number."""
+        z_loss, dpo = self.config.training.z_loss, self.config.dpo
+        loss = summed_loss(batch, output, z_loss, self.monitor, dpo)
+        return loss, loss_count(batch), {}
 
     def complete_weights(self) -> None:
         """Gather what the next forward pass would gather; see ``TrainingEngine``."""

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.training.metrics.layers import LayerMonitor
+from megatron_chameleon.training.preference.loss import PAIR_SUMS, pair_means
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,15 @@ class StepMetrics:
     layer_output_norms: list[float | None]
     loss_tokens: int
     """Tokens that counted in the loss."""
+    pairs: Sequence[float] | None = None
+    """``PAIR_SUMS`` of a step that trains preferences."""
+
+    def values(self) -> dict[str, Any]:
+        """The metrics by name. If preferences are trained, ``loss`` is that of the pairs."""
+        found = {name: value for name, value in asdict(self).items() if name != "pairs"}
+        if self.pairs is None:
+            return found
+        return found | dict.fromkeys(("loss_text", "loss_image")) | pair_means(list(self.pairs))
 
 
 class StepMonitor:
@@ -57,6 +68,8 @@ class StepMonitor:
         self._max_logit = torch.full(
             (1,), -torch.inf, dtype=torch.float64, device=platform.device()
         )
+        self._pairs = torch.zeros(len(PAIR_SUMS), dtype=torch.float64, device=platform.device())
+        self._has_pairs = torch.zeros_like(self._pairs[:1])
         self._layers = LayerMonitor(parts)
         self._losses: list[Tensor] = []
         self.last_losses: list[Tensor] = []
@@ -80,6 +93,11 @@ class StepMonitor:
             )
             self._max_logit = torch.maximum(self._max_logit, max_logit.max().double())
 
+    def observe_pairs(self, sums: Tensor) -> None:
+        """Add the ``PAIR_SUMS`` of one micro-batch, float64 [8]."""
+        self._pairs = self._pairs + sums
+        self._has_pairs.fill_(1)
+
     def finish_step(self, z_loss_weight: float) -> StepMetrics:
         """Reduce over all ranks, reset, and return the means. A collective: every rank calls it.
 
@@ -88,13 +106,17 @@ class StepMonitor:
         """
         layers, norm_sums = self._layers, self._layers.norm_sums
         count = len(norm_sums)
-        sums = torch.cat([self._sums, norm_sums, layers.rows])
+        pairs = torch.cat([self._has_pairs, self._pairs])
+        sums = torch.cat([self._sums, norm_sums, layers.rows, pairs])
         largest = torch.cat([self._max_logit, layers.max_attention])
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        values, norms, rows = (part.tolist() for part in sums.split([len(self.SUMS), count, count]))
+        sizes = [len(self.SUMS), count, count, len(pairs)]
+        values, norms, rows, (has_pairs, *of_pairs) = (part.tolist() for part in sums.split(sizes))
         max_logit, *attention = largest.tolist()
         self._sums.zero_()
+        self._pairs = torch.zeros_like(self._pairs)
+        self._has_pairs.zero_()
         self._max_logit.fill_(-torch.inf)
         layers.reset()
         self.last_losses, self._losses = self._losses, []
@@ -117,6 +139,7 @@ class StepMonitor:
             max_attention_logit=_known(max(attention)),
             layer_output_norms=layer_norms,
             loss_tokens=_whole(named["tokens"]) // self._copies,
+            pairs=of_pairs if has_pairs else None,
         )
 
 

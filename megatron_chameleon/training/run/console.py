@@ -40,8 +40,7 @@ class Progress:
         width = len(str(self._steps))
         return (
             f"step {step:>{width}}/{self._steps}  loss {_number(metrics, 'loss', '.4f')} "
-            f"(text {_number(metrics, 'loss_text', '.4f')}, "
-            f"image {_number(metrics, 'loss_image', '.4f')})  "
+            f"({_parts(metrics)})  "
             f"grad norm {_number(metrics, 'grad_norm', '.3f')}  "
             f"lr {_number(metrics, 'learning_rate', '.2e')}  "
             f"{_number(metrics, 'tokens_per_second', ',.0f')} tokens/s  ETA {self._left(step)}"
@@ -68,15 +67,25 @@ def held_out_line(step: int, metrics: Mapping[str, float | None]) -> str:
         for name in names
         if name.endswith(end)
     )
+    perplexity = ""
+    if f"{begin}perplexity" in metrics:
+        perplexity = f", perplexity {_number(metrics, f'{begin}perplexity', ',.4g')}"
     ema = f"{begin}ema_loss"
     if ema in metrics:
         sources += f"; of the EMA of the weights {_number(metrics, ema, '.4f')}"
     return (
         f"step {step}: held-out loss {_number(metrics, HELD_OUT_LOSS, '.4f')} "
-        f"(text {_number(metrics, f'{HELD_OUT_LOSS}_text', '.4f')}, "
-        f"image {_number(metrics, f'{HELD_OUT_LOSS}_image', '.4f')}), "
-        f"perplexity {_number(metrics, f'{begin}perplexity', ',.4g')}; {sources}"
+        f"({_parts(metrics, begin)}){perplexity}; {sources}"
     )
+
+
+def _parts(metrics: Mapping[str, float | None], begin: str = "") -> str:
+    """What stands beside a loss: those of the modalities, or what pairs of answers have."""
+    if f"{begin}reward_margin" not in metrics:
+        text, image = (_number(metrics, f"{begin}loss_{m}", ".4f") for m in ("text", "image"))
+        return f"text {text}, image {image}"
+    margin = _number(metrics, f"{begin}reward_margin", ".3f")
+    return f"margin {margin}, accuracy {_number(metrics, f'{begin}reward_accuracy', '.3f')}"
 
 
 def _number(metrics: Mapping[str, float | None], key: str, form: str) -> str:

@@ -59,7 +59,9 @@ class RunInputs:
 
     def reader_after(self, steps_done: int) -> BatchReader:
         """A second reader of the same data, at the step after ``steps_done``."""
-        return BatchReader(self.config, self.tokenizer, self.reader.state(), steps_done)
+        reader = BatchReader(self.config, self.tokenizer, self.reader.state(), steps_done)
+        reader.references = self.reader.references
+        return reader
 
     def rewound_to(self, checkpoint: Path) -> "RunInputs":
         """The inputs for doing the steps after a checkpoint once more."""

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from megatron_chameleon.training.preference.loss import pair_means
+
 PREFIX = "validation/"
 """How the names of these metrics begin."""
 LOSS = f"{PREFIX}loss"
@@ -64,6 +66,29 @@ class HeldOutLosses:
         """The losses over all sources, as those of the moving average of the weights."""
         values = self.total.values()
         return {f"{PREFIX}ema_{key}": value for key, value in values if key.startswith("loss")}
+
+
+@dataclass(frozen=True)
+class PreferenceLosses:
+    """The same of pairs of answers: ``PAIR_SUMS`` of each source, by its name."""
+
+    sources: Mapping[str, list[float]]
+
+    @property
+    def total(self) -> dict[str, float | None]:
+        """Means over the pairs of all sources."""
+        return pair_means([sum(values) for values in zip(*self.sources.values(), strict=True)])
+
+    def metrics(self) -> dict[str, float | None]:
+        """``validation/loss``, ``validation/reward_accuracy`` and so on, then of each source."""
+        found = {f"{PREFIX}{key}": value for key, value in self.total.items()}
+        for name, sums in self.sources.items():
+            found |= {f"{PREFIX}{name}/{key}": value for key, value in pair_means(sums).items()}
+        return found
+
+    def ema_metrics(self) -> dict[str, float | None]:
+        """The means over all sources, as those of the moving average of the weights."""
+        return {f"{PREFIX}ema_{key}": value for key, value in self.total.items()}
 
 
 def _exp(value: float) -> float:

@@ -15,7 +15,12 @@ from megatron_chameleon.data.validation.reader import HeldOutReader
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.topology import Topology
-from megatron_chameleon.training.validation.losses import HeldOutLosses, ModalityLosses
+from megatron_chameleon.training.engines.objective import held_out_measurement
+from megatron_chameleon.training.validation.losses import (
+    HeldOutLosses,
+    ModalityLosses,
+    PreferenceLosses,
+)
 
 
 def measure(
@@ -23,7 +28,7 @@ def measure(
     reader: HeldOutReader,
     topology: Topology,
     go_on: Callable[[ChameleonError | None], bool],
-) -> HeldOutLosses | None:
+) -> HeldOutLosses | PreferenceLosses | None:
     """Measure all sources. A collective: every rank calls it.
 
     Args:
@@ -38,7 +43,9 @@ def measure(
         The losses of the whole job, the same on every rank; None if ``go_on`` returned False.
     """
     # On the CPU, where index_add_ adds in a fixed order.
-    totals = torch.zeros(len(reader.sources), 4, dtype=torch.float64)
+    of_pairs = reader.config.training.objective == "dpo"
+    count = held_out_measurement(reader.config).count
+    totals = torch.zeros(len(reader.sources), count, dtype=torch.float64)
     # Interleaved pipelines take as many micro-batches as they have stages, or a multiple.
     multiple = topology.pipeline_size
     with reader.read_ahead(topology.data_rank, topology.data_size, multiple) as chunks:
@@ -58,6 +65,8 @@ def measure(
     torch.distributed.all_reduce(of_all_ranks)
     # Tensor-parallel ranks have computed the same.
     values = (of_all_ranks / topology.tensor_size).tolist()
+    if of_pairs:
+        return PreferenceLosses(dict(zip(reader.names, values, strict=True)))
     found = {
         name: ModalityLosses(text, round(text_tokens), image, round(image_tokens))
         for name, (text, text_tokens, image, image_tokens) in zip(reader.names, values, strict=True)

@@ -13,7 +13,7 @@ from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.base import TrainingEngine
 from megatron_chameleon.training.faults.hang import HangWatch
 from megatron_chameleon.training.faults.signals import StopSignals
-from megatron_chameleon.training.validation.losses import HeldOutLosses
+from megatron_chameleon.training.validation.losses import HeldOutLosses, PreferenceLosses
 from megatron_chameleon.training.validation.measure import measure
 
 
@@ -65,7 +65,7 @@ class Validator:
         try:
             with announced(f"measuring the held-out loss after step {step}"):
                 losses = measure(self._engine.evaluate, self._reader, self._topology, go_on)
-                averaged: HeldOutLosses | None = None
+                averaged: HeldOutLosses | PreferenceLosses | None = None
                 if losses is not None and self._engine.average.updates:
                     with self._engine.ema_weights():
                         averaged = measure(

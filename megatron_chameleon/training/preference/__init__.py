@@ -1,0 +1,1 @@
+"""The loss on pairs of answers."""

@@ -1,0 +1,1 @@
+"""What the weights that a run begins with give to its pairs of answers."""
