@@ -145,8 +145,17 @@ def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
 def _members(optimizer: MegatronOptimizer) -> list[Any]:
     """The optimizers that megatron-core has chained, or the only one."""
     members = getattr(optimizer, "chained_optimizers", [optimizer])
-    # megatron-core's stand-in for the optimizer of a rank where everything is frozen has no state
-    return [member for member in members if not getattr(member, "is_stub_optimizer", False)]
+    return [member for member in members if _has_state(member)]
+
+
+def _has_state(member: Any) -> bool:
+    """Whether an optimizer has parameters, which it lacks on a rank where everything is frozen.
+
+    megatron-core has a stub there, or groups without parameters if other ranks have some.
+    """
+    if getattr(member, "is_stub_optimizer", False):
+        return False
+    return any(group["params"] for group in member.optimizer.param_groups)
 
 
 def sharded_values(state: dict[str, Any]) -> Iterator[Any]:
