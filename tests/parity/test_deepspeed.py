@@ -61,6 +61,14 @@ RUNS = {
     "zero3-offload": zero(3, *SHORT, "engine.offload_optimizer=true", "engine.offload_param=true"),
     "zero3-dropout": zero(3, *SHORT, "model.hidden_dropout=0.1"),
 }
+PART = [*SHORT, "model.train=['model.layers.1','lm_head[image]','model.norm']"]
+PARTS = {
+    "megatron-part": PART,
+    "zero1-part": zero(1, *PART),
+    "zero3-part": zero(3, *PART),
+    # The first stage trains nothing.
+    "pipeline-part": [*PART, "parallel.pipeline_model_parallel_size=2"],
+}
 RESUMED = {
     "zero3-resumed": ("zero3-dropout", RUNS["zero3-dropout"]),
     "zero1-resumed": ("zero1-sequence", RUNS["zero1-sequence"]),
@@ -148,7 +156,7 @@ def runs(tiny) -> dict[str, list[dict[str, Any]]]:
         start = str(tiny.folder / source / "checkpoints" / f"step_{step:08}")
         words = [word for word in SCHEDULED[source] if word not in EACH_STEP]
         resumed[name] = [*words, "--resume", start]
-    planned = {**RUNS, **SCHEDULED, **resumed, **chats}
+    planned = {**RUNS, **PARTS, **SCHEDULED, **resumed, **chats}
     train_many(tiny, planned)
     return {name: tiny.metrics(name) for name in planned}
 
@@ -176,6 +184,11 @@ def test_every_zero_stage_equals_megatron(runs, stage: int) -> None:
 )
 def test_tensor_parallelism_and_offload_equal_megatron(runs, name: str) -> None:
     assert_same(runs[name], runs["megatron-short"])
+
+
+@pytest.mark.parametrize("name", ["zero1-part", "zero3-part", "pipeline-part"])
+def test_training_a_part_equals_megatron(runs, name: str) -> None:
+    assert_same(runs[name], runs["megatron-part"])
 
 
 @pytest.mark.parametrize("name", ["zero1-chat", "zero3-chat"])
