@@ -4,6 +4,10 @@
 #
 # Usage: bash examples/image_head/run.sh [DEMO_RUN] [RUN]
 #
+# On two busy cores it took three minutes. Of 100 drawings, the demo's SVM reads 93 of the whole model,
+# 5 of the spoiled one and 90 of the trained one as the digit that was asked for (seed 1). Training
+# changed 64 rows of lm_head.weight, those of the 64 image codes, and no other bit.
+#
 # QUICK=1 trains a few steps and draws little.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

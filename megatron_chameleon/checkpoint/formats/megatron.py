@@ -114,6 +114,8 @@ class Reader:
             model,
             num_query_groups=model.num_query_groups or model.num_attention_heads,
             qk_norm_groups=q_groups,
+            train=[],  # what a run trained says nothing of the model
+            freeze=[],
         )
         check_model(self.model, str(self.folder / "config.yaml"))
         self.dimensions = Dimensions.of(self.model, state["vocab_size"], q_groups, k_groups)
