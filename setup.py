@@ -78,6 +78,12 @@ setup(
             "nltk",  # CIDEr's tokens where there is no Java
             "krippendorff",
         ],
+        "curation": [  # wheels that bring their models along
+            "datasketch>=2",  # MinHash: texts that are nearly the same
+            "ImageHash",  # pictures that are nearly the same
+            "py3langid",  # the language of a text
+            "regex",  # expressions with a time limit
+        ],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "test": [
@@ -99,6 +105,9 @@ setup(
             "krippendorff",
             "webdataset",  # what the tar reader is compared with
             "datasets",  # writes the files that people have
+            "datasketch",
+            "ImageHash",
+            "py3langid",
             "openai",  # the client that people use
             "peft",  # what our adapters are compared with
             "playwright",  # drives Chromium through the chat page

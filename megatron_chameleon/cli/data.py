@@ -1,5 +1,7 @@
 """``chameleon data audit CONFIG --step N``: read again what a step of a run saw.
 
+``data filter`` and ``data refusals`` are in ``data_filter.py``.
+
 With ``--borders`` it shows how full the steps are at which packing blocks, stages and sources end.
 
 The run's newest checkpoint says which mixtures it had. Without a checkpoint, or with ``--new``, the
@@ -13,6 +15,12 @@ from typing import TYPE_CHECKING
 
 from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.config import load_checked
+from megatron_chameleon.cli.data_filter import (
+    add_filter,
+    add_refusals,
+    run_filter,
+    run_refusals,
+)
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
     CONFIG,
@@ -68,9 +76,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show what a new run would see, whatever checkpoints exist",
     )
     add_common_options(audit, nested=True)
+    summary = "keep the documents that are worth training on, and say why others are not"
+    add_filter(add_action(actions, "filter", summary))
+    summary = "write refusals of unsafe prompts, to train on"
+    add_refusals(add_action(actions, "refusals", summary))
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.action == "filter":
+        run_filter(args)
+    elif args.action == "refusals":
+        run_refusals(args)
+    else:
+        _audit(args)
+
+
+def _audit(args: argparse.Namespace) -> None:
     if args.metrics is not None and not args.borders:
         what = "shows the gradient norms at the borders of a run, but --borders is not given"
         raise ConfigError("--metrics", what, "Add --borders in place of --step, or leave it out")

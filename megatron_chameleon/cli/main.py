@@ -35,7 +35,7 @@ VERBS = {
     "tokenizer": "train a text tokenizer or an image tokenizer",
     "preprocess": "turn documents into .bin/.idx token files",
     "inspect": "show a token file or the mixture of a run, optionally as an HTML page",
-    "data": "show which samples and documents a step of a run saw",
+    "data": "filter documents, write refusals, or show what a step of a run saw",
     "config": "compare a config with the paper's values",
     "plan": "predict speed and memory of the parallel layouts on a number of GPUs",
     "train": "train a model from a YAML config",

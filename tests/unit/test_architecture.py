@@ -46,6 +46,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
     }
     | TOKENIZERS,
+    # which documents are worth training on; its options have the constraints of a config
+    "data/filter/measures": {"config", "data/documents", "data/inputs", "images", "tokenizer"},
+    "data/filter": {
+        "data/documents",
+        "data/filter/measures",
+        "data/inputs",
+        "data/workers",
+        "images",
+        "pages",
+    },
     "data/mixture": {"config", "data/token_files", "schedules", "tokenizer/common"},
     "data/batches": {
         "config",

@@ -9,7 +9,7 @@ file, everything before the position is decompressed and thrown away.
 A file that breaks off yields its whole records and then a ``Fault``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import IO
 
 from megatron_chameleon.data.inputs.files import InputFile, InputRange
@@ -30,6 +30,7 @@ def read_blocks(
     ranges: Sequence[InputRange],
     position: Position | None = None,
     limits: Limits | None = None,
+    columns: Collection[str] = (),
 ) -> Iterator[Block]:
     """Read the blocks of all ranges, starting at a position.
 
@@ -38,6 +39,8 @@ def read_blocks(
         ranges: The parts of them to read, in order.
         position: Where to resume; None starts at the first range.
         limits: What a document may have; None for the usual limits.
+        columns: Columns of parquet files, in lower case, that are read though they hold neither
+            text nor pictures.
 
     Raises:
         DataError: If a file cannot be opened, or a disk or network fails.
@@ -49,7 +52,8 @@ def read_blocks(
         start = position if index == position.range_index else Position(index)
         try:
             with item.open() as file:
-                yield from _blocks_of_range(item, part, file, start, before, limits or Limits())
+                own = limits or Limits()
+                yield from _blocks_of_range(item, part, file, start, before, own, columns)
         except OSError as error:
             what = f"reading failed in mid-file ({' '.join(str(error).split())})"
             remedy = "Check the disk or network, then run the same command again"
@@ -64,13 +68,14 @@ def _blocks_of_range(
     start: Position,
     before: int,
     limits: Limits,
+    columns: Collection[str],
 ) -> Iterator[Block]:
     """The blocks of one range from ``start`` on; ``before`` counts the bytes of earlier ranges."""
     first_byte = 0
     if item.kind == "tar":
         found = tar_blocks(item, file, start.record, limits.document_bytes)
     elif item.kind in ("parquet", "arrow"):
-        found = parquet_blocks(item, part, file, start.record, limits)
+        found = parquet_blocks(item, part, file, start.record, limits, columns)
     elif item.kind == "table":
         found = table_blocks(item, file, start.record, limits.document_bytes)
     else:

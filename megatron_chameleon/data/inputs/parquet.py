@@ -5,7 +5,7 @@ the rows before the fault are read one by one, and reading goes on with the next
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import IO, Any
 
 from megatron_chameleon.data.inputs.decoding.broken_file import BrokenFile
@@ -41,7 +41,12 @@ _MOST_SINGLE_ROWS = 20_000
 
 
 def parquet_blocks(
-    item: InputFile, part: InputRange, file: IO[bytes], done: int, limits: Limits
+    item: InputFile,
+    part: InputRange,
+    file: IO[bytes],
+    done: int,
+    limits: Limits,
+    columns: Collection[str] = (),
 ) -> Iterator[FileBlock]:
     """Record batches of a range's rows.
 
@@ -51,11 +56,12 @@ def parquet_blocks(
         file: The open file.
         done: Rows of the file to skip, because an earlier run has read them.
         limits: What a row may have.
+        columns: More columns to read, in lower case.
     """
     row = max(done, part.start)
     try:
         with _client(item, file, limits) as client:
-            yield from _Rows(item, client, limits).blocks(row, part.stop)
+            yield from _Rows(item, client, limits, columns).blocks(row, part.stop)
     except BrokenFile as error:
         fault = fault_of_rest(error, item.path, f"after row {row}")
         yield FileBlock.last(fault, row, item.size_bytes)
@@ -73,16 +79,23 @@ class _Rows:
         item: The file.
         client: The same, open.
         limits: What a row may have.
+        columns: More columns to read, such as one of numbers, in lower case.
 
     Raises:
         BrokenFile: It has none of the columns that are read.
     """
 
-    def __init__(self, item: InputFile, client: ParquetClient, limits: Limits) -> None:
+    def __init__(
+        self,
+        item: InputFile,
+        client: ParquetClient,
+        limits: Limits,
+        columns: Collection[str] = (),
+    ) -> None:
         self._item = item
         self._client = client
         self._limits = limits
-        self._columns, self._unread = _columns(client.schema)
+        self._columns, self._unread = _columns(client.schema, columns)
         self._text_columns = _text_columns(client.schema, self._columns)
         self._total = sum(client.group_rows)
         self._faults = 0
@@ -177,7 +190,7 @@ def _batch_rows(schema: Any, columns: list[str]) -> int:
     return INTERLEAVED_ROWS if has_pictures else TEXT_ROWS
 
 
-def _columns(schema: Any) -> tuple[list[str], list[str]]:
+def _columns(schema: Any, more: Collection[str]) -> tuple[list[str], list[str]]:
     """The columns to read, and those that can hold neither text nor a picture."""
     names: list[str] = schema.names
     if not (set(FORM_KEYS) & set(names) or set(LINK_KEYS) & {name.lower() for name in names}):
@@ -185,6 +198,7 @@ def _columns(schema: Any) -> tuple[list[str], list[str]]:
         remedy = "Write a column text or messages, or the parallel list columns images and texts"
         raise BrokenFile(what, remedy)
     named = {"id", "source", WEIGHT_KEY, *FORM_KEYS, *filter(PICTURE_KEY.fullmatch, names)}
+    named |= {name for name in names if name.lower() in more}
     read = [n for n in names if n in named or _holds_texts(schema.field(n).type)]
     return read, [name for name in names if name not in read]
 

@@ -1,0 +1,1 @@
+"""Measures documents for the filters that ``options.py`` lists, and keeps the values in a table."""

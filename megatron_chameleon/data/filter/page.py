@@ -1,0 +1,131 @@
+"""The page of ``--html``: how much each filter drops, and examples of what is dropped and kept."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_chameleon.data.filter.judge import Verdict
+from megatron_chameleon.data.filter.measures.measure import Unreadable
+from megatron_chameleon.data.filter.write import Sample
+from megatron_chameleon.pages.elements import Cell, cards, escape, heading, how, image, table
+from megatron_chameleon.pages.style import page
+from megatron_chameleon.terminal import escape_line
+from megatron_chameleon.wording import counted
+
+MOST_SAMPLES = 12
+"""Documents of each filter, and of those that are kept."""
+
+_STYLE = """
+.samples .row { display: flex; flex-wrap: wrap; gap: .35rem; }
+.samples .row img { width: auto; max-width: 100%; max-height: 160px; image-rendering: auto; }
+.samples b { font-size: .85rem; } .samples.wide { grid-template-columns:
+  repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
+td .share { min-width: 0; width: 0; } td.bar { min-width: 6rem; }
+"""
+
+
+def filter_page(
+    result: Mapping[str, Any],
+    verdict: Verdict,
+    samples: Sequence[tuple[int, Sample]],
+    unreadable: Mapping[str, Sequence[Unreadable]],
+    inputs: Sequence[str],
+) -> str:
+    """The whole page.
+
+    Args:
+        result: As the file beside the output has it.
+        verdict: What became of each document.
+        samples: Numbers of documents and what is shown of them, in order.
+        unreadable: Documents that cannot be read, by reason.
+        inputs: What the command was given.
+    """
+    kept, total = result["kept"], result["documents"]
+    share = f"{100 * kept / max(total, 1):.1f}%"
+    body = [
+        heading("What the filters keep", 1),
+        f'<p class="pale">{escape(", ".join(inputs)[:2000])}</p>',
+        cards([(f"{total:,}", "documents"), (f"{kept:,}", "kept"), (share, "of them kept")]),
+        *_filters(result, total),
+        *_unreadable(result, unreadable),
+    ]
+    for number, one in enumerate(verdict.filters):
+        mine = [(i, s) for i, s in samples if verdict.dropped_by[i] == number]
+        if mine:
+            title = f"Dropped by {one.name}: {one.dropped:,}"
+            figures = [_figure(sample, verdict.reason(i)) for i, sample in mine]
+            body += _section(title, one.setting, figures, one.dropped)
+    figures = [_figure(sample, "") for i, sample in samples if verdict.dropped_by[i] < 0]
+    if figures:
+        body += _section(f"Kept: {kept:,}", "", figures, kept)
+    return page("What the filters keep", body, _STYLE)
+
+
+def _filters(result: Mapping[str, Any], total: int) -> list[str]:
+    if not result["filters"]:
+        return [how("No filter was asked for.")]
+    rows = [
+        (
+            one["name"],
+            one["seen"],
+            one["dropped"],
+            one["alone"],
+            Cell("", "bar", _bar(one["dropped"] / max(total, 1))),
+            one["setting"],
+        )
+        for one in result["filters"]
+    ]
+    heads: list[str | Cell] = ["filter", *(Cell(n, "n") for n in ("sees", "drops", "alone"))]
+    heads += ["dropped", Cell("setting", "long")]
+    text = "Filters work in this order, and each sees what those before it have left."
+    alone = '"Alone" is what a filter would drop if it were the only one.'
+    formatted = [
+        tuple(f"{value:,}" if isinstance(value, int) else value for value in row) for row in rows
+    ]
+    return [heading("Filters"), how(text, alone), table(heads, formatted)]
+
+
+def _bar(share: float) -> str:
+    return f'<span class="share" style="width:{100 * share:.1f}%"></span>'
+
+
+def _unreadable(
+    result: Mapping[str, Any], examples: Mapping[str, Sequence[Unreadable]]
+) -> list[str]:
+    if not result["unreadable"]:
+        return []
+    rows = [
+        (reason, f"{count:,}", escape_line(item.where), escape_line(item.detail)[:400])
+        for reason, count in result["unreadable"].items()
+        for item in examples.get(reason, ())[:3]
+    ]
+    heads: list[str | Cell] = [
+        "reason",
+        Cell("documents", "n"),
+        Cell("for example", "long"),
+        Cell("why", "long"),
+    ]
+    text = "They cannot be read, so `chameleon preprocess` would drop them as well."
+    return [
+        heading(f"Unreadable: {sum(result['unreadable'].values()):,}"),
+        how(text),
+        table(heads, rows),
+    ]
+
+
+def _section(title: str, setting: str, figures: list[str], count: int) -> list[str]:
+    words = (
+        f"{counted(len(figures), 'example')}, at even distances." if len(figures) < count else ""
+    )
+    text = how(*filter(None, (f"Setting: {setting}." if setting else "", words)))
+    return [heading(title), text, f'<div class="samples wide">{"".join(figures)}</div>']
+
+
+def _figure(sample: Sample, reason: str) -> str:
+    pictures = "".join(image(data, "picture of the document", "jpeg") for data in sample.thumbnails)
+    row = f'<div class="row">{pictures}</div>' if pictures else ""
+    more = sample.images - len(sample.thumbnails)
+    note = f"<p>{escape(counted(more, 'more picture'))}</p>" if more > 0 else ""
+    head = f"<b>{escape(escape_line(reason))}</b>" if reason else ""
+    text = f"<p>{escape(escape_line(sample.text))}</p>" if sample.text else ""
+    caption = escape(escape_line(f"{sample.id} · {sample.where}"))
+    return f"<figure>{head}{row}{note}{text}<figcaption>{caption}</figcaption></figure>"
