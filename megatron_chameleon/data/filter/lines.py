@@ -9,7 +9,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,12 @@ def line_of(
     parts = [_part(part, name) for part in document.content]
     if document.roles is None:
         record["content"] = parts
+    elif document.pair is not None:  # two whole conversations, which a reader joins again
+        at = document.pair.rejected
+        record["chosen"] = _messages(parts[:at], document.roles[:at])
+        record["rejected"] = _messages(parts[at:], document.roles[at:])
     else:
-        record["messages"] = _messages(document, parts)
+        record["messages"] = _messages(parts, document.roles)
     record.update(values)
     try:
         return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
@@ -75,10 +79,10 @@ def _part(part: TextPart | ImagePart, name: Callable[[ImagePart], str]) -> dict[
     return {"type": "text", "text": kept + part.text}
 
 
-def _messages(document: Document, parts: list[dict[str, str]]) -> list[dict[str, Any]]:
+def _messages(parts: Sequence[dict[str, str]], roles: Sequence[str]) -> list[dict[str, Any]]:
     """Messages of adjacent parts of one role, which take turns."""
     messages: list[dict[str, Any]] = []
-    for part, role in zip(parts, document.roles or (), strict=True):
+    for part, role in zip(parts, roles, strict=True):
         if not messages or messages[-1]["role"] != role:
             messages.append({"role": role, "content": []})
         messages[-1]["content"].append(part)

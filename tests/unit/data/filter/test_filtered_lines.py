@@ -80,7 +80,7 @@ RECORDS: list[dict[str, Any]] = [
             {"role": "user", "content": [PICTURE, text_part(" What?")]},
             {"role": "assistant", "content": ""},
             {"role": "user", "content": "\ufeffAnd?"},
-            {"role": "assistant", "content": "<|image|> is a word"},
+            {"role": "assistant", "content": "image is a word"},
         ]
     },
     {"instruction": "Say it", "input": "twice", "output": 7, "system": "Short."},
@@ -95,6 +95,7 @@ RECORDS: list[dict[str, Any]] = [
     {"images": ["a.png", None], "texts": [None, "t"], "id": 7, "source": {"a": 1}},
     {"text": "x" * 300, "id": "n" * 500, "source": ""},
     {"prompt": "Draw", "completion": [PICTURE]},
+    {"prompt": [PICTURE, text_part("?")], "system": "S", "chosen": "good", "rejected": "bad"},
 ]
 
 
@@ -115,6 +116,7 @@ def test_every_form_is_read_back_as_it_was(tmp_path: Path) -> None:
     assert len(before) == len(RECORDS)
     for old, new in zip(before, after, strict=True):
         assert (old.id, old.corpus_name, old.roles) == (new.id, new.corpus_name, new.roles)
+        assert old.pair == new.pair
         assert [contents(p) for p in old.content] == [contents(p) for p in new.content]
     assert '"image":"sub/b.png"' in output.read_text()
     assert not (tmp_path / "kept-images").exists()
