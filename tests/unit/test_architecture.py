@@ -14,6 +14,7 @@ from package_imports import PACKAGE, cycle, folder, imported, modules
 from places import REPOSITORY
 
 TOKENIZERS = {"tokenizer", "tokenizer/common", "tokenizer/image", "tokenizer/text"}
+DOCUMENTS = {"data/documents", "data/inputs", "images"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "config": {"config/reading"},
@@ -37,25 +38,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data/tokenizer_corpus": {"data/documents", "data/inputs", "images"},
     # processes that take blocks of records; what they do with them is the caller's
     "data/workers": {"data/inputs"},
-    "data/preprocess": {
-        "data/documents",
-        "data/inputs",
-        "data/token_files",
-        "data/workers",
-        "images",
-        "parallel",
-    }
-    | TOKENIZERS,
+    "data/preprocess": {*DOCUMENTS, "data/token_files", "data/workers", "parallel"} | TOKENIZERS,
     # which documents are worth training on; its options have the constraints of a config
-    "data/filter/measures": {"config", "data/documents", "data/inputs", "images", "tokenizer"},
-    "data/filter": {
-        "data/documents",
-        "data/filter/measures",
-        "data/inputs",
-        "data/workers",
-        "images",
-        "pages",
-    },
+    "data/filter/measures": {*DOCUMENTS, "config", "tokenizer"},
+    "data/filter": {*DOCUMENTS, "data/filter/measures", "data/workers", "pages"},
     "data/mixture": {"config", "data/token_files", "schedules", "tokenizer/common"},
     "data/batches": {
         "config",
