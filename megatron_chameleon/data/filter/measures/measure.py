@@ -1,7 +1,7 @@
 """Measures the documents of a block: one row of numbers per document, in arrays.
 
-What a filter decides is computed from these numbers by ``judge.py``. So memory holds some tens of
-bytes per document, and about 700 with ``near_duplicates``, whatever the documents have.
+What a filter decides is computed from these numbers by ``judge.py``. So memory grows by some
+hundred bytes per document, and by 1.7 KB with ``near_duplicates``, however long the documents are.
 """
 
 import math
