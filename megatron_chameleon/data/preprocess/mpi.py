@@ -3,6 +3,7 @@
 MPI carries no data. The ranks share the file system and only tell each other whether they failed.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,11 +57,23 @@ def preprocess_on_ranks(
             merge_shards(prefix, keep)
         except ChameleonError as error:
             failure = error
+    _wait_for_all(world)
     if failure is not None:
         raise failure
     if failed and world.rank == 0:
         what = f"{len(failed)} of {world.size} ranks failed, the first is rank {failed[0]}"
         raise DataError(prefix, what, "See its error above, then run the same command again")
+
+
+def _wait_for_all(world: Any) -> None:
+    """Wait until every rank is here, without keeping a core busy.
+
+    Some versions of mpiexec end the job, with exit code 0, as soon as one process has left it. So
+    no rank may leave while the first is still merging.
+    """
+    arrived = world.Ibarrier()
+    while not arrived.Test():
+        time.sleep(0.05)
 
 
 def _world(launch: Launch) -> Any:

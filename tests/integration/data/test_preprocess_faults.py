@@ -115,8 +115,7 @@ def test_ranks_of_mpi_write_shards_and_the_first_merges(tmp_path, corpus, tokeni
     obstacle.unlink()
     done = run()
     assert done.returncode == 0, done.stderr
-    # mpiexec may lose what a rank prints just before it exits, so the merging shows in the files
-    assert "t.shard-0-of-2" in done.stdout and "an earlier run has written it" in done.stdout
+    assert "an earlier run has written it" in done.stdout and "of 2 shards" in done.stdout
     assert not list(output.parent.glob("*.shard-*"))
     assert contents(output) == contents(tmp_path / "whole" / "t")
 

@@ -54,5 +54,7 @@ def test_what_cannot_be_checked_is_said(tiny, chat):
     result = tiny.train("pipeline", *settings(chat, split), processes=2)
     assert "were not checked, because the model is split by pipelines or ZeRO 3" in result.stdout
     assert f"use chameleon evaluate-modalities {tiny.folder}/pipeline" in result.stdout
-    off = tiny.train("off", *settings(chat, "data.validation.modality_prompts=0"))
-    assert "modalities" not in off.stdout and not (tiny.folder / "off" / "modalities").exists()
+    unasked = tiny.train("unasked", *settings(chat, "data.validation.modality_prompts=0"))
+    assert (
+        "modalities" not in unasked.stdout and not (tiny.folder / "unasked" / "modalities").exists()
+    )

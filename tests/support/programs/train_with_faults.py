@@ -112,8 +112,8 @@ def run_job(job: Job, output: Path) -> None:
     made: list[Faulty] = []
     build_engine = open_run.build_engine
 
-    def build_faulty(*args: Any) -> Any:
-        engine = build_engine(*args)
+    def build_faulty(*args: Any, **options: Any) -> Any:
+        engine = build_engine(*args, **options)
         made.append(Faulty(engine, sys.modules[type(engine).__module__], job["fault"]))
         return engine
 
