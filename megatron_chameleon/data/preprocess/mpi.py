@@ -3,6 +3,7 @@
 MPI carries no data. The ranks share the file system and only tell each other whether they failed.
 """
 
+import atexit
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,7 +58,6 @@ def preprocess_on_ranks(
             merge_shards(prefix, keep)
         except ChameleonError as error:
             failure = error
-    _wait_for_all(world)
     if failure is not None:
         raise failure
     if failed and world.rank == 0:
@@ -66,10 +66,10 @@ def preprocess_on_ranks(
 
 
 def _wait_for_all(world: Any) -> None:
-    """Wait until every rank is here, without keeping a core busy.
+    """Wait until every rank has done and printed all that it has to, without keeping a core busy.
 
-    Some versions of mpiexec end the job, with exit code 0, as soon as one process has left it. So
-    no rank may leave while the first is still merging.
+    mpiexec may end the whole job as soon as one process has left it, even with exit code 0: while
+    the first rank is still merging, or before it has printed which ranks failed.
     """
     arrived = world.Ibarrier()
     while not arrived.Test():
@@ -90,4 +90,5 @@ def _world(launch: Launch) -> Any:
         what = f"{launch.world_size} processes, but mpi4py sees {world.size}"
         remedy = f"Use mpiexec, or srun --mpi=pmi2. To run alone: {run_alone()}"
         raise ConfigError(launch.launcher, what, remedy)
+    atexit.register(_wait_for_all, world)  # before that of mpi4py, which leaves MPI
     return world
