@@ -3,11 +3,13 @@
 For tests of what an engine computes and saves, with the fixture ``topology``.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.state.save import Saver
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.data.batches.reader import Batch
@@ -17,14 +19,19 @@ from megatron_chameleon.training.engines.megatron import MegatronEngine
 from tiny_model import VOCAB_SIZE
 
 
-def make_engine(topology: Topology, **values: Any) -> MegatronEngine:
+def make_engine(
+    topology: Topology, weights: CheckpointReader | None = None, **values: Any
+) -> MegatronEngine:
     """An engine of two layers with grouped queries.
 
     Args:
         topology: Of this process alone.
+        weights: A model to begin with, whose sizes the engine then has.
         values: Of the config, by ``section.key``.
     """
     config = Config(model=ModelConfig(2, 32, 48, 4, 2, seq_length=16))
+    if weights is not None:
+        config.model = replace(weights.model)
     config.training.steps, config.training.global_batch_size = 9, 2
     config.optimizer.lr, config.optimizer.lr_decay_style = 1e-2, "constant"
     config.checkpoint.keep_last = 9
@@ -32,7 +39,7 @@ def make_engine(topology: Topology, **values: Any) -> MegatronEngine:
         section, name = key.split(".")
         assert hasattr(getattr(config, section), name), key
         setattr(getattr(config, section), name, value)
-    return MegatronEngine(config, VOCAB_SIZE, topology)
+    return MegatronEngine(config, VOCAB_SIZE, topology, weights=weights)
 
 
 def batches(step: int, weight: float = 1.0) -> list[Batch]:
