@@ -12,6 +12,7 @@ import logging
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from megatron_chameleon.cli.ranks import one_of_a_job
 if TYPE_CHECKING:
     from megatron_chameleon.checkpoint.formats.base import CheckpointReader
     from megatron_chameleon.parallel.launch import Launch
-    from megatron_chameleon.training.validation.losses import HeldOutLosses
+    from megatron_chameleon.training.validation.losses import HeldOutLosses, PreferenceLosses
 
 REPORT_SECONDS = 10.0
 _SETTING = re.compile(r"[a-z0-9_]+\.[\w.\[\]]+=.*", re.DOTALL)
@@ -69,6 +70,7 @@ def _measure(args: argparse.Namespace, launch: "Launch") -> None:
         evaluation_config,
         measure_checkpoint,
     )
+    from megatron_chameleon.training.validation.losses import PreferenceLosses
 
     overrides = [*args.overrides, *filter(_SETTING.fullmatch, args.data)]
     prefixes = [word for word in args.data if not _SETTING.fullmatch(word)]
@@ -87,7 +89,12 @@ def _measure(args: argparse.Namespace, launch: "Launch") -> None:
     report = _Reporter(is_silent=launch.rank > 0)
     losses = measure_checkpoint(reader, config, held_out, launch, report)
     if launch.rank == 0:
-        show(json.dumps(_values(reader, losses), indent=1) if args.json else _table(losses))
+        if args.json:
+            show(json.dumps(_values(reader, losses), indent=1))
+        elif isinstance(losses, PreferenceLosses):
+            show(_pair_table(losses))
+        else:
+            show(_table(losses))
 
 
 class _Reporter:
@@ -103,8 +110,15 @@ class _Reporter:
             progress(f"{sequences:,} sequences measured")
 
 
-def _values(reader: "CheckpointReader", losses: "HeldOutLosses") -> dict[str, object]:
+def _values(
+    reader: "CheckpointReader", losses: "HeldOutLosses | PreferenceLosses"
+) -> dict[str, object]:
+    from megatron_chameleon.training.validation.losses import PreferenceLosses
+
     def entry(name: str | None) -> dict[str, object]:
+        if isinstance(losses, PreferenceLosses):
+            pairs = sum(losses.pairs.values()) if name is None else losses.pairs[name]
+            return {**(losses.total if name is None else losses.means(name)), "pairs": pairs}
         found = losses.total if name is None else losses.sources[name]
         values = {key: v if v is not None and isfinite(v) else None for key, v in found.values()}
         tokens = {"tokens": found.tokens, "tokens_text": found.text_tokens}
@@ -135,10 +149,28 @@ def _table(losses: "HeldOutLosses") -> str:
                 rows.append((name, label, f"{count:,}", f"{loss:.4f}", f"{perplexity:,.4g}"))
             elif not kind:
                 rows.append((name, "all", "0", "-", "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return _aligned(rows, left=2)
+
+
+def _pair_table(losses: "PreferenceLosses") -> str:
+    """One row for each source, and one for all sources together."""
+    keys = ("loss", "reward_margin", "reward_accuracy", "chosen_logp", "rejected_logp")
+    rows = [("source", "pairs", *(key.replace("_", " ") for key in keys))]
+    listed = [(name, losses.pairs[name], losses.means(name)) for name in losses.sources]
+    if len(listed) > 1:
+        listed.append(("all", sum(losses.pairs.values()), losses.total))
+    for name, count, means in listed:
+        values = ["-" if (v := means[key]) is None else f"{v:.4f}" for key in keys]
+        rows.append((name, f"{count:,}", *values))
+    return _aligned(rows, left=1)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], left: int) -> str:
+    """The rows with columns of one width; the first ``left`` columns are aligned left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

@@ -16,6 +16,7 @@ SHOWN_KEYS = (
     *("loss", "loss_text", "loss_image", "grad_norm", "learning_rate", "output_norm", "max_logit"),
     *("tokens_per_second", "mfu", "step_seconds", "consumed_tokens", "consumed_samples"),
     *("trained_tokens", "global_batch_size", "z_loss", "max_attention_logit"),
+    *("reward_margin", "reward_accuracy", "chosen_reward", "rejected_reward"),
 )
 """Metrics that a report or a comparison shows, besides those of ``validation/``."""
 VIEWS = (
@@ -24,6 +25,8 @@ VIEWS = (
     ("log loss and steps", True, True),
 )
 _LOSSES = (("loss", "Loss"), ("loss_text", "Text loss"), ("loss_image", "Image loss"))
+_REWARDS = (("reward_margin", "Reward margin"), ("reward_accuracy", "Reward accuracy"))
+"""Of pairs of answers. They may be negative, so they have one view."""
 _SPEED = (
     ("tokens_per_second", "Throughput", "tokens per second"),
     ("mfu", "MFU", "share of the peak"),
@@ -90,7 +93,13 @@ def loss_charts(run: RunRecord, marks: Sequence[ChartMark]) -> str:
     for label, log_x, log_y in VIEWS:
         drawn = [replace(chart, log_x=log_x, log_y=log_y).html() for chart in (first, *others)]
         views.append((label, f'{drawn[0]}<div class="charts">{"".join(drawn[1:])}</div>'))
-    return choice("loss", views)
+    rewards = [
+        replace(chart, unit="").html()
+        for key, title in _REWARDS
+        if (chart := _loss_chart(run.metrics, key, title))
+    ]
+    below = f'<div class="charts">{"".join(rewards)}</div>' if rewards else ""
+    return choice("loss", views) + below
 
 
 def _key(chart: Chart) -> str:

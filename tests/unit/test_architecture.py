@@ -293,6 +293,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training/engines",
         "training/faults",
         "training/preference",
+        "training/reference",  # pairs are measured against the reference that their run has kept
+        "data/token_files",  # whether they hold pairs
     },
     # a model answers prompts of held-out conversations, in training and as a checkpoint
     "training/modalities": {

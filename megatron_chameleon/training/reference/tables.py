@@ -104,8 +104,10 @@ def read_tables(folder: Path, files: Mapping[str, str]) -> tuple[Tables, str, st
             table = np.load(folder / entry["file"], allow_pickle=False)
             if hashlib.sha256(table.tobytes()).hexdigest() != entry["sha"]:
                 return None
-            if files.get(entry["prefix"]) == entry["tokens"]:
-                tables[entry["prefix"]] = table
+            place = Path(entry["prefix"]).resolve()
+            for prefix, tokens in files.items():  # which may spell the same path in another way
+                if tokens == entry["tokens"] and Path(prefix).resolve() == place:
+                    tables[prefix] = table
         if record["format"] != FORMAT or not files.keys() <= tables.keys():
             return None
         return tables, str(record["digest"]), str(record["start"])

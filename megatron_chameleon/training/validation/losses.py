@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_chameleon.training.preference.loss import pair_means
+from megatron_chameleon.training.preference.loss import PAIR_SUMS, pair_means
 
 PREFIX = "validation/"
 """How the names of these metrics begin."""
@@ -73,17 +73,40 @@ class PreferenceLosses:
     """The same of pairs of answers: ``PAIR_SUMS`` of each source, by its name."""
 
     sources: Mapping[str, list[float]]
+    has_reference: bool = True
+    """Without a reference, all values are None except the log-probabilities of the model."""
 
     @property
     def total(self) -> dict[str, float | None]:
         """Means over the pairs of all sources."""
-        return pair_means([sum(values) for values in zip(*self.sources.values(), strict=True)])
+        sums = [sum(values) for values in zip(*self.sources.values(), strict=True)]
+        return self._means(sums)
+
+    @property
+    def pairs(self) -> dict[str, int]:
+        """How many pairs each source has."""
+        place = PAIR_SUMS.index("pairs")
+        return {name: round(sums[place]) for name, sums in self.sources.items()}
+
+    def means(self, source: str) -> dict[str, float | None]:
+        """Means over the pairs of a source."""
+        return self._means(self.sources[source])
+
+    def without_reference(self) -> "PreferenceLosses":
+        """The same where the reference is not known."""
+        return replace(self, has_reference=False)
+
+    def _means(self, sums: list[float]) -> dict[str, float | None]:
+        found = pair_means(sums)
+        if self.has_reference:
+            return found
+        return {key: v if key.endswith("_logp") else None for key, v in found.items()}
 
     def metrics(self) -> dict[str, float | None]:
         """``validation/loss``, ``validation/reward_accuracy`` and so on, then of each source."""
         found = {f"{PREFIX}{key}": value for key, value in self.total.items()}
-        for name, sums in self.sources.items():
-            found |= {f"{PREFIX}{name}/{key}": value for key, value in pair_means(sums).items()}
+        for name in self.sources:
+            found |= {f"{PREFIX}{name}/{key}": value for key, value in self.means(name).items()}
         return found
 
     def ema_metrics(self) -> dict[str, float | None]:

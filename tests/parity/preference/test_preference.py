@@ -141,3 +141,27 @@ def test_a_resumed_run_has_the_same_reference_and_losses(project: Path) -> None:
     )
     assert done.returncode == 2
     assert "does not have the reference log-probabilities of the checkpoint" in done.stderr
+
+
+def test_evaluate_loss_measures_pairs_as_the_run_did(project: Path) -> None:
+    last = read_metrics(project, "one")[-1]
+    words = ("evaluate-loss", project / "one", "--json")
+    found = json.loads(run_chameleon(*words).stdout)
+    for key in ("loss", "reward_margin", "reward_accuracy", "chosen_logp", "rejected_logp"):
+        assert found[key] == pytest.approx(last[f"validation/{key}"], rel=1e-5), key
+    assert found["pairs"] == found["sources"]["held-out"]["pairs"] == 4
+    # An exported folder elsewhere has no reference, so its rewards are unknown.
+    away = project / "away/exported"
+    run_chameleon("convert", project / "one", away, "--to", "hf")
+    done = run_chameleon("evaluate-loss", away, "--data", project / "held-out")
+    assert "belongs to no run that has kept a reference" in done.stderr
+    header, row = done.stdout.splitlines()
+    assert header.split()[:3] == ["source", "pairs", "loss"]
+    logps = [f"{last[f'validation/{key}']:.4f}" for key in ("chosen_logp", "rejected_logp")]
+    assert row.split() == ["held-out", "4", "-", "-", "-", *logps]
+
+
+def test_the_report_has_the_rewards(project: Path) -> None:
+    run_chameleon("report", project / "one", "--output", project / "report.html")
+    page = (project / "report.html").read_text()
+    assert "<figcaption>Reward margin" in page and "<figcaption>Reward accuracy" in page
