@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, add_action, add_common_options, add_overrides
-from megatron_chameleon.cli.starting import add_start_from, load_inheriting
+from megatron_chameleon.cli.starting import add_start_from, load_inheriting, tokenizer_in_place
 
 if TYPE_CHECKING:
     from megatron_chameleon.checkpoint.formats.base import CheckpointReader
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     config, weights = load_inheriting(path, args.overrides, args.start_from)
     check_config(filled_in(config), smallest_world_size(config.parallel))
     try:
-        config = with_known_steps(config)
+        config = with_known_steps(config, weights)
     except ConfigError as error:  # data that are still to be made are not an error here
         _logger.warning(error.lines()[0])
     size = args.paper or _size_of_preset(find_preset(path, args.overrides))
@@ -100,8 +100,12 @@ def load_checked(name: str, overrides: Sequence[str]) -> "Config":
     return config
 
 
-def with_known_steps(config: "Config") -> "Config":
+def with_known_steps(config: "Config", weights: "CheckpointReader | None" = None) -> "Config":
     """The config with the number of steps that ``training.epochs`` leads to, if it says it.
+
+    Args:
+        config: Of the run.
+        weights: Those that it begins with, whose tokenizer the run folder may not have yet.
 
     Raises:
         ChameleonError: The data, of which they follow, cannot be read.
@@ -113,8 +117,9 @@ def with_known_steps(config: "Config") -> "Config":
     from megatron_chameleon.tokenizer.folder import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(config.tokenizer.path, images=False)
-        return BatchReader(config, tokenizer).config
+        with tokenizer_in_place(config, weights, 0, keep=False) as there:
+            tokenizer = load_tokenizer(there.tokenizer.path, images=False)
+            return BatchReader(config, tokenizer).config
     except ChameleonError as error:
         what = "the number of steps follows from the token files, which cannot be read: "
         what += str(error).splitlines()[0].rstrip(".")

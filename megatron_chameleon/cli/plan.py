@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.planner.search import PlanRequest, search_layouts
 
     config, weights = load_inheriting(find_config(args.config), args.overrides, args.start_from)
-    config = with_known_steps(config)
+    config = with_known_steps(config, weights)
     vocab_size, _ = find_vocab_size(config, weights)
     request = PlanRequest(filled_in(config), vocab_size, args.gpus, GPUS[args.gpu])
     with announced(f"comparing the layouts of {args.gpus} GPUs"):

@@ -263,6 +263,8 @@ def _optimizer_sentence(reader: CheckpointReader, target: Target, to: str, ema: 
 def _state_sentence(reader: CheckpointReader, target: Target, to: str) -> str:
     if target.has_optimizer:
         return "Optimizer state kept"
+    if reader.format == "adapter":
+        return "Optimizer state omitted: an adapter has none for the whole weights"
     if not reader.has_optimizer:
         return "Optimizer state omitted: the source has none"
     if _can_hold(reader, to):

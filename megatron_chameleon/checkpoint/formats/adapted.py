@@ -5,6 +5,7 @@ measured and converted: each tensor gets what the adapter adds to it when it is 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_ro
 from megatron_chameleon.checkpoint.state.folders import trained_on_conversations
 from megatron_chameleon.checkpoint.state.line import find_checkpoint
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
+from megatron_chameleon.config.finetuning import AdapterConfig
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError
 
@@ -78,7 +80,6 @@ class AdaptedReader:
     format = "adapter"
     has_optimizer = False
     config: Config | None = None
-    ema_updates = 0
 
     def __init__(
         self, folder: Path, adapter: Adapter, open_base: OpenBase, base: Path | None = None
@@ -97,10 +98,13 @@ class AdaptedReader:
         if recorded:
             check_base(reader.folder, reader.weight_files, recorded[1], str(self.folder))
         self.model, self.dimensions = reader.model, reader.dimensions
+        if checkpoint is not None:
+            self._take_config(TrainingCheckpoint(checkpoint).config)
         self.weight_files = reader.weight_files
         self.image_config, self.token_ids = reader.image_config, reader.token_ids
         self.fingerprint = reader.fingerprint
         self.step = int(state.get("step", reader.step))
+        self.ema_updates = int(state.get("ema_updates", 0))
         self.data = state.get("data")
         self.skipped_steps = state.get("skipped_steps", ())
         own = trained_on_conversations(state) if state else None
@@ -108,6 +112,17 @@ class AdaptedReader:
         rows = tensor_rows(reader.dimensions)
         shapes = (shape for row in rows for shape in row.hf_shapes.items())
         adapter.check(shapes, str(reader.folder))
+
+    def _take_config(self, config: Config) -> None:
+        """Take what the run of the adapter says of itself, such as its context and its data."""
+        of_base = self.base.model
+        self.model = replace(
+            config.model,
+            num_query_groups=of_base.num_query_groups,
+            qk_norm_groups=of_base.qk_norm_groups,
+        )
+        # The weights that are read have the adapter in them.
+        self.config = replace(config, adapter=AdapterConfig())
 
     def _named_base(self) -> Path:
         if not self.adapter.base:

@@ -16,6 +16,7 @@ from megatron_chameleon.checkpoint.adapters.stored import (
     check_base,
     missing_base,
 )
+from megatron_chameleon.checkpoint.formats.adapted import AdaptedReader
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
 from megatron_chameleon.checkpoint.names.adapters import adapter_place, is_adapter
@@ -75,6 +76,8 @@ def find_first_weights(config: Config, start: Start) -> FirstWeights:
         start = _beginning(config, start, state)
         assert start.weights is not None
         reader = open_checkpoint(start.weights)
+        if isinstance(reader, AdaptedReader):
+            raise _not_whole(reader)
         if config.adapter.start_from:
             _check_own(config, open_first_adapter(config), reader)
     return FirstWeights(start, reader, base_entry(reader.folder, reader.weight_files))
@@ -92,6 +95,18 @@ def _beginning(config: Config, start: Start, state: dict[str, Any]) -> Start:
     what = f"It has whole weights, and a run with adapter.rank {config.adapter.rank} cannot go on "
     remedy = f"Use --start-from {start.checkpoint} in another logging.run_dir"
     raise CheckpointError(str(start.checkpoint), f"{what}from it", remedy)
+
+
+def _not_whole(reader: AdaptedReader) -> CheckpointError:
+    """The error of a run whose frozen weights would themselves be an adapter and its base."""
+    what = "is an adapter, and the frozen weights beside an adapter must be whole"
+    remedy = (
+        f"To begin with both in one, run `chameleon convert {reader.folder} MERGED --to hf "
+        "--merge` and give --start-from MERGED. To train this adapter on, give --start-from "
+        f"{reader.base.folder} and a folder of peft in adapter.start_from (`chameleon convert "
+        "--to hf` writes one)"
+    )
+    return CheckpointError(str(reader.folder), what, remedy)
 
 
 def open_first_adapter(config: Config) -> Adapter:
