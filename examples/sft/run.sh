@@ -14,7 +14,9 @@ SEED=${SEED:-1}
 HERE=examples/sft
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=examples/digits${PYTHONPATH:+:$PYTHONPATH}  # measure.py imports the demo's judge
-data=() train=() measure=() workers=2 holdout=0.02
+data=() train=() measure=()
+workers=2
+holdout=0.02
 if [ -n "${QUICK:-}" ]; then
     data=(--count 60)
     train=(training.steps=6 optimizer.lr_warmup_steps=2)
