@@ -40,6 +40,8 @@ def group() -> Iterator[None]:
 class StubReader:
     """Stands in for the data: sample i is document i."""
 
+    references = None
+
     def __init__(self, *_: Any) -> None: ...
 
     def state(self) -> dict[str, Any]:
