@@ -14,8 +14,7 @@ from typing import Any
 from megatron_chameleon.checkpoint.state.folders import STEP_FOLDER, step_of
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import read_json_object
-from megatron_chameleon.runs.answers.samples import SAMPLES_FILE, SamplePart, read_part
-from megatron_chameleon.runs.lines import BrokenLines, read_objects
+from megatron_chameleon.runs.answers.samples import SamplePart, read_answer_lines
 from megatron_chameleon.wording import counted
 
 FOLDER = "modalities"
@@ -25,7 +24,7 @@ COLLAPSED = 0.5
 """Below this share of right answers, the modality that was asked for has collapsed."""
 WEAK = 0.9
 """Below this share, there is a warning."""
-MOST_ANSWERS = 200
+_MOST_PARTS = 20
 _LARGEST_COUNT = 10**9
 _LARGEST_FILE = 1 << 24
 _LONGEST_TEXT = 2000
@@ -223,22 +222,10 @@ def read_answers(folder: Path, problems: list[str]) -> list[CheckedAnswer]:
         problems: Takes a sentence about what cannot be read.
     """
     answers: list[CheckedAnswer] = []
-    broken = BrokenLines(folder / SAMPLES_FILE)
-    try:
-        for record in read_objects(folder / SAMPLES_FILE, broken, has_step=False):
-            if len(answers) >= MOST_ANSWERS:
-                break
-            content = record.get("content")
-            parts = content if isinstance(content, list) else []
-            shown = [part for part in (read_part(folder, part) for part in parts[:20]) if part]
-            expected, given, prompt = (
-                str(record.get(key) or "")[:_LONGEST_TEXT]
-                for key in ("expected", "given", "prompt")
-            )
-            is_cut = record.get("cut_off") is True
-            answers.append(CheckedAnswer(expected, given, is_cut, prompt, shown))
-    except DataError as error:
-        problems.append(str(error))
-    if str(broken):
-        problems.append(f"{folder.name}: {broken}")
+    for record, shown in read_answer_lines(folder, problems, _MOST_PARTS):
+        expected, given, prompt = (
+            str(record.get(key) or "")[:_LONGEST_TEXT] for key in ("expected", "given", "prompt")
+        )
+        is_cut = record.get("cut_off") is True
+        answers.append(CheckedAnswer(expected, given, is_cut, prompt, shown))
     return answers

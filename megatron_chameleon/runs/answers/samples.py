@@ -1,6 +1,6 @@
 """The texts and images that a model wrote during training: ``samples/step_00001000/``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,22 +52,36 @@ def read_samples(folder: Path, problems: list[str]) -> list[SampleAnswer]:
         folder: From ``list_samples``.
         problems: Takes a sentence about what cannot be read.
     """
-    answers: list[SampleAnswer] = []
+    return [
+        SampleAnswer(_prompt(record.get("prompt")), parts)
+        for record, parts in read_answer_lines(folder, problems, MOST_ANSWERS)
+    ]
+
+
+def read_answer_lines(
+    folder: Path, problems: list[str], most_parts: int
+) -> Iterator[tuple[Mapping[str, Any], list[SamplePart]]]:
+    """The records of ``samples.jsonl`` with the parts of their answers, at most ``MOST_ANSWERS``.
+
+    Args:
+        folder: Of the answers.
+        problems: Takes a sentence about what cannot be read.
+        most_parts: The parts of an answer that are read.
+    """
     broken = BrokenLines(folder / SAMPLES_FILE)
     try:
-        for record in read_objects(folder / SAMPLES_FILE, broken, has_step=False):
-            if len(answers) >= MOST_ANSWERS:
+        records = read_objects(folder / SAMPLES_FILE, broken, has_step=False)
+        for number, record in enumerate(records):
+            if number >= MOST_ANSWERS:
                 break
             content = record.get("content")
             parts = content if isinstance(content, list) else []
-            found = [read_part(folder, part) for part in parts[:MOST_ANSWERS]]
-            shown = [part for part in found if part is not None]
-            answers.append(SampleAnswer(_prompt(record.get("prompt")), shown))
+            found = (read_part(folder, part) for part in parts[:most_parts])
+            yield record, [part for part in found if part is not None]
     except DataError as error:
         problems.append(str(error))
     if str(broken):
         problems.append(f"{folder.name}: {broken}")
-    return answers
 
 
 def read_part(folder: Path, part: Any) -> SamplePart | None:
