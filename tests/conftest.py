@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from run_command import run_chameleon
-from tiny_project import TinyProject, make_tiny_project
+from tiny_project import TinyProject, copy_tiny_project, make_tiny_project
 
 collect_ignore = ["with_vllm"]  # `make test-vllm`, which does not read this file
 
@@ -53,5 +53,11 @@ def topology() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
-    return make_tiny_project(tmp_path_factory.mktemp("tiny"))
+def made_tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
+    return make_tiny_project(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def tiny(made_tiny: TinyProject, tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
+    """The tiny project, in a folder of this test file's own."""
+    return copy_tiny_project(made_tiny, tmp_path_factory.mktemp("tiny"))

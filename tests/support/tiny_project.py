@@ -1,6 +1,7 @@
 """A tiny project for the real command: captioned digits, tokenizer, token files, config."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,6 @@ def make_tiny_project(folder: Path) -> TinyProject:
     documents = folder / "documents.jsonl"
     documents.write_text("".join(lines), encoding="utf-8")
     (folder / "image.yaml").write_text(IMAGE_CONFIG.format(codes=IMAGE_CODES), encoding="utf-8")
-    (folder / "train.yaml").write_text(CONFIG.format(folder=folder), encoding="utf-8")
-
     tokenizer = folder / "tokenizer"
     sizes = ("--vocab-size", 352, "--image-codes", IMAGE_CODES)
     run_chameleon("tokenizer", "text", documents, "--output", tokenizer, *sizes)
@@ -83,4 +82,17 @@ def make_tiny_project(folder: Path) -> TinyProject:
     run_chameleon("tokenizer", "image", documents, *images)
     tokens = folder / "tokens"
     run_chameleon("preprocess", documents, "--tokenizer", tokenizer, "--output", tokens)
-    return TinyProject(folder, documents, tokenizer, tokens, folder / "train.yaml")
+    return _project_in(folder)
+
+
+def copy_tiny_project(project: TinyProject, folder: Path) -> TinyProject:
+    """A copy with room for runs of its own; two test files may give their runs the same name."""
+    shutil.copytree(project.folder, folder, dirs_exist_ok=True)
+    return _project_in(folder)
+
+
+def _project_in(folder: Path) -> TinyProject:
+    config = folder / "train.yaml"
+    config.write_text(CONFIG.format(folder=folder), encoding="utf-8")
+    documents, tokenizer, tokens = (folder / n for n in ("documents.jsonl", "tokenizer", "tokens"))
+    return TinyProject(folder, documents, tokenizer, tokens, config)
