@@ -37,21 +37,16 @@ SCORE = NumberOption(float, Between(0, 1e9))
 SIMILARITY = NumberOption(float, Between(0.3, 0.95))
 BITS = NumberOption(int, Between(0, 16))
 
-EXAMPLES = """examples:
-  chameleon data filter 'pairs/*.tar' --output drawn.jsonl --config paper --html look.html
-  chameleon data filter chat.jsonl --dry-run --min-words 3 --near-duplicates 0.8
-  chameleon data filter web.jsonl --output clean.jsonl --language en --blocklist words.txt
-  chameleon data filter train.parquet --output train.jsonl --duplicates --against 'eval/*.jsonl'
-
-All filters are off unless they are asked for, except that pictures must be readable. Each one looks
-at a whole document: of several pictures the worst one counts. docs/data.md, "Curation", has more.
+NOTES = """All filters are off unless they are asked for, except that pictures must be readable.
+Each one looks at a whole document: of several pictures the worst one counts. docs/data.md,
+"Curation", has more.
 """
 
 
 def add_filter(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``data filter``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLES
+    parser.epilog = NOTES
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, quoted globs or URLs")
     parser.add_argument(
         "--output",
@@ -285,9 +280,6 @@ def add_refusals(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``data refusals``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
-        "examples:\n"
-        "  chameleon data refusals unsafe.txt --output refusals.jsonl --seed 1\n"
-        "  chameleon data refusals unsafe.jsonl --output refusals.jsonl --answers 2\n\n"
         "A prompt is a line of a .txt, or a document of any other input; its key `topic` is named\n"
         "in some answers. Nobody checks that the prompts are unsafe: a model that is trained on\n"
         "refusals alone refuses harmless requests too, so mix in answered ones.\n"

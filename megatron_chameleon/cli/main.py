@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 
 from megatron_chameleon import __version__
 from megatron_chameleon.announce import announced_imports
@@ -72,6 +73,18 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
             subparser.set_defaults(run=module.run)
         add_common_options(subparser)
     return parser
+
+
+def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parser itself and those of its actions, with theirs.
+
+    ``build_parser(verb)`` has the actions of one verb only.
+    """
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from commands(child)
 
 
 def main(argv: list[str] | None = None) -> None:

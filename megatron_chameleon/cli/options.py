@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from megatron_chameleon.cli.examples import examples_text
 from megatron_chameleon.config.constraints import Above, Between, Constraint, Within
 from megatron_chameleon.wording import shown
 
@@ -22,7 +23,13 @@ _LONGEST_NUMBER = 100
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of all other mistakes."""
+    """A parser whose errors are one line, as those of all other mistakes.
+
+    Its help ends with two examples.
+    """
+
+    def format_help(self) -> str:
+        return super().format_help() + examples_text(self.prog)
 
     def error(self, message: str) -> NoReturn:
         text = message.splitlines()[0].removeprefix("argument ")

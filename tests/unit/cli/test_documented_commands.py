@@ -1,4 +1,4 @@
-"""Every ``chameleon`` command in README, docs and the comments of examples and scripts parses.
+"""Every ``chameleon`` command in README, docs, ``--help`` and the comments of examples parses.
 
 Its options exist, its config keys are known, and the project's files that it names exist. ``...``
 and CONFIG stand for the reader's own files.
@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_chameleon.checkpoint.formats import FORMATS
+from megatron_chameleon.cli.examples import EXAMPLES
 from megatron_chameleon.cli.main import OVERRIDE, VERBS, build_parser
+from megatron_chameleon.cli.main import commands as commands_of
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.config.names import find_config
+from megatron_chameleon.evaluation.tasks.catalogue import find_task
 from places import REPOSITORY
 
 PAGES = [
@@ -92,16 +96,26 @@ def _behind_chameleon(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in commands(page):
-        parser = build_parser(words[0])
-        try:
-            args, rest = parser.parse_known_args(words)
-        except SystemExit:
-            raise AssertionError(f"{shlex.join(words)}\n{capsys.readouterr().err}") from None
-        overrides = [word for word in rest if OVERRIDE.fullmatch(word)]
-        assert rest == overrides, f"{shlex.join(words)}: unknown {rest}"
-        overrides += getattr(args, "overrides", [])
-        if words[0] in ("train", "plan", "config"):  # the other verbs' keys are not the run's
-            load_config(_config_of(args.config), overrides)
+        check_parses(words, capsys)
+
+
+def check_parses(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Raise an error if the command line ``words`` behind ``chameleon`` would be refused."""
+    parser = build_parser(words[0])
+    try:
+        args, rest = parser.parse_known_args(words)
+    except SystemExit:
+        raise AssertionError(f"{shlex.join(words)}\n{capsys.readouterr().err}") from None
+    overrides = [word for word in rest if OVERRIDE.fullmatch(word)]
+    assert rest == overrides, f"{shlex.join(words)}: unknown {rest}"
+    overrides += getattr(args, "overrides", [])
+    if words[0] in ("train", "plan", "config"):  # the other verbs' keys are not the run's
+        load_config(_config_of(args.config), overrides)
+    if words[0] == "evaluate":
+        names = re.findall(r"(?:^|,)([a-z0-9_]+)(?=,|$)", args.tasks)
+        assert names == ["list"] or all(find_task(name) for name in names), names
+    if words[0] == "convert":
+        assert args.to in (*FORMATS, "FORMAT"), args.to
 
 
 def _config_of(name: str) -> Path:
@@ -116,6 +130,39 @@ def test_files_of_the_project_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     names = re.findall(r"\b(?:examples|slurm|benchmarks|tests|tools|docs)/[\w/]+\.\w+", text)
     assert [name for name in names if not os.path.lexists(REPOSITORY / name)] == []
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_each_help_ends_with_two_examples(
+    verb: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for parser in commands_of(build_parser(verb)):
+        name = parser.prog.removeprefix("chameleon").strip()
+        if verb is not None and not name.startswith(verb):
+            continue  # another verb, whose arguments this parser does not have
+        if verb is None and name:
+            continue
+        assert name in EXAMPLES, f"cli/examples.py has no examples of `{parser.prog}`"
+        text = parser.format_help()
+        shown = text[text.rindex("\nexamples:\n") :].replace("\\\n", " ").splitlines()
+        lines = [line.strip() for line in shown if line.strip().startswith("chameleon ")]
+        found = [shlex.split(line) for line in lines]
+        assert len(found) == 2 and found[0] != found[1]
+        for words in found:
+            if name:
+                assert words[1 : 1 + len(name.split())] == name.split()
+            if "--help" not in words:
+                check_parses(words[1:], capsys)
+        assert all(len(line) <= 88 for line in text[text.rindex("\nexamples:\n") :].splitlines())
+
+
+def test_no_examples_are_left_of_a_command_that_is_gone() -> None:
+    names = {
+        parser.prog.removeprefix("chameleon").strip()
+        for verb in VERBS
+        for parser in commands_of(build_parser(verb))
+    }
+    assert set(EXAMPLES) == names
 
 
 def test_there_are_commands_to_look_at() -> None:
