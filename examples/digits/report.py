@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from megatron_chameleon.evaluation.curves import read_whole_metrics, series
 from megatron_chameleon.evaluation.tasks.captions import accuracy, confusion, first_digit
 from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.session import CAPTION_OPTIONS, Session
+from megatron_chameleon.masking import masked_command
+from megatron_chameleon.pages.page import Origin
 from megatron_chameleon.runs.metrics import Metrics
 
 CLASSES = 10
@@ -198,7 +201,9 @@ def measure(run: Path, each: int, options: GenerationOptions) -> dict[str, Any]:
     config = (run / "config.yaml").read_text(encoding="utf-8")
     page = folder / "index.html"
     talks = chat_sections(chats)
-    write_page(page, records, numbers, tables, captions, drawings, again, talks, config)
+    command = masked_command(sys.argv)
+    origin = Origin(command, datetime.now(UTC), run.resolve().name, options.seed)
+    write_page(page, records, numbers, tables, captions, drawings, again, talks, config, origin)
     numbers["report_seconds"] = time.monotonic() - started
     return numbers
 

@@ -24,7 +24,7 @@ from megatron_chameleon.pages.elements import (
     image,
     preformatted,
 )
-from megatron_chameleon.pages.style import page
+from megatron_chameleon.pages.page import Origin, page
 from megatron_chameleon.runs.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -184,6 +184,7 @@ def write_page(
     again: Sequence[Image.Image],
     chats: Sequence[str],
     config: str,
+    origin: Origin,
 ) -> None:
     """Write one HTML file that needs no other files; ``chats`` is its section on conversations."""
     losses = new_figure(9, 3.6)
@@ -192,7 +193,6 @@ def write_page(
     rows = digit_columns(captions, again, drawings, 10)
     draw_sheet(images.subplots(), sheet(rows, 48), "")
     body = [
-        heading("Digits, drawn and read by one model", 1),
         how(
             f"One transformer was trained for {numbers['model_step']:,} steps on one stream of",
             "text and image tokens. It captions images that it never saw, draws from text, and",
@@ -229,7 +229,9 @@ def write_page(
         heading("Config"),
         folded("config.yaml", preformatted(config)),
     ]
-    save_whole(file, page("Digits", body, STYLE + chat_page.STYLE).encode("utf-8"))
+    title = "Digits, drawn and read by one model"
+    content = page(title, body, origin, style=STYLE + chat_page.STYLE)
+    save_whole(file, content.encode("utf-8"))
 
 
 def _matrices(tables: Tables) -> Figure:

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read the runs, print the tables and write the page."""
+    from megatron_chameleon.cli.origins import page_origin
     from megatron_chameleon.errors import ConfigError
     from megatron_chameleon.files import write_text
     from megatron_chameleon.outputs import check_output
@@ -55,6 +56,6 @@ def run(args: argparse.Namespace) -> None:
     if output is None:
         show(escape_text(comparison_text(runs)))
         return
-    write_text(Path(output), comparison_page(runs, args.x))
+    write_text(Path(output), comparison_page(runs, args.x, page_origin(args)))
     show(escape_text(comparison_text(runs)))
     show(escape_line(f"{output}: {counted(len(runs), 'run')} over {args.x}"))

@@ -202,6 +202,7 @@ def _add_duplicates(parser: argparse.ArgumentParser) -> None:
 
 def run_filter(args: argparse.Namespace) -> None:
     """Run ``data filter``."""
+    from megatron_chameleon.cli.origins import page_origin
     from megatron_chameleon.data.filter.measures.measure import ReadOptions
     from megatron_chameleon.data.filter.run import RunOptions, filter_documents
     from megatron_chameleon.data.filter.write import suffix_of_output
@@ -224,6 +225,7 @@ def run_filter(args: argparse.Namespace) -> None:
         args.shards,
         args.images,
         args.html,
+        page_origin(args),
         args.workers,
         read,
     )

@@ -98,6 +98,7 @@ def _is_input(name: str) -> bool:
 
 
 def _inspect_input(args: argparse.Namespace) -> None:
+    from megatron_chameleon.cli.origins import page_origin
     from megatron_chameleon.data.views.raw_input import (
         describe_documents,
         describe_input,
@@ -115,7 +116,7 @@ def _inspect_input(args: argparse.Namespace) -> None:
         found = look_at_input(args.prefix, image_options(args), most, args.start)
     show(describe_input(args.prefix, found))
     if args.html:
-        written = write_input_page(Path(args.html), args.prefix, found)
+        written = write_input_page(Path(args.html), args.prefix, found, page_origin(args))
         show(f"{args.html}: {counted(written, 'document')}")
     elif found.first:
         show(describe_documents(found.first))

@@ -144,6 +144,7 @@ def _parse(argv: list[str], verb: str | None) -> argparse.Namespace:
     overrides = [word for word in rest if OVERRIDE.fullmatch(word)]
     if len(overrides) < len(rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.words = argv  # pages say which command has written them
     if overrides:  # argparse does not find section.key=value after an option
         args.overrides = [*args.overrides, *overrides]
     return args

@@ -33,6 +33,7 @@ def _show_modalities(folder: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read the run and write the page."""
+    from megatron_chameleon.cli.origins import page_origin
     from megatron_chameleon.files import write_text
     from megatron_chameleon.outputs import check_name, check_output
     from megatron_chameleon.reports.report import report_page
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         output = check_name("--output", args.output)
     check_output("--output", output, run_files(folder))
     with announced(f"reading {folder}"):
-        found, page = report_page(folder)
+        found, page = report_page(folder, page_origin(args))
     write_text(output, page)
     for check in list_checks(folder)[-1:]:
         _show_modalities(check)

@@ -1,14 +1,4 @@
-"""The style sheet of all pages, and the page around a body."""
-
-from collections.abc import Iterable
-
-from megatron_chameleon.pages.elements import escape
-
-POLICY = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
-    "form-action 'none'"
-)
-"""Content security policy: no script runs and nothing is loaded, whatever a file has put there."""
+"""The style sheet of all pages. Colours are variables, which follow light and dark."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a202c; --soft: #4a5568; --pale: #718096;
@@ -96,23 +86,3 @@ footer { margin-top: 3rem; font-size: .8rem; color: var(--pale); }
   .scroll { max-height: none; overflow: visible; } .choice > input, .choice > label
   { display: none; } h2 { break-after: avoid; } }
 """
-
-
-def page(title: str, body: Iterable[str], style: str = "") -> str:
-    """A whole HTML page.
-
-    Args:
-        title: Plain text; it is escaped.
-        body: HTML.
-        style: Rules of this page in addition.
-    """
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="referrer" content="no-referrer"><title>{escape(title)}</title>'
-        f"<style>{STYLE}{style}</style>"
-    )
-    content = "\n".join(body)
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'
-    )

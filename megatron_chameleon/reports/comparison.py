@@ -4,17 +4,16 @@ Try it: ``chameleon compare runs/a runs/b --x trained_tokens``
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from megatron_chameleon import __version__
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.masking import mask_secrets, masked_values
 from megatron_chameleon.pages.charts import COLORS, Chart, Line
-from megatron_chameleon.pages.elements import Cell, choice, escape, heading, how, notes, table
-from megatron_chameleon.pages.style import page
+from megatron_chameleon.pages.elements import Cell, choice, heading, how, notes, table
+from megatron_chameleon.pages.page import Origin, page
 from megatron_chameleon.reports.curves import VIEWS, smoothing_window
 from megatron_chameleon.reports.findings import held_out
 from megatron_chameleon.reports.formats import NONE, amount, duration, number, setting
@@ -229,20 +228,24 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
-def comparison_page(runs: Sequence[RunRecord], axis: str) -> str:
+def comparison_page(runs: Sequence[RunRecord], axis: str, origin: Origin) -> str:
     """The comparison as one HTML page.
 
     Args:
         runs: Up to ``MOST_RUNS``.
         axis: A key of ``AXES``.
+        origin: Which command writes it, and when.
     """
-    return page(" · ".join(run_names(runs))[:200], _body(runs, axis))
+    names = run_names(runs)
+    more = [("folders", ", ".join(str(run.path.resolve()) for run in runs))]
+    seeds = [(n, s) for n, run in zip(names, runs, strict=True) if (s := run.seed) is not None]
+    more += [("seeds", ", ".join(f"{name} {seed}" for name, seed in seeds))] if seeds else []
+    where = replace(origin, name=", ".join(names), more=more)
+    return page(f"Comparison of {len(runs)} runs", _body(runs, axis), where)
 
 
 def _body(runs: Sequence[RunRecord], axis: str) -> Iterator[str]:
     names = run_names(runs)
-    yield heading(f"{len(runs)} runs", 1)
-    yield how(", ".join(str(run.path.resolve()) for run in runs))
     problems = [f"{name}: {text}" for name, run in zip(names, runs, strict=True)
                 for text in run.problems[:5]]  # fmt: skip
     yield notes((mask_secrets(text), "warn") for text in problems)
@@ -265,7 +268,6 @@ def _body(runs: Sequence[RunRecord], axis: str) -> Iterator[str]:
             for d in found[:_MOST_DIFFERENCES]
         ]
         yield table(("key", *names), rows)
-    yield f"<footer>{escape(f'Written by chameleon compare {__version__}.')}</footer>"
 
 
 def _charts(

@@ -5,13 +5,13 @@ Try it: ``chameleon report runs/digits --output report.html``
 
 import datetime
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from megatron_chameleon import __version__
-from megatron_chameleon.pages.elements import Cell, cards, escape, heading, how, notes, table
-from megatron_chameleon.pages.style import page
+from megatron_chameleon.pages.elements import Cell, cards, heading, how, notes, table
+from megatron_chameleon.pages.page import Origin, page
 from megatron_chameleon.reports.curves import (
     loss_charts,
     marks_of,
@@ -45,25 +45,31 @@ LAST_STEPS = 20
 _MOST_SOURCES = 300
 
 
-def report_page(path: str | Path) -> tuple[RunRecord, str]:
+def report_page(path: str | Path, origin: Origin) -> tuple[RunRecord, str]:
     """Read a run, and write its page.
 
     Args:
         path: A run folder, or what lies in it.
+        origin: Which command writes it, and when; the rest of it is taken from the run.
 
     Raises:
         DataError: It is not a run.
     """
     run = read_run(path, wants)
-    return run, page(f"{run.name} · report", _body(run))
+    return run, page(f"Run {run.name}", _body(run), _origin(run, origin))
+
+
+def _origin(run: RunRecord, origin: Origin) -> Origin:
+    """What the run's files say of where it comes from."""
+    more = [("folder", str(run.path.resolve())), ("last step", _last_written(run))]
+    more += [("trained by", run.commands[-1])] if run.commands else []
+    return replace(origin, name=run.name, seed=run.seed, more=more)
 
 
 def _body(run: RunRecord) -> Iterator[str]:
     samples = sample_section(run, run.problems)
     checks = read_checks(run)
     modalities = modality_section(run, checks)
-    yield heading(run.name, 1)
-    yield how(f"{run.path.resolve()} · {_times(run)}")
     yield notes([*headlines(run), *modality_findings(checks)])
     yield cards(_numbers(run))
     sections: tuple[tuple[str, Callable[[RunRecord], str]], ...] = (
@@ -80,19 +86,16 @@ def _body(run: RunRecord) -> Iterator[str]:
     )
     for title, section in sections:
         yield f"<section>{heading(title)}{section(run)}</section>"
-    now = datetime.datetime.now(datetime.UTC)
-    text = f"Written by chameleon report {__version__} on {now:%Y-%m-%d %H:%M} UTC."
-    yield f"<footer>{escape(text)}</footer>"
 
 
-def _times(run: RunRecord) -> str:
-    """When the run last wrote, as far as its files say."""
+def _last_written(run: RunRecord) -> str:
+    """When the run last wrote a step, as far as its files say."""
     try:
         seconds = run.metrics.broken.path.stat().st_mtime
         when = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     except (OSError, ValueError, OverflowError):
-        return "nobody knows when it last wrote"
-    return f"last step written {when:%Y-%m-%d %H:%M} UTC"
+        return "nobody knows when"
+    return f"{when:%Y-%m-%d %H:%M} UTC"
 
 
 def last_mean(metrics: Metrics, key: str) -> float | None:

@@ -63,6 +63,12 @@ class RunRecord:
         steps = self.config.get("training.steps") if self.config.values else None
         return steps if type(steps) is int and steps > 0 else None
 
+    @property
+    def seed(self) -> int | None:
+        """``training.seed``; None if the config does not say."""
+        seed = self.config.get("training.seed") if self.config.values else None
+        return seed if type(seed) is int else None
+
 
 def find_run(path: str | Path) -> Path:
     """The run folder that a path means: the folder itself, its ``metrics.jsonl``, or what lies in

@@ -1,13 +1,14 @@
 """The page of ``--html``: how much each filter drops, and examples of what is dropped and kept."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_chameleon.data.filter.judge import Verdict
 from megatron_chameleon.data.filter.measures.measure import Unreadable
 from megatron_chameleon.data.filter.write import Sample
 from megatron_chameleon.pages.elements import Cell, cards, escape, heading, how, image, table
-from megatron_chameleon.pages.style import page
+from megatron_chameleon.pages.page import Origin, page
 from megatron_chameleon.terminal import escape_line
 from megatron_chameleon.wording import counted
 
@@ -29,6 +30,7 @@ def filter_page(
     samples: Sequence[tuple[int, Sample]],
     unreadable: Mapping[str, Sequence[Unreadable]],
     inputs: Sequence[str],
+    origin: Origin,
 ) -> str:
     """The whole page.
 
@@ -38,12 +40,11 @@ def filter_page(
         samples: Numbers of documents and what is shown of them, in order.
         unreadable: Documents that cannot be read, by reason.
         inputs: What the command was given.
+        origin: Which command writes it, and when.
     """
     kept, total = result["kept"], result["documents"]
     share = f"{100 * kept / max(total, 1):.1f}%"
     body = [
-        heading("What the filters keep", 1),
-        f'<p class="pale">{escape(", ".join(inputs)[:2000])}</p>',
         cards([(f"{total:,}", "documents"), (f"{kept:,}", "kept"), (share, "of them kept")]),
         *_filters(result, total),
         *_unreadable(result, unreadable),
@@ -57,7 +58,8 @@ def filter_page(
     figures = [_figure(sample, "") for i, sample in samples if verdict.dropped_by[i] < 0]
     if figures:
         body += _section(f"Kept: {kept:,}", "", figures, kept)
-    return page("What the filters keep", body, _STYLE)
+    where = replace(origin, name=", ".join(inputs))
+    return page("What the filters keep", body, where, style=_STYLE)
 
 
 def _filters(result: Mapping[str, Any], total: int) -> list[str]:

@@ -45,6 +45,7 @@ from megatron_chameleon.data.workers.pool import Pool, ignore_image_warnings
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import replace_file, write_text
 from megatron_chameleon.outputs import check_output, check_output_folder
+from megatron_chameleon.pages.page import Origin
 from megatron_chameleon.terminal import escape_line
 from megatron_chameleon.wording import counted, format_duration
 
@@ -60,6 +61,8 @@ class RunOptions:
     shards: int = 1
     images: str = AUTO
     page: str | None = None
+    origin: Origin | None = None
+    """Of the page."""
     workers: int = 1
     read: ReadOptions = field(default_factory=ReadOptions)
 
@@ -139,8 +142,9 @@ def filter_documents(inputs: Sequence[str], options: FilterOptions, run: RunOpti
         report = {"inputs": [file.path for file in files], "options": _given(options)}
         text = json.dumps({**report, **result.to_json()}, indent=2, ensure_ascii=False)
         write_text(beside(places.output, ".filter.json"), text + "\n")
-    if run.page:
-        page = filter_page(result.to_json(), verdict, writing.samples, table.examples, inputs)
+    if run.page and run.origin:
+        found = result.to_json()
+        page = filter_page(found, verdict, writing.samples, table.examples, inputs, run.origin)
         write_text(run.page, page)
     return result
 

@@ -8,7 +8,7 @@ Try: ``chameleon inspect documents.jsonl --html look.html``
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -28,8 +28,8 @@ from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import write_text
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.images.png import png_bytes
+from megatron_chameleon.pages import page as pages
 from megatron_chameleon.pages.elements import escape, heading, image, preformatted
-from megatron_chameleon.pages.style import page
 from megatron_chameleon.terminal import escape_line
 from megatron_chameleon.wording import counted
 
@@ -167,16 +167,19 @@ def describe_documents(documents: Sequence[Document]) -> str:
     return "\n".join(lines)
 
 
-def write_input_page(path: Path, name: str, found: RawInput) -> int:
+def write_input_page(path: Path, name: str, found: RawInput, origin: pages.Origin) -> int:
     """Write the summary and the kept documents as an HTML page; returns their number."""
-    body = [heading(name, 1), preformatted(describe_input(name, found))]
+    body = [preformatted(describe_input(name, found))]
     for document in found.first:
         body.append(heading(f"{document.id} ({document.where})", 3))
         for turn in turns_of(document):
             label = _label(turn.is_prompt, turn.is_answer)
             parts = "".join(map(_part_html, turn.parts))
             body.append(f'<div class="turn {label}"><small>{label}</small>{parts}</div>')
-    write_text(path, page(name, body, ".prompt { opacity: .65 } .turn p { white-space: pre-wrap }"))
+    style = ".prompt { opacity: .65 } .turn p { white-space: pre-wrap }"
+    write_text(
+        path, pages.page(f"Documents of {name}", body, replace(origin, name=name), style=style)
+    )
     return len(found.first)
 
 

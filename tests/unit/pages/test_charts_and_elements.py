@@ -1,6 +1,7 @@
 """Charts that look like their numbers, and pages that show any text as text."""
 
 import re
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_chameleon.pages.elements import (
     preformatted,
     table,
 )
-from megatron_chameleon.pages.style import page
+from megatron_chameleon.pages.page import Origin, page
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror='a()'>\"&\u202e\x1b[2J\0"
 
@@ -151,7 +152,8 @@ def test_every_text_of_a_page_is_text() -> None:
         folded(HOSTILE, preformatted(HOSTILE)),
         choice("a", [(HOSTILE, "x"), ("b", "y")]),
     ]
-    text = page(HOSTILE, body)
+    origin = Origin(HOSTILE, datetime(2026, 1, 2, tzinfo=UTC), HOSTILE, 7, [(HOSTILE, HOSTILE)])
+    text = page(HOSTILE, body, origin)
     found = Tags(text)
     assert not {"script", "img", "link", "iframe"} & set(found.tags)
     assert not [name for name in found.attributes if name.startswith("on")]

@@ -16,6 +16,7 @@ from megatron_chameleon.reports.comparison import (
 )
 from megatron_chameleon.runs.metrics import metrics_of
 from megatron_chameleon.runs.run import read_run
+from page_origin import ORIGIN
 from synthetic_run import write_run
 
 
@@ -33,7 +34,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert "at 160, risen since" in lines["held-out loss, lowest"]
     assert "a" * 40 in lines["git_commit"] and lines["git_commit"].endswith("bbb")
     assert "config: no differences" in text
-    page = comparison_page(runs, "step")
+    page = comparison_page(runs, "step", ORIGIN)
     assert page.count("<figure") > 10 and "<script" not in page
 
 
@@ -82,7 +83,7 @@ def test_odd_runs_can_be_compared(tmp_path: Path, content: str) -> None:
     (tmp_path / "odd <b>" / "metrics.jsonl").write_text(content)
     runs.append(read_run(tmp_path / "odd <b>"))
     for axis in ("step", "tokens"):
-        page = comparison_page(runs, axis)
+        page = comparison_page(runs, axis, ORIGIN)
         assert "odd <b>" not in page and "odd &lt;b&gt;" in page
     assert "odd <b>" in comparison_text(runs)
     assert np.isfinite(runs[0].metrics.last("loss"))

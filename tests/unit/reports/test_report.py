@@ -17,6 +17,7 @@ from megatron_chameleon.reports.report import report_page
 from megatron_chameleon.reports.samples import SIDE
 from megatron_chameleon.runs.metrics import metrics_of
 from megatron_chameleon.runs.records import flatten, read_recorded_config
+from page_origin import ORIGIN
 from synthetic_run import write_run
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror='a()'>\"&\u202e\x1b[2J"
@@ -28,7 +29,7 @@ def plain(page: str) -> str:
 
 
 def test_an_overfitting_run_says_so_at_its_top(tmp_path: Path) -> None:
-    _, page = report_page(write_run(tmp_path / "run", turn=160))
+    _, page = report_page(write_run(tmp_path / "run", turn=160), ORIGIN)
     text = plain(page)
     top = text[: text.index("Losses")]
     assert "Held-out loss is lowest at step 160 (1." in top
@@ -43,7 +44,7 @@ def test_an_overfitting_run_says_so_at_its_top(tmp_path: Path) -> None:
 
 
 def test_a_run_that_still_learns_does_not(tmp_path: Path) -> None:
-    text = plain(report_page(write_run(tmp_path / "run", turn=400))[1])
+    text = plain(report_page(write_run(tmp_path / "run", turn=400), ORIGIN)[1])
     assert "risen" not in text[: text.index("Losses")]
     assert "at step 400, the lowest so far." in text
 
@@ -68,7 +69,7 @@ def test_a_rise_is_large_and_lasts(values: list, has_risen: bool) -> None:
 
 
 def test_all_of_a_run_is_on_its_page(tmp_path: Path) -> None:
-    run, page = report_page(write_run(tmp_path / "run"))
+    run, page = report_page(write_run(tmp_path / "run"), ORIGIN)
     text = plain(page)
     assert run.problems == [] and len(page) < 700_000
     assert "a" * 40 in text and "changes that were not committed" in text
@@ -101,17 +102,17 @@ def test_stage_2_begins_where_the_checkpoint_says_else_where_the_config_does(
     tmp_path: Path,
 ) -> None:
     folder = write_run(tmp_path / "run")
-    run, _ = report_page(folder)
+    run, _ = report_page(folder, ORIGIN)
     assert stage2_step(run) == 301
     state = {"format": "megatron_chameleon.checkpoint/1", "step": 200, "vocab_size": 9}
     order = {"entries": [{"weights": {"stage1_samples": 800}}]}
     (folder / "checkpoints/step_00000200/state.json").write_text(
         json.dumps({**state, "data": order})
     )
-    assert stage2_step(report_page(folder)[0]) == 101  # 8 samples a step
+    assert stage2_step(report_page(folder, ORIGIN)[0]) == 101  # 8 samples a step
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("  - {prefix: nowhere/quality}", "  []"))
-    assert stage2_step(report_page(folder)[0]) is None
+    assert stage2_step(report_page(folder, ORIGIN)[0]) is None
 
 
 def odd_runs() -> dict[str, str]:
@@ -140,7 +141,7 @@ def test_an_odd_run_has_a_page(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / f"ü {HOSTILE.replace('/', '_')}"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(odd_runs()[kind])
-    page = report_page(folder)[1]
+    page = report_page(folder, ORIGIN)[1]
     assert "<script" not in page and "onerror='" not in page and "\u202e" not in page
     assert not re.search(r"\b(nan|inf)\b", page.partition("<body>")[2], re.IGNORECASE)
     assert len(page) < 300_000
@@ -162,7 +163,7 @@ def test_hostile_files_become_text(tmp_path: Path) -> None:
     (sample / "0_0.png").write_bytes(b"<svg onload='x()'>")
     (folder / "checkpoints/branch_0001").mkdir()
     (folder / "checkpoints/branch_0001/branch.json").write_text(json.dumps({"since": HOSTILE}))
-    run, page = report_page(folder)
+    run, page = report_page(folder, ORIGIN)
     assert "<script" not in page and "<svg onload" not in page and "\u202e" not in page
     assert len(page) < 1_500_000
     assert any("cannot be decoded" in problem for problem in run.problems)
@@ -177,7 +178,7 @@ def test_an_end_with_an_error_is_said_and_many_saves_do_not_hide_it(tmp_path: Pa
         {"event": "error", "step": 5, "text": "no disk"},
     ]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    text = plain(report_page(folder)[1])
+    text = plain(report_page(folder, ORIGIN)[1])
     assert "Its last event is an error: no disk" in text
     assert "The updates of 1 step were left out." in text
     assert "500 saved checkpoints are not listed here." in text and "5 – error no disk" in text
@@ -189,7 +190,7 @@ def test_secrets_are_masked(tmp_path: Path) -> None:
     (folder / "config.yaml").write_text(f"x: {{api_key: {secret}, note: 'a {secret}'}}")
     (folder / "environment.json").write_text(json.dumps({"HF_TOKEN": secret, "a": secret}))
     (folder / "events.jsonl").write_text(json.dumps({"event": "x", "text": f"token {secret}"}))
-    assert secret not in report_page(folder)[1]
+    assert secret not in report_page(folder, ORIGIN)[1]
 
 
 def test_smoothing_and_thinning_keep_a_page_small(tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ def test_smoothing_and_thinning_keep_a_page_small(tmp_path: Path) -> None:
         for i, (a, b, c) in enumerate(values)
     )
     (folder / "metrics.jsonl").write_text("".join(lines))
-    assert len(report_page(folder)[1]) < 250_000
+    assert len(report_page(folder, ORIGIN)[1]) < 250_000
 
 
 def test_the_defaults_of_entries_of_lists_are_known(tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_a_collapse_stands_at_the_top_with_examples(tmp_path: Path) -> None:
     picture = {"type": "image", "image": "../../samples/step_00000100/0000-0.png"}
     lines = [json.dumps({**answer, "content": [{"type": "text", "text": HOSTILE}, picture]})] * 900
     (check / "samples.jsonl").write_text("\n".join(["{", *lines]))
-    run, page = report_page(folder)
+    run, page = report_page(folder, ORIGIN)
     top, _, rest = page.partition("<h2>Losses")
     assert '<li class="bad">Text has collapsed: most text questions are not answered' in top
     assert "(text questions: 0 of 16 answered with text, 16 with one image; 2 cut off)" in top
@@ -232,6 +233,6 @@ def test_a_collapse_stands_at_the_top_with_examples(tmp_path: Path) -> None:
     assert "a picture that is not in the folder" in page  # it lies outside
     assert any("line 1, which is not valid JSON" in problem for problem in run.problems)
     (check / "modalities.json").write_text("[]")
-    run, page = report_page(folder)
+    run, page = report_page(folder, ORIGIN)
     assert any("must hold a JSON object" in problem for problem in run.problems)
     assert "Nobody has looked." in plain(page)

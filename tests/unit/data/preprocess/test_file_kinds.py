@@ -31,6 +31,7 @@ from megatron_chameleon.data.views.raw_input import (
 )
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.images.options import ImageOptions
+from page_origin import ORIGIN
 from tools import write_data_tables
 
 Record = dict[str, Any]
@@ -443,5 +444,5 @@ def test_inspect_shows_how_a_raw_input_is_understood(folder: Path) -> None:
     assert "dropped, place without a picture: 1\n" in told and "a.jsonl:4: has 1 place" in told
     shown = describe_documents(found.first).splitlines()
     assert shown[2:4] == ["prompt: Which?", "answer: Zero."] and len(shown) == 8
-    assert write_input_page(folder / "a.html", path, found) == 2
+    assert write_input_page(folder / "a.html", path, found, ORIGIN) == 2
     assert "data:image/png;base64," in (folder / "a.html").read_text()
