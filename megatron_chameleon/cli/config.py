@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, add_action, add_common_options, add_overrides
-from megatron_chameleon.cli.starting import add_start_from, load_inheriting, tokenizer_in_place
+from megatron_chameleon.cli.starting import add_start_from
+from megatron_chameleon.training.inheriting import load_inheriting, tokenizer_in_place
 
 if TYPE_CHECKING:
     from megatron_chameleon.checkpoint.formats.base import CheckpointReader

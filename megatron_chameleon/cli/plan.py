@@ -12,7 +12,8 @@ import argparse
 from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, COUNT, GPU_COUNT, add_overrides
-from megatron_chameleon.cli.starting import add_start_from, load_inheriting
+from megatron_chameleon.cli.starting import add_start_from
+from megatron_chameleon.training.inheriting import load_inheriting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import CONFIG, add_overrides
 from megatron_chameleon.cli.ranks import one_of_a_job
-from megatron_chameleon.cli.starting import add_start_from, load_inheriting, tokenizer_in_place
+from megatron_chameleon.cli.starting import add_start_from
+from megatron_chameleon.training.inheriting import load_inheriting, tokenizer_in_place
 
 if TYPE_CHECKING:
     from megatron_chameleon.config.schema import Config

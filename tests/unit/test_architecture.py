@@ -325,6 +325,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer/common",
     },
     "training": {
+        "checkpoint/formats",  # the weights that a run inherits its architecture from
         "checkpoint/loading",
         "checkpoint/state",
         "config",
