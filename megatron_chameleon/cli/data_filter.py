@@ -133,8 +133,9 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         help="do not open pictures that no filter needs; by default, unreadable ones are dropped",
     )
     for side in ("width", "height"):
-        for end in ("min", "max"):
-            group.add_argument(f"--{end}-{side}", type=SIDE, metavar="PIXELS")
+        for end, word in (("min", "smallest"), ("max", "largest")):
+            text = f"{word} {side} of a picture"
+            group.add_argument(f"--{end}-{side}", type=SIDE, metavar="PIXELS", help=text)
     group.add_argument(
         "--max-aspect-ratio", type=RATIO, metavar="R", help="longer side / shorter side"
     )

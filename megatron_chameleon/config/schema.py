@@ -45,10 +45,13 @@ class ModelConfig:
     """The transformer. Source: paper, section 2.3."""
 
     num_layers: LayerCount = 4
+    """Transformer layers."""
     hidden_size: Width = 128
+    """Width of a token's vector."""
     ffn_hidden_size: Width = 344
     """Width of each of the two halves of the SwiGLU feed-forward layer."""
     num_attention_heads: HeadCount = 4
+    """Query heads; ``hidden_size`` must be divisible by their number."""
     num_query_groups: HeadCount | None = None
     """Key/value heads (GQA); null: as many as attention heads."""
     seq_length: SequenceLength = 256
@@ -61,8 +64,11 @@ class ModelConfig:
     hidden_dropout: Annotated[float, Below(0, 1)] = 0.0
     """Dropout rate after attention and after the feed-forward layer."""
     layernorm_epsilon: Annotated[float, Between(1e-12, 0.1)] = 1e-5
+    """Added to the variance in every norm."""
     rotary_base: Annotated[int, Between(2, 10**12)] = 10000
+    """Base of the rotary embedding; larger ones suit longer sequences."""
     init_method_std: Annotated[float, Between(1e-6, 10)] = 0.02
+    """Standard deviation of the first weights."""
     train: list[Name] = field(default_factory=list)
     """Globs on the names of the exported Hugging Face model's tensors and modules: what is trained.
     Empty: everything. ``lm_head[image]`` means the rows of the image codes, ``[text]`` the others,
@@ -164,7 +170,9 @@ class ParallelConfig:
     """The layout over the processes. Data parallelism takes what is left of the world size."""
 
     tensor_model_parallel_size: RankCount = 1
+    """Ranks that each layer is split over (TP)."""
     pipeline_model_parallel_size: RankCount = 1
+    """Ranks that the stack of layers is split over (PP)."""
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence dimension over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
@@ -216,10 +224,15 @@ class OptimizerConfig:
     lr_wsd_decay_on: Annotated[str, OneOf("stage2")] | None = None
     """wsd, stage2: the decay begins with the first step of stage 2."""
     weight_decay: Annotated[float, Between(0, 1000)] = 0.1
+    """Decoupled from the gradient (AdamW). Norms are not decayed."""
     adam_beta1: Annotated[float, Below(0, 1)] = 0.9
+    """Decay of AdamW's mean of gradients."""
     adam_beta2: Annotated[float, Below(0, 1)] = 0.95
+    """Decay of AdamW's mean of squared gradients."""
     adam_eps: Annotated[float, Between(1e-30, 1)] = 1e-5
+    """Added to AdamW's denominator."""
     muon_momentum: Annotated[float, Below(0, 1)] = 0.95
+    """Decay of Muon's momentum."""
     muon_use_nesterov: bool = True
     """Orthogonalize the gradient and the momentum together (Nesterov), or the momentum alone."""
     muon_num_ns_steps: Annotated[int, Between(1, 100)] = 5
@@ -251,6 +264,7 @@ class TrainingConfig:
     The one that is set last counts: that of the command line, of the file, of the preset. A
     resolved config has both. null: ``steps`` alone says how long the run is."""
     seed: Seed = 1
+    """Of the first weights, the order of the data, dropout and samples."""
     micro_batch_size: Annotated[int, Between(1, 2**16)] = 1
     """Sequences per forward and backward pass on one data-parallel rank."""
     global_batch_size: Annotated[int, Between(1, 2**20)] = 1
@@ -360,6 +374,7 @@ class SamplePromptConfig:
     """One prompt that the model answers for the samples of a run."""
 
     text: Annotated[str, Text(100_000, lines=True)] = ""
+    """The prompt."""
     image: PathText | None = None
     """An image file that is placed before the text."""
     force: Annotated[str, OneOf("image", "text")] | None = None
@@ -373,6 +388,7 @@ def _told_events() -> list[EventKind]:
 @dataclass
 class LoggingConfig:
     run_dir: PathText = "runs/default"
+    """The run folder, with everything that the run writes."""
     every_steps: PositiveInt = 10
     """Steps between two progress lines. ``metrics.jsonl`` has every step."""
     tensorboard: bool = False
@@ -382,6 +398,7 @@ class LoggingConfig:
     sample_every_steps: NonNegativeInt = 0
     """Let the model answer ``sample_prompts`` every so many steps, into ``samples/``; 0: never."""
     sample_prompts: list[SamplePromptConfig] = field(default_factory=list)
+    """What the model is asked for samples."""
     sample_max_tokens: SequenceLength | None = None
     """Most tokens per sample; null: until the context is full."""
     on_event: Annotated[str, Text(4096)] | None = None

@@ -38,11 +38,13 @@ class ImageTrainingConfig:
     """
 
     steps: PositiveInt = 1000
+    """Updates of the network."""
     batch_size: Annotated[int, Between(1, 2**16)] = 8
     """Images per step."""
     lr: Annotated[float, Between(0, 10)] = 4.5e-6
     """Peak learning rate of Adam (betas 0.5 and 0.9), for the network and the discriminator."""
     lr_warmup_steps: NonNegativeInt = 0
+    """The learning rate rises linearly over this many steps."""
     lr_final: Annotated[float, Between(0, 100)] = 1.0
     """Learning rate at the end as a share of the peak, along a cosine; 1 keeps it constant."""
     l1_weight: LossWeight = 1.0
@@ -50,6 +52,7 @@ class ImageTrainingConfig:
     l2_weight: LossWeight = 0.0
     """Weight of their mean squared error."""
     codebook_weight: LossWeight = 1.0
+    """Weight of the loss that moves codebook vectors to the latents."""
     commitment_beta: LossWeight = 0.25
     """Weight of the commitment loss."""
     reseed_every_steps: NonNegativeInt = 0
@@ -61,6 +64,7 @@ class ImageTrainingConfig:
     discriminator_start: NonNegativeInt = 0
     """Step from which the adversarial loss is added."""
     discriminator_channels: Annotated[int, Between(1, 4096)] = 64
+    """Channels of the discriminator's first layer."""
     discriminator_layers: Annotated[int, Between(0, 10)] = 3
     """How often the resolution is halved before a patch is judged."""
     rotate_degrees: Annotated[float, Between(0, 180)] = 0.0
@@ -72,6 +76,7 @@ class ImageTrainingConfig:
     cache_gib: Annotated[float, Between(0, 1e6)] = 4.0
     """Memory for prepared images; images that do not fit are read again whenever they are drawn."""
     log_every_steps: PositiveInt = 50
+    """Steps between two progress lines."""
 
 
 @dataclass

@@ -18,6 +18,7 @@ class VqganConfig:
     resolution: Annotated[int, Between(1, 8192)] = 512
     """Width and height of an image in pixels."""
     in_channels: Annotated[int, OneOf(3)] = 3
+    """Red, green and blue."""
     base_channels: Annotated[int, Between(1, 4096)] = 128
     """Channels at full resolution; a multiple of 32 (GroupNorm has 32 groups)."""
     ch_mult: list[Annotated[int, Between(1, 64)]] = field(default_factory=lambda: [1, 1, 2, 2, 4])
@@ -30,7 +31,9 @@ class VqganConfig:
     embed_dim: Annotated[int, Between(1, 2**16)] = 256
     """Width of a codebook vector."""
     codebook_size: Annotated[int, Between(2, 2**20)] = 8192
+    """Number of image codes."""
     dropout: Annotated[float, Below(0, 1)] = 0.0
+    """Dropout rate in the residual blocks."""
 
     @property
     def downsampling(self) -> int:

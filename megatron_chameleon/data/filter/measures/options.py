@@ -45,26 +45,39 @@ class FilterOptions:
     """Whether upper and lower case differ."""
 
     min_characters: _Count | None = None
+    """Characters that the texts of a document together have at least."""
     max_characters: _Count | None = None
+    """Characters that they have at most."""
     min_words: _Count | None = None
+    """Words that the texts of a document together have at least."""
     max_words: _Count | None = None
+    """Words that they have at most."""
     min_tokens: _Count | None = None
+    """Tokens of text, by ``tokenizer``, that a document has at least."""
     max_tokens: _Count | None = None
+    """Tokens of text that it has at most."""
     tokenizer: PathText | None = None
     """The tokenizer folder that counts tokens of text."""
     languages: list[Annotated[str, Text(8)]] = field(default_factory=list)
     """The codes of ISO 639 that are kept, such as en."""
     min_language_probability: Annotated[float, Between(0, 1)] = 0.0
+    """How sure the language must be, from 0 to 1."""
 
     min_width: _Size | None = None
+    """Smallest width of a picture in pixels."""
     max_width: _Size | None = None
+    """Largest width of a picture in pixels."""
     min_height: _Size | None = None
+    """Smallest height of a picture in pixels."""
     max_height: _Size | None = None
+    """Largest height of a picture in pixels."""
     max_aspect_ratio: Annotated[float, Between(1, 1e6)] | None = None
     """The longer side divided by the shorter one."""
 
     min_score: _Score | None = None
+    """Smallest score of a picture."""
     max_score: _Score | None = None
+    """Largest score of a picture."""
     score_key: Annotated[str, Text(200)] | None = None
     """The key of the score, with dots for keys inside of objects; None: one of ``SCORE_KEYS``."""
     scorer: Annotated[str, Text(400)] | None = None
