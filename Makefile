@@ -3,6 +3,7 @@
 # make test-fast   the quick unit tests
 # make test-vllm   the tests with a real vLLM, in an environment of its own (three gigabytes)
 # make check       formatting, lint and types
+# make docs        the documentation as a site, site/index.html; warnings and dead links are errors
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ SEED ?= 1
 VLLM_PYTHON ?= .venv-vllm/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast test-vllm check format clean
+.PHONY: demo test test-fast test-vllm check docs format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/demo: setup.py constraints.txt
@@ -59,9 +60,16 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+$(VENV)/docs: $(VENV)/demo
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs
+	$(BIN)/python -m tools.documentation.build
+
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

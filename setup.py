@@ -84,6 +84,10 @@ setup(
             "py3langid",  # the language of a text
             "regex",  # expressions with a time limit
         ],
+        "docs": [
+            "zensical",  # the successor of Material for MkDocs, by the same people
+            "mkdocstrings-python",  # the Python reference
+        ],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "test": [

@@ -24,6 +24,8 @@ STATED_ELSEWHERE = {
     "mpich": "MPICH (permissive)",
     "megatron-core": "Apache-2.0 and BSD-3-Clause",
     "vllm": "Apache-2.0",
+    "zensical": "MIT",
+    "mkdocstrings-python": "ISC",
 }
 """Read in the project's repository."""
 
