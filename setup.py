@@ -57,6 +57,7 @@ setup(
         "pyarrow",
         "matplotlib",
         "rich",
+        "argcomplete>=3.5",  # completes commands in shells
         "scipy",  # Wilson's interval of people's judgements
     ],
     extras_require={

@@ -305,6 +305,16 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
             "plot runs/mine runs/other --output norms.svg --keys grad_norm --smooth 50",
         ),
     ),
+    "completion": (
+        (
+            "For all new shells, if the package bash-completion is installed.",
+            "completion bash > ~/.local/share/bash-completion/completions/chameleon",
+        ),
+        (
+            "The same for fish, which reads this folder by itself.",
+            "completion fish > ~/.config/fish/completions/chameleon.fish",
+        ),
+    ),
     "doctor": (
         ("Check this machine.", "doctor"),
         ("The same for a script, or for a bug report.", "doctor --json"),

@@ -7,6 +7,7 @@ large packages inside ``run``, so that ``chameleon --help`` answers at once.
 import argparse
 import importlib
 import logging
+import os
 import re
 import sys
 import traceback
@@ -53,6 +54,7 @@ VERBS = {
     "report": "write one HTML page that shows a run",
     "compare": "show how two or more runs went, and how they were set up",
     "plot": "draw the curves of one or more runs",
+    "completion": "print the script with which bash, zsh or fish complete commands",
     "doctor": "check what this machine can run and what is missing",
 }
 
@@ -100,6 +102,10 @@ def main(argv: list[str] | None = None) -> None:
             a bug is raised to it.
     """
     if argv is None:
+        if "_ARGCOMPLETE" in os.environ:  # the script of `chameleon completion` asks
+            from megatron_chameleon.cli.completing import complete
+
+            complete(build_parser, VERBS)
         end_process(_run_process(sys.argv[1:]))
     _run(argv, ends_process=False)
 

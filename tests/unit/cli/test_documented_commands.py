@@ -146,7 +146,7 @@ def test_each_help_ends_with_two_examples(
         assert name in EXAMPLES, f"cli/examples.py has no examples of `{parser.prog}`"
         text = parser.format_help()
         shown = text[text.rindex("\nexamples:\n") :].replace("\\\n", " ").splitlines()
-        lines = [line.strip() for line in shown if line.strip().startswith("chameleon ")]
+        lines = [line.split(">")[0] for line in shown if line.startswith("  chameleon ")]
         found = [shlex.split(line) for line in lines]
         assert len(found) == 2 and found[0] != found[1]
         for words in found:
