@@ -27,6 +27,7 @@ setup(
         "megatron_chameleon": [
             "py.typed",
             "config/presets/*.yaml",
+            "evaluation/human/form.js",
             "inference/serving/page/*",
             "planner/*.yaml",
             "tokenizer/image/presets/*.yaml",
@@ -115,7 +116,8 @@ setup(
             "py3langid",
             "openai",  # the client that people use
             "peft",  # what our adapters are compared with
-            "playwright",  # drives Chromium through the chat page
+            "playwright",  # drives Chromium through the chat page and the other pages
+            "axe-playwright-python",  # axe-core: whether everybody can read them
             "httpx",
         ],
     },

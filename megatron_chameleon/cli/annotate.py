@@ -8,6 +8,7 @@ chameleon annotate score judgements_1.json judgements_2.json judgements_3.json \
 """
 
 import argparse
+from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_chameleon.announce import announced
@@ -137,7 +138,9 @@ def _prepare(args: argparse.Namespace) -> None:
         raise ConfigError("ANSWERS", what, "Give one file per model")
     images = image_options(args)
     models = {path: read_answered_prompts(path, images) for path in args.answers}
-    key = write_questionnaire(args.kind, models, Path(args.output), args.annotators, args.seed)
+    key = write_questionnaire(
+        *(args.kind, models, Path(args.output), args.annotators, args.seed), date=datetime.now(UTC)
+    )
     count = len(next(iter(models.values())))
     show(f"{args.annotators} forms of {count} items: {key.parent}/form_*.html, key: {key}")
 

@@ -139,6 +139,7 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
     _check_page(args, [args.prefix])
     config = load_checked(args.prefix, args.overrides)
 
+    from megatron_chameleon.cli.origins import page_origin
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
     from megatron_chameleon.data.views.audit import audit_step
     from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
@@ -153,11 +154,14 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
     if args.html:
         with announced(f"writing {args.html}"):
             audit = audit_step(reader, args.step)
-            written = write_sequence_page(Path(args.html), audit, reader, tokenizer, args.sequences)
+            written = write_sequence_page(
+                *(Path(args.html), audit, reader, tokenizer, args.sequences, page_origin(args))
+            )
         show(f"{args.html}: {written} sequences")
 
 
 def _inspect_token_file(args: argparse.Namespace) -> None:
+    from megatron_chameleon.cli.origins import page_origin
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
     from megatron_chameleon.data.token_files.format import ANSWERS_SUFFIX, REQUIRED_SUFFIXES
     from megatron_chameleon.data.token_files.reader import open_token_file, read_info
@@ -192,7 +196,8 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
     if args.html and tokenizer is not None:
         with announced(f"writing {args.html}"):
             written = write_token_file_page(
-                args.html, token_file, tokenizer, args.start, args.documents or 20
+                *(args.html, token_file, tokenizer, args.start, args.documents or 20),
+                page_origin(args),
             )
         show(f"{args.html}: {counted(written, 'document')}")
 

@@ -60,8 +60,14 @@ def cards(numbers: Iterable[tuple[str, str]]) -> str:
     return f'<div class="numbers">{"".join(boxes)}</div>'
 
 
-def table(heads: Sequence[str | Cell], rows: Iterable[Sequence[object]]) -> str:
-    """A table that scrolls inside its own box. A head gives the kind of its column's cells."""
+def table(heads: Sequence[str | Cell], rows: Iterable[Sequence[object]], label: str = "") -> str:
+    """A table that scrolls inside its own box.
+
+    Args:
+        heads: A head gives the kind of its column's cells.
+        rows: Texts or cells, as many as there are heads.
+        label: What it shows, for readers who do not see it.
+    """
     columns = [head if isinstance(head, Cell) else Cell(head) for head in heads]
     first = "".join(
         Cell(column.text, "n" if column.kind == "n" else "").html("th") for column in columns
@@ -74,8 +80,9 @@ def table(heads: Sequence[str | Cell], rows: Iterable[Sequence[object]]) -> str:
         )
         lines.append(f"<tr>{''.join(cell.html() for cell in cells)}</tr>")
     body = "\n".join(lines)
+    named = f'role="region" aria-label="{escape(label)}" ' if label else ""
     return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{first}</tr></thead>'
+        f'<div class="scroll" {named}tabindex="0"><table><thead><tr>{first}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -86,27 +93,71 @@ def folded(summary: str, content: str) -> str:
 
 
 def preformatted(text: str) -> str:
-    return f"<pre>{escape(text)}</pre>"
+    """A text as it is; long lines scroll inside their box, also by the keyboard."""
+    return f'<pre tabindex="0">{escape(text)}</pre>'
 
 
-def image(data: bytes, alt: str, kind: str = "png") -> str:
+def bar(share: float) -> str:
+    """A bar as long as a share, in [0, 1], of the cell around it."""
+    share = min(max(share, 0.0), 1.0)
+    return f'<span class="share" style="width:{100 * share:.1f}%"></span>'
+
+
+def stripes(parts: Sequence[tuple[int, float]], alt: str) -> str:
+    """A strip of coloured parts.
+
+    Args:
+        parts: The number of a colour, from 0 to 3, and a share of the width.
+        alt: What it shows.
+    """
+    drawn = "".join(f'<i class="k{kind}" style="width:{100 * s:.3f}%"></i>' for kind, s in parts)
+    return f'<div class="stripes" role="img" aria-label="{escape(alt)}">{drawn}</div>'
+
+
+def stripe_key(names: Sequence[str]) -> str:
+    """What the colours of ``stripes`` mean, in their order."""
+    found = (f'<span><i class="k{i}"></i>{escape(name)}</span>' for i, name in enumerate(names))
+    return f'<p class="key">{"".join(found)}</p>'
+
+
+def sample(content: str, caption: str = "", kind: str = "") -> str:
+    """One of ``samples``: HTML, and a line that says what it is.
+
+    Args:
+        content: What is shown.
+        caption: Plain text above it, such as a step.
+        kind: right, wrong or empty.
+    """
+    mark = f' class="{kind}"' if kind else ""
+    head = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f"<figure{mark}>{head}{content}</figure>"
+
+
+def samples(contents: Iterable[str], is_wide: bool = False) -> str:
+    """Boxes side by side, as many as the width allows; each is made by ``sample``."""
+    kind = "samples wide" if is_wide else "samples"
+    return f'<div class="{kind}">{"".join(contents)}</div>'
+
+
+def image(data: bytes, alt: str) -> str:
     """An image inside the page.
 
     Args:
-        data: Its file, written by this program.
+        data: Its file, PNG or JPEG, written by this program.
         alt: What it shows.
-        kind: png or jpeg.
     """
+    kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
     source = base64.b64encode(data).decode("ascii")
     return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{source}">'
 
 
-def choice(name: str, views: Sequence[tuple[str, str]]) -> str:
+def choice(name: str, views: Sequence[tuple[str, str]], label: str = "Axes") -> str:
     """Several views of the same thing, of which the reader chooses one; no script is needed.
 
     Args:
         name: Unique on the page, of letters, digits and dashes.
         views: Up to three, each a label and HTML; the first one is shown.
+        label: What the reader chooses, for readers who do not see it.
     """
     buttons, contents = [], []
     for number, (label, content) in enumerate(views):
@@ -117,4 +168,7 @@ def choice(name: str, views: Sequence[tuple[str, str]]) -> str:
             f'<label for="{key}">{escape(label)}</label>'
         )
         contents.append(f'<div class="view">{content}</div>')
-    return f'<div class="choice">{"".join(buttons)}{"".join(contents)}</div>'
+    return (
+        f'<div class="choice" role="group" aria-label="{escape(label)}">'
+        f"{''.join(buttons)}{''.join(contents)}</div>"
+    )

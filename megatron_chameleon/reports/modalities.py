@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_chameleon.checkpoint.state.folders import step_of
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.pages.elements import Cell, escape, heading, how, table
+from megatron_chameleon.pages.elements import Cell, escape, heading, how, samples, table
 from megatron_chameleon.reports.samples import PictureBudget, part_content
 from megatron_chameleon.runs.answers.modalities import (
     CheckedAnswer,
@@ -85,8 +85,8 @@ def _examples(run: RunRecord, folder: Path) -> str:
     for expected in dict.fromkeys(answer.expected for answer in answers):
         own = [answer for answer in answers if answer.expected == expected]
         own.sort(key=lambda answer: answer.given == expected)
-        figures = "".join(_figure(answer, budget) for answer in own[:EXAMPLES])
-        body.append(how(f"Expected: {expected}") + f'<div class="samples">{figures}</div>')
+        figures = (_figure(answer, budget) for answer in own[:EXAMPLES])
+        body.append(how(f"Expected: {expected}") + samples(figures))
     run.problems.extend(budget.problems)
     return "".join(body) if answers else ""
 

@@ -67,7 +67,7 @@ def _origin(run: RunRecord, origin: Origin) -> Origin:
 
 
 def _body(run: RunRecord) -> Iterator[str]:
-    samples = sample_section(run, run.problems)
+    samples = sample_section(run.path, run.problems)
     checks = read_checks(run)
     modalities = modality_section(run, checks)
     yield notes([*headlines(run), *modality_findings(checks)])

@@ -1,20 +1,12 @@
 """The samples of a run over time: its pictures, made small, and its texts."""
 
-import io
 from pathlib import Path
-
-from PIL import Image
 
 from megatron_chameleon.checkpoint.state.folders import step_of
 from megatron_chameleon.errors import ChameleonError
-from megatron_chameleon.files import read_bytes
-from megatron_chameleon.images.decoding import decode_image
-from megatron_chameleon.images.image_error import ImageError
-from megatron_chameleon.images.options import ImageOptions
-from megatron_chameleon.images.pixels import PixelError, upright_rgb
-from megatron_chameleon.pages.elements import escape, heading, how, image
+from megatron_chameleon.images.thumbnails import thumbnail_of_file
+from megatron_chameleon.pages.elements import escape, heading, how, image, sample, samples
 from megatron_chameleon.runs.answers.samples import SamplePart, list_samples, read_samples
-from megatron_chameleon.runs.run import RunRecord
 from megatron_chameleon.wording import counted
 
 MOST_STEPS = 10
@@ -26,36 +18,36 @@ SIDE = 128
 """Pixels of the longer side of a picture."""
 _MOST_PARTS = 12
 _LONGEST_TEXT = 500
-_LARGEST_FILE = 32 << 20
 
 
-def sample_section(run: RunRecord, problems: list[str]) -> str:
+def sample_section(run: Path, problems: list[str], most_steps: int = MOST_STEPS) -> str:
     """The answers to each prompt, by step.
 
     Args:
-        run: The run.
+        run: The run folder.
         problems: Takes a sentence about each thing that cannot be read.
+        most_steps: Steps that are shown, spread evenly over the run, with the first and the last.
     """
-    folders = list_samples(run.path)
+    folders = list_samples(run)
     if not folders:
         return how(
             "The run has written no samples. Set logging.sample_every_steps and",
             "logging.sample_prompts to see what the model writes during training.",
         )
-    chosen = _spread(folders, MOST_STEPS)
+    chosen = _spread(folders, most_steps)
     answers: dict[str, list[str]] = {}
     budget = PictureBudget()
     for folder in reversed(chosen):  # the newest get their pictures first
         for answer in read_samples(folder, problems)[:MOST_PROMPTS]:
             figures = answers.setdefault(answer.prompt, [])
             parts = "".join(part_content(part, budget) for part in answer.parts[:_MOST_PARTS])
-            caption = f"<figcaption>step {step_of(folder):,}</figcaption>"
-            figures.insert(0, f"<figure>{caption}{parts or '<p>(nothing)</p>'}</figure>")
+            caption = f"step {step_of(folder):,}"
+            figures.insert(0, sample(parts or "<p>(nothing)</p>", caption))
     problems += budget.problems
     body = []
     for prompt, figures in list(answers.items())[:MOST_PROMPTS]:
         body.append(heading(prompt[:_LONGEST_TEXT], 3))
-        body.append(f'<div class="samples">{"".join(figures)}</div>')
+        body.append(samples(figures))
     if len(chosen) < len(folders):
         text = f"{len(chosen)} of {counted(len(folders), 'step')} with samples are shown."
         body.insert(0, how(text))
@@ -74,7 +66,7 @@ class PictureBudget:
             return '<p class="pale">(a picture that is left out)</p>'
         self.left -= 1
         try:
-            return image(thumbnail(path), f"picture {path.name}")
+            return image(thumbnail_of_file(path, SIDE), f"picture {path.name}")
         except ChameleonError as error:
             if len(self.problems) < 3:
                 self.problems.append(str(error))
@@ -88,24 +80,6 @@ def part_content(part: SamplePart, budget: PictureBudget) -> str:
         return '<p class="pale">(a picture that is not in the folder)</p>'
     cut = "…" if len(part.text) > _LONGEST_TEXT else ""
     return f"<p>{escape(part.text[:_LONGEST_TEXT])}{cut}</p>"
-
-
-def thumbnail(path: Path) -> bytes:
-    """A picture as a PNG of at most ``SIDE`` pixels a side, written anew.
-
-    Raises:
-        ChameleonError: It cannot be read or decoded.
-    """
-    data = read_bytes(path, limit=_LARGEST_FILE)
-    try:
-        picture = upright_rgb(decode_image(data, str(path), ImageOptions()))
-    except PixelError as error:
-        raise ImageError(str(path), str(error), "Replace or remove it") from error
-    if max(picture.size) > SIDE:
-        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="png", optimize=True)
-    return buffer.getvalue()
 
 
 def _spread(folders: list[Path], most: int) -> list[Path]:

@@ -226,6 +226,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference",
         "inference/answers",
         "inference/engine",
+        "pages",
     },
     "evaluation": {
         "evaluation/asking",
@@ -319,7 +320,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference/engine",
         "inference/engine/batching",
         "inference/models",
+        "pages",
         "parallel",
+        "reports",  # the page of the samples is a section of the report
         "runs/answers",
         "tokenizer",
         "tokenizer/common",

@@ -7,7 +7,18 @@ from typing import Any
 from megatron_chameleon.data.filter.judge import Verdict
 from megatron_chameleon.data.filter.measures.measure import Unreadable
 from megatron_chameleon.data.filter.write import Sample
-from megatron_chameleon.pages.elements import Cell, cards, escape, heading, how, image, table
+from megatron_chameleon.pages.elements import (
+    Cell,
+    bar,
+    cards,
+    escape,
+    heading,
+    how,
+    image,
+    sample,
+    samples,
+    table,
+)
 from megatron_chameleon.pages.page import Origin, page
 from megatron_chameleon.terminal import escape_line
 from megatron_chameleon.wording import counted
@@ -15,19 +26,11 @@ from megatron_chameleon.wording import counted
 MOST_SAMPLES = 12
 """Documents of each filter, and of those that are kept."""
 
-_STYLE = """
-.samples .row { display: flex; flex-wrap: wrap; gap: .35rem; }
-.samples .row img { width: auto; max-width: 100%; max-height: 160px; image-rendering: auto; }
-.samples b { font-size: .85rem; } .samples.wide { grid-template-columns:
-  repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
-td .share { min-width: 0; width: 0; } td.bar { min-width: 6rem; }
-"""
-
 
 def filter_page(
     result: Mapping[str, Any],
     verdict: Verdict,
-    samples: Sequence[tuple[int, Sample]],
+    shown: Sequence[tuple[int, Sample]],
     unreadable: Mapping[str, Sequence[Unreadable]],
     inputs: Sequence[str],
     origin: Origin,
@@ -37,7 +40,7 @@ def filter_page(
     Args:
         result: As the file beside the output has it.
         verdict: What became of each document.
-        samples: Numbers of documents and what is shown of them, in order.
+        shown: Numbers of documents and what is shown of them, in order.
         unreadable: Documents that cannot be read, by reason.
         inputs: What the command was given.
         origin: Which command writes it, and when.
@@ -50,16 +53,16 @@ def filter_page(
         *_unreadable(result, unreadable),
     ]
     for number, one in enumerate(verdict.filters):
-        mine = [(i, s) for i, s in samples if verdict.dropped_by[i] == number]
+        mine = [(i, s) for i, s in shown if verdict.dropped_by[i] == number]
         if mine:
             title = f"Dropped by {one.name}: {one.dropped:,}"
-            figures = [_figure(sample, verdict.reason(i)) for i, sample in mine]
+            figures = [_figure(one, verdict.reason(i)) for i, one in mine]
             body += _section(title, one.setting, figures, one.dropped)
-    figures = [_figure(sample, "") for i, sample in samples if verdict.dropped_by[i] < 0]
+    figures = [_figure(one, "") for i, one in shown if verdict.dropped_by[i] < 0]
     if figures:
         body += _section(f"Kept: {kept:,}", "", figures, kept)
     where = replace(origin, name=", ".join(inputs))
-    return page("What the filters keep", body, where, style=_STYLE)
+    return page("What the filters keep", body, where)
 
 
 def _filters(result: Mapping[str, Any], total: int) -> list[str]:
@@ -71,7 +74,7 @@ def _filters(result: Mapping[str, Any], total: int) -> list[str]:
             one["seen"],
             one["dropped"],
             one["alone"],
-            Cell("", "bar", _bar(one["dropped"] / max(total, 1))),
+            Cell("", "bar", bar(one["dropped"] / max(total, 1))),
             one["setting"],
         )
         for one in result["filters"]
@@ -83,11 +86,7 @@ def _filters(result: Mapping[str, Any], total: int) -> list[str]:
     formatted = [
         tuple(f"{value:,}" if isinstance(value, int) else value for value in row) for row in rows
     ]
-    return [heading("Filters"), how(text, alone), table(heads, formatted)]
-
-
-def _bar(share: float) -> str:
-    return f'<span class="share" style="width:{100 * share:.1f}%"></span>'
+    return [heading("Filters"), how(text, alone), table(heads, formatted, "filters")]
 
 
 def _unreadable(
@@ -110,7 +109,7 @@ def _unreadable(
     return [
         heading(f"Unreadable: {sum(result['unreadable'].values()):,}"),
         how(text),
-        table(heads, rows),
+        table(heads, rows, "documents that cannot be read"),
     ]
 
 
@@ -119,15 +118,15 @@ def _section(title: str, setting: str, figures: list[str], count: int) -> list[s
         f"{counted(len(figures), 'example')}, at even distances." if len(figures) < count else ""
     )
     text = how(*filter(None, (f"Setting: {setting}." if setting else "", words)))
-    return [heading(title), text, f'<div class="samples wide">{"".join(figures)}</div>']
+    return [heading(title), text, samples(figures, is_wide=True)]
 
 
-def _figure(sample: Sample, reason: str) -> str:
-    pictures = "".join(image(data, "picture of the document", "jpeg") for data in sample.thumbnails)
+def _figure(found: Sample, reason: str) -> str:
+    pictures = "".join(image(data, "picture of the document") for data in found.thumbnails)
     row = f'<div class="row">{pictures}</div>' if pictures else ""
-    more = sample.images - len(sample.thumbnails)
+    more = found.images - len(found.thumbnails)
     note = f"<p>{escape(counted(more, 'more picture'))}</p>" if more > 0 else ""
     head = f"<b>{escape(escape_line(reason))}</b>" if reason else ""
-    text = f"<p>{escape(escape_line(sample.text))}</p>" if sample.text else ""
-    caption = escape(escape_line(f"{sample.id} · {sample.where}"))
-    return f"<figure>{head}{row}{note}{text}<figcaption>{caption}</figcaption></figure>"
+    text = f"<p>{escape(escape_line(found.text))}</p>" if found.text else ""
+    caption = escape_line(f"{found.id} · {found.where}")
+    return sample(f"{head}{row}{note}{text}", caption)

@@ -5,7 +5,6 @@ parent writes them in the order of the inputs.
 """
 
 import contextlib
-import io
 import os
 import re
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from megatron_chameleon.data.inputs.records import Block, Fault
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.files import replace_file
 from megatron_chameleon.images.image_error import ImageError
-from megatron_chameleon.images.pixels import upright_rgb
+from megatron_chameleon.images.thumbnails import thumbnail
 
 UNKNOWN, DROPPED, KEPT = 0, 1, 2
 SAMPLE = 4
@@ -43,7 +42,7 @@ class Sample:
     text: str
     """The beginning of its texts."""
     thumbnails: list[bytes]
-    """JPEG files of its first pictures."""
+    """Files of its first pictures, made small."""
     images: int
 
 
@@ -135,13 +134,9 @@ def _sample_of(document: Document) -> Sample:
 
 def _thumbnail(part: ImagePart) -> bytes:
     try:
-        image = upright_rgb(part.open())
-        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        return thumbnail(part.open(), THUMBNAIL_SIDE)
     except Exception:  # a broken picture, without --check-images
         return b""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    return file.getvalue()
 
 
 # Files

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image
-
 from megatron_chameleon.data.documents.conversations import fault_of, turns_of
 from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
 from megatron_chameleon.data.documents.pairs import CHOSEN, is_pair
@@ -27,9 +25,10 @@ from megatron_chameleon.data.inputs.shards import plan_ranges
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import write_text
 from megatron_chameleon.images.options import ImageOptions
-from megatron_chameleon.images.png import png_bytes
+from megatron_chameleon.images.pixels import PixelError
+from megatron_chameleon.images.thumbnails import thumbnail
 from megatron_chameleon.pages import page as pages
-from megatron_chameleon.pages.elements import escape, heading, image, preformatted
+from megatron_chameleon.pages.elements import cards, escape, heading, how, image, preformatted
 from megatron_chameleon.terminal import escape_line
 from megatron_chameleon.wording import counted
 
@@ -40,6 +39,9 @@ _MOST_SIZES = 8
 _LETTERS = 200
 """Letters of a text that the terminal shows."""
 _PICTURE_EDGE = 192
+_LONGEST_TEXT = 20_000
+"""Characters of a text on the page."""
+_LONGEST_NAME = 300
 
 
 @dataclass
@@ -169,29 +171,39 @@ def describe_documents(documents: Sequence[Document]) -> str:
 
 def write_input_page(path: Path, name: str, found: RawInput, origin: pages.Origin) -> int:
     """Write the summary and the kept documents as an HTML page; returns their number."""
-    body = [preformatted(describe_input(name, found))]
-    for document in found.first:
-        body.append(heading(f"{document.id} ({document.where})", 3))
-        for turn in turns_of(document):
-            label = _label(turn.is_prompt, turn.is_answer)
-            parts = "".join(map(_part_html, turn.parts))
-            body.append(f'<div class="turn {label}"><small>{label}</small>{parts}</div>')
-    style = ".prompt { opacity: .65 } .turn p { white-space: pre-wrap }"
-    write_text(
-        path, pages.page(f"Documents of {name}", body, replace(origin, name=name), style=style)
-    )
+    records = found.documents + found.dropped_counts.total()
+    numbers = [
+        (f"{records:,}", "documents"),
+        (f"{found.documents:,}", "of them would be kept"),
+        (f"{found.texts:,}", "texts"),
+        (f"{found.pictures:,}", "pictures"),
+    ]
+    body = [cards(numbers), preformatted(describe_input(name, found))]
+    if found.first:
+        body.append(heading("Documents"))
+        body.append(how("Prompts are grey: the loss counts what is trained, and answers."))
+    body += [_document_html(document) for document in found.first]
+    content = pages.page(f"Documents of {name}", body, replace(origin, name=name))
+    write_text(path, content)
     return len(found.first)
+
+
+def _document_html(document: Document) -> str:
+    parts = [heading(pages.cut(f"{document.id} ({document.where})", _LONGEST_NAME), 3)]
+    for turn in turns_of(document):
+        label = _label(turn.is_prompt, turn.is_answer)
+        content = "".join(map(_part_html, turn.parts))
+        parts.append(f'<div class="turn {label}"><small>{label}</small>{content}</div>')
+    return f'<article class="document">{"".join(parts)}</article>'
 
 
 def _part_html(part: TextPart | ImagePart) -> str:
     if isinstance(part, TextPart):
-        return f"<p>{escape(part.text)}</p>"
+        return f"<p>{escape(pages.cut(part.text, _LONGEST_TEXT))}</p>"
     try:
-        picture = part.open().convert("RGB")
-    except ImageError as error:
+        return image(thumbnail(part.open(), _PICTURE_EDGE), f"picture {part.name}"[:_LONGEST_NAME])
+    except (ImageError, PixelError) as error:
         return f"<p>{escape(error)}</p>"
-    picture.thumbnail((_PICTURE_EDGE, _PICTURE_EDGE), Image.Resampling.LANCZOS)
-    return image(png_bytes(picture), part.name)
 
 
 def _label(is_prompt: bool, is_answer: bool) -> str:

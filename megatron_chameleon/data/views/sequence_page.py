@@ -6,8 +6,8 @@ how much of it is text, images, control tokens and padding.
 Try: ``chameleon inspect CONFIG --html sequences.html``
 """
 
-import html
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +22,20 @@ from megatron_chameleon.data.views.audit import (
     format_shares,
     kinds_of,
 )
-from megatron_chameleon.data.views.token_file_page import PAGE, render_tokens
+from megatron_chameleon.data.views.tokens import render_tokens, special_tokens
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.files import write_text
+from megatron_chameleon.pages.elements import (
+    cards,
+    escape,
+    heading,
+    how,
+    preformatted,
+    stripe_key,
+    stripes,
+)
+from megatron_chameleon.pages.page import Origin, page
 from megatron_chameleon.tokenizer.folder import Tokenizer
-
-_STYLE = """<style>
-article { max-height: 40rem; overflow: auto }
-section { border-left: .4rem solid #ddd; margin: .4rem 0; padding-left: .6rem }
-.bar { display: flex; height: 1.1rem; margin: .3rem 0; border-radius: 3px; overflow: hidden }
-.bar i { border-right: 1px solid #fff; box-sizing: border-box }
-.text { background: #8fb8de } .image { background: #f2b05e } .control { background: #c9a0d0 }
-.padding { background: #e4e4e4 } span.control { background: none }
-.key i { display: inline-block; width: .9rem; height: .9rem; margin: 0 .3rem 0 1rem }
-</style>"""
 
 
 def mixture_summary(reader: BatchReader) -> str:
@@ -112,7 +112,12 @@ def _other_shares(reader: BatchReader, phase: Phase) -> dict[str, list[tuple[str
 
 
 def write_sequence_page(
-    path: Path, audit: StepAudit, reader: BatchReader, tokenizer: Tokenizer, sequences: int
+    path: Path,
+    audit: StepAudit,
+    reader: BatchReader,
+    tokenizer: Tokenizer,
+    sequences: int,
+    origin: Origin,
 ) -> int:
     """Write sequences of a step as one self-contained HTML page.
 
@@ -122,21 +127,32 @@ def write_sequence_page(
         reader: Of the run.
         tokenizer: Decodes them; without an image tokenizer, images appear as their codes.
         sequences: Largest number of sequences on the page.
+        origin: Which command writes it, and when.
 
     Returns:
         The number of sequences written.
     """
-    chosen = audit.samples[:sequences]
-    articles = [_article(index, sample, tokenizer) for index, sample in chosen]
-    text = f"{mixture_summary(reader)}\n\n{format_shares(audit, tokenizer.vocabulary)}"
-    key = "".join(f'<i class="{kind}"></i>{kind}' for kind in KINDS)
-    body = [_STYLE, f'<p class="key">{key}</p>', *articles]
-    page = PAGE.format(
-        title=f"step {audit.step}: {len(chosen)} of {len(audit.samples)} sequences",
-        summary=html.escape(text),
-        articles="\n".join(body),
-    )
-    write_text(path, page)
+    chosen, config = audit.samples[:sequences], reader.config
+    body = [
+        cards(
+            [
+                (f"{audit.step:,}", f"step, of {config.training.steps:,}"),
+                (f"{len(audit.samples):,}", "sequences in it"),
+                (f"{config.model.seq_length:,}", "tokens per sequence"),
+            ]
+        ),
+        heading("Mixture"),
+        preformatted(mixture_summary(reader)),
+        heading(f"What step {audit.step:,} reads"),
+        preformatted(format_shares(audit, tokenizer.vocabulary)),
+        heading(f"{len(chosen)} of its {len(audit.samples)} sequences"),
+        how("A strip shows where each document lies and which kinds of tokens it has."),
+        stripe_key(KINDS),
+        special_tokens(tokenizer.vocabulary),
+        *(_article(index, sample, tokenizer) for index, sample in chosen),
+    ]
+    where = replace(origin, name=config.logging.run_dir, seed=config.training.seed)
+    write_text(path, page(f"Sequences of step {audit.step:,}", body, where))
     return len(chosen)
 
 
@@ -158,20 +174,17 @@ def _article(index: int, sample: PackedSample, tokenizer: Tokenizer) -> str:
         trained = np.append(False, sample.in_loss[:-1])[here]  # a label is the next token
         trained[0] = len(trained) == 1 or trained[1]  # the first token is not a label itself
         content = render_tokens(sample.tokens[here], tokenizer, trained)
-        sections.append(f"<section><header>{html.escape(where)}</header>{content}</section>")
-    head = f"<header>sample {index} · {len(sections)} parts of documents · {shares}</header>"
-    return f"<article>{head}{_bar(sample.part, kinds)}{''.join(sections)}</article>"
+        sections.append(f"<section><small>{escape(where)}</small>{content}</section>")
+    head = heading(f"sample {index} · {len(sections)} parts of documents · {shares}", 3)
+    strip = stripes(_runs(sample.part, kinds), shares)
+    return f'<article class="document">{head}{strip}{"".join(sections)}</article>'
 
 
-def _bar(part: np.ndarray, kinds: np.ndarray) -> str:
-    """Draw a sequence as a strip: each run of one kind in one document as wide as it is long."""
+def _runs(part: np.ndarray, kinds: np.ndarray) -> list[tuple[int, float]]:
+    """Each run of one kind in one document: the kind, and its share of the sequence."""
     is_new = (np.diff(part) != 0) | (np.diff(kinds) != 0)
     borders = [0, *(np.flatnonzero(is_new) + 1).tolist(), len(kinds)]
-    stripes = []
-    for first, stop in itertools.pairwise(borders):
-        kind = KINDS[kinds[first]]
-        stripes.append(
-            f'<i class="{kind}" style="width:{100 * (stop - first) / len(kinds):.3f}%" '
-            f'title="{stop - first} tokens of {kind}"></i>'
-        )
-    return f'<div class="bar">{"".join(stripes)}</div>'
+    return [
+        (int(kinds[first]), (stop - first) / len(kinds))
+        for first, stop in itertools.pairwise(borders)
+    ]

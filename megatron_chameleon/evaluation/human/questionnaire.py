@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.images.pixels import upright_rgb
 from megatron_chameleon.images.png import data_url, png_bytes
 from megatron_chameleon.images.references import ImageFolder
+from megatron_chameleon.pages.page import Origin
 
 KEY_FORMAT = "megatron_chameleon.questionnaire/1"
 JUDGEMENTS_FORMAT = "megatron_chameleon.judgements/1"
@@ -91,6 +93,8 @@ def write_questionnaire(
     folder: Path,
     annotators: int = 3,
     seed: int = 1,
+    *,
+    date: datetime,
 ) -> Path:
     """Write the forms of a questionnaire and their key.
 
@@ -99,7 +103,8 @@ def write_questionnaire(
         models: The answers of one model by its name; for ``pairwise`` of two models, A first.
         folder: The folder to write to. It is created if it does not exist.
         annotators: The number of forms.
-        seed: Seed of the orders and sides.
+        seed: Seed of the orders and sides; the key keeps it, and no form has it.
+        date: When the forms are written, with a time zone.
 
     Returns:
         The path of the key.
@@ -116,12 +121,13 @@ def write_questionnaire(
             [[a.id, a.prompt, a.content, a.images.path] for f in answers for a in f.values()],
         ]
     )
-    key = _key(kind, identity, names, answers)
+    key = {**_key(kind, identity, names, answers), "seed": seed}
+    origin = Origin(f"chameleon annotate prepare {kind}", date)  # without the names of files
     for annotator in range(1, annotators + 1):
         draw = random.Random(f"{seed}-{annotator}-{identity}")
         items, places = _form_items(identity, annotator, answers, draw)
         key["forms"][str(annotator)] = places
-        page = form_page(kind, identity, str(annotator), items)
+        page = form_page(kind, identity, str(annotator), items, origin)
         write_text(folder / f"form_{annotator}.html", page)
     write_text(folder / KEY_FILE, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
     return folder / KEY_FILE

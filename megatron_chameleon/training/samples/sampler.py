@@ -1,25 +1,30 @@
 """Let the model write text and images every few steps of training, and show them on a page.
 
 ``samples/step_00001000/`` holds ``samples.jsonl`` and the images of a step; ``samples/index.html``
-shows all steps. The model that is being trained writes them, on rank 0 and the ranks that share its
-tensors, as ``chameleon generate`` would do with a checkpoint of the step. Training is not affected,
-and a sample that cannot be written does not end it.
+shows them by prompt. The model that is being trained writes them, on rank 0 and the ranks that
+share its tensors, as ``chameleon generate`` would do with a checkpoint of the step. Training is not
+affected, and a sample that cannot be written does not end it.
 """
 
-import html
 import json
+import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_chameleon.checkpoint.state.folders import step_folder, step_of
+from megatron_chameleon.checkpoint.state.folders import step_folder
 from megatron_chameleon.config.schema import Config, SamplePromptConfig
 from megatron_chameleon.errors import ChameleonError, ConfigError, PeerError, TrainingError
 from megatron_chameleon.files import make_folder, write_text, write_together
 from megatron_chameleon.inference.engine.modality import Force
 from megatron_chameleon.inference.engine.options import GenerationOptions
+from megatron_chameleon.masking import masked_command
+from megatron_chameleon.pages.elements import how, notes
+from megatron_chameleon.pages.page import Origin, page
+from megatron_chameleon.reports.samples import sample_section
 from megatron_chameleon.runs.answers.samples import SAMPLES_FILE
 from megatron_chameleon.tokenizer.folder import load_tokenizer
 from megatron_chameleon.training.samples.trained_model import TrainedModel
@@ -27,6 +32,9 @@ from megatron_chameleon.training.samples.trained_model import TrainedModel
 if TYPE_CHECKING:
     from megatron_chameleon.inference.answers.answer import Answer
     from megatron_chameleon.inference.session import Session
+
+MOST_STEPS = 30
+"""Steps on the page; its pictures are inside it, made small."""
 
 
 def check_samples(config: Config) -> None:
@@ -86,7 +94,7 @@ class Sampler:
                 return ""
             folder = self._folder / step_folder(step)
             _write_answers(folder, prompts, answers)
-            _write_index(self._folder, prompts)
+            _write_index(Path(self._config.logging.run_dir), self._config)
         except (TrainingError, PeerError):  # the folder or the disk, or the job
             raise
         except (ChameleonError, OSError, torch.OutOfMemoryError) as error:
@@ -131,36 +139,13 @@ def _write_answers(
     write_together({folder / SAMPLES_FILE: text, **images}, TrainingError)
 
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>Samples</title>
-<style>body{{font:15px/1.5 sans-serif;margin:2em}}td,th{{border-top:1px solid #ddd;padding:.5em;
-text-align:left;vertical-align:top}}img{{min-width:96px;image-rendering:pixelated}}</style>
-<h1>Samples</h1><table><tr><th>step{header}</tr>
-{rows}</table>
-"""
-
-
-def _write_index(folder: Path, prompts: Sequence[SamplePromptConfig]) -> None:
-    """Write the page of all steps in the folder, the newest first."""
-    header = "".join(f"<th>{_show_prompt(prompt)}" for prompt in prompts)
-    rows = []
-    for file in sorted(folder.glob(f"step_*/{SAMPLES_FILE}"), reverse=True):
-        cells = [
-            "".join(_show_part(file.parent.name, part) for part in json.loads(line)["content"])
-            for line in file.read_text(encoding="utf-8").splitlines()
-        ]
-        step = step_of(file.parent)
-        rows.append(f"<tr><th>{step:,}{''.join(f'<td>{cell}' for cell in cells)}</tr>\n")
-    page = PAGE.format(header=header, rows="".join(rows))
-    write_text(folder / "index.html", page, TrainingError)
-
-
-def _show_prompt(prompt: SamplePromptConfig) -> str:
-    words = [prompt.image and Path(prompt.image).name, prompt.text]
-    words.append(prompt.force and f"({prompt.force})")
-    return html.escape(" ".join(word for word in words if word) or "(no prompt)")
-
-
-def _show_part(folder: str, part: dict[str, str]) -> str:
-    if part["type"] == "text":
-        return f"<p>{html.escape(part['text'])}</p>"
-    return f'<img src="{html.escape(folder)}/{html.escape(part["image"])}">'
+def _write_index(run: Path, config: Config) -> None:
+    """Write the page of all steps in the folder of the samples."""
+    problems: list[str] = []
+    body = sample_section(run, problems, MOST_STEPS)
+    text = "What the model wrote while it was trained; each step has a folder beside this page."
+    folder = run / "samples"
+    seed, command = config.training.seed, masked_command(sys.argv)
+    origin = Origin(command, datetime.now(UTC), run.resolve().name, seed)
+    parts = [how(text), notes((problem, "warn") for problem in problems), body]
+    write_text(folder / "index.html", page("Samples", parts, origin), TrainingError)

@@ -67,7 +67,7 @@ def test_inspect_a_config(config: Path, tmp_path: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert out.startswith("6 steps, 24 sequences of 64 tokens; 1 mixture\n")
     assert out.endswith(f"{page}: 2 sequences\n")
-    assert page.read_text().count("<article>") == 2
+    assert page.read_text().count("<article") == 2
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_all_of_a_run_is_on_its_page(tmp_path: Path) -> None:
     assert "there is no token file nowhere/pairs and 2 more here" in text
     assert "prose 1.1" in text  # the lowest held-out loss of a source
     assert text.index("step 100 at 100") < text.index("step 200 at 200") < text.index("at 400 ")
-    pictures = re.findall(r"data:image/png;base64,([^\"]+)", page)
+    pictures = re.findall(r"data:image/(?:png|jpeg);base64,([^\"]+)", page)
     sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in pictures]
     assert sizes == [(SIDE, SIDE // 2)] * 3
 

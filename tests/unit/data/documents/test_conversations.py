@@ -21,6 +21,7 @@ from megatron_chameleon.data.views.audit import audit_step, count_trained, forma
 from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
 from megatron_chameleon.data.views.token_file_page import token_file_summary, write_token_file_page
 from megatron_chameleon.errors import ConfigErrors, DataError
+from page_origin import ORIGIN
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 
@@ -367,11 +368,13 @@ def test_pages_and_tables_show_what_is_trained(tmp_path, tokenizer, records, wri
     file = write(records)
     text = token_file_summary("chat", file.info, file.lengths)
     assert next(describe_answers(file.info)) in text.splitlines()
-    write_token_file_page(tmp_path / "page.html", file, tokenizer, start=0, documents=9)
+    write_token_file_page(
+        tmp_path / "page.html", file, tokenizer, start=0, documents=9, origin=ORIGIN
+    )
     page = (tmp_path / "page.html").read_text()
     grey = re.findall(r'<div class="untrained">.*?</div>', page, re.DOTALL)
     assert len(grey) == file.info.answers  # a prompt before each
-    assert all(run.endswith("&lt;reserved08706&gt;</span></div>") for run in grey)
+    assert all(run.endswith("&lt;reserved08706&gt;</abbr></div>") for run in grey)
     config.model.seq_length = 400
     reader = BatchReader(config, tokenizer)
     assert reader.describe_answers() == [f"{file.prefix}: {next(describe_answers(file.info))}"]
@@ -381,7 +384,7 @@ def test_pages_and_tables_show_what_is_trained(tmp_path, tokenizer, records, wri
     trained = int(reader.batch([index for index, _ in audit.samples]).loss_mask.sum())
     assert count_trained(samples) == {file.prefix: trained}
     assert f" {trained:,} " in format_audit(audit, tokenizer.vocabulary, documents=3)
-    write_sequence_page(tmp_path / "page.html", audit, reader, tokenizer, len(samples))
+    write_sequence_page(tmp_path / "page.html", audit, reader, tokenizer, len(samples), ORIGIN)
     answers = np.array([1, 0, 2, 1, 0, 1])  # of each document, and as many prompts
     prompts = sum(answers[sample.packed.parts.document].sum() for sample in samples)
     assert (tmp_path / "page.html").read_text().count('<div class="untrained">') == prompts

@@ -13,6 +13,7 @@ from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.data.views.audit import audit_step, count_kinds, format_audit, kinds_of
 from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
 from megatron_chameleon.errors import ConfigError
+from page_origin import ORIGIN
 
 
 @pytest.fixture
@@ -91,15 +92,15 @@ def test_the_page_shows_sequences_with_kinds_and_pictures(config, tokenizer, tmp
     reader = BatchReader(config, tokenizer)
     audit = audit_step(reader, 3)
     path = tmp_path / "page.html"
-    assert write_sequence_page(path, audit, reader, tokenizer, 3) == 3
+    assert write_sequence_page(path, audit, reader, tokenizer, 3, ORIGIN) == 3
     page = path.read_text()
-    assert page.count("<article>") == 3 and page.count('class="bar"') == 3
+    assert page.count("<article") == 3 and page.count('class="stripes"') == 3
     parts = [len(sample.packed.source) for _, sample in audit.samples[:3]]
     assert page.count("<section>") == sum(parts)
     images = sum(
         int((s.tokens == tokenizer.vocabulary.begin_image).sum()) for _, s in audit.samples[:3]
     )
     assert images > 0 and page.count("data:image/png;base64,") == images
-    widths = [float(w) for w in re.findall(r"width:([\d.]+)%", page)]
+    widths = [float(w) for w in re.findall(r'class="k." style="width:([\d.]+)%', page)]
     assert sum(widths) == pytest.approx(300, abs=0.5)
-    assert "http" not in page
+    assert "http" not in page.replace("http-equiv", "")

@@ -12,10 +12,11 @@ from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file
 from megatron_chameleon.data.views.token_file_page import (
-    segments,
     token_file_summary,
     write_token_file_page,
 )
+from megatron_chameleon.data.views.tokens import segments
+from page_origin import ORIGIN
 
 
 def encoded(tokenizer, *content):
@@ -38,10 +39,12 @@ def test_page_shows_texts_and_decoded_images(tmp_path, tokenizer, token_file, pi
     ids = encoded(tokenizer, TextPart(text), image)
     file = token_file([ids, encoded(tokenizer, TextPart("not shown"))])
     page_path = tmp_path / "page.html"
-    assert write_token_file_page(page_path, file, tokenizer, start=0, documents=1) == 1
+    assert (
+        write_token_file_page(page_path, file, tokenizer, start=0, documents=1, origin=ORIGIN) == 1
+    )
     page = page_path.read_text()
-    assert "http" not in page
-    pattern = r"<span(?: class=\"byte\")? title=\"[^\"]*\">(.*?)</span>"
+    assert "http" not in page.replace("http-equiv", "")
+    pattern = r"<span(?: class=\"byte\")? tabindex=\"-1\" title=\"[^\"]*\">(.*?)</span>"
     spans = re.findall(pattern, page, re.DOTALL)
     assert not any("<" in span or '"' in span for span in spans)
     shown = "".join(spans).replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"')
@@ -57,7 +60,7 @@ def test_block_of_the_wrong_length_is_shown_as_codes(tmp_path, tokenizer, token_
     v = tokenizer.vocabulary
     ids = np.array([v.bos, v.begin_image, *v.code_token_ids[:3], v.end_image, v.eos])
     write_token_file_page(
-        tmp_path / "page.html", token_file([ids]), tokenizer, start=0, documents=9
+        tmp_path / "page.html", token_file([ids]), tokenizer, start=0, documents=9, origin=ORIGIN
     )
     assert "3 image codes, not 16: 0 1 2" in (tmp_path / "page.html").read_text()
 
@@ -90,7 +93,11 @@ def test_head_of_a_document_says_where_it_comes_from(tmp_path, tokenizer):
         writer.add(np.array([v.bos, *image, v.eos]), 1, "web & more", 7)
         writer.commit()
     file = open_token_file(tmp_path / "t", tokenizer)
-    write_token_file_page(tmp_path / "page.html", file, tokenizer, start=0, documents=1)
-    (head,) = re.findall("<header>(.*?) <span", (tmp_path / "page.html").read_text())
+    write_token_file_page(
+        tmp_path / "page.html", file, tokenizer, start=0, documents=1, origin=ORIGIN
+    )
+    (head,) = re.findall(
+        "<article class=.document.><h3>(.*?)</h3>", (tmp_path / "page.html").read_text()
+    )
     head = head.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     assert head == "document 0 · web & more · a<b>.jsonl:7 · 20 tokens, 90% of them of images"
