@@ -30,6 +30,21 @@ def counted(count: int, noun: str, ending: str = "s") -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{ending}"
 
 
+def format_count(count: int) -> str:
+    """A number that may be huge, in three digits and the largest unit of which there is one.
+
+    >>> format_count(9_170_000_000_000), format_count(40_960), format_count(7)
+    ('9.17T', '41.0k', '7')
+    """
+    if count < 1000:
+        return str(count)
+    value, power = float(count), 0
+    while value >= 999.5 and power < 4:
+        value, power = value / 1000, power + 1
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:,.{digits}f}{('', 'k', 'M', 'B', 'T')[power]}"
+
+
 def format_bytes(count: float) -> str:
     """A number of bytes in the largest unit of which there is at least one.
 

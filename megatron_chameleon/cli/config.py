@@ -117,6 +117,11 @@ def with_known_steps(config: "Config", weights: "CheckpointReader | None" = None
     from megatron_chameleon.errors import ChameleonError, ConfigError
     from megatron_chameleon.tokenizer.folder import load_tokenizer
 
+    if not config.tokenizer.path:
+        what = "the number of steps follows from the token files, which need a tokenizer, and "
+        what += "tokenizer.path is not set"
+        remedy = "Give --start-from with the weights whose tokenizer the run inherits, or set "
+        raise ConfigError("training.epochs", what, remedy + "training.steps in its place")
     try:
         with tokenizer_in_place(config, weights, 0, keep=False) as there:
             tokenizer = load_tokenizer(there.tokenizer.path, images=False)

@@ -89,6 +89,7 @@ GPU_COUNT = NumberOption(int, Between(1, 10**6))
 PIXELS = NumberOption(int, Between(1, 178_956_970))
 """Pillow itself refuses larger images."""
 MIB = NumberOption(int, Between(1, 2**20))
+GIB = NumberOption(float, Above(0, at_most=2**20))
 PART = NumberOption(float, Within(0, 1))
 SHARE = NumberOption(float, Between(0, 1))
 PROBABILITY = NumberOption(float, Above(0, at_most=1))

@@ -28,6 +28,9 @@ class AdapterConfig:
     """The linear layers that get an adapter, in every transformer layer."""
     dora: bool = False
     """Also train the length of each row of the adapted weights (DoRA, arXiv 2402.09353)."""
+    quantize: Annotated[str, OneOf("none", "nf4")] = "none"
+    """Format of the frozen linear layers beside the adapters: none keeps that of training; nf4
+    takes about 4 bits per number (QLoRA, Dettmers et al., arXiv 2305.14314), with bitsandbytes."""
     start_from: PathText | None = None
     """A folder of ``peft`` with the adapter to begin from; null: A is random and B is zero."""
     base: PathText | None = None

@@ -4,7 +4,7 @@ The model's matrix products are counted, with a multiplication and an addition a
 The backward pass needs twice as many as the forward pass, so the total is three forward passes:
 
 - every weight matrix once per token, including the output layer, but not the input embedding, which
-  is only looked up;
+  is only looked up; beside an adapter they have no gradient, which leaves two passes;
 - attention over the **full square** of the sequence, which is 4 x sequence x hidden per token and
   layer in the forward pass, although a causal kernel computes half of it. Most published figures
   use this convention.
@@ -36,8 +36,19 @@ def output_flops(model: ModelConfig, vocab_size: int) -> int:
     return 2 * model.hidden_size * vocab_size
 
 
-def training_flops_per_token(model: ModelConfig, vocab_size: int) -> int:
-    """Operations per trained token in the whole model."""
-    layer = matrix_flops(model) + attention_flops(model)
-    forward = model.num_layers * layer + output_flops(model, vocab_size)
-    return (1 + BACKWARD) * forward
+def training_flops_per_token(model: ModelConfig, vocab_size: int, frozen: bool = False) -> int:
+    """Operations per trained token in the whole model.
+
+    Args:
+        model: Its sizes.
+        vocab_size: The number of tokens in the vocabulary.
+        frozen: Whether its weights are, as beside an adapter. The adapter itself is not counted.
+    """
+    matrices = model.num_layers * matrix_flops(model) + output_flops(model, vocab_size)
+    attention = model.num_layers * attention_flops(model)
+    return matrix_passes(frozen) * matrices + (1 + BACKWARD) * attention
+
+
+def matrix_passes(frozen: bool) -> int:
+    """Products of each weight matrix, in units of the forward pass."""
+    return 2 if frozen else 1 + BACKWARD

@@ -14,10 +14,14 @@ from megatron_chameleon.planner.search import (
     largest_parts,
 )
 from megatron_chameleon.planner.time import uses_fp8
+from megatron_chameleon.wording import format_count
 
 CONVENTION = (
     "Model FLOPs count all weight matrices, the output layer, and attention over the full square, "
     "although a causal kernel computes half of it; backward = 2 x forward, without recomputation."
+)
+ADAPTER_CONVENTION = CONVENTION.replace(
+    "backward = 2 x forward", "backward = 1 x forward for frozen matrices, 2 x for attention"
 )
 MEMORY_WORDS = {
     "weights": "weights",
@@ -101,7 +105,9 @@ def as_json(result: LayoutSearchResult, top: int) -> dict[str, Any]:
         "gpus": request.gpus,
         "vocab_size": request.vocab_size,
         "tokens": request.tokens,
-        "flops_convention": CONVENTION,
+        "parameters": round(request.parameters.total),
+        "trained_parameters": round(request.parameters.trained),
+        "flops_convention": ADAPTER_CONVENTION if request.config.adapter.rank else CONVENTION,
         "plans": [_plan_json(plan) for plan in result.fitting[:top]],
         "own_layout": None if result.own is None else _plan_json(result.own),
         "do_not_fit": [_plan_json(plan) for plan in result.too_large[:top]],
@@ -145,13 +151,28 @@ def _heading(request: PlanRequest) -> str:
     training, fp8 = request.config.training, request.config.fp8
     precision = f"FP8 ({fp8.recipe})" if uses_fp8(request.config) else training.dtype
     batch, length = training.global_batch_size, request.config.model.seq_length
+    convention = ADAPTER_CONVENTION if request.config.adapter.rank else CONVENTION
     return (
+        f"{_describe_parameters(request)}\n"
         f"{request.gpus} x {request.gpu.name} ({request.gpu.memory_gib:.1f} GiB), {precision}, "
-        f"global batch {batch:,} x {length:,}, {request.tokens / 1e12:.3g}T tokens in all\n"
-        f"{CONVENTION}\n"
+        f"global batch {batch:,} x {length:,}, {format_count(request.tokens)} tokens in all\n"
+        f"{convention}\n"
         "All figures are predictions without failures and restarts. docs/parallelism.md compares "
         "such predictions with published runs."
     )
+
+
+def _describe_parameters(request: PlanRequest) -> str:
+    """How large the model is, and how much of it is trained."""
+    counts, adapter = request.parameters, request.config.adapter
+    text = f"{counts.model:,.0f} parameters"
+    if adapter.rank:
+        kind = "DoRA" if adapter.dora else "LoRA"
+        text += f", frozen{' in nf4' if counts.quantized else ''}, and {counts.adapters:,.0f} of "
+        text += f"an adapter ({kind}, rank {adapter.rank})"
+    elif request.trained is not None:
+        text += f", of which {counts.trained:,.0f} have gradients and optimizer state"
+    return text
 
 
 def _row(name: str, plan: LayoutPlan) -> list[str]:

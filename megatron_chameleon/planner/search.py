@@ -30,6 +30,7 @@ from megatron_chameleon.planner.time import (
     tokens_per_second_per_gpu,
     uses_fp8,
 )
+from megatron_chameleon.planner.trained import StageParameters, Trained, stage_parameters
 from megatron_chameleon.schedules.batch_sizes import plan_batches, samples_before
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -45,6 +46,14 @@ class PlanRequest:
     vocab_size: int
     gpus: int
     gpu: Gpu
+    trained: Trained = None
+    """The trained parameters of the model, where ``model.train`` or ``freeze`` choose them."""
+
+    @property
+    def parameters(self) -> StageParameters:
+        """Of the whole model and its adapters."""
+        whole = dataclasses.replace(self.config, parallel=ParallelConfig())
+        return stage_parameters(whole, self.vocab_size, 0, self.trained)
 
     @property
     def tokens(self) -> int:
@@ -104,9 +113,7 @@ class LayoutPlan:
             size = batch.global_batch_size
             training = dataclasses.replace(self.config.training, global_batch_size=size)
             config = dataclasses.replace(self.config, training=training)
-            step = predict_step(
-                config, self.request.vocab_size, self.request.gpus, self.request.gpu
-            )
+            step = _predict_step(self.request, config)
             seconds += step.total * max(0, end - batch.first_step)
         return seconds / SECONDS_PER_DAY
 
@@ -244,9 +251,14 @@ def _with_recompute(config: Config, kind: str | None) -> Config:
 
 
 def _predict(request: PlanRequest, config: Config) -> LayoutPlan:
-    memory = predict_memory(config, request.vocab_size, request.gpus)
-    step = predict_step(config, request.vocab_size, request.gpus, request.gpu)
-    return LayoutPlan(request, config, memory, step)
+    memory = predict_memory(config, request.vocab_size, request.gpus, request.trained)
+    return LayoutPlan(request, config, memory, _predict_step(request, config))
+
+
+def _predict_step(request: PlanRequest, config: Config) -> StepTimeEstimate:
+    return predict_step(
+        config, request.vocab_size, request.gpus, request.gpu, trained=request.trained
+    )
 
 
 def _yaml(value: object) -> str:

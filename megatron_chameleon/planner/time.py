@@ -13,11 +13,19 @@ from megatron_chameleon.planner.flops import (
     BACKWARD,
     attention_flops,
     matrix_flops,
+    matrix_passes,
     output_flops,
     training_flops_per_token,
 )
 from megatron_chameleon.planner.gpus import Gpu
-from megatron_chameleon.planner.memory import local_sequence, stage_parameters
+from megatron_chameleon.planner.memory import local_sequence
+from megatron_chameleon.planner.trained import (
+    NF4_BYTES,
+    Trained,
+    adapted_sites,
+    stage_parameters,
+    stages_to_compare,
+)
 
 ATTENTION_EFFICIENCY = 0.5
 """Share of the bf16 peak that a fused causal attention kernel reaches on the half it computes."""
@@ -83,7 +91,12 @@ class _LayerTime:
 
 
 def predict_step(
-    config: Config, vocab_size: int, world_size: int, gpu: Gpu, software: Software | None = None
+    config: Config,
+    vocab_size: int,
+    world_size: int,
+    gpu: Gpu,
+    software: Software | None = None,
+    trained: Trained = None,
 ) -> StepTimeEstimate:
     """Predict the time of a step, part by part.
 
@@ -93,6 +106,8 @@ def predict_step(
         world_size: The number of processes.
         gpu: The GPU that each process has.
         software: The training system; None means this project.
+        trained: The trained parameters of the model, where ``model.train`` or ``freeze`` choose
+            them. Passes through frozen layers are counted as if these were trained.
     """
     parallel, training = config.parallel, config.training
     software = software or Software()
@@ -112,6 +127,7 @@ def predict_step(
     paced_logits = logits if slowest_is_last else 0.0
     micro_batch = layers * layer.total + logits / pp
     messages = _pipeline_messages(config, gpu, world_size, count)
+    updated = _trained_parameters(config, vocab_size, trained)
     parts = StepTimeEstimate(
         matrices=count * paced * layer.matrices,
         attention=count * paced * layer.attention,
@@ -121,8 +137,8 @@ def predict_step(
         tensor_messages=count * paced * layer.tensor_messages,
         pipeline_messages=messages,
         bubble=(pp - 1) / vpp * micro_batch,
-        data_messages=_data_messages(config, vocab_size, gpu, data, layers * layer.total),
-        optimizer=_optimizer_time(config, vocab_size, gpu, data),
+        data_messages=_data_messages(config, updated, gpu, data, layers * layer.total),
+        optimizer=_optimizer_time(config, updated, gpu, data),
         other=0.0,
     )
     return replace(parts, other=parts.total * OVERHEAD / (1 - OVERHEAD))
@@ -136,7 +152,8 @@ def tokens_per_second_per_gpu(config: Config, world_size: int, step_seconds: flo
 
 def model_tflops(config: Config, vocab_size: int, tokens_per_second: float) -> float:
     """TFLOP/s by the convention of ``flops.py``."""
-    return training_flops_per_token(config.model, vocab_size) * tokens_per_second / 1e12
+    flops = training_flops_per_token(config.model, vocab_size, config.adapter.rank > 0)
+    return flops * tokens_per_second / 1e12
 
 
 def uses_fp8(config: Config) -> bool:
@@ -149,7 +166,7 @@ def _layer_time(config: Config, gpu: Gpu, software: Software) -> _LayerTime:
     tokens = training.micro_batch_size * local_sequence(config)
     rate = gpu.peak_flops(training.dtype, uses_fp8(config))
     rate *= gpu.fp8_efficiency if uses_fp8(config) else gpu.bf16_efficiency
-    matrices = tokens * matrix_flops(model) / tp / rate
+    matrices = tokens * matrix_flops(model) / tp / rate + _unpacking_seconds(config, gpu)
     # causal: half of the square is computed
     causal = tokens * attention_flops(model) / 2 / tp
     attention = causal / (gpu.peak_flops(training.dtype, False) * ATTENTION_EFFICIENCY)
@@ -158,7 +175,7 @@ def _layer_time(config: Config, gpu: Gpu, software: Software) -> _LayerTime:
     forward = matrices + attention + elementwise + 4 * collective
     recompute = {None: 0.0, "selective": attention, "full": forward}
     return _LayerTime(
-        matrices=matrices * (1 + BACKWARD),
+        matrices=matrices * matrix_passes(config.adapter.rank > 0),
         attention=attention * (1 + ATTENTION_BACKWARD),
         elementwise=elementwise * (1 + BACKWARD),
         recompute=recompute[parallel.recompute_granularity],
@@ -181,6 +198,9 @@ def _elementwise_bytes(config: Config, software: Software) -> float:
     norm_passes = 0 if model.qk_norm_groups == 0 else 2
     heads = (rope_passes + norm_passes) * (hidden + keys)
     found = width * (stream / split + (heads + gate_passes * model.ffn_hidden_size) / tp)
+    for site, _ in adapted_sites(config):  # input; what is added, joined with the output
+        outputs = sum(site.outputs(model).values())
+        found += width * (site.inputs(model) + 4 * outputs) / tp
     if uses_fp8(config):  # casts of four inputs, each written twice: plain and transposed
         found += (2 + 2) * (2 * hidden / split + (hidden + model.ffn_hidden_size) / tp)
     return found
@@ -190,7 +210,8 @@ def _logit_time(config: Config, vocab_size: int, gpu: Gpu) -> float:
     """Seconds of the output layer and the loss, per micro-batch."""
     tp = config.parallel.tensor_model_parallel_size
     tokens = config.training.micro_batch_size * local_sequence(config)
-    flops = (1 + BACKWARD) * tokens * output_flops(config.model, vocab_size) / tp
+    passes = matrix_passes(config.adapter.rank > 0)
+    flops = passes * tokens * output_flops(config.model, vocab_size) / tp
     rate = gpu.peak_flops(config.training.dtype, False) * gpu.bf16_efficiency
     return flops / rate + tokens * LOSS_BYTES * vocab_size / tp / _memory_rate(gpu)
 
@@ -232,7 +253,7 @@ def _pipeline_messages(config: Config, gpu: Gpu, world_size: int, count: float) 
 
 
 def _data_messages(
-    config: Config, vocab_size: int, gpu: Gpu, data: int, micro_batch_seconds: float
+    config: Config, parameters: float, gpu: Gpu, data: int, micro_batch_seconds: float
 ) -> float:
     """Seconds of gradient reduction and weight gathering that do not overlap with computation.
 
@@ -244,7 +265,6 @@ def _data_messages(
     if size == 1:
         return 0.0
     tp = parallel.tensor_model_parallel_size
-    parameters = stage_parameters(config, vocab_size, 0)
     share = (size - 1) / size
     # tp groups share the network cards of a node
     network = gpu.network_gb_per_second * max(1.0, gpu.gpus_per_node / tp)
@@ -264,11 +284,25 @@ def _data_messages(
     return reduce + gather
 
 
-def _optimizer_time(config: Config, vocab_size: int, gpu: Gpu, data: int) -> float:
+def _optimizer_time(config: Config, parameters: float, gpu: Gpu, data: int) -> float:
     parallel = config.parallel
     split = data * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
-    parameters = stage_parameters(config, vocab_size, 0)
     return parameters / split * OPTIMIZER_BYTES / _memory_rate(gpu)
+
+
+def _trained_parameters(config: Config, vocab_size: int, trained: Trained) -> float:
+    """Of the process that updates the most."""
+    stages = {0} if trained is None else stages_to_compare(config, trained)
+    return max(stage_parameters(config, vocab_size, stage, trained).trained for stage in stages)
+
+
+def _unpacking_seconds(config: Config, gpu: Gpu) -> float:
+    """Seconds to make the matrices of a layer of 4 bits those of the training format, once."""
+    if config.adapter.quantize != "nf4":
+        return 0.0
+    width = 2 if config.training.dtype == "bf16" else 4
+    numbers = matrix_flops(config.model) / 2 / config.parallel.tensor_model_parallel_size
+    return numbers * (NF4_BYTES + width) / _memory_rate(gpu)
 
 
 def _memory_rate(gpu: Gpu) -> float:

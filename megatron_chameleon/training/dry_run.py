@@ -97,7 +97,8 @@ def _not_tried(obstacle: str) -> str:
 
 def _machine_problems(inputs: RunInputs, world_size: int) -> list[ConfigError]:
     problems = machine_problems(inputs.config)
-    if lack := memory_problem(inputs.config, inputs.tokenizer.vocabulary.size, world_size):
+    vocab_size, trained = inputs.tokenizer.vocabulary.size, inputs.with_gradient
+    if lack := memory_problem(inputs.config, vocab_size, world_size, trained):
         problems.append(lack)
     return problems
 
@@ -137,7 +138,8 @@ def _cpu_seconds(inputs: RunInputs, world_size: int) -> float:
     config = inputs.config
     samples = inputs.reader.history.batch_size(_steps_done(inputs))
     tokens = samples * config.model.seq_length
-    flops = training_flops_per_token(config.model, inputs.tokenizer.vocabulary.size) * tokens
+    vocab_size, frozen = inputs.tokenizer.vocabulary.size, config.adapter.rank > 0
+    flops = training_flops_per_token(config.model, vocab_size, frozen) * tokens
     cores = min(world_size, 64) * (os.cpu_count() or 1)  # as many as all nodes could have
     return flops / (CPU_FLOPS * cores)
 

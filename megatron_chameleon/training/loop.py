@@ -42,7 +42,9 @@ def train(inputs: RunInputs, launch: Launch) -> bool:
     """
     check_machine(inputs.config)
     vocab_size = inputs.tokenizer.vocabulary.size
-    if problem := memory_problem(inputs.config, vocab_size, launch.world_size):
+    if problem := memory_problem(
+        inputs.config, vocab_size, launch.world_size, inputs.with_gradient
+    ):
         raise problem
     with StopSignals() as stop_signals:
         prepare_megatron()

@@ -63,7 +63,8 @@ def prepare_run(
     tokenizer = load_tokenizer(config.tokenizer.path, images=False)
     for problem in check_vocabulary(tokenizer.vocabulary.size, config):
         raise problem
-    select_trained(config, tokenizer.vocabulary.size, tokenizer.vocabulary.code_token_ids)
+    image_ids = tokenizer.vocabulary.code_token_ids
+    selection = select_trained(config, tokenizer.vocabulary.size, image_ids)
     check_samples(config)
     start = start or find_start(checkpoints_folder(config), resume, weights_only=weights_only)
     first = find_first_weights(config, start)
@@ -88,6 +89,7 @@ def prepare_run(
         weight_entries=first.entries,
         held_out=held_out,
         trained=trained,
+        with_gradient=selection.with_gradient,
         conversations=bool(
             trained_on_conversations(state) if state or not weights else weights.conversations
         ),

@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config/checks": {"config", "schedules"},
     "schedules": {"config"},
     "parallel": {"config"},
-    "planner": {"config", "config/checks", "schedules"},
+    # adapters' shapes, from the table of their names, which needs no torch
+    "planner": {"checkpoint/names", "config", "config/checks", "schedules"},
     "images": set(),
     "tokenizer/common": set(),
     "tokenizer/image": {"config", "images", "tokenizer/common"},
@@ -43,21 +44,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data/filter/measures": {*DOCUMENTS, "config", "tokenizer"},
     "data/filter": {*DOCUMENTS, "data/filter/measures", "data/workers", "pages"},
     "data/mixture": {"config", "data/token_files", "schedules", "tokenizer/common"},
-    "data/batches": {
-        "config",
-        "data/mixture",
-        "data/token_files",
-        "tokenizer",
-        "tokenizer/common",
-    },
+    "data/batches": {"config", "data/mixture", "data/token_files", "tokenizer", "tokenizer/common"},
     # held-out documents are cut, read and collated as those of training, in an order of their own
-    "data/validation": {
-        "config",
-        "data/batches",
-        "data/mixture",
-        "data/token_files",
-        "tokenizer",
-    },
+    "data/validation": {"config", "data/batches", "data/mixture", "data/token_files", "tokenizer"},
     "data/views": {
         "config",  # what a run has read follows from its config
         # a raw input is shown as preprocessing would read it

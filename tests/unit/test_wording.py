@@ -8,7 +8,7 @@ from megatron_chameleon import wording
 
 
 def test_the_examples_hold() -> None:
-    assert doctest.testmod(wording) == (0, 5)
+    assert doctest.testmod(wording) == (0, 6)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,10 @@ def _check_context_attention(config: Config) -> Iterator[ConfigError]:
 
 def _check_data(config: Config) -> Iterator[ConfigError]:
     if not config.tokenizer.path:
-        remedy = "Give the folder that `chameleon tokenizer` wrote"
+        remedy = (
+            "Give the folder that `chameleon tokenizer` wrote, or --start-from with weights to "
+        )
+        remedy += "inherit it from"
         yield ConfigError("tokenizer.path", "not set", remedy)
     if not config.data.stage1:
         remedy = "List at least one, with prefix and weight"

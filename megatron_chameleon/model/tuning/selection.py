@@ -65,6 +65,14 @@ class Selection:
         return width * sum(last - first for first, last in self.trained[name])
 
     @property
+    def with_gradient(self) -> dict[str, int] | None:
+        """The elements of each parameter that has a gradient and optimizer state, for the planner;
+        None: all have, or beside an adapter none. If some rows are trained, all rows have them."""
+        if self.is_everything or not self.trained_count:
+            return None
+        return {name: math.prod(self.shapes[name]) for name, rows in self.trained.items() if rows}
+
+    @property
     def trained_count(self) -> int:
         """The trained elements of the whole model."""
         return sum(map(self.count, self.trained))

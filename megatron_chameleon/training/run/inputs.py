@@ -42,6 +42,9 @@ class RunInputs:
     """The documents of ``data.validation``; None if there are none."""
     trained: TrainedTokens = field(default_factory=TrainedTokens)
     """Up to the last step that was done."""
+    with_gradient: Mapping[str, int] | None = None
+    """The elements of each parameter that has a gradient, if ``model.train`` or ``freeze`` choose
+    them."""
     conversations: bool = False
     """Whether the checkpoint where the run starts was trained on conversations."""
 

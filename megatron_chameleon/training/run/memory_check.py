@@ -9,6 +9,7 @@ from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.machine import machine_memory, too_large
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.planner.memory import predict_memory
+from megatron_chameleon.planner.trained import Trained
 
 BYTES_PER_TOKEN = 29
 """Of a ``Batch``: three int64, a float32 and a bool. The lengths of documents take little more."""
@@ -19,7 +20,9 @@ _ADVICE = {
 }
 
 
-def memory_problem(config: Config, vocab_size: int, world_size: int) -> ConfigError | None:
+def memory_problem(
+    config: Config, vocab_size: int, world_size: int, trained: Trained = None
+) -> ConfigError | None:
     """The error to raise for a run that cannot fit; None if it may fit.
 
     The planner's estimate is for the megatron engine. DeepSpeed's may keep less in each process, so
@@ -29,13 +32,15 @@ def memory_problem(config: Config, vocab_size: int, world_size: int) -> ConfigEr
         config: A checked config.
         vocab_size: The number of tokens in the vocabulary.
         world_size: Number of processes of the run.
+        trained: The trained parameters of the model, where ``model.train`` or ``freeze`` choose
+            them.
     """
     processes = _local_processes(world_size)
     remedy = "Use a smaller global batch, or more data-parallel ranks"
     needed = processes * batch_bytes(config, world_size)
     if problem := too_large("training.global_batch_size", needed, machine_memory(), remedy):
         return problem
-    estimate = dataclasses.asdict(predict_memory(config, vocab_size, world_size))
+    estimate = dataclasses.asdict(predict_memory(config, vocab_size, world_size, trained))
     estimate["reserved"] = 0.0
     if config.engine.name == "deepspeed":
         estimate = {"weights": estimate["weights"] / world_size}

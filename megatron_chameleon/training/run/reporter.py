@@ -184,7 +184,8 @@ class SpeedMeter:
         gpu = find_gpu(self._device_name) if self._device_name else None
         dtype = config.training.dtype
         self._peak = gpu.peak_flops(dtype, uses_fp8(config)) if gpu else None
-        self._flops_per_token = training_flops_per_token(config.model, vocab_size)
+        frozen = config.adapter.rank > 0
+        self._flops_per_token = training_flops_per_token(config.model, vocab_size, frozen)
         self._world_size = world_size
 
     def metrics(
