@@ -36,7 +36,7 @@ print(session.caption([image]))
 """
 
 PAGES = {
-    "index": ApiPage(
+    "python": ApiPage(
         "Python API",
         "These names are imported from `megatron_chameleon` itself. Importing the package imports "
         "neither torch nor anything else that is heavy; a name is imported when it is used first. "

@@ -46,4 +46,5 @@ if __name__ == "__main__":
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         sys.exit(1)
-    print(f"{SITE}: {sum(1 for _ in SITE.rglob('*.html'))} pages; open {SITE / 'index.html'}")
+    print(f"{sum(1 for _ in SITE.rglob('*.html'))} pages: open {SITE / 'index.html'}")
+    print(f"The search needs a server: python -m http.server --directory {SITE}")

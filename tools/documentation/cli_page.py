@@ -130,12 +130,16 @@ def argument_lines(action: argparse.Action) -> list[str]:
         parts.append("One of " + ", ".join(code(str(choice)) for choice in action.choices) + ".")
     if (default := _default(action)) and "default" not in text:
         parts.append(f"Default: {code(default)}.")
-    body = " ".join(
-        part[0].upper() + part[1:] + ("" if part.endswith((".", "?")) else ".")
-        for part in parts
-        if part
-    )
-    return [f"**{code(argument_name(action))}**", f":   {body}", ""]
+    name = argument_name(action)
+    body = " ".join(_sentence(part, name) for part in parts if part)
+    return [f"**{code(name)}**", f":   {body}", ""]
+
+
+def _sentence(text: str, name: str) -> str:
+    """The text with a capital letter, unless its first word is a value of the argument."""
+    first = re.split(r"[\s:,]", text)[0]
+    begins = text[0] if first in re.split(r"[^\w-]+", name) else text[0].upper()
+    return begins + text[1:] + ("" if text.endswith((".", "?")) else ".")
 
 
 def argument_name(action: argparse.Action) -> str:

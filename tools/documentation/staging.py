@@ -44,7 +44,7 @@ def generated_pages() -> dict[str, str]:
     return {
         **{f"reference/{name}.md": text for name, text in config_pages().items()},
         **{f"reference/cli/{name}.md": text for name, text in cli_pages().items()},
-        **{f"reference/python/{name}.md": text for name, text in api_pages().items()},
+        **{f"reference/{name}.md": text for name, text in api_pages().items()},
     }
 
 
