@@ -3,6 +3,7 @@
 # make test-fast   the quick unit tests
 # make test-vllm   the tests with a real vLLM, in an environment of its own (three gigabytes)
 # make check       formatting, lint and types
+# make wheel       dist/*.whl, which pip installs anywhere
 # make docs        the documentation as a site, site/index.html; warnings and dead links are errors
 PYTHON ?= python3.11
 VENV := .venv
@@ -12,7 +13,7 @@ SEED ?= 1
 VLLM_PYTHON ?= .venv-vllm/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast test-vllm check docs format clean
+.PHONY: wheel demo test test-fast test-vllm check docs format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/demo: setup.py constraints.txt
@@ -66,6 +67,9 @@ $(VENV)/docs: $(VENV)/demo
 
 docs: $(VENV)/docs
 	$(BIN)/python -m tools.documentation.build
+
+wheel: $(VENV)/demo
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

@@ -102,6 +102,7 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
+            "setuptools>=77",  # builds the wheel that a test unpacks
             "mpi4py",
             "mpich",  # mpiexec, as a wheel
             "triton; platform_system == 'Linux'",  # its interpreter runs our kernels without a GPU
