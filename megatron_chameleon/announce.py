@@ -9,13 +9,15 @@ A step that is over quickly prints nothing. The line goes to standard error, lik
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 AFTER_SECONDS = 1.5
 """With the imports before it, the first line of a command comes within five seconds."""
-IMPORT_SECONDS = 3.0
+IMPORT_SECONDS = 2.0
+_WATCH_SECONDS = 0.25
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +36,30 @@ def announced(what: str, after_seconds: float = AFTER_SECONDS) -> Iterator[None]
 
 @contextmanager
 def announced_imports() -> Iterator[None]:
-    """Log that libraries are being loaded, if the block still does that after some seconds.
+    """Log once that libraries are being loaded, when the main thread has done that for a while.
 
-    PyTorch on a slow network file system takes minutes. Called in the main thread.
+    PyTorch takes some seconds, and minutes on a slow network file system. A verb loads it after
+    its first checks, so the whole block is watched. Called in the main thread.
     """
-    main = threading.get_ident()
+    main, is_over = threading.get_ident(), threading.Event()
 
-    def look() -> None:
-        if is_importing(sys._current_frames().get(main)):
-            _say("loading PyTorch and other libraries")
+    def watch() -> None:
+        since: float | None = None
+        while not is_over.wait(_WATCH_SECONDS):
+            now = time.monotonic()
+            if not is_importing(sys._current_frames().get(main)):
+                since = None
+            elif since is None:
+                since = now
+            elif now - since >= IMPORT_SECONDS:
+                _say("loading PyTorch and other libraries")
+                return
 
-    with _timer(IMPORT_SECONDS, look):
+    threading.Thread(target=watch, daemon=True).start()
+    try:
         yield
+    finally:
+        is_over.set()
 
 
 def is_importing(frame: FrameType | None) -> bool:
