@@ -17,6 +17,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "licences.md"
 STATED_ELSEWHERE = {
+    "axe-playwright-python": "MIT; axe-core in it: MPL-2.0",
     "pycocoevalcap": "BSD-2-Clause",
     "transformer-engine": "Apache-2.0",
     "matplotlib": "PSF-based (matplotlib's own)",

@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of tasks or FILE.yaml, separated by commas; `list` prints all names with the "
         "paper's figures",
     )
-    parser.add_argument("--output", metavar="DIR", help="folder for results.json and samples.jsonl")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder for results.json, samples.jsonl and a page"
+    )
     parser.add_argument(
         "--data", metavar="DIR", help="folder with local data (default: the hub, text tasks only)"
     )
@@ -70,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
             )
 
     from megatron_chameleon.announce import announced
-    from megatron_chameleon.evaluation.runner import RESULTS_FILE, load_tasks, run_tasks
+    from megatron_chameleon.cli.origins import page_origin
+    from megatron_chameleon.evaluation.runner import PAGE_FILE, RESULTS_FILE, load_tasks, run_tasks
     from megatron_chameleon.evaluation.tasks.results import results_table
     from megatron_chameleon.inference.session import Session
     from megatron_chameleon.outputs import check_output_folder
@@ -85,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
     output = check_output_folder("--output", args.output)
     session = Session.load(args.checkpoint, args.device, args.tokenizer, ema=args.ema)
     name = f"{args.checkpoint} (EMA of the weights)" if args.ema else args.checkpoint
-    results = run_tasks(session, name, runs, output, progress)
+    origin = page_origin(args, seed=args.seed)
+    results = run_tasks(session, name, runs, output, progress, origin=origin)
     show(results_table(results["tasks"]))
-    progress(f"written: {output / RESULTS_FILE}")
+    progress(f"written: {output / RESULTS_FILE}, and a page: {output / PAGE_FILE}")

@@ -3,6 +3,7 @@
 OUTPUT/answers.jsonl    every answer of the model, as it arrives: a killed evaluation is resumed
 OUTPUT/samples.jsonl    every item: prompt, answer, reference, scores
 OUTPUT/results.json     every figure with its error and settings, beside the paper's figure
+OUTPUT/results.html     the same as a page, with examples right and wrong
 """
 
 import json
@@ -17,11 +18,13 @@ from megatron_chameleon import __version__
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.evaluation.asking.answer_cache import AnswerCache, model_fingerprint
 from megatron_chameleon.evaluation.asking.asker import Asker
+from megatron_chameleon.evaluation.page import evaluation_page, interval, task_section
 from megatron_chameleon.evaluation.tasks import cider, harness, item_files, items
 from megatron_chameleon.evaluation.tasks.catalogue import TASKS, TaskInfo, find_task
 from megatron_chameleon.evaluation.tasks.results import TaskResult
 from megatron_chameleon.files import write_together
 from megatron_chameleon.images.options import ImageOptions
+from megatron_chameleon.pages.page import Origin
 from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT = "megatron_chameleon.results/1"
 RESULTS_FILE = "results.json"
 SAMPLES_FILE = "samples.jsonl"
+PAGE_FILE = "results.html"
 PACKAGES = ("torch", "transformers", "lm-eval", "pycocoevalcap")
 
 TaskRunner = Callable[[Asker], TaskResult]
@@ -114,8 +118,10 @@ def run_tasks(
     runners: dict[str, TaskRunner],
     output: Path,
     progress: Callable[[str], None] = lambda line: None,
+    *,
+    origin: Origin,
 ) -> dict[str, Any]:
-    """Run tasks; after each task, write ``results.json`` and ``samples.jsonl`` again.
+    """Run tasks; after each task, write results, samples and their page again.
 
     Args:
         session: The model.
@@ -123,6 +129,7 @@ def run_tasks(
         runners: What ``load_tasks`` returns.
         output: The folder to write to. Answers that are already there are not asked again.
         progress: Called with a line of text after each batch.
+        origin: Which command writes the page, and when.
 
     Returns:
         The content of ``results.json``.
@@ -143,6 +150,8 @@ def run_tasks(
         "tasks": {},
     }
     lines: list[str] = []
+    sections: list[str] = []
+    intervals: dict[str, tuple[float, float]] = {}
     with AnswerCache(output, model) as answers:
         if len(answers):
             progress(f"found {counted(len(answers), 'answer')} of an earlier run: {answers.path}")
@@ -151,19 +160,22 @@ def run_tasks(
             report(f"asking {checkpoint}")
             result = run_task(Asker(session, answers, report))
             results["tasks"][name] = result.summary()
+            sections.append(task_section(result))
+            intervals[name] = interval(result)
             lines += [
                 json.dumps({"task": name, **asdict(scored_item)}, ensure_ascii=False)
                 for scored_item in result.scored_items
             ]
-            _write(output, results, lines)
+            _write(output, results, lines, evaluation_page(results, intervals, sections, origin))
     return results
 
 
-def _write(output: Path, results: Mapping[str, Any], lines: Sequence[str]) -> None:
-    """Write the results and the samples: both or none."""
+def _write(output: Path, results: Mapping[str, Any], lines: Sequence[str], page: str) -> None:
+    """Write the results, the samples and the page: all or none."""
     contents = {
         RESULTS_FILE: json.dumps(results, indent=2, ensure_ascii=False) + "\n",
         SAMPLES_FILE: "".join(line + "\n" for line in lines),
+        PAGE_FILE: page,
     }
     write_together(
         {output / name: text.encode("utf-8", "surrogatepass") for name, text in contents.items()}

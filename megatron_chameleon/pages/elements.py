@@ -70,7 +70,8 @@ def table(heads: Sequence[str | Cell], rows: Iterable[Sequence[object]], label: 
     """
     columns = [head if isinstance(head, Cell) else Cell(head) for head in heads]
     first = "".join(
-        Cell(column.text, "n" if column.kind == "n" else "").html("th") for column in columns
+        Cell(column.text, "n" if column.kind == "n" else "").html("th" if column.text else "td")
+        for column in columns
     )
     lines = []
     for row in rows:

@@ -41,7 +41,7 @@ class Origin:
         date = self.date.astimezone(UTC)
         found = [("about", self.name), *self.more]
         found += [] if self.seed is None else [("seed", str(self.seed))]
-        return [*found, ("written", f"{date:%Y-%m-%d %H:%M} UTC"), ("by", self.command)]
+        return [*found, ("written", f"{date:%Y-%m-%d %H:%M} UTC"), ("command", self.command)]
 
 
 def page(
@@ -84,7 +84,7 @@ def _origin(origin: Origin) -> str:
     rows = []
     for name, text in origin.facts():
         shown = escape(cut(mask_secrets(text), _LONGEST_FACT))
-        content = f"<code>{shown}</code>" if name == "by" else shown
+        content = f"<code>{shown}</code>" if name == "command" else shown
         rows.append(f"<div><dt>{escape(name)}</dt><dd>{content}</dd></div>")
     return f'<dl class="origin">{"".join(rows)}</dl>'
 

@@ -21,7 +21,7 @@ p.how { color: var(--soft); max-width: 46rem; } small, .pale { color: var(--pale
 code { font-family: ui-monospace, monospace; font-size: .95em; }
 .origin { margin: .5rem 0 1.5rem; padding: 0; font-size: .8rem; color: var(--pale); display: grid;
   gap: .1rem; }
-.origin div { display: flex; gap: .6rem; } .origin dt { flex: none; width: 5rem; }
+.origin div { display: flex; gap: .6rem; } .origin dt { flex: none; width: 5.2rem; }
 .origin dd { margin: 0; min-width: 0; }
 footer { margin-top: 3rem; font-size: .8rem; color: var(--pale); }
 
@@ -89,7 +89,7 @@ td.long { min-width: 14rem; overflow-wrap: anywhere; } td.bar { min-width: 6rem;
   border-radius: .5rem; break-inside: avoid; }
 .samples img { width: 100%; max-width: 160px; height: auto; image-rendering: pixelated;
   max-height: 192px; object-fit: contain; display: block; margin: .25rem 0; }
-.samples.wide img { width: auto; max-width: 100%; max-height: 192px; }
+.samples.wide img { width: auto; min-width: min(100%, 4rem); max-width: 100%; }
 .samples .row { display: flex; flex-wrap: wrap; gap: .35rem; }
 .samples p { margin: .25rem 0; white-space: pre-wrap; font-size: .85rem; }
 .samples b, .samples strong { font-size: .85rem; }
@@ -98,6 +98,8 @@ td.long { min-width: 14rem; overflow-wrap: anywhere; } td.bar { min-width: 6rem;
 .samples .wrong { border-left: .25rem solid var(--bad); }
 .parts img { display: block; max-width: 100%; min-width: min(100%, 10rem); height: auto;
   min-height: 1rem; max-height: 24rem; margin: .4rem 0; object-fit: contain; }
+.turn img { display: block; min-width: 4rem; max-width: 100%; object-fit: contain; height: auto;
+  max-height: 192px; image-rendering: pixelated; margin: .25rem 0; } .turn small { display: block; }
 .parts, .turn p { white-space: pre-wrap; } .turn { margin: .5rem 0; }
 .turn.prompt { color: var(--pale); border-left: .25rem solid var(--line); padding-left: .6rem; }
 
@@ -136,8 +138,6 @@ td.long { min-width: 14rem; overflow-wrap: anywhere; } td.bar { min-width: 6rem;
 .form .box { max-height: 70vh; overflow: auto; }
 .form h2 { margin: 1.25rem 0 0; font-size: 1.1rem; } .form h2:focus { outline: none; }
 .form h3 { margin: 1rem 0 .3rem; color: var(--soft); }
-@media (max-width: 44rem) { .answers.two { grid-template-columns: minmax(0, 1fr); }
-  .if-narrow { display: inline; } .if-wide { display: none; } }
 fieldset.options { border: 0; margin: 1.25rem 0; padding: 0; display: grid; gap: .5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 12rem), 1fr)); }
 fieldset.options legend { font-weight: 600; padding: 0; margin-bottom: .4rem; }
@@ -158,6 +158,9 @@ button.main { background: var(--c0); border-color: var(--c0); color: var(--on); 
 button:disabled { opacity: .5; cursor: default; }
 kbd { font-family: ui-monospace, monospace; font-size: .85em; border: 1px solid var(--edge);
   border-radius: .25rem; padding: 0 .3rem; }
+@media (max-width: 44rem) { .answers.two { grid-template-columns: minmax(0, 1fr); }
+  .if-narrow { display: inline; } .if-wide { display: none; }
+  .toolbar .state { flex-basis: 100%; } }
 
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem;
   overflow-x: auto; overflow-wrap: normal; font-size: .8rem; }
@@ -165,7 +168,7 @@ details { margin: .75rem 0; } details summary { cursor: pointer; color: var(--so
 @media (max-width: 36rem) { body { margin: 1.25rem auto; padding: 0 1rem; }
   h1 { font-size: 1.5rem; } .plot.tall { height: 14rem; } .plot, .axis, .legend
   { margin-left: 2.8rem; } .document { padding-inline: .6rem; }
-  .origin dt { width: 4rem; } }
+  .origin dt { width: 4.7rem; } }
 @media print { :root { color-scheme: light; --ink: #000; --soft: #333; --pale: #444;
     --line: #ccc; --panel: #fff; --back: #fff; --stripe: #eee; --c0: #2b6cb0; --c1: #b7521d;
     --c2: #2f855a; --c3: #6b46c1; --c4: #b83280; --c5: #4a5568; --good: #276749; --bad: #c53030; }

@@ -62,7 +62,7 @@ def report_page(path: str | Path, origin: Origin) -> tuple[RunRecord, str]:
 def _origin(run: RunRecord, origin: Origin) -> Origin:
     """What the run's files say of where it comes from."""
     more = [("folder", str(run.path.resolve())), ("last step", _last_written(run))]
-    more += [("trained by", run.commands[-1])] if run.commands else []
+    more += [("trained", run.commands[-1])] if run.commands else []
     return replace(origin, name=run.name, seed=run.seed, more=more)
 
 

@@ -222,6 +222,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "evaluation/tasks",
         "images",
         "inference",
+        "pages",
         "runs",
     },
     # the loss on pairs of answers, which engines minimise and metrics take means of

@@ -183,7 +183,9 @@ def write_input_page(path: Path, name: str, found: RawInput, origin: pages.Origi
         body.append(heading("Documents"))
         body.append(how("Prompts are grey: the loss counts what is trained, and answers."))
     body += [_document_html(document) for document in found.first]
-    content = pages.page(f"Documents of {name}", body, replace(origin, name=name))
+    content = pages.page(
+        f"Documents of {Path(name).name or name}", body, replace(origin, name=name)
+    )
     write_text(path, content)
     return len(found.first)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_chameleon.data.token_files.modality_balance import describe_answers
 from megatron_chameleon.data.token_files.reader import TokenFile, TokenFileInfo
+from megatron_chameleon.data.views.audit import KINDS, kinds_of
 from megatron_chameleon.data.views.tokens import render_tokens, special_tokens
 from megatron_chameleon.files import write_text
 from megatron_chameleon.pages.elements import (
@@ -24,6 +25,8 @@ from megatron_chameleon.pages.elements import (
     heading,
     how,
     preformatted,
+    stripe_key,
+    stripes,
     table,
 )
 from megatron_chameleon.pages.page import Origin, page
@@ -124,6 +127,7 @@ def write_token_file_page(
         *_summary(token_file),
         heading(f"Documents {start:,} to {chosen.stop - 1:,}"),
         how("This is what the model sees: all of it, images included, is decoded from token ids."),
+        stripe_key(KINDS),
         special_tokens(tokenizer.vocabulary),
         *(_article(position, token_file, tokenizer) for position in chosen),
     ]
@@ -160,6 +164,10 @@ def _article(position: int, token_file: TokenFile, tokenizer: Tokenizer) -> str:
     origin = token_file.origin(position)
     place = f" · {origin.input}:{origin.record}" if origin.input else ""
     share = token_file.image_spans(position)["length"].sum() / len(token_ids)
+    kinds = kinds_of(token_ids, tokenizer.vocabulary)
+    counts = np.bincount(kinds, minlength=len(KINDS)) / len(kinds)
+    shares = list(enumerate(counts.tolist()))
+    alt = ", ".join(f"{100 * part:.0f}% {KINDS[kind]}" for kind, part in shares)
     head = f"document {position} · {origin.corpus_name}{place} · {len(token_ids)} tokens, "
     head += f"{100 * share:.0f}% of them of images"
     trained = None
@@ -169,4 +177,4 @@ def _article(position: int, token_file: TokenFile, tokenizer: Tokenizer) -> str:
             trained[start : start + length] = True
         head += f", {100 * trained.mean():.0f}% trained"
     body = render_tokens(token_ids, tokenizer, trained)
-    return f'<article class="document">{heading(head, 3)}{bar(share)}{body}</article>'
+    return f'<article class="document">{heading(head, 3)}{stripes(shares, alt)}{body}</article>'

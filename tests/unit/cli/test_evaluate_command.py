@@ -35,6 +35,9 @@ def test_results_and_samples_are_written_and_kept(
     samples = (own / "out/samples.jsonl").read_text().splitlines()
     first = json.loads(samples[0])
     assert first["prompt"] == ["0 is"] and set(first["scores"]) == {"contains"}
+    page = (own / "out/results.html").read_text()
+    assert "chameleon evaluate" in page and "<h3>Wrong: 5</h3>" in page and "<h3>Right: 0" in page
+    assert "0.0 – 43.4" in page and page.count('class="wrong"') == 5  # Wilson's interval of 0 of 5
     answers = own / "out/answers.jsonl"
     kept = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join(kept[:3]))  # killed after the first batch
