@@ -1,7 +1,8 @@
 """Both engines compute the same, and each can resume a run of the other.
 
-ZeRO 0 to 3, tensor parallelism and offload are compared with the megatron engine. All runs with the
-same number of processes share one launch (``train_many.py``).
+ZeRO 0 to 3, tensor parallelism and offload are compared with the megatron engine; so are runs that
+train an adapter or a part of the model, over all layouts. All runs with the same number of
+processes share one launch (``train_many.py``).
 """
 
 import json
@@ -12,10 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from megatron_chameleon.checkpoint.convert.adapter import export_adapter
 from megatron_chameleon.checkpoint.convert.run import convert
+from megatron_chameleon.checkpoint.formats.adapted import find_adapter
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.data.preprocess.run import preprocess
+from megatron_chameleon.tokenizer.folder import load_tokenizer
 from places import PROGRAMS
 from run_command import environment
 
@@ -36,6 +41,7 @@ EXACT = (*TOLERANCES, "step", "consumed_samples", "consumed_tokens", "trained_to
 
 TENSOR = ["parallel.tensor_model_parallel_size=2"]
 SEQUENCE = [*TENSOR, "parallel.sequence_parallel=true"]
+PIPELINE = "parallel.pipeline_model_parallel_size=2"
 
 
 def zero(stage: int, *overrides: str) -> list[str]:
@@ -67,8 +73,33 @@ PARTS = {
     "zero1-part": zero(1, *PART),
     "zero3-part": zero(3, *PART),
     # The first stage trains nothing.
-    "pipeline-part": [*PART, "parallel.pipeline_model_parallel_size=2"],
+    "pipeline-part": [*PART, PIPELINE],
+    "distributed-part": [*PART, DISTRIBUTED],
 }
+FOUR_PARTS = {
+    "tensor-pipeline-part": [*PART, *SEQUENCE, PIPELINE, DISTRIBUTED],
+    "interleaved-part": [*PART, PIPELINE, "parallel.virtual_pipeline_model_parallel_size=2"],
+    "zero2-part": zero(2, *PART, *TENSOR),
+}
+"""On four processes."""
+ADAPTER = [
+    *("training.steps=4", "checkpoint.every_steps=2", "checkpoint.keep_last=2"),
+    *("optimizer.lr=5e-3", "adapter.rank=4"),
+]
+DORA = [*ADAPTER, "adapter.dora=true", "adapter.dropout=0.1"]
+ADAPTERS = {
+    "lora-tensor": [*ADAPTER, *TENSOR],
+    "lora-sequence": [*ADAPTER, *SEQUENCE, DISTRIBUTED],
+    "lora-pipeline": [*ADAPTER, PIPELINE, "parallel.recompute_granularity=full"],
+    "lora-distributed": [*ADAPTER, DISTRIBUTED],
+    **{f"lora-zero{stage}": zero(stage, *ADAPTER) for stage in range(3)},
+    "lora-zero3": zero(3, *ADAPTER, *SEQUENCE),
+    # With sequence parallelism, dropout draws other masks (docs/parallelism.md).
+    "dora-tensor": [*DORA, *TENSOR],
+}
+"""Each is compared with the same adapter on one process."""
+AFTER_ADAPTERS = {"lora-again": "lora-tensor", "lora-elsewhere": "lora-zero3"}
+"""Resumed from the middle of ``lora-tensor``, with the layout of another run or its own."""
 RESUMED = {
     "zero3-resumed": ("zero3-dropout", RUNS["zero3-dropout"]),
     "zero1-resumed": ("zero1-sequence", RUNS["zero1-sequence"]),
@@ -99,7 +130,7 @@ EACH_STEP = ["checkpoint.every_steps=1", "checkpoint.keep_last=8"]
 SCHEDULED = {
     "schedules-data": [*SCHEDULES, *EACH_STEP],
     "schedules-tensor": [*SCHEDULES, *SEQUENCE],
-    "schedules-pipeline": [*SCHEDULES, "parallel.pipeline_model_parallel_size=2"],
+    "schedules-pipeline": [*SCHEDULES, PIPELINE],
     "schedules-zero0": zero(0, *SCHEDULES),
     "schedules-zero1": zero(1, *SCHEDULES, *EACH_STEP),
     "schedules-zero2": zero(2, *SCHEDULES, "engine.offload_optimizer=true"),
@@ -156,8 +187,16 @@ def runs(tiny) -> dict[str, list[dict[str, Any]]]:
         start = str(tiny.folder / source / "checkpoints" / f"step_{step:08}")
         words = [word for word in SCHEDULED[source] if word not in EACH_STEP]
         resumed[name] = [*words, "--resume", start]
-    planned = {**RUNS, **PARTS, **SCHEDULED, **resumed, **chats}
+    base = ["--start-from", str(tiny.folder / "megatron-short")]
+    adapters = {name: [*overrides, *base] for name, overrides in ADAPTERS.items()}
+    step = tiny.folder / "lora-tensor" / "checkpoints" / "step_00000002"
+    for name, layout in AFTER_ADAPTERS.items():
+        adapters[name] = [*ADAPTERS[layout], "--resume", str(step)]
+    planned = {**RUNS, **PARTS, **SCHEDULED, **resumed, **chats, **adapters}
     train_many(tiny, planned)
+    for name, overrides in {"lora": ADAPTER, "dora": DORA}.items():
+        tiny.train(name, *overrides, *base)
+        planned[name] = overrides
     return {name: tiny.metrics(name) for name in planned}
 
 
@@ -186,9 +225,61 @@ def test_tensor_parallelism_and_offload_equal_megatron(runs, name: str) -> None:
     assert_same(runs[name], runs["megatron-short"])
 
 
-@pytest.mark.parametrize("name", ["zero1-part", "zero3-part", "pipeline-part"])
-def test_training_a_part_equals_megatron(runs, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "megatron-part"])
+def test_training_a_part_equals_megatron(tiny, runs, name: str) -> None:
     assert_same(runs[name], runs["megatron-part"])
+    assert_same_part(tiny, name)
+
+
+def assert_same_part(tiny, name: str) -> None:
+    """The trained rows are those of the run on two processes, and no other has changed a bit."""
+    expected, found = last_checkpoint(tiny, "megatron-part"), last_checkpoint(tiny, name)
+    before = TrainingCheckpoint(tiny.folder / name / "checkpoints" / "step_00000004")
+    image_ids = load_tokenizer(tiny.tokenizer, images=False).vocabulary.code_token_ids
+    wanted = {"output_layer.weight": set(image_ids), "decoder.final_layernorm.weight": {*range(32)}}
+    assert found.optimizer_tensors == expected.optimizer_tensors
+    for tensor in expected.tensors:
+        new, old = found.read(tensor), before.read(tensor)
+        rows = set((new != old).reshape(len(new), -1).any(1).nonzero().flatten().tolist())
+        assert rows == ({1} if "layers." in tensor else wanted.get(tensor, set())), tensor
+        # see test_the_weights_are_stored_as_megatron_stores_them
+        assert (new - expected.read(tensor)).abs().max() < 1e-5, tensor
+    for tensor in expected.optimizer_tensors:
+        state = found.read(tensor)
+        assert (state - expected.read(tensor)).abs().max() < 1e-5, tensor
+        if tensor.endswith(".output_layer.weight") and ".ema." not in tensor:
+            assert set(state.any(1).nonzero().flatten().tolist()) == set(image_ids), tensor
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_does_not_depend_on_the_layout(tiny, runs, name: str) -> None:
+    kind = name.split("-")[0]
+    assert_same(runs[name], runs[kind])
+    alone, found = (peft_folder(tiny, run) for run in (kind, name))
+    assert alone[0] == found[0], "adapter_config.json"
+    assert alone[1].keys() == found[1].keys()
+    for tensor, value in alone[1].items():
+        # Adapters have sizes of 0.01 to 0.2 after 4 steps of up to 5e-3; see TOLERANCES.
+        assert (found[1][tensor] - value).abs().max() < 1e-6, tensor
+
+
+def peft_folder(tiny, run: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """The config and the tensors of the folder of ``peft`` that a run's adapter is exported to."""
+    folder = tiny.folder / f"{run}-peft"
+    if not folder.exists():
+        adapter = find_adapter(tiny.folder / run)
+        assert adapter is not None
+        export_adapter(adapter, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return (folder / "adapter_config.json").read_text(encoding="utf-8"), tensors
+
+
+def test_an_adapter_resumes_on_its_layout_bit_for_bit_and_on_any_other(tiny, runs) -> None:
+    expected = [[record[key] for key in EXACT] for record in runs["lora-tensor"][2:]]
+    assert [[record[key] for key in EXACT] for record in runs["lora-again"]] == expected
+    unbroken, again = (peft_folder(tiny, run)[1] for run in ("lora-tensor", "lora-again"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in unbroken.items())
+    assert_same(runs["lora-elsewhere"], runs["lora-tensor"][2:])
 
 
 @pytest.mark.parametrize("name", ["zero1-chat", "zero3-chat"])
@@ -277,13 +368,12 @@ def test_a_resumed_average_equals_the_unbroken_one_bit_for_bit(
     assert old.state["ema_updates"] == new.state["ema_updates"] == 8
 
 
-def test_one_run_through_every_layout_and_engine(tiny) -> None:
+def test_one_run_through_every_layout_and_engine(tiny, runs) -> None:
     """Each run resumes from the checkpoint that the previous run wrote after two more steps."""
     steps = ["training.steps=8", "checkpoint.every_steps=2", "checkpoint.keep_last=5"]
-    pipeline = "parallel.pipeline_model_parallel_size"
     chain = {
-        "chain-tp2-pp2": [*steps, *SEQUENCE, f"{pipeline}=2"],
-        "chain-tp1-pp4": [*steps, f"{pipeline}=4"],
+        "chain-tp2-pp2": [*steps, *SEQUENCE, PIPELINE],
+        "chain-tp1-pp4": [*steps, "parallel.pipeline_model_parallel_size=4"],
         "chain-zero3": zero(3, *steps),
         "chain-distributed": [*steps, *TENSOR, DISTRIBUTED],
     }
@@ -292,7 +382,10 @@ def test_one_run_through_every_layout_and_engine(tiny) -> None:
         if before:
             words += ["--resume", str(tiny.folder / before / f"checkpoints/step_{2 * number:08}")]
         before = name
-    train_many(tiny, chain, processes=4)
+    train_many(tiny, {**chain, **FOUR_PARTS}, processes=4)
+    for name in FOUR_PARTS:  # they share the launch
+        assert_same(tiny.metrics(name), runs["megatron-part"])
+        assert_same_part(tiny, name)
     unbroken = tiny.metrics("chain-tp2-pp2")
     for number, name in enumerate(chain):
         assert_same(tiny.metrics(name), unbroken[2 * number :])

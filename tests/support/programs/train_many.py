@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/support/programs/train_many.py CONFIG RUNS.json
 
-RUNS.json maps a run folder to the overrides of its config; ``--resume`` may be one of them.
+RUNS.json maps a run folder to the overrides of its config; ``--resume`` or ``--start-from`` may be
+one of them, followed by its folder.
 """
 
 import json
@@ -27,10 +28,13 @@ def main() -> None:
     prepare_megatron()
     join_process_group(launch)
     for run, words in json.loads(Path(runs_file).read_text(encoding="utf-8")).items():
-        resume = words.pop(words.index("--resume") + 1) if "--resume" in words else "auto"
-        overrides = [word for word in words if word != "--resume"]
+        option = next((word for word in words if word in ("--resume", "--start-from")), None)
+        resume = words.pop(words.index(option) + 1) if option else "auto"
+        overrides = [word for word in words if word != option]
         config = load_config(config_file, [*overrides, f"logging.run_dir={run}"])
-        inputs = prepare_run(config, launch.world_size, resume)
+        inputs = prepare_run(
+            config, launch.world_size, resume, weights_only=option == "--start-from"
+        )
         with shown_logs(), EventLog(config, launch.rank) as events:
             train_joined(inputs, StopSignals(), events)
         parallel_state.destroy_model_parallel()
