@@ -169,7 +169,7 @@ def train_many(tiny, runs: dict[str, list[str]], processes: int = 2) -> None:
         [sys.executable, *launch, str(script), str(tiny.config), str(plan)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         env=environment(),
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

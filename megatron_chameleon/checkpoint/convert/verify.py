@@ -178,7 +178,9 @@ def _compared_rows(
 def _compared_main_weights(a: CheckpointReader, b: CheckpointReader) -> bool:
     """Whether main weights were compared, which are not the ones that the models compute with."""
     dtypes = ((a.dtype(row_a), b.dtype(row_b)) for row_a, row_b in _weights(a, b))
-    return (a.has_optimizer or b.has_optimizer) and any(first != second for first, second in dtypes)
+    return (a.has_main_weights or b.has_main_weights) and any(
+        first != second for first, second in dtypes
+    )
 
 
 def _compare(

@@ -26,6 +26,7 @@ from megatron_chameleon.checkpoint.adapters.stored import (
 )
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.formats.megatron import recognise
+from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.state.folders import trained_on_conversations
 from megatron_chameleon.checkpoint.state.line import find_checkpoint
@@ -79,6 +80,7 @@ class AdaptedReader:
 
     format = "adapter"
     has_optimizer = False
+    has_main_weights = True  # sums that are not rounded to the dtype of the base
     config: Config | None = None
 
     def __init__(
@@ -148,7 +150,9 @@ class AdaptedReader:
 
     def read(self, row: TensorRow) -> torch.Tensor:
         """Read one tensor with what the adapter adds to it."""
-        tensor = self.base.read(row)
+        tensor = self.base.read(replace(row, part=None))
+        if row.part == MAIN_WEIGHT:
+            tensor = tensor.float()
         if not any(name in self.adapter.pairs for name in row.hf_names):
             return tensor
         return row.to_megatron(self.adapter.merge(row.to_hf(tensor)))

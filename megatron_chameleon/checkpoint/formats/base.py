@@ -53,8 +53,9 @@ class CheckpointReader(Protocol):
         dimensions: The model's sizes, with the QK-norm groups that the tensors have.
         step: Updates that the model has seen; 0 if the files don't say.
         fingerprint: Fingerprint of the tokenizer it was trained with; None if the files don't say.
-        has_optimizer: Whether AdamW's moments and, for weights that are not fp32, main weights can
-            be read too.
+        has_optimizer: Whether AdamW's moments can be read too.
+        has_main_weights: Whether weights that are not fp32 can be read in fp32 too, more precisely
+            than they are in their own dtype.
         config: The training config; None if the files don't say.
         data: What the run has read, as stored in ``state.json``; None if the files don't say.
         skipped_steps: Steps of the run that made no update, as stored in ``state.json``; empty if
@@ -79,6 +80,7 @@ class CheckpointReader(Protocol):
     step: int
     fingerprint: str | None
     has_optimizer: bool
+    has_main_weights: bool
     config: Config | None
     data: dict[str, Any] | None
     skipped_steps: Sequence[int]
@@ -100,7 +102,8 @@ class CheckpointReader(Protocol):
         """Read one tensor in megatron-core's form, without padding rows of the vocabulary.
 
         Args:
-            row: A weight, or a part of the optimizer's state if ``has_optimizer``.
+            row: A weight, its main weight if ``has_main_weights``, or another part of the
+                optimizer's state if ``has_optimizer``.
         """
         ...
 
@@ -245,7 +248,7 @@ def most_precise_row(reader: CheckpointReader, row: TensorRow, dtype: torch.dtyp
     is_fp32 = reader.dtype(replace(row, part=None)) == torch.float32
     if row.part == MAIN_WEIGHT and is_fp32:
         return replace(row, part=None)
-    if row.part is None and dtype == torch.float32 and reader.has_optimizer and not is_fp32:
+    if row.part is None and dtype == torch.float32 and reader.has_main_weights and not is_fp32:
         return replace(row, part=MAIN_WEIGHT)
     return row
 

@@ -102,7 +102,8 @@ class Reader:
         self.weight_files = {path.name for path in folder.glob("*.pt")}
         self._files = open_deepspeed_files(step_folder)
         self._places = (step_folder, step_folder.parent)
-        self.step, self.has_optimizer = self._files.step, self._files.has_optimizer
+        self.step = self._files.step
+        self.has_optimizer = self.has_main_weights = self._files.has_optimizer
         exported = self._folder_with(ORIGIN_FILE)
         self.origin = read_origin(exported)
         self.fingerprint = self.origin.fingerprint

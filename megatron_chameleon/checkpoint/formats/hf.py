@@ -78,6 +78,7 @@ class Reader:
 
     format = "hf"
     has_optimizer = False
+    has_main_weights = False
     config = None
     data = None
     skipped_steps: Sequence[int] = ()

@@ -124,7 +124,7 @@ class Reader:
         self.data: dict[str, Any] | None = state.get("data")
         self.skipped_steps: Sequence[int] = state.get("skipped_steps", ())
         self.conversations = trained_on_conversations(state)
-        self.has_optimizer = state.get("optimizer") is not False
+        self.has_optimizer = self.has_main_weights = state.get("optimizer") is not False
         self._averages = self.has_optimizer and has_average(self._checkpoint.optimizer_tensors)
         self.ema_updates: int = state["ema_updates"] if self._averages else 0
         self._reads_average = False
@@ -139,7 +139,7 @@ class Reader:
         if not self._averages:
             remedy = "Leave out --ema, or use a checkpoint of a run with training.ema_decay"
             raise CheckpointError(str(self.folder), "has no EMA of the weights", remedy)
-        self._reads_average, self.has_optimizer = True, False
+        self._reads_average, self.has_optimizer, self.has_main_weights = True, False, False
 
     def _check(self) -> None:
         where, weights = str(self.folder), list(tensor_rows(self.dimensions))

@@ -86,6 +86,7 @@ class Reader:
     image_config = None
     token_ids: Mapping[str, int] = MappingProxyType({})
     has_optimizer = False
+    has_main_weights = False
     config = None
     data = None
     skipped_steps: Sequence[int] = ()

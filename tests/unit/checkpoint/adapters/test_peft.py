@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_chameleon.checkpoint.adapters.stored import base_entry
 from megatron_chameleon.checkpoint.convert.adapter import export_adapter
 from megatron_chameleon.checkpoint.convert.run import convert
+from megatron_chameleon.checkpoint.convert.verify import verify
 from megatron_chameleon.checkpoint.formats.adapted import find_adapter
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
 from megatron_chameleon.checkpoint.loading.base_weights import find_first_weights
@@ -140,6 +141,33 @@ def test_an_adapter_that_peft_saved_is_merged_as_peft_merges_it(
     convert(tmp_path / "peft", tmp_path / "merged", "hf", base=exported)
     close(logits(hf_model(tmp_path / "merged"), token_ids), theirs)
     assert (theirs - before).abs().max() > 0.1 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_merge_into_fp32_is_not_rounded_to_the_dtype_of_the_base(
+    tiny_checkpoint: Path, tmp_path: Path, dora: bool
+) -> None:
+    base, adapter = tmp_path / "bf16", tmp_path / "peft"
+    convert(tiny_checkpoint, base, "hf", dtype="bf16")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], use_dora=dora)
+    model = peft.get_peft_model(hf_model(base), config)
+    randomize(p for name, p in model.named_parameters() if "lora_" in name)
+    model.save_pretrained(adapter)
+    convert(adapter, tmp_path / "merged", "hf", dtype="fp32", base=base)
+    own = load_file(adapter / "adapter_model.safetensors")
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    layer = "model.layers.1.self_attn.q_proj"
+    low, high = (own[f"base_model.model.{layer}.lora_{part}.weight"].double() for part in "AB")
+    expected = old[f"{layer}.weight"].double() + 8 / 4 * high @ low
+    if dora:
+        length = own[f"base_model.model.{layer}.lora_magnitude_vector"].double()
+        expected *= (length / expected.norm(dim=1))[:, None]
+    found = new[f"{layer}.weight"]
+    assert found.dtype == torch.float32
+    # A few roundings of 2**-24; one of bf16 would be 2**-9.
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert torch.equal(new["lm_head.weight"], old["lm_head.weight"].float())
+    assert verify(tmp_path / "merged", adapter).differences == []
 
 
 def test_a_run_goes_on_bit_for_bit_and_saves_no_base_weights(
