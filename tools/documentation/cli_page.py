@@ -2,9 +2,11 @@
 
 import argparse
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_chameleon.cli.examples import examples_text
 from megatron_chameleon.cli.main import VERBS, build_parser
 from megatron_chameleon.cli.options import add_common_options
 from tools.documentation.text import block, code, escaped, prose
@@ -98,19 +100,26 @@ def _page(verb: str) -> str:
         lines += [prose(command.parser.description or ""), "", block(_usage(command)), ""]
         for action in command.arguments:
             lines += argument_lines(action)
-        if command.parser.epilog:
-            lines += _epilog(command.parser.epilog)
+        lines += _notes(command.parser.epilog or "")
+        lines += _examples(command)
     lines += ["[Options of every verb](index.md#options-of-every-verb)"]
     return "\n".join(lines)
 
 
-def _epilog(text: str) -> list[str]:
-    """The examples at the end of the help."""
-    title, _, rest = text.strip().partition("\n")
-    examples = "\n".join(line.strip() for line in rest.splitlines() if line.strip())
-    if not title.rstrip().endswith(":") or not examples:
-        return [prose(text), ""]
-    return [f"{escaped(title.strip().capitalize())}", "", block(examples, "bash"), ""]
+def _notes(epilog: str) -> list[str]:
+    """The paragraphs below the options; an indented one is code."""
+    lines = []
+    for paragraph in re.split(r"\n{2,}", epilog.strip("\n")):
+        if paragraph:
+            is_code = paragraph.startswith("  ")
+            lines += [block(textwrap.dedent(paragraph)) if is_code else prose(paragraph), ""]
+    return lines
+
+
+def _examples(command: Command) -> list[str]:
+    text = examples_text(f"chameleon {command.words}")
+    examples = textwrap.dedent(text.partition("examples:\n")[2])
+    return ["Examples:", "", block(examples, "bash"), ""] if examples else []
 
 
 def _usage(command: Command) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import megatron_chameleon
+from megatron_chameleon.cli.examples import EXAMPLES
 from megatron_chameleon.cli.main import VERBS, build_parser
 from megatron_chameleon.config.schema import Config
 from tools.documentation.api_page import PAGES
@@ -95,6 +96,14 @@ def test_every_verb_is_in_the_table_and_every_argument_is_explained() -> None:
         assert f"| [{verb}]({verb}.md) | {summary[:10]}" in COMMANDS["index"]
     unexplained = re.findall(r"\*\*`([^`]+)`\*\*\n:  *\n", "\n".join(COMMANDS.values()))
     assert unexplained == []
+
+
+def test_the_examples_of_the_help_are_there() -> None:
+    joined = {verb: re.sub(r" \\\n +", " ", page) for verb, page in COMMANDS.items()}
+    for words, examples in EXAMPLES.items():
+        for what, command in examples if words else ():
+            assert f"# {what}\nchameleon {command}\n" in joined[words.split()[0]]
+    assert "\n```\nbash, ~/.bashrc " in COMMANDS["completion"]  # an indented note is code
 
 
 def test_help_is_not_read_as_markup() -> None:
