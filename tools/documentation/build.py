@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from tools.documentation.navigation import site_config
+from tools.documentation.navigation import names_in, site_config
 from tools.documentation.site_links import broken_links, foreign_sources
 from tools.documentation.staging import REPOSITORY, stage
 
@@ -24,9 +24,10 @@ SITE = REPOSITORY / "site"
 
 def build() -> list[str]:
     """Build the site. Returns what is wrong with it, one line each."""
-    stage(BUILD / "docs")
+    settings = site_config()
+    stage(BUILD / "docs", dict(names_in(settings["nav"])))
     config = BUILD / "mkdocs.yml"
-    config.write_text(yaml.safe_dump(site_config(), sort_keys=False), encoding="utf-8")
+    config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     for old in (SITE, BUILD / "site"):
         shutil.rmtree(old, ignore_errors=True)
     made = subprocess.run(

@@ -39,6 +39,13 @@ def pages_in(entry: Any) -> Iterator[str]:
         yield from pages_in(inner)
 
 
+def names_in(entry: Any) -> Iterator[tuple[str, str]]:
+    """Each page of a part of the navigation with its name there."""
+    for inner in entry if isinstance(entry, list) else [entry]:
+        for name, value in inner.items() if isinstance(inner, dict) else ():
+            yield from [(value, name)] if isinstance(value, str) else names_in(value)
+
+
 def _with_verbs(entry: Any) -> Any:
     if isinstance(entry, list):
         return [_with_verbs(inner) for inner in entry]

@@ -7,7 +7,7 @@ text.
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -48,8 +48,13 @@ def generated_pages() -> dict[str, str]:
     }
 
 
-def stage(folder: Path) -> None:
-    """Write everything that the site is made from into an empty folder."""
+def stage(folder: Path, names: Mapping[str, str]) -> None:
+    """Write everything that the site is made from into an empty folder.
+
+    Args:
+        folder: It is emptied first.
+        names: What the navigation calls a page of the site.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for source, page in page_of().items():
@@ -58,7 +63,7 @@ def stage(folder: Path) -> None:
             _write(folder / page, path.read_bytes())
             continue
         text = path.read_text(encoding="utf-8")
-        _write(folder / page, in_site(source, text).encode())
+        _write(folder / page, in_site(source, text, names).encode())
         for link in links_in(source, text):
             if site_path(link.target).startswith("files/"):
                 _write(folder / site_path(link.target), _shown_file(link.target).encode())
@@ -103,14 +108,21 @@ def without_code(text: str) -> str:
     return re.sub(r"`[^`\n]*`", "", text)
 
 
-def in_site(source: str, text: str) -> str:
-    """The text of a Markdown file with its links as the site has them."""
+def in_site(source: str, text: str, names: Mapping[str, str]) -> str:
+    """The text of a Markdown file with its links as the site has them.
+
+    A link whose text is the name of a file gets the name that the navigation has for the page.
+    """
     place = PurePosixPath(site_path(source)).parent
     for link in set(links_in(source, text)):
         if link.target != source:
-            path = _relative(site_path(link.target), place) + (
-                f"#{link.anchor}" if link.anchor else ""
-            )
+            page = site_path(link.target)
+            path = _relative(page, place) + (f"#{link.anchor}" if link.anchor else "")
+            file = re.escape(PurePosixPath(link.target).name)
+            name = names.get(page)
+            if name:
+                pattern = rf"\[(?:docs/)?{file}\](?=\({re.escape(link.written)}\))"
+                text = re.sub(pattern, f"[{name}]", text)
             text = text.replace(f"]({link.written})", f"]({path})")
     return text
 

@@ -65,11 +65,23 @@ def test_there_are_links_to_look_at() -> None:
 
 
 def test_links_of_the_site() -> None:
+    def site(source: str, text: str) -> str:
+        return in_site(source, text, {"data.md": "Data"})
+
     text = "[a](../README.md) [b](../examples/sft/lora.yaml) [c](data.md#epochs) [d](#x)"
     expected = "[a](index.md) [b](files/examples/sft/lora-yaml.md) [c](data.md#epochs) [d](#x)"
-    assert in_site("docs/x.md", text) == expected
-    assert in_site("docs/tutorials/x.md", "[a](../data.md)") == "[a](../data.md)"
-    assert in_site("CHANGELOG.md", "[a](docs/data.md#epochs)") == "[a](data.md#epochs)"
+    assert site("docs/x.md", text) == expected
+    assert site("docs/tutorials/x.md", "[a](../data.md)") == "[a](../data.md)"
+    assert site("CHANGELOG.md", "[docs/data.md](docs/data.md#a)") == "[Data](data.md#a)"
+    assert (
+        site("docs/x.md", "[data.md](data.md) [runs.md](data.md)")
+        == "[Data](data.md) [runs.md](data.md)"
+    )
+
+
+def test_pages_have_the_names_of_the_navigation() -> None:
+    names = dict(navigation.names_in(navigation.site_config()["nav"]))
+    assert names["data.md"] == "Data" and names["reference/cli/train.md"] == "train"
 
 
 def test_code_is_not_searched_for_links() -> None:
