@@ -16,6 +16,7 @@ from megatron_chameleon.training.faults.signals import StopSignals
 from megatron_chameleon.training.open_run import Run
 from megatron_chameleon.training.prepare import refresh_inputs
 from megatron_chameleon.training.records.events import EventLog
+from megatron_chameleon.training.reference.measure import StoppedMeasuring
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.lock import lock_run
 from megatron_chameleon.training.run.memory_check import memory_problem
@@ -66,12 +67,15 @@ def train(inputs: RunInputs, launch: Launch) -> bool:
 
 def train_joined(inputs: RunInputs, stop_signals: StopSignals, events: EventLog) -> bool:
     """``train`` for a process that has joined its process group, which it does not leave."""
-    with Run(inputs, stop_signals, events) as run:
-        while True:
-            try:
-                return train_steps(run)
-            except Rollback as rollback:
-                run.roll_back_to(rollback.checkpoint, str(rollback))
+    try:
+        with Run(inputs, stop_signals, events) as run:
+            while True:
+                try:
+                    return train_steps(run)
+                except Rollback as rollback:
+                    run.roll_back_to(rollback.checkpoint, str(rollback))
+    except StoppedMeasuring:
+        return False
 
 
 def train_steps(run: Run) -> bool:

@@ -1,5 +1,6 @@
 """A run that is open: model built, data being read, and files being written."""
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -26,7 +27,11 @@ from megatron_chameleon.training.learning_rate import run_learning_rate
 from megatron_chameleon.training.modalities.at_end import ModalityChecker, has_conversations
 from megatron_chameleon.training.prepare import describe_run
 from megatron_chameleon.training.records.events import EventLog
-from megatron_chameleon.training.reference.measure import REFERENCE, find_reference
+from megatron_chameleon.training.reference.measure import (
+    REFERENCE,
+    StoppedMeasuring,
+    find_reference,
+)
 from megatron_chameleon.training.resume_changes import resume_lines
 from megatron_chameleon.training.run.folder import checkpoints_folder
 from megatron_chameleon.training.run.inputs import RunInputs
@@ -35,6 +40,8 @@ from megatron_chameleon.training.samples.sampler import Sampler
 from megatron_chameleon.training.samples.trained_model import TrainedModel, can_answer
 from megatron_chameleon.training.validation.losses import LOSS
 from megatron_chameleon.training.validation.validator import Validator
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -127,12 +134,18 @@ class Run:
         if self.config.training.objective != "dpo":
             return {}
 
-        def note_progress() -> None:
+        def stop(failure: ChameleonError | None) -> str | None:
             self.watch.begin("computing the reference log-probabilities", steps_done, is_long=True)
+            return self.stop_signals.agreed(failure)
 
-        note_progress()
         with announced("computing the reference log-probabilities"):
-            digest = find_reference(self.inputs, self.engine, self.topology, note_progress)
+            try:
+                digest = find_reference(self.inputs, self.engine, self.topology, stop)
+            except StoppedMeasuring as stopped:
+                if self.topology.rank == 0:
+                    logger.info(str(stopped))
+                self.events.record("stop", str(stopped), steps_done)
+                raise
         return {REFERENCE: digest}
 
     def _report_start(self, start: Path | None) -> None:

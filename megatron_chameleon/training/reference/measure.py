@@ -4,7 +4,9 @@ The reference is the model with the weights that the run begins with. So it is c
 before any is changed, by the engine's own pass without gradients, and no second model is needed.
 """
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,31 +16,45 @@ import torch
 from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.config.schema import Config, ValidationSourceConfig
 from megatron_chameleon.data.batches.reader import Batch
+from megatron_chameleon.data.mixture.corpus import TokenFileCorpus
 from megatron_chameleon.data.mixture.sources import DataSource
-from megatron_chameleon.data.validation.reader import HeldOutReader
+from megatron_chameleon.data.validation.reader import Chunk, HeldOutReader
 from megatron_chameleon.errors import ChameleonError, CheckpointError
 from megatron_chameleon.parallel import platform
-from megatron_chameleon.parallel.collectives import raise_together, run_on_rank_0
+from megatron_chameleon.parallel.collectives import run_on_rank_0
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.training.engines.base import TrainingEngine
 from megatron_chameleon.training.engines.objective import Measurement, Output
 from megatron_chameleon.training.preference.loss import answer_log_probs
 from megatron_chameleon.training.reference.tables import (
+    REFERENCE_FILE,
     REFERENCE_FOLDER,
     Tables,
     files_digest,
+    read_partial,
     read_tables,
     start_digest,
+    write_partial,
     write_tables,
 )
 from megatron_chameleon.training.run.inputs import RunInputs
+
+SAVE_SECONDS = 120.0
+"""A pass that is killed loses no more than this much of its work."""
 
 REFERENCE = "reference"
 """The entry of a checkpoint's ``state.json`` that names the reference of its run."""
 
 
+class StoppedMeasuring(Exception):
+    """A signal has asked the run to stop before its reference was known; what to tell the user."""
+
+
 def find_reference(
-    inputs: RunInputs, engine: TrainingEngine, topology: Topology, note_progress: Callable[[], None]
+    inputs: RunInputs,
+    engine: TrainingEngine,
+    topology: Topology,
+    stop: Callable[[ChameleonError | None], str | None],
 ) -> str:
     """Read or compute the reference, and give it to the readers of the run. A collective.
 
@@ -46,13 +62,16 @@ def find_reference(
         inputs: Of the run, whose weights the engine has loaded.
         engine: Whose model is the reference if it is not known yet.
         topology: The place of this process.
-        note_progress: Called before each chunk of micro-batches.
+        stop: Called before each chunk of micro-batches, with the failure of this rank. It raises
+            the failure of any rank, and returns the name of a signal that asks the run to stop.
 
     Returns:
         The digest that the checkpoints of the run keep.
 
     Raises:
         CheckpointError: The run has made steps, and its reference is missing.
+        TrainingError: It cannot be written.
+        StoppedMeasuring: What was computed until then is kept.
     """
     sources = _sources(inputs)
     files = files_digest(sources)
@@ -61,21 +80,30 @@ def find_reference(
     named, model = state.get(REFERENCE), vars(inputs.config.model)
     begun = inputs.checkpoint or inputs.start.weights
     start = start_digest(begun, [model, inputs.config.training.seed])
+    seq_length = inputs.config.model.seq_length
 
-    def look() -> tuple[Tables, str] | None:
+    def look() -> tuple[Tables, str] | str:
         found = read_tables(folder, files)
-        if found is None or (found[1] != named if named else found[2] != start):
-            return None
+        if found is None:
+            there = (folder / REFERENCE_FILE).is_file()
+            return "it is damaged, or of other token files" if there else "it is missing"
+        if found[1] != named if named else found[2] != start:
+            return "it is of another run"
+        if missing := missing_pairs(sources, found[0], seq_length):
+            return missing
         return found[0], found[1]
 
     known = run_on_rank_0(look)
-    if known is None and named:
-        what = f"{folder} does not have the reference log-probabilities of the checkpoint "
-        what += f"{inputs.checkpoint}, which its weights can no longer give"
+    if isinstance(known, str) and named:
+        what = "does not have the reference log-probabilities of the checkpoint "
+        what += f"{inputs.checkpoint} ({known}), which its weights can no longer give"
         remedy = "Put the folder and the token files back, or start a new run from the weights"
         raise CheckpointError(str(folder), what, remedy)
-    if known is None:
-        tables = _compute(inputs, sources, engine, topology, note_progress)
+    if isinstance(known, str):
+        work = Pass(sources, topology, folder, files, start)
+        tables = work.compute(
+            HeldOutReader(_config_of(inputs, sources), inputs.tokenizer), engine, stop
+        )
         digest = run_on_rank_0(lambda: write_tables(folder, tables, files, start))
     else:
         tables, digest = known
@@ -87,6 +115,19 @@ def find_reference(
     return digest
 
 
+def missing_pairs(sources: Sequence[DataSource], tables: Tables, seq_length: int) -> str:
+    """Which pairs that fit into a sequence have no reference, in words; empty if all have one."""
+    for source in sources:
+        assert isinstance(source.corpus, TokenFileCorpus)
+        fits = np.asarray(source.corpus.token_file.lengths) <= seq_length
+        if unknown := int(np.isnan(tables[source.corpus.prefix][fits]).any(axis=1).sum()):
+            return (
+                f"it does not have {unknown:,} pairs of {source.corpus.prefix} that fit into "
+                f"model.seq_length {seq_length:,}"
+            )
+    return ""
+
+
 def _sources(inputs: RunInputs) -> list[DataSource]:
     """Those of the run, one of each token file."""
     held_out = inputs.held_out.sources if inputs.held_out is not None else []
@@ -94,43 +135,113 @@ def _sources(inputs: RunInputs) -> list[DataSource]:
     return list({source.corpus.prefix: source for source in found}.values())
 
 
-def _compute(
-    inputs: RunInputs,
-    sources: list[DataSource],
-    engine: TrainingEngine,
-    topology: Topology,
-    note_progress: Callable[[], None],
-) -> Tables:
-    """The log-probabilities of all pairs, in the same way as the held-out loss is measured."""
-    reader = HeldOutReader(_config_of(inputs.config, sources), inputs.tokenizer)
-    tables = [torch.zeros(source.corpus.documents, 2, dtype=torch.float64) for source in sources]
-    known = [torch.zeros(len(table), dtype=torch.float64) for table in tables]
-    with reader.read_ahead(topology.data_rank, topology.data_size, topology.pipeline_size) as read:
-        while True:
-            chunk, failure = None, None
-            try:
-                chunk = next(read, None)
-            except ChameleonError as error:
-                failure = error
-            raise_together(failure)
-            if chunk is None:
-                break
-            note_progress()
-            batches = [batch for _, batch in chunk]
-            found = engine.evaluate(batches, _log_probs(batches)).cpu()
-            for (number, batch), values in zip(chunk, found, strict=True):
-                assert batch.pairs is not None
-                places = torch.from_numpy(np.asarray(batch.pairs.documents))
-                tables[number][places] = values[: 2 * len(places)].reshape(-1, 2)
-                known[number][places] = float(_computes_loss(topology))
-    return {
-        source.corpus.prefix: _of_all_ranks(table, flags)
-        for source, table, flags in zip(sources, tables, known, strict=True)
-    }
+class Pass:
+    """The pass without gradients over all pairs, in the way in which held-out losses are measured.
+
+    Args:
+        sources: Of the run, one of each token file.
+        topology: The place of this process.
+        folder: RUN/reference.
+        files: What ``files_digest`` returned.
+        start: What ``start_digest`` returned.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[DataSource],
+        topology: Topology,
+        folder: Path,
+        files: dict[str, str],
+        start: str,
+    ) -> None:
+        self._topology, self._folder, self._files, self._start = topology, folder, files, start
+        documents = {s.corpus.prefix: s.corpus.documents for s in sources}
+        self._kept = run_on_rank_0(lambda: read_partial(folder, documents, files, start))
+        """Of an earlier pass that was interrupted."""
+        sizes = list(documents.values())
+        self._tables = [torch.zeros(size, 2, dtype=torch.float64) for size in sizes]
+        self._known = [torch.zeros(size, dtype=torch.float64) for size in sizes]
+        self._saved_at = -math.inf
+
+    def compute(
+        self,
+        reader: HeldOutReader,
+        engine: TrainingEngine,
+        stop: Callable[[ChameleonError | None], str | None],
+    ) -> Tables:
+        """Compute what is not kept. A collective; the arguments are those of ``find_reference``."""
+        place = self._topology
+        with reader.read_ahead(place.data_rank, place.data_size, place.pipeline_size) as chunks:
+            while True:
+                chunk, failure = None, None
+                try:
+                    chunk = next(chunks, None)
+                except ChameleonError as error:
+                    failure = error
+                signal = stop(failure)
+                if chunk is None:
+                    return self._together()
+                has_unknown, is_late = self._agree(chunk)
+                if signal or is_late:  # also before the first chunk: it finds a full disk
+                    tables = self._save()
+                if signal:
+                    raise StoppedMeasuring(_describe_stop(signal, tables, self._folder))
+                if has_unknown:
+                    self._measure(chunk, engine)
+
+    def _agree(self, chunk: Chunk) -> tuple[bool, bool]:
+        """Whether any rank has pairs that are not kept, and whether it is time to save."""
+        kept = list(self._kept.values())
+        has_unknown = any(
+            bool(np.isnan(kept[number][batch.pairs.documents]).any())
+            for number, batch in chunk
+            if batch.pairs is not None
+        )
+        is_late = time.monotonic() - self._saved_at > SAVE_SECONDS
+        flags = torch.tensor([has_unknown, is_late], dtype=torch.int64, device=platform.device())
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        return bool(flags[0]), bool(flags[1])
+
+    def _measure(self, chunk: Chunk, engine: TrainingEngine) -> None:
+        batches = [batch for _, batch in chunk]
+        found = engine.evaluate(batches, _log_probs(batches)).cpu()
+        for (number, batch), values in zip(chunk, found, strict=True):
+            assert batch.pairs is not None
+            places = torch.from_numpy(np.asarray(batch.pairs.documents))
+            self._tables[number][places] = values[: 2 * len(places)].reshape(-1, 2)
+            self._known[number][places] = float(_computes_loss(self._topology))
+
+    def _save(self) -> Tables:
+        """Keep what is known. A collective."""
+        tables = self._together()
+        run_on_rank_0(lambda: write_partial(self._folder, tables, self._files, self._start))
+        self._saved_at = time.monotonic()
+        return tables
+
+    def _together(self) -> Tables:
+        """What all ranks have computed, and what was kept. A collective."""
+        found = {}
+        for (prefix, kept), table, known in zip(
+            self._kept.items(), self._tables, self._known, strict=True
+        ):
+            computed = _of_all_ranks(table, known)
+            found[prefix] = np.where(np.isnan(computed), kept, computed)
+        return found
 
 
-def _config_of(config: Config, sources: list[DataSource]) -> Config:
+def _describe_stop(signal: str, tables: Tables, folder: Path) -> str:
+    total = sum(len(table) for table in tables.values())
+    known = sum(int((~np.isnan(table[:, 0])).sum()) for table in tables.values())
+    return (
+        f"{signal}: stopped before the first step, with the reference log-probabilities of "
+        f"{known:,} of {total:,} pairs; they are kept in {folder}, and the same command goes on "
+        "with the others"
+    )
+
+
+def _config_of(inputs: RunInputs, sources: list[DataSource]) -> Config:
     """The config with all sources of the run to be measured, whole."""
+    config = inputs.config
     listed = [ValidationSourceConfig(source.corpus.prefix) for source in sources]
     validation = replace(config.data.validation, sources=listed, max_tokens=None)
     return replace(config, data=replace(config.data, validation=validation))

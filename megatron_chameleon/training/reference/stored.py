@@ -3,12 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from megatron_chameleon.checkpoint.state.folders import STATE_FILE, load_state
-from megatron_chameleon.data.mixture.corpus import TokenFileCorpus
 from megatron_chameleon.data.mixture.sources import DataSource
-from megatron_chameleon.training.reference.measure import REFERENCE
+from megatron_chameleon.training.reference.measure import REFERENCE, missing_pairs
 from megatron_chameleon.training.reference.tables import (
     REFERENCE_FILE,
     REFERENCE_FOLDER,
@@ -49,10 +46,6 @@ def stored_reference(
         named = load_state(checkpoint).get(REFERENCE)
         if named != digest:
             return None, f"{checkpoint}: was not trained with the reference in {folder}, {what}"
-    for source in sources:
-        assert isinstance(source.corpus, TokenFileCorpus)
-        fits = np.asarray(source.corpus.token_file.lengths) <= seq_length
-        if unknown := int(np.isnan(tables[source.corpus.prefix][fits]).any(axis=1).sum()):
-            reason = f"{folder}: does not have {unknown:,} pairs of {source.corpus.prefix} that fit"
-            return None, f"{reason} into model.seq_length {seq_length:,}, {what}"
+    if missing := missing_pairs(sources, tables, seq_length):
+        return None, f"{folder}: {missing}, {what}"
     return tables, None

@@ -2,30 +2,35 @@
 
     reference.json     what they were computed from
     0000.npy ...       of each token file, float64 [documents, 2]: chosen and rejected answer
+    partial.npz        while they are computed: what is known so far
 
-``reference.json`` is written last, so a pass that was interrupted leaves nothing that counts.
+``reference.json`` is written last, so it names whole tables only. Token files are told apart by
+their contents, not their paths, so a project that was moved keeps its reference.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from megatron_chameleon.data.mixture.corpus import TokenFileCorpus
 from megatron_chameleon.data.mixture.sources import DataSource
-from megatron_chameleon.errors import CheckpointError, ConfigError, TrainingError
-from megatron_chameleon.files import empty_folder, own_folder, read_json, write_text, writing
+from megatron_chameleon.errors import CheckpointError, ConfigError, DataError, TrainingError
+from megatron_chameleon.files import own_folder, read_json, replace_file, write_text
 
 REFERENCE_FOLDER = "reference"
 REFERENCE_FILE = "reference.json"
+PARTIAL_FILE = "partial.npz"
 FORMAT = "megatron_chameleon reference 1"
 _DIGEST_LETTERS = 32
 
 Tables = dict[str, np.ndarray]
-"""For the prefix of each token file, float64 [documents, 2]."""
+"""For the prefix of each token file, float64 [documents, 2]; NaN for pairs that are not known."""
 
 
 def files_digest(sources: list[DataSource]) -> dict[str, str]:
@@ -72,16 +77,16 @@ def write_tables(folder: Path, tables: Tables, files: Mapping[str, str], start: 
     """
     own_folder(folder, TrainingError)
     entries = []
-    with writing(folder, TrainingError):
-        empty_folder(folder)
-        for number, (prefix, table) in enumerate(tables.items()):
-            name = f"{number:04d}.npy"
-            np.save(folder / name, table)
-            digest = hashlib.sha256(table.tobytes()).hexdigest()
-            entries.append({"prefix": prefix, "file": name, "tokens": files[prefix], "sha": digest})
+    for number, (prefix, table) in enumerate(tables.items()):
+        name = f"{number:04d}.npy"
+        with replace_file(folder / name, TrainingError) as file:
+            np.save(file, table)
+        digest = hashlib.sha256(table.tobytes()).hexdigest()
+        entries.append({"prefix": prefix, "file": name, "tokens": files[prefix], "sha": digest})
     own = _digest([start, entries])
     record = {"format": FORMAT, "digest": own, "start": start, "files": entries}
     write_text(folder / REFERENCE_FILE, json.dumps(record, indent=2) + "\n", TrainingError)
+    (folder / PARTIAL_FILE).unlink(missing_ok=True)
     return own
 
 
@@ -95,24 +100,61 @@ def read_tables(folder: Path, files: Mapping[str, str]) -> tuple[Tables, str, st
     Returns:
         None if there are none, they are damaged, or they are not of these token files.
     """
-    if not (folder / REFERENCE_FILE).is_file():
-        return None
     try:
         record = read_json(folder / REFERENCE_FILE)
-        tables: Tables = {}
+        by_digest: Tables = {}
         for entry in record["files"]:
             table = np.load(folder / entry["file"], allow_pickle=False)
             if hashlib.sha256(table.tobytes()).hexdigest() != entry["sha"]:
                 return None
-            place = Path(entry["prefix"]).resolve()
-            for prefix, tokens in files.items():  # which may spell the same path in another way
-                if tokens == entry["tokens"] and Path(prefix).resolve() == place:
-                    tables[prefix] = table
-        if record["format"] != FORMAT or not files.keys() <= tables.keys():
+            by_digest[entry["tokens"]] = table
+        if record["format"] != FORMAT or not by_digest.keys() >= set(files.values()):
             return None
+        tables = {prefix: by_digest[tokens] for prefix, tokens in files.items()}
         return tables, str(record["digest"]), str(record["start"])
-    except (ConfigError, CheckpointError, OSError, ValueError, KeyError, TypeError):
+    except (ConfigError, DataError, CheckpointError, OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def write_partial(folder: Path, tables: Tables, files: Mapping[str, str], start: str) -> None:
+    """Write what a pass has computed so far. The arguments are those of ``write_tables``.
+
+    Raises:
+        TrainingError: The file system refuses it.
+    """
+    own_folder(folder, TrainingError)
+    contents: dict[str, Any] = {
+        f"{start}.{files[prefix]}": table for prefix, table in tables.items()
+    }
+    with replace_file(folder / PARTIAL_FILE, TrainingError) as file:
+        np.savez(file, **contents)
+
+
+def read_partial(
+    folder: Path, documents: Mapping[str, int], files: Mapping[str, str], start: str
+) -> Tables:
+    """What an interrupted pass has left of the same token files and the same start.
+
+    Args:
+        folder: RUN/reference.
+        documents: How many each token file has.
+        files: What ``files_digest`` returned.
+        start: What ``start_digest`` returned.
+
+    Returns:
+        A table of each token file.
+    """
+    found = {prefix: np.full((count, 2), np.nan) for prefix, count in documents.items()}
+    with (
+        suppress(OSError, ValueError, KeyError, EOFError, BadZipFile),
+        np.load(folder / PARTIAL_FILE, allow_pickle=False) as kept,
+    ):
+        for prefix, tokens in files.items():
+            name = f"{start}.{tokens}"
+            table = kept[name] if name in kept else found[prefix]
+            if table.shape == found[prefix].shape and table.dtype == np.float64:
+                found[prefix] = table
+    return found
 
 
 def _digest(words: Any) -> str:

@@ -32,6 +32,7 @@ LAYOUTS = {
     "tensor": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
     "pipeline": ["parallel.pipeline_model_parallel_size=2"],
     "zero": ["engine.name=deepspeed", "engine.zero_stage=2"],
+    "zero3": ["engine.name=deepspeed", "engine.zero_stage=3"],
 }
 
 
