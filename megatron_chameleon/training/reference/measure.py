@@ -107,12 +107,17 @@ def find_reference(
         digest = run_on_rank_0(lambda: write_tables(folder, tables, files, start))
     else:
         tables, digest = known
+    _give(inputs, tables)
+    return digest
+
+
+def _give(inputs: RunInputs, tables: Tables) -> None:
+    """Let the readers of a run find its tables under the names that they use."""
     inputs.reader.references = {s.key: tables[s.corpus.prefix] for s in inputs.reader.sources}
     if inputs.held_out is not None:
         inputs.held_out.references = {
             s.name: tables[s.source.corpus.prefix] for s in inputs.held_out.sources
         }
-    return digest
 
 
 def missing_pairs(sources: Sequence[DataSource], tables: Tables, seq_length: int) -> str:
