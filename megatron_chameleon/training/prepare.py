@@ -15,11 +15,11 @@ from megatron_chameleon.checkpoint.state.resume import check_fits, check_step
 from megatron_chameleon.checkpoint.state.start import Start, find_sound, find_start
 from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.checks.layouts import check_vocabulary
-from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.mixture.mixture_history import count_stage2_steps
 from megatron_chameleon.data.validation.reader import HeldOutReader
+from megatron_chameleon.model.tuning.amount import describe_parameters
 from megatron_chameleon.model.tuning.selection import select_trained
 from megatron_chameleon.parallel.collectives import run_on_rank_0
 from megatron_chameleon.tokenizer.folder import load_tokenizer
@@ -140,12 +140,10 @@ def refresh_inputs(inputs: RunInputs, world_size: int) -> RunInputs:
 
 
 def describe_run(inputs: RunInputs) -> str:
-    """The number of parameters, of tokens per step and of steps, in a line."""
+    """The number of parameters, of trained ones, of tokens per step and of steps, in a line."""
     config = inputs.config
     vocabulary = inputs.tokenizer.vocabulary
-    parameters = f"{count_parameters(config.model, vocabulary.size):,} parameters"
-    if config.model.train or config.model.freeze:
-        parameters = select_trained(config, vocabulary.size, vocabulary.code_token_ids).describe()
+    parameters = describe_parameters(config, vocabulary.size, vocabulary.code_token_ids)
     stage2 = count_stage2_steps(inputs.reader.history, config.training.steps)
     end = inputs.reader.epochs_end
     epochs = "" if end is None else f"; {end.description}"

@@ -4,7 +4,7 @@ Patterns are globs on the tensor names of the exported Hugging Face model, since
 that users see. A pattern also matches if it names a module that holds the tensor. The two tensors
 with a row per token take a suffix for rows: ``lm_head[image]``.
 
-    select_trained(config, vocabulary.size, vocabulary.code_token_ids).describe()
+    select_trained(config, vocabulary.size, vocabulary.code_token_ids).rows(name)
 """
 
 import math
@@ -93,16 +93,6 @@ class Selection:
         for name, ranges in self.trained.items():
             layers.setdefault(_LAYER.sub("", name), set()).add(bool(ranges))
         return frozenset(name for name, states in layers.items() if len(states) > 1)
-
-    def describe(self) -> str:
-        """How much is trained, in a line."""
-        trained, total = self.trained_count, self.total_count
-        share = 100 * trained / total
-        digits = 2 if share >= 0.01 or not trained else 6
-        return (
-            f"trains {trained:,} of {total:,} parameters ({share:.{digits}f}%): "
-            f"{self.text or 'everything'}"
-        )
 
 
 def select_trained(

@@ -24,6 +24,8 @@ COLLAPSED = 0.5
 """Below this share of right answers, the modality that was asked for has collapsed."""
 WEAK = 0.9
 """Below this share, there is a warning."""
+FEWEST = 4
+"""With fewer prompts of a kind, one answer more or less would decide, and nothing is judged."""
 _MOST_PARTS = 20
 _LARGEST_COUNT = 10**9
 _LARGEST_FILE = 1 << 24
@@ -116,7 +118,10 @@ class ModalityCheck:
         for counts in self.counts:
             share = counts.right / counts.asked if counts.asked else 1.0
             is_judged = not counts.is_built_in and counts.expected in _COLLAPSES
-            if is_judged and share < COLLAPSED:
+            if is_judged and counts.asked < FEWEST:
+                few = f"{counted(counts.asked, 'prompt')} {'is' if counts.asked == 1 else 'are'}"
+                yield f"{counts.sentence()}. {few} too few to tell. {_HOLD_OUT_MORE}", ""
+            elif is_judged and share < COLLAPSED:
                 yield f"{_COLLAPSES[counts.expected]} ({counts.sentence()}). {_REMEDY}", "bad"
             elif is_judged and share < WEAK:
                 yield f"Some answers are in the wrong modality ({counts.sentence()})", "warn"
@@ -124,7 +129,7 @@ class ModalityCheck:
                 yield counts.sentence(), ""
         judged = [counts for counts in self.counts if not counts.is_built_in]
         cut_off, asked = (sum(getattr(c, key) for c in judged) for key in ("cut_off", "asked"))
-        if asked - cut_off < WEAK * asked:
+        if asked >= FEWEST and asked - cut_off < WEAK * asked:
             text = f"{cut_off} of {counted(asked, 'answer')} did not end within "
             yield f"{text}{self.max_tokens:,} tokens", "warn"
 
@@ -160,6 +165,12 @@ _COLLAPSES = {
 _REMEDY = (
     "Give the sources that answer in this modality more weight, or stop earlier "
     '(docs/fine-tuning.md, "Balance of modalities")'
+)
+
+
+_HOLD_OUT_MORE = (
+    f"Hold out at least {FEWEST} different prompts of this kind (a larger share in `chameleon "
+    "preprocess --holdout`), and ask as many (data.validation.modality_prompts)"
 )
 
 

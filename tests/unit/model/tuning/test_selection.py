@@ -35,8 +35,6 @@ def test_modules_and_globs() -> None:
     )
     assert "decoder.layers.self_attention.linear_qkv.weight" in found.split_stacks
     assert "decoder.layers.self_attention.q_layernorm.bias" not in found.split_stacks
-    text = "trains 4,096 of 870,528 parameters (0.47%): lm_head[image]"
-    assert select(["lm_head[image]"]).describe() == text
 
 
 @pytest.mark.parametrize(

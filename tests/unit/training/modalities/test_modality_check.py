@@ -192,6 +192,16 @@ def check_of(expected, given, is_built_in=False, cut_off=0):
         ),
         (check_of(TEXT, {TEXT: 9, IMAGE: 1}), "", "text questions: 9 of 10 answered with text, 1"),
         (check_of(IMAGE, {TEXT: 4}, True), "", "built-in drawing requests: 0 of 4 answered"),
+        (check_of(IMAGE, {TEXT: 4}), "bad", "Images have collapsed"),
+        (
+            check_of(IMAGE, {TEXT: 3}, cut_off=3),
+            "",
+            "drawing requests: 0 of 3 answered with one image, 3 with text; 3 cut off. 3 prompts "
+            "are too few to tell. Hold out at least 4 different prompts of this kind (a larger "
+            "share in `chameleon preprocess --holdout`), and ask as many (data.validation.",
+        ),
+        (check_of(TEXT, {IMAGE: 1}), "", "text questions: 0 of 1 answered with text, 1 with one"),
+        (check_of(TEXT, {TEXT: 1}), "", "text questions: 1 of 1 answered with text. 1 prompt is"),
         (check_of(Modality.BOTH, {TEXT: 4}), "", "requests for text and images: 0 of 4 answered"),
     ],
 )
