@@ -60,6 +60,11 @@ def cannot_write(
     return kind(str(path), f"cannot be written ({reason})", remedy)
 
 
+def why_no_folder(path: Path) -> str:
+    """What to say of a path that should be a folder and is none."""
+    return "is a file, not a folder" if os.path.lexists(path) else "no such folder"
+
+
 def cannot_read(
     path: str | Path, error: OSError, kind: type[ChameleonError] = DataError
 ) -> ChameleonError:

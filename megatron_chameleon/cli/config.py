@@ -86,19 +86,29 @@ def run(args: argparse.Namespace) -> None:
         _logger.warning(line)
 
 
-def load_checked(name: str, overrides: Sequence[str]) -> "Config":
+def load_checked(
+    name: str, overrides: Sequence[str], start_from: str | None = None
+) -> "tuple[Config, CheckpointReader | None]":
     """Load the config of a run and check it, before the imports that take seconds.
 
+    Args:
+        name: As ``config/names.py`` finds it.
+        overrides: As ``load_config`` takes them.
+        start_from: The weights that the run begins with, from which the config inherits.
+
+    Returns:
+        As ``load_inheriting`` does.
+
     Raises:
-        ConfigError: There is no such config, or it cannot work on any number of processes.
+        ChameleonError: There is no such config, it cannot work on any number of processes, or the
+            weights cannot be opened or contradict it.
     """
     from megatron_chameleon.config.checks.check import check_config, smallest_world_size
-    from megatron_chameleon.config.load import load_config
     from megatron_chameleon.config.names import find_config
 
-    config = load_config(find_config(name), overrides)
+    config, weights = load_inheriting(find_config(name), overrides, start_from)
     check_config(config, smallest_world_size(config.parallel))
-    return config
+    return config, weights
 
 
 def with_known_steps(config: "Config", weights: "CheckpointReader | None" = None) -> "Config":

@@ -29,7 +29,9 @@ from megatron_chameleon.cli.options import (
     add_common_options,
     add_overrides,
 )
+from megatron_chameleon.cli.starting import add_start_from
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.training.inheriting import tokenizer_in_place
 
 if TYPE_CHECKING:
     from megatron_chameleon.data.batches.reader import BatchReader
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     audit.add_argument("config", metavar="CONFIG", help=CONFIG)
     add_overrides(audit)
+    add_start_from(audit)
     what = audit.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--step",
@@ -95,7 +98,7 @@ def _audit(args: argparse.Namespace) -> None:
     if args.metrics is not None and not args.borders:
         what = "shows the gradient norms at the borders of a run, but --borders is not given"
         raise ConfigError("--metrics", what, "Add --borders in place of --step, or leave it out")
-    config = load_checked(args.config, args.overrides)
+    config, weights = load_checked(args.config, args.overrides, args.start_from)
 
     from megatron_chameleon.data.batches.reader import BatchReader
     from megatron_chameleon.data.mixture.mixture_history import order_notes
@@ -103,7 +106,8 @@ def _audit(args: argparse.Namespace) -> None:
     from megatron_chameleon.training.run.open_data import open_newest
 
     grad_norms = _grad_norms(args)
-    tokenizer = load_tokenizer(config.tokenizer.path, images=False)
+    with tokenizer_in_place(config, weights, 0, keep=False) as ready:
+        tokenizer = load_tokenizer(ready.tokenizer.path, images=False)
     what = "all steps" if args.borders else f"step {args.step}"
     with announced(f"reading the data of {what}"):
         reader = BatchReader(config, tokenizer) if args.new else open_newest(config, tokenizer)

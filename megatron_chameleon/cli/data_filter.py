@@ -6,6 +6,8 @@ chameleon data filter web.jsonl --output clean.jsonl --language en --against eva
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from megatron_chameleon.cli.options import (
     add_image_options,
     image_options,
 )
+from megatron_chameleon.cli.tokenizer_folders import TOKENIZER, tokenizer_folder
 from megatron_chameleon.config.constraints import Above, Between
 from megatron_chameleon.errors import ConfigError
 
@@ -93,7 +96,7 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
             group.add_argument(
                 f"--{end}-{unit}", type=INDEX, metavar="N", help=f"drop with {word} {unit}"
             )
-    group.add_argument("--tokenizer", metavar="DIR", help="the tokenizer that counts tokens")
+    group.add_argument("--tokenizer", metavar="DIR", help=f"counts tokens: {TOKENIZER}")
     group.add_argument(
         "--language",
         action="append",
@@ -230,8 +233,19 @@ def run_filter(args: argparse.Namespace) -> None:
         args.workers,
         read,
     )
-    result = filter_documents(args.inputs, options, run).to_json()
+    with _with_tokenizer(options) as ready:
+        result = filter_documents(args.inputs, ready, run).to_json()
     show(format_counts(result, args.output if not args.dry_run else None))
+
+
+@contextmanager
+def _with_tokenizer(options: "FilterOptions") -> "Iterator[FilterOptions]":
+    """The options whose tokenizer, if they name one, is a tokenizer folder."""
+    if options.tokenizer is None:
+        yield options
+        return
+    with tokenizer_folder(options.tokenizer) as folder:
+        yield replace(options, tokenizer=str(folder))
 
 
 def _filter_options(args: argparse.Namespace) -> "FilterOptions":

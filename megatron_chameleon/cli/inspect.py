@@ -19,6 +19,9 @@ from megatron_chameleon.cli.options import (
     add_overrides,
     image_options,
 )
+from megatron_chameleon.cli.starting import add_start_from
+from megatron_chameleon.cli.tokenizer_folders import TOKENIZER, tokenizer_folder
+from megatron_chameleon.training.inheriting import tokenizer_in_place
 from megatron_chameleon.wording import counted
 
 _logger = logging.getLogger(__name__)
@@ -32,13 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "`chameleon preprocess` reads them (such as a .jsonl file, or a folder of `datasets`)",
     )
     add_overrides(parser, "with a config")
+    add_start_from(parser)
     parser.add_argument(
         "--html", metavar="FILE", help="also write the documents or sequences as an HTML page"
     )
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
-        help="tokenizer folder, if it has moved since the token file was written",
+        help=f"{TOKENIZER}; by default the one that the token file or the config names",
     )
     parser.add_argument(
         "--documents",
@@ -105,11 +109,8 @@ def _inspect_input(args: argparse.Namespace) -> None:
         look_at_input,
         write_input_page,
     )
-    from megatron_chameleon.errors import ConfigError
 
-    if args.overrides:
-        what = f"{args.prefix} is an input, which has no values to override"
-        raise ConfigError(args.overrides[0], what, "Remove it, or name a YAML file")
+    _refuse_words_of_configs(args, "an input")
     _check_page(args, [args.prefix])
     most = args.documents or (20 if args.html else 3)
     with announced(f"reading {args.prefix}"):
@@ -137,7 +138,7 @@ def _is_config(name: str) -> bool:
 
 def _inspect_mixture(args: argparse.Namespace) -> None:
     _check_page(args, [args.prefix])
-    config = load_checked(args.prefix, args.overrides)
+    config, weights = load_checked(args.prefix, args.overrides, args.start_from)
 
     from megatron_chameleon.cli.origins import page_origin
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
@@ -145,7 +146,11 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
     from megatron_chameleon.training.run.open_data import open_newest
 
-    tokenizer = load_for_encoding(args.tokenizer or config.tokenizer.path)
+    with (
+        tokenizer_in_place(config, weights, 0, keep=False) as ready,
+        tokenizer_folder(args.tokenizer or ready.tokenizer.path) as folder,
+    ):
+        tokenizer = load_for_encoding(folder)
     with announced("reading the indices of the data sources"):
         reader = open_newest(config, tokenizer)
     show(mixture_summary(reader))
@@ -169,17 +174,17 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
         token_file_summary,
         write_token_file_page,
     )
-    from megatron_chameleon.errors import ConfigError, DataError
+    from megatron_chameleon.errors import CheckpointError, ConfigError, DataError
 
-    if args.overrides:
-        what = f"{args.prefix} is a token file, which has no values to override"
-        raise ConfigError(args.overrides[0], what, "Remove it, or name a YAML file")
+    _refuse_words_of_configs(args, "a token file")
     names = [args.prefix + suffix for suffix in (*REQUIRED_SUFFIXES, ANSWERS_SUFFIX, ".json")]
     _check_page(args, names)
-    folder = args.tokenizer or read_info(args.prefix).tokenizer
     try:
-        tokenizer = load_for_encoding(folder) if args.html or args.tokenizer else None
-    except DataError as error:
+        tokenizer = None
+        if args.html or args.tokenizer:
+            with tokenizer_folder(args.tokenizer or read_info(args.prefix).tokenizer) as folder:
+                tokenizer = load_for_encoding(folder)
+    except (CheckpointError, DataError) as error:
         if args.tokenizer:
             raise
         raise DataError(error.where, error.what, "Name the folder with --tokenizer DIR") from error
@@ -200,6 +205,18 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
                 page_origin(args),
             )
         show(f"{args.html}: {counted(written, 'document')}")
+
+
+def _refuse_words_of_configs(args: argparse.Namespace, kind: str) -> None:
+    """Refuse overrides and ``--start-from``, which change a config, with something else."""
+    from megatron_chameleon.errors import ConfigError
+
+    if args.overrides:
+        what = f"{args.prefix} is {kind}, which has no values to override"
+        raise ConfigError(args.overrides[0], what, "Remove it, or name a YAML file")
+    if args.start_from is not None:
+        what = f"{args.prefix} is {kind}, and only a config inherits from weights"
+        raise ConfigError(f"--start-from {args.start_from}", what, "Remove it, or name a YAML file")
 
 
 def _check_page(args: argparse.Namespace, inputs: list[str]) -> None:

@@ -9,6 +9,7 @@ mpiexec -n 64 chameleon preprocess ...                        # shards and merge
 
 import argparse
 import re
+from pathlib import Path
 
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
@@ -20,6 +21,7 @@ from megatron_chameleon.cli.options import (
     add_image_options,
     image_options,
 )
+from megatron_chameleon.cli.tokenizer_folders import TOKENIZER, tokenizer_folder
 from megatron_chameleon.images.fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
 from megatron_chameleon.wording import shown
 
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="documents: .jsonl (also .gz or .zst), WebDataset .tar or OBELICS-style .parquet; "
         "paths, globs or URLs",
     )
-    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder")
+    parser.add_argument("--tokenizer", metavar="DIR", help=TOKENIZER)
     parser.add_argument(
         "--output",
         required=True,
@@ -176,16 +178,17 @@ def run(args: argparse.Namespace) -> None:
     if args.merge:
         from megatron_chameleon.data.preprocess.merge_shards import merge_shards
 
-        merge_shards(args.output, keep=args.keep_shards)
+        merge_shards(args.output, args.keep_shards, tokenizer_folder)
         return
     if not args.inputs:
         raise ConfigError("INPUT", "no documents are given", "Give files, globs or URLs")
     if args.tokenizer is None:
-        raise ConfigError("--tokenizer", "is missing", "Name the tokenizer folder")
-    _preprocess(args)
+        raise ConfigError("--tokenizer", "is missing", f"Name {TOKENIZER}")
+    with tokenizer_folder(args.tokenizer) as folder:
+        _preprocess(args, folder)
 
 
-def _preprocess(args: argparse.Namespace) -> None:
+def _preprocess(args: argparse.Namespace, tokenizer: Path) -> None:
     from megatron_chameleon.data.inputs.records import Limits
     from megatron_chameleon.data.preprocess.options import EncodeOptions, PreprocessOptions
     from megatron_chameleon.data.preprocess.run import preprocess
@@ -207,6 +210,7 @@ def _preprocess(args: argparse.Namespace) -> None:
             limits=Limits(args.largest_document << 20, args.largest_text << 20),
             images=image_options(args),
             holdout=args.holdout,
+            tokenizer_name=args.tokenizer,
         ),
     )
     launch = find_launch()
@@ -214,7 +218,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         from megatron_chameleon.data.preprocess.mpi import preprocess_on_ranks
 
         preprocess_on_ranks(
-            args.inputs, args.tokenizer, args.output, options, launch, keep=args.keep_shards
+            args.inputs, tokenizer, args.output, options, launch, keep=args.keep_shards
         )
     else:
-        preprocess(args.inputs, args.tokenizer, args.output, options)
+        preprocess(args.inputs, tokenizer, args.output, options)

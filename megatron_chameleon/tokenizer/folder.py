@@ -5,12 +5,13 @@ It holds text.model, vocabulary.json, image.safetensors and image.json. A Huggin
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_chameleon.errors import DataError, first_line
-from megatron_chameleon.files import open_to_read
+from megatron_chameleon.files import open_to_read, why_no_folder
 from megatron_chameleon.tokenizer.common.files import (
     IMAGE_CONFIG_FILE,
     IMAGE_WEIGHTS_FILE,
@@ -26,6 +27,9 @@ if TYPE_CHECKING:  # text alone needs no torch
 
 FINGERPRINTED_FILES = (TEXT_MODEL_FILE, VOCABULARY_FILE, IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE)
 
+_MODEL_FILES = ("config.json", "params.json", "tokenizer.json", "adapter_config.json", "state.json")
+"""One of them is in most folders of a model."""
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -38,6 +42,13 @@ class Tokenizer:
     """None if the folder was loaded without images, or has none."""
     fingerprint: str
     """Changes with any byte that could change an id (``fingerprint``)."""
+    given: str = ""
+    """The folder that the user named, if the files were put together from it; else empty."""
+
+    @property
+    def origin(self) -> str:
+        """The folder that people know it by, for messages and for what names its tokenizer."""
+        return self.given or str(self.folder)
 
     @property
     def drawn_codes(self) -> int:
@@ -63,9 +74,11 @@ def load_tokenizer(
     if not folder.is_dir():
         raise DataError(
             str(folder),
-            "no such folder" if not folder.exists() else "is not a folder",
+            why_no_folder(folder),
             "Give a folder made by `chameleon tokenizer text` and `chameleon tokenizer image`",
         )
+    if not any(os.path.lexists(folder / name) for name in FINGERPRINTED_FILES):
+        raise _not_a_tokenizer(folder)
     vocabulary = Vocabulary.load(folder)
     text = TextTokenizer.load(folder)
     if tuple(text.tokens) != vocabulary.tokens:
@@ -79,6 +92,19 @@ def load_tokenizer(
         images = has_image_tokenizer(folder)
     image = load_image_tokenizer(folder, vocabulary, device) if images else None
     return Tokenizer(folder, vocabulary, text, image, fingerprint(folder))
+
+
+def _not_a_tokenizer(folder: Path) -> DataError:
+    """The error of a folder without a vocabulary, which may be a model's or that of a run."""
+    what = f"is not a tokenizer folder: it has neither {VOCABULARY_FILE} nor {TEXT_MODEL_FILE}"
+    remedy = "Give a folder made by `chameleon tokenizer text` and `chameleon tokenizer image`"
+    inside = folder / "tokenizer"
+    if (inside / VOCABULARY_FILE).is_file():
+        remedy = f"Give {inside}"
+    elif any((folder / name).is_file() for name in _MODEL_FILES):
+        remedy = "It seems to be a model's: --tokenizer takes the tokenizer out of it, and "
+        remedy += "--start-from in place of tokenizer.path does so for a run"
+    return DataError(str(folder), what, remedy)
 
 
 def has_image_tokenizer(folder: str | Path) -> bool:

@@ -41,7 +41,10 @@ def load_inheriting(
     """
     from megatron_chameleon.checkpoint.state.line import list_line, read_line
     from megatron_chameleon.config.load import load_config
+    from megatron_chameleon.errors import ConfigError
 
+    if start_from is not None and not start_from.strip():
+        raise ConfigError("--start-from", "is empty", "Name the folder of the weights")
     config = load_config(path, overrides)
     folder = Path(config.logging.run_dir) / "checkpoints"
     own = list_line(folder)

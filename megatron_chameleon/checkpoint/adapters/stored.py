@@ -16,7 +16,7 @@ from megatron_chameleon.checkpoint.names.optimizer_state import AVERAGE, MAIN_WE
 from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.errors import CheckpointError
-from megatron_chameleon.files import open_to_read
+from megatron_chameleon.files import open_to_read, why_no_folder
 from megatron_chameleon.values import Values
 
 ENTRY = "adapter"
@@ -88,7 +88,7 @@ def check_base(folder: Path, files: Collection[str], expected: str, adapter: str
 
 def missing_base(base: Path, adapter: str) -> CheckpointError:
     """The error for base weights that are not where they were."""
-    what = f"There is no such folder, and {adapter} is an adapter of the weights there"
+    what = f"{why_no_folder(base)}, and {adapter} is an adapter of the weights there"
     remedy = "Put them back; or give their place, to `chameleon train` with adapter.base=DIR, "
     remedy += "to `chameleon convert --merge` with --base DIR"
     return CheckpointError(str(base), what, remedy)

@@ -34,6 +34,7 @@ from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.config.finetuning import AdapterConfig
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import why_no_folder
 
 OpenBase = Callable[[Path], CheckpointReader]
 _HAS_WEIGHTS = ("config.json", "params.json", "model.safetensors", "model.safetensors.index.json")
@@ -133,7 +134,7 @@ class AdaptedReader:
             raise CheckpointError(where, what, "Write the folder of the weights there")
         place = Path(self.adapter.base)
         if not place.is_dir():
-            what = f"base_model_name_or_path is {self.adapter.base}, and there is no such folder"
+            what = f"base_model_name_or_path is {self.adapter.base}: {why_no_folder(place)}"
             remedy = (
                 "Write the folder of the weights there, or run `chameleon convert --merge --base`"
             )

@@ -146,11 +146,7 @@ class Reader:
         if not is_published or not (self.folder / PUBLISHED_TEXT_FILE).is_file():
             check_has_tokenizer(self.folder)
             return self.folder
-        found = write_published_tokenizer(self.folder, self.encoder(), self.image_config, scratch)
-        can = "can be read and not drawn" if self._has_encoder else "can neither be read nor drawn"
-        what = "no VQ decoder" if self._has_encoder else "no image tokenizer"
-        logger.warning("%s has %s: images %s (--tokenizer brings one)", self.folder, what, can)
-        return found
+        return write_published_tokenizer(self.folder, self.encoder(), self.image_config, scratch)
 
     def encoder(self) -> Mapping[str, Callable[[], torch.Tensor]]:
         """How to read each tensor of transformers' image encoder."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_chameleon.checkpoint.adapters.peft_folder import is_peft_folder
 from megatron_chameleon.checkpoint.formats import FORMATS, load_format
 from megatron_chameleon.checkpoint.formats.adapted import AdaptedReader, find_adapter
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader, TokenizerMissingError
@@ -14,22 +15,26 @@ from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
 )
 from megatron_chameleon.checkpoint.formats.unused_files import refuse_adapter, unused_weights
 from megatron_chameleon.errors import CheckpointError
-from megatron_chameleon.files import cannot_read
+from megatron_chameleon.files import cannot_read, why_no_folder
 from megatron_chameleon.tokenizer.common.files import tokenizer_file
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE
 from megatron_chameleon.tokenizer.folder import (
     FINGERPRINTED_FILES,
     Tokenizer,
+    drawn_codes,
     fingerprint,
     has_image_tokenizer,
     load_image_tokenizer,
     load_tokenizer,
 )
 from megatron_chameleon.tokenizer.image.shape import VqganConfig
+from megatron_chameleon.tokenizer.published import PUBLISHED_TEXT_FILE, write_published_tokenizer
 from megatron_chameleon.values import printable
 
 logger = logging.getLogger(__name__)
 
+_NAMED_INSTEAD = ("config.json", "params.json", "state.json", "model.safetensors.index.json")
+"""Files of a model that are sometimes named in place of their folder."""
 TOKENIZER_FOLDER = "tokenizer"
 """Where Meta's folders and our converted checkpoints have it."""
 
@@ -53,8 +58,7 @@ def open_checkpoint(
     """
     folder = Path(path)
     if not folder.is_dir():
-        what = "is a file, and checkpoints are folders" if folder.exists() else "no such folder"
-        raise CheckpointError(str(path), what, "Give a checkpoint or a run folder")
+        raise _not_a_folder(str(path))
     try:
         if (adapter := find_adapter(folder, ema=ema)) is not None:
             place = None if base is None else Path(base)
@@ -69,12 +73,42 @@ def open_checkpoint(
                 return _with_average(reader) if ema else reader
     except OSError as error:
         raise cannot_read(error.filename or folder, error, CheckpointError) from error
-    raise CheckpointError(
-        str(path),
-        "has no state.json or step_... folder (megatron), no config.json (hf), no params.json "
-        "(meta) and no latest or ..._states.pt (deepspeed)",
-        "Give a checkpoint of one of these formats",
-    )
+    raise _not_a_checkpoint(folder)
+
+
+def _not_a_folder(path: str) -> CheckpointError:
+    """The error of a file, of nothing, or of the prefix of a token file."""
+    folder, remedy = Path(path), "Give a checkpoint or a run folder"
+    if not folder.exists():
+        is_prefix = Path(f"{path}.idx").exists()
+        what = "is a token file, which has no weights" if is_prefix else why_no_folder(folder)
+        return CheckpointError(path, what, remedy)
+    if folder.name in _NAMED_INSTEAD or folder.suffix in (".safetensors", ".pth", ".distcp"):
+        remedy = f"Give its folder, {folder.parent}"
+    return CheckpointError(path, "is a file, and checkpoints are folders", remedy)
+
+
+def _not_a_checkpoint(folder: Path) -> CheckpointError:
+    """The error of a folder in no format; it says what the folder seems to be."""
+    remedy = "Give a checkpoint of one of these formats"
+    what = "has no state.json or step_... folder (megatron), no config.json (hf), no params.json "
+    what += "(meta) and no latest or ..._states.pt (deepspeed)"
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        what, remedy = "is empty", "Give a checkpoint or a run folder"
+    elif VOCABULARY_FILE in names or META_TEXT_FILE in names:
+        what, remedy = "is a tokenizer folder, which has no weights", "Give that of a model"
+    elif any(name.endswith(".idx") for name in names):
+        what, remedy = "holds token files, which have no weights", "Give that of a model"
+    else:
+        models = [path.parent for name in _NAMED_INSTEAD for path in folder.glob(f"*/{name}")]
+        models += [path.parent for path in folder.glob("snapshots/*/config.json")]  # a hub's cache
+        if models:
+            remedy = f"Did you mean {min(models)}?"
+        what = (
+            f"holds {', '.join(map(printable, names[:3]))}{', ...' * (len(names) > 3)}, and {what}"
+        )
+    return CheckpointError(str(folder), what, remedy)
 
 
 def _with_average(reader: CheckpointReader) -> CheckpointReader:
@@ -107,6 +141,8 @@ def open_tokenizer(
             another one.
     """
     path = reader.tokenizer_folder(scratch) if folder is None else find_tokenizer(folder, scratch)
+    if folder is None:
+        warn_of_lacks(reader, path)
     text_alone = path.is_dir() and not has_image_tokenizer(path)
     if text_alone and reader.fingerprint not in (None, fingerprint(path)):
         text_alone = False  # it has lost its image tokenizer
@@ -139,19 +175,47 @@ def find_tokenizer(folder: str | Path, scratch: Path) -> Path:
     """Find the tokenizer that a path means.
 
     Args:
-        folder: A tokenizer folder, ours or Meta's, or a folder that ``chameleon convert`` wrote in
-            any format.
+        folder: A tokenizer folder, ours or Meta's; or that of a model or a run of any format, whose
+            tokenizer is then taken.
         scratch: A folder that may be created, for files that have to be put together.
 
     Returns:
         A folder for ``load_tokenizer``.
+
+    Raises:
+        TokenizerMissingError: It is a model without a tokenizer.
+        CheckpointError: A file of the model is damaged.
+        DataError: A file of the tokenizer is.
     """
     path = Path(folder)
     if not (path / VOCABULARY_FILE).is_file() and (path / TOKENIZER_FOLDER).is_dir():
         path = path / TOKENIZER_FOLDER
     if (path / META_TEXT_FILE).is_file():
         return read_meta_tokenizer(path, scratch)
-    return path
+    if (path / VOCABULARY_FILE).is_file() or not path.is_dir():
+        return path
+    try:
+        if (path / PUBLISHED_TEXT_FILE).is_file() and not any(path.glob("*.safetensors*")):
+            return write_published_tokenizer(path, {}, None, scratch)  # of text alone
+        is_model = is_peft_folder(path) or any(load_format(n).recognise(path) for n in FORMATS)
+    except OSError as error:
+        raise cannot_read(error.filename or path, error, CheckpointError) from error
+    return open_checkpoint(path).tokenizer_folder(scratch) if is_model else path
+
+
+def warn_of_lacks(reader: CheckpointReader, made: Path) -> None:
+    """Say what a model cannot do with images, if its tokenizer had to be made of its other files.
+
+    Args:
+        reader: The model.
+        made: What its ``tokenizer_folder`` returned.
+    """
+    if made == reader.folder or reader.format != "hf" or drawn_codes(made):
+        return
+    has_encoder = has_image_tokenizer(made)
+    can = "can be read and not drawn" if has_encoder else "can neither be read nor drawn"
+    what = "no VQ decoder" if has_encoder else "no image tokenizer"
+    logger.warning("%s has %s: images %s (--tokenizer brings one)", reader.folder, what, can)
 
 
 def check_fingerprint(tokenizer: Tokenizer, expected: str, checkpoint: str) -> None:

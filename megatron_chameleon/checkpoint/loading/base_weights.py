@@ -25,6 +25,7 @@ from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.checkpoint.state.start import Start
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import CheckpointError, ConfigError
+from megatron_chameleon.files import why_no_folder
 from megatron_chameleon.model.chameleon import ChameleonModel
 from megatron_chameleon.model.initialization import initialize_adapters, named_global_parameters
 from megatron_chameleon.model.tensor_shards import take_shard
@@ -117,7 +118,7 @@ def open_first_adapter(config: Config) -> Adapter:
     """
     folder = Path(config.adapter.start_from or "")
     if not is_peft_folder(folder):
-        what = "has no adapter_config.json" if folder.is_dir() else "There is no such folder"
+        what = "has no adapter_config.json" if folder.is_dir() else why_no_folder(folder)
         remedy = "Give a folder of peft in adapter.start_from"
         raise CheckpointError(str(folder), what, remedy)
     return read_peft_folder(folder)

@@ -13,6 +13,7 @@ from megatron_chameleon.checkpoint.formats.opening import (
     check_encoder,
     check_fingerprint,
     check_tokens,
+    warn_of_lacks,
 )
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import CheckpointError
@@ -65,6 +66,7 @@ def keep_tokenizer(reader: CheckpointReader, destination: Path) -> None:
     partial = Path(place)
     try:
         found = reader.tokenizer_folder(partial / "made")
+        warn_of_lacks(reader, found)
         with writing(partial, CheckpointError):
             new = partial / "new"
             new.mkdir()

@@ -33,7 +33,7 @@ from megatron_chameleon.checkpoint.state.folders import (
     step_of,
 )
 from megatron_chameleon.errors import CheckpointError
-from megatron_chameleon.files import read_json_object, write_text
+from megatron_chameleon.files import read_json_object, why_no_folder, write_text
 
 LINE_FILE = "line.json"
 LINE_FORMAT = "megatron_chameleon.line/1"
@@ -171,7 +171,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(str(path), "no such folder", "Give a checkpoint or a run folder")
+        raise CheckpointError(str(path), why_no_folder(path), "Give a checkpoint or a run folder")
     if (path / STATE_FILE).is_file():
         return path
     if (path / ".metadata").exists() or STEP_FOLDER.fullmatch(path.name):

@@ -29,6 +29,7 @@ from megatron_chameleon.checkpoint.state.line import (
     shared_steps,
 )
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.files import why_no_folder
 from megatron_chameleon.parallel.collectives import first_message
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ def _not_a_checkpoint(path: Path) -> CheckpointError:
     what = f"This is not a whole checkpoint: it has no {STATE_FILE}"
     remedy = "Give a folder such as runs/NAME/checkpoints/step_..."
     if not path.is_dir():
-        what = "There is no such folder"
+        what = why_no_folder(path)
     elif (path / "checkpoints").is_dir():
         what = "This is a run folder, not one of its checkpoints"
         remedy = (

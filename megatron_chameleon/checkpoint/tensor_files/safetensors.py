@@ -167,6 +167,7 @@ class SafetensorsReader:
         files = self._read_index() if single is None and index.exists() else None
         only = frozenset({single or SINGLE_FILE})
         self.names = only if files is None else frozenset(files.values())
+        self._check_files()
         for file in sorted(self.names):
             self._read_header(file, files)
         for name, file in (files or {}).items():
@@ -176,6 +177,22 @@ class SafetensorsReader:
                     f"says that {printable(name)} is in {file}, where it is not",
                     _COPY_REMEDY,
                 )
+
+    def _check_files(self) -> None:
+        """Say how many files are missing, which is more than that the first one is."""
+        missing = sorted(n for n in self.names if not os.path.lexists(self.folder / n))
+        if not missing:
+            return
+        what = f"{len(missing)} of the {len(self.names)} files with weights are missing, such as "
+        what += missing[0]
+        if len(self.names) == 1:
+            what = f"has no {missing[0]}"
+            others = sorted(path.name for path in self.folder.glob("*.bin"))
+            if others:
+                what += (
+                    f", and {others[0]}, as older versions of transformers write it, is not read"
+                )
+        raise CheckpointError(str(self.folder), what, "Fetch or copy the whole folder again")
 
     def _read_index(self) -> dict[str, str]:
         index = self.folder / INDEX_FILE

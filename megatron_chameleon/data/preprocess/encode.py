@@ -40,6 +40,7 @@ from megatron_chameleon.images.pixels import RULES
 from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE, tokenizer_file
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_image_tokenizer, load_tokenizer
 from megatron_chameleon.tokenizer.text.fast import make_text_encoder
+from megatron_chameleon.wording import counted
 
 MEMORY_PER_TEXT_BYTE = 30
 """Measured: gigatoken takes up to 27 bytes for each byte of text that it knows no pieces of."""
@@ -248,8 +249,11 @@ class DocumentEncoder:
         image = tokenizer.image
         if image is None:
             if not tokenizer_file(tokenizer.folder, IMAGE_CONFIG_FILE).exists():
-                what = f"the document has {images} images, {tokenizer.folder} no image tokenizer"
-                remedy = "Train one with: chameleon tokenizer image IMAGES --output FOLDER"
+                name = options.tokenizer_name or tokenizer.origin
+                what = f"the document has {counted(images, 'image')}, and {name} has no image "
+                what += "tokenizer"
+                remedy = "Give --tokenizer a folder that has one, or train one with: chameleon "
+                remedy += "tokenizer image IMAGES --output FOLDER"
                 raise DataError(document.where, what, remedy)
             image = load_image_tokenizer(
                 tokenizer.folder, tokenizer.vocabulary, options.device, options.image_dtype

@@ -8,6 +8,9 @@ command resumes after the last shard that was copied completely.
 """
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_chameleon.data.preprocess.holdout import nothing_left, report_holdout
@@ -30,17 +33,22 @@ from megatron_chameleon.data.token_files.format import (
 from megatron_chameleon.data.token_files.split_writer import SplitWriter
 from megatron_chameleon.data.token_files.writer import DROPPED_SUFFIX, MERGE_JOB_SUFFIX
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.tokenizer.folder import load_tokenizer
+from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
+def merge_shards(
+    prefix: str | Path,
+    keep: bool = False,
+    find_tokenizer: Callable[[str], AbstractContextManager[str | Path]] = nullcontext,
+) -> TokenFileInfo:
     """Merge PREFIX.shard-0-of-N to PREFIX.shard-N-1-of-N into PREFIX.
 
     Args:
         prefix: The token file; an older one stays until the new one is complete.
         keep: Whether to keep the shards.
+        find_tokenizer: From the tokenizer that the shards name to its folder.
 
     Raises:
         DataError: If a shard is missing or unfinished, or the shards do not belong together.
@@ -68,7 +76,9 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
         if held_out := sum(info.documents for _, info in others):
             raise nothing_left(prefix, held_out, _share(infos))
         raise DataError(str(prefix), f"all {count} shards are empty", "Check the documents")
-    info = _merge(prefix, list(zip(shards, infos, strict=True)), others)
+    with find_tokenizer(infos[0].tokenizer) as folder:
+        tokenizer = replace(load_tokenizer(folder, images=False), given=infos[0].tokenizer)
+    info = _merge(prefix, tokenizer, list(zip(shards, infos, strict=True)), others)
     if not keep:
         _remove([*shards, *(name for name, _ in others)])
     logger.info("%s, of %s shards", describe_token_file(info, Path(prefix)), count)
@@ -78,6 +88,7 @@ def merge_shards(prefix: str | Path, keep: bool = False) -> TokenFileInfo:
 
 def _merge(
     prefix: str | Path,
+    tokenizer: Tokenizer,
     shards: list[tuple[str, TokenFileInfo]],
     others: list[tuple[str, TokenFileInfo]],
 ) -> TokenFileInfo:
@@ -85,7 +96,7 @@ def _merge(
     first = shards[0][1]
     with SplitWriter(
         prefix,
-        load_tokenizer(first.tokenizer, images=False),
+        tokenizer,
         first.job + MERGE_JOB_SUFFIX,
         first.inputs,
         image_fit=first.image_fit,

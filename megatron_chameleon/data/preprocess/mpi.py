@@ -6,7 +6,9 @@ MPI carries no data. The ranks share the file system and only tell each other wh
 import atexit
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megatron_chameleon.data.preprocess.merge_shards import merge_shards
@@ -19,7 +21,7 @@ from megatron_chameleon.parallel.launch import Launch, run_alone
 
 def preprocess_on_ranks(
     inputs: Sequence[str],
-    tokenizer: str,
+    tokenizer: str | Path,
     prefix: str,
     options: PreprocessOptions,
     launch: Launch,
@@ -55,7 +57,7 @@ def preprocess_on_ranks(
     # without shards, an earlier run has merged them
     if not failed and world.rank == 0 and find_shards(prefix):
         try:
-            merge_shards(prefix, keep)
+            merge_shards(prefix, keep, lambda _: nullcontext(tokenizer))
         except ChameleonError as error:
             failure = error
     if failure is not None:

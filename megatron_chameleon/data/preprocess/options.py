@@ -55,6 +55,8 @@ class EncodeOptions:
     """Where images may lie, and how they are read."""
     holdout: float | None = None
     """Share of the documents that is held out, above 0 and below 1; None holds out none."""
+    tokenizer_name: str = ""
+    """What the user called the tokenizer, if its folder was put together for this command alone."""
 
 
 @dataclass(frozen=True)

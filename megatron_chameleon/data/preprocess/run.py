@@ -98,14 +98,16 @@ def preprocess(
             document is left.
     """
     options = options or PreprocessOptions()
+    name = options.encoding.tokenizer_name or tokenizer_folder
     check_preprocess_options(prefix, options)
-    with announced(f"looking at {counted(len(inputs), 'input')} and loading {tokenizer_folder}"):
+    with announced(f"looking at {counted(len(inputs), 'input')} and loading {name}"):
         files = find_inputs(inputs)
         output = shard_prefix(prefix, options.shard)
         share, whole = options.encoding.holdout, (str(prefix), holdout_prefix(prefix))
         held_out = shard_prefix(whole[1], options.shard)
         check_outputs(files, output, [] if share is None else [held_out, whole[1]])
         tokenizer = load_tokenizer(tokenizer_folder, images=False)
+        tokenizer = replace(tokenizer, given=options.encoding.tokenizer_name)
         device = find_device(options.encoding.device)
     options = replace(options, encoding=replace(options.encoding, device=device))
     job = _job_digest(files, tokenizer, options.encoding)

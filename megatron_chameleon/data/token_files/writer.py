@@ -386,7 +386,7 @@ class TokenFileWriter:
         state = self.state
         return TokenFileInfo(
             tokenizer_fingerprint=self.tokenizer.fingerprint,
-            tokenizer=str(self.tokenizer.folder),
+            tokenizer=self.tokenizer.origin,
             vocab_size=self.tokenizer.vocabulary.size,
             dtype=self._dtype.name,
             documents=state.documents,

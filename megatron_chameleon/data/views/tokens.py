@@ -149,8 +149,10 @@ def _figure(token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
     codes = tokenizer.vocabulary.token_ids_to_codes(token_ids)
     listed = " ".join(str(code) for code in codes)
     decoder = tokenizer.image
-    if decoder is None or len(codes) != decoder.codes_per_image:
+    if decoder is None or len(codes) != decoder.codes_per_image or not decoder.has_decoder:
         expected = "" if decoder is None else f", not {decoder.codes_per_image}"
+        if decoder is not None and len(codes) == decoder.codes_per_image:
+            expected = ", which the tokenizer cannot draw, as it has no decoder"
         caption = f"{len(codes)} image codes{expected}: {listed}"
         return f"<figure><figcaption>{escape(caption)}</figcaption></figure>"
     shown = image(png_bytes(decoder.decode(codes[np.newaxis])[0]), "image decoded from its codes")

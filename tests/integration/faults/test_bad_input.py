@@ -99,7 +99,7 @@ def test_token_files_of_another_tokenizer(copy: Path, refused) -> None:
         ),
         (["training.global_batch_size=7"], "7 does not divide by micro_batch_size 2 x data"),
         (["tokenizer.path=/none"], "no such folder"),
-        (["--resume", "/none"], "/none: There is no such folder. Give a folder such as runs/"),
+        (["--resume", "/none"], "/none: no such folder. Give a folder such as runs/"),
         (["parallel.tensor_model_parallel_size=2"], "1 process cannot be laid out as tensor 2"),
     ],
 )

@@ -50,7 +50,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: no such folder. Give a folder made by"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"file: is not a folder"):
+    with pytest.raises(DataError, match=r"file: is a file, not a folder"):
         load_tokenizer(tmp_path / "file")
 
 

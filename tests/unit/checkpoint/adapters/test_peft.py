@@ -208,7 +208,7 @@ def test_other_base_weights_are_one_clear_error(
     step = save(engine, tmp_path / "run", FIRST, base, tiny_tokenizer)
     if change == "moved":
         base.rename(tmp_path / "elsewhere")
-        message = f"{base}: There is no such folder, and {step} is an adapter of the weights there"
+        message = f"{base}: no such folder, and {step} is an adapter of the weights there"
     else:
         weights = load_file(base / "model.safetensors")
         weights["lm_head.weight"][0, 0] += 1

@@ -71,7 +71,7 @@ HF_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "missing shard": (
         lambda f: shard_of(f, NORM).unlink(),
-        r"model-0\d+-of-0\d+\.safetensors: no such file",
+        r"1 of the \d+ files with weights are missing, such as model-0\d+-of-0\d+\.safetensors\. F",
     ),
     "wrong index": (
         lambda f: change_json(f / INDEX, misplace_a_tensor),
@@ -237,13 +237,31 @@ def test_damaged_meta_folders(meta_folder: Path, tmp_path: Path, name: str) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]  # in particular, nothing "ran"
 
 
-def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "something").mkdir()
-    with pytest.raises(CheckpointError, match=r"no config\.json \(hf\), no params\.json"):
-        convert(tmp_path / "something", tmp_path / "out", "hf")
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="is a file, and checkpoints are folders"):
-        convert(tmp_path / "file", tmp_path / "out", "hf")
+@pytest.mark.parametrize(
+    ("files", "given", "said"),
+    [
+        ([], "gone", "gone: no such folder. Give a checkpoint or a run folder."),
+        (["x/"], "x", "x: is empty. Give a checkpoint or a run folder."),
+        (["file"], "file", "is a file, and checkpoints are folders. Give a checkpoint or"),
+        (["m/config.json"], "m/config.json", "are folders. Give its folder, "),
+        (["t.idx", "t.bin"], "t", "t: is a token file, which has no weights. Give"),
+        (["d/t.idx"], "d", "d: holds token files, which have no weights. Give that of a model."),
+        (["d/vocabulary.json"], "d", "d: is a tokenizer folder, which has no weights. Give that"),
+        (["d/b.jsonl", "d/c", "d/a/", "d/e"], "d", "holds a, b.jsonl, c, ..., and has no state"),
+        (["d/b.jsonl"], "d", r"no config.json (hf), no params.json (meta) and no latest or"),
+        (["d/7b/params.json"], "d", "d/7b?"),
+        (["d/snapshots/abc/config.json"], "d", "d/snapshots/abc?"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said_to_be_what_it_is(
+    tmp_path: Path, files: list[str], given: str, said: str
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    with pytest.raises(CheckpointError) as caught:
+        convert(tmp_path / given, tmp_path / "out", "hf")
+    assert said in str(caught.value)
 
 
 def test_shards_are_for_meta_only(hf_folder: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_path_is_where_the_run_begins(tmp_path: Path) -> None:
 def test_a_path_that_is_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"not a whole checkpoint: it has no state\.json"):
         resumes_from(tmp_path, str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"nowhere: There is no such folder\. Give a folder"):
+    with pytest.raises(CheckpointError, match=r"nowhere: no such folder\. Give a folder"):
         resumes_from(tmp_path, str(tmp_path / "nowhere"))
 
 
@@ -95,7 +95,7 @@ def test_a_folder_of_weights_is_where_a_run_begins(tmp_path: Path, file: str) ->
     shutil.rmtree(weights)
     again = find_start(run, str(weights), weights_only=True)
     assert (again.weights, again.checkpoint) == (None, newest), "a requeued job goes on"
-    with pytest.raises(CheckpointError, match="typo: There is no such folder"):
+    with pytest.raises(CheckpointError, match="typo: no such folder"):
         find_start(run, str(tmp_path / "typo"), weights_only=True)
 
 
@@ -177,7 +177,7 @@ def test_a_path_that_was_pruned_since_goes_on(tmp_path: Path) -> None:
     start = find_start(run, str(run / "step_00000004"))
     assert start.checkpoint == newest and start.note is not None
     assert "once more" not in start.note, "it is gone"
-    with pytest.raises(CheckpointError, match="There is no such folder"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         find_start(run, str(run / "step_00000002"))
 
 
@@ -205,7 +205,7 @@ def test_where_a_run_began_may_be_gone_once_it_has_its_own(tmp_path: Path) -> No
     assert find_start(run, str(weights)).given == str(weights)
     write_line(run, LineRecord(str(weights), "today"))
     own = make(run, 5)
-    with pytest.raises(CheckpointError, match="typo: There is no such folder"):
+    with pytest.raises(CheckpointError, match="typo: no such folder"):
         find_start(run, str(tmp_path / "typo"))
     other = find_start(run, str(make(tmp_path, 7).rename(tmp_path / "other")))
     assert other.checkpoint == own and other.note is not None
