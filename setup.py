@@ -64,6 +64,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
         "deepspeed": ["deepspeed~=0.19.8"],
+        "qlora": ["bitsandbytes>=0.48"],  # frozen weights in 4 bits, on GPUs and CPUs
         "mpi": ["mpi4py"],
         "demo": ["scikit-learn"],
         "serve": [
@@ -116,6 +117,7 @@ setup(
             "ImageHash",
             "py3langid",
             "openai",  # the client that people use
+            "bitsandbytes",
             "peft",  # what our adapters are compared with
             "playwright",  # drives Chromium through the chat page and the other pages
             "axe-playwright-python",  # axe-core: whether everybody can read them

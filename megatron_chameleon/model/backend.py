@@ -24,6 +24,11 @@ from megatron_chameleon.model.fp8_linear import (
 )
 from megatron_chameleon.model.fusions import fusion_problems
 from megatron_chameleon.model.isolation import IsolatedDocuments
+from megatron_chameleon.model.quantized.linear import (
+    QuantizedColumnParallelLinear,
+    QuantizedRowParallelLinear,
+    is_installed,
+)
 from megatron_chameleon.parallel import platform
 
 
@@ -103,6 +108,16 @@ class EmulatedFp8Backend(LocalBackend):
         return ModuleSpec(EmulatedRowParallelLinear, params=self._params)
 
 
+class QuantizedBackend(LocalBackend):
+    """Frozen linear layers in 4 bits."""
+
+    def column_parallel_linear(self) -> type:
+        return QuantizedColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return QuantizedRowParallelLinear
+
+
 class TransformerEngineBackend(TESpecProvider):
     """Transformer Engine's linear layers, norms and attention.
 
@@ -111,10 +126,19 @@ class TransformerEngineBackend(TESpecProvider):
 
     Args:
         own_attention: Whether attention is Transformer Engine's too; otherwise it is torch's.
+        is_quantized: Whether the linear layers are bitsandbytes' in 4 bits.
     """
 
-    def __init__(self, own_attention: bool) -> None:
-        self._own_attention = own_attention
+    def __init__(self, own_attention: bool, is_quantized: bool = False) -> None:
+        self._own_attention, self._is_quantized = own_attention, is_quantized
+
+    def column_parallel_linear(self) -> type:
+        own: type = super().column_parallel_linear()
+        return QuantizedColumnParallelLinear if self._is_quantized else own
+
+    def row_parallel_linear(self) -> type:
+        own: type = super().row_parallel_linear()
+        return QuantizedRowParallelLinear if self._is_quantized else own
 
     def fuse_layernorm_and_linear(self) -> bool:
         return False
@@ -129,8 +153,9 @@ def select_backend(config: Config) -> BackendSpecProvider:
         return EmulatedFp8Backend(config.fp8)
     if platform.has_transformer_engine():
         isolated = config.data.reset_attention
-        return TransformerEngineBackend(own_attention=not isolated or packs_documents(config))
-    return LocalBackend()
+        own_attention = not isolated or packs_documents(config)
+        return TransformerEngineBackend(own_attention, config.adapter.quantize != "none")
+    return LocalBackend() if config.adapter.quantize == "none" else QuantizedBackend()
 
 
 def packs_documents(config: Config) -> bool:
@@ -171,7 +196,7 @@ def check_machine(config: Config) -> None:
 
 
 def machine_problems(config: Config) -> list[ConfigError]:
-    """Settings for which this machine lacks the hardware or Transformer Engine."""
+    """Settings for which this machine lacks the hardware or a package."""
     problems = []
     fp8, cp = config.fp8, config.parallel.context_parallel_size
     if fp8.format is not None and not fp8.emulate and (obstacle := platform.fp8_obstacle()):
@@ -184,4 +209,8 @@ def machine_problems(config: Config) -> list[ConfigError]:
         what = f"{cp} needs a GPU with Transformer Engine, and this machine has none"
         remedy = "Set it to 1, and split sequences by tensor parallelism with sequence_parallel"
         problems.append(ConfigError("parallel.context_parallel_size", what, remedy))
+    if config.adapter.quantize != "none" and not is_installed():
+        what = f"{config.adapter.quantize} needs bitsandbytes, which is not installed"
+        remedy = "Run pip install -c constraints.txt 'megatron_chameleon[qlora]', or set it to none"
+        problems.append(ConfigError("adapter.quantize", what, remedy))
     return [*problems, *fusion_problems(config)]

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_chameleon.config.checks.adapters import check_quantized
 from megatron_chameleon.config.checks.check import check_config
 from megatron_chameleon.config.checks.fp8 import check_fp8
 from megatron_chameleon.config.checks.layouts import check_vocabulary, divisors, layout_problems
@@ -243,6 +244,7 @@ def _refusals(request: PlanRequest, config: Config) -> Iterator[ConfigError]:
     yield from layout_problems(config, request.gpus)
     yield from check_vocabulary(request.vocab_size, config)
     yield from check_fp8(config)
+    yield from check_quantized(config)
 
 
 def _with_recompute(config: Config, kind: str | None) -> Config:

@@ -62,9 +62,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "model/kernels": set(),
     # adapters have names of their own in every format
-    "model": {"checkpoint/names", "config", "config/checks", "model/kernels", "parallel"},
+    "model": {"checkpoint/names", "config", "config/checks", "parallel"}
+    | {"model/kernels", "model/quantized"},
+    # frozen linear layers in 4 bits
+    "model/quantized": {"parallel"},
     # Patterns of tensor names choose what is trained, and the names are those of the name table.
-    "model/tuning": {"checkpoint/names", "config", "model"},
+    "model/tuning": {"checkpoint/names", "config", "model", "model/quantized"},
     "checkpoint": set(),
     "checkpoint/names": {"config"},
     "checkpoint/tensor_files": set(),
@@ -114,6 +117,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint/state",
         "config",
         "model",
+        "model/quantized",
         "model/tuning",
         "parallel",
         "tokenizer",

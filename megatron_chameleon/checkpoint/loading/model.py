@@ -6,6 +6,7 @@ job, and no rank holds more than its own part of the model and one whole tensor.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ChameleonError, CheckpointError
 from megatron_chameleon.model.chameleon import ChameleonModel, build_model
 from megatron_chameleon.model.initialization import named_global_parameters
+from megatron_chameleon.model.quantized.linear import quantize_rest, quantized_layers
 from megatron_chameleon.model.tensor_shards import take_shard
+from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.collectives import all_gather, raise_together
 from megatron_chameleon.parallel.topology import Topology
 
@@ -63,6 +66,8 @@ def build_first_model(
     parts = build_model(config, vocab_size, topology, draws_weights=weights is None)
     if weights is not None:
         fill_weights(weights, parts)
+    for part in parts:
+        quantize_rest(part)
     if config.adapter.rank:
         build_adapters(config, parts, topology)
     return parts
@@ -94,10 +99,15 @@ def fill_weights(reader: CheckpointReader, parts: Sequence[nn.Module]) -> None:
     at_once = tensor.size() * data.size()
     failure = None
     for part in parts:
+        quantized = {layer.weight: layer for layer in quantized_layers(part)}
         named = [pair for pair in named_global_parameters(part) if pair[0] in rows]
         for start in range(0, len(named), at_once):
-            found = _fill(reader, rows, named[start : start + at_once], tensor, data)
+            group = [_Target.of(*pair) for pair in named[start : start + at_once]]
+            found = _fill(reader, rows, group, tensor, data)
             failure = failure or found
+            for target in group:
+                if target.parameter in quantized:
+                    quantized[target.parameter].quantize(target.tensor)
     raise_together(failure)
 
 
@@ -116,11 +126,30 @@ def _check_same(reader: CheckpointReader) -> None:
             raise CheckpointError(str(reader.folder), what, remedy)
 
 
+@dataclass(frozen=True)
+class _Target:
+    """A parameter to fill, and the tensor of the device that its values go to.
+
+    It is the parameter's own, except of matrices to quantize, which are kept in main memory.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    tensor: Tensor
+
+    @staticmethod
+    def of(name: str, parameter: nn.Parameter) -> "_Target":
+        device = platform.device()
+        if parameter.device == device:
+            return _Target(name, parameter, parameter.data)
+        return _Target(name, parameter, torch.empty_like(parameter.data, device=device))
+
+
 @torch.no_grad()
 def _fill(
     reader: CheckpointReader,
     rows: dict[str, TensorRow],
-    named: Sequence[tuple[str, nn.Parameter]],
+    targets: Sequence[_Target],
     tensor: torch.distributed.ProcessGroup,
     data: torch.distributed.ProcessGroup,
 ) -> ChameleonError | None:
@@ -129,7 +158,7 @@ def _fill(
     Args:
         reader: The checkpoint.
         rows: Its rows by the names of parameters in the whole model.
-        named: The same on every rank of both groups.
+        targets: The same parameters on every rank of both groups.
         tensor: The ranks that hold the parts of the parameters.
         data: The ranks that hold the same parts as this one.
 
@@ -137,36 +166,37 @@ def _fill(
         Why this rank could not read its tensor. The others then get zeros, instead of waiting.
     """
     size = tensor.size()
-    shares = [named[start : start + size] for start in range(0, len(named), size)]
+    shares = [targets[start : start + size] for start in range(0, len(targets), size)]
     mine = shares[data.rank()] if data.rank() < len(shares) else []
     own, failure = None, None
     if tensor.rank() < len(mine):
-        name, parameter = mine[tensor.rank()]
+        target = mine[tensor.rank()]
         try:
-            own = _shards(reader.read(rows[name]), name, parameter, size)
+            own = _shards(reader.read(rows[target.name]), target, size)
         except ChameleonError as error:
-            own, failure = [torch.zeros_like(parameter)] * size, error
-    for source, (_, parameter) in enumerate(mine):
+            own, failure = [torch.zeros_like(target.tensor)] * size, error
+    for source, target in enumerate(mine):
         if size == 1:
             assert own is not None
-            parameter.copy_(own[0])
+            target.tensor.copy_(own[0])
             continue
         shards = own if tensor.rank() == source else None
-        torch.distributed.scatter(parameter.data, shards, group=tensor, group_src=source)
+        torch.distributed.scatter(target.tensor, shards, group=tensor, group_src=source)
     if data.size() > 1:
         for owner, share in enumerate(shares):
-            for _, parameter in share:
-                torch.distributed.broadcast(parameter.data, group=data, group_src=owner)
+            for target in share:
+                torch.distributed.broadcast(target.tensor, group=data, group_src=owner)
     return failure
 
 
-def _shards(whole: Tensor, name: str, parameter: Tensor, size: int) -> list[Tensor]:
+def _shards(whole: Tensor, target: _Target, size: int) -> list[Tensor]:
     """The parts of a tensor of all tensor-parallel ranks, with the dtype and device of this rank's.
 
     Rows that the checkpoint's vocabulary lacks become zeros.
     """
+    parameter, name = target.parameter, target.name
     dim = getattr(parameter, "partition_dim", -1)
-    whole = whole.to(parameter.device, parameter.dtype)
+    whole = whole.to(target.tensor.device, parameter.dtype)
     if size == 1 or dim < 0:
         missing = len(parameter) - len(whole)
         return [functional.pad(whole, (0, 0) * (whole.dim() - 1) + (0, missing))] * size

@@ -6,7 +6,7 @@ from megatron_chameleon.config.finetuning import AdapterConfig
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError
 
-RANK_NEEDED = ("dropout", "dora", "start_from", "base")
+RANK_NEEDED = ("dropout", "dora", "quantize", "start_from", "base")
 
 
 def check_adapter(config: Config) -> Iterator[ConfigError]:
@@ -31,6 +31,7 @@ def check_adapter(config: Config) -> Iterator[ConfigError]:
     ):
         what = f"names {', '.join(doubles)} more than once"
         yield ConfigError("adapter.target_modules", what, "Name each layer once")
+    yield from check_quantized(config)
     if model.train or model.freeze:
         key = "train" if model.train else "freeze"
         what = "names parameters of the model, which are all frozen beside an adapter"
@@ -39,3 +40,24 @@ def check_adapter(config: Config) -> Iterator[ConfigError]:
     if config.optimizer.name == "muon":
         what = "muon updates the matrices of the model, which are frozen beside an adapter"
         yield ConfigError("optimizer.name", what, "Use adamw, or set adapter.rank to 0")
+
+
+def check_quantized(config: Config) -> Iterator[ConfigError]:
+    """Settings that take the frozen matrices in a format of their own."""
+    quantize, engine = config.adapter.quantize, config.engine
+    if quantize == "none":
+        return
+    if config.fp8.format:
+        what = f"{quantize}, but fp8.format is {config.fp8.format}, and a matrix has one format"
+        yield ConfigError("adapter.quantize", what, "Set it to none, or fp8.format to null")
+    if (tp := config.parallel.tensor_model_parallel_size) > 1:
+        what = (
+            f"{tp}, but adapter.quantize is {quantize}: a scale is for 64 neighbours in a matrix, "
+        )
+        what += "so a split matrix would get other numbers"
+        remedy = "Set it to 1 and use pipeline or data parallelism, or adapter.quantize=none"
+        yield ConfigError("parallel.tensor_model_parallel_size", what, remedy)
+    if engine.name == "deepspeed" and engine.zero_stage == 3:
+        what = f"{quantize}, but engine.zero_stage 3 splits the weights, and packed ones cannot be"
+        remedy = "Set engine.zero_stage to 2, or use engine.name=megatron"
+        yield ConfigError("adapter.quantize", what, remedy)

@@ -36,6 +36,7 @@ from torch.nn import functional
 from megatron_chameleon.checkpoint.names.adapters import MAGNITUDE, SITES, A, B
 from megatron_chameleon.config.finetuning import AdapterConfig
 from megatron_chameleon.config.schema import Config
+from megatron_chameleon.model.quantized.linear import whole_weight
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class LinearAdapter(nn.Module):
 
     Args:
         config: What an adapter is like.
-        linear: The layer, whose weight is [O, I].
+        linear: The layer, whose weight is [O, I], in 4 bits or not.
         outputs: How many of the rows of the whole matrix belong to each of the Hugging Face layers
             that are joined in it, in their order.
         groups: Number of blocks that this rank's rows consist of; each has a part of every Hugging
@@ -72,7 +73,7 @@ class LinearAdapter(nn.Module):
         split: _Split,
     ) -> None:
         super().__init__()
-        weight: Any = linear.weight
+        weight = whole_weight(linear)
         self._linear = [linear]  # in a list, so that it does not become a submodule
         self._split, self._groups = split, groups
         self._scale, self._dropout = config.alpha / config.rank, config.dropout
@@ -157,7 +158,7 @@ class LinearAdapter(nn.Module):
     def _effective_weight(self) -> dict[str, Tensor]:
         """This rank's part of W' by Hugging Face layer; the paper, section 4.3, needs no gradient
         through its length."""
-        weight: Any = self._linear[0].weight
+        weight = whole_weight(self._linear[0])
         parts = self._own_rows(weight)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         pairs = {n: (self._get(n, B).to(dtype), self._get(n, A).to(dtype)) for n in self.names}
