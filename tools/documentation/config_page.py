@@ -159,15 +159,19 @@ def _dataclass_in(hint: Any) -> tuple[type | None, bool]:
 
 def _kind(hint: Any) -> str:
     bare = without_null(hint)
+    inner = typing.get_args(bare)
     if typing.get_origin(bare) is list:
-        inner = typing.get_args(bare)[0]
-        words = "mappings" if dataclasses.is_dataclass(inner) else f"{_TYPES[inner]}s"
-        words = f"list of {words}".replace("true or falses", "true or false")
+        words = "list of mappings" if dataclasses.is_dataclass(inner[0]) else _list_of(inner[0])
     elif typing.get_origin(bare) in (types.UnionType, typing.Union):
-        words = " or ".join(_TYPES[arg] for arg in typing.get_args(bare))
+        words = " or ".join(_kind(arg) for arg in inner)
     else:
         words = _TYPES.get(bare, getattr(bare, "__name__", str(bare)))
     return words if bare is hint else f"{words} or null"
+
+
+def _list_of(inner: Any) -> str:
+    words = _kind(inner)
+    return f"list of {words}" if inner is bool or words.startswith("list") else f"list of {words}s"
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:

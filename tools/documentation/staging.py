@@ -24,7 +24,8 @@ OUTSIDE = {
     "benchmarks/README.md": "benchmarks.md",
 }
 """Markdown files outside of docs/ and their pages."""
-LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
+LINK = re.compile(r"(?:(?<=\]\()|(?<=\]: ))([^)\s]+)(?=[)\s]|$)", re.MULTILINE)
+"""The target in ``[text](target "title")`` and in ``[text]: target``."""
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash", ".json": "json"}
 
 
@@ -96,7 +97,7 @@ def links_in(source: str, text: str) -> Iterator[Link]:
         text: Its text; code is skipped.
     """
     for written in LINK.findall(without_code(text)):
-        if re.match(r"[a-z]+:", written):
+        if re.match(r"[a-z]+:", written, re.IGNORECASE):
             continue
         name, _, anchor = written.partition("#")
         yield Link(written, _joined(source, name) if name else source, anchor)
@@ -104,8 +105,8 @@ def links_in(source: str, text: str) -> Iterator[Link]:
 
 def without_code(text: str) -> str:
     """Markdown without its code blocks and code spans."""
-    text = re.sub(r"^(```+).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"`[^`\n]*`", "", text)
+    text = re.sub(r"^(```+|~~~+).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"(`+)[^\n]*?\1", "", text)
 
 
 def in_site(source: str, text: str, names: Mapping[str, str]) -> str:
@@ -123,7 +124,9 @@ def in_site(source: str, text: str, names: Mapping[str, str]) -> str:
             if name:
                 pattern = rf"\[(?:docs/)?{file}\](?=\({re.escape(link.written)}\))"
                 text = re.sub(pattern, f"[{name}]", text)
-            text = text.replace(f"]({link.written})", f"]({path})")
+            text = re.sub(
+                rf"(\]\(|\]: ){re.escape(link.written)}(?=[)\s]|$)", rf"\g<1>{path}", text
+            )
     return text
 
 

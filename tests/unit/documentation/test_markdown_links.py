@@ -9,7 +9,7 @@ import yaml
 from places import REPOSITORY
 from tools.documentation import navigation
 from tools.documentation.site_links import broken_links, foreign_sources
-from tools.documentation.staging import in_site, links_in, page_of, without_code
+from tools.documentation.staging import in_site, links_in, page_of
 
 MARKDOWN = sorted(
     path.relative_to(REPOSITORY).as_posix()
@@ -84,8 +84,22 @@ def test_pages_have_the_names_of_the_navigation() -> None:
     assert names["data.md"] == "Data" and names["reference/cli/train.md"] == "train"
 
 
-def test_code_is_not_searched_for_links() -> None:
-    assert "](x)" not in without_code("```bash\n[a](x)\n```\n`[b](x)`")
+@pytest.mark.parametrize(
+    "text",
+    ["```bash\n[a](x)\n```", "`[b](x)`", "`` [b](x) ``", "~~~\n[a](x)\n~~~", "a [b](HTTPS://x)"],
+)
+def test_code_and_the_web_are_not_searched_for_links(text: str) -> None:
+    assert list(links_in("docs/x.md", text)) == []
+
+
+@pytest.mark.parametrize(
+    "text", ['[a](x.md "title")', "[a]: x.md", "![a](x.md)", "[b](c)[a](x.md)"]
+)
+def test_links_have_several_forms(text: str) -> None:
+    assert "docs/x.md" in [link.target for link in links_in("docs/y.md", text)]
+    assert "](../x.md" in in_site("docs/t/y.md", text.replace("x.md", "../x.md"), {}).replace(
+        ": ", "("
+    )
 
 
 def test_every_page_has_its_place_in_the_navigation(
