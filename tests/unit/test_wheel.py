@@ -8,7 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_chameleon import __version__
 from places import REPOSITORY
 
 PACKAGE = "megatron_chameleon"
@@ -91,3 +93,10 @@ def test_commands_of_the_wheel_work_in_an_empty_folder(
     )
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout
+
+
+def test_the_citation_names_this_version_and_licence() -> None:
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert (citation["version"], citation["license"]) == (__version__, "Apache-2.0")
+    assert {"message", "title", "authors"} <= set(citation)  # what the format requires
