@@ -182,8 +182,9 @@ def _resolve(
 def _locate(mistake: Mistake, where: str, overrides: Sequence[Override]) -> ConfigError:
     """The mistake with the override that caused it, if one did, or with the file."""
     place = _origin(mistake.key, "", overrides)
-    if not place:
-        place = where if mistake.names_key else f"{where}: {mistake.key}"
+    if not mistake.names_key and not place.startswith(mistake.key):
+        place = f"{place or where}: {mistake.key}"  # it lies within what the override has set
+    place = place or where
     return ConfigError(place, mistake.what, mistake.remedy)
 
 

@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_chameleon.config.reading.examples import example
 from megatron_chameleon.wording import cut, shown
 
 _NAMES = {int: "a whole number", float: "a number", str: "a string", type(None): "null"}
@@ -47,12 +48,16 @@ class Builder:
         """
         if not isinstance(values, dict):
             if values is not None:
-                self._wrong_type(
-                    key or "top level", "a mapping", values, "Write its keys indented below it"
-                )
+                remedy = "Write its keys indented below it"
+                if key:
+                    remedy = f"Write it as {example(cls, key, values)}"
+                self._wrong_type(key or "top level", "a mapping", values, remedy)
             return cls()
         hints = typing.get_type_hints(cls)
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        defaults = {
+            field.name: field.default_factory if field.default is _NO_DEFAULT else field.default
+            for field in dataclasses.fields(cls)
+        }
         known = {}
         for name, value in values.items():
             full = f"{key}.{cut(str(name))}".lstrip(".")
@@ -69,7 +74,8 @@ class Builder:
             return self.build(hint, value, key)
         if typing.get_origin(hint) is list:
             if not isinstance(value, list):
-                self._wrong_type(key, "a list", value, "Write it as [first, second]")
+                remedy = f"Write it as {example(hint, key, value, default)}"
+                self._wrong_type(key, "a list", value, remedy)
                 return []
             item = typing.get_args(hint)[0]
             return [self._convert(item, v, f"{key}[{i}]") for i, v in enumerate(value)]
@@ -78,7 +84,7 @@ class Builder:
         converted = _convert_number(value, allowed)
         if type(converted) not in allowed:
             remedy = "Correct the value"
-            if default not in (_NO_DEFAULT, ""):
+            if default not in (_NO_DEFAULT, "") and not callable(default):
                 remedy += f", or remove it to use the default, {json.dumps(default)}"
             self._wrong_type(key, _name_types(allowed), value, remedy)
         return converted

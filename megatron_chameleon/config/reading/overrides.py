@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from megatron_chameleon.config.reading.yaml_file import ERRORS, check_yaml
 from megatron_chameleon.errors import ConfigError, first_line
@@ -74,4 +74,10 @@ def apply_overrides(config: DictConfig, overrides: Sequence[Override]) -> None:
             raise ConfigError(str(override), what, remedy) from error
         except ERRORS as error:
             what = f"cannot be read ({first_line(error)[:200]})"
+            if "container types" in what:  # OmegaConf's words for a list in place of a mapping
+                is_list = OmegaConf.is_list(OmegaConf.select(config, override.key))
+                what = f"{override.key} must be {'a list' if is_list else 'a mapping'}"
+                remedy = "Write it as [...], or change one entry as "
+                remedy += f"{override.key}[0]=..." if is_list else f"{override.key}.key=..."
+                raise ConfigError(str(override), what, remedy) from error
             raise ConfigError(str(override), what, "Correct or quote the value") from error

@@ -111,15 +111,52 @@ def test_a_mistake_is_named_in_plain_words(tmp_path: Path, override: str, messag
 
 
 @pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("logging.sample_prompts=[a b]", "sample_prompts[0] must be a mapping (got 'a b'). Write"),
+        ("logging.sample_prompts=[a b]", "Write it as {text: a b}."),
+        ("logging.sample_prompts=draw", "Write it as [{text: draw}]."),
+        ("logging.sample_prompts={text: a}", "Write it as [{text: a}]."),
+        ("logging.sample_prompts=[{prompt: a}]", "logging.sample_prompts[0].prompt: Unknown key."),
+        ("data.stage1={prefix: a}", "data.stage1 must be a list. Write it as [...], or change one"),
+        ("data.validation=t/held", "Write it as {sources: [{prefix: t/held}]}."),
+        ("data.validation.sources=[t/held]", "sources[0] must be a mapping (got 't/held'). Write"),
+        ("training.skip_steps=3", "Write it as [3]."),
+        ("training.skip_steps={a: 1}", "Write it as [10, 20]."),
+        ("training.rampup_batch_size=5", "Write it as [8, 8, 10000]."),
+        (
+            "model.train=lm_head",
+            "model.train must be a list (got 'lm_head'). Write it as [lm_h",
+        ),
+        ("adapter.target_modules=all", "Write it as [q_proj, k_proj]."),
+        ("logging.on_event_kinds=7", "Write it as [restart, alarm]."),
+        ("adapter=8", "adapter must be a mapping (got 8). Write it as {rank: 0}."),
+    ],
+)
+def test_lists_and_mappings_are_shown_as_they_should_be(
+    tmp_path: Path, override: str, said: str
+) -> None:
+    file = write(tmp_path, "data: {stage1: [{prefix: a}]}")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [override])
+    (line,) = caught.value.lines()
+    assert line.startswith(f"{override}: ") and said in line
+
+
+@pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
         ("a: [1", [], "not valid YAML"),
         ("[1, 2]", [], "the top level is not a mapping"),
-        ("model: 3", [], "model must be a mapping (got 3). Write its keys indented below it."),
+        (
+            "model: 3",
+            [],
+            "model must be a mapping (got 3). Write it as {num_layers: 4}.",
+        ),
         (
             "data: {stage1: 5}",
             [],
-            "data.stage1 must be a list (got 5). Write it as [first, second].",
+            "data.stage1 must be a list (got 5). Write it as [{prefix: '...'}].",
         ),
         (
             "preset: chameleon_8b",
