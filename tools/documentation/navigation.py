@@ -1,4 +1,4 @@
-"""The site's config: ``mkdocs.yml``, with the pages of all verbs in the place of ``commands``."""
+"""The site's config: ``mkdocs.yml`` with a page for each verb, and tutorials it does not name."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,13 +20,23 @@ def site_config() -> dict[str, Any]:
     text = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
     config: dict[str, Any] = yaml.safe_load(text)
     config["nav"] = [_with_verbs(entry) for entry in config["nav"]]
-    placed = list(pages_in(config["nav"]))
     there = {page for page in (*page_of().values(), *generated_pages()) if page.endswith(".md")}
+    _add_tutorials(config["nav"], there)
+    placed = list(pages_in(config["nav"]))
     if missing := sorted(there - set(placed)):
         raise ValueError(f"mkdocs.yml has no place in `nav` for {', '.join(missing)}")
     if unknown := sorted(set(placed) - there):
         raise ValueError(f"mkdocs.yml names pages that do not exist: {', '.join(unknown)}")
     return config
+
+
+def _add_tutorials(nav: list[dict[str, Any]], there: set[str]) -> None:
+    """Tutorials without a place come first among the tutorials, under their own titles."""
+    (tutorials,) = (entry["Tutorials"] for entry in nav if "Tutorials" in entry)
+    new = {page for page in there if page.startswith("tutorials/")} - set(pages_in(tutorials))
+    for page in sorted(new, reverse=True):
+        text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+        tutorials.insert(0, {text.splitlines()[0].removeprefix("# "): page})
 
 
 def pages_in(entry: Any) -> Iterator[str]:

@@ -111,6 +111,9 @@ def test_every_page_has_its_place_in_the_navigation(
     with pytest.raises(ValueError, match=r"mkdocs.yml has no place in `nav` for new.md"):
         navigation.site_config()
     monkeypatch.undo()
+    config["nav"][1]["Tutorials"].clear()
+    navigation._add_tutorials(config["nav"], {"tutorials/cluster.md", "data.md"})
+    assert config["nav"][1]["Tutorials"] == [{"Train on a cluster": "tutorials/cluster.md"}]
     written = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
     written["nav"].append({"Gone": "gone.md"})
     (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(written), encoding="utf-8")
