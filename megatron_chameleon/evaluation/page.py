@@ -54,7 +54,7 @@ def evaluation_page(
     """
     checkpoint = str(results["checkpoint"])
     rows = [_row(name, result, intervals[name]) for name, result in results["tasks"].items()]
-    heads = (
+    heads: tuple[str | Cell, ...] = (
         *("task", "metric", Cell("value", "n"), Cell("95% interval", "n"), Cell("items", "n")),
         *(Cell("shots", "n"), *(Cell(f"paper {size}", "n") for size in SIZES), Cell("", "long")),
     )

@@ -36,7 +36,7 @@ addEventListener("securitypolicyviolation", ({ violatedDirective, blockedURI }) 
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def address(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Iterator[str]:  # noqa: F811
     """Where a server of a tiny model of random weights listens."""
     folder = tmp_path_factory.mktemp("served")
@@ -70,7 +70,7 @@ def _wait(process: int, address: str) -> None:
     raise AssertionError("the server does not answer after a minute")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium")
     assert chromium, "chromium is missing, in which the chat page is tested: see .ci/run"

@@ -1,7 +1,9 @@
 """Charts that look like their numbers, and pages that show any text as text."""
 
+import base64
+import hashlib
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from html.parser import HTMLParser
 
 import numpy as np
@@ -20,6 +22,7 @@ from megatron_chameleon.pages.elements import (
     table,
 )
 from megatron_chameleon.pages.page import Origin, page
+from page_origin import ORIGIN
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror='a()'>\"&\u202e\x1b[2J\0"
 
@@ -162,3 +165,18 @@ def test_every_text_of_a_page_is_text() -> None:
     assert "default-src 'none'" in text and 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text and "@media print" in text
     assert "http" not in text.replace("http-equiv", "")
+
+
+def test_a_page_says_where_it_comes_from_without_secrets() -> None:
+    date = datetime(2026, 1, 2, 5, 4, tzinfo=timezone(timedelta(hours=2)))
+    secret = "hf_" + "a1b2c3d4" * 4
+    origin = Origin(f"chameleon report run --token {secret}", date, "run", 3, [("folder", "/a/b")])
+    text = re.sub("<[^>]+>", " ", page("Run", [], origin).partition("<body>")[2])
+    assert secret not in text and "--token hf_***" in text
+    assert re.search(r"about +run +folder +/a/b +seed +3 +written +2026-01-02 03:04 UTC", text)
+
+
+def test_a_script_runs_only_if_the_policy_names_it() -> None:
+    assert "script-src" not in page("a", [], ORIGIN)
+    digest = base64.b64encode(hashlib.sha256(b"go()").digest()).decode()
+    assert f"script-src 'sha256-{digest}'; " in page("a", [], ORIGIN, script="go()")
