@@ -219,17 +219,18 @@ def _requirements(named: set[str]) -> Iterator[Check]:
             continue
         version = _version(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            wanted = f"{requirement.name}{requirement.specifier}"
+            needed = f"{requirement.name}{requirement.specifier}"
             has_row = requirement.name in named and version is None
             if not has_row and requirement.name != "megatron-core":  # which has one for both
-                wrong.append((wanted, f"{requirement.name} {version or 'is missing'}"))
+                wrong.append((needed, f"{requirement.name} {version or 'is missing'}"))
             continue
         right += 1
-        if version.split("+")[0] != tested.get(requirement.name, version):
-            others.append(f"{requirement.name} {version} (tested: {tested[requirement.name]})")
+        wanted = tested.get(requirement.name)
+        if wanted is not None and version.split("+")[0] != wanted:
+            others.append(f"{requirement.name} {version} (tested: {wanted})")
     purpose = "what the package requires"
     if wrong:
-        remedy = "pip install " + " ".join(f"'{wanted}'" for wanted, _ in wrong)
+        remedy = "pip install " + " ".join(f"'{needed}'" for needed, _ in wrong)
         found = ", ".join(found for _, found in wrong)
         yield Check("Requirements", MISSING, found, purpose, remedy, required=True)
     else:

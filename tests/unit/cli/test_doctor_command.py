@@ -111,6 +111,20 @@ def test_a_version_that_fits_and_was_not_tested_is_named(
     assert found["found"].startswith("orjson 99.0 (tested: 3.")
 
 
+def test_a_wheel_has_no_list_of_tested_versions(
+    tmp_path: Path,
+    versions: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    versions["torch"] = "2.13.0+cpu"
+    monkeypatch.setattr(examination, "CONSTRAINTS", tmp_path / "constraints.txt")
+    output, code = examine(True, capsys)
+    names = [check["name"] for check in json.loads(output)["checks"]]
+    assert "Requirements" in names and "Tested versions" not in names
+    assert code == 0
+
+
 def test_a_package_whose_files_are_gone_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     real = examination._importable
     monkeypatch.setattr(examination, "_importable", lambda name: name != "omegaconf" and real(name))
