@@ -1,6 +1,7 @@
 """``chameleon data audit CONFIG --step N``: read again what a step of a run saw.
 
-``data filter`` and ``data refusals`` are in ``data_filter.py``.
+``data filter`` and ``data refusals`` are in ``data_filter.py``, ``data collect`` is in
+``data_collect.py``.
 
 With ``--borders`` it shows how full the steps are at which packing blocks, stages and sources end.
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.config import load_checked
+from megatron_chameleon.cli.data_collect import add_collect, run_collect
 from megatron_chameleon.cli.data_filter import (
     add_filter,
     add_refusals,
@@ -79,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show what a new run would see, whatever checkpoints exist",
     )
     add_common_options(audit, nested=True)
+    add_collect(add_action(actions, "collect", "write documents for loose pictures and text files"))
     summary = "keep the documents that are worth training on, and say why others are not"
     add_filter(add_action(actions, "filter", summary))
     summary = "write refusals of unsafe prompts, to train on"
@@ -90,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
         run_filter(args)
     elif args.action == "refusals":
         run_refusals(args)
+    elif args.action == "collect":
+        run_collect(args)
     else:
         _audit(args)
 

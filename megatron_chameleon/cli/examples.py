@@ -11,6 +11,16 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
         ("See whether this machine can run the demo, and what training needs.", "doctor"),
         ("See the options of a verb, with two examples.", "train --help"),
     ),
+    "init": (
+        (
+            "From a folder of pictures to a trained model and a report, in minutes on a CPU.",
+            "init photos --output runs/photos",
+        ),
+        (
+            "A model for one GPU, from documents and texts together.",
+            "init stories.jsonl notes --size small --output runs/stories",
+        ),
+    ),
     "tokenizer": (
         (
             "Train the text tokenizer, which defines the vocabulary of the model.",
@@ -70,6 +80,16 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
         (
             "Count what the filters would drop, and write nothing.",
             "data filter docs.jsonl --dry-run --min-words 3 --duplicates",
+        ),
+    ),
+    "data collect": (
+        (
+            "Write a file of documents for loose pictures and texts.",
+            "data collect photos notes --output documents",
+        ),
+        (
+            "Pictures without captions from their names.",
+            "data collect photos --output documents --captions none",
         ),
     ),
     "data audit": (

@@ -34,6 +34,7 @@ OVERRIDE = re.compile(r"[^-=\s][^=\s]*=.*", re.DOTALL)
 """An override (``config/reading/overrides.py``) behind an option, where argparse expects none."""
 
 VERBS = {
+    "init": "look at your files, and write a folder with all that a run needs",
     "tokenizer": "train a text tokenizer or an image tokenizer",
     "preprocess": "turn documents into .bin/.idx token files",
     "inspect": "show a token file or the mixture of a run, optionally as an HTML page",

@@ -40,8 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show it again every so many seconds until Ctrl-C (default: 5): the screens on a "
         "terminal, otherwise a line per run",
     )
-    parser.add_argument(
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
         "--json", action="store_true", help="print one JSON object per run, each on a line"
+    )
+    form.add_argument(
+        "--best",
+        action="store_true",
+        help="print the path of each run's checkpoint with the lowest held-out loss, or of the "
+        "newest one if none was measured, and nothing else",
     )
 
 
@@ -66,6 +73,11 @@ def run(args: argparse.Namespace) -> None:
     if not paths:
         raise ConfigError("RUN", "no run is given", "Give a run folder, such as runs/default")
     runs = find_runs(paths)
+    if args.best:
+        from megatron_chameleon.runs.checkpoints import best_checkpoint
+
+        show("\n".join(str(best_checkpoint(run).path) for run in runs))
+        return
     reader = StatusReader()
     while True:
         found = [reader.read(run) for run in runs]

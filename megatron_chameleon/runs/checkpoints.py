@@ -1,6 +1,7 @@
 """The checkpoints and the abandoned branches of a run; no tensor is read."""
 
 import datetime
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,7 +21,7 @@ from megatron_chameleon.checkpoint.state.line import (
     list_branches,
     list_line,
 )
-from megatron_chameleon.errors import ChameleonError
+from megatron_chameleon.errors import ChameleonError, DataError
 from megatron_chameleon.files import read_json_object
 
 FOLDER = "checkpoints"
@@ -85,6 +86,29 @@ def list_checkpoints(run: Path, problems: list[str]) -> list[RunCheckpoint]:
     except OSError:
         found = _or_none(folder, problems)
     return [_checkpoint(path) for path in sorted(found, key=step_of)]
+
+
+def best_checkpoint(run: Path) -> RunCheckpoint:
+    """The whole checkpoint of a run with the lowest held-out loss; of equal ones the first.
+
+    Where no held-out loss was measured, it is the newest one.
+
+    Raises:
+        DataError: The run has no whole checkpoint.
+    """
+    problems: list[str] = []
+    whole = [checkpoint for checkpoint in list_checkpoints(run, problems) if checkpoint.is_whole]
+    if not whole:
+        what = "has no whole checkpoint"
+        raise DataError(str(run), what, "Train until the first one is saved")
+    losses = {c.step: loss for c in whole if (loss := _held_out_loss(c)) is not None}
+    return min(whole, key=lambda c: losses.get(c.step, math.inf)) if losses else whole[-1]
+
+
+def _held_out_loss(checkpoint: RunCheckpoint) -> float | None:
+    loss = checkpoint.state().get("validation_loss")
+    is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
+    return float(loss) if is_number and math.isfinite(loss) else None
 
 
 def list_run_branches(run: Path, problems: list[str]) -> list[RunBranch]:

@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # files of other programs name no images: they are found by the ids of the vocabulary
     "data/token_files": {"tokenizer", "tokenizer/common"},
     "data/tokenizer_corpus": {"data/documents", "data/inputs", "images"},
+    # loose pictures and texts become records, which are read as all others
+    "data/loose": {"data/documents", "data/inputs"},
     # processes that take blocks of records; what they do with them is the caller's
     "data/workers": {"data/inputs"},
     "data/preprocess": {*DOCUMENTS, "data/token_files", "data/workers", "parallel"} | TOKENIZERS,
@@ -275,6 +277,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training/metrics",
         "training/records",
         "training/run",
+    },
+    # Looks at data as preprocess reads it, and writes configs: it knows all that they choose, and
+    # measures networks of the chosen sizes. Nothing imports it except its verb.
+    "starter": {
+        *DOCUMENTS,
+        "config",
+        "data/filter/measures",
+        "data/loose",
+        "data/preprocess",
+        "parallel",
+        "planner",
+        "tokenizer/image",
+        "tokenizer/text",
     },
     "training/validation": {
         "checkpoint/formats",

@@ -23,7 +23,7 @@ from megatron_chameleon.files import open_to_read
 _LARGEST_LIST = 64 << 20
 """Bytes of a ``state.json``."""
 _PICTURES = re.compile(r".*\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif)", re.IGNORECASE)
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _NO_DOCUMENTS = re.compile(
     r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|cache-.*\.arrow"
     r"|indices\.arrow|tmp.*|.*\.lock|.*_stats\.json|package\.json"
@@ -57,7 +57,7 @@ def files_of_folder(folder: str, kind_of: Callable[[str], str | None]) -> list[s
         return _saved_files(path)
     found, pictures = _walk(path)
     named = [file for file in found if kind_of(file.name) is not None]
-    if metadata := [file for file in named if file.name in _METADATA and pictures]:
+    if metadata := [file for file in named if file.name in METADATA and pictures]:
         named = metadata
     elif pictures or not named:
         raise _no_documents(folder, pictures, len(named))
@@ -103,7 +103,7 @@ def _walk(path: Path) -> tuple[list[Path], int]:
             continue
         if _PICTURES.fullmatch(file.name):
             pictures += 1
-        elif not _NO_DOCUMENTS.fullmatch(file.name):
+        elif not beside_documents(file.name):
             found.append(file)
     return found, pictures
 
@@ -116,13 +116,18 @@ def _check_one_data_set(
         raise _several(folder, "kinds of file", suffixes, [f"'{folder}/**/*{s}'" for s in suffixes])
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        by_split.setdefault(_split_of(file.relative_to(path)), []).append(file)
+        by_split.setdefault(split_of(file.relative_to(path)), []).append(file)
     if len(by_split) > 1:
         names = [name or "without a name" for name in by_split]
         raise _several(folder, "splits", names, [str(files[0]) for files in by_split.values()])
 
 
-def _split_of(path: Path) -> str:
+def beside_documents(name: str) -> bool:
+    """Whether a file of this name lies beside documents and holds none."""
+    return _NO_DOCUMENTS.fullmatch(name) is not None
+
+
+def split_of(path: Path) -> str:
     """The split that the name of a file or of its folders says; empty if they say none."""
     for part in reversed(path.parts):
         words = re.split(r"[-_. ]", part.lower())

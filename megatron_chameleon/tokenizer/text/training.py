@@ -64,17 +64,7 @@ def train_text_tokenizer(
     output = make_folder(output)
     _check_sizes(vocab_size, image_codes)
     _check_image_tokenizer(output, image_codes)
-    lines = _lines(texts)
-    first = next(lines, None)
-    if first is None:
-        raise DataError("text corpus", "has no text", "Pass files with at least one line of text")
-    guarded = _Guarded(itertools.chain([first], lines))
-    try:
-        model = _train(guarded, vocab_size, image_codes)
-    finally:
-        if guarded.error is not None:
-            raise guarded.error
-    tokenizer = TextTokenizer(model)
+    tokenizer, model = try_vocabulary(texts, vocab_size, image_codes)
     if tokenizer.size < vocab_size:
         raise ConfigError(
             "--vocab-size",
@@ -89,6 +79,37 @@ def train_text_tokenizer(
 
     save_anyhow(save, output)
     return vocabulary
+
+
+def try_vocabulary(
+    texts: Iterable[str], vocab_size: int, image_codes: int
+) -> tuple[TextTokenizer, bytes]:
+    """Train on texts and write nothing.
+
+    Args:
+        texts: As for ``train_text_tokenizer``.
+        vocab_size: Likewise.
+        image_codes: Likewise.
+
+    Returns:
+        The tokenizer, which is smaller than asked for if the corpus cannot fill it, and the content
+        of its file.
+
+    Raises:
+        ConfigError: If the size is too small for what it must contain.
+        DataError: If there is no text.
+    """
+    lines = _lines(texts)
+    first = next(lines, None)
+    if first is None:
+        raise DataError("text corpus", "has no text", "Pass files with at least one line of text")
+    guarded = _Guarded(itertools.chain([first], lines))
+    try:
+        model = _train(guarded, vocab_size, image_codes)
+    finally:
+        if guarded.error is not None:
+            raise guarded.error
+    return TextTokenizer(model), model
 
 
 def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:

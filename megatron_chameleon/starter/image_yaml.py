@@ -1,0 +1,65 @@
+"""The config of the image tokenizer: ``image.yaml``."""
+
+from megatron_chameleon.config.explanations import explanations
+from megatron_chameleon.starter.choose import ImageShape
+from megatron_chameleon.starter.yaml_text import Entry, section
+from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
+from megatron_chameleon.tokenizer.image.shape import VqganConfig
+
+LOG_SECONDS = 10.0
+
+
+def vqgan_config(shape: ImageShape) -> VqganConfig:
+    """The network of a shape."""
+    return VqganConfig(
+        resolution=shape.resolution,
+        base_channels=shape.base_channels,
+        ch_mult=list(shape.ch_mult),
+        num_res_blocks=shape.res_blocks,
+        z_channels=shape.channels,
+        embed_dim=shape.channels,
+        codebook_size=shape.codebook_size,
+    )
+
+
+def image_training(shape: ImageShape, steps: int, step_seconds: float | None) -> dict[str, object]:
+    """How the network is trained: the demo's values, which suit a narrow one."""
+    wide = shape.base_channels > 32
+    every = max(round(LOG_SECONDS / step_seconds), 1) if step_seconds else 50
+    return {
+        "steps": steps,
+        "batch_size": shape.batch_size,
+        "lr": 3e-4 if wide else 3e-3,
+        "lr_warmup_steps": max(min(50, steps // 10), 1),
+        "lr_final": 0.02,
+        "reseed_every_steps": 50,
+        "reseed_fraction": 0.6,
+        "log_every_steps": min(every, max(steps // 4, 1)),
+    }
+
+
+def image_yaml(shape: ImageShape, training: dict[str, object], side: int) -> str:
+    """The text of ``image.yaml``."""
+    why = {
+        "resolution": f"your pictures have a shorter side of {side} pixels (median); "
+        f"each becomes {shape.codes} codes",
+        "codebook_size": "as many as --image-codes of the text tokenizer",
+        "steps": "fits the time that `chameleon init` measured",
+    }
+    config = vqgan_config(shape)
+    meanings = explanations(VqganConfig)
+    names = ("resolution", "base_channels", "ch_mult", "num_res_blocks", "z_channels")
+    model = [
+        Entry(name, getattr(config, name), meanings.get(name, ""), why.get(name, ""))
+        for name in (*names, "embed_dim", "codebook_size")
+    ]
+    meanings = explanations(ImageTrainingConfig)
+    rest = [
+        Entry(name, value, meanings.get(name, ""), why.get(name, ""))
+        for name, value in training.items()
+    ]
+    head = (
+        "# The image tokenizer, which turns pictures into codes and back. Written by\n"
+        "# `chameleon init`; docs/data.md says more.\n"
+    )
+    return head + section("model", model) + section("training", rest)
