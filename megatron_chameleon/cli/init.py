@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.outputs import check_output_folder
-    from megatron_chameleon.starter.look import Looking
+    from megatron_chameleon.starter.looking.look import Looking
     from megatron_chameleon.starter.project import Wanted, plan_project, write_project
     from megatron_chameleon.starter.summary import summary
     from megatron_chameleon.terminal import escape_text

@@ -107,8 +107,9 @@ def best_checkpoint(run: Path) -> RunCheckpoint:
 
 def _held_out_loss(checkpoint: RunCheckpoint) -> float | None:
     loss = checkpoint.state().get("validation_loss")
-    is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
-    return float(loss) if is_number and math.isfinite(loss) else None
+    if isinstance(loss, bool) or not isinstance(loss, int | float):
+        return None
+    return loss if math.isfinite(loss) else None
 
 
 def list_run_branches(run: Path, problems: list[str]) -> list[RunBranch]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.starter.look import Looked, Source
+from megatron_chameleon.starter.looking.look import Looked, Source
+from megatron_chameleon.starter.writing.image_yaml import ImageShape
 from megatron_chameleon.tokenizer.text.training import BYTE_PIECES, try_vocabulary
 
 TINY, SMALL, SEVEN, THIRTY_FOUR = "tiny", "small", "7b", "34b"
@@ -21,25 +22,6 @@ SPECIAL_TOKENS = 8
 CODES_WITHOUT_PICTURES = 1
 """A vocabulary needs one; nothing uses it."""
 _MOST_EXACT = 20_000
-
-
-@dataclass(frozen=True)
-class ImageShape:
-    """Size of pictures and of the network that turns them into codes."""
-
-    resolution: int
-    ch_mult: tuple[int, ...]
-    codebook_size: int
-    base_channels: int = 32
-    channels: int = 32
-    """z_channels and embed_dim."""
-    res_blocks: int = 1
-    batch_size: int = 16
-
-    @property
-    def codes(self) -> int:
-        """Codes per picture."""
-        return (self.resolution >> (len(self.ch_mult) - 1)) ** 2
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def _costs(project: Project) -> Iterator[Cost]:
         "text_tokenizer", start / 2 + characters / _TEXT_PER_SECOND, base / 3 + 30 * characters
     )
     if project.image is not None and speeds.image_step is not None:
-        from megatron_chameleon.starter.image_yaml import vqgan_config
+        from megatron_chameleon.starter.writing.image_yaml import vqgan_config
         from megatron_chameleon.tokenizer.image.limits import activation_bytes
 
         kept = project.image.batch_size * activation_bytes(vqgan_config(project.image))

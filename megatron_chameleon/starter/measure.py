@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_chameleon.config.schema import ModelConfig
-from megatron_chameleon.starter.choose import ImageShape
+from megatron_chameleon.starter.writing.image_yaml import ImageShape
 
 SECONDS = 4.0
 """About how long each measurement takes."""
@@ -144,7 +144,7 @@ def _vqgan_steps(shape: ImageShape) -> tuple[Callable[[], None], Callable[[], No
     """A training step of the image tokenizer, and the encoding of a batch."""
     import torch
 
-    from megatron_chameleon.starter.image_yaml import vqgan_config
+    from megatron_chameleon.starter.writing.image_yaml import vqgan_config
     from megatron_chameleon.tokenizer.image.vqgan import Vqgan
 
     model = Vqgan(vqgan_config(shape)).train()

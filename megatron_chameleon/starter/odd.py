@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from megatron_chameleon.starter.look import Looked, Source
+from megatron_chameleon.starter.looking.look import Looked, Source
 from megatron_chameleon.wording import counted
 
 TINY_SIDE = 8

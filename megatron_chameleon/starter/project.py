@@ -18,7 +18,6 @@ from megatron_chameleon.starter.choose import (
     SMALL,
     TINY,
     Holdout,
-    ImageShape,
     TextVocabulary,
     holdout,
     image_shape,
@@ -26,13 +25,13 @@ from megatron_chameleon.starter.choose import (
     side_of,
     text_vocabulary,
 )
-from megatron_chameleon.starter.image_yaml import image_training, image_yaml
-from megatron_chameleon.starter.look import Looked, Looking, look
+from megatron_chameleon.starter.looking.look import Looked, Looking, look
 from megatron_chameleon.starter.measure import Machine, Speeds, find_machine, measure
 from megatron_chameleon.starter.prompts import asked, sample_prompts
-from megatron_chameleon.starter.run_script import ScriptSettings, run_script
 from megatron_chameleon.starter.settings import RunLength, run_length, train_values
-from megatron_chameleon.starter.train_yaml import TrainSettings, train_yaml
+from megatron_chameleon.starter.writing.image_yaml import ImageShape, image_training, image_yaml
+from megatron_chameleon.starter.writing.run_script import ScriptSettings, run_script
+from megatron_chameleon.starter.writing.train_yaml import TrainSettings, train_yaml
 
 IMAGE_SECONDS = 150.0
 """Time of the image tokenizer's training for ``tiny``."""

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from megatron_chameleon.data.preprocess.holdout import is_held_out
 from megatron_chameleon.starter.choose import Holdout
-from megatron_chameleon.starter.look import Looked
-from megatron_chameleon.starter.tally import SeenDocument
-from megatron_chameleon.starter.train_yaml import Prompt
+from megatron_chameleon.starter.looking.look import Looked
+from megatron_chameleon.starter.looking.tally import SeenDocument
+from megatron_chameleon.starter.writing.train_yaml import Prompt
 
 DRAWN, CAPTIONED, CONTINUED = 4, 2, 2
 LONGEST = 200
@@ -46,7 +46,8 @@ def _distinct(texts: Sequence[str], most: int) -> list[str]:
 def asked(prompts: Sequence[Prompt], looked: Looked) -> list[list[str]]:
     """The options of ``chameleon generate`` for the prompts."""
     found = []
-    for prompt in prompts:
+    by_kind = {(bool(prompt.image), prompt.force): prompt for prompt in reversed(prompts)}
+    for prompt in reversed(by_kind.values()):  # one of each: every command loads the libraries
         words = ["--prompt", prompt.text] if prompt.text else []
         words += ["--image", prompt.image] if prompt.image else []
         words += ["--force", prompt.force] if prompt.force else []
@@ -58,5 +59,5 @@ def asked(prompts: Sequence[Prompt], looked: Looked) -> list[list[str]]:
         for entry in source.tally.seen
         if entry.beginning and not entry.pictures
     ]
-    found += [["--chat", "--prompt", text] for text in _distinct(chats, CONTINUED)]
+    found += [["--chat", "--prompt", text] for text in _distinct(chats, 1)]
     return found

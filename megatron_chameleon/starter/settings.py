@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.config.schema import ModelConfig
-from megatron_chameleon.starter.choose import PRESETS, SMALL, TINY, ImageShape, TextVocabulary
-from megatron_chameleon.starter.look import Looked
+from megatron_chameleon.starter.choose import PRESETS, SMALL, TINY, TextVocabulary
+from megatron_chameleon.starter.looking.look import Looked
 from megatron_chameleon.starter.measure import Speeds
+from megatron_chameleon.starter.writing.image_yaml import ImageShape
 
 TRAIN_SECONDS = 360.0
 """Time of the training for ``tiny``."""
@@ -14,6 +15,10 @@ EPOCHS = 30
 """More teaches a small model its documents by heart."""
 FEWEST_STEPS = 300
 TINY_BATCH, SMALL_BATCH, SMALL_MICRO_BATCH = 4, 32, 8
+MODEL_KEYS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length"),
+    "init_method_std",
+)
 MEASUREMENTS = 20
 """Of the held-out loss in a run."""
 
@@ -93,9 +98,7 @@ def train_values(
     if has_held_out:
         values["validation"] = {"every_steps": every, "max_tokens": _validation_tokens(length)}
     if model is not None:
-        names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-        names += ("seq_length", "init_method_std")
-        values["model"] = {name: getattr(model, name) for name in names}
+        values["model"] = {name: getattr(model, name) for name in MODEL_KEYS}
     if size not in PRESETS:
         values["optimizer"] = {
             "lr": 3e-3 if size == TINY else 6e-4,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_chameleon.config.parameters import count_parameters
 from megatron_chameleon.starter.costs import costs
-from megatron_chameleon.starter.look import Source
+from megatron_chameleon.starter.looking.look import Source
 from megatron_chameleon.starter.odd import languages, oddities
 from megatron_chameleon.starter.project import Project
 from megatron_chameleon.wording import counted, format_bytes

@@ -278,19 +278,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training/records",
         "training/run",
     },
-    # Looks at data as preprocess reads it, and writes configs: it knows all that they choose, and
-    # measures networks of the chosen sizes. Nothing imports it except its verb.
-    "starter": {
-        *DOCUMENTS,
-        "config",
-        "data/filter/measures",
-        "data/loose",
-        "data/preprocess",
-        "parallel",
-        "planner",
-        "tokenizer/image",
-        "tokenizer/text",
-    },
+    # looks at data as preprocess reads it, and writes the configs of a run
+    "starter/looking": DOCUMENTS | {"data/loose", "data/preprocess"},
+    "starter/writing": {"config", "tokenizer/image"},
+    "starter": {"config", "data/filter/measures", "data/preprocess", "parallel", "planner"}
+    | {"starter/looking", "starter/writing", "tokenizer/image", "tokenizer/text"},
     "training/validation": {
         "checkpoint/formats",
         "checkpoint/loading",

@@ -17,7 +17,7 @@ from megatron_chameleon.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
-from megatron_chameleon.starter.yaml_text import Entry, comment, scalar, section
+from megatron_chameleon.starter.writing.yaml_text import Entry, comment, scalar, section
 
 HEAD = """\
 # Written by `chameleon init`. The lines above a key say what it means, and `Here` why it has this

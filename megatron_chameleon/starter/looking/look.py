@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.documents.records import Origin, document_of
@@ -23,8 +24,10 @@ from megatron_chameleon.data.loose.records import NAMES, PICTURES, TEXTS, record
 from megatron_chameleon.data.loose.walk import Found, LooseFile, find_loose
 from megatron_chameleon.errors import ChameleonError, DataError
 from megatron_chameleon.images.options import ImageOptions
-from megatron_chameleon.starter.clipped import ClippedInput
-from megatron_chameleon.starter.tally import MOST_PICTURES, Tally
+from megatron_chameleon.starter.looking.clipped import ClippedInput
+from megatron_chameleon.starter.looking.tally import MOST_PICTURES, Tally
+
+T = TypeVar("T")
 
 MOST_FILES = 40
 """Files of documents of one source that are opened."""
@@ -293,7 +296,7 @@ def _leave_out_named(found: Found, folders: Collection[Path]) -> None:
         found.pictures = kept
 
 
-def _spread(items: list, most: int) -> list:  # type: ignore[type-arg]
+def _spread(items: list[T], most: int) -> list[T]:
     if len(items) <= most:
         return items
     return [items[index * len(items) // most] for index in range(most)]

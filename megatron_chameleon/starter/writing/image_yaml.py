@@ -1,12 +1,32 @@
 """The config of the image tokenizer: ``image.yaml``."""
 
+from dataclasses import dataclass
+
 from megatron_chameleon.config.explanations import explanations
-from megatron_chameleon.starter.choose import ImageShape
-from megatron_chameleon.starter.yaml_text import Entry, section
+from megatron_chameleon.starter.writing.yaml_text import Entry, section
 from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
 from megatron_chameleon.tokenizer.image.shape import VqganConfig
 
 LOG_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """Size of pictures and of the network that turns them into codes."""
+
+    resolution: int
+    ch_mult: tuple[int, ...]
+    codebook_size: int
+    base_channels: int = 32
+    channels: int = 32
+    """z_channels and embed_dim."""
+    res_blocks: int = 1
+    batch_size: int = 16
+
+    @property
+    def codes(self) -> int:
+        """Codes per picture."""
+        return (self.resolution >> (len(self.ch_mult) - 1)) ** 2
 
 
 def vqgan_config(shape: ImageShape) -> VqganConfig:

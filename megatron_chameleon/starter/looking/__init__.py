@@ -1,0 +1,1 @@
+"""What is in a user's files, seen within a bounded time."""

@@ -1,0 +1,1 @@
+"""The files of the folder that ``chameleon init`` writes."""
