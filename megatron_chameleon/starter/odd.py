@@ -26,7 +26,7 @@ def oddities(looked: Looked, sequence_characters: float, resolution: int) -> Ite
             f"{n:,} {suffix}" for suffix, n in looked.found.others.most_common(_SHOWN)
         )
         count = counted(looked.found.others.total(), "file")
-        yield f"{count} of kinds that are not read were passed over ({kinds})"
+        yield f"passed over: {count} of kinds that are not read ({kinds})"
     yield from (f"not readable: {line}" for line in looked.found.unreadable[:_SHOWN])
     if looked.found.is_cut:
         yield f"more than {looked.found.files:,} files: the others are passed over"
@@ -54,7 +54,7 @@ def _of_source(source: Source, sequence_characters: float) -> Iterator[str]:
     if (copies := sum(n - 1 for n in digests.values())) > 0:
         what = "picture or text" if tally.pictures else "text"
         yield (
-            f"{counted(copies, 'document')} have the {what} of another one "
+            f"{counted(copies, 'document')} {_verb(copies, 'has', 'have')} the {what} of another "
             "(`chameleon data filter --duplicates` removes copies)"
         )
     captions = Counter(entry.caption for entry in tally.seen if entry.caption)
@@ -70,12 +70,13 @@ def _of_source(source: Source, sequence_characters: float) -> Iterator[str]:
     elif total and total < tally.documents and tally.conversations == 0:
         without = sum(1 for entry in tally.seen if entry.pictures and not entry.characters)
         if without:
-            yield f"{counted(without, 'picture')} have no text"
+            yield f"{counted(without, 'picture')} {_verb(without, 'has', 'have')} no text"
     long = sum(1 for entry in tally.seen if entry.characters > 4 * sequence_characters)
     if tally.conversations and long:
-        yield f"{counted(long, 'conversation')} may be too long for a sequence, and are left out"
+        yield f"{counted(long, 'conversation')} may be too long for a sequence, and left out then"
     elif long and source.name != "texts":
-        yield f"{counted(long, 'text')} are much longer than a sequence, and are read in parts"
+        what = "much longer than a sequence, and read in parts"
+        yield f"{counted(long, 'text')} {_verb(long)} {what}"
 
 
 def _of_pictures(source: Source, resolution: int) -> Iterator[str]:
@@ -86,13 +87,13 @@ def _of_pictures(source: Source, resolution: int) -> Iterator[str]:
     if tiny:
         least = min(min(size) for size in sizes)
         what = f"smaller than half of the {resolution} pixels that the model sees (down to {least})"
-        yield f"{counted(tiny, 'picture')} are {what}"
+        yield f"{counted(tiny, 'picture')} {_verb(tiny)} {what}"
     thin = sum(
         1 for width, height in sizes if max(width, height) > LARGE_RATIO * min(width, height)
     )
     if thin:
         what = f"over {LARGE_RATIO:g} times as long as wide, so that only the middle is kept"
-        yield f"{counted(thin, 'picture')} are {what}"
+        yield f"{counted(thin, 'picture')} {_verb(thin)} {what}"
     wide = sum(1 for width, height in sizes if width > 1.2 * height)
     tall = sum(1 for width, height in sizes if height > 1.2 * width)
     if wide > len(sizes) // 10 and tall > len(sizes) // 10:
@@ -103,14 +104,18 @@ def _of_all(looked: Looked) -> Iterator[str]:
     documents = sum(source.documents for source in looked.sources)
     if documents < 100:
         yield (
-            f"{counted(documents, 'document')} are very few: the model will learn them by heart; "
-            "the held-out loss shows when"
+            f"{counted(documents, 'document')} {_verb(documents)} very few: the model will learn "
+            "them by heart; the held-out loss shows when"
         )
     if any(source.tally.pairs for source in looked.sources):
         yield (
             "some records are pairs of a chosen and a rejected answer: they are for preference "
             "tuning of a trained model (docs/fine-tuning.md), and both answers are trained here"
         )
+
+
+def _verb(count: int, one: str = "is", several: str = "are") -> str:
+    return one if count == 1 else several
 
 
 def languages(looked: Looked) -> str:

@@ -53,8 +53,9 @@ def caption_of(path: PurePath) -> str:
 def _words(name: str, empty: frozenset[str]) -> list[str]:
     if name.lower() in empty:
         return []
-    text = _HUMP.sub(" ", unicodedata.normalize("NFC", name))
-    words = [word for word in _WORD.findall(text) if not _says_nothing(word, empty)]
+    found = _WORD.findall(unicodedata.normalize("NFC", name))
+    kept = " ".join(word for word in found if not _says_nothing(word, empty))
+    words = _HUMP.sub(" ", kept).split()
     return words if any(len(word) > 1 or ord(word) > 127 for word in words) else []
 
 
