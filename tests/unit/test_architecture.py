@@ -73,13 +73,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": set(),
     "checkpoint/names": {"config"},
     "checkpoint/tensor_files": set(),
-    "checkpoint/state": {
-        "checkpoint/names",
-        "checkpoint/tensor_files",
-        "config",
-        "config/checks",
-        "parallel",
-    },
+    "checkpoint/state": {"checkpoint/names", "checkpoint/tensor_files", "config", "config/checks"}
+    | {"parallel"},
     # Lists a run's checkpoints and compares its config with the defaults; no tensor is read.
     "runs": {"checkpoint/state", "config", "config/reading"},
     "runs/answers": {"checkpoint/state", "runs"},
@@ -96,12 +91,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runs/answers",
     },
     # the adapters of our checkpoints and of peft's folders; formats adds them to weights
-    "checkpoint/adapters": {
-        "checkpoint/names",
-        "checkpoint/state",
-        "checkpoint/tensor_files",
-        "config",
-    },
+    "checkpoint/adapters": {"checkpoint/names", "checkpoint/state", "checkpoint/tensor_files"}
+    | {"config"},
     "checkpoint/formats": {
         "checkpoint/adapters",
         "checkpoint/names",
