@@ -98,6 +98,8 @@ def _is_input(name: str) -> bool:
         is_configured = is_folder and any(Path(name).glob("*.y*ml"))
     except (OSError, ValueError):  # too long for a path, or with a null byte
         return False
+    if "://" in name:  # token files and configs are local
+        return True
     return has_documents(name) or (is_folder and not is_configured and any(Path(name).iterdir()))
 
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import fsspec
 
-from megatron_chameleon.data.inputs.folders import files_of_folder
+from megatron_chameleon.data.inputs.folders import choose_files, files_of_folder
 from megatron_chameleon.errors import DataError
 
 
@@ -164,23 +164,47 @@ def _local(path: str) -> InputFile:
 
 
 def _remote(url: str) -> list[InputFile]:
+    is_folder = False
     try:
         system, path = fsspec.core.url_to_fs(url)
         if glob.has_magic(path):
             paths = sorted(system.glob(path))
+        elif system.isfile(path):
+            paths = [path]
         else:
-            paths = [path] if system.isfile(path) else []
+            paths = sorted(system.ls(path, detail=False)) if system.isdir(path) else []
+            is_folder = bool(paths)
         details = [system.info(found) for found in paths]
     except Exception as error:  # each file system raises its own
         raise _cannot_open(url, error) from error
     details = [detail for detail in details if detail.get("type") != "directory"]
-    if not details:
+    if not details and not is_folder:
         raise DataError(url, "no such file", f"Pass a file of documents: {SUFFIXES}")
-    return [_remote_input(system, url, detail) for detail in details]
+    if is_folder:
+        details = _documents_of_folder(url, details)
+    is_named = not is_folder and not glob.has_magic(url)
+    return [_remote_input(system, url if is_named else None, detail) for detail in details]
 
 
-def _remote_input(system: Any, url: str, detail: dict[str, Any]) -> InputFile:
-    path = system.unstrip_protocol(detail["name"]) if glob.has_magic(url) else url
+def _documents_of_folder(url: str, details: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The files of documents that lie directly in a remote folder, chosen as in a local one.
+
+    Raises:
+        DataError: There are none, they do not tell what to read, or only ``datasets`` reads them.
+    """
+    names = {detail["name"].rsplit("/", 1)[-1]: detail for detail in details}
+    if {"dataset_info.json", "dataset_dict.json", "state.json"} & names.keys():
+        what = "is a folder of `datasets`, which is read from a local disk alone"
+        raise DataError(url, what, "Copy it here, and give the copy")
+    found = [Path(name) for name in sorted(names) if has_documents(name)]
+    if not found:
+        what = f"is a folder without files of documents (it has {len(names)} others)"
+        raise DataError(url, what, f"Pass files of documents: {SUFFIXES}")
+    return [names[str(path)] for path in choose_files(url, Path(), found, _kind_of_name)]
+
+
+def _remote_input(system: Any, url: str | None, detail: dict[str, Any]) -> InputFile:
+    path = system.unstrip_protocol(detail["name"]) if url is None else url
     kind, compression = _kind(path)
     size = int(detail.get("size") or 0)
     known = [detail.get(key) for key in ("etag", "ETag", "mtime", "LastModified", "created")]

@@ -61,13 +61,30 @@ def files_of_folder(folder: str, kind_of: Callable[[str], str | None]) -> list[s
         named = metadata
     elif pictures or not named:
         raise _no_documents(folder, pictures, len(named))
+    return [str(file) for file in choose_files(folder, path, named, kind_of)]
+
+
+def choose_files(
+    folder: str, path: Path, named: list[Path], kind_of: Callable[[str], str | None]
+) -> list[Path]:
+    """Those of a folder's files that are its documents.
+
+    Args:
+        folder: As the user named it.
+        path: The folder.
+        named: All files in it whose names are those of documents.
+        kind_of: As for ``files_of_folder``.
+
+    Raises:
+        DataError: They are of several kinds, or of several splits.
+    """
     kinds = {kind_of(file.name) or "" for file in named}
     if kinds == {"tar", "parquet"}:  # img2dataset lists the samples of each tar in a parquet file
         stems = {file.with_suffix("") for file in named if file.suffix == ".tar"}
         if all(f.with_suffix("") in stems for f in named if f.suffix == ".parquet"):
             named, kinds = [file for file in named if file.suffix == ".tar"], {"tar"}
-    _check_one_data_set(folder, path, named, kinds)
-    return [str(file) for file in named]
+    _check_one_data_set(folder.rstrip("/"), path, named, kinds)
+    return named
 
 
 def _saved_files(path: Path) -> list[str]:
@@ -119,7 +136,8 @@ def _check_one_data_set(
         by_split.setdefault(split_of(file.relative_to(path)), []).append(file)
     if len(by_split) > 1:
         names = [name or "without a name" for name in by_split]
-        raise _several(folder, "splits", names, [str(files[0]) for files in by_split.values()])
+        examples = [f"{folder}/{files[0].relative_to(path)}" for files in by_split.values()]
+        raise _several(folder, "splits", names, examples)
 
 
 def beside_documents(name: str) -> bool:

@@ -116,7 +116,7 @@ def _names(first: str) -> list[str]:
     names = [name.strip() for name in next(csv.reader([first], delimiter=_delimiter(first)), [])]
     if not (set(names) & set(FORM_KEYS) or {name.lower() for name in names} & set(LINK_KEYS)):
         what = f"its first row names no column {', '.join(FORM_KEYS)} (it has "
-        what += f"{', '.join(names)[:200]!r})"
+        what += f"{', '.join(names)[:200]!r}), so it seems to be a row of the table"
         remedy = "Write a first row with the names of the columns, such as image,caption"
         if "://" in first:
             remedy += "; for a table of links to pictures, run img2dataset first"

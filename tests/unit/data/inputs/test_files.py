@@ -63,6 +63,29 @@ def memory():
     system.store.clear()
 
 
+def test_a_folder_at_a_url_is_read_as_a_local_one(memory):
+    memory.pipe("/set/b.jsonl", b'{"text": "b"}\n')
+    memory.pipe("/set/a.jsonl", b'{"text": "a"}\n')
+    memory.pipe("/set/README.md", b"of the set")
+    for name in ("memory://set", "memory://set/"):
+        assert texts(read_documents([name])) == ["a", "b"]
+    memory.pipe("/none/README.md", b"no documents")
+    memory.pipe("/saved/state.json", b"{}")
+    memory.pipe("/splits/train.jsonl", b"{}")
+    memory.pipe("/splits/test.jsonl", b"{}")
+    memory.pipe("/kinds/a.jsonl", b"{}")
+    memory.pipe("/kinds/b.parquet", b"PAR1")
+    for name, said in (
+        ("gone", "no such file"),
+        ("none", r"without files of documents \(it has 1 others\)"),
+        ("saved", "is a folder of `datasets`, which is read from a local disk alone. Copy it"),
+        ("splits", "is a folder of 2 splits: .* Pass what you want to read, such as memory://spl"),
+        ("kinds", "is a folder of 2 kinds of file: .jsonl, .parquet"),
+    ):
+        with pytest.raises(DataError, match=said):
+            find_inputs([f"memory://{name}/"])
+
+
 def test_urls_with_globs_and_relative_images(memory, tmp_path, picture):
     image = (tmp_path / picture("i.png")).read_bytes()
     memory.pipe("/set/b.jsonl", b'{"text": "b"}\n')
