@@ -8,11 +8,12 @@
 # 5 of the spoiled one and 90 of the trained one as the digit that was asked for (seed 1). Training
 # changed 64 rows of lm_head.weight, those of the 64 image codes, and no other bit.
 #
-# QUICK=1 trains a few steps and draws little.
+# SEED=1 is the seed of everything that is drawn at random. QUICK=1 trains a few steps and draws little.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 BASE=${1:-runs/digits}
 RUN=${2:-runs/image_head}
+SEED=${SEED:-1}
 HERE=examples/image_head
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=examples/digits${PYTHONPATH:+:$PYTHONPATH}  # measure.py imports the demo's judge
@@ -26,12 +27,12 @@ say() { printf '\n== %s  (%ss)\n' "$1" "$((SECONDS - started))"; }
 
 say "1. A model that cannot draw: the demo's, with the image rows of its output layer drawn anew"
 rm -rf "$RUN/spoiled" "$RUN/exported"
-python $HERE/spoil.py "$BASE/exported" "$RUN/spoiled"
+python $HERE/spoil.py "$BASE/exported" "$RUN/spoiled" --seed "$SEED"
 
 say "2. Train these rows only"
 chameleon train $HERE/digits.yaml --start-from "$RUN/spoiled" \
-    variables.base="$BASE" logging.run_dir="$RUN" "${train[@]}"
+    training.seed="$SEED" variables.base="$BASE" logging.run_dir="$RUN" "${train[@]}"
 
 say "3. Read the drawings of all three models, and compare the weights"
 chameleon convert "$RUN/checkpoints" "$RUN/exported" --to hf
-python $HERE/measure.py "$BASE/exported" "$RUN/spoiled" "$RUN/exported" "${measure[@]}"
+python $HERE/measure.py "$BASE/exported" "$RUN/spoiled" "$RUN/exported" --seed "$SEED" "${measure[@]}"
