@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
 from megatron_chameleon.config.load import load_config
 
 LAYOUT = ["parallel.tensor_model_parallel_size=2", "parallel.use_distributed_optimizer=true"]
@@ -63,6 +64,13 @@ def test_a_config_inherits_what_it_does_not_say(tiny, chameleon, tmp_path: Path)
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     found = chameleon("config", "check", config, "--start-from", tiny.folder / "first")
     assert f"vocabulary {352:,}" in found.stdout
+    planned = chameleon(
+        *("plan", config, f"logging.run_dir={tmp_path}/planned", "training.steps=null"),
+        *("training.epochs=2", "data.stage2=[]", NO_WARMUP, "--gpus", "1", "--gpu", "h100"),
+        *("--start-from", tiny.folder / "first"),
+    )
+    assert "tokens/s" in planned.stdout
+    assert not (tmp_path / "planned").exists()
     refused = chameleon(
         *("train", config, f"logging.run_dir={tmp_path}/other", "model.num_layers=5"),
         *(NO_WARMUP, "model.hidden_size=48", "--start-from", tiny.folder / "first"),
@@ -72,3 +80,20 @@ def test_a_config_inherits_what_it_does_not_say(tiny, chameleon, tmp_path: Path)
         "The weights have model.num_layers=4 (your config: 5), model.hidden_size=32 (your config: "
         "48). Remove them from your config"
     ) in refused.stderr
+
+
+def test_an_adapter_run_is_measured_as_it_was_trained(tiny, chameleon, tmp_path: Path) -> None:
+    """Its context and its data are the run's, not those of the weights beside the adapter."""
+    tiny.train("whole", "training.steps=1", NO_WARMUP)
+    words = ["training.steps=1", NO_WARMUP, "adapter.rank=2", "model.seq_length=32"]
+    words += ["data.reset_attention=true", "--start-from", tiny.folder / "whole"]
+    tiny.train("adapter", *words)
+    reader = open_checkpoint(tiny.folder / "adapter")
+    assert reader.config is not None and reader.config.data.reset_attention
+    assert reader.config.adapter.rank == 0, "the weights that are read have the adapter in them"
+    assert (reader.model.seq_length, reader.base.model.seq_length) == (32, 64)
+    beside = [f"logging.run_dir={tmp_path}/second", "adapter.rank=2", NO_WARMUP]
+    refused = chameleon(
+        *("train", tiny.config, *beside, "--start-from", tiny.folder / "adapter"), succeeds=False
+    )
+    assert "must be whole" in refused.stderr and "--merge" in refused.stderr
