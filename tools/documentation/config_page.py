@@ -4,13 +4,10 @@ Type, default and bounds come from the fields, the explanation from the docstrin
 and the paper's value from ``config/paper.py``.
 """
 
-import ast
 import dataclasses
-import functools
 import inspect
 import json
 import re
-import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ from typing import Any
 
 from megatron_chameleon.config import paper
 from megatron_chameleon.config.constraints import field_constraints, without_null
+from megatron_chameleon.config.explanations import explanations
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.filter.measures.options import FilterOptions
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig
@@ -118,7 +116,7 @@ def _entry(key: Key, published: typing.Iterable[str]) -> list[str]:
 def _sections(cls: type, prefix: str = "") -> Iterator[tuple[str, list[Key]]]:
     """A section's name with its own keys, then the sections inside of it."""
     hints = typing.get_type_hints(cls)
-    explained, constraints = field_docstrings(cls), field_constraints(cls)
+    explained, constraints = explanations(cls), field_constraints(cls)
     own, nested = [], []
     for field in dataclasses.fields(cls):
         name = f"{prefix}.{field.name}".lstrip(".")
@@ -188,22 +186,6 @@ def _as_yaml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(str(item) for item in value) + "]"
     return json.dumps(value, ensure_ascii=False)
-
-
-@functools.cache
-def field_docstrings(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(tree, ast.ClassDef)
-    found, name = {}, None
-    for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
-        elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            found[name], name = inspect.cleandoc(str(node.value.value)), None
-        else:
-            name = None
-    return found
 
 
 def _published() -> dict[str, list[str]]:
