@@ -355,7 +355,7 @@ class Fp8Config:
 
 @dataclass
 class CheckpointConfig:
-    every_steps: NonNegativeInt = 0
+    every_steps: NonNegativeInt = 1000
     """Steps between two checkpoints; 0: save only at the end."""
     keep_last: PositiveInt = 2
     """How many checkpoints to keep. Older ones are deleted once a newer one is complete."""

@@ -115,8 +115,18 @@ def _on_gpus(project: Project) -> list[str]:
     from megatron_chameleon.config.schema import Config, TrainingConfig
     from megatron_chameleon.planner.gpus import GPUS
     from megatron_chameleon.planner.memory import GIB, predict_memory
+    from megatron_chameleon.planner.search import describe_layout
     from megatron_chameleon.planner.time import predict_step
 
+    if project.plan is not None:
+        plan = project.plan
+        days = plan.step.total * project.length.steps / 86_400
+        return [
+            f"What the training takes on {plan.request.gpus} x {plan.request.gpu.name.upper()}, by "
+            "arithmetic (`chameleon plan`)",
+            f"  {describe_layout(plan.config)}: {days:,.1f} days, "
+            f"{plan.memory.total / GIB:.1f} GiB on each GPU; nobody has measured it",
+        ]
     if project.model is None:
         return []
     training = TrainingConfig(

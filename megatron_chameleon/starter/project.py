@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.files import make_folder, write_text
+from megatron_chameleon.planner.search import LayoutPlan
 from megatron_chameleon.starter.choose import (
     CODES_WITHOUT_PICTURES,
     FALLBACK_TEXT,
@@ -25,6 +26,7 @@ from megatron_chameleon.starter.choose import (
     side_of,
     text_vocabulary,
 )
+from megatron_chameleon.starter.layout import best_layout, parallel_values
 from megatron_chameleon.starter.looking.look import Looked, Looking, look
 from megatron_chameleon.starter.measure import Machine, Speeds, find_machine, measure
 from megatron_chameleon.starter.prompts import asked, sample_prompts
@@ -69,6 +71,8 @@ class Project:
     length: RunLength
     train: TrainSettings
     script: ScriptSettings
+    plan: LayoutPlan | None = None
+    """The layout of a preset; None with the other sizes."""
 
     @property
     def files(self) -> dict[str, str]:
@@ -106,6 +110,8 @@ def plan_project(wanted: Wanted) -> Project:
         wanted, looked, machine, size, side, image, vocabulary, model, held, speeds,
         image_steps, length, _NOT_YET, _NOT_YET_SCRIPT,
     )  # fmt: skip
+    if size in PRESETS:
+        project.plan = best_layout(PRESETS[size], vocabulary.size)
     project.train = _train_settings(project)
     project.script = _script_settings(project)
     return project
@@ -139,6 +145,13 @@ def _train_settings(project: Project) -> TrainSettings:
     looked, held = project.looked, project.holdout
     paired = [s.name for s in looked.sources if any(e.caption for e in s.tally.seen)]
     values, why = train_values(project.size, project.model, project.length, bool(held.sources))
+    if project.plan is not None:
+        values["parallel"] = parallel_values(project.plan)
+        values["training"]["micro_batch_size"] = project.plan.config.training.micro_batch_size
+        gpus = f"{project.plan.request.gpus} {project.plan.request.gpu.name.upper()}"
+        why["parallel.use_distributed_optimizer"] = (
+            f"the layout that `chameleon plan` finds for {gpus}"
+        )
     return TrainSettings(
         folder=str(project.wanted.output.absolute()),
         preset=PRESETS.get(project.size),
@@ -174,8 +187,26 @@ def _script_settings(project: Project) -> ScriptSettings:
         workers=min(project.machine.cores, 8),
         prompts=asked(project.train.prompts, looked),
         has_held_out=bool(project.holdout.sources),
+        launch=_launch(project),
+        notes=_notes(project),
         seed=wanted.seed,
     )
+
+
+def _launch(project: Project) -> str:
+    """How the training is started: by SLURM with a layout for many GPUs, else as one process."""
+    return "" if project.plan is None else '${LAUNCH:-srun} "$PYTHON" -m megatron_chameleon'
+
+
+def _notes(project: Project) -> list[str]:
+    if project.plan is None:
+        return []
+    gpus = project.plan.request.gpus
+    return [
+        f"The training needs {gpus} GPUs. Run the steps before it here, and start it with",
+        f"slurm/pretrain_{project.size}.sbatch of the project (CONFIG=train.yaml), or in a job of",
+        f"{gpus} tasks by `bash run.sh train`; then run the steps behind it.",
+    ]
 
 
 def _named_folders(looked: Looked) -> set[str]:

@@ -47,7 +47,9 @@ def made(data: list[Path], output: Path, size: str | None = None) -> Project:
 def test_the_configs_are_valid(size: str, tmp_path: Path) -> None:
     made([pictures(tmp_path / HARD)], tmp_path / "out", size)
     config = load_config(tmp_path / "out/train.yaml")
-    check_config(config, 64 if size in ("7b", "34b") else 1)
+    world_size = {"7b": 64, "34b": 512}.get(size, 1)
+    check_config(config, world_size)
+    assert config.parallel.use_distributed_optimizer == (world_size > 1)
     assert config.checkpoint.keep_best and config.data.validation.sources
     image = load_image_config(tmp_path / "out/image.yaml")
     script = (tmp_path / "out/run.sh").read_text()
