@@ -147,6 +147,8 @@ def _train_settings(project: Project) -> TrainSettings:
     values, why = train_values(project.size, project.model, project.length, bool(held.sources))
     if project.plan is not None:
         values["parallel"] = parallel_values(project.plan)
+        if project.plan.config.parallel.pipeline_model_parallel_size > 1:
+            del values["logging"]["sample_every_steps"]  # a model in several stages cannot answer
         values["training"]["micro_batch_size"] = project.plan.config.training.micro_batch_size
         gpus = f"{project.plan.request.gpus} {project.plan.request.gpu.name.upper()}"
         why["parallel.use_distributed_optimizer"] = (

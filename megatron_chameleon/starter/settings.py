@@ -11,8 +11,9 @@ from megatron_chameleon.starter.writing.image_yaml import ImageShape
 
 TRAIN_SECONDS = 360.0
 """Time of the training for ``tiny``."""
-EPOCHS = 30
-"""More teaches a small model its documents by heart."""
+EPOCHS = 12
+"""Of pictures. More teaches a small model its documents by heart: with 400 crops of photographs the
+held-out loss was lowest after three epochs."""
 TEXT_EPOCHS = 10
 """Of texts, which a model of this size learned by heart after four."""
 FEWEST_STEPS = 300
