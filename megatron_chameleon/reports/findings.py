@@ -83,7 +83,8 @@ def _held_out(run: RunRecord) -> Iterator[tuple[str, str]]:
                 f"and has risen since, to {found.last:.4f} at step {found.last_step:,}"
             )
             falls = _falls(run.metrics, key, found)
-            yield f"{text}{', while training loss fell' if falls else ''}.", "bad"
+            heart = ", while training loss fell: since then it has learned documents by heart"
+            yield f"{text}{heart if falls else ''}.", "bad"
         elif key == "validation/loss":
             where = f"lowest at step {found.lowest_step:,} ({found.lowest:.4f})"
             if found.lowest_step == found.last_step:

@@ -11,6 +11,8 @@ from megatron_chameleon.starter.odd import languages, oddities
 from megatron_chameleon.starter.project import Project
 from megatron_chameleon.wording import counted, format_bytes
 
+MANY_EPOCHS = 50
+
 
 def summary(project: Project, written: Sequence[Path]) -> str:
     """The lines for the terminal."""
@@ -97,7 +99,11 @@ def _choices(project: Project) -> list[str]:
     else:
         lines.append(f"about {100 * held.share:g}% of the documents are held out")
     length = project.length
-    lines.append(f"{length.steps:,} steps, about {length.epochs:.1f} epochs")
+    lines.append(f"{length.steps:,} steps, about {length.epochs:,.1f} epochs")
+    if length.epochs > MANY_EPOCHS and project.size != "tiny":
+        lines.append(f"these are far too few documents for size {project.size}; try --size tiny")
+    if project.size == "small" and project.machine.gpu is None:
+        lines.append("there is no GPU here, and on CPUs this size takes days; try --size tiny")
     return lines
 
 

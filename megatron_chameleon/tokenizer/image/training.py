@@ -38,6 +38,8 @@ from megatron_chameleon.wording import counted, format_duration
 logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.5, 0.9)
+FIRST_STEPS, LONG_SECONDS = 3, 3600.0
+"""After so many steps, a training that will take longer than this says so."""
 MEASURED_IMAGES = 1024
 """The closing figures are measured on at most this many training images."""
 
@@ -266,9 +268,13 @@ class _Progress:
         seen = codes_BN.unique()
         self.used = seen if self.used is None else torch.cat([self.used, seen])
         done = step + 1
+        seconds = time.perf_counter() - self.start_seconds
+        total = seconds / done * self.config.steps
+        if done == FIRST_STEPS and total > LONG_SECONDS:
+            what = f"{self.config.steps:,} steps will take about {format_duration(total)} here"
+            self.report(f"{what}; it saves at its end. training.steps=N makes it shorter")
         if done % self.config.log_every_steps and done != self.config.steps:
             return
-        seconds = time.perf_counter() - self.start_seconds
         values = " ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
         line = (
             f"step {done}/{self.config.steps} {values} codes {self.used.unique().numel()} "

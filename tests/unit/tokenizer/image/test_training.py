@@ -11,6 +11,7 @@ from PIL import Image
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.tokenizer_corpus.images import ImageEntry, find_images
 from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.tokenizer.image import training
 from megatron_chameleon.tokenizer.image.batches import ImageSet, augment, training_batch
 from megatron_chameleon.tokenizer.image.config import (
     ImageTokenizerConfig,
@@ -235,3 +236,18 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert shares[-1] == pytest.approx(0.1, abs=1e-3)
     assert shares[9:] == sorted(shares[9:], reverse=True)
     assert learning_rate_share(ImageTrainingConfig(steps=10), 9) == 1.0
+
+
+def test_a_training_of_days_says_so_after_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+    lines: list[str] = []
+    progress = training._Progress(ImageTrainingConfig(steps=500_000), lines.append)
+    for step in range(4):
+        progress.step(step, {}, torch.zeros(1, 1, dtype=torch.int64), 0)
+    (line,) = lines
+    assert line.startswith("500,000 steps will take about 57d") and "training.steps=N" in line
+    short = training._Progress(ImageTrainingConfig(steps=100), lines.append)
+    for step in range(4):
+        short.step(step, {}, torch.zeros(1, 1, dtype=torch.int64), 0)
+    assert len(lines) == 1
