@@ -37,6 +37,14 @@ def add_collect(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a folder or file to pass over; can be repeated",
     )
+    parser.add_argument(
+        "--claimed",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a folder from which documents take their pictures: those right in it are left out; "
+        "can be repeated",
+    )
 
 
 def run_collect(args: argparse.Namespace) -> None:
@@ -49,7 +57,7 @@ def run_collect(args: argparse.Namespace) -> None:
 
     output = check_output_folder("--output", Path(args.output))
     with announced(f"looking for pictures and texts in {counted(len(args.data), 'path')}"):
-        found = find_loose(args.data, [*args.exclude, output])
+        found = find_loose(args.data, [*args.exclude, output], args.claimed)
     if not found.pictures and not found.texts:
         what = f"no loose picture or text among {counted(found.files, 'file')}"
         raise DataError(" ".join(args.data)[:300], what, "Give folders of pictures or .txt files")

@@ -118,7 +118,7 @@ def plan_project(wanted: Wanted) -> Project:
 
 
 _NOT_YET = TrainSettings("", None, {}, (), (), ())
-_NOT_YET_SCRIPT = ScriptSettings("", 1, (), (), (), "", {}, False, 0, 0, False, (), None, 1, ())
+_NOT_YET_SCRIPT = ScriptSettings("", 1, (), (), (), (), "", {}, False, 0, 0, False, (), None, 1, ())
 
 
 def _longest(looked: Looked, vocabulary: TextVocabulary, image: ImageShape | None) -> int:
@@ -169,7 +169,6 @@ def _train_settings(project: Project) -> TrainSettings:
 def _script_settings(project: Project) -> ScriptSettings:
     looked, wanted = project.looked, project.wanted
     loose = [source.name for source in looked.sources if source.is_loose]
-    outside = [str(wanted.output.absolute()), *sorted(_named_folders(looked))]
     has_text = any(source.tally.texts for source in looked.sources)
     roots = [*looked.found.roots, *wanted.looking.images.roots]
     return ScriptSettings(
@@ -177,7 +176,8 @@ def _script_settings(project: Project) -> ScriptSettings:
         threads=min(project.machine.cores, 8),
         data=[_absolute(word) for word in wanted.data] if loose else [],
         collected=loose,
-        excluded=outside,
+        excluded=[str(wanted.output.absolute())],
+        claimed=sorted(_named_folders(looked)),
         captions=wanted.looking.captions,
         words={source.name: source.words for source in looked.sources},
         fallback_text=not has_text,

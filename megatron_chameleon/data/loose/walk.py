@@ -59,12 +59,18 @@ class Found:
     """Whether there are more than ``MOST_FILES`` files."""
 
 
-def find_loose(words: Sequence[str], excluded: Collection[str | Path] = ()) -> Found:
+def find_loose(
+    words: Sequence[str],
+    excluded: Collection[str | Path] = (),
+    claimed: Collection[str | Path] = (),
+) -> Found:
     """Walk through paths.
 
     Args:
         words: Files, folders, globs and URLs.
-        excluded: Folders whose pictures and texts are passed over, and files.
+        excluded: Folders and files that are passed over.
+        claimed: Folders from which documents take their pictures: those right in them are not
+            loose.
 
     Raises:
         DataError: A path does not exist.
@@ -87,6 +93,9 @@ def find_loose(words: Sequence[str], excluded: Collection[str | Path] = ()) -> F
         else:
             _add_glob(found, word, outside)
     _pair_captions(found)
+    places = {Path(folder).resolve() for folder in claimed}
+    if places:
+        found.pictures = [p for p in found.pictures if p.path.parent.resolve() not in places]
     return found
 
 

@@ -46,6 +46,8 @@ class ScriptSettings:
     collected: Sequence[str]
     """Names of the files that it writes."""
     excluded: Sequence[str]
+    claimed: Sequence[str]
+    """Folders from which documents take their pictures."""
     captions: str
     words: dict[str, Sequence[str]]
     """Inputs of each source."""
@@ -119,6 +121,7 @@ def _steps(settings: ScriptSettings) -> list[Step]:
     roots = [word for root in settings.image_roots for word in ("--image-root", root)]
     if settings.data:
         options = [word for path in settings.excluded for word in ("--exclude", path)]
+        options += [word for path in settings.claimed for word in ("--claimed", path)]
         command = f"chameleon data collect {quoted(settings.data)} --output data"
         options += ["--captions", settings.captions]
         steps.append(

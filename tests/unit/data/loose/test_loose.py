@@ -110,3 +110,12 @@ def test_a_picture_may_have_no_caption(tmp_path: Path) -> None:
     path = picture(tmp_path / "red cat.png")
     (record,) = records_of(LooseFile(path, Path(path.name)), NONE)
     assert [part["type"] for part in record["content"]] == ["image"]
+
+
+def test_pictures_of_documents_are_not_collected_and_texts_beside_them_are(tmp_path: Path) -> None:
+    picture(tmp_path / "of a table.png")
+    picture(tmp_path / "sub/own.png")
+    (tmp_path / "notes.txt").write_text("a note")
+    found = find_loose([str(tmp_path)], claimed=[tmp_path])
+    assert [p.path.name for p in found.pictures] == ["own.png"]
+    assert [t.path.name for t in found.texts] == ["notes.txt"]
