@@ -44,6 +44,8 @@ class Holdout:
     sources: list[str] = field(default_factory=list)
     """Those in which documents are held out for certain."""
     documents: int = 0
+    undivided: list[str] = field(default_factory=list)
+    """Sources of which the share would hold out everything, so that nothing is held out."""
 
 
 def side_of(looked: Looked) -> int:
@@ -157,9 +159,11 @@ def holdout(sources: Sequence[Source]) -> Holdout:
     wanted = max(round(share * len(places)), 1)
     share = _between(places[wanted - 1], places[wanted])
     held = [sum(1 for p in found if p is not None and p < share) for found in known]
-    names = [source.name for source, count in zip(sources, held, strict=True) if count]
-    emptied = any(count == len(found) for count, found in zip(held, known, strict=True))
-    return Holdout(None) if emptied and len(sources) == 1 else Holdout(share, names, sum(held))
+    counts = {source.name: count for source, count in zip(sources, held, strict=True)}
+    whole = [s.name for s in sources if counts[s.name] == s.tally.documents]
+    names = [name for name, count in counts.items() if count and name not in whole]
+    total = sum(counts[name] for name in names)
+    return Holdout(share, names, total, whole) if names else Holdout(None)
 
 
 def _fraction(digest: bytes) -> float:

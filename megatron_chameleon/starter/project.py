@@ -186,6 +186,7 @@ def _script_settings(project: Project) -> ScriptSettings:
         has_pictures=project.image is not None,
         image_roots=roots if project.image else [],
         holdout=project.holdout.share,
+        undivided=project.holdout.undivided,
         workers=min(project.machine.cores, 8),
         prompts=asked(project.train.prompts, looked),
         has_held_out=bool(project.holdout.sources),

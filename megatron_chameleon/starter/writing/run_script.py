@@ -65,6 +65,8 @@ class ScriptSettings:
     launch: str = ""
     """How ``train`` is started on several GPUs; empty: as one process."""
     has_held_out: bool = True
+    undivided: Sequence[str] = ()
+    """Sources of which nothing is held out."""
     seed: int = 1
     notes: list[str] = field(default_factory=list)
 
@@ -171,11 +173,10 @@ def _preprocess(
     settings: ScriptSettings, inputs: dict[str, list[str]], roots: Sequence[str]
 ) -> Step:
     options = ["--workers", str(settings.workers), *roots]
-    if settings.holdout is not None:
-        options += ["--holdout", repr(settings.holdout)]
+    held = [] if settings.holdout is None else ["--holdout", repr(settings.holdout)]
     body = [
         f"chameleon preprocess {quoted(words)} --tokenizer tokenizer --output tokens/{name} "
-        f"{quoted(options)}"
+        f"{quoted([*options, *([] if name in settings.undivided else held)])}"
         for name, words in inputs.items()
     ]
     return Step("tokens", "tokens: turn the documents into token files", body)

@@ -148,3 +148,17 @@ def test_many_files_become_a_glob(tmp_path: Path) -> None:
     assert pattern.endswith("/*.jsonl")
     (tmp_path / "other.jsonl").touch()
     assert shorten(names) == names
+
+
+def test_a_source_is_never_held_out_as_a_whole(tmp_path: Path) -> None:
+    for n in range(8):
+        (tmp_path / f"{n}").mkdir()
+        (tmp_path / f"{n}/in.jsonl").write_text(json.dumps({"text": f"text {n}"}) + "\n")
+    sources = looked(*(tmp_path / f"{n}/in.jsonl" for n in range(8))).sources
+    held = holdout(sources)
+    assert held.share is None  # each source is one document
+    two = "".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(20))
+    (tmp_path / "7/in.jsonl").write_text(two)
+    held = holdout(looked(*(tmp_path / f"{n}/in.jsonl" for n in range(8))).sources)
+    assert held.share is not None and len(held.sources) == 1
+    assert not set(held.undivided) & set(held.sources)
