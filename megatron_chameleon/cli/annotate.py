@@ -24,6 +24,7 @@ from megatron_chameleon.cli.options import (
     add_ema_option,
     add_image_options,
     add_sampling_options,
+    add_tokenizer_option,
     device,
     generation_options,
     image_options,
@@ -58,9 +59,7 @@ def _add_answer(answer: argparse.ArgumentParser) -> None:
     answer.add_argument(
         "--batch-size", type=BATCH, default=32, help="prompts to answer together (default: 32)"
     )
-    answer.add_argument(
-        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
-    )
+    add_tokenizer_option(answer)
     answer.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
     add_image_options(answer)
     add_common_options(answer, nested=True)

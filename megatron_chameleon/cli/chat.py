@@ -22,8 +22,10 @@ from megatron_chameleon.cli.asked import (
 )
 from megatron_chameleon.cli.logs import progress, show
 from megatron_chameleon.cli.options import (
+    add_checkpoint_argument,
     add_ema_option,
     add_sampling_options,
+    add_tokenizer_option,
     generation_options,
 )
 from megatron_chameleon.cli.ranks import follows
@@ -41,7 +43,7 @@ PICTURES = ("auto", "sixel", "kitty", "blocks", "blocks256", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a checkpoint, a run folder or an exported folder")
+    add_checkpoint_argument(parser)
     add_prompt_options(parser, "the first message")
     parser.add_argument(
         "--system", metavar="TEXT", default="", help="text before the first message"
@@ -66,9 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_ema_option(parser)
     add_sampling_options(parser)
-    parser.add_argument(
-        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
-    )
+    add_tokenizer_option(parser)
     add_device_option(parser)
 
 

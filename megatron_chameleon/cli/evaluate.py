@@ -18,6 +18,7 @@ from megatron_chameleon.cli.options import (
     SEED,
     add_ema_option,
     add_image_options,
+    add_tokenizer_option,
     device,
     image_options,
 )
@@ -49,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=BATCH, default=32, help="prompts to answer together (default: 32)"
     )
-    parser.add_argument(
-        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
-    )
+    add_tokenizer_option(parser)
     add_ema_option(parser)
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
     add_image_options(parser)

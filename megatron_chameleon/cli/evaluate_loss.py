@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_chameleon.cli.logs import progress, show
-from megatron_chameleon.cli.options import HELD_OUT_TOKENS, add_ema_option, add_overrides
+from megatron_chameleon.cli.options import (
+    HELD_OUT_TOKENS,
+    add_checkpoint_argument,
+    add_ema_option,
+    add_json_option,
+    add_overrides,
+    add_tokenizer_option,
+)
 from megatron_chameleon.cli.ranks import one_of_a_job
 
 if TYPE_CHECKING:
@@ -32,7 +39,7 @@ _SETTING = re.compile(r"[a-z0-9_]+\.[\w.\[\]]+=.*", re.DOTALL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a checkpoint, a run folder or an exported folder")
+    add_checkpoint_argument(parser)
     add_overrides(parser)
     parser.add_argument(
         "--data",
@@ -49,11 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure about N tokens of each, in documents evenly spread over the file (default: "
         "all)",
     )
-    parser.add_argument(
-        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
-    )
+    add_tokenizer_option(parser)
     add_ema_option(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:

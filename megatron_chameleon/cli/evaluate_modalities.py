@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 
 from megatron_chameleon.cli.asked import add_device_option, check_device
 from megatron_chameleon.cli.logs import progress, show
-from megatron_chameleon.cli.options import ASKED_PROMPTS, add_ema_option
+from megatron_chameleon.cli.options import (
+    ASKED_PROMPTS,
+    add_checkpoint_argument,
+    add_ema_option,
+    add_json_option,
+    add_tokenizer_option,
+)
 from megatron_chameleon.cli.ranks import follows
 from megatron_chameleon.terminal import escape_line
 
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a checkpoint, a run folder or an exported folder")
+    add_checkpoint_argument(parser)
     parser.add_argument(
         "--data",
         nargs="+",
@@ -49,12 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for modalities.json and the answers (default: modalities/STEP in the run "
         "folder; none for an exported folder)",
     )
-    parser.add_argument(
-        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
-    )
+    add_tokenizer_option(parser)
     add_ema_option(parser)
     add_device_option(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -27,9 +27,11 @@ from megatron_chameleon.cli.options import (
     ANSWERS,
     BATCH,
     GUIDANCE,
+    add_checkpoint_argument,
     add_ema_option,
     add_image_options,
     add_sampling_options,
+    add_tokenizer_option,
     generation_options,
     image_options,
 )
@@ -47,7 +49,7 @@ ANSWERS_FILE = "documents.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a checkpoint, a run folder or an exported folder")
+    add_checkpoint_argument(parser)
     add_prompt_options(parser, "the prompt")
     parser.add_argument(
         "--document",
@@ -74,9 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_image_options(parser)
     parser.add_argument("--batch-size", type=BATCH, help="prompts to answer together (default: 64)")
-    parser.add_argument(
-        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
-    )
+    add_tokenizer_option(parser)
     add_device_option(parser)
     parser.add_argument(
         "--compile",

@@ -162,6 +162,23 @@ def add_ema_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument CHECKPOINT, which ``open_checkpoint`` opens."""
+    parser.add_argument("checkpoint", help="a checkpoint, a run folder or an exported folder")
+
+
+def add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--tokenizer`` to a verb that takes a checkpoint."""
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
+    )
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json`` to a verb that prints a table otherwise."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how answers are sampled; defaults are ``GenerationOptions``'s."""
     parser.add_argument("--seed", type=SEED, default=1, help="seed of the sampling (default: 1)")

@@ -23,6 +23,7 @@ from megatron_chameleon.cli.options import (
     TOKENS,
     NumberOption,
     add_ema_option,
+    add_tokenizer_option,
     device,
 )
 from megatron_chameleon.cli.ranks import follows
@@ -81,9 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="form of prompts: chat as in fine-tuning, or document, which the model continues "
         "(default: by the checkpoint)",
     )
-    parser.add_argument(
-        "--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's)"
-    )
+    add_tokenizer_option(parser)
     add_ema_option(parser)
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
     parser.add_argument(

@@ -34,6 +34,7 @@ from megatron_chameleon.checkpoint.loading.transformers_model import (
     logits,
     read_transformers,
 )
+from megatron_chameleon.checkpoint.names.architecture import ARCHITECTURE
 from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, optimizer_parts
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
 from megatron_chameleon.checkpoint.tensor_files.raw import as_bytes
@@ -42,17 +43,6 @@ from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 SHOWN_DIFFERENCES = 5
-SETTINGS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "norm_order",
-    "layernorm_epsilon",
-    "rotary_base",
-)
-"""The settings that, beside the tensors, decide what a model computes."""
 COMPARED_ELEMENTS = 2**24
 """Number of elements that are compared at a time."""
 MEMORY_SHARE = 0.5
@@ -260,7 +250,7 @@ def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def _compare_settings(a: CheckpointReader, b: CheckpointReader) -> list[Difference]:
-    names = [name for name in SETTINGS if getattr(a.model, name) != getattr(b.model, name)]
+    names = [name for name in ARCHITECTURE if getattr(a.model, name) != getattr(b.model, name)]
     found = [
         Difference(name, f"{getattr(a.model, name)} and {getattr(b.model, name)}") for name in names
     ]

@@ -379,7 +379,9 @@ def read_values(file: Path, remedy: str) -> Values:
     return Values(content, str(file), remedy)
 
 
-def with_recorded(model: ModelConfig, origin: Origin, known: set[str], where: str) -> ModelConfig:
+def with_recorded(
+    model: ModelConfig, origin: Origin, known: Collection[str], where: str
+) -> ModelConfig:
     """Complete a model's settings with those that only ``chameleon.json`` has.
 
     Args:

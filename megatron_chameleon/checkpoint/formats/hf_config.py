@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron_chameleon.checkpoint.formats.base import bounds, check_model, read_values
+from megatron_chameleon.checkpoint.names.architecture import ARCHITECTURE
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.errors import ChameleonError, CheckpointError
 from megatron_chameleon.tokenizer.common.vocabulary import IMAGE_PLACEHOLDER, Vocabulary
@@ -14,18 +15,7 @@ from megatron_chameleon.tokenizer.image.vqgan import VqganConfig
 from megatron_chameleon.values import Values, describe
 
 CONFIG_FILE = "config.json"
-KNOWN = {
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "seq_length",
-    "norm_order",
-    "layernorm_epsilon",
-    "rotary_base",
-    "init_method_std",
-}
+KNOWN = (*ARCHITECTURE, "seq_length", "init_method_std")
 """Fields of our model config that Hugging Face's config has too."""
 _FIXED = {
     "hidden_act": "silu",

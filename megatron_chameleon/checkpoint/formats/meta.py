@@ -41,6 +41,7 @@ from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
     read_meta_tokenizer,
     write_meta_tokenizer,
 )
+from megatron_chameleon.checkpoint.names.architecture import ARCHITECTURE
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.names.norm_groups import norm_groups, norm_settings
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
@@ -58,17 +59,6 @@ ROPE = "rope.freqs"
 LARGEST_SHARDS = 1024
 SEQ_LENGTH = 4096
 """Sequence length of the released models, whose files don't say."""
-KNOWN = {
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "norm_order",
-    "layernorm_epsilon",
-    "rotary_base",
-}
-"""Fields of our model config that Meta's files have too."""
 _SHARD = re.compile(r"consolidated(\.(\d+))?\.pth")
 
 
@@ -102,7 +92,7 @@ class Reader:
         self.weight_files = {shard.path.name for shard in self._shards}
         model, dims = self._geometry(params)
         self._check(dims)
-        self.model = with_recorded(model, self.origin, KNOWN, str(folder))
+        self.model = with_recorded(model, self.origin, ARCHITECTURE, str(folder))
         q_groups = k_groups = self.model.qk_norm_groups = 0
         if model.qk_norm_groups:
             self.model.qk_norm_groups, q_groups, k_groups = norm_settings(

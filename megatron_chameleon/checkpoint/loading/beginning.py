@@ -15,23 +15,14 @@ from megatron_chameleon.checkpoint.formats.opening import (
     check_tokens,
     warn_of_lacks,
 )
+from megatron_chameleon.checkpoint.names.architecture import ARCHITECTURE
 from megatron_chameleon.config.schema import Config, ModelConfig
 from megatron_chameleon.errors import CheckpointError
 from megatron_chameleon.files import make_folder, writing
 from megatron_chameleon.tokenizer.common.files import tokenizer_file
 from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES, Tokenizer
 
-ARCHITECTURE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "norm_order",
-    "qk_norm_groups",
-    "layernorm_epsilon",
-    "rotary_base",
-)
+FIXED = (*ARCHITECTURE, "qk_norm_groups")
 """What the weights decide about the model. Its other settings may differ in every run."""
 
 
@@ -44,7 +35,7 @@ def inherited_settings(model: ModelConfig) -> dict[str, Any]:
     Returns:
         Values by section and key, for ``load_config``. Dropout is a choice of each run.
     """
-    names = (*ARCHITECTURE, "seq_length", "init_method_std")
+    names = (*FIXED, "seq_length", "init_method_std")
     return {"model": {name: getattr(model, name) for name in names}}
 
 
@@ -87,7 +78,7 @@ def check_architecture(reader: CheckpointReader, config: Config) -> None:
     """
     found = [
         f"model.{name}={json.dumps(stored)} (your config: {json.dumps(wanted)})"
-        for name in ARCHITECTURE
+        for name in FIXED
         for stored, wanted in [(_resolved(reader.model, name), _resolved(config.model, name))]
         if stored != wanted
     ]
