@@ -27,7 +27,7 @@ from megatron_chameleon.data.mixture.sources import DataSource
 from megatron_chameleon.data.mixture.stream import DocumentParts, SourceStream
 from megatron_chameleon.data.validation.same_documents import warn_of_same
 from megatron_chameleon.data.validation.source import HeldOutSource
-from megatron_chameleon.errors import ConfigErrors
+from megatron_chameleon.errors import ChameleonError, ConfigErrors
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 CHUNK_MICRO_BATCHES = 8
@@ -162,6 +162,17 @@ class HeldOutReader:
             for packed in [*group, *[empty] * missing]
         ]
         return make_batch(samples, self._vocabulary, isolated=self.config.data.reset_attention)
+
+
+def next_or_failure(chunks: Iterator[Chunk]) -> tuple[Chunk | None, ChameleonError | None]:
+    """The next chunk, None after the last one, and why it cannot be read.
+
+    A rank that fails must tell the others before it raises, or they would wait for it.
+    """
+    try:
+        return next(chunks, None), None
+    except ChameleonError as error:
+        return None, error
 
 
 def _micro_batches(multiple: int) -> int:

@@ -57,16 +57,7 @@ BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default; it allocates whole buckets
 
 
 class DeepSpeedEngine:
-    """This rank's share of the training state.
-
-    Args:
-        config: A checked config.
-        vocab_size: Number of tokens in the vocabulary.
-        topology: From ``create_topology``.
-        learning_rate: Of each step; None: as the config alone says.
-        image_ids: The token ids of the image codes, which ``model.train`` and ``freeze`` may name.
-        weights: The checkpoint whose weights the model begins with; None: they are drawn.
-    """
+    """This rank's share of the training state. Its arguments are those of ``build_engine``."""
 
     def __init__(
         self,

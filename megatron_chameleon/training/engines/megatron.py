@@ -57,16 +57,7 @@ from megatron_chameleon.training.run.skipped_steps import count_updates
 
 
 class MegatronEngine:
-    """This rank's share of the training state.
-
-    Args:
-        config: A checked config.
-        vocab_size: Number of tokens in the vocabulary.
-        topology: From ``create_topology``.
-        learning_rate: Of each step; None: as the config alone says.
-        image_ids: The token ids of the image codes, which ``model.train`` and ``freeze`` may name.
-        weights: The checkpoint whose weights the model begins with; None: they are drawn.
-    """
+    """This rank's share of the training state. Its arguments are those of ``build_engine``."""
 
     def __init__(
         self,

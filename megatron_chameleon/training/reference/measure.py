@@ -18,7 +18,7 @@ from megatron_chameleon.config.schema import Config, ValidationSourceConfig
 from megatron_chameleon.data.batches.reader import Batch
 from megatron_chameleon.data.mixture.corpus import TokenFileCorpus
 from megatron_chameleon.data.mixture.sources import DataSource
-from megatron_chameleon.data.validation.reader import Chunk, HeldOutReader
+from megatron_chameleon.data.validation.reader import Chunk, HeldOutReader, next_or_failure
 from megatron_chameleon.errors import ChameleonError, CheckpointError
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.collectives import run_on_rank_0
@@ -178,11 +178,7 @@ class Pass:
         place = self._topology
         with reader.read_ahead(place.data_rank, place.data_size, place.pipeline_size) as chunks:
             while True:
-                chunk, failure = None, None
-                try:
-                    chunk = next(chunks, None)
-                except ChameleonError as error:
-                    failure = error
+                chunk, failure = next_or_failure(chunks)
                 signal = stop(failure)
                 if chunk is None:
                     return self._together()

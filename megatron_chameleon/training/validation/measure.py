@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_chameleon.data.batches.reader import Batch
-from megatron_chameleon.data.validation.reader import HeldOutReader
+from megatron_chameleon.data.validation.reader import HeldOutReader, next_or_failure
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.topology import Topology
@@ -50,11 +50,7 @@ def measure(
     multiple = topology.pipeline_size
     with reader.read_ahead(topology.data_rank, topology.data_size, multiple) as chunks:
         while True:
-            chunk, failure = None, None
-            try:
-                chunk = next(chunks, None)
-            except ChameleonError as error:
-                failure = error
+            chunk, failure = next_or_failure(chunks)
             if not go_on(failure):
                 return None
             if chunk is None:
