@@ -11,8 +11,8 @@ from collections.abc import Sequence
 class ChameleonError(Exception):
     """A user's mistake.
 
-    >>> str(ConfigError("model.num_layers", "30 layers do not divide by 4 stages", "Use 28 or 32"))
-    'model.num_layers: 30 layers do not divide by 4 stages. Use 28 or 32.'
+    >>> str(ConfigError("model.num_layers", "30 layers do not fit 4 stages", "Use 28 or 32"))
+    'model.num_layers: 30 layers do not fit 4 stages. Use 28 or 32.'
     >>> str(ConfigError("model.num_layer", "Unknown key", "Did you mean `model.num_layers`?"))
     'model.num_layer: Unknown key. Did you mean `model.num_layers`?'
 

@@ -122,10 +122,10 @@ def _on_gpus(project: Project) -> list[str]:
         plan = project.plan
         days = plan.step.total * project.length.steps / 86_400
         return [
-            f"What the training takes on {plan.request.gpus} x {plan.request.gpu.name.upper()}, by "
-            "arithmetic (`chameleon plan`)",
+            f"What the training takes on {plan.request.gpus} x {plan.request.gpu.name.upper()}, as "
+            "`chameleon plan` predicts",
             f"  {describe_layout(plan.config)}: {days:,.1f} days, "
-            f"{plan.memory.total / GIB:.1f} GiB on each GPU; nobody has measured it",
+            f"{plan.memory.total / GIB:.1f} GiB on each GPU; this was not measured",
         ]
     if project.model is None:
         return []
@@ -143,6 +143,6 @@ def _on_gpus(project: Project) -> list[str]:
         words.append(f"{time} on one {name.upper()}")
     memory = predict_memory(config, project.vocabulary.size, 1).total / GIB
     return [
-        f"  On a GPU the training would take about {' or '.join(words)} with {memory:.1f} GiB, by "
-        "arithmetic (`chameleon plan`); nobody has measured it."
+        f"  On a GPU the training would take about {' or '.join(words)} with {memory:.1f} GiB, as "
+        "`chameleon plan` predicts; this was not measured."
     ]

@@ -73,7 +73,8 @@ def _of_source(source: Source, sequence_characters: float) -> Iterator[str]:
             yield f"{counted(without, 'picture')} {_verb(without, 'has', 'have')} no text"
     long = sum(1 for entry in tally.seen if entry.characters > 4 * sequence_characters)
     if tally.conversations and long:
-        yield f"{counted(long, 'conversation')} may be too long for a sequence, and left out then"
+        what = f"{counted(long, 'conversation')} may be too long for a sequence"
+        yield f"{what} and would be left out"
     elif long and source.name != "texts":
         what = "much longer than a sequence, and read in parts"
         yield f"{counted(long, 'text')} {_verb(long)} {what}"

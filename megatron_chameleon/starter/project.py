@@ -208,7 +208,7 @@ def _notes(project: Project) -> list[str]:
     return [
         f"The training needs {gpus} GPUs. Run the steps before it here, and start it with",
         f"slurm/pretrain_{project.size}.sbatch of the project (CONFIG=train.yaml), or in a job of",
-        f"{gpus} tasks by `bash run.sh train`; then run the steps behind it.",
+        f"{gpus} tasks by `bash run.sh train`; then run the steps after it.",
     ]
 
 

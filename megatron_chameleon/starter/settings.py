@@ -131,9 +131,9 @@ def _reasons(size: str, length: RunLength) -> dict[str, str]:
     if size == TINY:
         found |= {
             "model.hidden_size": "small enough to train on CPUs within minutes",
-            "model.init_method_std": "a hidden size of 128 needs more than the 0.02 of thousands",
+            "model.init_method_std": "more than 0.02, because the hidden size of 128 is small",
             "optimizer.lr": "a small model needs a higher rate than the paper's",
         }
     if size == SMALL:
-        found["training.dtype"] = "what GPUs compute fast"
+        found["training.dtype"] = "the format in which GPUs are fast"
     return found

@@ -22,7 +22,7 @@ def summary(project: Project, written: Sequence[Path]) -> str:
         lines.append(f"  languages: {spoken}")
     length = project.length
     lines.append(
-        f"  tokens to come: about {length.tokens:,} ({length.text_tokens:,} of text, "
+        f"  expected tokens: about {length.tokens:,} ({length.text_tokens:,} of text, "
         f"{length.image_tokens:,} of pictures)"
     )
     per_token = project.vocabulary.characters_per_token

@@ -58,7 +58,7 @@ def read_peft_folder(folder: Path) -> Adapter:
         remedy = "Copy the whole folder again"
         if (folder / OLD_WEIGHTS_FILE).is_file():
             what += f", only {OLD_WEIGHTS_FILE}, a pickle, which could run code"
-            remedy = "Save it again with save_pretrained of a newer peft"
+            remedy = "Save it again with save_pretrained of a newer version of peft"
         raise CheckpointError(str(folder), what, remedy)
     reader = SafetensorsReader(folder, WEIGHTS_FILE)
     parts: dict[str, dict[str, str]] = {}
@@ -89,7 +89,9 @@ def _check_kind(values: Values) -> None:
     if (kind := values.text("peft_type")) != "LORA":
         raise values.error(f"peft_type is {describe(kind)}, and only LORA can be read")
     if (bias := values.text("bias", "none")) != "none" or values.flag("lora_bias", False):
-        raise values.error(f"it trains biases (bias {describe(bias)}), which this model has not")
+        raise values.error(
+            f"it trains biases (bias {describe(bias)}), which this model does not have"
+        )
     for key in ("fan_in_fan_out", "use_qalora"):
         if values.flag(key, False):
             raise values.error(f"{key} is true, which cannot be read")
@@ -100,7 +102,9 @@ def _check_kind(values: Values) -> None:
             )
     begin = values.content.get("init_lora_weights")
     if isinstance(begin, str) and begin.lower().startswith(_CHANGES_BASE):
-        what = f"init_lora_weights is {describe(begin)}: it belongs to changed base weights"
+        what = (
+            f"init_lora_weights is {describe(begin)}: the adapter belongs to changed base weights"
+        )
         raise values.error(what)
 
 
@@ -114,7 +118,7 @@ def _pair(name: str, parts: Mapping[str, str], reader: SafetensorsReader, values
     shapes = [reader.shapes[parts[part]] for part in (low, high)]
     if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
         what = f"the matrices of {printable(name)} are {' and '.join(map(str, map(list, shapes)))}"
-        raise CheckpointError(where, f"{what}, which have no product", "Copy it again")
+        raise CheckpointError(where, f"{what}, which cannot be multiplied", "Copy it again")
     rank = shapes[0][0]
     scale = _alpha(values, name.removesuffix(".weight"), rank) / rank
     magnitude, weight = parts.get(MAGNITUDE), parts.get(BASE_LAYER)

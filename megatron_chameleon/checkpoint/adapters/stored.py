@@ -89,8 +89,8 @@ def check_base(folder: Path, files: Collection[str], expected: str, adapter: str
 def missing_base(base: Path, adapter: str) -> CheckpointError:
     """The error for base weights that are not where they were."""
     what = f"{why_no_folder(base)}, and {adapter} is an adapter of the weights there"
-    remedy = "Put them back; or give their place, to `chameleon train` with adapter.base=DIR, "
-    remedy += "to `chameleon convert --merge` with --base DIR"
+    remedy = "Put them back, or say where they are: adapter.base=DIR for `chameleon train`, "
+    remedy += "--base DIR for `chameleon convert --merge`"
     return CheckpointError(str(base), what, remedy)
 
 

@@ -420,7 +420,7 @@ def check_model(model: ModelConfig, where: str) -> None:
         what = f"hidden size {model.hidden_size} does not divide into {heads} heads of even width"
         raise CheckpointError(where, what, remedy)
     if heads % (key_heads or heads):
-        what = f"{heads} heads do not divide by {key_heads} key/value heads"
+        what = f"{heads} heads are not divisible by {key_heads} key/value heads"
         raise CheckpointError(where, what, remedy)
 
 

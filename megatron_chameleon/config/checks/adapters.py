@@ -20,12 +20,14 @@ def check_adapter(config: Config) -> Iterator[ConfigError]:
         return
     smallest = min(model.hidden_size, model.ffn_hidden_size)
     if adapter.rank > smallest:
-        what = f"{adapter.rank} is more than the model's matrices have, whose smaller side is "
+        what = f"{adapter.rank} exceeds the smaller side of the model's matrices, which is "
         what += f"{smallest}"
         yield ConfigError("adapter.rank", what, f"Use at most {smallest}; 8 to 64 are common")
     if not adapter.target_modules:
         remedy = "Name at least one, such as q_proj, or remove the key to adapt all of them"
-        yield ConfigError("adapter.target_modules", "names no layer, so nothing is trained", remedy)
+        yield ConfigError(
+            "adapter.target_modules", "names no layers, so nothing is trained", remedy
+        )
     if doubles := sorted(
         {n for n in adapter.target_modules if adapter.target_modules.count(n) > 1}
     ):

@@ -82,7 +82,7 @@ def _check_model(config: Config) -> Iterator[ConfigError]:
     heads, groups = model.num_attention_heads, model.num_query_groups
     groups = heads if groups is None else groups
     if model.hidden_size % heads:
-        what = f"{model.hidden_size} does not divide by num_attention_heads {heads}"
+        what = f"{model.hidden_size} is not divisible by num_attention_heads {heads}"
         yield ConfigError("model.hidden_size", what, f"Use a multiple of {heads}")
     elif (model.hidden_size // heads) % 2:
         what = f"{model.hidden_size} / {heads} heads gives an odd head size"

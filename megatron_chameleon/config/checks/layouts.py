@@ -113,7 +113,7 @@ def check_vocabulary(vocab_size: int, config: Config) -> Iterator[ConfigError]:
     """Whether the layout can split a tokenizer's vocabulary, which is never padded."""
     tp = config.parallel.tensor_model_parallel_size
     if vocab_size % tp:
-        what = f"its {vocab_size} tokens do not divide by tensor_model_parallel_size {tp}"
+        what = f"its {vocab_size} tokens are not divisible by tensor_model_parallel_size {tp}"
         remedy = f"Train a tokenizer whose --vocab-size is a multiple of {tp}"
         yield ConfigError("tokenizer.path", what, remedy)
 
@@ -135,13 +135,13 @@ def _check_tensor(config: Config) -> Iterator[ConfigError]:
         ("ffn_hidden_size", model.ffn_hidden_size),
     ):
         if value % tp:
-            what = f"{value} does not divide by tensor_model_parallel_size {tp}"
+            what = f"{value} is not divisible by tensor_model_parallel_size {tp}"
             yield ConfigError(f"model.{key}", what, f"Use a multiple of {tp} or another layout")
     if parallel.sequence_parallel and tp == 1:
         what = "true needs tensor_model_parallel_size of 2 or more, but it is 1"
         yield ConfigError("parallel.sequence_parallel", what, "Set it to false")
     elif parallel.sequence_parallel and model.seq_length % (tp * parallel.context_parallel_size):
-        what = f"{model.seq_length} does not divide by tensor_model_parallel_size {tp}"
+        what = f"{model.seq_length} is not divisible by tensor_model_parallel_size {tp}"
         yield ConfigError(
             "model.seq_length", what, "Use a multiple, which sequence parallelism needs"
         )
@@ -154,7 +154,7 @@ def _check_pipeline(config: Config) -> Iterator[ConfigError]:
         parallel.virtual_pipeline_model_parallel_size,
     )
     if layers % pp:
-        what = f"{layers} layers do not divide by {pp} pipeline stages"
+        what = f"{layers} layers are not divisible by {pp} pipeline stages"
         yield ConfigError("model.num_layers", what, f"Use one of {list_divisors(layers)}")
         return
     if vpp is None:
@@ -173,7 +173,7 @@ def _check_pipeline(config: Config) -> Iterator[ConfigError]:
 def _check_context(config: Config) -> Iterator[ConfigError]:
     cp, seq_length = config.parallel.context_parallel_size, config.model.seq_length
     if cp > 1 and seq_length % (2 * cp):
-        what = f"{seq_length} does not divide by 2 x context_parallel_size {cp}"
+        what = f"{seq_length} is not divisible by 2 x context_parallel_size {cp}"
         yield ConfigError("model.seq_length", what, f"Use a multiple of {2 * cp}")
 
 
@@ -197,7 +197,7 @@ def _check_data(config: Config, world_size: int) -> Iterator[ConfigError]:
         low = batch // chunk * chunk
         near = f"{low} or {low + chunk}" if low else str(chunk)
         what = (
-            f"{batch} does not divide by micro_batch_size {training.micro_batch_size} x data "
+            f"{batch} is not divisible by micro_batch_size {training.micro_batch_size} x data "
             f"parallel {dp} = {chunk}"
         )
         yield ConfigError("training.global_batch_size", what, f"Use {near}")
@@ -219,9 +219,9 @@ def _check_ramp_sizes(config: Config, dp: int) -> Iterator[ConfigError]:
         what = f"{what}, times {parallel.pipeline_model_parallel_size} interleaved pipeline stages"
     sizes = sizes_of(training)
     if wrong := [str(size) for size in sizes if size % chunk]:
-        count = "1 of its sizes does" if len(wrong) == 1 else f"{len(wrong)} of its sizes do"
+        count = "1 of its sizes is" if len(wrong) == 1 else f"{len(wrong)} of its sizes are"
         more = f" and {len(wrong) - MOST_SIZES} more" if len(wrong) > MOST_SIZES else ""
-        what = f"{count} not divide by {what}: {', '.join(wrong[:MOST_SIZES])}{more}"
+        what = f"{count} not divisible by {what}: {', '.join(wrong[:MOST_SIZES])}{more}"
         remedy = f"Use a start and an increment that are multiples of {chunk}"
         if sizes[-1] % chunk == 0:
             remedy += ", or [] if the run is past its warm-up"

@@ -43,7 +43,7 @@ def check_on_event(config: LoggingConfig) -> Iterator[ConfigError]:
         yield ConfigError(KEY, what, "Close its quotation marks")
         return
     if not words or not words[0]:
-        what = f"{shown(target)} names no program"
+        what = f"{shown(target)} does not name a program"
         yield ConfigError(KEY, what, "Give a command or an address, or null for none")
 
 
@@ -56,5 +56,5 @@ def _address_problem(address: str) -> str | None:
     if parts.scheme.lower() not in ("http", "https"):
         return f"{parts.scheme[:40]} is neither http nor https"
     if not is_whole or not address.isascii() or any(c.isspace() for c in address):
-        return f"{shown(mask_address(address))} has no host, or blanks or letters outside of ASCII"
+        return f"{shown(mask_address(address))} has no host, or has blanks or letters outside ASCII"
     return None

@@ -342,7 +342,9 @@ class _Writing:
                 progress.update(documents, block.read_bytes)
         if len(self.samples) < len(self._sampled) or next(self._dropped, None) is not None:
             what = "has fewer documents than a moment ago"
-            raise DataError(self._inputs[0].path, what, "Do not change the inputs meanwhile")
+            raise DataError(
+                self._inputs[0].path, what, "Do not change the inputs while they are read"
+            )
 
     def _take(
         self, block: Written, line: Callable[[bytes], Any], row: Callable[[bytes], Any]

@@ -109,7 +109,7 @@ class LineMaker:
         try:
             return line_of(document, self._reader.values, self._namer.name)
         except ImageError as error:
-            remedy = "Leave out --no-check-images, or do not change the inputs meanwhile"
+            remedy = "Leave out --no-check-images, or do not change the inputs while they are read"
             raise DataError(document.where, f"{error.where}: {error.what}", remedy) from error
 
 

@@ -8,11 +8,11 @@ HEAD = """\
 #!/usr/bin/env bash
 # Written by `chameleon init`. Every step from your files to a report:
 #
-#   bash run.sh                  # all steps; after a kill or a change, the same again: it goes on
+#   bash run.sh                  # all steps; after a kill or a change, run it again to go on
 #   bash run.sh train report     # only these, in this order: {names}
 #   QUICK=1 bash run.sh          # the same commands in a minute or two; the model learns nothing
 #
-# What is finished is not done again. Remove its result to have it done anew.
+# Finished steps are not repeated. To repeat a step, remove its result.
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
 PYTHON=${{PYTHON:-{python}}}

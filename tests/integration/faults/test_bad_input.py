@@ -97,7 +97,7 @@ def test_token_files_of_another_tokenizer(copy: Path, refused) -> None:
             ["model.hiden_size=3"],
             "model.hiden_size=3: Unknown key. Did you mean `model.hidden_size`?",
         ),
-        (["training.global_batch_size=7"], "7 does not divide by micro_batch_size 2 x data"),
+        (["training.global_batch_size=7"], "7 is not divisible by micro_batch_size 2 x data"),
         (["tokenizer.path=/none"], "no such folder"),
         (["--resume", "/none"], "/none: no such folder. Give a folder such as runs/"),
         (["parallel.tensor_model_parallel_size=2"], "1 process cannot be laid out as tensor 2"),

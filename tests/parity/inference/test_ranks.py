@@ -36,7 +36,7 @@ MODELS = {
     "mha-pre": {"norm_order": "pre", "num_attention_heads": 6},
     "gqa-swin": {"norm_order": "swin", "num_query_groups": 3, "qk_norm_groups": 1},
 }
-# 3 processes: the vocabulary of 320 tokens does not divide by them
+# 3 processes: the vocabulary of 320 tokens is not divisible by them
 JOBS = [
     ("mha-pre", "megatron", 1, False),
     ("mha-pre", "megatron", 3, True),

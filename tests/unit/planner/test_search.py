@@ -67,7 +67,9 @@ def test_no_more_recomputation_than_is_needed_to_fit(result: LayoutSearchResult)
 
 
 def test_what_the_trainer_refuses_is_counted_with_its_words(result: LayoutSearchResult) -> None:
-    assert result.refused == {"model.num_layers: 48 layers do not divide by 32 pipeline stages": 10}
+    assert result.refused == {
+        "model.num_layers: 48 layers are not divisible by 32 pipeline stages": 10
+    }
 
 
 def test_days_and_gpu_hours_are_those_of_the_whole_run(result: LayoutSearchResult) -> None:
@@ -157,7 +159,7 @@ def test_what_cannot_be_planned(overrides: list[str], gpu: str, message: str) ->
 def test_a_vocabulary_that_the_tensor_ranks_cannot_split() -> None:
     result = search_layouts(PlanRequest(preset("7b"), 65_537, 8, GPUS["h200"]))
     assert {plan.config.parallel.tensor_model_parallel_size for plan in result.fitting} == {1}
-    assert any("its 65537 tokens do not divide" in reason for reason in result.refused)
+    assert any("its 65537 tokens are not divisible" in reason for reason in result.refused)
 
 
 def test_flops_are_six_per_weight_and_the_full_square_of_attention() -> None:

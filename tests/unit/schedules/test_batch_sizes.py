@@ -135,21 +135,21 @@ def test_all_sizes_that_cannot_be_dealt_out_are_named() -> None:
     training.micro_batch_size = 2
     lines = check(training, world_size=2)
     assert lines == [
-        "training.rampup_batch_size: 3 of its sizes do not divide by micro_batch_size 2 x data "
+        "training.rampup_batch_size: 3 of its sizes are not divisible by micro_batch_size 2 x data "
         "parallel 2 = 4: 6, 10, 14. Use a start and an increment that are multiples of 4, or [] if "
         "the run is past its warm-up, or use the nearest layout that works: tensor 1 x pipeline 2; "
         "tensor 2 x pipeline 1."
     ]
     training.rampup_batch_size = [10, 3, 100]
     (line,) = check(training, world_size=4, pipeline_model_parallel_size=2)
-    assert "2 of its sizes do not divide by micro_batch_size 2 x data parallel 2 = 4: " in line
+    assert "2 of its sizes are not divisible by micro_batch_size 2 x data parallel 2 = 4: " in line
 
 
 def test_interleaved_stages_need_more() -> None:
     interleaved = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     (line,) = check(ramp(16, 3, 1, 100), 2, **interleaved)
     assert line.startswith(
-        "training.rampup_batch_size: 7 of its sizes do not divide by micro_batch_size 1 x data "
+        "training.rampup_batch_size: 7 of its sizes are not divisible by micro_batch_size 1 x data "
         "parallel 1 = 1, times 2 interleaved pipeline stages: 3, 5, 7, 9, 11, 13, 15. Use a start "
         "and an increment that are multiples of 2"
     )

@@ -43,7 +43,7 @@ def load_scorer(name: str) -> Scorer:
     """The function that ``--scorer module:function`` names.
 
     Raises:
-        ConfigError: It cannot be imported, or is no function.
+        ConfigError: It cannot be imported, or is not a function.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -55,7 +55,7 @@ def load_scorer(name: str) -> Scorer:
         remedy = "Install its package, or put its folder into PYTHONPATH"
         raise ConfigError("--scorer", what, remedy) from error
     if not callable(found):
-        raise ConfigError("--scorer", f"{name} is no function", "Name a function")
+        raise ConfigError("--scorer", f"{name} is not a function", "Name a function")
     return found
 
 

@@ -55,7 +55,7 @@ JSON_VALUES: list[tuple[str, str, tuple[str, ...], Any, str]] = [
     ("hf", "config.json", ("hidden_size",), -1, "hidden_size is -1, not a whole number from 1"),
     ("hf", "config.json", ("num_attention_heads",), 0, "num_attention_heads is 0, not a whole"),
     ("hf", "config.json", ("num_attention_heads",), 5, "does not divide into 5 heads of even"),
-    ("hf", "config.json", ("num_key_value_heads",), 3, "4 heads do not divide by 3 key/value"),
+    ("hf", "config.json", ("num_key_value_heads",), 3, "4 heads are not divisible by 3 key/value"),
     ("hf", "config.json", ("intermediate_size",), 10**18, "intermediate_size is 10000000000000"),
     ("hf", "config.json", ("vq_config",), 5, "vq_config is 5, not an object"),
     (

@@ -38,7 +38,7 @@ def test_a_rank_that_no_matrix_of_the_model_has() -> None:
     sizes = {"model__hidden_size": 64, "model__ffn_hidden_size": 48}
     assert problems(adapter__rank=48, **sizes) == []
     assert problems(adapter__rank=49, **sizes) == [
-        "adapter.rank: 49 is more than the model's matrices have, whose smaller side is 48. "
+        "adapter.rank: 49 exceeds the smaller side of the model's matrices, which is 48. "
         "Use at most 48; 8 to 64 are common."
     ]
 

@@ -40,8 +40,8 @@ def test_a_config_that_works_is_let_through() -> None:
         (
             change("training", "global_batch_size", 6),
             4,
-            "training.global_batch_size: 6 does not divide by micro_batch_size 1 x data parallel 4 "
-            "= 4. Use 4 or 8, or use the nearest layout that works: ",
+            "training.global_batch_size: 6 is not divisible by micro_batch_size 1 x data parallel "
+            "4 = 4. Use 4 or 8, or use the nearest layout that works: ",
         ),
         (
             change("parallel", "tensor_model_parallel_size", 2),
@@ -52,15 +52,16 @@ def test_a_config_that_works_is_let_through() -> None:
         (
             change("parallel", "tensor_model_parallel_size", 3),
             3,
-            "model.num_attention_heads: 4 does not divide by tensor_model_parallel_size 3.",
+            "model.num_attention_heads: 4 is not divisible by tensor_model_parallel_size 3.",
         ),
         (
             change("parallel", "pipeline_model_parallel_size", 3),
             3,
-            "model.num_layers: 4 layers do not divide by 3 pipeline stages. Use one of 1, 2, 4.",
+            "model.num_layers: 4 layers are not divisible by 3 pipeline stages. Use one of 1, 2, "
+            "4.",
         ),
         (change("parallel", "sequence_parallel", True), 1, "true needs tensor_model_parallel_size"),
-        (change("model", "hidden_size", 130), 1, "130 does not divide by num_attention_heads 4"),
+        (change("model", "hidden_size", 130), 1, "130 is not divisible by num_attention_heads 4"),
         (change("model", "hidden_size", 12), 1, "12 / 4 heads gives an odd head size"),
         (change("model", "num_query_groups", 3), 1, "Use one of 1, 2, 4"),
         (change("model", "qk_norm_groups", 3), 1, "model.qk_norm_groups: 3 does not divide"),

@@ -44,13 +44,17 @@ def test_a_layout_that_works_says_nothing() -> None:
 @pytest.mark.parametrize(
     ("values", "world_size", "message"),
     [
-        ({"tensor_model_parallel_size": 3}, 3, "model.num_attention_heads: 8 does not divide by"),
+        ({"tensor_model_parallel_size": 3}, 3, "model.num_attention_heads: 8 is not divisible by"),
         (
             {"tensor_model_parallel_size": 4, "num_query_groups": 2},
             4,
-            "model.num_query_groups: 2 does not divide by tensor_model_parallel_size 4",
+            "model.num_query_groups: 2 is not divisible by tensor_model_parallel_size 4",
         ),
-        ({"pipeline_model_parallel_size": 5}, 5, "12 layers do not divide by 5 pipeline stages"),
+        (
+            {"pipeline_model_parallel_size": 5},
+            5,
+            "12 layers are not divisible by 5 pipeline stages",
+        ),
         ({"tensor_model_parallel_size": 2}, 3, "3 processes cannot be laid out as tensor 2"),
         (
             {"virtual_pipeline_model_parallel_size": 2},
@@ -72,14 +76,14 @@ def test_a_layout_that_works_says_nothing() -> None:
             4,
             "6 gives 6 micro-batches, but the interleaved schedule of 4 stages needs a multiple",
         ),
-        ({"context_parallel_size": 2, "seq_length": 66}, 2, "66 does not divide by 2 x context"),
+        ({"context_parallel_size": 2, "seq_length": 66}, 2, "66 is not divisible by 2 x context"),
         ({"sequence_parallel": True}, 1, "parallel.sequence_parallel: true needs"),
         (
             {"sequence_parallel": True, "tensor_model_parallel_size": 2, "seq_length": 33},
             2,
-            "model.seq_length: 33 does not divide by tensor_model_parallel_size 2",
+            "model.seq_length: 33 is not divisible by tensor_model_parallel_size 2",
         ),
-        ({"global_batch_size": 6}, 4, "6 does not divide by micro_batch_size 1 x data parallel 4"),
+        ({"global_batch_size": 6}, 4, "6 is not divisible by micro_batch_size 1 x data parallel 4"),
     ],
 )
 def test_what_cannot_work(values: dict[str, Any], world_size: int, message: str) -> None:
@@ -97,9 +101,9 @@ def test_the_nearest_layouts_are_named() -> None:
 
 def test_one_problem_is_one_line() -> None:
     assert lines(config_of(pipeline_model_parallel_size=8), 8) == [
-        "model.num_layers: 12 layers do not divide by 8 pipeline stages. Use one of 1, 2, 3, 4, 6, "
-        "12, or use the nearest layout that works: tensor 1 x pipeline 4; tensor 1 x pipeline 2; "
-        "tensor 2 x pipeline 4."
+        "model.num_layers: 12 layers are not divisible by 8 pipeline stages. Use one of 1, 2, 3, "
+        "4, 6, 12, or use the nearest layout that works: tensor 1 x pipeline 4; tensor 1 x "
+        "pipeline 2; tensor 2 x pipeline 4."
     ]
 
 
