@@ -139,10 +139,10 @@ def _on_gpus(project: Project) -> list[str]:
     for name in ("a100", "h100"):
         step = predict_step(config, project.vocabulary.size, 1, GPUS[name]).total
         seconds = project.length.steps * step
-        time = format_duration(seconds) if seconds > 60 else "less than a minute"
+        time = f"about {format_duration(seconds)}" if seconds > 60 else "less than a minute"
         words.append(f"{time} on one {name.upper()}")
     memory = predict_memory(config, project.vocabulary.size, 1).total / GIB
     return [
-        f"  On a GPU the training would take about {' or '.join(words)} with {memory:.1f} GiB, as "
+        f"  On a GPU the training would take {' or '.join(words)} with {memory:.1f} GiB, as "
         "`chameleon plan` predicts; this was not measured."
     ]

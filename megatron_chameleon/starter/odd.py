@@ -136,4 +136,5 @@ def languages(looked: Looked) -> str:
         detector.labels[label] for text in texts if (label := detector.detect([text])[0]) >= 0
     )
     total = found.total()
-    return ", ".join(f"{name} {100 * n / total:.0f}%" for name, n in found.most_common(3))
+    shown = [(name, n) for name, n in found.most_common(3) if n >= 0.005 * total]
+    return ", ".join(f"{name} {100 * n / total:.0f}%" for name, n in shown)
