@@ -32,8 +32,6 @@ from megatron_chameleon.checkpoint.formats.base import (
     ORIGIN_FILE,
     RowStream,
     Target,
-    check_layer_count,
-    check_model,
     check_names,
     one_dtype,
     read_origin,
@@ -62,6 +60,7 @@ from megatron_chameleon.checkpoint.formats.hf_config import (
     model_of_config,
     read_config,
 )
+from megatron_chameleon.checkpoint.names.architecture import check_layer_count, check_model
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.names.norm_groups import norm_groups, norm_settings
 from megatron_chameleon.checkpoint.names.optimizer_state import MAIN_WEIGHT, MOMENTS

@@ -24,7 +24,6 @@ from megatron_chameleon.checkpoint.formats.base import (
     RowStream,
     Target,
     TokenizerMissingError,
-    check_layer_count,
     check_names,
     one_dtype,
     read_origin,
@@ -40,6 +39,7 @@ from megatron_chameleon.checkpoint.formats.hf_config import (
     token_ids_of_config,
     vqgan_of_config,
 )
+from megatron_chameleon.checkpoint.names.architecture import check_layer_count
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.names.norm_groups import norm_groups, norm_settings
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from megatron_chameleon.checkpoint.formats.base import bounds, check_model, read_values
-from megatron_chameleon.checkpoint.names.architecture import ARCHITECTURE
+from megatron_chameleon.checkpoint.formats.base import read_values
+from megatron_chameleon.checkpoint.names.architecture import ARCHITECTURE, bounds, check_model
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.errors import ChameleonError, CheckpointError
 from megatron_chameleon.tokenizer.common.vocabulary import IMAGE_PLACEHOLDER, Vocabulary

@@ -42,9 +42,9 @@ from megatron_chameleon.checkpoint.formats.base import (
     RowStream,
     Target,
     TokenizerMissingError,
-    check_model,
     check_names,
 )
+from megatron_chameleon.checkpoint.names.architecture import check_model
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.names.optimizer_state import (
     AVERAGE,

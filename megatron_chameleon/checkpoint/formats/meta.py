@@ -23,9 +23,6 @@ from megatron_chameleon.checkpoint.formats.base import (
     RowStream,
     Target,
     TokenizerMissingError,
-    bounds,
-    check_layer_count,
-    check_model,
     check_names,
     one_dtype,
     read_origin,
@@ -41,7 +38,12 @@ from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
     read_meta_tokenizer,
     write_meta_tokenizer,
 )
-from megatron_chameleon.checkpoint.names.architecture import ARCHITECTURE
+from megatron_chameleon.checkpoint.names.architecture import (
+    ARCHITECTURE,
+    bounds,
+    check_layer_count,
+    check_model,
+)
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.names.norm_groups import norm_groups, norm_settings
 from megatron_chameleon.checkpoint.names.tensor_rows import TensorRow, tensor_rows
