@@ -251,8 +251,17 @@ def open_lock(path: str | Path, kind: type[ChameleonError] = DataError) -> int:
         return descriptor
 
 
-def own_folder(path: str | Path, kind: type[ChameleonError] = DataError) -> Path:
+def own_folder(
+    path: str | Path,
+    kind: type[ChameleonError] = DataError,
+    elsewhere: str = "give another --output",
+) -> Path:
     """Create or reuse a folder with a foreseeable name, such as ``PREFIX.partial``.
+
+    Args:
+        path: Of the folder.
+        kind: Of the error.
+        elsewhere: How the user has it put in another place.
 
     Raises:
         ChameleonError: Of the given kind: the name is a link or a file, belongs to someone else, or
@@ -266,11 +275,12 @@ def own_folder(path: str | Path, kind: type[ChameleonError] = DataError) -> Path
         found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
         what = "is a link" if stat.S_ISLNK(found.st_mode) else "is not a folder"
-        remedy = "Remove it if you do not need it, or give another --output"
-        raise kind(str(folder), f"{what}, and this name is used for unfinished work", remedy)
+        remedy = f"Remove it if you do not need it, or {elsewhere}"
+        raise kind(str(folder), f"{what}, and the program puts its own files there", remedy)
     if found.st_uid != os.geteuid():
-        what = f"belongs to user {found.st_uid}, and this name is used for unfinished work"
-        raise kind(str(folder), what, "Give another --output, or ask its owner to remove it")
+        what = f"belongs to user {found.st_uid}, and the program puts its own files there"
+        remedy = f"Ask its owner to remove it, or {elsewhere}"
+        raise kind(str(folder), what, remedy)
     return folder
 
 

@@ -136,8 +136,12 @@ def _open(
 def _greeting(session: "Session", form: "PromptFormat") -> str:
     """What the model takes a message for."""
     from megatron_chameleon.inference.chat import PromptFormat
+    from megatron_chameleon.wording import counted
 
-    context = f"{session.step:,} updates, a context of {session.context_tokens:,} tokens"
+    trained = f"{session.step:,} updates"
+    if session.has_adapter:
+        trained = f"an adapter trained for {counted(session.step, 'step')}"
+    context = f"{trained}, a context of {session.context_tokens:,} tokens"
     if form is PromptFormat.CHAT:
         return f"{context}. Messages are turns of a conversation (/help shows the commands)"
     reason = ""

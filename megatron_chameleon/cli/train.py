@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
         if args.dry_run and launch.launcher == "alone":
             # check as if the smallest possible number of processes had been started
             world_size = smallest_world_size(config.parallel)
+        _check_tokenizer_named(config, args.resume)
         check_config(config, world_size)  # before the imports, which take seconds
         with tokenizer_in_place(config, weights, launch.rank, keep=not args.dry_run) as ready:
             finished = _start(args, ready, config, launch, world_size)
@@ -116,6 +117,26 @@ def _weights_to_resume(resume: str) -> str | None:
     from megatron_chameleon.checkpoint.state.folders import has_only_weights
 
     return resume if resume not in ("auto", "never") and has_only_weights(Path(resume)) else None
+
+
+def _check_tokenizer_named(config: "Config", resume: str) -> None:
+    """Say where the tokenizer of the checkpoint to resume from is, if the config names none.
+
+    Raises:
+        ConfigError: ``tokenizer.path`` is not set.
+    """
+    from megatron_chameleon.checkpoint.state.folders import load_checkpoint_config
+    from megatron_chameleon.errors import ConfigError
+
+    if config.tokenizer.path or not (Path(resume) / "config.yaml").is_file():
+        return
+    recorded = load_checkpoint_config(Path(resume)).tokenizer.path
+    raise ConfigError(
+        "tokenizer.path",
+        "not set, and --resume does not take it from the checkpoint",
+        f"Set it to the checkpoint's, {recorded}, or begin at step 0 with --start-from {resume}, "
+        "which inherits it",
+    )
 
 
 def _dry_run(

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_chameleon.announce import announced
+from megatron_chameleon.checkpoint.formats.adapted import AdaptedReader
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
 from megatron_chameleon.inference.chat import prompt_format
@@ -45,7 +46,11 @@ def open_session(
     with announced(f"loading the model from {path} on {launch.world_size} ranks"):
         reader, tokenizer = _open(path, tokenizer_folder, ema, _device(launch))
         decoder = lead(reader, tokenizer, launch)
-        return Session(None, tokenizer, reader.step, prompt_format(reader), decoder=decoder)
+        return Session(
+            *(None, tokenizer, reader.step, prompt_format(reader)),
+            decoder=decoder,
+            has_adapter=isinstance(reader, AdaptedReader),
+        )
 
 
 def follow(

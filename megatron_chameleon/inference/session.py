@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from megatron_chameleon.announce import announced
+from megatron_chameleon.checkpoint.formats.adapted import AdaptedReader
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint, open_tokenizer
 from megatron_chameleon.checkpoint.loading.transformers_model import read_transformers
 from megatron_chameleon.errors import ChameleonError
@@ -48,9 +49,10 @@ class Session:
     Args:
         model: transformers' ``ChameleonForConditionalGeneration``; None if a decoder is given.
         tokenizer: The model's tokenizer, including the image tokenizer.
-        step: Number of optimizer updates that the model has had.
+        step: Number of optimizer updates that the model has had, or its adapter.
         prompt_format: What the model takes a prompt for.
         decoder: What decodes in place of ``model``, such as one of several tensor-parallel ranks.
+        has_adapter: Whether ``step`` counts the updates of an adapter, not those of all weights.
 
     Attributes:
         execution: How the steps of an answer run. Change it only before the first answer.
@@ -64,10 +66,11 @@ class Session:
         prompt_format: PromptFormat = PromptFormat.DOCUMENT,
         *,
         decoder: AnyDecoder | None = None,
+        has_adapter: bool = False,
     ) -> None:
         self._decoder = decoder
         self.tokenizer = tokenizer
-        self.step = step
+        self.step, self.has_adapter = step, has_adapter
         self.prompt_format = prompt_format
         if decoder is None:
             self.model = model.eval().requires_grad_(False)
@@ -109,7 +112,10 @@ class Session:
             with tempfile.TemporaryDirectory() as scratch:
                 tokenizer = open_tokenizer(reader, tokenizer_folder, Path(scratch), device)
             model = read_transformers(reader, tokenizer).to(device)
-            return cls(model, tokenizer, reader.step, prompt_format(reader))
+            return cls(
+                *(model, tokenizer, reader.step, prompt_format(reader)),
+                has_adapter=isinstance(reader, AdaptedReader),
+            )
 
     @property
     def codes_per_image(self) -> int:

@@ -27,8 +27,11 @@ if TYPE_CHECKING:  # text alone needs no torch
 
 FINGERPRINTED_FILES = (TEXT_MODEL_FILE, VOCABULARY_FILE, IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE)
 
-_MODEL_FILES = ("config.json", "params.json", "tokenizer.json", "adapter_config.json", "state.json")
-"""One of them is in most folders of a model."""
+_MODEL_FILES = (
+    *("config.json", "params.json", "tokenizer.json", "adapter_config.json", "state.json"),
+    *("checkpoints", "models", "model.safetensors.index.json", "consolidated.pth"),
+)
+"""One of these files or folders is in most folders of a model or of a run."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def _not_a_tokenizer(folder: Path) -> DataError:
     inside = folder / "tokenizer"
     if (inside / VOCABULARY_FILE).is_file():
         remedy = f"Give {inside}"
-    elif any((folder / name).is_file() for name in _MODEL_FILES):
+    elif any((folder / name).exists() for name in _MODEL_FILES):
         remedy = "It seems to be a model's: --tokenizer takes the tokenizer out of it, and "
         remedy += "--start-from in place of tokenizer.path does so for a run"
     return DataError(str(folder), what, remedy)

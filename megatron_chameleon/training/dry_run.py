@@ -29,6 +29,7 @@ from megatron_chameleon.training.engines.base import build_engine
 from megatron_chameleon.training.faults.weights import check_loaded_weights
 from megatron_chameleon.training.learning_rate import run_learning_rate
 from megatron_chameleon.training.prepare import describe_run
+from megatron_chameleon.training.reference.measure import batches_with_reference
 from megatron_chameleon.training.resume_changes import resume_lines
 from megatron_chameleon.training.run.inputs import RunInputs
 from megatron_chameleon.training.run.memory_check import memory_problem
@@ -169,7 +170,10 @@ def _try_step(inputs: RunInputs) -> str:
     if inputs.start.weights is not None:
         check_loaded_weights(engine.named_parameters(), inputs.start.weights)
     step = _steps_done(inputs) + 1
-    batches = inputs.reader.batches_for(step, topology.data_rank, topology.data_size)
+    if config.training.objective == "dpo":
+        batches = batches_with_reference(inputs, engine, topology, step)
+    else:
+        batches = inputs.reader.batches_for(step, topology.data_rank, topology.data_size)
     count = counted(len(batches), "micro-batch", "es")
     with announced(f"computing step {step}, {count} on each rank (--no-step leaves it out)"):
         metrics = engine.train_step(step, batches, update=step not in inputs.skipped_steps)

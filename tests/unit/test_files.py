@@ -83,8 +83,10 @@ def test_a_partial_folder_is_a_folder_of_ours(tmp_path: Path, kind: str) -> None
         name.symlink_to("other")
     else:
         name.touch()
-    with pytest.raises(DataError, match="this name is used for unfinished work"):
+    with pytest.raises(DataError, match=r"puts its own files there.*give another --output"):
         files.own_folder(name)
+    with pytest.raises(DataError, match=r"if you do not need it, or move\.$"):
+        files.own_folder(name, elsewhere="move")
     assert (tmp_path / "other" / "kept").exists()
 
 

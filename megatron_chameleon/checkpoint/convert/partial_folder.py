@@ -51,13 +51,7 @@ def partial_folder(destination: Path, progress: Callable[[str], None]) -> Iterat
 
 def _own(partial: Path) -> None:
     """Create the hidden folder, or take over what an interrupted conversion left."""
-    try:
-        own_folder(partial, CheckpointError)
-    except CheckpointError as error:
-        if error.where != str(partial) or isinstance(error.__cause__, OSError):
-            raise
-        remedy = "Remove it if you do not need it, or give another destination"
-        raise CheckpointError(error.where, error.what, remedy) from error
+    own_folder(partial, CheckpointError, "give another destination")
 
 
 def _lock(descriptor: int, destination: Path) -> None:

@@ -247,11 +247,18 @@ def write_settings(folder: Path, target: Target) -> None:
 
 
 def check_has_tokenizer(folder: Path) -> None:
-    """Refuse an exported folder without our tokenizer's files.
+    """Refuse a folder that has neither our tokenizer's files nor transformers'.
 
     Raises:
-        TokenizerMissingError: Some of the files are missing, and so the VQ decoder is too.
+        TokenizerMissingError: Some of the files are missing.
     """
+    if not any(tokenizer_file(folder, name).is_file() for name in FINGERPRINTED_FILES):
+        raise TokenizerMissingError(
+            str(folder),
+            f"has no tokenizer: neither {PUBLISHED_TEXT_FILE} nor {VOCABULARY_FILE}",
+            f"Copy {PUBLISHED_TEXT_FILE} there from where the model is from, or give a tokenizer "
+            "folder, ours or Meta's, with --tokenizer",
+        )
     for name in FINGERPRINTED_FILES:
         if not tokenizer_file(folder, name).is_file():
             raise TokenizerMissingError(

@@ -18,6 +18,10 @@ from megatron_chameleon.wording import cut, shown
 
 _NAMES = {int: "a whole number", float: "a number", str: "a string", type(None): "null"}
 _NO_DEFAULT = dataclasses.MISSING
+_OTHER_NAMES = {
+    "prefix": ("path", "paths", "file", "files", "data", "data_path", "dataset", "name"),
+}
+"""What people write for a key whose name resembles none of them."""
 
 
 @dataclass(frozen=True)
@@ -67,31 +71,46 @@ class Builder:
                 self._unknown_key(full, str(name), list(hints))
         return cls(**known)
 
-    def _convert(self, hint: Any, value: Any, key: str, default: Any = _NO_DEFAULT) -> Any:
-        """``value`` as ``hint`` says: a dataclass, a list, or a scalar that may be optional."""
+    def _convert(
+        self, hint: Any, value: Any, key: str, default: Any = _NO_DEFAULT, remedy: str = ""
+    ) -> Any:
+        """``value`` as ``hint`` says: a dataclass, a list, or a scalar that may be optional.
+
+        Args:
+            hint: The type of the key.
+            value: As read.
+            key: In full.
+            default: Of the key.
+            remedy: What to do about a scalar of the wrong type; empty: the usual.
+        """
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
             return self.build(hint, value, key)
         if typing.get_origin(hint) is list:
             if not isinstance(value, list):
-                remedy = f"Write it as {example(hint, key, value, default)}"
-                self._wrong_type(key, "a list", value, remedy)
+                whole = f"Write it as {example(hint, key, value, default)}"
+                self._wrong_type(key, "a list", value, whole)
                 return []
             item = typing.get_args(hint)[0]
-            return [self._convert(item, v, f"{key}[{i}]") for i, v in enumerate(value)]
+            whole = f"Write the list as {example(hint, key, value, default)}"
+            return [
+                self._convert(item, one, f"{key}[{place}]", remedy=whole)
+                for place, one in enumerate(value)
+            ]
         is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
         allowed = typing.get_args(hint) if is_union else (hint,)
         converted = _convert_number(value, allowed)
         if type(converted) not in allowed:
-            remedy = "Correct the value"
+            usual = "Correct the value"
             if default not in (_NO_DEFAULT, "") and not callable(default):
-                remedy += f", or remove it to use the default, {json.dumps(default)}"
-            self._wrong_type(key, _name_types(allowed), value, remedy)
+                usual += f", or remove it to use the default, {json.dumps(default)}"
+            self._wrong_type(key, _name_types(allowed), value, remedy or usual)
         return converted
 
     def _unknown_key(self, key: str, name: str, known: list[str]) -> None:
         section = key.removesuffix(cut(name))
-        near = difflib.get_close_matches(name[:60], known, n=1, cutoff=0.4)
+        near = [one for one, others in _OTHER_NAMES.items() if name in others and one in known]
+        near = near or difflib.get_close_matches(name[:60], known, n=1, cutoff=0.4)
         remedy = f"Did you mean `{section}{near[0]}`?" if near else f"Use one of {', '.join(known)}"
         self.mistakes.append(Mistake(key, "Unknown key", remedy, names_key=False))
 

@@ -76,10 +76,70 @@ def find_reference(
     sources = _sources(inputs)
     files = files_digest(sources)
     folder = Path(inputs.config.logging.run_dir) / REFERENCE_FOLDER
+    start = _start_of(inputs)
+    known = _find_known(inputs, sources, files)
+    if known is None:
+        work = Pass(sources, topology, folder, files, start)
+        tables = work.compute(
+            HeldOutReader(_config_of(inputs, sources), inputs.tokenizer), engine, stop
+        )
+        digest = run_on_rank_0(lambda: write_tables(folder, tables, files, start))
+    else:
+        tables, digest = known
+    _give(inputs, tables)
+    return digest
+
+
+def batches_with_reference(
+    inputs: RunInputs, engine: TrainingEngine, topology: Topology, step: int
+) -> list[Batch]:
+    """The micro-batches of the next step, whose pairs have their reference. A collective.
+
+    What the run has written is read. Before its first step it may have written nothing, and the
+    engine's weights are the reference, which is computed for these micro-batches alone.
+
+    Args:
+        inputs: Of the run, whose weights the engine has loaded.
+        engine: Whose model is the reference if the run has written none.
+        topology: The place of this process.
+        step: Counted from 1.
+
+    Raises:
+        CheckpointError: The run has made steps, and its reference is missing.
+    """
+    sources = _sources(inputs)
+    known = _find_known(inputs, sources, files_digest(sources))
+    if known is not None:
+        _give(inputs, known[0])
+    batches = list(inputs.reader.batches_for(step, topology.data_rank, topology.data_size))
+    if known is not None:
+        return batches
+    measured = []
+    for batch, values in zip(batches, engine.evaluate(batches, _log_probs(batches)), strict=True):
+        assert batch.pairs is not None
+        reference = values[: 2 * batch.pairs.count].reshape(-1, 2).double().cpu()
+        measured.append(replace(batch, pairs=replace(batch.pairs, reference=reference)))
+    return measured
+
+
+def _start_of(inputs: RunInputs) -> str:
+    """What ``start_digest`` returns for the weights that a run begins with."""
+    begun, model = inputs.checkpoint or inputs.start.weights, vars(inputs.config.model)
+    return start_digest(begun, [model, inputs.config.training.seed])
+
+
+def _find_known(
+    inputs: RunInputs, sources: Sequence[DataSource], files: dict[str, str]
+) -> tuple[Tables, str] | None:
+    """The tables that the run has written, and their digest; None if they must be computed.
+
+    Raises:
+        CheckpointError: They are missing, and the run has made steps.
+    """
+    folder = Path(inputs.config.logging.run_dir) / REFERENCE_FOLDER
+    start = _start_of(inputs)
     state = load_state(inputs.checkpoint) if inputs.checkpoint is not None else {}
-    named, model = state.get(REFERENCE), vars(inputs.config.model)
-    begun = inputs.checkpoint or inputs.start.weights
-    start = start_digest(begun, [model, inputs.config.training.seed])
+    named = state.get(REFERENCE)
     seq_length = inputs.config.model.seq_length
 
     def look() -> tuple[Tables, str] | str:
@@ -99,16 +159,7 @@ def find_reference(
         what += f"{inputs.checkpoint} ({known}), which its weights can no longer give"
         remedy = "Put the folder and the token files back, or start a new run from the weights"
         raise CheckpointError(str(folder), what, remedy)
-    if isinstance(known, str):
-        work = Pass(sources, topology, folder, files, start)
-        tables = work.compute(
-            HeldOutReader(_config_of(inputs, sources), inputs.tokenizer), engine, stop
-        )
-        digest = run_on_rank_0(lambda: write_tables(folder, tables, files, start))
-    else:
-        tables, digest = known
-    _give(inputs, tables)
-    return digest
+    return None if isinstance(known, str) else known
 
 
 def _give(inputs: RunInputs, tables: Tables) -> None:

@@ -75,7 +75,7 @@ def write_tables(folder: Path, tables: Tables, files: Mapping[str, str], start: 
     Raises:
         TrainingError: The file system refuses it.
     """
-    own_folder(folder, TrainingError)
+    own_folder(folder, TrainingError, "give another logging.run_dir")
     entries = []
     for number, (prefix, table) in enumerate(tables.items()):
         name = f"{number:04d}.npy"
@@ -122,7 +122,7 @@ def write_partial(folder: Path, tables: Tables, files: Mapping[str, str], start:
     Raises:
         TrainingError: The file system refuses it.
     """
-    own_folder(folder, TrainingError)
+    own_folder(folder, TrainingError, "give another logging.run_dir")
     contents: dict[str, Any] = {
         f"{start}.{files[prefix]}": table for prefix, table in tables.items()
     }

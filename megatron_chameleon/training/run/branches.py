@@ -43,6 +43,7 @@ from megatron_chameleon.runs.records import ALARMS_FILE, CONFIG_FILE, EVENTS_FIL
 from megatron_chameleon.training.run.skipped_steps import NONFINITE_FILE
 from megatron_chameleon.training.run.trackers import WANDB_ID_FILE
 
+_ELSEWHERE = "give another logging.run_dir"
 RECORDS = (
     METRICS_FILE,
     ALARMS_FILE,
@@ -103,7 +104,7 @@ def finish_moves(folder: Path) -> None:
 
 def _make_branch(folder: Path, moves: Moves) -> None:
     """Create the branch's folder, with the records of the run as they are now."""
-    partial = own_folder(folder / f".{moves.branch}.partial", CheckpointError)
+    partial = own_folder(folder / f".{moves.branch}.partial", CheckpointError, _ELSEWHERE)
     with ExitStack() as stack, writing(partial, CheckpointError):
         empty_folder(partial)
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
@@ -138,7 +139,7 @@ def _restore_records(branch: Path, run: Path) -> None:
     for name in RECORDS:
         place = run / name
         if (branch / name).is_dir():
-            partial = own_folder(run / f".{name}.partial", CheckpointError)
+            partial = own_folder(run / f".{name}.partial", CheckpointError, _ELSEWHERE)
             empty_folder(partial)
             _copy(branch / name, partial)
             if place.is_dir() and not place.is_symlink():

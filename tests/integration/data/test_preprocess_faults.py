@@ -109,7 +109,7 @@ def test_ranks_of_mpi_write_shards_and_the_first_merges(tmp_path, corpus, tokeni
 
     failed = run()
     assert failed.returncode != 0
-    assert f"{obstacle}: is not a folder, and this name is used for unfinished" in failed.stderr
+    assert f"{obstacle}: is not a folder, and the program puts its own files there" in failed.stderr
     assert f"error: {output}: 1 of 2 ranks failed, the first is rank 1. See its" in failed.stderr
     assert "Traceback" not in failed.stderr
     obstacle.unlink()

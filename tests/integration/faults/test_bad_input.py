@@ -108,6 +108,19 @@ def test_configs(copy: Path, refused, words: list[str], message: str) -> None:
     assert not (copy / "run").exists()
 
 
+def test_a_resumed_run_without_a_tokenizer_is_told_of_the_checkpoints(copy: Path, refused) -> None:
+    step = copy / "old" / "step_00000001"
+    step.mkdir(parents=True)
+    (step / "config.yaml").write_text("tokenizer: {path: data/mine}\n")
+    (step / "state.json").write_text('{"step": 1}')
+    words = ("--resume", step, "tokenizer.path=''")
+    assert refused("train", copy / "train.yaml", *words) == (
+        "error: tokenizer.path: not set, and --resume does not take it from the checkpoint. Set it "
+        f"to the checkpoint's, data/mine, or begin at step 0 with --start-from {step}, which "
+        "inherits it."
+    )
+
+
 def test_more_processes_than_the_layout_wants_say_so_once(tiny, chameleon, copy: Path) -> None:
     overrides = ["parallel.tensor_model_parallel_size=2", "training.global_batch_size=8"]
     result = chameleon(

@@ -144,6 +144,23 @@ def test_a_resumed_run_has_the_same_reference_and_losses(project: Path) -> None:
     assert "does not have the reference log-probabilities of the checkpoint" in done.stderr
 
 
+def test_a_dry_run_has_the_reference_of_its_step(project: Path, tmp_path: Path) -> None:
+    """Before the first step both models are the same, and the loss of each pair is log 2."""
+    shutil.copytree(project / "one", tmp_path / "one")
+    words = ("train", project / "train.yaml", "--dry-run", f"logging.run_dir={tmp_path / 'new'}")
+    assert "Step 1 was computed and dropped: loss 0.6931 " in run_chameleon(*words).stdout
+    result = run_chameleon(*words, *LAYOUTS["pipeline"], processes=2)
+    assert "Step 1 was computed and dropped: loss 0.6931 " in result.stdout
+    assert not (tmp_path / "new").exists()
+    shutil.rmtree(tmp_path / "one/checkpoints/step_00000004")
+    words = (*words[:3], f"logging.run_dir={tmp_path / 'one'}")
+    loss = read_metrics(project, "one")[2]["loss"]
+    assert f"Step 3 was computed and dropped: loss {loss:.4f} " in run_chameleon(*words).stdout
+    shutil.rmtree(tmp_path / "one/reference")
+    result = run_chameleon(*words, succeeds=False)
+    assert result.returncode == 2 and "reference: does not have the reference" in result.stderr
+
+
 def test_evaluate_loss_measures_pairs_as_the_run_did(project: Path) -> None:
     last = read_metrics(project, "one")[-1]
     words = ("evaluate-loss", project / "one", "--json")

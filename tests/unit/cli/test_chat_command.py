@@ -10,13 +10,17 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from megatron_chameleon.cli.chat import _greeting
 from megatron_chameleon.cli.console import open_console
 from megatron_chameleon.cli.main import main
+from megatron_chameleon.inference.chat import PromptFormat
 
 
 def chat(
@@ -54,6 +58,14 @@ def test_each_line_of_a_pipe_is_a_message(
     (line,) = map(json.loads, saved.read_text().splitlines())
     assert [message["role"] for message in line["messages"]] == ["user", "assistant"] * 2
     assert shown.out.partition("\n")[2].rstrip("\n") == line["messages"][3]["content"][0]["text"]
+
+
+def test_the_steps_of_an_adapter_are_not_taken_for_those_of_the_model() -> None:
+    session: Any = SimpleNamespace(
+        step=4, has_adapter=True, context_tokens=64, prompt_format=PromptFormat.CHAT
+    )
+    said = _greeting(session, PromptFormat.CHAT)
+    assert said.startswith("an adapter trained for 4 steps, a context of 64 tokens. Messages are")
 
 
 def test_the_first_message_and_errors_on_the_way(

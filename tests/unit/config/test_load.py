@@ -122,6 +122,14 @@ def test_a_mistake_is_named_in_plain_words(tmp_path: Path, override: str, messag
         ("data.validation=t/held", "Write it as {sources: [{prefix: t/held}]}."),
         ("data.validation.sources=[t/held]", "sources[0] must be a mapping (got 't/held'). Write"),
         ("training.skip_steps=3", "Write it as [3]."),
+        ("training.skip_steps=[a]", "(got 'a'). Write the list as [10, 20]."),
+        ("training.profile_steps=[10, x]", "(got 'x'). Write the list as [10, 12]."),
+        ("adapter.target_modules=[3]", "(got 3). Write the list as [q_proj, k_proj]."),
+        ("data.stage1=[{path: a}]", "Unknown key. Did you mean `data.stage1[0].prefix`?"),
+        (
+            "data.validation.sources=[{files: a}]",
+            "Did you mean `data.validation.sources[0].prefix`?",
+        ),
         ("training.skip_steps={a: 1}", "Write it as [10, 20]."),
         ("training.rampup_batch_size=5", "Write it as [8, 8, 10000]."),
         (

@@ -54,6 +54,16 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "params.json", "models/7b/params.json", "checkpoints/step_00000001/x"]
+)
+def test_the_folder_of_a_model_is_told_of_start_from(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=r"seems to be a model's: .*, and --start-from in place of"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["text.model", "vocabulary.json", "image.safetensors"])
 def test_a_missing_file_is_named(new_tokenizer_folder: Path, name: str) -> None:
     (new_tokenizer_folder / name).unlink()

@@ -22,6 +22,7 @@ from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.checkpoint.state.save import Saver
 from megatron_chameleon.checkpoint.state.start import Start
 from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.inference.session import Session
 from megatron_chameleon.parallel.topology import Topology
 from megatron_chameleon.tokenizer.folder import fingerprint
 from megatron_chameleon.training.engines.megatron import MegatronEngine
@@ -112,6 +113,8 @@ def test_training_computes_what_peft_computes_and_its_files_are_peft_s(
     theirs = logits(adapted(exported, tmp_path / "peft"), token_ids)
     assert (theirs - logits(hf_model(exported), token_ids)).abs().max() > 0.1 * theirs.abs().max()
     close(ours, theirs)
+
+    assert Session.load(step).has_adapter
 
     convert(step, tmp_path / "merged", "hf")
     close(logits(hf_model(tmp_path / "merged"), token_ids), theirs)

@@ -122,6 +122,13 @@ HF_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: shutil.rmtree(f / "image_tokenizer"),
         r"lack the VQ decoder.* --tokenizer",
     ),
+    "no tokenizer": (
+        lambda f: (
+            shutil.rmtree(f / "image_tokenizer"),
+            [(f / name).unlink() for name in ("text.model", "vocabulary.json", "tokenizer.json")],
+        ),
+        r"has no tokenizer: neither tokenizer\.json nor vocabulary\.json\. Copy tokenizer\.json",
+    ),
     "another encoder": (
         lambda f: change_shard(
             f,

@@ -32,7 +32,7 @@ def other(tmp_path: Path) -> Path:
 def test_a_partial_folder_that_is_a_link_is_refused(tmp_path, other, tokenizer, numbered) -> None:
     (tmp_path / "t.partial").symlink_to(other)
     for restart in (False, True):
-        message = r"t\.partial: is a link, and this name is used for unfinished work. Remove it"
+        message = r"t\.partial: is a link, and the program puts its own files there. Remove it"
         with (
             pytest.raises(DataError, match=message),
             TokenFileWriter(tmp_path / "t", tokenizer, "j", restart=restart),

@@ -205,7 +205,9 @@ def test_a_link_in_the_way_is_not_followed(story: Story, tmp_path: Path) -> None
     other.mkdir()
     (other / "precious").touch()
     (story.folder / ".branch_0001.partial").symlink_to(other)
-    with pytest.raises(CheckpointError, match="is a link, and this name is used for unfinished"):
+    with pytest.raises(
+        CheckpointError, match="is a link, and the program puts its own files there"
+    ):
         story.start(story.path(4))
     assert (other / "precious").is_file() and story.steps() == [4, 8, 10, 12]
 
