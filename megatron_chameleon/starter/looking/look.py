@@ -114,8 +114,9 @@ def look(words: Sequence[str], looking: Looking) -> Looked:
         unusable += faults
         if source is not None:
             sources.append(source)
-    named = {place for source in sources for place in source.tally.folders}
-    _leave_out_named(found, named)
+    folders = {place for source in sources for place in source.tally.folders}
+    named = sum(round(len(source.tally.named) * source.scale) for source in sources)
+    _leave_out_named(found, folders, named)
     for name, files in ((PICTURES, found.pictures), (TEXTS, found.texts)):
         if files:
             sources.append(_look_at_loose(name, files, found, looking, time.monotonic() + share))
@@ -285,15 +286,21 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _leave_out_named(found: Found, folders: Collection[Path]) -> None:
-    """Pictures in a folder from which documents take theirs belong to the documents."""
+def _leave_out_named(found: Found, folders: Collection[Path], named: int) -> None:
+    """Pictures in a folder from which documents take theirs belong to the documents.
+
+    Args:
+        found: The loose files.
+        folders: From which documents take their pictures.
+        named: How many picture files the documents name.
+    """
     places = {folder.resolve() for folder in folders}
     kept = [entry for entry in found.pictures if entry.path.parent.resolve() not in places]
-    if len(kept) < len(found.pictures):
-        count = len(found.pictures) - len(kept)
+    count = len(found.pictures) - len(kept)
+    if count > named:
         what = f"{count:,} pictures in folders from which documents take theirs"
         found.left_out.append(f"{what}: only those that a document names are read")
-        found.pictures = kept
+    found.pictures = kept
 
 
 def _spread(items: list[T], most: int) -> list[T]:

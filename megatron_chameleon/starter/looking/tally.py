@@ -64,6 +64,8 @@ class Tally:
     sample_characters: int = 0
     folders: set[Path] = field(default_factory=set)
     """Folders of the picture files that documents name."""
+    named: set[int] = field(default_factory=set)
+    """Hashes of the names of these files."""
     all_opened: bool = True
     """Whether every picture that should be opened was."""
 
@@ -97,6 +99,7 @@ class Tally:
         for part in pictures:
             if isinstance(part.image, str):
                 self.folders.add(Path(part.image).parent)
+                self.named.add(hash(part.image))
             if may_open and len(self.sizes) < MOST_PICTURES:
                 digest = self._open(part, digest)
             else:

@@ -13,6 +13,10 @@ HEAD = """\
 #   QUICK=1 bash run.sh          # the same commands in a minute or two; the model learns nothing
 #
 # Finished steps are not repeated. To repeat a step, remove its result.
+#
+# Paths to your files are absolute. If you move this folder, set variables.folder in train.yaml to
+# its new place. On another machine, say which Python has megatron_chameleon:
+#   PYTHON=/path/to/python bash run.sh
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
 PYTHON=${{PYTHON:-{python}}}
@@ -32,7 +36,8 @@ class Step:
     about: str
     body: list[str]
     result: str = ""
-    """A file or folder; the step is skipped if it is there. Empty: the commands see to it."""
+    """The file that the step writes last; it is skipped if that is there. Empty: the commands see
+    to it."""
 
 
 @dataclass
@@ -152,7 +157,7 @@ def _tokenizer_steps(
             "text_tokenizer",
             "text_tokenizer: learn a vocabulary",
             [f"chameleon tokenizer text {quoted(texts)} --output tokenizer {sizes}"],
-            "tokenizer/text.model",
+            "tokenizer/vocabulary.json",
         )
     ]
     if settings.has_pictures:

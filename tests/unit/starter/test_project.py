@@ -1,5 +1,6 @@
 """The files that ``chameleon init`` writes: they parse, quote, and say what is true."""
 
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,30 @@ def test_the_script_is_quoted_and_parses(tmp_path: Path) -> None:
         check=True,
     )
     assert str(tmp_path / HARD) in shown.stdout.splitlines()
+
+
+def test_a_step_is_skipped_by_the_file_that_it_writes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a step that was killed between two files would count as finished."""
+    data = pictures(tmp_path / "in", 3)
+    (data / "story.txt").write_text("Once upon a time there was a cat. " * 50)
+    made([data], tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    lines = [line.strip() for line in Path("run.sh").read_text().splitlines()]
+    written: list[str] = []
+    replace = Path.replace
+
+    def noted(path: Path, target: Path) -> Path:
+        written.append(str(target))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    for step in ("data collect", "tokenizer text"):
+        written.clear()
+        number = next(n for n, line in enumerate(lines) if line.startswith(f"chameleon {step}"))
+        main(shlex.split(lines[number])[1:])
+        assert len(written) == 2 and f"[ -e {written[-1]} ]" in lines[number - 1]
 
 
 def _line(script: Path, word: str) -> str:
