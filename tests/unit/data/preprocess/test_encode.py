@@ -161,9 +161,7 @@ def test_codes_of_another_dtype_are_kept_apart(tmp_path, tokenizer, picture):
 def test_images_need_an_image_tokenizer(tokenizer, tmp_path):
     text_only = dataclasses.replace(tokenizer, image=None, folder=tmp_path)
     assert len(encode([document(TextPart("x"))], text_only)[0]) == 1
-    with pytest.raises(
-        DataError, match=r"file:1: the document has 1 images, .* no image tokenizer"
-    ):
+    with pytest.raises(DataError, match=r"file:1: the document has 1 image, .* no image tokenizer"):
         encode([document(ImagePart("i.png"))], text_only)
 
 

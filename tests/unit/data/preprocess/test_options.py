@@ -83,7 +83,7 @@ def test_text_needs_no_image_tokenizer(tmp_path, tokenizer_folder, write_lines):
     path = write_lines("d.jsonl", {"text": "x"})
     assert preprocess([path], folder, tmp_path / "t").documents == 1
     path = write_lines("d.jsonl", {"content": [{"type": "image", "image": "i.png"}]})
-    with pytest.raises(DataError, match=r"d\.jsonl:1: the document has 1 images, .* no image tok"):
+    with pytest.raises(DataError, match=r"d\.jsonl:1: the document has 1 image, .* no image tok"):
         preprocess([path], folder, tmp_path / "t")
 
 
