@@ -8,6 +8,7 @@ second Ctrl-C ends it at once.
 The exit code is 128 + the signal's number, as for a process that the signal has killed: 130 after
 Ctrl-C and 143 after SIGTERM. ``train`` takes SIGTERM and SIGUSR1 as requests to save and stop, and
 ends with 75; until it handles them itself there is nothing to save, and this module ends it.
+``tokenizer image`` does so too while it trains (``stopping.py``).
 """
 
 import atexit
@@ -36,6 +37,7 @@ COMPLETE = "the command was already complete"
 NOTHING = f"nothing was written, and {AGAIN}"
 NEXT_STEPS = {
     "tokenizer": NOTHING,
+    "tokenizer image": "the same command goes on from what it has saved, if it has saved already",
     "preprocess": "the same command continues from what it has saved",
     "preprocess --status": AGAIN,
     "train": "the same command resumes from the run's newest checkpoint, or starts at step 0 if it "

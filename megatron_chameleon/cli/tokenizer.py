@@ -8,6 +8,7 @@ Both write into the same folder, in either order.
 
 import argparse
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,6 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     image.add_argument(
         "--seed", type=SEED, default=1, metavar="N", help="seed of the training (default: 1)"
     )
+    image.add_argument(
+        "--restart",
+        action="store_true",
+        help="start from the beginning and discard an unfinished training of DIR; without it, the "
+        "same command goes on after a kill",
+    )
     add_image_options(image)
     image.set_defaults(overrides=[])
     for kind in (text, image):
@@ -132,6 +139,7 @@ def _train_image(args: argparse.Namespace) -> None:
     words = [word for word in args.images if is_override(word)]
     config = load_image_config(args.config, [*words, *args.overrides])
 
+    from megatron_chameleon.cli.stopping import StopRequests
     from megatron_chameleon.data.tokenizer_corpus.documents import DroppedDocuments
     from megatron_chameleon.data.tokenizer_corpus.images import find_images
     from megatron_chameleon.parallel import platform
@@ -144,6 +152,7 @@ def _train_image(args: argparse.Namespace) -> None:
             images = find_images(paths, image_options(args), dropped)
     finally:
         _report(dropped)
+    stop = StopRequests()
     result = train_image_tokenizer(
         images,
         config,
@@ -151,7 +160,11 @@ def _train_image(args: argparse.Namespace) -> None:
         seed=args.seed,
         device=platform.device(),
         report=_logger.info,
+        stop=stop,
+        restart=args.restart,
     )
+    if result is None:
+        sys.exit(stop.exit_code())
     dropped.write(Path(args.output) / DROPPED_DOCUMENTS)
     show(
         f"{args.output}: image tokenizer from {counted(result.images, 'image')} "

@@ -13,6 +13,8 @@ HEAD = """\
 #   QUICK=1 bash run.sh          # the same commands in a minute or two; the model learns nothing
 #
 # Finished steps are not repeated. To repeat a step, remove its result.
+# A killed training of the image tokenizer goes on where it last saved, as that of the model does.
+# If image.yaml has changed since, remove tokenizer/image.partial.
 #
 # Paths to your files are absolute. If you move this folder, set variables.folder in train.yaml to
 # its new place. On another machine, say which Python has megatron_chameleon:

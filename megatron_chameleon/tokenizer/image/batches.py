@@ -3,8 +3,9 @@
 What step ``s`` sees depends only on (images, config, seed, s).
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -60,9 +61,10 @@ class ImageSet:
         self.dropped: dict[int, str] = {}
         """Reason by index of the entry."""
         self._cache: dict[int, np.ndarray] = {}
-        cached_images = min(len(self.entries), cache_bytes // (3 * resolution**2))
+        self.cached = min(len(self.entries), cache_bytes // (3 * resolution**2))
+        """So many entries, the first ones, have been read and are in memory."""
         self._pool = ThreadPoolExecutor(READING_THREADS)
-        for index, image in enumerate(self._pool.map(self._read, range(cached_images))):
+        for index, image in enumerate(self._pool.map(self._read, range(self.cached))):
             if image is not None:
                 self._cache[index] = image
 
@@ -90,6 +92,32 @@ class ImageSet:
         images = (self._get(index) for index in range(len(self.entries)))
         readable = (image for image in images if image is not None)
         return np.stack([image for image, _ in zip(readable, range(count), strict=False)])
+
+    def names_digest(self) -> str:
+        """A hash of the names and weights of all images, in order."""
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            digest.update(f"{entry.where}\0{entry.weight!r}\n".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def pixels_digest(self, count: int) -> str:
+        """A hash of the first images, which are in memory; unreadable ones have no pixels."""
+        digest = hashlib.blake2b()
+        for index in range(count):
+            image = self._cache.get(index)
+            digest.update(b"\0" if image is None else b"\1")
+            if image is not None:
+                digest.update(image.data)
+        return digest.hexdigest()
+
+    def drop(self, dropped: Mapping[int, str]) -> None:
+        """Leave out images that an earlier start of the training could not read.
+
+        Args:
+            dropped: Reason by index of the entry.
+        """
+        self.dropped.update(dropped)
+        self.weights[list(dropped)] = 0
 
     def write_dropped(self, folder: Path) -> None:
         """List the dropped images in FOLDER/image.dropped.jsonl; without any there is no file."""

@@ -77,6 +77,12 @@ class ImageTrainingConfig:
     """Memory for prepared images; images that do not fit are read again whenever they are drawn."""
     log_every_steps: PositiveInt = 50
     """Steps between two progress lines."""
+    save_minutes: Annotated[float, Between(0, 1e6)] = 5.0
+    """Minutes between two saves, from which the same command goes on after a kill; 0: it saves only
+    when it is asked to stop, and after its last step."""
+    max_minutes: Annotated[float, Between(0, 1e6)] = 0.0
+    """Minutes of training, those before a kill included, after which it stops and writes the
+    tokenizer that it has; 0: no limit."""
 
 
 @dataclass

@@ -5,13 +5,17 @@
 The loss is pixels + codebook + commitment, and from ``discriminator_start`` on also the adversarial
 loss of a patch discriminator. The perceptual loss (LPIPS) of Esser et al. 2021 is left out, because
 its pretrained weights would have to be downloaded.
+
+The state is saved every few minutes; after a kill the same command goes on from it
+(``unfinished.py``). On one CPU process the result is that of an unbroken training, bit for bit.
 """
 
 import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_chameleon.announce import announced
-from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.errors import ConfigError, TrainingError
 from megatron_chameleon.files import make_folder
 from megatron_chameleon.outputs import save_anyhow
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
@@ -31,15 +35,15 @@ from megatron_chameleon.tokenizer.image.discriminator import (
     hinge_loss,
 )
 from megatron_chameleon.tokenizer.image.limits import FiniteLosses, check_memory, check_weights
+from megatron_chameleon.tokenizer.image.progress import Progress, TrainingClock
 from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan, to_pixels
+from megatron_chameleon.tokenizer.image.unfinished import Saver, UnfinishedTraining, identity_of
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganOutput
 from megatron_chameleon.wording import counted, format_duration
 
 logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.5, 0.9)
-FIRST_STEPS, LONG_SECONDS = 3, 3600.0
-"""After so many steps, a training that will take longer than this says so."""
 MEASURED_IMAGES = 1024
 """The closing figures are measured on at most this many training images."""
 
@@ -56,6 +60,13 @@ class ImageTrainingResult:
     codes_used: int
     """Codebook vectors that are used by at least one measured image."""
     codebook_size: int
+    steps: int = 0
+    """Updates of the network."""
+
+
+StopRequest = AbstractContextManager[Callable[[], str | None]]
+"""Entered while the training can be saved. What it gives returns the name of the signal that asks
+to save and stop, or None."""
 
 
 def train_image_tokenizer(
@@ -66,10 +77,13 @@ def train_image_tokenizer(
     seed: int = 1,
     device: str | torch.device = "cpu",
     report: Callable[[str], None] = logger.info,
-) -> ImageTrainingResult:
+    stop: StopRequest | None = None,
+    restart: bool = False,
+) -> ImageTrainingResult | None:
     """Train on images; write OUTPUT/image.safetensors, image.json and the list of dropped images.
 
-    On the same CPU, the same images, config and seed give the same weights.
+    On the same CPU, the same images, config and seed give the same weights. An unfinished training
+    of them in the folder is continued.
 
     Args:
         entries: The images.
@@ -78,11 +92,16 @@ def train_image_tokenizer(
         seed: For the first weights, the draws and the augmentation.
         device: Where to compute.
         report: Called with each progress line.
+        stop: Asked before each step whether to save and stop.
+        restart: Begin anew, and discard an unfinished training.
+
+    Returns:
+        The result; None if it was asked to stop.
 
     Raises:
-        ConfigError: If the folder's vocabulary has a different number of image codes, or the
-            training cannot fit into memory.
-        TrainingError: If a loss or weight is not finite. The folder is left as it was.
+        ConfigError: If the folder's vocabulary has a different number of image codes, the training
+            cannot fit into memory, or an unfinished training of something else is in the folder.
+        TrainingError: If a loss or weight is not finite. The older tokenizer of the folder remains.
         DataError: If no image can be read, or the folder cannot be written. If it cannot take the
             result, the error names another folder that has it.
     """
@@ -92,20 +111,47 @@ def train_image_tokenizer(
     with announced(f"opening {counted(len(entries), 'image')}"):
         images = ImageSet(entries, config.model.resolution, int(config.training.cache_gib * 2**30))
     # fork_rng leaves the state of the caller's random generators unchanged
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with UnfinishedTraining(output) as unfinished, torch.random.fork_rng(devices=devices):
+        if restart:
+            unfinished.discard()
         torch.manual_seed(seed)
         trainer = _Trainer(config, seed, device)
-        trainer.fit(images, report)
-        with announced("measuring the reconstruction"):
-            result = measure_reconstruction(trainer.model, images, config.training.batch_size)
-    details = {"training": asdict(config.training), "seed": seed, "result": asdict(result)}
-
-    def save(folder: Path) -> None:
-        images.write_dropped(folder)
-        save_vqgan(trainer.model, folder, details)
-
-    save_anyhow(save, output)
+        saver = Saver(trainer, images, unfinished, identity_of(config, seed, images))
+        saver.resume(report)
+        result = _train(trainer, images, saver, report, stop or nullcontext(lambda: None))
+        if result is not None:
+            save_anyhow(lambda folder: _write(folder, trainer, images, result), output)
+            unfinished.remove()
     return result
+
+
+def _write(
+    folder: Path, trainer: "_Trainer", images: ImageSet, result: ImageTrainingResult
+) -> None:
+    training, seed = asdict(trainer.config), trainer.seed
+    images.write_dropped(folder)
+    details = {"training": training, "seed": seed, "result": asdict(result)}
+    save_vqgan(trainer.model, folder, details)
+
+
+def _train(
+    trainer: "_Trainer",
+    images: ImageSet,
+    saver: Saver,
+    report: Callable[[str], None],
+    stop: StopRequest,
+) -> ImageTrainingResult | None:
+    try:
+        with stop as asked:
+            if not trainer.fit(images, report, saver, asked):
+                return None
+    except TrainingError:
+        saver.unfinished.discard()  # it would end there again; with other values it is another one
+        raise
+    with announced("measuring the reconstruction"):
+        result = measure_reconstruction(trainer.model, images, trainer.config.batch_size)
+    return replace(result, steps=trainer.done)
 
 
 @torch.inference_mode()
@@ -157,30 +203,103 @@ class _Trainer:
         self.uses_K = torch.zeros(config.model.codebook_size, dtype=torch.int64, device=device)
         """How often each code has been chosen since the last reseeding."""
         self.finite = FiniteLosses(device)
+        self.done = 0
+        """Steps that were done, those of earlier starts included."""
+        self.clock = TrainingClock(self.config)
+        self.used_codes: Tensor | None = None
+        """Codes that were used since the last progress line of an earlier start."""
 
-    def fit(self, images: ImageSet, report: Callable[[str], None]) -> None:
-        """Train all steps, with a progress line every ``log_every_steps``."""
-        config = self.config
-        self.start_codebook(images)
-        progress = _Progress(config, report)
-        for step in range(config.steps):
-            self.set_learning_rate(step)
-            pixels_BCHW = training_batch(images, config, self.seed, step).to(self.device)
-            losses, output = self.step(pixels_BCHW, step)
-            self.finite.note(losses, step)
-            if self.device.type == "cpu" or (step + 1) % config.log_every_steps == 0:
-                self.finite.check()  # on a GPU, this waits for the step
-            self.uses_K += output.codes_BN.flatten().bincount(minlength=len(self.uses_K))
-            progress.step(step, losses, output.codes_BN, len(images.dropped))
-            every = config.reseed_every_steps
-            if (
-                every
-                and (step + 1) % every == 0
-                and step + 1 <= config.reseed_fraction * config.steps
-            ):
-                self.reseed(output.latents_BDhw.detach(), step)
-        self.finite.check()
-        check_weights(self.model, config.steps)
+    def fit(
+        self,
+        images: ImageSet,
+        report: Callable[[str], None],
+        saver: Saver,
+        asked: Callable[[], str | None],
+    ) -> bool:
+        """Train all steps, with a progress line every ``log_every_steps``.
+
+        Returns:
+            Whether it is over: all steps are done, or the time is. False: it was asked to stop.
+        """
+        config, clock = self.config, self.clock
+        if self.done == 0:
+            self.start_codebook(images)
+        progress = Progress(config, report, clock, self.done)
+        progress.used = self.used_codes
+        while True:
+            signal = asked()
+            is_over = self.done >= config.steps or (self.done > 0 and clock.left() <= 0)
+            self.used_codes = progress.used
+            if is_over:
+                self.finite.check()
+                check_weights(self.model, self.done)
+            if signal or is_over or clock.is_save_due():
+                saver.save(must=bool(signal))
+            if signal:
+                place = f"step {self.done:,} of {config.steps:,}"
+                report(f"{signal}: saved at {place}; the same command goes on from there")
+                return False
+            if is_over:
+                break
+            self.train_step(images, progress)
+        if self.done < config.steps:
+            report(
+                f"stopped by training.max_minutes={config.max_minutes:g} after "
+                f"{format_duration(clock.total())}, at step {self.done:,} of {config.steps:,}: "
+                "the tokenizer is what it has learnt by then"
+            )
+        return True
+
+    def train_step(self, images: ImageSet, progress: Progress) -> None:
+        """Do the next step, and what follows it."""
+        config, step = self.config, self.done
+        self.set_learning_rate(step)
+        pixels_BCHW = training_batch(images, config, self.seed, step).to(self.device)
+        losses, output = self.step(pixels_BCHW, step)
+        self.finite.note(losses, step)
+        if self.device.type == "cpu" or (step + 1) % config.log_every_steps == 0:
+            self.finite.check()  # on a GPU, this waits for the step
+        self.uses_K += output.codes_BN.flatten().bincount(minlength=len(self.uses_K))
+        progress.step(step, losses, output.codes_BN, len(images.dropped))
+        every = config.reseed_every_steps
+        if every and (step + 1) % every == 0 and step + 1 <= config.reseed_fraction * config.steps:
+            self.reseed(output.latents_BDhw.detach(), step)
+        self.done += 1
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, and the time that was spent."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {
+            **parts,
+            "uses": self.uses_K,
+            "done": self.done,
+            "seconds": self.clock.total(),
+            "used_codes": self.used_codes,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": cuda,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.uses_K.copy_(state["uses"])
+        self.done = int(state["done"])
+        self.clock = TrainingClock(self.config, float(state["seconds"]))
+        used = state["used_codes"]
+        self.used_codes = None if used is None else used.to(self.device)
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def _parts(self) -> dict[str, Any]:
+        """What has weights or averages."""
+        parts = {"model": self.model, "optimizer": self.optimizer}
+        if self.discriminator is not None:
+            parts["discriminator"] = self.discriminator
+            parts["discriminator_optimizer"] = self.discriminator_optimizer
+        return parts
 
     @torch.no_grad()
     def start_codebook(self, images: ImageSet) -> None:
@@ -253,36 +372,6 @@ class _Trainer:
         weight_KD[unused] = rows_MD[chosen]
         for name in ("exp_avg", "exp_avg_sq"):
             self.optimizer.state[weight_KD][name][unused] = 0
-
-
-class _Progress:
-    """A line every ``log_every_steps``: losses, codebook use, speed and remaining time."""
-
-    def __init__(self, config: ImageTrainingConfig, report: Callable[[str], None]) -> None:
-        self.config = config
-        self.report = report
-        self.start_seconds = time.perf_counter()
-        self.used: Tensor | None = None
-
-    def step(self, step: int, losses: dict[str, Tensor], codes_BN: Tensor, dropped: int) -> None:
-        seen = codes_BN.unique()
-        self.used = seen if self.used is None else torch.cat([self.used, seen])
-        done = step + 1
-        seconds = time.perf_counter() - self.start_seconds
-        total = seconds / done * self.config.steps
-        if done == FIRST_STEPS and total > LONG_SECONDS:
-            what = f"{self.config.steps:,} steps will take about {format_duration(total)} here"
-            self.report(f"{what}; it saves at its end. training.steps=N makes it shorter")
-        if done % self.config.log_every_steps and done != self.config.steps:
-            return
-        values = " ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
-        line = (
-            f"step {done}/{self.config.steps} {values} codes {self.used.unique().numel()} "
-            f"{done * self.config.batch_size / seconds:.0f} images/s "
-            f"ETA {format_duration(seconds / done * (self.config.steps - done))}"
-        )
-        self.report(f"{line} dropped {dropped}" if dropped else line)
-        self.used = None
 
 
 def learning_rate_share(config: ImageTrainingConfig, step: int) -> float:

@@ -11,7 +11,7 @@ from PIL import Image
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.tokenizer_corpus.images import ImageEntry, find_images
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.tokenizer.image import training
+from megatron_chameleon.tokenizer.image import progress
 from megatron_chameleon.tokenizer.image.batches import ImageSet, augment, training_batch
 from megatron_chameleon.tokenizer.image.config import (
     ImageTokenizerConfig,
@@ -239,15 +239,21 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 
 def test_a_training_of_days_says_so_after_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
-    lines: list[str] = []
-    progress = training._Progress(ImageTrainingConfig(steps=500_000), lines.append)
-    for step in range(4):
-        progress.step(step, {}, torch.zeros(1, 1, dtype=torch.int64), 0)
-    (line,) = lines
-    assert line.startswith("500,000 steps will take about 57d") and "training.steps=N" in line
-    short = training._Progress(ImageTrainingConfig(steps=100), lines.append)
-    for step in range(4):
-        short.step(step, {}, torch.zeros(1, 1, dtype=torch.int64), 0)
-    assert len(lines) == 1
+    def lines_of(**values: float) -> list[str]:
+        clock = iter(range(0, 10_000, 10))
+        monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
+        lines: list[str] = []
+        config = ImageTrainingConfig(**{"steps": 500_000, **values})  # type: ignore[arg-type]
+        shown = progress.Progress(config, lines.append, progress.TrainingClock(config))
+        for step in range(4):
+            shown.step(step, {}, torch.zeros(1, 1, dtype=torch.int64), 0)
+        return lines
+
+    (line,) = lines_of()
+    assert line.startswith("499,997 steps will take about 57d") and "training.steps=N" in line
+    assert "it saves every 5m00s, and the same command goes on after a kill" in line
+    assert lines_of(steps=100) == []
+    (line,) = lines_of(max_minutes=10)
+    assert line.startswith("about 58 of 500,000 steps fit into training.max_minutes=10; with")
+    (line,) = lines_of(max_minutes=10, log_every_steps=4)[1:]
+    assert line.startswith("step 4/500000 ") and line.endswith(" ETA 8m50s")

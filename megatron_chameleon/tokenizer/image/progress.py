@@ -1,0 +1,115 @@
+"""How long the training of an image tokenizer has taken, will take and may take."""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
+from megatron_chameleon.wording import format_duration
+
+FIRST_STEPS, LONG_SECONDS = 3, 3600.0
+"""After so many steps, a training that will take longer than this says so."""
+
+
+class TrainingClock:
+    """Counts the time of all starts of a training; says when to save, and when it is over.
+
+    Args:
+        config: Has ``save_minutes`` and ``max_minutes``.
+        earlier_seconds: What earlier starts have taken.
+    """
+
+    def __init__(self, config: ImageTrainingConfig, earlier_seconds: float = 0.0) -> None:
+        self._save_seconds = 60 * config.save_minutes or math.inf
+        self._max_seconds = 60 * config.max_minutes or math.inf
+        self._earlier_seconds = earlier_seconds
+        self._start = self._saved = time.perf_counter()
+
+    def here(self) -> float:
+        """Seconds since this process began to train."""
+        return time.perf_counter() - self._start
+
+    def total(self) -> float:
+        """Seconds of all starts together."""
+        return self._earlier_seconds + self.here()
+
+    def left(self) -> float:
+        """Seconds until ``max_minutes``; infinite without it."""
+        return self._max_seconds - self.total()
+
+    def is_save_due(self) -> bool:
+        """Whether the last save was ``save_minutes`` ago."""
+        return time.perf_counter() - self._saved >= self._save_seconds
+
+    def note_save(self) -> None:
+        """Count from now to the next save."""
+        self._saved = time.perf_counter()
+
+
+class Progress:
+    """A line every ``log_every_steps``: losses, codebook use, speed and remaining time.
+
+    Args:
+        config: Of the training.
+        report: Called with each line.
+        clock: Of the training.
+        done: Steps of earlier starts.
+    """
+
+    def __init__(
+        self,
+        config: ImageTrainingConfig,
+        report: Callable[[str], None],
+        clock: TrainingClock,
+        done: int = 0,
+    ) -> None:
+        self.config = config
+        self.report = report
+        self.clock = clock
+        self.earlier = done
+        self.used: Tensor | None = None
+        """Codes that have been used since the last line."""
+
+    def step(self, step: int, losses: dict[str, Tensor], codes_BN: Tensor, dropped: int) -> None:
+        """Note a step, counted from 0; print the line if it is time."""
+        seen = codes_BN.unique()
+        self.used = seen if self.used is None else torch.cat([self.used, seen]).unique()
+        done = step + 1
+        here = done - self.earlier
+        step_seconds = self.clock.here() / here
+        if here == FIRST_STEPS:
+            self._forecast(done, step_seconds)
+        if done % self.config.log_every_steps and done != self.config.steps:
+            return
+        left = max(min(step_seconds * (self.config.steps - done), self.clock.left()), 0)
+        values = " ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
+        line = (
+            f"step {done}/{self.config.steps} {values} codes {self.used.numel()} "
+            f"{self.config.batch_size / max(step_seconds, 1e-9):.0f} images/s "
+            f"ETA {format_duration(left)}"
+        )
+        self.report(f"{line} dropped {dropped}" if dropped else line)
+        self.used = None
+
+    def _forecast(self, done: int, step_seconds: float) -> None:
+        """Say it if the training will be long, or will not come to its end."""
+        config, rest = self.config, self.config.steps - done
+        seconds = rest * step_seconds
+        if seconds > self.clock.left() > 0:
+            fitting = done + int(self.clock.left() / step_seconds)
+            self.report(
+                f"about {fitting:,} of {config.steps:,} steps fit into "
+                f"training.max_minutes={config.max_minutes:g}; with training.steps={fitting} the "
+                "learning rate would reach its end too"
+            )
+        elif seconds > LONG_SECONDS:
+            every = f"every {format_duration(60 * config.save_minutes)}"
+            saving = f"it saves {every if config.save_minutes else 'when it is asked to stop'}"
+            self.report(
+                f"{rest:,} steps will take about {format_duration(seconds)} here; {saving}, and "
+                "the same command goes on after a kill. training.steps=N or "
+                "training.max_minutes=N makes it shorter"
+            )
