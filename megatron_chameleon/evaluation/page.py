@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chameleon.errors import ChameleonError
+from megatron_chameleon.evaluation.human.statistics import wilson_interval
 from megatron_chameleon.evaluation.tasks.catalogue import SIZES, find_task
 from megatron_chameleon.evaluation.tasks.results import ScoredItem, TaskResult
 from megatron_chameleon.images.thumbnails import thumbnail_of_file
@@ -97,10 +98,8 @@ def interval(result: TaskResult) -> tuple[float, float]:
     value, error, count = figure["value"], figure["standard_error"], int(figure["items"])
     scores = [item.scores[result.metric] for item in result.scored_items]
     if set(scores) <= {0.0, 1.0} and result.scale == 100:
-        share, square = value / 100, _Z**2 / count
-        middle = (share + square / 2) / (1 + square)
-        half = _Z / (1 + square) * (share * (1 - share) / count + square / count / 4) ** 0.5
-        return 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0)
+        low, high = wilson_interval(int(sum(scores)), count)
+        return 100 * low, 100 * high
     return value - _Z * error, value + _Z * error
 
 

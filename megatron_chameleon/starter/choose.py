@@ -8,20 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_chameleon.config.schema import ModelConfig
+from megatron_chameleon.data.preprocess.holdout import fraction_of
 from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.starter.looking.look import Looked, Source
 from megatron_chameleon.starter.writing.image_yaml import ImageShape
-from megatron_chameleon.tokenizer.text.training import BYTE_PIECES, try_vocabulary
+from megatron_chameleon.tokenizer.text.training import VocabularyTooSmall, fixed_ids, try_vocabulary
 
 TINY, SMALL, SEVEN, THIRTY_FOUR = "tiny", "small", "7b", "34b"
 SIZES = (TINY, SMALL, SEVEN, THIRTY_FOUR)
 PRESETS = {SEVEN: "chameleon_7b", THIRTY_FOUR: "chameleon_34b"}
 FALLBACK_TEXT = "a picture"
 """What the text tokenizer is trained on where the pictures have no text at all."""
-SPECIAL_TOKENS = 8
 CODES_WITHOUT_PICTURES = 1
 """A vocabulary needs one; nothing uses it."""
-_MOST_EXACT = 20_000
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def text_vocabulary(looked: Looked, size: str, image_codes: int) -> TextVocabula
     texts = [text for source in looked.sources for text in source.tally.sample if text.strip()]
     characters = sum(source.characters for source in looked.sources)
     is_complete = all(source.is_complete for source in looked.sources)
-    fixed = SPECIAL_TOKENS + image_codes + BYTE_PIECES
+    fixed = fixed_ids(image_codes)
     wanted = fixed + _pieces(size, characters)
     if size in PRESETS:
         wanted = 65536
@@ -98,11 +97,8 @@ def text_vocabulary(looked: Looked, size: str, image_codes: int) -> TextVocabula
         try:
             tokenizer, _ = try_vocabulary(texts or [FALLBACK_TEXT], wanted, image_codes)
             break
-        except ConfigError as error:  # a script with thousands of letters
-            needed = [int(word) for word in error.remedy.split() if word.isdigit()]
-            if not needed:
-                raise
-            wanted = _round(needed[0] * 5 // 4, 64)
+        except VocabularyTooSmall as error:  # a script with thousands of letters
+            wanted = _round(error.needed * 5 // 4, 64)
     else:
         raise DataError("the texts", "give no vocabulary", "Check that they hold text")
     found = min(tokenizer.size, wanted)
@@ -144,7 +140,7 @@ def holdout(sources: Sequence[Source]) -> Holdout:
     documents = sum(source.documents for source in sources)
     share = 0.1 if documents < 20_000 else 0.02 if documents < 1_000_000 else 0.002
     known = [
-        [None if entry.digest is None else _fraction(entry.digest) for entry in source.tally.seen]
+        [None if entry.digest is None else fraction_of(entry.digest) for entry in source.tally.seen]
         for source in sources
     ]
     exact = all(
@@ -164,10 +160,6 @@ def holdout(sources: Sequence[Source]) -> Holdout:
     names = [name for name, count in counts.items() if count and name not in whole]
     total = sum(counts[name] for name in names)
     return Holdout(share, names, total, whole) if names else Holdout(None)
-
-
-def _fraction(digest: bytes) -> float:
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _between(low: float, high: float) -> float:

@@ -1,12 +1,13 @@
 """Writes the folder of ``chameleon init``: ``train.yaml``, ``image.yaml`` and ``run.sh``.
 
-project = plan_project(["photos/"], Wanted(output=Path("runs/photos")))
+project = plan_project(Wanted(["photos/"], Path("runs/photos")))
 write_project(project)
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from megatron_chameleon.config.schema import ModelConfig
@@ -69,10 +70,18 @@ class Project:
     speeds: Speeds
     image_steps: int
     length: RunLength
-    train: TrainSettings
-    script: ScriptSettings
     plan: LayoutPlan | None = None
     """The layout of a preset; None with the other sizes."""
+
+    @cached_property
+    def train(self) -> TrainSettings:
+        """What ``train.yaml`` says."""
+        return _train_settings(self)
+
+    @cached_property
+    def script(self) -> ScriptSettings:
+        """What ``run.sh`` does."""
+        return _script_settings(self)
 
     @property
     def files(self) -> dict[str, str]:
@@ -106,19 +115,11 @@ def plan_project(wanted: Wanted) -> Project:
     speeds = measure(model, vocabulary.size, 4, image) if timed else Speeds()
     length = run_length(looked, vocabulary, image, model, size, speeds)
     image_steps = _image_steps(size, speeds)
-    project = Project(
+    plan = best_layout(PRESETS[size], vocabulary.size) if size in PRESETS else None
+    return Project(
         wanted, looked, machine, size, side, image, vocabulary, model, held, speeds,
-        image_steps, length, _NOT_YET, _NOT_YET_SCRIPT,
+        image_steps, length, plan,
     )  # fmt: skip
-    if size in PRESETS:
-        project.plan = best_layout(PRESETS[size], vocabulary.size)
-    project.train = _train_settings(project)
-    project.script = _script_settings(project)
-    return project
-
-
-_NOT_YET = TrainSettings("", None, {}, (), (), ())
-_NOT_YET_SCRIPT = ScriptSettings("", 1, (), (), (), (), "", {}, False, 0, 0, False, (), None, 1, ())
 
 
 def _longest(looked: Looked, vocabulary: TextVocabulary, image: ImageShape | None) -> int:

@@ -216,6 +216,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "evaluation": {
         "evaluation/asking",
+        "evaluation/human",  # intervals of shares
         "evaluation/tasks",
         "images",
         "inference",

@@ -58,6 +58,15 @@ class Found:
     is_cut: bool = False
     """Whether there are more than ``MOST_FILES`` files."""
 
+    def leave_out_pictures(self, folders: Collection[str | Path]) -> int:
+        """Take out the pictures that lie right in these folders; returns how many."""
+        places = {Path(folder).resolve() for folder in folders}
+        if not places:
+            return 0
+        before = len(self.pictures)
+        self.pictures = [p for p in self.pictures if p.path.parent.resolve() not in places]
+        return before - len(self.pictures)
+
 
 def find_loose(
     words: Sequence[str],
@@ -93,9 +102,7 @@ def find_loose(
         else:
             _add_glob(found, word, outside)
     _pair_captions(found)
-    places = {Path(folder).resolve() for folder in claimed}
-    if places:
-        found.pictures = [p for p in found.pictures if p.path.parent.resolve() not in places]
+    found.leave_out_pictures(claimed)
     return found
 
 

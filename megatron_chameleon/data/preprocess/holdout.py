@@ -44,8 +44,16 @@ def is_held_out(digest: bytes, share: float) -> bool:
         digest: Of ``text_digest`` or ``digest_of_pixels``.
         share: Share of the documents to hold out, between 0 and 1.
     """
-    place = int.from_bytes(digest[:_HASH_BYTES], "big")
-    return place < int(share * 256**_HASH_BYTES)
+    return _place_of(digest) < int(share * 256**_HASH_BYTES)
+
+
+def fraction_of(digest: bytes) -> float:
+    """The share above which the documents with this digest are held out, in [0, 1)."""
+    return _place_of(digest) / 256**_HASH_BYTES
+
+
+def _place_of(digest: bytes) -> int:
+    return int.from_bytes(digest[:_HASH_BYTES], "big")
 
 
 def text_digest(document: Document) -> bytes:

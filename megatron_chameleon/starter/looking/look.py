@@ -294,13 +294,10 @@ def _leave_out_named(found: Found, folders: Collection[Path], named: int) -> Non
         folders: From which documents take their pictures.
         named: How many picture files the documents name.
     """
-    places = {folder.resolve() for folder in folders}
-    kept = [entry for entry in found.pictures if entry.path.parent.resolve() not in places]
-    count = len(found.pictures) - len(kept)
+    count = found.leave_out_pictures(folders)
     if count > named:
         what = f"{count:,} pictures in folders from which documents take theirs"
         found.left_out.append(f"{what}: only those that a document names are read")
-    found.pictures = kept
 
 
 def _spread(items: list[T], most: int) -> list[T]:

@@ -68,7 +68,6 @@ class ScriptSettings:
     workers: int
     prompts: Sequence[Sequence[str]]
     """Options of ``generate`` for each prompt."""
-    start_from: str | None = None
     launch: str = ""
     """How ``train`` is started on several GPUs; empty: as one process."""
     has_held_out: bool = True
@@ -143,8 +142,7 @@ def _steps(settings: ScriptSettings) -> list[Step]:
         )
     inputs = {name: list(words) or [f"data/{name}.jsonl"] for name, words in settings.words.items()}
     every = [word for words in inputs.values() for word in words]
-    if settings.start_from is None:
-        steps += _tokenizer_steps(settings, every, roots)
+    steps += _tokenizer_steps(settings, every, roots)
     steps += [_preprocess(settings, inputs, roots), *_model_steps(settings)]
     return steps
 
@@ -190,7 +188,6 @@ def _preprocess(
 
 
 def _model_steps(settings: ScriptSettings) -> list[Step]:
-    start = f" --start-from {shlex.quote(settings.start_from)}" if settings.start_from else ""
     launch = settings.launch or "chameleon"
     has_images = settings.has_pictures
     form = "hf" if has_images else "megatron"
@@ -198,7 +195,7 @@ def _model_steps(settings: ScriptSettings) -> list[Step]:
         Step(
             "train",
             "train: it saves, and goes on from its newest checkpoint",
-            [f'{launch} train train.yaml{start} "${{train[@]}}"'],
+            [f'{launch} train train.yaml "${{train[@]}}"'],
         )
     ]
     best = "best=$(chameleon status . --best)  # the checkpoint with the lowest held-out loss"

@@ -7,7 +7,6 @@ from typing import Any
 from megatron_chameleon.config.explanations import explanations
 from megatron_chameleon.config.schema import (
     CheckpointConfig,
-    Config,
     DataConfig,
     LoggingConfig,
     ModelConfig,
@@ -130,8 +129,3 @@ def _data_entries(settings: TrainSettings) -> list[Entry]:
     ]
     about = " ".join((ValidationConfig.__doc__ or "").split())
     return [*entries, Entry("validation", None, about, raw="\n".join(lines))]
-
-
-def defaults_of(section_name: str, key: str) -> object:
-    """The schema's default of a key."""
-    return getattr(getattr(Config(), section_name), key)

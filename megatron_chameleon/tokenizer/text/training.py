@@ -42,6 +42,25 @@ LONGEST_LINE_CHARACTERS = 2**18
 LONGEST_LINE_BYTES = 4 * LONGEST_LINE_CHARACTERS
 
 
+class VocabularyTooSmall(ConfigError):
+    """The wanted size leaves no room for what every vocabulary of the corpus must contain.
+
+    Args:
+        wanted: The size that was asked for.
+        needed: The smallest size that has room.
+        image_codes: Of them, codes of images.
+    """
+
+    def __init__(self, wanted: int, needed: int, image_codes: int) -> None:
+        super().__init__(
+            "--vocab-size",
+            f"{wanted} is too small: {needed} ids are needed for the special tokens, "
+            f"{image_codes} image codes, {BYTE_PIECES} bytes and the characters of the corpus",
+            f"Use --vocab-size {needed} or more",
+        )
+        self.needed = needed
+
+
 def train_text_tokenizer(
     texts: Iterable[str], output: str | Path, vocab_size: int, image_codes: int
 ) -> Vocabulary:
@@ -96,7 +115,7 @@ def try_vocabulary(
         of its file.
 
     Raises:
-        ConfigError: If the size is too small for what it must contain.
+        VocabularyTooSmall: The size is too small for what it must contain.
         DataError: If there is no text.
     """
     lines = _lines(texts)
@@ -146,12 +165,7 @@ def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:
         if required is None:
             what = f"sentencepiece cannot be trained on it ({first_line(error)[:200]})"
             raise DataError("text corpus", what, "Check that the inputs hold text") from error
-        raise ConfigError(
-            "--vocab-size",
-            f"{vocab_size} is too small: {required[2]} ids are needed for the special tokens, "
-            f"{image_codes} image codes, {BYTE_PIECES} bytes and the characters of the corpus",
-            f"Use --vocab-size {required[2]} or more",
-        ) from error
+        raise VocabularyTooSmall(vocab_size, int(required[2]), image_codes) from error
     return model.getvalue()
 
 
@@ -178,6 +192,11 @@ class _Guarded:
             raise StopIteration from None
 
 
+def fixed_ids(image_codes: int) -> int:
+    """Ids of a vocabulary before the first piece of text: special tokens, image codes and bytes."""
+    return 4 + len(control_names(image_codes)) + BYTE_PIECES
+
+
 def _check_sizes(vocab_size: int, image_codes: int) -> None:
     if image_codes < 1:
         raise ConfigError(
@@ -185,7 +204,7 @@ def _check_sizes(vocab_size: int, image_codes: int) -> None:
             f"{image_codes} is below 1",
             "Give the codebook size of the image tokenizer",
         )
-    least = 4 + len(control_names(image_codes)) + BYTE_PIECES + 1
+    least = fixed_ids(image_codes) + 1
     if vocab_size < least:
         raise ConfigError(
             "--vocab-size",
