@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default), or none",
     )
     parser.add_argument(
-        "--seed", type=SEED, default=1, metavar="N", help="seed of all steps (default: 1)"
+        "--seed",
+        type=SEED,
+        default=1,
+        metavar="N",
+        help="seed of the image tokenizer's training and of the model's (default: 1)",
     )
     add_image_options(parser)
 

@@ -145,7 +145,9 @@ def _image_steps(size: str, speeds: Speeds) -> int:
 def _train_settings(project: Project) -> TrainSettings:
     looked, held = project.looked, project.holdout
     paired = [s.name for s in looked.sources if any(e.caption for e in s.tally.seen)]
-    values, why = train_values(project.size, project.model, project.length, bool(held.sources))
+    values, why = train_values(
+        project.size, project.model, project.length, bool(held.sources), project.wanted.seed
+    )
     if project.plan is not None:
         values["parallel"] = parallel_values(project.plan)
         if project.plan.config.parallel.pipeline_model_parallel_size > 1:

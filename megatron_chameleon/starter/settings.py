@@ -79,7 +79,7 @@ def run_length(
 
 
 def train_values(
-    size: str, model: ModelConfig | None, length: RunLength, has_held_out: bool
+    size: str, model: ModelConfig | None, length: RunLength, has_held_out: bool, seed: int
 ) -> tuple[dict[str, dict[str, object]], dict[str, str]]:
     """The sections of the config, and why some values are what they are."""
     every = max(length.steps // MEASUREMENTS, 1)
@@ -88,7 +88,7 @@ def train_values(
         "data": {"reset_attention": True},
         "training": {
             "steps": length.steps,
-            "seed": 1,
+            "seed": seed,
             "micro_batch_size": length.micro_batch,
             "global_batch_size": length.global_batch,
         },

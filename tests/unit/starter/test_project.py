@@ -57,6 +57,13 @@ def test_the_configs_are_valid(size: str, tmp_path: Path) -> None:
     assert f"--image-codes {image.model.codebook_size}" in script
 
 
+def test_the_seed_is_that_of_all_trainings(tmp_path: Path) -> None:
+    data = [str(pictures(tmp_path / "data"))]
+    write_project(plan_project(Wanted(data, tmp_path / "out", seed=7)))
+    assert load_config(tmp_path / "out/train.yaml").training.seed == 7
+    assert " --seed 7 " in (tmp_path / "out/run.sh").read_text()
+
+
 def test_the_script_is_quoted_and_parses(tmp_path: Path) -> None:
     made([pictures(tmp_path / HARD)], tmp_path / f"{HARD} out")
     script = tmp_path / f"{HARD} out/run.sh"
