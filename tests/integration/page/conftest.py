@@ -70,8 +70,13 @@ def _wait(process: int, address: str) -> None:
     raise AssertionError("the server does not answer after a minute")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Chromium, for the tests of one file.
+
+    While Playwright runs, an event loop runs in this thread, and ``asyncio.run`` of any other test
+    would be refused. So it ends with the file, and not with the session.
+    """
     chromium = shutil.which("chromium")
     assert chromium, "chromium is missing, in which the chat page is tested: see .ci/run"
     with sync_playwright() as playwright:
