@@ -143,7 +143,7 @@ def _train_image(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.tokenizer_corpus.documents import DroppedDocuments
     from megatron_chameleon.data.tokenizer_corpus.images import find_images
     from megatron_chameleon.parallel import platform
-    from megatron_chameleon.tokenizer.image.training import train_image_tokenizer
+    from megatron_chameleon.tokenizer.image.training.train import train_image_tokenizer
 
     dropped = DroppedDocuments()
     try:

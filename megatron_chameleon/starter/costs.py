@@ -67,7 +67,7 @@ def _costs(project: Project) -> Iterator[Cost]:
     )
     if project.image is not None and speeds.image_step is not None:
         from megatron_chameleon.starter.writing.image_yaml import vqgan_config
-        from megatron_chameleon.tokenizer.image.limits import activation_bytes
+        from megatron_chameleon.tokenizer.image.shape import activation_bytes
 
         kept = project.image.batch_size * activation_bytes(vqgan_config(project.image))
         decoding = _decode_seconds(project)

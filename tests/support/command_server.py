@@ -33,7 +33,7 @@ IMPORTS = (
     "megatron_chameleon.checkpoint.formats.hf",
     "megatron_chameleon.data.preprocess.run",
     "megatron_chameleon.inference.session",
-    "megatron_chameleon.tokenizer.image.training",
+    "megatron_chameleon.tokenizer.image.training.train",
     "megatron_chameleon.tokenizer.text.training",
     "megatron_chameleon.training.loop",
     "megatron_chameleon.training.engines.megatron",

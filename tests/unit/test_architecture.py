@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": set(),
     "tokenizer/common": set(),
     "tokenizer/image": {"config", "images", "tokenizer/common"},
+    "tokenizer/image/training": {"images", "tokenizer/common", "tokenizer/image"},
     "tokenizer/text": {"tokenizer/common", "tokenizer/image"},
     "tokenizer": {"tokenizer/common", "tokenizer/image", "tokenizer/text"},
     "data": set(),

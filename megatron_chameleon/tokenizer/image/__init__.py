@@ -1,1 +1,1 @@
-"""The image tokenizer: VQGAN, pixels, batches and training."""
+"""The image tokenizer: its network, its pixels and its codes."""

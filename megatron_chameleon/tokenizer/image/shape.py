@@ -9,6 +9,9 @@ from megatron_chameleon.wording import shown
 
 NORM_GROUPS = 32
 MOST_LEVELS = 12
+KEPT_PER_BLOCK = 6
+"""Feature maps that a residual block keeps for its backward pass: the inputs of its two norms, two
+activations and two convolutions."""
 
 
 @dataclass
@@ -86,3 +89,13 @@ class VqganConfig:
 def smallest_resolution(layers: int) -> int:
     """The smallest image of which ``layers`` halving layers of the discriminator leave a patch."""
     return 3 * 2**layers
+
+
+def activation_bytes(model: VqganConfig) -> int:
+    """Bytes that the residual blocks keep for the backward pass of one image, in fp32."""
+    total = 0
+    for level, factor in enumerate(model.ch_mult):
+        pixels = (model.resolution >> level) ** 2
+        blocks = 2 * model.num_res_blocks + 1  # those of the encoder, and one more in the decoder
+        total += blocks * KEPT_PER_BLOCK * pixels * factor * model.base_channels * 4
+    return total

@@ -10,10 +10,15 @@ from PIL import Image
 
 from megatron_chameleon.data.tokenizer_corpus.images import find_images
 from megatron_chameleon.errors import ConfigError, TrainingError
-from megatron_chameleon.tokenizer.image import limits
 from megatron_chameleon.tokenizer.image.config import load_image_config
-from megatron_chameleon.tokenizer.image.limits import FiniteLosses, activation_bytes, check_memory
-from megatron_chameleon.tokenizer.image.training import _Trainer, train_image_tokenizer
+from megatron_chameleon.tokenizer.image.shape import activation_bytes
+from megatron_chameleon.tokenizer.image.training import limits
+from megatron_chameleon.tokenizer.image.training.limits import (
+    FiniteLosses,
+    check_memory,
+)
+from megatron_chameleon.tokenizer.image.training.train import train_image_tokenizer
+from megatron_chameleon.tokenizer.image.training.trainer import Trainer
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan
 
 CPU = torch.device("cpu")
@@ -33,15 +38,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def poison(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
     """Make a weight NaN by the update of a step, counted from 1."""
-    honest = _Trainer.step
+    honest = Trainer.step
 
-    def step(trainer: _Trainer, pixels: torch.Tensor, number: int) -> Any:
+    def step(trainer: Trainer, pixels: torch.Tensor, number: int) -> Any:
         result = honest(trainer, pixels, number)
         if number + 1 == at_step:
             trainer.model.decoder.conv_out.weight.data[0, 0, 0, 0] = math.nan
         return result
 
-    monkeypatch.setattr(_Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
 
 
 @pytest.mark.parametrize(

@@ -11,21 +11,18 @@ from PIL import Image
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.tokenizer_corpus.images import ImageEntry, find_images
 from megatron_chameleon.errors import ConfigError, DataError
-from megatron_chameleon.tokenizer.image import progress
-from megatron_chameleon.tokenizer.image.batches import ImageSet, augment, training_batch
 from megatron_chameleon.tokenizer.image.config import (
     ImageTokenizerConfig,
     ImageTrainingConfig,
     load_image_config,
 )
-from megatron_chameleon.tokenizer.image.discriminator import PatchDiscriminator
 from megatron_chameleon.tokenizer.image.shape import smallest_resolution
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer, to_pixels
-from megatron_chameleon.tokenizer.image.training import (
-    _Trainer,
-    learning_rate_share,
-    train_image_tokenizer,
-)
+from megatron_chameleon.tokenizer.image.training import progress
+from megatron_chameleon.tokenizer.image.training.batches import ImageSet, augment, training_batch
+from megatron_chameleon.tokenizer.image.training.discriminator import PatchDiscriminator
+from megatron_chameleon.tokenizer.image.training.train import train_image_tokenizer
+from megatron_chameleon.tokenizer.image.training.trainer import Trainer, learning_rate_share
 
 Noise = Callable[..., Image.Image]
 
@@ -103,7 +100,7 @@ def test_a_discriminator_joins_at_its_step(photos: Path, tmp_path: Path) -> None
 
 def test_the_discriminator_learns_to_tell(noise: Noise) -> None:
     config = tiny_config("training.discriminator_weight=1", "training.discriminator_layers=1")
-    trainer = _Trainer(config, seed=0, device=torch.device("cpu"))
+    trainer = Trainer(config, seed=0, device=torch.device("cpu"))
     real = to_pixels(np.stack([np.asarray(noise(seed, (8, 8))) for seed in range(8)]))
     losses = [trainer.discriminator_step(real, torch.zeros_like(real)).item() for _ in range(12)]
     assert losses[-1] < 0.5 * losses[0]
@@ -117,7 +114,7 @@ def test_the_smallest_resolution_leaves_a_patch(layers: int) -> None:
 
 
 def test_codes_that_nothing_chose_are_moved_to_latents() -> None:
-    trainer = _Trainer(tiny_config(), seed=0, device=torch.device("cpu"))
+    trainer = Trainer(tiny_config(), seed=0, device=torch.device("cpu"))
     pixels = torch.rand(8, 3, 8, 8) * 2 - 1
     with torch.no_grad():
         trainer.model.quantize.embedding.weight[3:] = 100.0  # out of reach
@@ -135,7 +132,7 @@ def test_codes_that_nothing_chose_are_moved_to_latents() -> None:
 
 
 def test_a_moved_code_leaves_its_momentum_behind() -> None:
-    trainer = _Trainer(tiny_config(), seed=0, device=torch.device("cpu"))
+    trainer = Trainer(tiny_config(), seed=0, device=torch.device("cpu"))
     _, output = trainer.step(torch.rand(8, 3, 8, 8) * 2 - 1, 0)
     momentum = trainer.optimizer.state[trainer.model.quantize.embedding.weight]["exp_avg"]
     assert momentum.any()

@@ -15,10 +15,12 @@ from PIL import Image
 from megatron_chameleon.cli.main import main
 from megatron_chameleon.data.tokenizer_corpus.images import find_images
 from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
-from megatron_chameleon.tokenizer.image import unfinished
 from megatron_chameleon.tokenizer.image.config import load_image_config
-from megatron_chameleon.tokenizer.image.training import _Trainer, train_image_tokenizer
-from megatron_chameleon.tokenizer.image.unfinished import UnfinishedTraining
+from megatron_chameleon.tokenizer.image.training import train as train_module
+from megatron_chameleon.tokenizer.image.training import unfinished
+from megatron_chameleon.tokenizer.image.training.train import train_image_tokenizer
+from megatron_chameleon.tokenizer.image.training.trainer import Trainer
+from megatron_chameleon.tokenizer.image.training.unfinished import UnfinishedTraining
 
 SMALL = ["model.resolution=8", "model.ch_mult=[1,1]", "model.codebook_size=16"]
 SMALL += ["model.z_channels=8", "model.embed_dim=8"]
@@ -46,17 +48,17 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture
 def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes a step, counted from 0, do something; by default it ends the training."""
-    honest = _Trainer.step
+    honest = Trainer.step
 
     def at(number: int, action: Callable[[], object] | None = None) -> None:
-        def step(trainer: _Trainer, pixels: torch.Tensor, this: int) -> Any:
+        def step(trainer: Trainer, pixels: torch.Tensor, this: int) -> Any:
             if this == number:
                 if action is None:
                     raise Killed
                 action()
             return honest(trainer, pixels, this)
 
-        monkeypatch.setattr(_Trainer, "step", step)
+        monkeypatch.setattr(Trainer, "step", step)
 
     return at
 
@@ -208,7 +210,7 @@ def test_a_kill_while_the_result_is_measured_loses_no_step(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_chameleon.tokenizer.image.training.measure_reconstruction", die)
+        patch.setattr(train_module, "measure_reconstruction", die)
         with pytest.raises(Killed):
             train(photos, tmp_path / "out")
     assert train(photos, tmp_path / "out")[0].endswith("goes on from step 12 of 12")

@@ -27,10 +27,10 @@ from megatron_chameleon.files import (
     try_lock,
     writing,
 )
-from megatron_chameleon.tokenizer.image.batches import ImageSet
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig
-from megatron_chameleon.tokenizer.image.limits import FiniteLosses
-from megatron_chameleon.tokenizer.image.progress import TrainingClock
+from megatron_chameleon.tokenizer.image.training.batches import ImageSet
+from megatron_chameleon.tokenizer.image.training.limits import FiniteLosses
+from megatron_chameleon.tokenizer.image.training.progress import TrainingClock
 from megatron_chameleon.wording import counted, shown
 
 logger = logging.getLogger(__name__)

@@ -9,14 +9,12 @@ from torch import Tensor, nn
 from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.machine import machine_memory, too_large
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig
-from megatron_chameleon.tokenizer.image.discriminator import PatchDiscriminator
-from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
+from megatron_chameleon.tokenizer.image.shape import activation_bytes
+from megatron_chameleon.tokenizer.image.training.discriminator import PatchDiscriminator
+from megatron_chameleon.tokenizer.image.vqgan import Vqgan
 
 TRAINING_BYTES = 16
 """Bytes per parameter: fp32 weight and gradient, and Adam's two averages."""
-KEPT_PER_BLOCK = 6
-"""Feature maps that a residual block keeps for its backward pass: the inputs of its two norms, two
-activations and two convolutions."""
 
 
 def check_memory(config: ImageTokenizerConfig, device: torch.device) -> None:
@@ -42,16 +40,6 @@ def check_memory(config: ImageTokenizerConfig, device: torch.device) -> None:
         where, remedy = "model", "Use fewer channels, residual blocks or codes"
     if problem := too_large(where, weights + activations, has, remedy, place):
         raise problem
-
-
-def activation_bytes(model: VqganConfig) -> int:
-    """Bytes that the residual blocks keep for the backward pass of one image, in fp32."""
-    total = 0
-    for level, factor in enumerate(model.ch_mult):
-        pixels = (model.resolution >> level) ** 2
-        blocks = 2 * model.num_res_blocks + 1  # those of the encoder, and one more in the decoder
-        total += blocks * KEPT_PER_BLOCK * pixels * factor * model.base_channels * 4
-    return total
 
 
 class FiniteLosses:

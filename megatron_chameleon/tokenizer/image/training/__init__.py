@@ -1,0 +1,1 @@
+"""Training of the image tokenizer: images, losses, steps, and the state of an unfinished run."""
