@@ -37,8 +37,9 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
             "tokenizer text data/*.jsonl --output tokenizer --vocab-size 65536 --image-codes 8192",
         ),
         (
-            "A small vocabulary, from plain text files.",
-            "tokenizer text notes/*.txt --output tokenizer --vocab-size 2048 --image-codes 64",
+            "A small vocabulary, whose pictures keep their shape with at most 256 codes each.",
+            "tokenizer text notes/*.txt --output tokenizer --vocab-size 2048 --image-codes 64 "
+            "--image-grids 256",
         ),
     ),
     "tokenizer image": (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_chameleon.cli.examples import examples_text
 from megatron_chameleon.config.constraints import Above, Between, Constraint, Within
+from megatron_chameleon.tokenizer.common.grids import MOST_BUDGET, MOST_RATIO
 from megatron_chameleon.wording import shown
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ SEED = NumberOption(int, Between(0, 2**63 - 1))
 BATCH = NumberOption(int, Between(1, 2**16))
 WORKERS = NumberOption(int, Between(1, 1024))
 IDS = NumberOption(int, Between(1, 2**20))
+IMAGE_BUDGET = NumberOption(int, Between(1, MOST_BUDGET))
+RATIO = NumberOption(float, Between(1, MOST_RATIO))
 TOKENS = NumberOption(int, Between(1, 2**24))
 HELD_OUT_TOKENS = NumberOption(int, Between(1, 10**15))
 ANSWERS = NumberOption(int, Between(1, 10**5))

@@ -17,16 +17,21 @@ from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
     IDS,
+    IMAGE_BUDGET,
+    RATIO,
     SEED,
     add_action,
     add_common_options,
     add_image_options,
     image_options,
 )
+from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.tokenizer.common.grids import LARGEST_RATIO, Shapes
 from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
     from megatron_chameleon.data.tokenizer_corpus.documents import DroppedDocuments
+    from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 _logger = logging.getLogger(__name__)
 
@@ -68,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="codebook size of the image tokenizer",
     )
+    _add_grid_options(text)
     image = add_action(kinds, "image", "train a VQGAN, which turns images into codes")
     image.add_argument(
         "images",
@@ -98,6 +104,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_common_options(kind, nested=True)
 
 
+def _add_grid_options(text: argparse.ArgumentParser) -> None:
+    text.add_argument(
+        "--image-grids",
+        type=IMAGE_BUDGET,
+        metavar="BUDGET",
+        help="let pictures keep their shape, with at most BUDGET codes each; without it, every "
+        "picture becomes a square",
+    )
+    text.add_argument(
+        "--largest-ratio",
+        type=RATIO,
+        metavar="RATIO",
+        help="with --image-grids: how much longer one side of a picture may be than the other "
+        f"(default: {LARGEST_RATIO:g})",
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.outputs import check_name, keep_inputs
 
@@ -110,25 +133,51 @@ def run(args: argparse.Namespace) -> None:
         _train_image(args)
 
 
+def _shapes(args: argparse.Namespace) -> Shapes | None:
+    """The grids that the options ask for.
+
+    Raises:
+        ConfigError: The budget has no room for the ratio, or a ratio stands alone.
+    """
+    if args.image_grids is not None:
+        return Shapes(args.image_grids, args.largest_ratio or LARGEST_RATIO)
+    if args.largest_ratio is None:
+        return None
+    what = "has no effect on squares, which all pictures are without --image-grids"
+    raise ConfigError("--largest-ratio", what, "Add --image-grids BUDGET, such as 1024")
+
+
 def _train_text(args: argparse.Namespace) -> None:
     from megatron_chameleon.data.tokenizer_corpus.documents import DroppedDocuments
     from megatron_chameleon.data.tokenizer_corpus.texts import read_texts
     from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 
     start_seconds = time.perf_counter()
+    shapes = _shapes(args)
     dropped = DroppedDocuments()
     try:
         with announced(f"reading {counted(len(args.files), 'file')} and training on their text"):
-            vocabulary = train_text_tokenizer(
-                read_texts(args.files, dropped), args.output, args.vocab_size, args.image_codes
-            )
+            texts = read_texts(args.files, dropped)
+            sizes = (args.vocab_size, args.image_codes, shapes)
+            vocabulary = train_text_tokenizer(texts, args.output, *sizes)
     finally:
         _report(dropped)
     dropped.write(Path(args.output) / DROPPED_TEXTS)
     seconds = time.perf_counter() - start_seconds
     show(
         f"{args.output}: text tokenizer with {vocabulary.size} ids, "
-        f"{vocabulary.image_codes} of them image codes, in {seconds:.1f} s"
+        f"{vocabulary.image_codes} of them image codes{_grids_in_words(vocabulary)}, "
+        f"in {seconds:.1f} s"
+    )
+
+
+def _grids_in_words(vocabulary: "Vocabulary") -> str:
+    if vocabulary.shapes is None:
+        return ""
+    shapes = vocabulary.shapes
+    return (
+        f" and {len(shapes.grids)} grids of pictures, from {shapes.grids[0]} to "
+        f"{shapes.grids[-1]} codes"
     )
 
 

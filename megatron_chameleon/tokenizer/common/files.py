@@ -25,12 +25,14 @@ def tokenizer_file(folder: str | Path, name: str) -> Path:
     return exported if is_image and not path.exists() and exported.exists() else path
 
 
-def read_checked_json(path: Path, expected_format: str, made_by: str) -> dict[str, Any]:
+def read_checked_json(
+    path: Path, expected_format: str | tuple[str, ...], made_by: str
+) -> dict[str, Any]:
     """Read a file with a JSON object that names its format.
 
     Args:
         path: The file.
-        expected_format: The value that its key ``format`` must have.
+        expected_format: The value that its key ``format`` must have, or several of them.
         made_by: The command that writes it, for the remedy.
 
     Raises:
@@ -42,7 +44,9 @@ def read_checked_json(path: Path, expected_format: str, made_by: str) -> dict[st
     except DataError as error:
         raise DataError(error.where, error.what, remedy) from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != expected_format:
+    formats = (expected_format,) if isinstance(expected_format, str) else expected_format
+    if found not in formats:
         shown = f"{found!r}"[:99]
-        raise DataError(str(path), f"`format` is {shown}, not {expected_format!r}", remedy)
+        expected = " or ".join(repr(name) for name in formats)
+        raise DataError(str(path), f"`format` is {shown}, not {expected}", remedy)
     return content

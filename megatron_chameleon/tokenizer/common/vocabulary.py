@@ -21,9 +21,18 @@ import numpy as np
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import write_bytes
 from megatron_chameleon.tokenizer.common.files import read_checked_json
+from megatron_chameleon.tokenizer.common.grids import (
+    END_ROW,
+    Grid,
+    Shapes,
+    grid_of_name,
+    square_grid,
+)
 
 VOCABULARY_FILE = "vocabulary.json"
 FORMAT = "megatron_chameleon.vocabulary/1"
+SHAPED_FORMAT = "megatron_chameleon.vocabulary/2"
+"""Of a vocabulary with grids, which programs that know only squares must not read."""
 
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
 END_IMAGE, BEGIN_IMAGE, SEPARATOR = "<eoss>", "<racm3:break>", "<reserved08706>"
@@ -42,6 +51,7 @@ _SPECIAL_NAMES = {
 }
 """Field of ``Vocabulary`` -> token name, where the name is always the same."""
 
+_WHOLE_PICTURE = "Pass the ids between the begin and the end of one whole picture"
 _DIGITS_TO_LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
 _LETTERS_TO_DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
 _IMAGE_CODE_NAME = re.compile(r"IMGIMG([A-J]+)Z")
@@ -52,14 +62,16 @@ def image_code_name(code: int) -> str:
     return f"IMGIMG{str(code).translate(_DIGITS_TO_LETTERS)}Z"
 
 
-def control_names(image_codes: int) -> list[str]:
+def control_names(image_codes: int, shapes: Shapes | None = None) -> list[str]:
     """The names that follow ``<unk>`` (id 3) in our vocabularies, in id order.
 
     Args:
         image_codes: Size of the image tokenizer's codebook.
+        shapes: The grids that pictures may have; None: one square.
     """
     codes = [image_code_name(code) for code in range(image_codes)]
-    return [*codes, END_IMAGE, BEGIN_IMAGE, SEPARATOR, IMAGE_PLACEHOLDER]
+    grids = [*(grid.name for grid in shapes.grids), END_ROW] if shapes else []
+    return [*codes, END_IMAGE, BEGIN_IMAGE, SEPARATOR, IMAGE_PLACEHOLDER, *grids]
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,11 @@ class Vocabulary:
     """Stands for an image code in Hugging Face's inputs; it never occurs in a training sequence."""
     image_codes: int
     """Size of the image tokenizer's codebook."""
+    grids: tuple[Grid, ...] = ()
+    """The grids that it has tokens for, in the order of their ids; empty if all pictures have the
+    one square grid of the image tokenizer."""
+    end_row: int | None = None
+    """Ends each row of codes; None without grids."""
 
     @property
     def size(self) -> int:
@@ -104,6 +121,131 @@ class Vocabulary:
         table = np.full(self.size, -1, dtype=np.int64)
         table[self.code_token_ids] = np.arange(self.image_codes)
         return table
+
+    @cached_property
+    def grid_token_ids(self) -> np.ndarray:
+        """Token id of each of ``grids``: int64 [grids]."""
+        ids = {name: token_id for token_id, name in enumerate(self.tokens)} if self.grids else {}
+        table = np.array([ids[grid.name] for grid in self.grids], dtype=np.int64)
+        table.setflags(write=False)
+        return table
+
+    @cached_property
+    def _grid_of_token(self) -> dict[int, Grid]:
+        return dict(zip(self.grid_token_ids.tolist(), self.grids, strict=True))
+
+    def grid_of_token(self, token_id: int) -> Grid | None:
+        """The grid that a token announces; None if it announces none."""
+        return self._grid_of_token.get(int(token_id))
+
+    def grid_token(self, grid: Grid) -> int:
+        """The token that announces a grid.
+
+        Raises:
+            DataError: The vocabulary does not have it.
+        """
+        if grid not in self.grids:
+            raise DataError(
+                "image codes",
+                f"a picture of {Grid(*grid)} codes is none of the {len(self.grids)} grids of the "
+                "vocabulary",
+                "Use a grid of the vocabulary: `shapes.grid_of(width, height)`",
+            )
+        return int(self.grid_token_ids[self.grids.index(grid)])
+
+    @cached_property
+    def shapes(self) -> Shapes | None:
+        """The grids that pictures may have; None if all have the image tokenizer's square."""
+        return Shapes.of(self.grids) if self.grids else None
+
+    def image_length(self, grid: Grid) -> int:
+        """The tokens of a picture, from begin-image to end-image, both included."""
+        return 2 + grid.codes + (1 + grid.rows if self.grids else 0)
+
+    @property
+    def tokens_beside_codes(self) -> np.ndarray:
+        """What stands between begin-image and end-image apart from codes: int64 [grids + 1], the
+        grids and the end of a row; empty without grids."""
+        end = [] if self.end_row is None else [self.end_row]
+        return np.append(self.grid_token_ids, np.array(end, dtype=np.int64))
+
+    def image_tokens(self, codes: np.ndarray, grid: Grid) -> np.ndarray:
+        """The tokens of a picture between begin-image and end-image.
+
+        With grids they are the grid's token, then each row of codes and the end of the row; without
+        grids, the codes alone.
+
+        Args:
+            codes: Integers [grid.codes] in [0, image_codes), row-major.
+            grid: Rows and columns of the codes.
+
+        Returns:
+            int64 [image_length(grid) - 2].
+
+        Raises:
+            DataError: The codes do not fill the grid, one is no image code, or the vocabulary has
+                no such grid.
+        """
+        grid = Grid(*grid)
+        codes = np.asarray(codes).reshape(-1)
+        if len(codes) != grid.codes:
+            raise DataError(
+                "image codes",
+                f"{len(codes)} codes for a grid of {grid}, which has {grid.codes}",
+                "Pass the codes of one whole picture",
+            )
+        ids = self.codes_to_token_ids(codes)
+        if not self.grids:
+            if grid.rows != grid.columns:
+                raise self.no_grids(f"a picture of {grid} codes")
+            return ids
+        rows = np.full((grid.rows, grid.columns + 1), self.end_row, dtype=np.int64)
+        rows[:, :-1] = ids.reshape(grid)
+        return np.append(self.grid_token(grid), rows)
+
+    def read_image(self, token_ids: np.ndarray) -> tuple[Grid, np.ndarray]:
+        """The inverse of ``image_tokens``.
+
+        Args:
+            token_ids: Those between begin-image and end-image, one-dimensional.
+
+        Returns:
+            The grid, and its codes: int64 [grid.codes], row-major.
+
+        Raises:
+            DataError: The tokens are not those of one whole picture.
+        """
+        ids = _as_integers(token_ids, "token ids").reshape(-1)
+        if not self.grids:
+            return square_grid(len(ids)), self.token_ids_to_codes(ids)
+        grid = self.grid_of_token(ids[0]) if len(ids) else None
+        if grid is None:
+            first = f"begins with the token {ids[0]}, not a grid" if len(ids) else "has no tokens"
+            raise DataError("token ids", f"a picture {first}", _WHOLE_PICTURE)
+        if len(ids) != self.image_length(grid) - 2:
+            what = f"a picture of {grid} codes has {len(ids) - 1} tokens behind its grid, not "
+            what += f"{self.image_length(grid) - 3}"
+            raise DataError("token ids", what, _WHOLE_PICTURE)
+        rows = ids[1:].reshape(grid.rows, grid.columns + 1)
+        wrong = np.flatnonzero(rows[:, -1] != self.end_row)
+        if len(wrong):
+            what = f"row {wrong[0] + 1} of a picture of {grid} codes does not end behind its "
+            what += f"{grid.columns} codes"
+            raise DataError("token ids", what, _WHOLE_PICTURE)
+        return grid, self.token_ids_to_codes(rows[:, :-1]).reshape(-1)
+
+    def no_grids(self, asked: str) -> DataError:
+        """The error for a picture of another shape, where the vocabulary has no grids.
+
+        Args:
+            asked: What was asked for.
+        """
+        return DataError(
+            "vocabulary",
+            f"has no grids, so all pictures are squares: it has no token for {asked}",
+            "Use a vocabulary of `chameleon tokenizer text --image-grids BUDGET`; released "
+            "vocabularies have none",
+        )
 
     def codes_to_token_ids(self, codes: np.ndarray) -> np.ndarray:
         """Turn image codes into token ids.
@@ -195,7 +337,18 @@ class Vocabulary:
                 "Name the image codes IMGIMGAZ (0), IMGIMGBZ (1), ... without gaps",
             )
         special_ids = {role: ids[name] for role, name in special.items()}
-        return cls(tuple(tokens), image_codes=len(codes), **special_ids)
+        grids = tuple(grid for name in tokens if (grid := grid_of_name(name)) is not None)
+        end_row = ids.get(END_ROW)
+        if bool(grids) != (end_row is not None):
+            has, lacks = (f"{len(grids)} grids", END_ROW) if grids else (END_ROW, Grid(4, 4).name)
+            raise DataError(
+                where,
+                f"has {has}, but no token such as {lacks}",
+                "Use a vocabulary made by `chameleon tokenizer text --image-grids BUDGET`",
+            )
+        return cls(
+            tuple(tokens), image_codes=len(codes), grids=grids, end_row=end_row, **special_ids
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "Vocabulary":
@@ -205,13 +358,19 @@ class Vocabulary:
             DataError: If the file is missing, unreadable or not a vocabulary.
         """
         path = Path(folder) / VOCABULARY_FILE
-        content = read_checked_json(path, FORMAT, made_by="chameleon tokenizer text")
+        formats = (FORMAT, SHAPED_FORMAT)
+        content = read_checked_json(path, formats, made_by="chameleon tokenizer text")
         tokens = content.get("tokens")
         if not isinstance(tokens, list) or not all(isinstance(name, str) for name in tokens):
             raise DataError(
                 str(path), "`tokens` is not a list of names", "Run `chameleon tokenizer text` again"
             )
-        return cls.from_tokens(tokens, where=str(path))
+        vocabulary = cls.from_tokens(tokens, where=str(path))
+        if bool(vocabulary.grids) != (content["format"] == SHAPED_FORMAT):
+            what = f"`format` is {content['format']!r}, which does not fit its "
+            what += f"{len(vocabulary.grids)} grids"
+            raise DataError(str(path), what, "Run `chameleon tokenizer text` again")
+        return vocabulary
 
     def save(self, folder: str | Path) -> None:
         """Write FOLDER/vocabulary.json.
@@ -225,7 +384,11 @@ class Vocabulary:
         """The content of vocabulary.json: the special ids, for people, then all tokens by id."""
         values = asdict(self)
         tokens = values.pop("tokens")
-        content = {"format": FORMAT, "size": self.size, **values, "tokens": tokens}
+        values["grids"] = len(self.grids)
+        if not self.grids:
+            del values["grids"], values["end_row"]
+        name = SHAPED_FORMAT if self.grids else FORMAT
+        content = {"format": name, "size": self.size, **values, "tokens": tokens}
         return (json.dumps(content, ensure_ascii=False, indent=0) + "\n").encode()
 
 

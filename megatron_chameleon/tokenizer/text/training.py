@@ -3,8 +3,9 @@
     chameleon tokenizer text corpus.txt --output DIR --vocab-size 65536 --image-codes 8192
 
 The vocabulary size includes everything, as in the paper (section 2.2): 65,536 ids with the 8,192
-image codes. The order of the ids is: ``<s> <pad> </s> <unk>``, the image codes, four sentinels, 256
-bytes, learned pieces, single characters.
+image codes. The order of the ids is: ``<s> <pad> </s> <unk>``, the image codes, four sentinels, the
+grids of pictures and the end of a row if pictures have shapes, 256 bytes, learned pieces, single
+characters.
 """
 
 import io
@@ -18,6 +19,7 @@ import sentencepiece
 from megatron_chameleon.errors import ConfigError, DataError, first_line
 from megatron_chameleon.files import make_folder, write_together
 from megatron_chameleon.outputs import save_anyhow
+from megatron_chameleon.tokenizer.common.grids import Shapes
 from megatron_chameleon.tokenizer.common.vocabulary import (
     BOS,
     EOS,
@@ -49,20 +51,28 @@ class VocabularyTooSmall(ConfigError):
         wanted: The size that was asked for.
         needed: The smallest size that has room.
         image_codes: Of them, codes of images.
+        shapes: The grids of pictures; None: one square.
     """
 
-    def __init__(self, wanted: int, needed: int, image_codes: int) -> None:
+    def __init__(
+        self, wanted: int, needed: int, image_codes: int, shapes: Shapes | None = None
+    ) -> None:
         super().__init__(
             "--vocab-size",
             f"{wanted} is too small: {needed} ids are needed for the special tokens, "
-            f"{image_codes} image codes, {BYTE_PIECES} bytes and the characters of the corpus",
+            f"{image_codes} image codes, {_grids_in_words(shapes)}{BYTE_PIECES} bytes and the "
+            "characters of the corpus",
             f"Use --vocab-size {needed} or more",
         )
         self.needed = needed
 
 
 def train_text_tokenizer(
-    texts: Iterable[str], output: str | Path, vocab_size: int, image_codes: int
+    texts: Iterable[str],
+    output: str | Path,
+    vocab_size: int,
+    image_codes: int,
+    shapes: Shapes | None = None,
 ) -> Vocabulary:
     """Train on texts and write OUTPUT/text.model and OUTPUT/vocabulary.json.
 
@@ -73,6 +83,7 @@ def train_text_tokenizer(
             replaced.
         vocab_size: Number of token ids, including image codes and special tokens.
         image_codes: Codebook size of the image tokenizer that belongs to it.
+        shapes: The grids that pictures may have; None: the image tokenizer's one square.
 
     Raises:
         ConfigError: If the size is too small for what it must contain or larger than the corpus can
@@ -81,9 +92,9 @@ def train_text_tokenizer(
             result, the error names another folder that has it.
     """
     output = make_folder(output)
-    _check_sizes(vocab_size, image_codes)
+    _check_sizes(vocab_size, image_codes, shapes)
     _check_image_tokenizer(output, image_codes)
-    tokenizer, model = try_vocabulary(texts, vocab_size, image_codes)
+    tokenizer, model = try_vocabulary(texts, vocab_size, image_codes, shapes)
     if tokenizer.size < vocab_size:
         raise ConfigError(
             "--vocab-size",
@@ -101,7 +112,7 @@ def train_text_tokenizer(
 
 
 def try_vocabulary(
-    texts: Iterable[str], vocab_size: int, image_codes: int
+    texts: Iterable[str], vocab_size: int, image_codes: int, shapes: Shapes | None = None
 ) -> tuple[TextTokenizer, bytes]:
     """Train on texts and write nothing.
 
@@ -109,6 +120,7 @@ def try_vocabulary(
         texts: As for ``train_text_tokenizer``.
         vocab_size: Likewise.
         image_codes: Likewise.
+        shapes: Likewise.
 
     Returns:
         The tokenizer, which is smaller than asked for if the corpus cannot fill it, and the content
@@ -124,14 +136,14 @@ def try_vocabulary(
         raise DataError("text corpus", "has no text", "Pass files with at least one line of text")
     guarded = _Guarded(itertools.chain([first], lines))
     try:
-        model = _train(guarded, vocab_size, image_codes)
+        model = _train(guarded, vocab_size, image_codes, shapes)
     finally:
         if guarded.error is not None:
             raise guarded.error
     return TextTokenizer(model), model
 
 
-def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:
+def _train(lines: Iterator[str], vocab_size: int, image_codes: int, shapes: Shapes | None) -> bytes:
     """The sentencepiece model; smaller than asked for if the corpus yields too few pieces."""
     model = io.BytesIO()
     try:
@@ -149,7 +161,7 @@ def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:
             eos_piece=EOS,
             unk_id=3,
             unk_piece=UNK,
-            control_symbols=control_names(image_codes),
+            control_symbols=control_names(image_codes, shapes),
             byte_fallback=True,
             add_dummy_prefix=False,  # with it, Hugging Face's tokenizers give different ids
             normalization_rule_name="identity",
@@ -165,7 +177,8 @@ def _train(lines: Iterator[str], vocab_size: int, image_codes: int) -> bytes:
         if required is None:
             what = f"sentencepiece cannot be trained on it ({first_line(error)[:200]})"
             raise DataError("text corpus", what, "Check that the inputs hold text") from error
-        raise VocabularyTooSmall(vocab_size, int(required[2]), image_codes) from error
+        needed = int(required[2])
+        raise VocabularyTooSmall(vocab_size, needed, image_codes, shapes) from error
     return model.getvalue()
 
 
@@ -192,24 +205,30 @@ class _Guarded:
             raise StopIteration from None
 
 
-def fixed_ids(image_codes: int) -> int:
-    """Ids of a vocabulary before the first piece of text: special tokens, image codes and bytes."""
-    return 4 + len(control_names(image_codes)) + BYTE_PIECES
+def fixed_ids(image_codes: int, shapes: Shapes | None = None) -> int:
+    """Ids of a vocabulary before the first piece of text: special tokens, image codes, the grids of
+    pictures and bytes."""
+    return 4 + len(control_names(image_codes, shapes)) + BYTE_PIECES
 
 
-def _check_sizes(vocab_size: int, image_codes: int) -> None:
+def _grids_in_words(shapes: Shapes | None) -> str:
+    return f"{len(shapes.grids)} grids and the end of a row, " if shapes else ""
+
+
+def _check_sizes(vocab_size: int, image_codes: int, shapes: Shapes | None) -> None:
     if image_codes < 1:
         raise ConfigError(
             "--image-codes",
             f"{image_codes} is below 1",
             "Give the codebook size of the image tokenizer",
         )
-    least = fixed_ids(image_codes) + 1
+    least = fixed_ids(image_codes, shapes) + 1
+    special = fixed_ids(image_codes) - image_codes
     if vocab_size < least:
         raise ConfigError(
             "--vocab-size",
-            f"{vocab_size} is too small: {image_codes} image codes, {least - 1 - image_codes} "
-            f"special tokens and bytes, and at least one piece of text are needed",
+            f"{vocab_size} is too small: {image_codes} image codes, {_grids_in_words(shapes)}"
+            f"{special} special tokens and bytes, and at least one piece of text are needed",
             f"Use --vocab-size {least} or more; it includes the image codes",
         )
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from megatron_chameleon.cli.main import main
 from megatron_chameleon.tokenizer import load_tokenizer
+from megatron_chameleon.tokenizer.common.grids import Shapes
 
 Noise = Callable[..., Image.Image]
 SMALL = ["model.resolution=8", "model.ch_mult=[1,1]", "model.codebook_size=16"]
@@ -87,3 +88,44 @@ def test_debug_shows_where_it_came_from(tmp_path: Path, capsys: pytest.CaptureFi
 def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("image", "a.png", "--output", "out", "--sede", "3") == 2
     assert "unrecognized arguments: --sede" in capsys.readouterr().err
+
+
+def test_grids_are_asked_for_with_a_budget(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without one the vocabulary is what it was, to the byte."""
+    words = ["text", str(corpus), "--vocab-size", "320", "--image-codes", "16", "--output"]
+    folder = corpus.parent
+    assert run(*words, str(folder / "squares")) == 0
+    assert "grids of pictures" not in capsys.readouterr().out
+    content = json.loads((folder / "squares" / "vocabulary.json").read_text())
+    assert content["format"] == "megatron_chameleon.vocabulary/1"
+    assert not {"grids", "end_row"} & content.keys()
+    assert run(*words, str(folder / "shaped"), "--image-grids", "16") == 0
+    assert "16 of them image codes and 9 grids of pictures, from 8 x 2 to 2 x 8 codes" in (
+        capsys.readouterr().out
+    )
+    tokenizer = load_tokenizer(folder / "shaped", images=False)
+    content = json.loads((folder / "shaped" / "vocabulary.json").read_text())
+    assert content["format"] == "megatron_chameleon.vocabulary/2"
+    assert tokenizer.vocabulary.shapes == Shapes(16)
+    ids = tokenizer.text.encode("<grid_4x4> <end_row>")
+    assert not {*ids} & {*tokenizer.vocabulary.tokens_beside_codes.tolist()}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image-grids", "3"], "has no room for a picture of 4:1"),
+        (["--image-grids", "0"], "--image-grids: '0' is not a whole number"),
+        (["--image-grids", "9", "--largest-ratio", "nan"], "'nan' is not a number between 1"),
+        (["--largest-ratio", "2"], "--largest-ratio: has no effect on squares"),
+        (["--image-grids", "4000"], "16 image codes, 125 grids and the end of a row, 264 special"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused(
+    corpus: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["--output", str(corpus.parent / "out"), "--vocab-size", "320", "--image-codes", "16"]
+    assert run("text", str(corpus), *output, *words) == 2
+    assert message in capsys.readouterr().err
