@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": set(),
     "tokenizer/common": set(),
     "tokenizer/image": {"config", "images", "tokenizer/common"},
-    "tokenizer/image/training": {"images", "tokenizer/common", "tokenizer/image"},
+    # several processes share a batch
+    "tokenizer/image/training": {"images", "parallel", "tokenizer/common", "tokenizer/image"},
     "tokenizer/text": {"tokenizer/common", "tokenizer/image"},
     "tokenizer": {"tokenizer/common", "tokenizer/image", "tokenizer/text"},
     "data": set(),

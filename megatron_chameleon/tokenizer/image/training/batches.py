@@ -21,6 +21,7 @@ from megatron_chameleon.files import write_text, writing
 from megatron_chameleon.images.image_error import ImageError
 from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
 from megatron_chameleon.tokenizer.image.tokenizer import prepare_image, to_pixels, unreadable_image
+from megatron_chameleon.tokenizer.image.training.processes import Processes
 
 READING_THREADS = 8
 DROPPED_FILE = "image.dropped.jsonl"
@@ -52,14 +53,24 @@ class ImageSet:
         entries: The images.
         resolution: Width and height in pixels.
         cache_bytes: Memory for prepared images.
+        processes: Those that share each batch.
     """
 
-    def __init__(self, entries: Sequence[TrainingImage], resolution: int, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        entries: Sequence[TrainingImage],
+        resolution: int,
+        cache_bytes: int,
+        processes: Processes | None = None,
+    ) -> None:
         self.entries = list(entries)
+        self.processes = processes or Processes()
         self.resolution = resolution
         self.weights = np.array([entry.weight for entry in entries], dtype=np.float64)
         self.dropped: dict[int, str] = {}
         """Reason by index of the entry."""
+        self._agreed: set[int] = set()
+        """Of these, all processes know."""
         self._cache: dict[int, np.ndarray] = {}
         self.cached = min(len(self.entries), cache_bytes // (3 * resolution**2))
         """So many entries, the first ones, have been read and are in memory."""
@@ -67,25 +78,31 @@ class ImageSet:
         for index, image in enumerate(self._pool.map(self._read, range(self.cached))):
             if image is not None:
                 self._cache[index] = image
+        self._agree()
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Draw images with replacement, in proportion to their weights.
 
         Returns:
-            RGB, uint8 [count, resolution, resolution, 3].
+            This process's share of them: RGB, uint8 [share, resolution, resolution, 3].
 
         Raises:
             DataError: If every image with a weight above 0 turned out to be unreadable, or a disk
                 or network fails.
         """
-        drawn: list[np.ndarray] = []
+        drawn: list[int] = []
+        read: dict[int, np.ndarray] = {}
         while len(drawn) < count:
             if self.weights.sum() <= 0:
                 raise self._nothing_left()
             share = self.weights / self.weights.sum()
-            indices = rng.choice(len(share), size=count - len(drawn), p=share)
-            drawn += [image for image in self._pool.map(self._get, indices) if image is not None]
-        return np.stack(drawn)
+            indices = rng.choice(len(share), size=count - len(drawn), p=share).tolist()
+            read |= self._read_all(self.processes.share(indices))
+            self._agree()
+            drawn += [index for index in indices if index not in self.dropped]
+        mine = self.processes.share(drawn)
+        read |= self._read_all([index for index in mine if index not in read])
+        return np.stack([self._drawn(index, read) for index in mine])
 
     def first(self, count: int) -> np.ndarray:
         """The first readable images: uint8 [at most count, resolution, resolution, 3]."""
@@ -118,6 +135,8 @@ class ImageSet:
         """
         self.dropped.update(dropped)
         self.weights[list(dropped)] = 0
+        for index in dropped:
+            self._cache.pop(index, None)
 
     def write_dropped(self, folder: Path) -> None:
         """List the dropped images in FOLDER/image.dropped.jsonl; without any there is no file."""
@@ -131,6 +150,25 @@ class ImageSet:
         else:
             with writing(path):
                 path.unlink(missing_ok=True)
+
+    def _read_all(self, indices: Sequence[int]) -> dict[int, np.ndarray]:
+        """The readable ones of some images, by index."""
+        indices = list(dict.fromkeys(indices))
+        found = zip(indices, self._pool.map(self._get, indices), strict=True)
+        return {index: image for index, image in found if image is not None}
+
+    def _drawn(self, index: int, read: Mapping[int, np.ndarray]) -> np.ndarray:
+        if index not in read:
+            what = f"this process cannot read it and another one can ({self.dropped.get(index)})"
+            raise DataError(self.entries[index].where, what, "Give all processes the same files")
+        return read[index]
+
+    def _agree(self) -> None:
+        """Drop what any process could not read."""
+        new = {index: text for index, text in self.dropped.items() if index not in self._agreed}
+        found = self.processes.union(new)
+        self.drop(found)
+        self._agreed |= found.keys()
 
     def _get(self, index: int) -> np.ndarray | None:
         cached = self._cache.get(index)
@@ -159,23 +197,40 @@ class ImageSet:
 
 
 def training_batch(images: ImageSet, config: ImageTrainingConfig, seed: int, step: int) -> Tensor:
-    """The pixels of one step: float32 [batch_size, 3, H, W] in [-1, 1], on the CPU."""
+    """The pixels of one step, on the CPU: float32 [share, 3, H, W] in [-1, 1].
+
+    The share is that of the process, of a batch of ``batch_size``.
+    """
     rng = np.random.default_rng([seed, step])
     pixels_BCHW = to_pixels(images.draw(config.batch_size, rng))
     if config.rotate_degrees == config.shift == config.scale == 0:
         return pixels_BCHW
-    return augment(pixels_BCHW, config, rng)
+    return augment(pixels_BCHW, config, rng, images.processes)
 
 
-def augment(pixels_BCHW: Tensor, config: ImageTrainingConfig, rng: np.random.Generator) -> Tensor:
-    """Rotate, scale and shift each image a little; uncovered areas repeat the border."""
-    count = pixels_BCHW.shape[0]
+def augment(
+    pixels_BCHW: Tensor,
+    config: ImageTrainingConfig,
+    rng: np.random.Generator,
+    processes: Processes | None = None,
+) -> Tensor:
+    """Rotate, scale and shift each image a little; uncovered areas repeat the border.
+
+    Args:
+        pixels_BCHW: The share of this process.
+        config: Has the ranges.
+        rng: Draws for the batch of all processes.
+        processes: Those that share the batch.
+    """
+    processes = processes or Processes()
+    count = pixels_BCHW.shape[0] * processes.size
     angle = np.deg2rad(rng.uniform(-config.rotate_degrees, config.rotate_degrees, count))
     size = 1 + rng.uniform(-config.scale, config.scale, count)
     shift = 2 * rng.uniform(-config.shift, config.shift, (count, 2))  # the image is 2 wide in torch
     rows = [np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)]
     matrix = np.stack(rows, axis=1).reshape(count, 2, 2) / size[:, None, None]
-    theta = torch.tensor(np.concatenate([matrix, shift[:, :, None]], axis=2), dtype=torch.float32)
+    moves = np.concatenate([matrix, shift[:, :, None]], axis=2)[processes.part(count)]
+    theta = torch.tensor(moves, dtype=torch.float32)
     grid = functional.affine_grid(theta, list(pixels_BCHW.shape), align_corners=False)
     return functional.grid_sample(
         pixels_BCHW, grid, padding_mode="border", align_corners=False, mode="bilinear"

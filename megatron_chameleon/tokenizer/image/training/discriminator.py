@@ -6,6 +6,7 @@ There is no perceptual loss (LPIPS): its pretrained weights would have to be dow
 tokenizer must be trainable without internet access.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -54,12 +55,22 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def adaptive_weight(
-    reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor
+    reconstruction_loss: Tensor,
+    adversarial_loss: Tensor,
+    last_layer: Tensor,
+    mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> Tensor:
-    """The factor at which both losses' gradients at the decoder's last layer are equally large."""
+    """The factor at which both losses' gradients at the decoder's last layer are equally large.
+
+    Args:
+        reconstruction_loss: A scalar.
+        adversarial_loss: A scalar.
+        last_layer: The weights whose gradients are compared.
+        mean: Takes the mean of a gradient over the processes that share the batch.
+    """
     (reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (adversarial,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
-    ratio = reconstruction.norm() / (adversarial.norm() + 1e-4)
+    ratio = mean(reconstruction).norm() / (mean(adversarial).norm() + 1e-4)
     return ratio.clamp(0, LARGEST_ADAPTIVE_WEIGHT).detach()
 
 

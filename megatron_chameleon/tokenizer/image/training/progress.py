@@ -73,9 +73,16 @@ class Progress:
         self.used: Tensor | None = None
         """Codes that have been used since the last line."""
 
-    def step(self, step: int, losses: dict[str, Tensor], codes_BN: Tensor, dropped: int) -> None:
-        """Note a step, counted from 0; print the line if it is time."""
-        seen = codes_BN.unique()
+    def step(self, step: int, losses: dict[str, Tensor], uses_K: Tensor, dropped: int) -> None:
+        """Note a step, counted from 0; print the line if it is time.
+
+        Args:
+            step: Its number.
+            losses: Scalars, in the order of the line.
+            uses_K: How often the step has chosen each code.
+            dropped: Images that were left out so far.
+        """
+        seen = uses_K.nonzero().flatten()
         self.used = seen if self.used is None else torch.cat([self.used, seen]).unique()
         done = step + 1
         here = done - self.earlier

@@ -5,6 +5,7 @@ loss of a patch discriminator. The perceptual loss (LPIPS) of Esser et al. 2021 
 its pretrained weights would have to be downloaded.
 """
 
+import signal as signals
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_chameleon.tokenizer.image.training.discriminator import (
     hinge_loss,
 )
 from megatron_chameleon.tokenizer.image.training.limits import FiniteLosses, check_weights
+from megatron_chameleon.tokenizer.image.training.processes import Processes
 from megatron_chameleon.tokenizer.image.training.progress import Progress, TrainingClock
 from megatron_chameleon.tokenizer.image.training.unfinished import Saver
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganOutput
@@ -31,24 +33,43 @@ ADAM_BETAS = (0.5, 0.9)
 
 
 class Trainer:
-    """The network, the discriminator, their optimizers, and a training step."""
+    """The network, the discriminator, their optimizers, and a training step.
 
-    def __init__(self, config: ImageTokenizerConfig, seed: int, device: torch.device) -> None:
+    Args:
+        config: Shape and training.
+        seed: For the draws; the weights are those of torch's generator.
+        device: Where to compute.
+        processes: Those that share each batch.
+    """
+
+    def __init__(
+        self,
+        config: ImageTokenizerConfig,
+        seed: int,
+        device: torch.device,
+        processes: Processes | None = None,
+    ) -> None:
         self.config = config.training
         self.seed = seed
         self.device = device
+        self.processes = processes or Processes()
         self.model = Vqgan(config.model).to(device).train()
+        self.network = self.processes.parallel(self.model)
+        """``model``, whose backward pass averages over the processes."""
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=self.config.lr, betas=ADAM_BETAS
         )
         self.discriminator: PatchDiscriminator | None = None
         self.discriminator_optimizer: torch.optim.Adam | None = None
         if self.config.discriminator_weight > 0:
-            self.discriminator = PatchDiscriminator(
+            discriminator = PatchDiscriminator(
                 config.model.in_channels,
                 self.config.discriminator_channels,
                 self.config.discriminator_layers,
             ).to(device)
+            self.discriminator = self.processes.with_global_batches(discriminator)
+            self.judge = self.processes.parallel(self.discriminator)
+            """``discriminator``, whose backward pass averages over the processes."""
             self.discriminator_optimizer = torch.optim.Adam(
                 self.discriminator.parameters(), lr=self.config.lr, betas=ADAM_BETAS
             )
@@ -79,13 +100,13 @@ class Trainer:
         progress = Progress(config, report, clock, self.done)
         progress.used = self.used_codes
         while True:
-            signal = asked()
-            is_over = self.done >= config.steps or (self.done > 0 and clock.left() <= 0)
+            signal, is_late, is_save_due = self._agree(asked())
+            is_over = self.done >= config.steps or (self.done > 0 and is_late)
             self.used_codes = progress.used
             if is_over:
                 self.finite.check()
                 check_weights(self.model, self.done)
-            if signal or is_over or clock.is_save_due():
+            if signal or is_over or is_save_due:
                 saver.save(must=bool(signal))
             if signal:
                 place = f"step {self.done:,} of {config.steps:,}"
@@ -102,6 +123,13 @@ class Trainer:
             )
         return True
 
+    def _agree(self, signal: str | None) -> tuple[str | None, bool, bool]:
+        """What any process wants: to stop for a signal, to end at the time limit, to save."""
+        number = signals.Signals[signal] if signal else 0
+        wishes = [int(number), self.clock.left() <= 0, self.clock.is_save_due()]
+        number, is_late, is_save_due = self.processes.highest(wishes)
+        return (signals.Signals(number).name if number else None), bool(is_late), bool(is_save_due)
+
     def train_step(self, images: ImageSet, progress: Progress) -> None:
         """Do the next step, and what follows it."""
         config, step = self.config, self.done
@@ -111,8 +139,10 @@ class Trainer:
         self.finite.note(losses, step)
         if self.device.type == "cpu" or (step + 1) % config.log_every_steps == 0:
             self.finite.check()  # on a GPU, this waits for the step
-        self.uses_K += output.codes_BN.flatten().bincount(minlength=len(self.uses_K))
-        progress.step(step, losses, output.codes_BN, len(images.dropped))
+        uses_K = output.codes_BN.flatten().bincount(minlength=len(self.uses_K))
+        uses_K = self.processes.sum(uses_K)
+        self.uses_K += uses_K
+        progress.step(step, losses, uses_K, len(images.dropped))
         every = config.reseed_every_steps
         if every and (step + 1) % every == 0 and step + 1 <= config.reseed_fraction * config.steps:
             self.reseed(output.latents_BDhw.detach(), step)
@@ -162,7 +192,7 @@ class Trainer:
         batches = -(-len(weight_KD) // (self.config.batch_size * self.model.config.codes_per_image))
         for _ in range(batches):
             pixels_BCHW = to_pixels(images.draw(self.config.batch_size, rng)).to(self.device)
-            vectors.append(_latent_rows(self.model.latents(pixels_BCHW)))
+            vectors.append(self.processes.rows(_latent_rows(self.model.latents(pixels_BCHW))))
         rows_MD = torch.cat(vectors)
         weight_KD.copy_(rows_MD[torch.tensor(rng.permutation(len(rows_MD))[: len(weight_KD)])])
 
@@ -173,40 +203,68 @@ class Trainer:
                 optimizer.param_groups[0]["lr"] = lr
 
     def step(self, pixels_BCHW: Tensor, step: int) -> tuple[dict[str, Tensor], VqganOutput]:
-        """Update the network, then the discriminator if it is active at this step."""
-        config = self.config
-        output = self.model(pixels_BCHW)
-        reconstruction_BCHW = output.reconstruction_BCHW
-        l1 = functional.l1_loss(reconstruction_BCHW, pixels_BCHW)
-        pixel_loss = config.l1_weight * l1
-        if config.l2_weight > 0:
-            l2 = functional.mse_loss(reconstruction_BCHW, pixels_BCHW)
-            pixel_loss = pixel_loss + config.l2_weight * l2
-        loss = (
-            pixel_loss
-            + config.codebook_weight * output.codebook_loss
-            + config.commitment_beta * output.commitment_loss
-        )
-        losses = {"l1": l1, "codebook": output.codebook_loss, "commit": output.commitment_loss}
-        adversarial = self.discriminator is not None and step >= config.discriminator_start
-        if adversarial:
-            assert self.discriminator is not None
-            losses["gan"] = -self.discriminator(reconstruction_BCHW).mean()
-            last_layer = self.model.decoder.conv_out.weight
-            balance = adaptive_weight(pixel_loss, losses["gan"], last_layer)
-            loss = loss + config.discriminator_weight * balance * losses["gan"]
+        """Update the network, then the discriminator if it is active at this step.
+
+        Args:
+            pixels_BCHW: This process's share of the batch.
+            step: Counted from 0.
+
+        Returns:
+            The losses, which are means over the whole batch, and what the network gave to the
+            share.
+        """
+        output = self.network(pixels_BCHW)
+        losses: dict[str, Tensor] = {}
+        loss = self.network_loss(output, pixels_BCHW, step, losses)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        if adversarial:
-            losses["disc"] = self.discriminator_step(pixels_BCHW, reconstruction_BCHW.detach())
-        return {name: value.detach() for name, value in losses.items()}, output
+        if self.is_adversarial(step):
+            fake_BCHW = output.reconstruction_BCHW.detach()
+            losses["disc"] = self.discriminator_step(pixels_BCHW, fake_BCHW)
+        losses = {name: value.detach() for name, value in losses.items()}
+        return self.processes.mean_losses(losses), output
+
+    def is_adversarial(self, step: int) -> bool:
+        """Whether a step, counted from 0, has the adversarial loss."""
+        return self.discriminator is not None and step >= self.config.discriminator_start
+
+    def network_loss(
+        self, output: VqganOutput, pixels_BCHW: Tensor, step: int, losses: dict[str, Tensor]
+    ) -> Tensor:
+        """What the network minimises; adds its terms, without their weights, to ``losses``."""
+        reconstruction = self.reconstruction_loss(output.reconstruction_BCHW, pixels_BCHW, losses)
+        loss = (
+            reconstruction
+            + self.config.codebook_weight * output.codebook_loss
+            + self.config.commitment_beta * output.commitment_loss
+        )
+        losses |= {"codebook": output.codebook_loss, "commit": output.commitment_loss}
+        if self.is_adversarial(step):
+            assert self.discriminator is not None
+            losses["gan"] = -self.discriminator(output.reconstruction_BCHW).mean()
+            last_layer = self.model.decoder.conv_out.weight
+            mean = self.processes.mean
+            balance = adaptive_weight(reconstruction, losses["gan"], last_layer, mean)
+            loss = loss + self.config.discriminator_weight * balance * losses["gan"]
+        return loss
+
+    def reconstruction_loss(
+        self, fake_BCHW: Tensor, real_BCHW: Tensor, losses: dict[str, Tensor]
+    ) -> Tensor:
+        """How far a reconstruction is off, which the adaptive weight is relative to."""
+        losses["l1"] = functional.l1_loss(fake_BCHW, real_BCHW)
+        loss = self.config.l1_weight * losses["l1"]
+        if self.config.l2_weight > 0:
+            l2 = functional.mse_loss(fake_BCHW, real_BCHW)
+            loss = loss + self.config.l2_weight * l2
+        return loss
 
     def discriminator_step(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> Tensor:
-        assert self.discriminator is not None and self.discriminator_optimizer is not None
+        assert self.discriminator_optimizer is not None
         # The network's backward pass has left gradients in the discriminator too.
         self.discriminator_optimizer.zero_grad(set_to_none=True)
-        loss = hinge_loss(self.discriminator(real_BCHW), self.discriminator(fake_BCHW))
+        loss = hinge_loss(self.judge(real_BCHW), self.judge(fake_BCHW))
         loss.backward()
         self.discriminator_optimizer.step()
         return loss
@@ -216,7 +274,7 @@ class Trainer:
         """Move unused codebook vectors to latents of the batch, and reset their Adam state."""
         unused = (self.uses_K == 0).nonzero().flatten()
         self.uses_K.zero_()
-        rows_MD = _latent_rows(latents_BDhw)
+        rows_MD = self.processes.rows(_latent_rows(latents_BDhw))
         unused = unused[: len(rows_MD)]
         rng = np.random.default_rng([self.seed, step, 1])  # a stream of its own
         chosen = torch.tensor(rng.permutation(len(rows_MD))[: len(unused)], device=self.device)
