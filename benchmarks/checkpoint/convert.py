@@ -36,7 +36,7 @@ from megatron_chameleon.tokenizer.common.vocabulary import (
     control_names,
 )
 from megatron_chameleon.tokenizer.folder import load_tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan
+from megatron_chameleon.tokenizer.image.stored import save_vqgan
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 from megatron_chameleon.tokenizer.text.model_file import build_sentencepiece_model
 

@@ -126,7 +126,7 @@ def drawn_codes(folder: str | Path) -> int:
         return 0
     from safetensors import SafetensorError, safe_open
 
-    from megatron_chameleon.tokenizer.image.tokenizer import read_vqgan_config
+    from megatron_chameleon.tokenizer.image.stored import read_vqgan_config
 
     path = tokenizer_file(folder, IMAGE_WEIGHTS_FILE)
     codes = read_vqgan_config(folder).codes_per_image

@@ -53,7 +53,7 @@ def write_published_tokenizer(
     if encoder and config is not None:
         import torch
 
-        from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan
+        from megatron_chameleon.tokenizer.image.stored import save_vqgan
         from megatron_chameleon.tokenizer.image.vqgan import Vqgan
 
         with torch.device("meta"):

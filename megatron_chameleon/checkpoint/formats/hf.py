@@ -229,8 +229,8 @@ def write_settings(folder: Path, target: Target) -> None:
     from transformers import GenerationConfig
 
     vocabulary, image = target.tokenizer.vocabulary, target.tokenizer.image
-    assert image is not None
-    config = build_config(target.model, vocabulary, image.config, target.main_dtype)
+    assert image is not None and image.vqgan is not None
+    config = build_config(target.model, vocabulary, image.vqgan.config, target.main_dtype)
     config.save_pretrained(folder)
     GenerationConfig(
         bos_token_id=vocabulary.bos,

@@ -10,7 +10,7 @@ from megatron_chameleon.checkpoint.names.architecture import ARCHITECTURE, bound
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.errors import ChameleonError, CheckpointError
 from megatron_chameleon.tokenizer.common.vocabulary import IMAGE_PLACEHOLDER, Vocabulary
-from megatron_chameleon.tokenizer.image.tokenizer import vqgan_config
+from megatron_chameleon.tokenizer.image.stored import vqgan_config
 from megatron_chameleon.tokenizer.image.vqgan import VqganConfig
 from megatron_chameleon.values import Values, describe
 

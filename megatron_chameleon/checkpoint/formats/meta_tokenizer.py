@@ -24,7 +24,7 @@ from megatron_chameleon.files import read_bytes, write_bytes, write_text
 from megatron_chameleon.tokenizer.common.files import tokenizer_file
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import (
+from megatron_chameleon.tokenizer.image.stored import (
     IMAGE_CONFIG_FILE,
     save_vqgan,
     vqgan_config,
@@ -57,12 +57,13 @@ def write_meta_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """
     from megatron_chameleon.tokenizer.huggingface import fast_tokenizer
 
-    assert tokenizer.image is not None
+    assert tokenizer.image is not None and tokenizer.image.vqgan is not None
+    vqgan = tokenizer.image.vqgan
     folder.mkdir()
     fast_tokenizer(tokenizer).backend_tokenizer.save(str(folder / META_TEXT_FILE))
-    weights = tokenizer.image.model.state_dict()
+    weights = vqgan.state_dict()
     torch.save({"state_dict": {n: t.cpu() for n, t in weights.items()}}, folder / VQGAN_FILE)
-    content = {"model": {"params": _vqgan_params(tokenizer.image.config)}}
+    content = {"model": {"params": _vqgan_params(vqgan.config)}}
     text = yaml.safe_dump(content, sort_keys=False)
     write_text(folder / VQGAN_CONFIG_FILE, text)
     for name in _KEPT:

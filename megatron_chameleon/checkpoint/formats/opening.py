@@ -27,7 +27,6 @@ from megatron_chameleon.tokenizer.folder import (
     load_image_tokenizer,
     load_tokenizer,
 )
-from megatron_chameleon.tokenizer.image.shape import VqganConfig
 from megatron_chameleon.tokenizer.published import PUBLISHED_TEXT_FILE, write_published_tokenizer
 from megatron_chameleon.values import printable
 
@@ -270,7 +269,7 @@ def check_encoder(tokenizer: Tokenizer, reader: CheckpointReader) -> None:
         if name not in ours or name not in stored or not _is_same(ours[name].cpu(), stored[name]())
     ]
     if not differing:
-        _check_shape(tokenizer, image.config, reader)
+        _check_shape(tokenizer, image.resolution, reader)
     else:
         is_own = tokenizer.folder == reader.folder
         what = (
@@ -287,16 +286,15 @@ def check_encoder(tokenizer: Tokenizer, reader: CheckpointReader) -> None:
         )
 
 
-def _check_shape(tokenizer: Tokenizer, own: VqganConfig, reader: CheckpointReader) -> None:
+def _check_shape(tokenizer: Tokenizer, own: int, reader: CheckpointReader) -> None:
     """Refuse the right weights in another shape: a resolution decides how many codes images have.
 
     Raises:
         CheckpointError: The images have another size.
     """
-    wanted = reader.image_config or own
-    if own.resolution != wanted.resolution:
-        what = f"its images have {own.resolution} pixels a side, and those of {reader.folder} "
-        what += f"{wanted.resolution}"
+    wanted = reader.image_config.resolution if reader.image_config else own
+    if own != wanted:
+        what = f"its images have {own} pixels a side, and those of {reader.folder} {wanted}"
         remedy = "Give the tokenizer that the model was trained with (--tokenizer)"
         raise CheckpointError(str(tokenizer.folder), what, remedy)
 

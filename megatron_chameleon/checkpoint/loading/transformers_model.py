@@ -42,8 +42,8 @@ def read_transformers(reader: CheckpointReader, tokenizer: Tokenizer) -> Any:
             "cannot leave it out",
             "Use a model that was trained with QK-norm",
         )
-    if tokenizer.image is not None:
-        tensors, shape = encoder_tensors(tokenizer), tokenizer.image.config
+    if tokenizer.image is not None and tokenizer.image.vqgan is not None:
+        tensors, shape = encoder_tensors(tokenizer), tokenizer.image.vqgan.config
     else:  # transformers' Chameleon cannot leave it out, so it gets a small one that is never used
         shape = VqganConfig(**_SMALLEST)
         unused = Vqgan(shape, has_decoder=False).state_dict()

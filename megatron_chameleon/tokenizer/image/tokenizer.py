@@ -8,33 +8,22 @@
 This is the only place that defines how an image is prepared; training the VQGAN uses it too.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 
-from megatron_chameleon.errors import ConfigError, DataError, first_line
-from megatron_chameleon.files import open_to_read, write_together
+from megatron_chameleon.errors import DataError
 from megatron_chameleon.images.pixels import upright_rgb
-from megatron_chameleon.tokenizer.common.files import (
-    IMAGE_CONFIG_FILE,
-    IMAGE_WEIGHTS_FILE,
-    read_checked_json,
-    tokenizer_file,
+from megatron_chameleon.tokenizer.image.network import (
+    FROM_MINUS_ONE_TO_ONE,
+    ImageNetwork,
+    PixelRule,
 )
-from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
-from megatron_chameleon.values import Values, printable
-
-FORMAT = "megatron_chameleon.image_tokenizer/1"
-MADE_BY = "chameleon tokenizer image"
+from megatron_chameleon.tokenizer.image.stored import load_network
+from megatron_chameleon.tokenizer.image.vqgan import Vqgan
 
 PIXELS_OF_A_PASS = 2**16
 LARGEST_BATCH = 8
@@ -46,7 +35,6 @@ NO_DECODER = (
     "Give a tokenizer folder that has one, ours or Meta's, with --tokenizer",
 )
 """What is wrong and what to do where an image is asked for."""
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 LARGEST_RATIO = 16
 """Images with a larger aspect ratio lose their ends before they are resized, because enlarging a
@@ -93,18 +81,20 @@ def _with_border(rgb: Image.Image, resolution: int) -> Image.Image:
 
 def to_pixels(images_NHWC: np.ndarray) -> torch.Tensor:
     """uint8 [N, H, W, 3] to float32 [N, 3, H, W]: 0 becomes -1 and 255 becomes 1."""
-    return scale_pixels(torch.tensor(images_NHWC).permute(0, 3, 1, 2)).contiguous()
+    return numbers_of(images_NHWC, FROM_MINUS_ONE_TO_ONE)
 
 
-def scale_pixels(bytes_NCHW: torch.Tensor) -> torch.Tensor:
-    """uint8 to float32 of the same shape and order: 0 becomes -1 and 255 becomes 1."""
-    return bytes_NCHW.float().mul(2 / 255).sub(1)
+def numbers_of(images_NHWC: np.ndarray, rule: PixelRule) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to the numbers that a network with this rule reads: [N, 3, H, W]."""
+    return rule.to_floats(torch.tensor(images_NHWC).permute(0, 3, 1, 2)).contiguous()
 
 
-def to_images(pixels_BCHW: torch.Tensor) -> list[Image.Image]:
-    """The inverse of ``to_pixels``; values outside [-1, 1] are clamped."""
-    scaled = pixels_BCHW.float().clamp(-1, 1).add(1).mul(255 / 2).round().to(torch.uint8)
-    return [Image.fromarray(array) for array in scaled.permute(0, 2, 3, 1).cpu().numpy()]
+def to_images(
+    pixels_BCHW: torch.Tensor, rule: PixelRule = FROM_MINUS_ONE_TO_ONE
+) -> list[Image.Image]:
+    """The inverse of ``numbers_of``; values beyond black and white are clamped."""
+    values = rule.to_bytes(pixels_BCHW)
+    return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def _without_ends(image: Image.Image) -> Image.Image:
@@ -115,10 +105,11 @@ def _without_ends(image: Image.Image) -> Image.Image:
 
 
 class ImageTokenizer:
-    """A trained VQGAN on one device.
+    """A trained network that turns images into codes, on one device.
 
     Args:
-        model: The network. Its weights are converted to ``dtype`` in place.
+        model: The network: a ``Vqgan``, or another one. Its weights are converted to ``dtype`` in
+            place.
         device: Where it runs. On a GPU, channels are last in memory.
         dtype: Type of the convolutions. bf16 is for GPUs: it is several times as fast, and one code
             in a hundred differs. The distances from the codebook are always fp32.
@@ -132,15 +123,14 @@ class ImageTokenizer:
 
     def __init__(
         self,
-        model: Vqgan,
+        model: ImageNetwork,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         compiler: str | None = None,
     ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
-        self.config = model.config
         self.device = torch.device(device)
-        fill = PIXELS_OF_A_PASS // model.config.resolution**2
+        fill = PIXELS_OF_A_PASS // model.resolution**2
         on_cpu = self.device.type == "cpu"
         order = torch.contiguous_format if on_cpu else torch.channels_last
         if not on_cpu or dtype != torch.float32:
@@ -161,50 +151,22 @@ class ImageTokenizer:
         Raises:
             DataError: If one of them is missing or unreadable, or they do not belong together.
         """
-        config = read_vqgan_config(folder)
-        path = tokenizer_file(folder, IMAGE_WEIGHTS_FILE)
-        remedy = f"Make it with `{MADE_BY}`"
-        try:
-            open_to_read(path).close()
-            weights = load_file(path)
-        except DataError as error:
-            raise DataError(error.where, error.what, remedy) from error
-        except (OSError, safetensors.SafetensorError) as error:
-            raise DataError(
-                str(path), f"cannot be read ({first_line(error)[:200]})", remedy
-            ) from error
-        has_decoder = any(name.startswith("decoder.") for name in weights)
-        with torch.device("meta"):
-            model = Vqgan(config, has_decoder=has_decoder)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        wrong = sorted(
-            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-        )
-        if wrong:
-            name = wrong[0]
-            raise DataError(
-                str(path),
-                f"{len(wrong)} tensors do not fit {IMAGE_CONFIG_FILE}: "
-                f"{printable(name)} is {found.get(name, 'missing')}, "
-                f"the config needs {expected.get(name, 'none')}",
-                f"Copy both files from the same `{MADE_BY}` run",
-            )
-        for name, tensor in weights.items():
-            if tensor.dtype not in _WEIGHT_DTYPES:
-                what = f"{name} is {tensor.dtype}, which is not a type of weights"
-                raise DataError(str(path), what, remedy)
-        model.load_state_dict(weights, assign=True)
+        model = load_network(folder)
         return cls(model, device, dtype)
 
     @property
     def resolution(self) -> int:
         """Width and height of an image in pixels."""
-        return self.config.resolution
+        return self.model.resolution
+
+    @property
+    def grid(self) -> int:
+        """Codes per image along each axis."""
+        return self.model.resolution // self.model.downsampling
 
     @property
     def codes_per_image(self) -> int:
-        return self.config.codes_per_image
+        return self.grid**2
 
     @property
     def has_decoder(self) -> bool:
@@ -212,8 +174,13 @@ class ImageTokenizer:
         return self.model.has_decoder
 
     @property
+    def vqgan(self) -> Vqgan | None:
+        """The network if it is a ``Vqgan``, which Meta's and Hugging Face's Chameleon have."""
+        return self.model if isinstance(self.model, Vqgan) else None
+
+    @property
     def codebook_size(self) -> int:
-        return self.config.codebook_size
+        return self.model.codebook_size
 
     def encode(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Encode images; the codes of one image do not depend on the others.
@@ -255,12 +222,13 @@ class ImageTokenizer:
     def _submit(self, images_NHWC: np.ndarray) -> torch.Tensor:
         """Start a full pass: its codes on the device, on which a GPU may still be working."""
         shape = (self.batch_size, *images_NHWC.shape[1:])
+        rule = self.model.pixel_rule
         full = np.resize(images_NHWC, shape)  # repeats images to fill the pass up
         if self.device.type == "cpu":
-            return self.model.encode(to_pixels(full))
+            return self.model.encode(numbers_of(full, rule))
         # copies bytes, not floats, from memory that the GPU can read by itself
         bytes_NHWC = torch.from_numpy(full).pin_memory().to(self.device, non_blocking=True)
-        return self.model.encode(scale_pixels(bytes_NHWC.permute(0, 3, 1, 2)))
+        return self.model.encode(rule.to_floats(bytes_NHWC.permute(0, 3, 1, 2)))
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> list[Image.Image]:
@@ -292,7 +260,8 @@ class ImageTokenizer:
             batch = torch.tensor(
                 codes[start : start + self.batch_size], dtype=torch.int64, device=self.device
             )
-            images += to_images(self.model.decode(batch))
+            pixels = self.model.decode(batch, self.grid, self.grid)
+            images += to_images(pixels, self.model.pixel_rule)
         return images
 
     def _prepare(self, index: int, image: Image.Image) -> np.ndarray:
@@ -310,74 +279,3 @@ def unreadable_image(where: str, error: Exception) -> DataError:
     """The error for image bytes that Pillow cannot turn into pixels."""
     problem = (str(error).splitlines() or [""])[0] or type(error).__name__
     return DataError(where, f"the image cannot be decoded ({problem})", "Replace or remove it")
-
-
-def read_vqgan_config(folder: str | Path) -> VqganConfig:
-    """Read the network's shape from FOLDER/image.json.
-
-    Raises:
-        DataError: If the file is missing or unreadable, or does not describe a network.
-    """
-    path = tokenizer_file(folder, IMAGE_CONFIG_FILE)
-    model = read_checked_json(path, FORMAT, MADE_BY).get("model")
-    names = {item.name for item in fields(VqganConfig)}
-    if not isinstance(model, dict) or set(model) != names:
-        found = sorted(model) if isinstance(model, dict) else model
-        raise DataError(
-            str(path), f"`model` has {found}, not {sorted(names)}", f"Make it with `{MADE_BY}`"
-        )
-    remedy = f"Make it with `{MADE_BY}`"
-    return vqgan_config(Values(model, f"{path}: model", remedy, DataError))
-
-
-def vqgan_config(values: Values) -> VqganConfig:
-    """The network's shape, from what a file states; missing values are the defaults.
-
-    Raises:
-        ChameleonError: Of the values' kind: a value cannot be, or two of them do not fit.
-    """
-    default = VqganConfig()
-    factors = values.wholes("ch_mult", low=1, high=64, most=10) or default.ch_mult
-    config = VqganConfig(
-        resolution=values.whole("resolution", 1, 2**14, default.resolution),
-        in_channels=values.whole("in_channels", 1, 64, default.in_channels),
-        base_channels=values.whole("base_channels", 1, 2**12, default.base_channels),
-        ch_mult=factors,
-        num_res_blocks=values.whole("num_res_blocks", 1, 32, default.num_res_blocks),
-        z_channels=values.whole("z_channels", 1, 2**14, default.z_channels),
-        embed_dim=values.whole("embed_dim", 1, 2**14, default.embed_dim),
-        codebook_size=values.whole("codebook_size", 2, 2**24, default.codebook_size),
-        dropout=values.number("dropout", 0, 1, default.dropout),
-    )
-    try:
-        config.check(values.where)
-    except ConfigError as error:
-        raise values.error(f"{error.where.removeprefix(values.where)[2:]}: {error.what}") from error
-    return config
-
-
-def save_vqgan(model: Vqgan, folder: str | Path, details: Mapping[str, Any] | None = None) -> None:
-    """Write FOLDER/image.safetensors, then FOLDER/image.json: if it exists, both are complete.
-
-    Args:
-        model: The network.
-        folder: The tokenizer folder; created if it is missing.
-        details: What else image.json says, apart from the shape of the network: how it was trained.
-
-    Raises:
-        DataError: If the file system refuses them; older files in the folder then remain.
-    """
-    folder = Path(folder)
-    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    content = {"format": FORMAT, "model": vqgan_config_to_json(model.config), **(details or {})}
-    write_together(
-        {
-            folder / IMAGE_CONFIG_FILE: (json.dumps(content, indent=2) + "\n").encode(),
-            folder / IMAGE_WEIGHTS_FILE: to_safetensors(weights),
-        }
-    )
-
-
-def vqgan_config_to_json(config: VqganConfig) -> dict[str, object]:
-    """The ``model`` part of image.json."""
-    return asdict(config)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_chameleon.tokenizer.image.network import FROM_MINUS_ONE_TO_ONE
 from megatron_chameleon.tokenizer.image.shape import NORM_GROUPS
 from megatron_chameleon.tokenizer.image.shape import VqganConfig as VqganConfig
 
@@ -226,12 +227,15 @@ class VqganOutput:
 
 
 class Vqgan(nn.Module):
-    """VqganEncoder, codebook and decoder. Pixels are in [-1, 1].
+    """VqganEncoder, codebook and decoder; an ``ImageNetwork``. Pixels are in [-1, 1].
 
     Args:
         config: Its shape.
         has_decoder: Whether it can turn codes into images.
     """
+
+    fixed_grid = False
+    pixel_rule = FROM_MINUS_ONE_TO_ONE
 
     def __init__(self, config: VqganConfig, *, has_decoder: bool = True) -> None:
         super().__init__()
@@ -250,6 +254,21 @@ class Vqgan(nn.Module):
             part.to(dtype).to(memory_format=memory_format)  # type: ignore[call-overload]
         return self
 
+    @property
+    def codebook_size(self) -> int:
+        """Number of image codes."""
+        return self.config.codebook_size
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along each axis."""
+        return self.config.downsampling
+
+    @property
+    def resolution(self) -> int:
+        """Width and height in pixels of the square that it is made for."""
+        return self.config.resolution
+
     def compile_networks(self, backend: str = "inductor", mode: str | None = None) -> "Vqgan":
         """Let ``torch.compile`` fuse norms, activations and skips; it compiles per batch size."""
         for part in self._networks():
@@ -267,9 +286,18 @@ class Vqgan(nn.Module):
         """Image codes: int64 [B, N], row-major."""
         return self.quantize.nearest(self.latents(pixels_BCHW))
 
-    def decode(self, codes_BN: Tensor) -> Tensor:
-        """Pixels of image codes: [B, 3, H, W]; not clamped to [-1, 1]."""
-        vectors_BDhw = self.quantize.lookup(codes_BN, (self.config.grid, self.config.grid))
+    def decode(
+        self, codes_BN: Tensor, rows: int | None = None, columns: int | None = None
+    ) -> Tensor:
+        """Pixels of image codes: [B, 3, H, W]; not clamped to [-1, 1].
+
+        Args:
+            codes_BN: int64 [B, rows * columns], row-major.
+            rows: Height of the grid of codes; without it, the config's.
+            columns: Its width; without it, the config's.
+        """
+        grid = (rows or self.config.grid, columns or self.config.grid)
+        vectors_BDhw = self.quantize.lookup(codes_BN, grid)
         return self.decoder(
             self.post_quant_conv(vectors_BDhw.to(self.post_quant_conv.weight.dtype))
         )

@@ -29,7 +29,7 @@ from megatron_chameleon.tokenizer.common.vocabulary import (
     Vocabulary,
     control_names,
 )
-from megatron_chameleon.tokenizer.image.tokenizer import IMAGE_CONFIG_FILE, read_vqgan_config
+from megatron_chameleon.tokenizer.image.stored import IMAGE_CONFIG_FILE, read_vqgan_config
 from megatron_chameleon.tokenizer.text.tokenizer import (
     TEXT_MODEL_FILE,
     TextTokenizer,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan
+from megatron_chameleon.tokenizer.image.stored import save_vqgan
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 from tiny_model import tiny_tokenizer  # noqa: F401

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer import Tokenizer, fingerprint, load_tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan
+from megatron_chameleon.tokenizer.image.stored import save_vqgan
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 from megatron_chameleon.tokenizer.text.training import train_text_tokenizer
 

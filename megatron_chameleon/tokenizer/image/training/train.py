@@ -21,7 +21,8 @@ from megatron_chameleon.files import make_folder
 from megatron_chameleon.outputs import save_anyhow
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig
-from megatron_chameleon.tokenizer.image.tokenizer import save_vqgan, to_pixels
+from megatron_chameleon.tokenizer.image.stored import save_vqgan
+from megatron_chameleon.tokenizer.image.tokenizer import to_pixels
 from megatron_chameleon.tokenizer.image.training.batches import (
     ImageSet,
     TrainingImage,

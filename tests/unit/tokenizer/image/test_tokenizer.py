@@ -10,11 +10,11 @@ from PIL import Image
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.image import tokenizer as image_module
+from megatron_chameleon.tokenizer.image.stored import save_vqgan
 from megatron_chameleon.tokenizer.image.tokenizer import (
     ImageTokenizer,
     _without_ends,
     prepare_image,
-    save_vqgan,
     to_images,
     to_pixels,
 )
