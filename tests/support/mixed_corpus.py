@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from megatron_chameleon.tokenizer.image.tokenizer import (
+from megatron_chameleon.tokenizer.image.stored import (
     FORMAT,
     IMAGE_CONFIG_FILE,
     IMAGE_WEIGHTS_FILE,

@@ -26,7 +26,7 @@ def write_tokenizer(folder: Path, seed: int = 1) -> Path:
     """A trained text tokenizer and an untrained image tokenizer: 8x8 pixels, 4x4 codes of 16."""
     from safetensors.torch import save_file
 
-    from megatron_chameleon.tokenizer.image.tokenizer import (
+    from megatron_chameleon.tokenizer.image.stored import (
         FORMAT,
         IMAGE_CONFIG_FILE,
         IMAGE_WEIGHTS_FILE,

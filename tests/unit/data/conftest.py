@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_chameleon.data.token_files.reader import TokenFile, TokenFileWriter, open_token_file
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import (
+from megatron_chameleon.tokenizer.image.stored import (
     FORMAT,
     IMAGE_CONFIG_FILE,
     IMAGE_WEIGHTS_FILE,
