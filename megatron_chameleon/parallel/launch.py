@@ -8,6 +8,7 @@ derived from SLURM's variables, and under mpiexec rank 0 sends them to the other
 Values that you set yourself win.
 """
 
+import gc
 import os
 import shlex
 import signal
@@ -35,6 +36,10 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 interactive shell of ``salloc``, external processes."""
 
 _FIRST_PORT, _PORTS = 15_000, 15_000  # below the range that systems assign from
+
+
+_JOINED: set[int] = set()
+"""The id of this process once it has joined a group; a fork has another id, and no group."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,10 @@ def describe_launch(launch: Launch, environment: Mapping[str, str] | None = None
 
 
 def leave_process_group() -> None:
-    """Destroy the job's process groups. Otherwise a process may abort while it exits."""
+    """Destroy the job's process groups. Otherwise a process may abort while it exits.
+
+    The process can join again, with all other ranks.
+    """
     import torch
     from megatron.core import parallel_state
 
@@ -183,6 +191,11 @@ def join_process_group(
 
     if platform.has_gpu():
         torch.cuda.set_device(launch.local_rank)
+    if os.getpid() in _JOINED:
+        # The model of an earlier run refers to itself, and keeps its groups with dozens of threads.
+        # Here, because nearly every process joins once, and a collection takes a quarter second.
+        gc.collect()
+    _JOINED.add(os.getpid())
     store: torch.distributed.Store | None = None
     if launch.launcher == "alone":
         store = torch.distributed.HashStore()  # a single process needs no port

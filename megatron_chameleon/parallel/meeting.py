@@ -34,6 +34,13 @@ OWN_STORE_SECONDS = 20.0
 SHOWN_RANKS = 12
 
 
+_MET: dict[tuple[int, str, int, int], tuple[torch.distributed.Store, int]] = {}
+"""The store of each place where this process has met the others as one of the ranks, and how often.
+
+A program may train several times. Its ranks leave one run and come to the next at different
+moments, so rank 0 keeps its store open, and each meeting has keys of its own in it."""
+
+
 class StoppedWaiting(Exception):
     """A signal has asked this process to stop before all ranks were there; its name."""
 
@@ -70,10 +77,10 @@ class Meeting:
         self._has_reported = False
 
     def wait(self, address: str, port: int) -> torch.distributed.Store:
-        """Meet all ranks at an address.
+        """Meet all ranks at an address, where this process may have met them before.
 
         Returns:
-            A store that all of them are connected to.
+            A store that all of them are connected to, whose keys are those of this meeting.
 
         Raises:
             ConfigError: The address cannot be used, two processes have the same rank, or some ranks
@@ -81,15 +88,22 @@ class Meeting:
             StoppedWaiting: A signal came first.
         """
         self._place = f"{address}:{port}"
-        agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        if self._rank == 0 and not agent_has_store:
-            store = self._open_store(address, port)
-        else:
-            self._wait_for_store(address, port)
-            store = self._connect(address, port)
+        key = (os.getpid(), self._place, self._rank, self._world_size)
+        store, number = _MET.get(key) or (self._reach_store(address, port), 0)
         # after a restart, torchrun's store still has the keys of the earlier start
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = torch.distributed.PrefixStore(f"start-{start}", store)
+        found = self._gather(torch.distributed.PrefixStore(f"start-{start}-{number}", store))
+        _MET[key] = store, number + 1
+        return found
+
+    def _reach_store(self, address: str, port: int) -> torch.distributed.Store:
+        agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if self._rank == 0 and not agent_has_store:
+            return self._open_store(address, port)
+        self._wait_for_store(address, port)
+        return self._connect(address, port)
+
+    def _gather(self, store: torch.distributed.Store) -> torch.distributed.Store:
         if store.add(f"rank-{self._rank}", 1) > 1:
             what = f"another process is already rank {self._rank} of the job at {self._place}"
             raise ConfigError("launch", what, f"Give each process its own rank{self._hint()}")

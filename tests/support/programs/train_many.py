@@ -10,8 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-from megatron.core import parallel_state
-
 from megatron_chameleon.cli.logs import shown_logs
 from megatron_chameleon.config.load import load_config
 from megatron_chameleon.parallel.launch import find_launch, join_process_group, leave_process_group
@@ -26,7 +24,6 @@ def main() -> None:
     config_file, runs_file = sys.argv[1:]
     launch = find_launch()
     prepare_megatron()
-    join_process_group(launch)
     for run, words in json.loads(Path(runs_file).read_text(encoding="utf-8")).items():
         option = next((word for word in words if word in ("--resume", "--start-from")), None)
         resume = words.pop(words.index(option) + 1) if option else "auto"
@@ -35,10 +32,11 @@ def main() -> None:
         inputs = prepare_run(
             config, launch.world_size, resume, weights_only=option == "--start-from"
         )
+        # Each run joins anew: the groups of the one before keep 70 threads until then.
+        join_process_group(launch)
         with shown_logs(), EventLog(config, launch.rank) as events:
             train_joined(inputs, StopSignals(), events)
-        parallel_state.destroy_model_parallel()
-    leave_process_group()
+        leave_process_group()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The launcher that started this process is recognised by its variables."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.parallel.launch import (
@@ -156,3 +159,22 @@ def test_a_rank_waits_for_the_launcher_to_end_it() -> None:
         "assert is_reported_by_rank_0(launch, 30)",
     )
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=60)
+
+
+def test_joining_again_frees_the_model_of_the_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        """Refers to itself, as megatron-core's do; with its groups, it holds their threads."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    join_process_group(Launch("alone", 0, 1, 0))
+    model = weakref.ref(Model())
+    gc.disable()
+    try:
+        assert model() is not None
+        join_process_group(Launch("alone", 0, 1, 0))
+        assert model() is None
+    finally:
+        gc.enable()

@@ -99,3 +99,22 @@ def test_a_port_in_use() -> None:
 def test_many_missing_ranks_are_counted() -> None:
     with pytest.raises(ConfigError, match=r"missing: 1, 2, 3, .*12, \.\.\. \(511 ranks\); they"):
         Meeting(0, 512, limit_seconds=0.05).wait(HOST, free_port())
+
+
+def test_the_ranks_of_a_program_meet_for_each_of_its_runs() -> None:
+    port = free_port()
+    stores = {}
+
+    def train_three_times(rank: int) -> None:
+        for run in range(3):
+            stores[run, rank] = Meeting(rank, 2).wait(HOST, port)
+            time.sleep(0.1 * rank)  # rank 0 is at its next meeting before rank 1 has left
+
+    threads = [threading.Thread(target=train_three_times, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    for run in range(3):
+        assert stores[run, 0].add("key", 1) == 1, "the key of an earlier run"
+        assert stores[run, 1].add("key", 1) == 2
