@@ -30,6 +30,7 @@ setup(
             "evaluation/human/form.js",
             "inference/serving/page/*",
             "planner/*.yaml",
+            "tokenizer/image/losses/lpips_vgg16.*",
             "tokenizer/image/presets/*.yaml",
         ]
     },

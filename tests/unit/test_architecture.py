@@ -28,8 +28,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": set(),
     "tokenizer/common": set(),
     "tokenizer/image": {"config", "images", "tokenizer/common"},
-    # several processes share a batch
-    "tokenizer/image/training": {"images", "parallel", "tokenizer/common", "tokenizer/image"},
+    "tokenizer/image/losses": {"tokenizer/image"},
+    "tokenizer/image/training": {
+        "images",
+        "parallel",  # several processes share a batch
+        "tokenizer/common",
+        "tokenizer/image",
+        "tokenizer/image/losses",
+    },
     "tokenizer/text": {"tokenizer/common", "tokenizer/image"},
     "tokenizer": {"tokenizer/common", "tokenizer/image", "tokenizer/text"},
     "data": set(),

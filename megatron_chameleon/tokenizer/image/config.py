@@ -14,6 +14,8 @@ from megatron_chameleon.config.constraints import (
     Below,
     Between,
     NonNegativeInt,
+    OneOf,
+    PathText,
     PositiveInt,
     Share,
     find_violations,
@@ -26,6 +28,9 @@ from megatron_chameleon.wording import cut
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "chameleon_512"
+
+SMALLEST_FOR_PERCEPTUAL = {"lpips": 16, "spectral": 8, "wavelet": 2}
+"""Pixels that VGG16's four halvings, the smallest window and one level of wavelets need."""
 
 LossWeight = Annotated[float, Between(0, 1e6)]
 
@@ -51,6 +56,14 @@ class ImageTrainingConfig:
     """Weight of the mean absolute error of pixels in [-1, 1]."""
     l2_weight: LossWeight = 0.0
     """Weight of their mean squared error."""
+    perceptual: Annotated[str, OneOf("none", "auto", "lpips", "spectral", "wavelet")] = "none"
+    """Perceptual loss: ``lpips`` (features of VGG16, from ``perceptual_backbone``), ``spectral``
+    (magnitudes of local spectra) or ``wavelet`` (Haar coefficients), which need no weights;
+    ``auto``: lpips if there is a backbone, else wavelet."""
+    perceptual_weight: LossWeight = 1.0
+    """Weight of the perceptual loss."""
+    perceptual_backbone: PathText = ""
+    """File with the weights of torchvision's vgg16 (.pth or .safetensors), for ``lpips``."""
     codebook_weight: LossWeight = 1.0
     """Weight of the loss that moves codebook vectors to the latents."""
     commitment_beta: LossWeight = 0.25
@@ -83,6 +96,15 @@ class ImageTrainingConfig:
     max_minutes: Annotated[float, Between(0, 1e6)] = 0.0
     """Minutes of training, those before a kill included, after which it stops and writes the
     tokenizer that it has; 0: no limit."""
+
+    @property
+    def perceptual_kind(self) -> str:
+        """The perceptual loss that is used."""
+        if self.perceptual_weight == 0:
+            return "none"
+        if self.perceptual == "auto":
+            return "lpips" if self.perceptual_backbone else "wavelet"
+        return self.perceptual
 
 
 @dataclass
@@ -120,6 +142,7 @@ def _check_training(config: ImageTokenizerConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: training.l1_weight", "l1_weight and l2_weight are both 0", "Set one above 0"
         )
+    _check_perceptual(config, where)
     smallest = smallest_resolution(training.discriminator_layers)
     if training.discriminator_weight > 0 and config.model.resolution < smallest:
         raise ConfigError(
@@ -127,4 +150,23 @@ def _check_training(config: ImageTokenizerConfig, where: str) -> None:
             f"{training.discriminator_layers} layers need images of {smallest} pixels, "
             f"model.resolution is {config.model.resolution}",
             "Use fewer layers",
+        )
+
+
+def _check_perceptual(config: ImageTokenizerConfig, where: str) -> None:
+    training, kind = config.training, config.training.perceptual_kind
+    smallest = SMALLEST_FOR_PERCEPTUAL.get(kind, 1)
+    if kind == "lpips" and not training.perceptual_backbone:
+        raise ConfigError(
+            f"{where}: training.perceptual",
+            "lpips needs the weights of VGG16, and training.perceptual_backbone names no file",
+            "Give the file of torchvision's vgg16 there, or use training.perceptual=wavelet, which "
+            "needs none",
+        )
+    if config.model.resolution < smallest:
+        raise ConfigError(
+            f"{where}: training.perceptual",
+            f"{kind} needs images of {smallest} pixels, model.resolution is "
+            f"{config.model.resolution}",
+            "Use another perceptual loss, or none",
         )

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from megatron_chameleon.errors import TrainingError
 from megatron_chameleon.machine import machine_memory, too_large
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig
+from megatron_chameleon.tokenizer.image.losses.discriminator import PatchDiscriminator
 from megatron_chameleon.tokenizer.image.shape import activation_bytes
-from megatron_chameleon.tokenizer.image.training.discriminator import PatchDiscriminator
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan
 
 TRAINING_BYTES = 16

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig, ImageTrainingConfig
-from megatron_chameleon.tokenizer.image.tokenizer import to_pixels
-from megatron_chameleon.tokenizer.image.training.batches import ImageSet, training_batch
-from megatron_chameleon.tokenizer.image.training.discriminator import (
+from megatron_chameleon.tokenizer.image.losses.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
     hinge_loss,
 )
+from megatron_chameleon.tokenizer.image.tokenizer import to_pixels
+from megatron_chameleon.tokenizer.image.training.batches import ImageSet, training_batch
 from megatron_chameleon.tokenizer.image.training.limits import FiniteLosses, check_weights
 from megatron_chameleon.tokenizer.image.training.processes import Processes
 from megatron_chameleon.tokenizer.image.training.progress import Progress, TrainingClock

@@ -45,6 +45,12 @@ def test_overrides_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Pat
             ["training.discriminator_weight=1", "model.resolution=16"],
             "3 layers need images of 24 pixels, model.resolution is 16. Use fewer",
         ),
+        (["training.perceptual=vgg"], "'vgg' is not one of none, auto, lpips, spectral, wavelet"),
+        (["training.perceptual=lpips"], "perceptual_backbone names no file. Give the file of torc"),
+        (
+            ["training.perceptual=spectral", "model.resolution=4"],
+            "spectral needs images of 8 pixels, model.resolution is 4. Use another",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(words: list[str], message: str) -> None:

@@ -16,11 +16,11 @@ from megatron_chameleon.tokenizer.image.config import (
     ImageTrainingConfig,
     load_image_config,
 )
+from megatron_chameleon.tokenizer.image.losses.discriminator import PatchDiscriminator
 from megatron_chameleon.tokenizer.image.shape import smallest_resolution
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer, to_pixels
 from megatron_chameleon.tokenizer.image.training import progress
 from megatron_chameleon.tokenizer.image.training.batches import ImageSet, augment, training_batch
-from megatron_chameleon.tokenizer.image.training.discriminator import PatchDiscriminator
 from megatron_chameleon.tokenizer.image.training.train import train_image_tokenizer
 from megatron_chameleon.tokenizer.image.training.trainer import Trainer, learning_rate_share
 

@@ -1,9 +1,7 @@
 """The patch discriminator and the adversarial losses of the VQGAN.
 
-Sources: Esser et al. 2021, section 3.1; Isola et al. 2017.
-
-There is no perceptual loss (LPIPS): its pretrained weights would have to be downloaded, but a
-tokenizer must be trainable without internet access.
+Sources: Esser et al. 2021, section 3.1, with the constants of its code (the adaptive weight is at
+most 1e4, and 1e-4 is added to the norm that divides); Isola et al. 2017.
 """
 
 from collections.abc import Callable

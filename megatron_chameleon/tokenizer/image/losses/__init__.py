@@ -1,0 +1,1 @@
+"""The losses of the image tokenizer beyond pixels: perceptual and adversarial."""
