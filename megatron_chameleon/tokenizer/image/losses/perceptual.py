@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from torch import nn
 
 from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
@@ -13,7 +14,7 @@ logger = logging.getLogger(__name__)
 WITHOUT_WEIGHTS = {"spectral": SpectralLoss, "wavelet": WaveletLoss}
 
 
-def perceptual_loss(config: ImageTrainingConfig) -> nn.Module | None:
+def perceptual_loss(config: ImageTrainingConfig, device: torch.device) -> nn.Module | None:
     """The perceptual loss of a training; None if it has none.
 
     What it returns is called with the reconstruction and the original, float [B, 3, H, W] in
@@ -23,7 +24,7 @@ def perceptual_loss(config: ImageTrainingConfig) -> nn.Module | None:
         DataError: If the weights of LPIPS cannot be read.
     """
     kind = config.perceptual_kind
-    if kind == "none" or config.perceptual_weight == 0:
+    if kind == "none":
         return None
     why = ""
     if config.perceptual == "auto":
@@ -32,6 +33,6 @@ def perceptual_loss(config: ImageTrainingConfig) -> nn.Module | None:
     weight = f"weight {config.perceptual_weight:g}"
     if kind == "lpips":
         logger.info("perceptual loss: LPIPS with %s, %s%s", config.perceptual_backbone, weight, why)
-        return Lpips(config.perceptual_backbone)
+        return Lpips(config.perceptual_backbone).to(device)
     logger.info("perceptual loss: %s, which needs no pretrained weights, %s%s", kind, weight, why)
     return WITHOUT_WEIGHTS[kind]()

@@ -1,8 +1,7 @@
 """The state and the step of an image tokenizer's training.
 
-The loss is pixels + codebook + commitment, and from ``discriminator_start`` on also the adversarial
-loss of a patch discriminator. The perceptual loss (LPIPS) of Esser et al. 2021 is left out, because
-its pretrained weights would have to be downloaded.
+The loss is pixels + perceptual loss (if there is one) + codebook + commitment, and from
+``discriminator_start`` on also the adversarial loss of a patch discriminator (Esser et al. 2021).
 """
 
 import signal as signals
@@ -20,6 +19,7 @@ from megatron_chameleon.tokenizer.image.losses.discriminator import (
     adaptive_weight,
     hinge_loss,
 )
+from megatron_chameleon.tokenizer.image.losses.perceptual import perceptual_loss
 from megatron_chameleon.tokenizer.image.tokenizer import to_pixels
 from megatron_chameleon.tokenizer.image.training.batches import ImageSet, training_batch
 from megatron_chameleon.tokenizer.image.training.limits import FiniteLosses, check_weights
@@ -59,6 +59,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=self.config.lr, betas=ADAM_BETAS
         )
+        self.perceptual = perceptual_loss(self.config, device)
         self.discriminator: PatchDiscriminator | None = None
         self.discriminator_optimizer: torch.optim.Adam | None = None
         if self.config.discriminator_weight > 0:
@@ -258,6 +259,9 @@ class Trainer:
         if self.config.l2_weight > 0:
             l2 = functional.mse_loss(fake_BCHW, real_BCHW)
             loss = loss + self.config.l2_weight * l2
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(fake_BCHW, real_BCHW)
+            loss = loss + self.config.perceptual_weight * losses["perceptual"]
         return loss
 
     def discriminator_step(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> Tensor:

@@ -229,11 +229,9 @@ class Saver:
 
 def identity_of(config: ImageTokenizerConfig, seed: int, images: ImageSet) -> dict[str, Any]:
     """What decides the result of a training: by key of the config, and of the images."""
-    training = {k: v for k, v in asdict(config.training).items() if k not in MAY_CHANGE}
     count = min(images.cached, COMPARED_IMAGES)
     return {
-        **{f"model.{key}": value for key, value in asdict(config.model).items()},
-        **{f"training.{key}": value for key, value in training.items()},
+        **_of_config(config),
         "seed": seed,
         "images": len(images.entries),
         "names": images.names_digest(),
@@ -241,9 +239,19 @@ def identity_of(config: ImageTokenizerConfig, seed: int, images: ImageSet) -> di
     }
 
 
+def _of_config(config: ImageTokenizerConfig) -> dict[str, Any]:
+    """The keys that decide what a step does."""
+    training = {k: v for k, v in asdict(config.training).items() if k not in MAY_CHANGE}
+    return {
+        **{f"model.{key}": value for key, value in asdict(config.model).items()},
+        **{f"training.{key}": value for key, value in training.items()},
+    }
+
+
 def _differences(saved: Any, now: Mapping[str, Any], images: ImageSet) -> list[str]:
     """What is not as it was; empty if the training can go on."""
     special = ("images", "names", "pixels")
+    saved = {**_of_config(ImageTokenizerConfig()), **saved}  # of a version that had fewer keys
     keys = [key for key in {**now, **saved} if key not in special]
     found = [
         f"{key} was {shown(saved.get(key))} and is {shown(now.get(key))}"

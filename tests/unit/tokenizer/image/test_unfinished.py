@@ -156,6 +156,19 @@ def test_other_images_are_refused(photos: Path, tmp_path: Path, kill: Callable[.
     assert lines[0].startswith("step 4/12") and not (tmp_path / "out" / STATE).exists()
 
 
+def test_a_state_of_a_version_without_a_key_goes_on(
+    photos: Path, tmp_path: Path, kill: Callable[..., None]
+) -> None:
+    """It was trained with what is the default now."""
+    killed(photos, tmp_path / "out", kill)
+    state = torch.load(tmp_path / "out" / STATE, weights_only=True)
+    del state["identity"]["training.perceptual"]
+    torch.save(state, tmp_path / "out" / STATE)
+    with pytest.raises(ConfigError, match=r"training\.perceptual was 'none' and is 'wavelet'\."):
+        train(photos, tmp_path / "out", "training.perceptual=wavelet")
+    assert train(photos, tmp_path / "out")[0].endswith("goes on from step 7 of 12")
+
+
 def test_what_changes_no_step_may_change(
     photos: Path, tmp_path: Path, kill: Callable[..., None]
 ) -> None:
