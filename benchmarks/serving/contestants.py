@@ -12,6 +12,7 @@ from megatron_chameleon.inference.engine.interface import TokenChunk, TokenReque
 from megatron_chameleon.inference.engine.modality import Force
 from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.models.transformers_layers import TransformersLayers
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 
 GREEDY = GenerationOptions(temperature=0, repetition_penalty=1.0)
 SAMPLED = GenerationOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.0)
@@ -53,7 +54,10 @@ class Ours:
         classes = subject.classes(ends)
         layers = TransformersLayers(subject.model, classes.code_token_ids)
         self.decoder = ContinuousDecoder(
-            layers, classes, subject.codes_per_image, max_rows=max_rows
+            layers,
+            classes,
+            ImageForm(subject.vocabulary, subject.codes_per_image),
+            max_rows=max_rows,
         )
         self._subject = subject
 

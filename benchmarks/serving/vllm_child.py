@@ -16,6 +16,7 @@ from megatron_chameleon.inference.engine.interface import TokenRequest
 from megatron_chameleon.inference.engine.modality import Force
 from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.vllm.engine import VllmEngine
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 
@@ -34,7 +35,7 @@ async def main() -> None:
     folder, codes = Path(sys.argv[1]), int(sys.argv[2])
     context = open_checkpoint(folder).model.seq_length
     options = {"max_num_seqs": 64}
-    engine = VllmEngine(folder, Vocabulary.load(folder), codes, context, options)
+    engine = VllmEngine(folder, ImageForm(Vocabulary.load(folder), codes), context, options)
     await engine.start()
     print(json.dumps("ready"), flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):

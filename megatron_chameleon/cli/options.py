@@ -205,6 +205,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--force", choices=("image", "text"), help="answer with one image, or with text only"
     )
     parser.add_argument(
+        "--size",
+        metavar="WIDTH:HEIGHT",
+        help="shape of the images, such as 3:2 or 480x320: each gets the grid of codes that is "
+        "nearest to it (default: the model chooses). It needs a tokenizer made with --image-grids",
+    )
+    parser.add_argument(
         "--stop",
         metavar="TEXT",
         action="append",
@@ -222,7 +228,10 @@ def generation_options(args: argparse.Namespace) -> "GenerationOptions":
     from megatron_chameleon.inference.engine.modality import Force
     from megatron_chameleon.inference.engine.options import GenerationOptions
 
-    names = ("temperature", "top_p", "guidance", "guidance_image", "max_tokens", "batch_size")
+    names = (
+        *("temperature", "top_p", "guidance", "guidance_image", "max_tokens", "size"),
+        "batch_size",
+    )
     values = {name: getattr(args, name, None) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
     force = Force(args.force) if args.force else None

@@ -284,8 +284,8 @@ def _check_packages() -> None:
 def _lines(service: "Service", engine: str) -> list[str]:
     """What is served, and within which limits."""
     limits, model, access = service.limits, service.model, service.access
-    images = "reads and draws images" if model.codes_per_image else "text alone"
-    if model.tokenizer.image and not model.codes_per_image:
+    images = "reads and draws images" if model.draws else "text alone"
+    if model.tokenizer.image and not model.draws:
         images = "reads images and draws none"
     usage = service.engine.usage()
     key = "required (Authorization: Bearer KEY)" if access.key else "not required"

@@ -18,6 +18,7 @@ from megatron_chameleon.data.documents.conversations import turns_of
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import USER, Document, TextPart
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.common.grids import Grid
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
 
@@ -64,7 +65,9 @@ class EncodedImage(ImagePart):
     """An image whose codes are known, so that each further prompt has the same ones."""
 
     codes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), compare=False)
-    """int64 [codes per image], in raster order."""
+    """int64, all codes of the image in raster order."""
+    grid: Grid | None = None
+    """Its rows and columns; None for a square."""
 
 
 ChatPart = TextPart | ImagePart | Image.Image | ControlToken
@@ -135,8 +138,10 @@ def chat_prompt(document: Document, tokenizer: Tokenizer) -> list[ChatPart]:
 
 
 def _padded(part: TextPart | ImagePart, tokenizer: Tokenizer) -> ChatPart:
-    """The part; an image is padded to the tokenizer's size."""
+    """The part; an image is padded to the tokenizer's square, unless images have shapes."""
     if isinstance(part, TextPart | EncodedImage) or tokenizer.image is None:
+        return part
+    if tokenizer.vocabulary.grids:
         return part
     values = {each.name: getattr(part, each.name) for each in fields(part)}
     return PaddedImage(**values, resolution=tokenizer.image.resolution)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from megatron_chameleon.data.documents.image_part import ImagePart
@@ -19,6 +18,7 @@ from megatron_chameleon.data.documents.schema import (
     TextPart,
 )
 from megatron_chameleon.images.png import data_url, png_bytes
+from megatron_chameleon.inference.answers.stream import DrawnImage
 from megatron_chameleon.inference.chat import EncodedImage, PromptFormat, prompt_of
 from megatron_chameleon.inference.prompts import PromptPart, image_tokenizer_of
 from megatron_chameleon.tokenizer.folder import Tokenizer
@@ -77,15 +77,15 @@ class Conversation:
 
     def answer(
         self,
-        parts: Sequence[str | np.ndarray],
+        parts: Sequence[str | DrawnImage],
         images: Sequence[Image.Image],
         is_complete: bool = True,
     ) -> None:
         """Add the model's answer to the last message.
 
         Args:
-            parts: Texts, and the codes of images; at least one.
-            images: The images that the codes stand for, in order.
+            parts: Texts and drawn images; at least one.
+            images: The pixels of the drawn images, in order.
             is_complete: Whether the model ended it itself.
         """
         assert len(self) % 2 == 1
@@ -169,8 +169,8 @@ class Conversation:
         )
 
 
-def _drawn(codes: np.ndarray, image: Image.Image) -> EncodedImage:
-    return EncodedImage(png_bytes(image), codes=codes)
+def _drawn(drawn: DrawnImage, image: Image.Image) -> EncodedImage:
+    return EncodedImage(png_bytes(image), codes=drawn.codes, grid=drawn.grid)
 
 
 def _written(part: Part) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 
 from megatron_chameleon.data.documents.image_part import ImagePart
@@ -9,6 +10,7 @@ from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.chat import ControlToken, EncodedImage
 from megatron_chameleon.inference.engine.modality import Force
+from megatron_chameleon.tokenizer.common.grids import Grid, square_grid
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.image.tokenizer import NO_DECODER, ImageTokenizer
 
@@ -25,15 +27,15 @@ def encode_prompts(
     """
     vocabulary = tokenizer.vocabulary
     images = [_image(part) for prompt in prompts for part in prompt if _is_image(part)]
-    encoded_images = iter(image_tokenizer_of(tokenizer).encode(images) if images else [])
+    encoded_images = iter(_encoded(images, tokenizer) if images else [])
     encoded = []
     for prompt in prompts:
         token_ids = [vocabulary.bos]
         for part in prompt:
             if _is_image(part) or isinstance(part, EncodedImage):
-                codes = part.codes if isinstance(part, EncodedImage) else next(encoded_images)
-                image_ids = vocabulary.codes_to_token_ids(codes).tolist()
-                token_ids += [vocabulary.begin_image, *image_ids, vocabulary.end_image]
+                grid, codes = _known(part) or next(encoded_images)
+                image_ids = vocabulary.image_tokens(codes, grid or square_grid(len(codes)))
+                token_ids += [vocabulary.begin_image, *image_ids.tolist(), vocabulary.end_image]
             elif isinstance(part, ControlToken):
                 token_ids.append(part.token_id)
             else:
@@ -42,10 +44,26 @@ def encode_prompts(
     return encoded
 
 
+def _known(part: PromptPart) -> tuple[Grid | None, np.ndarray] | None:
+    return (part.grid, part.codes) if isinstance(part, EncodedImage) else None
+
+
+def _encoded(
+    images: Sequence[Image.Image], tokenizer: Tokenizer
+) -> Sequence[tuple[Grid | None, np.ndarray]]:
+    """The grid, or None for a square, and the codes of each image.
+
+    Raises:
+        DataError: An image cannot be read, or there is no image tokenizer.
+    """
+    image_tokenizer = image_tokenizer_of(tokenizer)
+    return [(None, codes) for codes in image_tokenizer.encode(images)]
+
+
 def answer_room(
     prompt_tokens: int,
     context_tokens: int,
-    codes_per_image: int,
+    image_tokens: int,
     force: Force | None,
     max_tokens: int | None,
 ) -> int:
@@ -54,7 +72,7 @@ def answer_room(
     Args:
         prompt_tokens: Tokens of the prompt.
         context_tokens: The largest number of tokens of a prompt and its answer.
-        codes_per_image: Number of codes of one image.
+        image_tokens: Tokens of the smallest image that will do, with its beginning and end.
         force: What the answer must be.
         max_tokens: How many tokens are asked for; None is as many as fit.
 
@@ -62,7 +80,7 @@ def answer_room(
         DataError: The prompt leaves too little room, or ``max_tokens`` is too few for an image.
     """
     is_image = force is Force.IMAGE
-    needed = codes_per_image + 2 if is_image else 1  # begin, codes, end
+    needed = image_tokens if is_image else 1
     if is_image and max_tokens is not None and max_tokens < needed:
         raise DataError(
             "max_tokens",

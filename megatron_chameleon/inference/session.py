@@ -38,6 +38,7 @@ from megatron_chameleon.inference.prompts import (
     check_draws,
     encode_prompts,
 )
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 CAPTION_OPTIONS = GenerationOptions(temperature=0, repetition_penalty=1.0)
@@ -119,8 +120,13 @@ class Session:
 
     @property
     def codes_per_image(self) -> int:
-        """Codes of an image that it can draw; 0 for a model that draws none."""
+        """Codes of a square image that it can draw; 0 for a model that draws none."""
         return self.tokenizer.drawn_codes
+
+    @property
+    def image_form(self) -> ImageForm:
+        """The form of the images that it draws."""
+        return self.tokenizer.image_form
 
     def encode(self, prompts: Sequence[Sequence[PromptPart]]) -> list[list[int]]:
         """Token ids of prompts: ``<s>`` and the parts in order as in a document, without ``</s>``.
@@ -261,10 +267,22 @@ class Session:
         return ["".join(part for part in a.content if isinstance(part, str)) for a in answers]
 
     def draw(
-        self, texts: Sequence[str], options: GenerationOptions | None = None
+        self,
+        texts: Sequence[str],
+        options: GenerationOptions | None = None,
+        *,
+        size: str | None = None,
     ) -> list[Image.Image]:
-        """Draw one image for each text: the prompt is the text, the answer one image."""
+        """Draw one image for each text: the prompt is the text, the answer one image.
+
+        Args:
+            texts: The prompts.
+            options: How to draw.
+            size: The shape of the images, as ``GenerationOptions.size``; None leaves it to the
+                options.
+        """
         options = replace(options or GenerationOptions(), force=Force.IMAGE)
+        options = options if size is None else replace(options, size=size)
         answers = self.generate([[text] for text in texts], options)
         content = (part for answer in answers for part in answer.content)
         return [part for part in content if isinstance(part, Image.Image)]
@@ -274,9 +292,7 @@ class Session:
         if self._decoder is None:
             codes, execution = self._classes.code_token_ids, self.execution
             layers = TransformersLayers(self.model, codes, execution.compiler)
-            self._decoder = ContinuousDecoder(
-                layers, self._classes, self.codes_per_image, execution
-            )
+            self._decoder = ContinuousDecoder(layers, self._classes, self.image_form, execution)
         return self._decoder
 
     def close(self) -> None:
@@ -290,7 +306,7 @@ class Session:
         return answer_room(
             prompt_tokens,
             self.context_tokens,
-            self.codes_per_image,
+            self.image_form.tokens_needed(options.size),
             options.force,
             options.max_tokens,
         )

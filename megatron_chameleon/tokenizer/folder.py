@@ -7,6 +7,7 @@ It holds text.model, vocabulary.json, image.safetensors and image.json. A Huggin
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from megatron_chameleon.tokenizer.common.files import (
     IMAGE_WEIGHTS_FILE,
     tokenizer_file,
 )
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer
 
@@ -55,8 +57,13 @@ class Tokenizer:
 
     @property
     def drawn_codes(self) -> int:
-        """The codes of an image that can be drawn; 0 if none can, as without a decoder."""
+        """The codes of a square image that can be drawn; 0 if none can, as without a decoder."""
         return self.image.codes_per_image if self.image and self.image.has_decoder else 0
+
+    @cached_property
+    def image_form(self) -> ImageForm:
+        """The form in a sequence of tokens of the images that can be drawn."""
+        return ImageForm(self.vocabulary, self.drawn_codes)
 
 
 def load_tokenizer(

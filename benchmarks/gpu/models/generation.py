@@ -34,6 +34,7 @@ from megatron_chameleon.inference.engine.row_settings import RowSettings
 from megatron_chameleon.inference.engine.sampling import draw
 from megatron_chameleon.inference.models.transformers_layers import TransformersLayers
 from megatron_chameleon.parallel import platform
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 PROMPT_TOKENS = 32
@@ -212,7 +213,8 @@ class Generator:
         if execution.graph:
             need_gpu("CUDA graphs need a GPU")
         layers = TransformersLayers(self.model, self.classes.code_token_ids, execution.compiler)
-        return ContinuousDecoder(layers, self.classes, codes, execution, max_rows=96)
+        form = ImageForm(self.classes.form.vocabulary, codes)
+        return ContinuousDecoder(layers, self.classes, form, execution, max_rows=96)
 
     def _requests(
         self, batch: int, options: GenerationOptions, length: int = PROMPT_TOKENS

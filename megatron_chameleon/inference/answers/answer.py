@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
 from megatron_chameleon.inference.answers.stream import (
     AnswerEnd,
     AnswerEvent,
     AnswerStream,
+    DrawnImage,
     ImageCodes,
     ImageDone,
     TextDelta,
@@ -27,17 +27,31 @@ class Answer:
     """The tokens as drawn, including ``</s>`` if it came."""
 
 
-def content_of(events: Iterable[AnswerEvent]) -> list[str | np.ndarray]:
-    """The texts of an answer and the codes of its whole images, in order."""
-    content: list[str | np.ndarray] = []
+def content_of(events: Iterable[AnswerEvent]) -> list[str | DrawnImage]:
+    """The texts of an answer and its whole images, in order."""
+    content: list[str | DrawnImage] = []
     texts: list[str] = []
     for event in events:
         if isinstance(event, TextDelta):
             texts.append(event.text)
         elif isinstance(event, ImageDone):
-            content += [*_joined(texts), event.codes]
+            content += [*_joined(texts), event.image]
             texts = []
     return content + _joined(texts)
+
+
+def decoded(image: DrawnImage, tokenizer: Tokenizer) -> Image.Image:
+    """The pixels of an image of an answer.
+
+    Args:
+        image: Drawn by the tokenizer's model.
+        tokenizer: With an image tokenizer that has a decoder.
+
+    Raises:
+        DataError: The codes are none of its.
+    """
+    assert tokenizer.image is not None, "without it, a stream has no images"
+    return tokenizer.image.decode(image.codes[None])[0]
 
 
 def _joined(texts: list[str]) -> list[str]:
@@ -90,8 +104,5 @@ class GrowingAnswer:
         content = [self._decoded(part) for part in content_of(self._events)]
         return Answer(content, self._token_ids)
 
-    def _decoded(self, part: str | np.ndarray) -> str | Image.Image:
-        if isinstance(part, str):
-            return part
-        assert self._tokenizer.image is not None, "without it, a stream has no images"
-        return self._tokenizer.image.decode(part[None])[0]
+    def _decoded(self, part: str | DrawnImage) -> str | Image.Image:
+        return part if isinstance(part, str) else decoded(part, self._tokenizer)

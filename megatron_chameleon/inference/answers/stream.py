@@ -14,12 +14,24 @@ or fewer parts, and the codes of an image that grows more or less often.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from megatron_chameleon.errors import DataError
 from megatron_chameleon.inference.answers.stop_strings import StopStrings
+from megatron_chameleon.tokenizer.common.grids import Grid
+from megatron_chameleon.tokenizer.common.image_form import OUTSIDE
 from megatron_chameleon.tokenizer.folder import Tokenizer
 from megatron_chameleon.tokenizer.text.incremental import IncrementalDecoder
+
+
+class DrawnImage(NamedTuple):
+    """A whole image of an answer."""
+
+    grid: Grid
+    codes: np.ndarray
+    """int64 [grid.codes], in raster order."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,8 @@ class ImageCodes:
     index: int
     codes: np.ndarray
     """int64, all codes so far in raster order."""
+    grid: Grid
+    """Rows and columns of the whole image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +66,12 @@ class ImageDone:
 
     index: int
     codes: np.ndarray
-    """int64 [codes per image], in raster order."""
+    """int64 [grid.codes], in raster order."""
+    grid: Grid
+
+    @property
+    def image(self) -> DrawnImage:
+        return DrawnImage(self.grid, self.codes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +111,13 @@ class AnswerStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._codes_per_image = tokenizer.drawn_codes
+        self._form = tokenizer.image_form
         self._text = IncrementalDecoder(tokenizer.text)
         self._stops = StopStrings(stop)
-        self._image: np.ndarray | None = None
+        self._place = OUTSIDE
+        self._grid: Grid | None = None
+        """Of the image that grows, as soon as it is known."""
+        self._image = np.empty(0, np.int64)
         self._codes = 0
         self._images = 0
         self.is_ended = False
@@ -112,7 +134,7 @@ class AnswerStream:
             token_ids: Any number of them, by the rules of ``engine/modality.py``.
 
         Raises:
-            DataError: A token inside an image is not a code.
+            DataError: A token cannot come where it stands in an image.
         """
         events: list[AnswerEvent] = []
         text = ""
@@ -120,9 +142,9 @@ class AnswerStream:
             if self.is_ended:
                 break
             self.token_count += 1
-            if self._image is not None:
-                events += self._add_code(token_id)
-            elif token_id == self._tokenizer.vocabulary.begin_image and self._codes_per_image:
+            if self._place.is_inside:
+                events += self._grow(token_id)
+            elif token_id == self._tokenizer.vocabulary.begin_image and self._form.draws:
                 text += self._end_text()
                 self.is_ended = self._stops.found is not None
                 if not self.is_ended:
@@ -135,8 +157,8 @@ class AnswerStream:
                 text += self._stops.feed(self._text.feed(token_id))
                 self.is_ended = self._stops.found is not None
         events += _deltas(text)
-        if self._image is not None and self._codes:
-            events.append(ImageCodes(self._images, self._image[: self._codes]))
+        if self._place.is_inside and self._grid is not None and self._codes:
+            events.append(ImageCodes(self._images, self._image[: self._codes], self._grid))
         return events
 
     def finish(self) -> list[AnswerEvent]:
@@ -144,9 +166,9 @@ class AnswerStream:
 
         If a stop string appears only here, ``stopped_by`` says so.
         """
-        if self._image is not None:
-            codes, self._image = self._image[: self._codes], None
-            return [ImageIncomplete(self._images, codes)]
+        if self._place.is_inside:
+            self._place = OUTSIDE
+            return [ImageIncomplete(self._images, self._image[: self._codes])]
         return _deltas(self._end_text())
 
     def _end_text(self) -> str:
@@ -156,18 +178,32 @@ class AnswerStream:
         return text
 
     def _begin_image(self) -> ImageStarted:
-        self._image, self._codes = np.empty(self._codes_per_image, np.int64), 0
+        self._place = self._form.begun
+        self._know(self._form.grid_at(self._place, self._tokenizer.vocabulary.begin_image))
         return ImageStarted(self._images)
 
-    def _add_code(self, token_id: int) -> list[AnswerEvent]:
-        assert self._image is not None
-        code = self._tokenizer.vocabulary.token_ids_to_codes(np.array([token_id]))
-        self._image[self._codes] = code[0]
-        self._codes += 1
-        if self._codes < self._codes_per_image:
+    def _know(self, grid: Grid | None) -> None:
+        self._grid, self._codes = grid, 0
+        self._image = np.empty(grid.codes if grid else 0, np.int64)
+
+    def _grow(self, token_id: int) -> list[AnswerEvent]:
+        """Take the next token of an image; it is whole before its end comes."""
+        place = self._place
+        self._place = self._form.after(place, token_id)
+        if place.certain_codes:
+            code = self._tokenizer.vocabulary.token_ids_to_codes(np.array([token_id]))
+            self._image[self._codes] = code[0]
+            self._codes += 1
+        elif not self._form.allows(place, token_id):
+            lacks = self._form.lacks(place)
+            what = f"the token id {token_id:,} cannot come in an image that lacks {lacks}"
+            raise DataError("answer", what, "Pass tokens that the engine's rules allow")
+        elif (grid := self._form.grid_at(self._place, token_id)) is not None:
+            self._know(grid)
+        if self._place.left or self._grid is None:
             return []
-        done = ImageDone(self._images, self._image)
-        self._image = None
+        done = ImageDone(self._images, self._image, self._grid)
+        self._place = OUTSIDE
         self._images += 1
         return [done]
 

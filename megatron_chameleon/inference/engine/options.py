@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.inference.engine.modality import Force
+from megatron_chameleon.tokenizer.common.image_form import aspect_ratio
 
 GPU_SYNC_EVERY_TOKENS = 16
 GPU_WIDTH_STEP = 256
@@ -39,6 +40,9 @@ class GenerationOptions:
     images: bool = True
     """Whether the model may begin an image."""
     force: Force | None = None
+    size: str | None = None
+    """The shape of each image, as ``3:2`` or ``480x320`` (width and height); it gets the grid that
+    is nearest to it. None lets the model choose. A tokenizer without grids draws squares alone."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer where its text contains one of them; they are not part of it."""
     seed: int = 1
@@ -67,6 +71,8 @@ class GenerationOptions:
             if not holds:
                 value = getattr(self, name)
                 raise ConfigError(name, f"{value} is not {words}", f"Use a number that is {words}")
+        if self.size is not None:
+            aspect_ratio(self.size)
         if "" in self.stop:
             raise ConfigError("stop", "a stop string is empty", "Give at least one character")
 

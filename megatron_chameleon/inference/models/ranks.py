@@ -115,14 +115,13 @@ def _opened(
         (model,) = load_model(reader, config, topology, rows)
         vocabulary, device = tokenizer.vocabulary, platform.device()
         classes = TokenClasses(vocabulary, device)
-        codes_per_image = tokenizer.drawn_codes
         channel = Channel()
         with MegatronLayers.borrowed(model, classes.code_token_ids, vocabulary.size) as layers:
             if settings.get("cache_tokens") is None:
                 settings = {**settings, "cache_tokens": common_cache_tokens(layers, channel)}
             yield (
                 ContinuousDecoder(
-                    layers, classes, codes_per_image, execution_on(device.type), **settings
+                    layers, classes, tokenizer.image_form, execution_on(device.type), **settings
                 ),
                 channel,
             )

@@ -7,7 +7,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import cast
 
-from megatron_chameleon.errors import ChameleonError, DataError
+from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
 from megatron_chameleon.inference.answers.stream import AnswerEvent, AnswerStream, ImageCodes
 from megatron_chameleon.inference.engine.interface import (
     EngineError,
@@ -176,14 +176,14 @@ class Answerer:
         if most is not None and count > most:
             what = f"it has {count:,} tokens, and the limit is {most:,}"
             raise bad("prompt", what, "Shorten it", "context_length_exceeded")
-        if force is Force.IMAGE and not self._model.codes_per_image:
+        if force is Force.IMAGE and not self._model.draws:
             lacks = "image decoder" if self._model.tokenizer.image else "image tokenizer"
             what = f"this model has no {lacks}, so it draws nothing"
             raise bad("force", what, "Leave it out", "images_not_supported")
         try:
-            codes = self._model.codes_per_image
-            tokens = answer_room(count, context, codes, force, ask.max_tokens)
-        except DataError as error:
+            needed = self._model.tokenizer.image_form.tokens_needed(ask.options[0].size)
+            tokens = answer_room(count, context, needed, force, ask.max_tokens)
+        except (ConfigError, DataError) as error:
             code = "context_length_exceeded" if error.where == "prompt" else None
             raise bad(error.where, error.what, error.remedy, code) from error
         requests = [TokenRequest(tuple(ask.prompt), tokens, options) for options in ask.options]
@@ -301,7 +301,7 @@ class Answerer:
 
     def _shows(self, event: ImageCodes, shown: dict[int, int]) -> bool:
         """Whether an image has grown enough to be shown again."""
-        step = max(1, self._model.codes_per_image // _GROWTH_STEPS)
+        step = max(1, event.grid.codes // _GROWTH_STEPS)
         if len(event.codes) - shown.get(event.index, 0) < step:
             return False
         shown[event.index] = len(event.codes)

@@ -76,7 +76,7 @@ class JobReader:
         """
         body = read_completion(values, self._model.defaults, self._limits)
         self._check_model(body.wishes)
-        vocabulary, codes = self._model.tokenizer.vocabulary, self._model.codes_per_image
+        form = self._model.tokenizer.image_form
         prompts = []
         for number, prompt in enumerate(body.prompts):
             if isinstance(prompt, str):
@@ -86,7 +86,7 @@ class JobReader:
                 if len(prompt) > (context := self._model.context_tokens):
                     what = f"it has {len(prompt):,} tokens, more than the context of {context:,}"
                     raise bad(where, what, "Shorten it", "context_length_exceeded")
-                prompts.append(check_token_ids(prompt, vocabulary, codes, where))
+                prompts.append(check_token_ids(prompt, form, where))
         return self._job(body.wishes, prompts, CompletionFormat)
 
     def _check_model(self, wishes: Wishes) -> None:

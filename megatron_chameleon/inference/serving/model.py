@@ -15,6 +15,8 @@ from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.images.image_error import ImageError
 from megatron_chameleon.images.png import data_url, png_bytes
+from megatron_chameleon.inference.answers.answer import decoded
+from megatron_chameleon.inference.answers.stream import DrawnImage, ImageCodes
 from megatron_chameleon.inference.chat import PaddedImage, PromptFormat, prompt_of
 from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.prompts import PromptPart, encode_prompts
@@ -63,9 +65,9 @@ class ServedModel:
     """Messages that the page suggests."""
 
     @property
-    def codes_per_image(self) -> int:
-        """Codes of an image that it can draw; 0 for a model that draws none."""
-        return self.tokenizer.drawn_codes
+    def draws(self) -> bool:
+        """Whether it draws images."""
+        return self.tokenizer.image_form.draws
 
     def description(self, limits: Limits) -> dict[str, Any]:
         """The object of ``/v1/models``."""
@@ -81,10 +83,11 @@ class ServedModel:
             "chameleon": {
                 "format": self.format.value,
                 "images_in": has_images,
-                "images_out": bool(self.codes_per_image) and self.defaults.images,
+                "images_out": self.draws and self.defaults.images,
                 "context_tokens": self.context_tokens,
                 "codes_per_image": image.codes_per_image if image else 0,
                 "image_size": [edge, edge] if has_images else None,
+                "image_shapes": bool(self.tokenizer.image_form.grids),
                 "defaults": defaults,
                 "examples": list(self.examples),
                 "limits": {
@@ -170,7 +173,7 @@ class PromptEncoder:
         assert image_tokenizer is not None
         try:
             image = part.open()
-            if isinstance(part, PaddedImage):
+            if isinstance(part, PaddedImage) or self._model.tokenizer.vocabulary.grids:
                 return image
             return Image.fromarray(prepare_image(image, image_tokenizer.resolution))
         except (ImageError, DataError) as error:
@@ -182,29 +185,24 @@ class PictureMaker:
 
     def __init__(self, model: ServedModel, workers: Workers) -> None:
         self._model, self._workers = model, workers
-        self.codes_per_image = model.codes_per_image
 
-    async def whole(self, codes: np.ndarray) -> str:
-        """A PNG of the codes of one image, as a data: URL."""
-        return await self._workers.run(self._whole, codes)
+    async def whole(self, drawn: DrawnImage) -> str:
+        """A PNG of one image, as a data: URL."""
+        return await self._workers.run(self._whole, drawn)
 
-    async def growing(self, codes: np.ndarray) -> str:
+    async def growing(self, grown: ImageCodes) -> str:
         """A PNG of the first codes of an image; what is missing is transparent."""
-        return await self._workers.run(self._growing, codes)
+        return await self._workers.run(self._growing, grown)
 
-    def _whole(self, codes: np.ndarray) -> str:
-        assert self._model.tokenizer.image is not None
-        return data_url(png_bytes(self._model.tokenizer.image.decode(codes[None])[0]))
+    def _whole(self, drawn: DrawnImage) -> str:
+        return data_url(png_bytes(decoded(drawn, self._model.tokenizer)))
 
-    def _growing(self, codes: np.ndarray) -> str:
-        image_tokenizer = self._model.tokenizer.image
-        assert image_tokenizer is not None
-        total = image_tokenizer.codes_per_image
+    def _growing(self, grown: ImageCodes) -> str:
+        codes, grid = grown.codes, grown.grid
         # The decoder needs a whole image: the last code goes on, where it is not seen.
-        filled = np.concatenate([codes, np.full(total - len(codes), codes[-1])])
-        image = image_tokenizer.decode(filled[None])[0]
-        columns = round(total**0.5)
-        known = (np.arange(total) < len(codes)).reshape(-1, columns)
+        filled = np.concatenate([codes, np.full(grid.codes - len(codes), codes[-1])])
+        image = decoded(DrawnImage(grid, filled), self._model.tokenizer)
+        known = (np.arange(grid.codes) < len(codes)).reshape(grid)
         mask = Image.fromarray(known.astype(np.uint8) * 255)
         image.putalpha(mask.resize(image.size, Image.Resampling.NEAREST))
         return data_url(png_bytes(image))

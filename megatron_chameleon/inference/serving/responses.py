@@ -132,8 +132,8 @@ class Responder:
             part = {**image_part(url), "index": piece.index, "complete": True}
             return job.format.image(index, part)
         if isinstance(piece, ImageCodes):
-            url = await self._pictures.growing(piece.codes)
-            progress = round(len(piece.codes) / self._pictures.codes_per_image, 4)
+            url = await self._pictures.growing(piece)
+            progress = round(len(piece.codes) / piece.grid.codes, 4)
             part = {**image_part(url), "index": piece.index, "complete": False}
             return job.format.image(index, {**part, "progress": progress})
         if isinstance(piece, Finish):
@@ -142,7 +142,7 @@ class Responder:
 
     async def _drawn(self, image: ImageDone) -> str:
         self._metrics.images.labels("out").inc()
-        return await self._pictures.whole(image.codes)
+        return await self._pictures.whole(image.image)
 
     def _pieces(self, job: Job, place: Place) -> Any:
         growing = job.wishes.stream and job.wishes.growing_images

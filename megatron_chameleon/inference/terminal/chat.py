@@ -13,14 +13,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
 from megatron_chameleon.data.documents.schema import TextPart
 from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
 from megatron_chameleon.files import write_text
-from megatron_chameleon.inference.answers.answer import content_of
+from megatron_chameleon.inference.answers.answer import content_of, decoded
 from megatron_chameleon.inference.answers.stream import (
     AnswerEnd,
     AnswerEvent,
@@ -202,18 +201,15 @@ class Chat:
         elif isinstance(event, ImageStarted):
             self._screen.progress(0)
         elif isinstance(event, ImageCodes):
-            self._screen.progress(len(event.codes) / self._session.codes_per_image)
+            self._screen.progress(len(event.codes) / event.grid.codes)
         elif isinstance(event, ImageDone):
-            images.append(self._decoded(event.codes))
+            images.append(decoded(event.image, self._session.tokenizer))
             name = None
             try:
                 name = save_image(self._folder, images[-1])
             except ChameleonError as error:
                 self.report(error)
             self._screen.image(images[-1], name)
-
-    def _decoded(self, codes: np.ndarray) -> Image.Image:
-        return image_tokenizer_of(self._session.tokenizer).decode(codes[None])[0]
 
     # -- commands
 
@@ -301,7 +297,9 @@ class Chat:
         elif name.partition("=")[1]:
             self._set(rest.replace("=", " ", 1))
         else:
-            self._options = changed(self._options, name, value.strip())
+            options = changed(self._options, name, value.strip())
+            self._session.image_form.grid_of_size(options.size)
+            self._options = options
             self._answers = 0 if name == "seed" else self._answers
 
     def _seed(self, rest: str) -> None:

@@ -41,6 +41,7 @@ SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (_whole, "a whole number above 0, or none"),
     "images": (_switch, "on or off"),
     "force": (Force, "image, text or none"),
+    "size": (str, "width and height of images, such as 3:2, or none"),
     "stop": (_stop, "a text, or none"),
     "seed": (_whole, f"a whole number from 0 to {LARGEST_SEED}"),
 }

@@ -27,7 +27,7 @@ from megatron_chameleon.inference.engine.modality import Force, TokenClasses
 from megatron_chameleon.inference.vllm.launch import Launched, launch
 from megatron_chameleon.inference.vllm.plugins.row_request import RowRequest
 from megatron_chameleon.inference.vllm.slots import Slots
-from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 
 TRIES = 50
 """How often the passes of a guided image are submitted again without having drawn a code."""
@@ -41,8 +41,8 @@ class VllmEngine:
 
     Args:
         folder: A folder that ``chameleon convert --to hf`` wrote.
-        vocabulary: Of its tokenizer.
-        codes_per_image: Number of codes of one image, 0 if it has no image tokenizer.
+        form: The form of its images, with its vocabulary; it draws none without a tokenizer of
+            images.
         context_tokens: The model's largest number of positions.
         options: Names and values of vLLM's ``AsyncEngineArgs``.
     """
@@ -50,15 +50,14 @@ class VllmEngine:
     def __init__(
         self,
         folder: Path,
-        vocabulary: Vocabulary,
-        codes_per_image: int,
+        form: ImageForm,
         context_tokens: int,
         options: dict[str, Any],
     ) -> None:
         most = options.get("max_model_len")  # vLLM refuses what is no number
         self.context_tokens = min(context_tokens, most) if isinstance(most, int) else context_tokens
         self._folder, self._options = folder, options
-        self._classes, self._codes_per_image = TokenClasses(vocabulary), codes_per_image
+        self._classes, self._form = TokenClasses(form.vocabulary), form
         self._launched: Launched | None = None
         self._stopping = False
         self._answering = 0
@@ -86,6 +85,7 @@ class VllmEngine:
     def check(self, request: TokenRequest) -> None:
         """As ``TokenEngine.check``."""
         request.options.check()
+        self._form.grid_of_size(request.options.size)
         tokens = len(request.prompt) + request.max_new_tokens
         rows = self._rows(request)
         assert self._launched is not None
@@ -149,7 +149,7 @@ class VllmEngine:
     def _guided(self, request: TokenRequest) -> Guidance | None:
         """The guidance of the request's images; None if there is none to apply."""
         guidance = Guidance.of(request.options)
-        return guidance if self._codes_per_image and len(guidance.passes) > 1 else None
+        return guidance if self._form.draws and len(guidance.passes) > 1 else None
 
     def _rows(self, request: TokenRequest) -> int:
         guidance = self._guided(request)
@@ -158,7 +158,7 @@ class VllmEngine:
     async def _parts(self, request: TokenRequest, answer: list[int]) -> AsyncGenerator[list[int]]:
         """The next tokens, again and again; ``answer`` grows by them."""
         classes, options = self._classes, request.options
-        if not self._codes_per_image:
+        if not self._form.draws:
             options = replace(options, images=False)
         guidance = self._guided(request)
         stops = [classes.eos]
@@ -187,13 +187,14 @@ class VllmEngine:
         """The codes of an image and its end; the caller extends ``answer`` by them."""
         classes, idle = self._classes, 0
         begun = len(answer)
+        most = min(self._form.longest - 1, request.max_new_tokens - begun)
         seen = [*request.prompt, *answer[:-1]]
         starts = [
             [*guidance.prompt(kind, seen, classes), classes.begin_image] for kind in guidance.passes
         ]
         while idle <= TRIES:
             codes, before = answer[begun:], len(answer)
-            room = self._codes_per_image + 1 - len(codes)
+            room = most - len(codes)
             group = uuid.uuid4().hex
             runs = [
                 self._run(

@@ -49,9 +49,8 @@ def open_exported(path: str | Path, device: str, options: Sequence[str]) -> Expo
         raise _not_exported(path, reader)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = open_tokenizer(reader, None, Path(scratch), device)
-    codes = tokenizer.drawn_codes
     context_tokens = reader.model.seq_length
-    engine = VllmEngine(reader.folder, tokenizer.vocabulary, codes, context_tokens, parsed)
+    engine = VllmEngine(reader.folder, tokenizer.image_form, context_tokens, parsed)
     return Exported(engine, tokenizer, reader, version)
 
 

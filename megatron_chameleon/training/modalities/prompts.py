@@ -186,4 +186,4 @@ def _one_of_each_kind(prompts: Sequence[AskedPrompt]) -> list[AskedPrompt]:
 
 
 def _image_tokens(tokenizer: Tokenizer) -> int:
-    return tokenizer.drawn_codes + 2 if tokenizer.drawn_codes else 0
+    return tokenizer.image_form.longest if tokenizer.drawn_codes else 0

@@ -17,6 +17,7 @@ from megatron_chameleon.inference.engine.batching.lockstep import Channel, Locks
 from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.parallel import platform
 from megatron_chameleon.parallel.topology import Topology
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer, drawn_codes, load_tokenizer
 
@@ -75,7 +76,7 @@ class TrainedModel:
         try:
             tokenizer = self._open_tokenizer() if self.is_first else None
             vocabulary = Vocabulary.load(self._path)
-            image_codes = drawn_codes(self._path)
+            form = ImageForm(vocabulary, drawn_codes(self._path))
         except ChameleonError as error:
             failure = error
         if not self._channel.agree(failure is None):  # nobody waits for a rank that cannot answer
@@ -83,7 +84,7 @@ class TrainedModel:
                 return None
             remedy = "Put it where every node finds it"
             raise failure or DataError(self._path, "another rank cannot read it", remedy)
-        with self._decoder(model, vocabulary, image_codes, rows) as decoder:
+        with self._decoder(model, form, rows) as decoder:
             if tokenizer is None:
                 follow(decoder, self._channel, self._rank)
                 return None
@@ -96,9 +97,7 @@ class TrainedModel:
         return self._tokenizer
 
     @contextmanager
-    def _decoder(
-        self, model: Any, vocabulary: Vocabulary, image_codes: int, rows: int
-    ) -> Iterator[ContinuousDecoder]:
+    def _decoder(self, model: Any, form: ImageForm, rows: int) -> Iterator[ContinuousDecoder]:
         """A decoder of this rank, with room for all answers side by side."""
         from megatron_chameleon.inference.models.megatron_layers import MegatronLayers
         from megatron_chameleon.inference.models.ranks import common_cache_tokens, execution_on
@@ -106,13 +105,14 @@ class TrainedModel:
         device = platform.device()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what training holds without need counts as taken
+        vocabulary = form.vocabulary
         classes = TokenClasses(vocabulary, device)
         with MegatronLayers.borrowed(model, classes.code_token_ids, vocabulary.size) as layers:
             most = rows * (layers.context_tokens + ODD_COLUMNS)
             yield ContinuousDecoder(
                 layers,
                 classes,
-                image_codes,
+                form,
                 execution_on(device.type),
                 cache_tokens=min(most, common_cache_tokens(layers, self._channel)),
             )

@@ -159,7 +159,7 @@ def test_ranks_draw_what_one_rank_and_transformers_draw(
     model = read_transformers(reader, tokenizer).eval()
     classes = TokenClasses(tokenizer.vocabulary)
     layers = TransformersLayers(model, classes.code_token_ids)
-    decoder = ContinuousDecoder(layers, classes, tokenizer.image.codes_per_image)
+    decoder = ContinuousDecoder(layers, classes, tokenizer.image_form)
     expected = mixed_requests.answers(decoder, tokenizer.vocabulary)
     assert len(expected[0]) == 1 + mixed_requests.CANCELS_AFTER_STEPS  # the rest was cancelled
     assert found(results, "tp1-0") == expected

@@ -10,6 +10,7 @@ from megatron_chameleon.inference.engine.interface import TokenRequest
 from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.inference.models.transformers_layers import TransformersLayers
 from megatron_chameleon.inference.session import Session
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 
 CODES = 16
 """Codes of an image."""
@@ -24,10 +25,11 @@ class Tiny:
         self.model.lm_head.weight[self.vocabulary.begin_image] *= 3
         self.model.lm_head.weight[self.vocabulary.eos] *= 2
         self.classes = TokenClasses(self.vocabulary)
+        self.form = ImageForm(self.vocabulary, CODES)
         self.layers = TransformersLayers(self.model, self.classes.code_token_ids)
 
     def decoder(self, *execution: Any, **settings: Any) -> ContinuousDecoder:
-        return ContinuousDecoder(self.layers, self.classes, CODES, *execution, **settings)
+        return ContinuousDecoder(self.layers, self.classes, self.form, *execution, **settings)
 
     def image(self, first: int) -> list[int]:
         """Token ids of some image."""

@@ -208,7 +208,7 @@ PROMPTS: dict[str, tuple[Any, str]] = {
     "an end alone": ([0, 20], "cannot stand outside an image"),
     "an open image": ([0, 21, 4, 5], "its last image lacks 14 codes"),
     "a text in an image": ([0, 21, 4, 60], "cannot stand in an image that lacks 15 codes"),
-    "a code too many": ([0, 21, *[4] * 17], "cannot stand in an image that lacks 0 codes"),
+    "a code too many": ([0, 21, *[4] * 17], "cannot stand in an image that lacks its end"),
     "a code alone": ([0, 4], "cannot stand outside an image"),
     "many prompts": (["a"] * 17, "17 prompts with n = 1 have 17 answers"),
 }

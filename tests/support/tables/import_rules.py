@@ -129,10 +129,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # an answer is read with all of the tokenizer: its texts, its images, and what a token id means;
     # images/png.py writes images as files, here and wherever one is shown
-    "inference/answers": {"images", "tokenizer", "tokenizer/text"},
+    "inference/answers": {"images", "tokenizer", "tokenizer/common", "tokenizer/text"},
     "inference/engine": {"tokenizer/common"},
     # graphs of its steps are recorded by parallel
-    "inference/engine/batching": {"inference/engine", "parallel"},
+    "inference/engine/batching": {"inference/engine", "parallel", "tokenizer/common"},
     # a conversation in the terminal, without the verb that opens it
     "inference/terminal": {
         "data/documents",
@@ -163,6 +163,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference/models",
         "parallel",
         "tokenizer",
+        "tokenizer/common",
         "tokenizer/image",
     },
     # What clients send is read without knowing the model, but for its vocabulary.

@@ -1,6 +1,6 @@
 """Continuous batching: answers of all kinds grow together, and leave and join between two steps.
 
-    decoder = ContinuousDecoder(model, classes, codes_per_image)
+    decoder = ContinuousDecoder(model, classes, ImageForm(vocabulary, codes))
     number = decoder.add(TokenRequest((0, 40, 50), 100, GenerationOptions()))
     while decoder.usage().running + decoder.usage().waiting:
         for number, chunk in decoder.step():
@@ -42,6 +42,7 @@ from megatron_chameleon.inference.engine.interface import (
 from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.inference.engine.options import Execution
 from megatron_chameleon.parallel import cuda_graphs
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.wording import format_bytes
 
 PROMPT_TOKENS = 16_384
@@ -61,7 +62,7 @@ class ContinuousDecoder:
     Args:
         model: The layers.
         classes: Token classes on the model's device.
-        codes_per_image: Number of codes of one image.
+        form: The form of an image.
         execution: How the steps run; None chooses what suits the device.
         cache_tokens: The largest number of tokens whose keys and values are kept; None takes a
             share of the device's memory.
@@ -73,13 +74,13 @@ class ContinuousDecoder:
         self,
         model: CachedModel,
         classes: TokenClasses,
-        codes_per_image: int,
+        form: ImageForm,
         execution: Execution | None = None,
         *,
         cache_tokens: int | None = None,
         max_rows: int = MAX_ROWS,
     ) -> None:
-        self._model, self._classes, self._codes_per_image = model, classes, codes_per_image
+        self._model, self._classes, self._form = model, classes, form
         self.execution = execution or Execution.on(model.device.type)
         self.cache_tokens = cache_tokens or default_cache_tokens(model)
         self.max_rows = max_rows
@@ -94,7 +95,7 @@ class ContinuousDecoder:
         """An empty cache, and no answer that grows."""
         self._cache = Cache(self._model, self.cache_tokens)
         self._state = DeviceState(
-            self._model, self._classes, self._codes_per_image, self.execution.sync_every_tokens
+            self._model, self._classes, self._form, self.execution.sync_every_tokens
         )
         self._running: list[Answer] = []
         """In the order of their places."""
@@ -128,7 +129,7 @@ class ContinuousDecoder:
             DataError: The request does not fit the context or the cache.
         """
         request.options.check()
-        answer = Answer(0, request, self._classes, self._codes_per_image)
+        answer = Answer(0, request, self._classes, self._form)
         check_tokens(answer, self.context_tokens)
         if len(answer.rows) > self.max_rows:
             raise DataError(
@@ -149,7 +150,7 @@ class ContinuousDecoder:
         """
         self.check(request)
         self._numbers += 1
-        self._waiting.append(Answer(self._numbers, request, self._classes, self._codes_per_image))
+        self._waiting.append(Answer(self._numbers, request, self._classes, self._form))
         return self._numbers
 
     @torch.inference_mode()
@@ -336,9 +337,9 @@ class ContinuousDecoder:
         if self._layout is None:
             self._layout = Layout(self._state, self._cache, self._running, self.execution)
         layout, state = self._layout, self._state
-        codes = min(answer.codes_left for answer in self._running)
+        codes = min(answer.image_place.certain_codes for answer in self._running)
         mixed = any(
-            len(answer.rows) > 1 and (steps > 1 or answer.codes_left >= 0)
+            len(answer.rows) > 1 and (steps > 1 or answer.image_place.is_inside)
             for answer in self._running
         )
         plans = {
@@ -388,7 +389,7 @@ def _place_in_cache(row: Row) -> tuple[int, int]:
 
 
 def _in_guided_image(answer: Answer) -> bool:
-    return len(answer.rows) > 1 and answer.codes_left >= 0
+    return len(answer.rows) > 1 and answer.image_place.is_inside
 
 
 def _batches(rows: Sequence[Row]) -> list[list[Row]]:

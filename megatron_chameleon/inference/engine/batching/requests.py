@@ -15,7 +15,7 @@ def check_tokens(answer: Answer, context_tokens: int) -> None:
         DataError: It says what, with the numbers.
     """
     prompt, classes = answer.request.prompt, answer.classes
-    new, codes = answer.max_new_tokens, answer.codes_per_image
+    new, form = answer.max_new_tokens, answer.form
     vocabulary = len(classes.code_V)
     outside = next((token for token in prompt if not 0 <= token < vocabulary), None)
     if not prompt or prompt[0] != classes.bos or outside is not None:
@@ -32,13 +32,13 @@ def check_tokens(answer: Answer, context_tokens: int) -> None:
             f"context of {context_tokens:,}",
             f"Ask for at most {max(0, context_tokens - len(prompt)):,}, or shorten the prompt",
         )
-    if answer.rules.only_image and (codes == 0 or new < codes + 2):
-        what = f"{new:,} is too few for an image, which has {codes + 2:,} tokens"
-        if codes == 0:
+    needed = form.tokens_needed(answer.options.size)
+    if answer.rules.only_image and (not form.draws or new < needed):
+        what = f"{new:,} is too few for an image, which has {needed:,} tokens"
+        if not form.draws:
             what = "the model has no image tokenizer, so it cannot draw"
-        raise DataError(
-            "max_tokens" if codes else "force", what, "Ask for text, or for more tokens"
-        )
+        where = "max_tokens" if form.draws else "force"
+        raise DataError(where, what, "Ask for text, or for more tokens")
 
 
 class News:

@@ -14,6 +14,7 @@ from megatron_chameleon.inference.engine.interface import (
 from megatron_chameleon.inference.engine.modality import NEVER_TOKENS, AnswerRules, TokenClasses
 from megatron_chameleon.inference.engine.options import signed_seed
 from megatron_chameleon.inference.engine.sampling import uniforms
+from megatron_chameleon.tokenizer.common.image_form import OUTSIDE, ImageForm
 
 
 class Row:
@@ -52,7 +53,7 @@ class Row:
         """The largest number of columns that it can need."""
         answer = self.answer
         if self.kind is Conditioning.NOTHING:
-            return self.start + min(answer.max_new_tokens, answer.codes_per_image + 2)
+            return self.start + min(answer.max_new_tokens, answer.form.longest)
         return self.start + answer.max_new_tokens
 
     @property
@@ -91,27 +92,32 @@ class Answer:
         number: The request's id.
         request: What was asked for.
         classes: The vocabulary's token classes.
-        codes_per_image: Number of codes of one image.
+        form: The form of an image.
+
+    Raises:
+        ChameleonError: The model draws no image of the size that is asked for.
     """
 
     def __init__(
-        self, number: int, request: TokenRequest, classes: TokenClasses, codes_per_image: int
+        self, number: int, request: TokenRequest, classes: TokenClasses, form: ImageForm
     ) -> None:
         options = request.options
         self.number, self.request, self.options = number, request, options
-        self.classes, self.codes_per_image = classes, codes_per_image
+        self.classes, self.form = classes, form
         self.max_new_tokens = request.max_new_tokens
         self.guidance = Guidance.of(options)
-        self.rules = AnswerRules.of(codes_per_image, options.images, options.force)
+        self.rules = AnswerRules.of(form, options.images, options.force, options.size)
         self.rows = [
             Row(self, kind, self.guidance.prompt(kind, request.prompt, classes))
             for kind in self.guidance.passes
         ]
         self.token_ids: list[int] = []
-        self.codes_left = -1
-        """Codes still missing in the current image; -1 outside an image."""
+        self.image_place = OUTSIDE
+        """Where in an image the newest token is."""
         self.image_tokens = 0
-        """Codes, beginnings and ends of images among the answer's tokens."""
+        """Tokens of images among the answer's."""
+        self.image_tokens_begun = 0
+        """Tokens of the image that is being drawn, with its beginning; 0 outside an image."""
         self.place = -1
         """Where the answer's state is on the device, while it grows."""
 
@@ -119,23 +125,17 @@ class Answer:
     def tokens_left(self) -> int:
         return self.max_new_tokens - len(self.token_ids)
 
-    @property
-    def image_tokens_begun(self) -> int:
-        """Tokens of the image that is being drawn, with its beginning; 0 outside an image."""
-        return self.codes_per_image - self.codes_left + 1 if self.codes_left >= 0 else 0
-
     def take(self, token_ids: Sequence[int]) -> FinishReason | None:
         """Add tokens that were drawn; none may follow the one that ends the answer."""
-        classes = self.classes
+        classes, after = self.classes, self.form.after
         for token in token_ids:
-            if self.codes_left > 0:
-                self.codes_left -= 1
+            was_inside = self.image_place.is_inside
+            self.image_place = after(self.image_place, token)
+            if self.image_place.is_inside:
+                self.image_tokens_begun += 1
                 self.image_tokens += 1
-            elif token == classes.begin_image:
-                self.codes_left = self.codes_per_image
-                self.image_tokens += 1
-            elif token == classes.end_image:
-                self.codes_left = -1
+            elif was_inside:
+                self.image_tokens_begun = 0
                 self.image_tokens += 1
         self.token_ids.extend(token_ids)
         return finish_reason(self.token_ids[-1], self.tokens_left, self.rules.only_image, classes)

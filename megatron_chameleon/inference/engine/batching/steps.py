@@ -21,6 +21,7 @@ from megatron_chameleon.inference.engine.modality import NEVER_TOKENS, ModalityS
 from megatron_chameleon.inference.engine.options import Execution
 from megatron_chameleon.inference.engine.row_settings import DrawKind, RowSettings
 from megatron_chameleon.inference.engine.sampling import draw, forbid, penalise_repetition
+from megatron_chameleon.tokenizer.common.image_form import OUTSIDE, ImageForm
 
 NOT_FINITE = -2
 """Stands for the token of an answer whose logits are not finite."""
@@ -87,16 +88,18 @@ class AnswerTensors:
         """The newest token, and how many tokens there are."""
         self.modality = ModalityState(
             state.classes,
-            state.codes_per_image,
+            state.form,
             tokens_left_B=whole[2],
-            codes_left_B=whole[3],
+            image_left_B=whole[3],
             finished_B=truth[0],
             in_text_B=whole[4],
             image_room_B=whole[5],
             only_image_B=truth[1],
+            row_tokens_B=whole[6],
+            grid_kind_B=whole[7],
         )
         self.scale_B, self.scale_image_B = real
-        self.guided_B, self.row_3B = truth[2], whole[6:9]
+        self.guided_B, self.row_3B = truth[2], whole[8:11]
         self.seen_BV, self.random_BK = state.seen_BV[places], state.random_BK[places]
         self.drawn_BS = state.drawn_BS[places]
 
@@ -115,7 +118,7 @@ class DeviceState:
     Args:
         model: The model.
         classes: Token classes on the model's device.
-        codes_per_image: Number of codes of one image.
+        form: The form of an image.
         sync_every_tokens: How many tokens of each answer are kept until the host reads them.
 
     Attributes:
@@ -126,10 +129,10 @@ class DeviceState:
         self,
         model: CachedModel,
         classes: TokenClasses,
-        codes_per_image: int,
+        form: ImageForm,
         sync_every_tokens: int,
     ) -> None:
-        self.model, self.classes, self.codes_per_image = model, classes, codes_per_image
+        self.model, self.classes, self.form = model, classes, form
         self._sync_every_tokens, self.moves = sync_every_tokens, 0
         self._answers = self._rows = 0
         self._settings: dict[int, RowSettings] = {}
@@ -162,7 +165,7 @@ class DeviceState:
         def whole(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        self.whole_B = whole(9, count)
+        self.whole_B = whole(11, count)
         self.real_B = torch.ones((2, count), device=device)
         self.truth_B = torch.zeros((3, count), dtype=torch.bool, device=device)
         self.drawn_BS = whole(count, self._sync_every_tokens)
@@ -197,10 +200,11 @@ class DeviceState:
             guidance, rules = answer.guidance, answer.rules
             count = len(answer.token_ids)
             newest = answer.token_ids[-1] if count else self.classes.pad
-            left = (answer.tokens_left, answer.codes_left)
+            left = (answer.tokens_left, answer.image_place.left)
             in_text = (int(rules.in_text), rules.image_room)
+            grid = (answer.image_place.row_tokens, rules.grid_kind)
             passes = (number_of[answer.rows[number]] for number in guidance.mixed_passes)
-            whole.append((newest, count, *left, *in_text, *passes))
+            whole.append((newest, count, *left, *in_text, *grid, *passes))
             real.append((guidance.scale, guidance.scale_image))
             truth.append((False, rules.only_image, len(answer.rows) > 1))
         places = slice(answers[0].place, answers[0].place + len(answers))
@@ -209,7 +213,8 @@ class DeviceState:
         self.truth_B[:, places] = torch.tensor(truth).T
         # what fills up a bucket is finished, and refers to a row that exists
         self.truth_B[0, places.stop :] = True
-        self.whole_B[6:, places.stop :] = 0
+        self.whole_B[8:, places.stop :] = 0
+        self.whole_B[6, places.stop :] = OUTSIDE.row_tokens
 
     def load_rows(self, places: Sequence[RowPlace]) -> None:
         """Write what the host knows of all rows of a step, in the order of the step."""

@@ -14,6 +14,11 @@ export const SETTINGS = [
     help: "Free lets the model choose between text and images. Text and Image allow only one of them.",
   },
   {
+    name: "size", label: "Shape of images", kind: "choice", needs: "image_shapes",
+    choices: [["", "Free"], ["1:1", "1:1"], ["3:2", "3:2"], ["2:3", "2:3"], ["16:9", "16:9"], ["9:16", "9:16"]],
+    help: "Width and height. Free lets the model choose the shape of each image.",
+  },
+  {
     name: "seed", label: "Seed", low: 0, high: 2 ** 53 - 1, isWhole: true, step: 1,
     blank: "a new one for each answer",
     help: "The same seed, settings and conversation give the same answer again.",

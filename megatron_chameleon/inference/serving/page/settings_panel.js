@@ -29,6 +29,8 @@ export class SettingsPanel {
   /** Show what a model can do, and its defaults. */
   describe(can) {
     this.#can = can;
+    // Kept from another model: nobody could see what the server refuses.
+    if (can.image_shapes === false) this.settings.set("size", undefined);
     this.#build();
     this.show();
   }

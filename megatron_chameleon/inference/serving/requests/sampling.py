@@ -4,10 +4,12 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.inference.engine.modality import Force
 from megatron_chameleon.inference.engine.options import GenerationOptions
 from megatron_chameleon.inference.serving.requests.fields import Fields
 from megatron_chameleon.inference.serving.requests.limits import Limits
+from megatron_chameleon.tokenizer.common.image_form import aspect_ratio
 from megatron_chameleon.wording import shown
 
 LARGEST_SEED = 2**63 - 1
@@ -75,6 +77,7 @@ def _options(fields: Fields, defaults: GenerationOptions) -> GenerationOptions:
         "guidance": fields.number("guidance", 0, 1000),
         "guidance_image": fields.number("guidance_image", 0, 1000),
         "force": None if force is None else Force(force),
+        "size": _size(fields),
     }
     options = replace(
         defaults,
@@ -87,6 +90,18 @@ def _options(fields: Fields, defaults: GenerationOptions) -> GenerationOptions:
         what = '"force": "image" asks for an image, and "images": false forbids it'
         raise fields.wrong("force", what, "Leave out one of them")
     return options
+
+
+def _size(fields: Fields) -> str | None:
+    """The shape of images; OpenAI's word ``auto`` leaves it to the model."""
+    size = fields.text("size")
+    if size is None or size == "auto":
+        return None
+    try:
+        aspect_ratio(size)
+    except ConfigError as error:
+        raise fields.wrong("size", error.what, error.remedy) from error
+    return size
 
 
 def _max_tokens(fields: Fields, limits: Limits) -> int | None:

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 from megatron_chameleon.inference.engine.modality import TokenClasses
 from megatron_chameleon.inference.vllm.plugins.row_request import RowRequest
 from megatron_chameleon.inference.vllm.plugins.rules import Rules
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 UNSUPPORTED = ("min_tokens", "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs")
@@ -27,14 +28,16 @@ class ChameleonProcessor(V1Processor, V2Processor):
         config = vllm_config.model_config
         self.states = None if isinstance(where, torch.device) else where
         device = where if self.states is None else self.states.device
-        classes = TokenClasses(Vocabulary.load(config.model), device)
+        vocabulary = Vocabulary.load(config.model)
+        classes = TokenClasses(vocabulary, device)
         image = config.hf_config.vq_config
         halvings = len(image.channel_multiplier) - 1
         codes_per_image = (image.resolution >> halvings) ** 2
         places = vllm_config.scheduler_config.max_num_seqs
         if self.states is not None:
             places = self.states.max_num_reqs
-        self.rules = Rules(classes, codes_per_image, config.max_model_len, places)
+        form = ImageForm(vocabulary, codes_per_image)
+        self.rules = Rules(classes, form, config.max_model_len, places)
 
     @classmethod
     def validate_params(cls, params: Any) -> None:

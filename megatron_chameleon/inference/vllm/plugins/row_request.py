@@ -22,6 +22,7 @@ OPTIONS = (
     "guidance_image",
     "images",
     "force",
+    "size",
     "seed",
 )
 """The options that the rules read."""

@@ -33,6 +33,12 @@ from megatron_chameleon.inference.engine.sampling import (
     uniforms,
 )
 from megatron_chameleon.inference.vllm.plugins.row_request import RowRequest
+from megatron_chameleon.tokenizer.common.image_form import (
+    GRID_DUE,
+    OUTSIDE,
+    ImageForm,
+    ImagePlace,
+)
 
 
 @dataclass
@@ -45,7 +51,7 @@ class Row:
         prompt_tokens: Length of its prompt.
         tokens: Prompt and answer (V1 only).
         answer: The answer, which vLLM extends (V1 only).
-        codes_left: Codes missing in the current image, -1 outside an image (V1 only).
+        image_place: Where in an image its last token is (V1 only).
         seen_V: The text tokens that it has, if they are penalised (V1 only).
     """
 
@@ -54,7 +60,7 @@ class Row:
     prompt_tokens: int
     answer: list[int] = field(default_factory=list)
     read: int = 0
-    codes_left: int = -1
+    image_place: ImagePlace = OUTSIDE
     seen_V: Tensor | None = None
 
 
@@ -68,14 +74,14 @@ class _Step:
         answered: The number of tokens that vLLM has drawn in each row. V2 also hands over rows
             whose prompt is not read to its end, and ignores their tokens; there it is too small,
             so that such a row never stands where the other passes of its image do.
-        left_R: int64, codes missing in the row's image, or -1.
+        image_2R: int64, ``ImagePlace.left`` and ``row_tokens`` of each row.
         seen_RV: bool, the text tokens that are penalised; None if no row has a penalty.
     """
 
     rows: list[Row]
     places_R: Tensor
     answered: list[int]
-    left_R: Tensor
+    image_2R: Tensor
     seen_RV: Tensor | None
 
 
@@ -84,15 +90,15 @@ class Rules:
 
     Args:
         classes: Token classes on the device of the logits.
-        codes_per_image: Number of codes of one image.
+        form: The form of an image.
         context_tokens: The largest number of tokens of a row.
         places: The largest number of rows.
     """
 
     def __init__(
-        self, classes: TokenClasses, codes_per_image: int, context_tokens: int, places: int
+        self, classes: TokenClasses, form: ImageForm, context_tokens: int, places: int
     ) -> None:
-        self.classes, self.codes_per_image = classes, codes_per_image
+        self.classes, self.form = classes, form
         self.context_tokens = context_tokens
         self.device = classes.code_V.device
         self.rows: dict[int, Row] = {}
@@ -140,22 +146,19 @@ class Rules:
         for row in rows:
             self._read(row, row.answer[row.read :])
             row.read = len(row.answer)
-        left_R = self._tensor([row.codes_left for row in rows])
+        image_2R = self._tensor([row.image_place for row in rows]).T
         seen_RV = None
         if any(row.seen_V is not None for row in rows):
             nothing_V = torch.zeros_like(self.classes.text_V)
             seen_RV = torch.stack([nothing_V if r.seen_V is None else r.seen_V for r in rows])
         answered = [len(row.answer) for row in rows]
         places_R = torch.arange(len(rows), device=self.device)
-        step = _Step(rows, places_R, answered, left_R, seen_RV)
+        step = _Step(rows, places_R, answered, image_2R, seen_RV)
         return self._apply(logits_RV, step)
 
     def _read(self, row: Row, tokens: Sequence[int]) -> None:
         for token in tokens:
-            if token == self.classes.begin_image:
-                row.codes_left = self.codes_per_image
-            elif row.codes_left >= 0:
-                row.codes_left -= 1
+            row.image_place = self.form.after(row.image_place, token)
         if row.seen_V is not None and tokens:
             ids = torch.tensor(tokens, device=self.device)
             row.seen_V[ids] = self.classes.text_V[ids]
@@ -174,16 +177,9 @@ class Rules:
         rows = [self.rows[slot] for slot in slots]
         lengths = context.seq_lens_upper_bound_np.tolist()  # exact without speculative decoding
         length_R1 = context.pos[:, None].long() + 1
-        back_L = torch.arange(self.codes_per_image + 1, device=self.device)
         tokens = states.all_token_ids.gpu
         slots_R1 = context.idx_mapping[:, None].long()
-        at_RL = length_R1 - 1 - back_L
-        # inside an image if its beginning is among the last codes_per_image + 1 tokens
-        begins_RL = (tokens[slots_R1, at_RL.clamp(min=0)] == self.classes.begin_image) & (
-            at_RL >= 0
-        )
-        left_R = self.codes_per_image - begins_RL.int().argmax(1)
-        left_R = torch.where(begins_RL.any(1), left_R, -1)
+        image_2R = self._image_places(tokens, slots_R1, length_R1)
         seen_RV = None
         if any(row.request.options.repetition_penalty != 1 for row in rows):
             at_L = torch.arange(max(lengths), device=self.device)
@@ -191,8 +187,27 @@ class Rules:
             seen_RV = torch.zeros_like(logits_RV, dtype=torch.bool).scatter_(1, last_RL, True)
             seen_RV &= self.classes.text_V
         answered = [n - row.prompt_tokens for n, row in zip(lengths, rows, strict=True)]
-        step = _Step(rows, context.idx_mapping.long(), answered, left_R, seen_RV)
+        step = _Step(rows, context.idx_mapping.long(), answered, image_2R, seen_RV)
         return self._apply(logits_RV, step)
+
+    def _image_places(self, tokens: Tensor, slots_R1: Tensor, length_R1: Tensor) -> Tensor:
+        """``ImagePlace`` of each row, from its last tokens: int64 [2, R]."""
+        # inside an image if its beginning is among the last tokens, as many as an image can have
+        # without its end
+        back_L = torch.arange(self.form.longest - 1, device=self.device)
+        at_RL = length_R1 - 1 - back_L
+        last_RL = tokens[slots_R1, at_RL.clamp(min=0)].long()
+        begins_RL = (last_RL == self.classes.begin_image) & (at_RL >= 0)
+        back_R = begins_RL.int().argmax(1)
+        left_R = self.form.begun.left - back_R
+        row_tokens_R = torch.full_like(left_R, OUTSIDE.row_tokens)
+        if self.form.grids:
+            grid_R = last_RL.gather(1, (back_R - 1).clamp(min=0)[:, None])[:, 0]
+            body_R = self.classes.body_V[grid_R] - (back_R - 1)
+            left_R = torch.where(back_R == 0, GRID_DUE, body_R.clamp(min=-1))
+            row_tokens_R = torch.where(body_R >= 0, self.classes.row_tokens_V[grid_R], row_tokens_R)
+        left_R = torch.where(begins_RL.any(1), left_R, OUTSIDE.left)
+        return torch.stack((left_R, row_tokens_R.clamp_(min=1)))
 
     # both
 
@@ -209,7 +224,7 @@ class Rules:
         if step.seen_RV is not None:
             logits_RV = penalise_repetition(logits_RV, step.seen_RV, settings.penalty_B)
         rooms = [row.room - n for row, n in zip(rows, step.answered, strict=True)]
-        next_R = self._next_tokens(requests, step.left_R, self._tensor(rooms))
+        next_R = self._next_tokens(requests, step.image_2R, self._tensor(rooms))
         logits_RV = forbid(logits_RV, self.classes.limits_KV, next_R)
         seeds_R = self._tensor([request.options.seed for request in requests])
         tokens_R = draw(logits_RV, settings, uniforms(seeds_R, self._tensor(counts)))
@@ -239,23 +254,23 @@ class Rules:
         return whole, broken
 
     def _next_tokens(
-        self, requests: Sequence[RowRequest], left_R: Tensor, room_R: Tensor
+        self, requests: Sequence[RowRequest], image_2R: Tensor, room_R: Tensor
     ) -> Tensor:
         """``NextToken`` of each row: int64 [R]."""
-        rules = [
-            AnswerRules.of(self.codes_per_image, request.options.images, request.options.force)
-            for request in requests
-        ]
+        asked = [request.options for request in requests]
+        rules = [AnswerRules.of(self.form, o.images, o.force, o.size) for o in asked]
         return ModalityState(
             self.classes,
-            self.codes_per_image,
+            self.form,
             tokens_left_B=room_R,
-            codes_left_B=left_R,
-            finished_B=torch.zeros_like(left_R, dtype=torch.bool),
+            image_left_B=image_2R[0],
+            finished_B=torch.zeros_like(room_R, dtype=torch.bool),
             in_text_B=self._tensor([int(rule.in_text) for rule in rules]),
             image_room_B=self._tensor([rule.image_room for rule in rules]),
             only_image_B=self._tensor([rule.only_image for rule in rules]),
+            row_tokens_B=image_2R[1],
+            grid_kind_B=self._tensor([rule.grid_kind for rule in rules]),
         ).next_token()
 
-    def _tensor(self, values: Sequence[int]) -> Tensor:
+    def _tensor(self, values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
         return torch.tensor(values, device=self.device)

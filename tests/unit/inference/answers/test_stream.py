@@ -76,7 +76,7 @@ def test_random_answers_in_random_chunks(tokenizer: Tokenizer) -> None:
         rest = stream.finish()
         assert rest == [] or end == "length"
         content = content_of([*events, *rest])
-        assert [p if isinstance(p, str) else p.tolist() for p in content] == expected
+        assert [p if isinstance(p, str) else p.codes.tolist() for p in content] == expected
         started = [event.index for event in events if isinstance(event, ImageStarted)]
         done = [event.index for event in events if isinstance(event, ImageDone)]
         assert started == done == list(range(len(done)))

@@ -9,20 +9,22 @@ from megatron_chameleon.inference.engine.modality import (
     ModalityState,
     TokenClasses,
 )
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary, control_names
 
 CODES_PER_IMAGE = 3
 NAMES = ["<s>", "<pad>", "</s>", "<unk>", *control_names(5), "a", "b"]
 VOCABULARY = Vocabulary.from_tokens(NAMES)
 BEGIN, END, EOS = VOCABULARY.begin_image, VOCABULARY.end_image, VOCABULARY.eos
+FORM = ImageForm(VOCABULARY, CODES_PER_IMAGE)
 TEXT = {NAMES.index("a"), NAMES.index("b")}
 CODES = set(VOCABULARY.code_token_ids.tolist())
 
 
 def state_of(*tokens_left: int, images: bool = True, force: Force | None = None) -> ModalityState:
-    rules = AnswerRules.of(CODES_PER_IMAGE, images, force)
+    rules = AnswerRules.of(FORM, images, force)
     return ModalityState.begin(
-        TokenClasses(VOCABULARY), CODES_PER_IMAGE, tokens_left, [rules] * len(tokens_left)
+        TokenClasses(VOCABULARY), FORM, tokens_left, [rules] * len(tokens_left)
     )
 
 

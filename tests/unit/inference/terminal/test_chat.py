@@ -29,6 +29,7 @@ from megatron_chameleon.inference.prompts import encode_prompts
 from megatron_chameleon.inference.terminal.chat import COMMANDS, Chat
 from megatron_chameleon.inference.terminal.image_files import save_image
 from megatron_chameleon.inference.terminal.screen import Screen
+from megatron_chameleon.tokenizer.common.grids import Grid
 from megatron_chameleon.tokenizer.folder import Tokenizer, load_tokenizer
 
 CODES = np.arange(16)
@@ -42,10 +43,8 @@ def tokenizer(tiny_tokenizer: Path) -> Tokenizer:
 class StubSession:
     """Answers with the next of ``answers``: texts, codes of images, or an error."""
 
-    codes_per_image = 16
-
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.image_form = tokenizer, tokenizer.image_form
         self.answers: list[list[Any]] = []
         self.prompts: list[list[int]] = []
         self.seeds: list[int] = []
@@ -63,8 +62,8 @@ class StubSession:
             elif isinstance(part, str):
                 yield TextDelta(part)
             else:
-                yield from (ImageStarted(images), ImageCodes(images, part[:8]))
-                yield ImageDone(images, part)
+                yield from (ImageStarted(images), ImageCodes(images, part[:8], Grid(4, 4)))
+                yield ImageDone(images, part, Grid(4, 4))
                 images += 1
         yield AnswerEnd(self.is_complete)
 

@@ -23,6 +23,7 @@ from megatron_chameleon.inference.vllm import engine as engine_module
 from megatron_chameleon.inference.vllm.engine import VllmEngine
 from megatron_chameleon.inference.vllm.plugins.row_request import RowRequest
 from megatron_chameleon.inference.vllm.plugins.rules import Rules
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 CODES, CONTEXT = 4, 40
@@ -92,7 +93,9 @@ class Launched:
         return self.drawn[name, count]
 
     def draw(self, rows: list[SimpleNamespace]) -> list[int]:
-        rules = Rules(self.classes, CODES, CONTEXT, len(rows))
+        rules = Rules(
+            self.classes, ImageForm(self.classes.form.vocabulary, CODES), CONTEXT, len(rows)
+        )
         added = [(n, row, row.prompt, row.answer) for n, row in enumerate(rows)]
         rules.update_rows(SimpleNamespace(removed=[], added=added, moved=[]))
         logits = [self.logits(row.prompt + row.answer) for row in rows]
@@ -119,7 +122,7 @@ class World:
         self.classes = TokenClasses(vocabulary)
         self.launched = Launched(vocabulary, places, random.Random(luck))
         patch.setattr(engine_module, "launch", lambda folder, options: self.launched)
-        self.engine = VllmEngine(tokenizer, vocabulary, CODES, 4096, {})
+        self.engine = VllmEngine(tokenizer, ImageForm(vocabulary, CODES), 4096, {})
 
     def request(self, most: int = 30, prompt: int = 2, **options: Any) -> TokenRequest:
         text = int(self.classes.text_V.nonzero()[0])
@@ -191,7 +194,7 @@ def test_answers_keep_the_rules_alone_and_beside_others(open_world: Callable[...
 
 def test_without_an_image_tokenizer_no_image_begins(open_world: Callable[..., World]) -> None:
     world = open_world()
-    world.engine = VllmEngine(Path(), world.vocabulary, 0, CONTEXT, {})
+    world.engine = VllmEngine(Path(), ImageForm(world.vocabulary, 0), CONTEXT, {})
 
     async def test() -> None:
         tokens, _ = await world.answer(world.request(temperature=1.0, guidance=2.0))

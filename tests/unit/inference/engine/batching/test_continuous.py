@@ -271,7 +271,7 @@ def test_compiled_layers_give_the_same_tokens(tiny: Tiny) -> None:
     options = GenerationOptions(temperature=0, images=False)
     requests = [TokenRequest((0, 90 + n), 12 + n, options) for n in range(3)]
     layers = TransformersLayers(tiny.model, tiny.classes.code_token_ids, "aot_eager")
-    decoder = ContinuousDecoder(layers, tiny.classes, CODES)
+    decoder = ContinuousDecoder(layers, tiny.classes, tiny.form)
     assert answer_all(decoder, requests) == answer_all(tiny.decoder(), requests)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 2 <= graphs <= 6  # two parts of a layer, for one row, a few, and any number of them

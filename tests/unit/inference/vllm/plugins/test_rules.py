@@ -22,7 +22,9 @@ from megatron_chameleon.inference.engine.row_settings import RowSettings
 from megatron_chameleon.inference.engine.sampling import draw, penalise_repetition, uniforms
 from megatron_chameleon.inference.vllm.plugins.row_request import RowRequest
 from megatron_chameleon.inference.vllm.plugins.rules import Rules
+from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
+from random_model import SHAPED, SHAPED_FORM, ShapedModel
 
 CODES, CONTEXT, PLACES = 4, 40, 8
 
@@ -54,8 +56,9 @@ def params(request: RowRequest, max_tokens: int) -> Any:
 class Batch:
     """A batch of vLLM, in which both runners see the same rows; the host knows all tokens."""
 
-    def __init__(self, classes: TokenClasses) -> None:
-        self.v1, self.v2 = (Rules(classes, CODES, CONTEXT, PLACES) for _ in range(2))
+    def __init__(self, classes: TokenClasses, form: ImageForm | None = None) -> None:
+        form = form or ImageForm(classes.form.vocabulary, CODES)
+        self.v1, self.v2 = (Rules(classes, form, CONTEXT, PLACES) for _ in range(2))
         self.prompts: list[list[int]] = []
         self.answers: list[list[int]] = []
         self.read: dict[int, int] = {}
@@ -244,7 +247,7 @@ def _one_hot(logits_RV: Tensor, token: int) -> Tensor:
 
 
 def test_v1_follows_the_moves_of_the_batch(classes: TokenClasses) -> None:
-    rules = Rules(classes, CODES, CONTEXT, PLACES)
+    rules = Rules(classes, ImageForm(classes.form.vocabulary, CODES), CONTEXT, PLACES)
     text = int(classes.text_V.nonzero()[0])
     kinds = {
         "text": RowRequest(GenerationOptions(force=Force.TEXT)),
@@ -270,3 +273,34 @@ def test_v1_follows_the_moves_of_the_batch(classes: TokenClasses) -> None:
     logits_RV[0, text] = 9.0
     assert rules.apply_v1(logits_RV).argmax(1).tolist() == [text, classes.begin_image]
     assert rules.update_rows(None) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_images_of_any_shape_are_the_grids_that_they_announce(seed: int) -> None:
+    """Whatever the logits are and however many tokens an answer may have, in both runners."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    classes, batch, grids = ShapedModel.classes, Batch(ShapedModel.classes, SHAPED_FORM), 0
+    for number in range(6):
+        force = Force.IMAGE if number % 2 else None
+        size = rng.choice([None, "1:1", "2:1", "1:3"])
+        options = GenerationOptions(
+            temperature=rng.choice([0, 2.0]), force=force, size=size, seed=number
+        )
+        needed = SHAPED_FORM.tokens_needed(size)
+        batch.add(RowRequest(options), [classes.bos], rng.randint(needed, CONTEXT - 1))
+    for _ in range(CONTEXT - 1):
+        kinds = torch.tensor([0.0, 3.0, 1e30])[torch.randint(3, (6, 1), generator=generator)]
+        logits_RV = kinds * torch.randn(6, len(classes.text_V), generator=generator)
+        logits_RV[:, [classes.begin_image, classes.eos]] += torch.tensor([8.0, -99.0])
+        batch.take(batch.step(logits_RV))
+    rows = [batch.v1.rows[row] for row in range(6)]
+    for row, answer in zip(rows, batch.answers, strict=True):
+        options, at = row.request.options, 0
+        answer = answer[: row.room]
+        for _ in range(1 if options.force else answer.count(classes.begin_image)):
+            begin = answer.index(classes.begin_image, at)
+            at = answer.index(classes.end_image, begin)
+            grid, _ = SHAPED.read_image(answer[begin + 1 : at])
+            assert SHAPED_FORM.grid_of_size(options.size) in (None, grid)
+            grids += 1
+    assert grids >= 6
