@@ -170,7 +170,7 @@ def load_image_tokenizer(
     from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 
     of_convolutions = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    image = ImageTokenizer.load(folder, device, of_convolutions)
+    image = ImageTokenizer.load(folder, device, of_convolutions, vocabulary.shapes)
     if image.codebook_size != vocabulary.image_codes:
         raise DataError(
             str(folder),

@@ -44,7 +44,8 @@ class Batch:
     loss_mask: torch.Tensor
     """1 where the label counts in the loss, else 0; float32."""
     image_mask: torch.Tensor
-    """Where the label is an image code; bool."""
+    """Where the label stands inside an image: its codes, and with shapes its grid and the ends of
+    rows; bool."""
     position_ids: torch.Tensor
     """Counted from 0 in each sequence, or in each isolated document; int64."""
     cu_seqlens: torch.Tensor | None = None
@@ -182,7 +183,7 @@ def make_batch(samples: Sequence[PackedSample], vocabulary: Vocabulary, *, isola
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy(in_loss.astype(np.float32)),
-        image_mask=torch.from_numpy(vocabulary.is_image_code(labels)),
+        image_mask=torch.from_numpy(vocabulary.is_inside_image(labels)),
         position_ids=torch.tensor(positions),
         cu_seqlens=None if borders is None else torch.tensor(borders, dtype=torch.int32),
         pairs=_pairs(samples),

@@ -86,12 +86,14 @@ def _open(where: str, source: SourceConfig, seq_length: int, tokenizer: Tokenize
             f"{where}.prefix", f"{error.where}: {error.what}", error.remedy
         ) from error
     info = file.info
-    longest = -(-info.image_tokens // info.images) if info.images else 0
+    longest = info.longest_image or -(-info.image_tokens // max(info.images, 1))
     if longest > seq_length:
         what = (
             f"an image of {source.prefix} has {longest} tokens, more than model.seq_length "
             f"{seq_length}"
         )
         remedy = f"Choose a model.seq_length of at least {longest}"
+        if info.is_shaped:
+            remedy += ", or a smaller --image-grids for the vocabulary"
         raise ConfigError(f"{where}.prefix", what, remedy)
     return file

@@ -26,6 +26,8 @@ from megatron_chameleon.data.preprocess.holdout import is_held_out, text_digest
 from megatron_chameleon.data.preprocess.image_codes import ImageCache, ImageEncoder
 from megatron_chameleon.data.preprocess.layout import (
     EncodedDocuments,
+    ShapedCodes,
+    image_record_of,
     lay_out,
     lay_out_texts,
     span_counts,
@@ -156,7 +158,7 @@ class DocumentEncoder:
                 dropped[place] = self._drop(item, BROKEN_DOCUMENT, fault)
             else:
                 documents[place] = item
-        codes: list[list[np.ndarray]] = []
+        codes: list[list[ShapedCodes]] = []
         digests: list[bytes | None] = [None] * len(documents)
         if any(type(part) is ImagePart for item in documents.values() for part in item.content):
             codes, digests = self._encode_images(documents, dropped)
@@ -171,9 +173,9 @@ class DocumentEncoder:
     def _sides(
         self,
         documents: list[Document],
-        codes: list[list[np.ndarray]],
+        codes: list[list[ShapedCodes]],
         digests: Sequence[bytes | None],
-    ) -> Iterator[tuple[list[Document], list[list[np.ndarray]]]]:
+    ) -> Iterator[tuple[list[Document], list[list[ShapedCodes]]]]:
         """The documents of each side with their codes: one side if nothing is to be held out.
 
         Args:
@@ -204,7 +206,7 @@ class DocumentEncoder:
 
     def _encode_images(
         self, documents: dict[int, Document], dropped: dict[int, DroppedDocument]
-    ) -> tuple[list[list[np.ndarray]], list[bytes | None]]:
+    ) -> tuple[list[list[ShapedCodes]], list[bytes | None]]:
         """The codes of each document's images; documents with a bad image move to ``dropped``.
 
         If a share is to be held out, the second list has the digest of each document's first image.
@@ -234,7 +236,7 @@ class DocumentEncoder:
             found = [next(results) for _ in images]
             fault = next((result for result in found if isinstance(result, ImageError)), None)
             if fault is None:
-                codes.append([result for result in found if isinstance(result, np.ndarray)])
+                codes.append([result for result in found if not isinstance(result, ImageError)])
                 digests.append(encoder.digests[firsts[place]] if place in firsts else None)
             else:
                 detail = f"{fault.where}: {what_and_option(fault)}"
@@ -260,18 +262,17 @@ class DocumentEncoder:
             )
         cache = None
         if options.image_cache is not None:
-            shape = (image.codes_per_image, image.codebook_size)
             name = tokenizer.fingerprint[:16] + ("" if options.device == "cpu" else "-gpu")
             name += "" if options.image_dtype == "fp32" else f"-{options.image_dtype}"
             name += f"-pixels{RULES}" + ("" if options.images.profiles == APPLY else "-ignored")
-            cache = ImageCache(options.image_cache, name, shape)
+            cache = ImageCache(options.image_cache, name, image.grids, image.codebook_size)
         self._images = ImageEncoder(image, cache, self.budget)
         return self._images
 
     # Tokens
 
     def _lay_out(
-        self, documents: Sequence[Document], codes: Sequence[Sequence[np.ndarray]]
+        self, documents: Sequence[Document], codes: Sequence[Sequence[ShapedCodes]]
     ) -> EncodedDocuments:
         """The tokens of documents.
 
@@ -302,7 +303,7 @@ class DocumentEncoder:
         return TokenBlock(
             token_ids=encoded.token_ids,
             lengths=np.array(encoded.lengths, dtype=np.int32),
-            images=span_records(encoded.images),
+            images=span_records(encoded.images, image_record_of(self.tokenizer.vocabulary)),
             image_counts=span_counts(encoded.images),
             records=np.array([document.record for document in documents], dtype=np.int64),
             corpus_names=list(numbers),

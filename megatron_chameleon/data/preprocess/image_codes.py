@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from megatron_chameleon.data.documents.image_part import ImageError, ImagePart
+from megatron_chameleon.data.preprocess.layout import ShapedCodes
 from megatron_chameleon.data.preprocess.memory_budget import MemoryBudget
 from megatron_chameleon.errors import DataError, one_line
 from megatron_chameleon.files import read_bytes, write_bytes
 from megatron_chameleon.images.pixels import digest_of_pixels
+from megatron_chameleon.tokenizer.common.grids import Grid
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,6 +36,9 @@ _DIGEST_BYTES = 32
 BATCHES_AHEAD = 2
 """Most batches of prepared images that wait for the network; this bounds the memory."""
 
+MOST_WAITING = 256
+"""Most prepared images that wait for others of their grid; this bounds the memory too."""
+
 
 class ImageCache:
     """Codes of images that were encoded before.
@@ -41,27 +46,39 @@ class ImageCache:
     Args:
         folder: Any folder; several processes may share it.
         name: Subfolder for this tokenizer; equal names must mean equal codes.
-        shape: Codes per image, and size of the codebook.
+        grids: Those that an image may have. If they are several, each entry begins with its own.
+        codebook_size: Number of image codes.
     """
 
-    def __init__(self, folder: str | Path, name: str, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, folder: str | Path, name: str, grids: Sequence[Grid], codebook_size: int
+    ) -> None:
         self.folder = Path(folder) / name
-        self.codes_per_image, self.codebook_size = shape
+        self.codebook_size = codebook_size
+        self._grids = frozenset(grids)
+        self._square = grids[0] if len(grids) == 1 else None
+        self._most_bytes = 4 * (2 + max(grid.codes for grid in grids))
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / key
 
-    def get(self, key: str) -> np.ndarray | None:
-        """The codes of an image, int64 [codes_per_image]; None if they are missing or damaged."""
-        size = 4 * self.codes_per_image
+    def get(self, key: str) -> ShapedCodes | None:
+        """The grid and the codes of an image; None if they are missing or damaged."""
         try:
-            content = read_bytes(self._path(key), limit=size)
+            content = read_bytes(self._path(key), limit=self._most_bytes)
         except DataError:
             return None
-        if len(content) != size:
+        if len(content) % 4:
             return None
-        codes = np.frombuffer(content, dtype="<u4").astype(np.int64)
-        return codes if codes.max(initial=0) < self.codebook_size else None
+        numbers = np.frombuffer(content, dtype="<u4").astype(np.int64)
+        grid, codes = self._square, numbers
+        if grid is None:
+            if len(numbers) < 2:
+                return None
+            grid, codes = Grid(int(numbers[0]), int(numbers[1])), numbers[2:]
+        if grid not in self._grids or len(codes) != grid.codes:
+            return None
+        return (grid, codes) if codes.max(initial=0) < self.codebook_size else None
 
     def get_digest(self, key: str) -> bytes | None:
         """The digest of an image's pixels, 32 bytes; None if it is missing or damaged."""
@@ -79,13 +96,17 @@ class ImageCache:
         """
         self._write(self._path(key + _DIGEST_ENDING), digest)
 
-    def put(self, key: str, codes: np.ndarray) -> None:
-        """Store the codes of an image.
+    def put(self, key: str, image: ShapedCodes) -> None:
+        """Store the grid and the codes of an image.
 
         Raises:
             DataError: If they cannot be written.
         """
-        self._write(self._path(key), codes.astype("<u4").tobytes())
+        grid, codes = image
+        shape = () if self._square else grid
+        self._write(
+            self._path(key), np.append(np.array(shape, "<u4"), codes).astype("<u4").tobytes()
+        )
 
     def _write(self, path: Path, content: bytes) -> None:
         try:
@@ -109,13 +130,17 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+ShapedPixels = tuple[Grid, np.ndarray]
+"""A picture: its grid, and its prepared pixels uint8 [height, width, 3]."""
+
+
 class _Prepared(NamedTuple):
     """An image as the network takes it."""
 
     key: str
     """In the cache."""
-    found: np.ndarray | ImageError
-    """Its pixels, its codes if they were in the cache, or its fault."""
+    found: ShapedPixels | ShapedCodes | ImageError
+    """Its grid and pixels, or codes if they were in the cache; or its fault."""
     digest: bytes = b""
     """Of its pixels; empty if it was not wanted."""
 
@@ -148,47 +173,55 @@ class ImageEncoder:
         parts: Sequence[ImagePart],
         padded: Sequence[bool] | None = None,
         digested: Collection[int] = (),
-    ) -> list[np.ndarray | ImageError]:
-        """The codes of each image, int64 [codes_per_image], or what is wrong with it.
+    ) -> list[ShapedCodes | ImageError]:
+        """The grid and the codes of each image, int64 [grid.codes], or what is wrong with it.
 
         Args:
             parts: The images.
-            padded: For each image, whether it is padded to a square; None crops all.
+            padded: For each image, whether it is padded instead of cropped; None crops all.
             digested: Positions of the images whose digests are wanted; ``digests`` has those of
                 the sound ones.
 
         Raises:
             DataError: If a disk or network fails.
         """
-        results: list[np.ndarray | ImageError] = []
-        waiting: list[tuple[int, str, np.ndarray]] = []
+        results: list[ShapedCodes | ImageError] = []
+        waiting: dict[Grid, list[tuple[int, str, np.ndarray]]] = {}
         self.digests = {}
         wanted = [position in digested for position in range(len(parts))]
         for key, found, digest in self._prepared(parts, padded or [False] * len(parts), wanted):
             if digest:
                 self.digests[len(results)] = digest
-            if isinstance(found, np.ndarray) and found.ndim == 3:
-                waiting.append((len(results), key, found))
-            elif isinstance(found, np.ndarray):
-                self.cached_images += 1
+            if isinstance(found, tuple) and found[1].ndim == 3:
+                grid, pixels = found
+                group = waiting.setdefault(grid, [])
+                group.append((len(results), key, pixels))
+                results.append(found)
+                if len(group) == self.tokenizer.batch_size:
+                    self._flush(grid, waiting.pop(grid), results)
+                elif sum(map(len, waiting.values())) > MOST_WAITING:
+                    fullest = max(waiting, key=lambda grid: len(waiting[grid]))
+                    self._flush(fullest, waiting.pop(fullest), results)
+                continue
+            self.cached_images += isinstance(found, tuple)
             results.append(found)
-            if len(waiting) == self.tokenizer.batch_size:
-                self._flush(waiting, results)
-        self._flush(waiting, results)
+        for grid, group in waiting.items():
+            self._flush(grid, group, results)
         return results
 
     def _flush(
-        self, waiting: list[tuple[int, str, np.ndarray]], results: list[np.ndarray | ImageError]
+        self,
+        grid: Grid,
+        group: list[tuple[int, str, np.ndarray]],
+        results: list[ShapedCodes | ImageError],
     ) -> None:
-        if not waiting:
-            return
+        """Encode images of one grid, which replace their pixels in the results."""
         with _one_thread():
-            batch = self.tokenizer.encode_prepared(np.stack([pixels for _, _, pixels in waiting]))
-        for (position, key, _), codes in zip(waiting, batch, strict=True):
-            results[position] = codes
+            batch = self.tokenizer.encode_prepared(np.stack([pixels for _, _, pixels in group]))
+        for (position, key, _), codes in zip(group, batch, strict=True):
+            results[position] = (grid, codes)
             if self.cache is not None:
-                self.cache.put(key, codes)
-        waiting.clear()
+                self.cache.put(key, (grid, codes))
 
     def _prepared(
         self, parts: Sequence[ImagePart], padded: Sequence[bool], digested: Sequence[bool]
@@ -229,17 +262,15 @@ class ImageEncoder:
 
     def _pixels(
         self, part: ImagePart, data: bytes, pad: bool, digested: bool
-    ) -> tuple[np.ndarray, bytes]:
-        """The prepared image, uint8 [resolution, resolution, 3], and its digest if it is wanted."""
-        from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
-
+    ) -> tuple[ShapedPixels, bytes]:
+        """The grid and pixels of the prepared image, and its digest if it is wanted."""
         with ExitStack() as stack:
             image = part.decode(
                 data, lambda image: stack.enter_context(self.budget.reserve(_memory_of(image)))
             )
             try:
                 digest = digest_of_pixels(image) if digested else b""
-                return prepare_image(image, self.tokenizer.resolution, pad=pad), digest
+                return self.tokenizer.prepare(image, pad=pad), digest
             except Exception as error:  # Pillow's parsers raise all kinds of exceptions
                 what = f"the image cannot be prepared ({one_line(error)})"
                 raise ImageError(part.name, what, "Replace or remove it") from error

@@ -1,9 +1,10 @@
 """The layout of a document: which tokens stand where.
 
 A document becomes ``<s>``, its parts in order, ``</s>``; an image becomes begin-image, its codes
-row by row, end-image. Conversations consist of turns (``conversations.py``), and their answers are
-marked. A pair of a chosen and a rejected answer is two conversations, one behind the other, each
-with an ``<s>`` of its own.
+row by row (with shapes also its grid and the ends of rows: ``Vocabulary.image_tokens``), end-image.
+Conversations consist of turns (``conversations.py``), and their answers are marked. A pair of a
+chosen and a rejected answer is two conversations, one behind the other, each with an ``<s>`` of its
+own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,20 @@ import numpy as np
 
 from megatron_chameleon.data.documents.conversations import turns_of
 from megatron_chameleon.data.documents.schema import Document, TextPart
-from megatron_chameleon.data.token_files.format import TOKEN_SPAN
+from megatron_chameleon.data.token_files.format import (
+    IMAGE_RECORD,
+    SHAPED_IMAGE_RECORD,
+    TOKEN_SPAN,
+)
+from megatron_chameleon.tokenizer.common.grids import Grid
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
-TokenSpans = list[list[tuple[int, int]]]
-"""For each document: the first token of each image or answer, and its number of tokens."""
+TokenSpans = list[list[tuple[int, ...]]]
+"""For each document: the first token of each image or answer, and its number of tokens; of an image
+with a shape also its rows and columns."""
+
+ShapedCodes = tuple[Grid, np.ndarray]
+"""A picture: its grid, and its codes int64 [grid.codes], row-major."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def lay_out_texts(
 def lay_out(
     documents: Sequence[Document],
     texts: Iterator[np.ndarray],
-    codes: Sequence[Sequence[np.ndarray]],
+    codes: Sequence[Sequence[ShapedCodes]],
     vocabulary: Vocabulary,
     dtype: np.dtype,
 ) -> EncodedDocuments:
@@ -66,7 +76,7 @@ def lay_out(
     Args:
         documents: In order.
         texts: Token ids of all their text parts, in order.
-        codes: Image codes of each document's images.
+        codes: Grid and image codes of each document's images.
         vocabulary: Turns codes into ids, and has those of the special tokens.
         dtype: Type of the token file.
     """
@@ -99,11 +109,11 @@ class _Layout:
         )
 
     def add(
-        self, document: Document, texts: Iterator[np.ndarray], codes: Iterator[np.ndarray]
+        self, document: Document, texts: Iterator[np.ndarray], codes: Iterator[ShapedCodes]
     ) -> None:
         """Add a document, taking as many texts and codes as it has parts."""
-        images: list[tuple[int, int]] = []
-        answers: list[tuple[int, int]] = []
+        images: list[tuple[int, ...]] = []
+        answers: list[tuple[int, ...]] = []
         length = 0
         for turn in turns_of(document):
             if turn.begins:
@@ -116,9 +126,11 @@ class _Layout:
                     self.arrays.append(text)
                     length += len(text)
                 else:
-                    token_ids = self._vocabulary.codes_to_token_ids(next(codes))
+                    grid, image_codes = next(codes)
+                    token_ids = self._vocabulary.image_tokens(image_codes, grid)
                     self.arrays += [self._begin_image, token_ids, self._end_image]
-                    images.append((length, len(token_ids) + 2))
+                    shape = grid if self._vocabulary.grids else ()
+                    images.append((length, len(token_ids) + 2, *shape))
                     length += len(token_ids) + 2
             self.arrays.append(self._separator if turn.is_prompt else self._eos)
             length += 1
@@ -129,9 +141,14 @@ class _Layout:
         self.answers.append(answers)
 
 
-def span_records(spans: TokenSpans) -> np.ndarray:
-    """The spans of all documents, one after the other: ``TOKEN_SPAN`` records."""
-    return np.array([span for document in spans for span in document], dtype=TOKEN_SPAN)
+def image_record_of(vocabulary: Vocabulary) -> np.dtype:
+    """The records of images in token files of a vocabulary."""
+    return SHAPED_IMAGE_RECORD if vocabulary.grids else IMAGE_RECORD
+
+
+def span_records(spans: TokenSpans, record: np.dtype = TOKEN_SPAN) -> np.ndarray:
+    """The spans of all documents, one after the other, as records."""
+    return np.array([span for document in spans for span in document], dtype=record)
 
 
 def span_counts(spans: TokenSpans) -> np.ndarray:

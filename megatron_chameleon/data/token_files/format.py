@@ -5,7 +5,8 @@
     PREFIX.bin        the token ids of all documents, one after the other, uint16 or int32
     PREFIX.idx        Megatron's index: header, length and byte offset of each document
     PREFIX.documents  a ``DOCUMENT_RECORD`` of 24 bytes for each document
-    PREFIX.images     an ``IMAGE_RECORD`` of 8 bytes for each image
+    PREFIX.images     an ``IMAGE_RECORD`` of 8 bytes for each image, or a ``SHAPED_IMAGE_RECORD`` of
+                      12 bytes if the vocabulary has grids
     PREFIX.answers    an ``ANSWER_RECORD`` of 16 bytes for each answer of a conversation
     PREFIX.json       the sidecar ``TokenFileInfo``: totals, names of corpora and inputs, tokenizer
 
@@ -34,10 +35,14 @@ import numpy as np
 
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import read_json
+from megatron_chameleon.tokenizer.common.grids import Grid, square_grid
 
 FORMAT = "megatron_chameleon.tokens/2"
 ANSWERS_FORMAT = "megatron_chameleon.tokens/3"
 """With PREFIX.answers. The number tells older readers, which would train on prompts too."""
+SHAPED_FORMAT = "megatron_chameleon.tokens/4"
+"""With or without PREFIX.answers, of a vocabulary with grids: each image has rows and columns. The
+number tells older readers, which would take its records for those of squares."""
 REMEDY = "Write the files with: chameleon preprocess INPUTS --tokenizer DIR --output PREFIX"
 REQUIRED_SUFFIXES = (".bin", ".idx", ".documents", ".images")
 """The files that every token file has besides its sidecar."""
@@ -62,6 +67,11 @@ TOKEN_SPAN = np.dtype([("start", "<u4"), ("length", "<u4")])
 
 IMAGE_RECORD = TOKEN_SPAN
 """An image from its begin token to its end token, both included."""
+
+SHAPED_IMAGE_RECORD = np.dtype(
+    [("start", "<u4"), ("length", "<u4"), ("rows", "<u2"), ("columns", "<u2")]
+)
+"""The same with the picture's grid, where pictures have shapes."""
 
 ANSWER_RECORD = np.dtype([("start", "<u8"), ("length", "<u8")])
 """An answer, including the ``</s>`` after it. ``start`` is counted from the file's first token, so
@@ -155,6 +165,18 @@ class TokenFileInfo:
     format: str = FORMAT
     holdout: HoldoutInfo | None = None
     """Which side of a hold-out it is; None if nothing was held out."""
+    longest_image: int = 0
+    """Tokens of the longest image of a shaped file; 0 if there is none, or all are squares."""
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether its images have grids of several shapes."""
+        return self.format == SHAPED_FORMAT
+
+    @property
+    def image_record(self) -> np.dtype:
+        """The records of PREFIX.images."""
+        return SHAPED_IMAGE_RECORD if self.is_shaped else IMAGE_RECORD
 
     def total(self, name: str) -> int:
         """The sum of a field of ``CorpusTotals`` over all corpora."""
@@ -170,7 +192,7 @@ class TokenBlock:
     lengths: np.ndarray
     """Tokens of each document, int32 [documents]."""
     images: np.ndarray
-    """``IMAGE_RECORD`` [images], in the order of the documents."""
+    """``IMAGE_RECORD`` or ``SHAPED_IMAGE_RECORD`` [images], in the order of the documents."""
     image_counts: np.ndarray
     """Number of images of each document, int64 [documents]."""
     records: np.ndarray
@@ -187,6 +209,21 @@ class TokenBlock:
     """Number of answers of each document, int64 [documents]; None if there are no answers."""
     pairs: np.ndarray | None = None
     """Which documents are pairs of a chosen and a rejected answer, bool [documents]; None: none."""
+
+
+def grids_of_images(images: np.ndarray) -> list[Grid]:
+    """The grid of each image.
+
+    Args:
+        images: ``IMAGE_RECORD`` or ``SHAPED_IMAGE_RECORD`` [images].
+
+    Raises:
+        DataError: A record of a square image names no square.
+    """
+    if images.dtype == SHAPED_IMAGE_RECORD:
+        pairs = zip(images["rows"].tolist(), images["columns"].tolist(), strict=True)
+        return [Grid(rows, columns) for rows, columns in pairs]
+    return [square_grid(length - 2) for length in images["length"].tolist()]
 
 
 def holdout_prefix(prefix: str | Path) -> str:
@@ -211,13 +248,16 @@ def partial_folder_of(prefix: str | Path) -> Path:
 
 
 def info_to_json(info: TokenFileInfo) -> str:
-    """The text of a sidecar. ``holdout`` and ``pairs`` are there only if they say something."""
+    """The text of a sidecar. ``holdout``, ``pairs`` and ``longest_image`` are there only if they
+    say something."""
     record = asdict(info)
     for totals in record["sources"].values():
         if not totals["pairs"]:
             del totals["pairs"]
     if info.holdout is None:
         del record["holdout"]
+    if not info.is_shaped:
+        del record["longest_image"]
     return json.dumps(record, indent=2) + "\n"
 
 
@@ -254,8 +294,8 @@ def read_info(prefix: str | Path) -> TokenFileInfo:
         raise DataError(error.where, error.what, REMEDY) from error
     try:
         known = {entry.name for entry in fields(TokenFileInfo)}
-        if record["format"] not in (FORMAT, ANSWERS_FORMAT):
-            known_formats = f"{FORMAT!r} and {ANSWERS_FORMAT!r}"
+        if record["format"] not in (FORMAT, ANSWERS_FORMAT, SHAPED_FORMAT):
+            known_formats = f"{FORMAT!r}, {ANSWERS_FORMAT!r} and {SHAPED_FORMAT!r}"
             what = f"the format is {record['format']!r:.99}, but this version reads {known_formats}"
             raise DataError(f"{prefix}.json", what, REMEDY)
         values = {key: value for key, value in record.items() if key in known}
@@ -302,14 +342,14 @@ def check_totals(sources: Mapping[str, CorpusTotals]) -> None:
 def _check_info(info: TokenFileInfo) -> None:
     """Check what the reader relies on; ``reader.py`` compares the numbers with the files."""
     numbers = ("vocab_size", "documents", "tokens", "image_tokens", "images", "bin_bytes")
-    for name in (*numbers, "answers", "longest_conversation"):
+    for name in (*numbers, "answers", "longest_conversation", "longest_image"):
         value = getattr(info, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{name} is {value!r:.99}")
     if info.documents and not info.tokens:
         raise ValueError(f"{info.documents} documents with 0 tokens")
     check_totals(info.sources)
-    if (info.answers > 0) != (info.format == ANSWERS_FORMAT):
+    if not info.is_shaped and (info.answers > 0) != (info.format == ANSWERS_FORMAT):
         raise ValueError(f"{info.answers} answers in the format {info.format}")
     for name in ("tokenizer_fingerprint", "tokenizer", "dtype", "job", "image_fit"):
         if not isinstance(getattr(info, name), str):

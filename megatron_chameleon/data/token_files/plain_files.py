@@ -22,15 +22,19 @@ import numpy as np
 from megatron_chameleon.announce import announced
 from megatron_chameleon.data.token_files.format import (
     DOCUMENT_RECORD,
+    FORMAT,
     IDX_DTYPES,
     IDX_HEADER,
     IDX_MAGIC,
     IMAGE_RECORD,
+    SHAPED_FORMAT,
+    SHAPED_IMAGE_RECORD,
     CorpusTotals,
     TokenFileInfo,
     file_of,
     partial_folder_of,
 )
+from megatron_chameleon.data.token_files.shaped_images import find_shaped_images
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import read_json_object
 from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE, tokenizer_file
@@ -119,6 +123,8 @@ def open_plain(prefix: str | Path, tokenizer: Tokenizer) -> PlainTokens:
         images=len(images),
         bin_bytes=len(tokens) * dtype.itemsize,
         sources={Path(prefix).name: totals},
+        format=SHAPED_FORMAT if tokenizer.vocabulary.grids else FORMAT,
+        longest_image=int(images["length"].max(initial=0)) if tokenizer.vocabulary.grids else 0,
     )
     note = _note(str(path), tokens, ends, lengths, tokenizer.vocabulary)
     offsets = (ends - lengths) * dtype.itemsize
@@ -203,7 +209,9 @@ def _scan(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Check the ids, and find the images: their number by document, and ``IMAGE_RECORD``."""
     codes = _codes_per_image(tokenizer)
-    counts, found = np.zeros(len(ends), dtype=np.int64), [np.empty(0, dtype=IMAGE_RECORD)]
+    shaped = bool(tokenizer.vocabulary.grids)
+    counts = np.zeros(len(ends), dtype=np.int64)
+    found = [np.empty(0, dtype=SHAPED_IMAGE_RECORD if shaped else IMAGE_RECORD)]
     foreign, broken = [], []
     for first, stop in _chunks(ends):
         begin = int(ends[first - 1]) if first else 0
@@ -213,20 +221,22 @@ def _scan(
         if outside.any():
             foreign += (first + _documents_of(borders, np.flatnonzero(outside))).tolist()
             continue
-        starts, bad, codes = _find_images(ids, borders, tokenizer.vocabulary, codes)
+        if shaped:
+            records, bad = find_shaped_images(ids, borders, tokenizer.vocabulary)
+        else:
+            records, bad, codes = _find_images(ids, borders, tokenizer.vocabulary, codes)
         broken += (first + bad).tolist()
-        document = np.searchsorted(borders, starts, side="right")
+        document = np.searchsorted(borders, records["start"], side="right")
         counts[first:stop] = np.bincount(document, minlength=stop - first)
-        records = np.empty(len(starts), dtype=IMAGE_RECORD)
-        records["start"] = starts - np.append(0, borders)[document]
-        records["length"] = 0 if codes is None else codes + 2
+        records["start"] -= np.append(0, borders)[document].astype(np.uint32)
         found.append(records)
     if foreign:
         what = f"{_named(foreign)} token ids outside the vocabulary of {tokenizer.folder}, whose "
         what += f"{tokenizer.vocabulary.size:,} ids end at {tokenizer.vocabulary.size - 1:,}"
         raise DataError(path, what, "Name the tokenizer that wrote the file")
     if broken:
-        what = f"{_named(broken)} images that are not whole: a begin of image, {codes} codes and "
+        content = "its grid, rows of codes" if shaped else f"{codes} codes"
+        what = f"{_named(broken)} images that are not whole: a begin of image, {content} and "
         what += "an end of image must follow each other, and no code may stand anywhere else"
         raise DataError(path, what, "Write these documents again, or leave them out")
     return counts, np.concatenate(found)
@@ -244,13 +254,16 @@ def _chunks(ends: np.ndarray) -> Iterator[tuple[int, int]]:
 def _find_images(
     ids: np.ndarray, borders: np.ndarray, vocabulary: Vocabulary, codes: int | None
 ) -> tuple[np.ndarray, np.ndarray, int | None]:
-    """Where whole images begin, the documents that hold others, and the codes of an image.
+    """The whole images, the documents that hold others, and the codes of an image.
 
     Args:
         ids: int64 [tokens], of whole documents.
         borders: Tokens up to the end of each of them.
         vocabulary: Of the tokens.
         codes: Codes of an image; None: as many as the first one has.
+
+    Returns:
+        ``IMAGE_RECORD`` [images], which count from the first of ``ids``; documents; codes.
     """
     begins = np.flatnonzero(ids == vocabulary.begin_image)
     stops = np.flatnonzero(ids == vocabulary.end_image)
@@ -271,7 +284,9 @@ def _find_images(
     np.add.at(inside, begins[whole] + size + 2, -1)
     stray = (is_code | (ids == vocabulary.end_image)) & (np.cumsum(inside[:-1]) == 0)
     wrong = np.concatenate([begins[~whole], np.flatnonzero(stray)])
-    return begins[whole], _documents_of(borders, wrong), codes
+    records = np.empty(int(whole.sum()), dtype=IMAGE_RECORD)
+    records["start"], records["length"] = begins[whole], size + 2
+    return records, _documents_of(borders, wrong), codes
 
 
 def _documents_of(borders: np.ndarray, places: np.ndarray) -> np.ndarray:

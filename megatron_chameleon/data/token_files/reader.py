@@ -29,6 +29,7 @@ from megatron_chameleon.data.token_files.format import (
     IMAGE_RECORD,
     TokenBlock,
     TokenFileInfo,
+    grids_of_images,
     read_info,
     token_dtype,
 )
@@ -36,6 +37,7 @@ from megatron_chameleon.data.token_files.index_file import CHUNK_DOCUMENTS, chec
 from megatron_chameleon.data.token_files.plain_files import PlainTokens, is_plain, open_plain
 from megatron_chameleon.data.token_files.writer import TokenFileWriter
 from megatron_chameleon.errors import DataError
+from megatron_chameleon.tokenizer.common.grids import Grid
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
 # megatron-core warns at import, several times, that Transformer Engine is missing
@@ -85,7 +87,7 @@ class TokenFile:
         self.documents: np.ndarray
         """``DOCUMENT_RECORD`` [documents], memory-mapped."""
         self.images: np.ndarray = np.empty(0, dtype=IMAGE_RECORD)
-        """``IMAGE_RECORD`` [images], memory-mapped."""
+        """``info.image_record`` [images], memory-mapped."""
         self.answers: np.ndarray = np.empty(0, dtype=ANSWER_RECORD)
         """``ANSWER_RECORD`` [answers], memory-mapped."""
         if plain is not None:
@@ -94,7 +96,7 @@ class TokenFile:
         self._dataset = IndexedDataset(prefix)
         self.documents = np.memmap(f"{prefix}.documents", dtype=DOCUMENT_RECORD, mode="r")
         if info.images:  # an empty file cannot be memory-mapped
-            self.images = np.memmap(f"{prefix}.images", dtype=IMAGE_RECORD, mode="r")
+            self.images = np.memmap(f"{prefix}.images", dtype=info.image_record, mode="r")
         if info.answers:
             self.answers = np.memmap(f"{prefix}{ANSWERS_SUFFIX}", dtype=ANSWER_RECORD, mode="r")
 
@@ -152,7 +154,7 @@ class TokenFile:
         """Find the images of a document.
 
         Returns:
-            ``IMAGE_RECORD`` [images], a view of ``images``.
+            ``info.image_record`` [images], a view of ``images``.
 
         Raises:
             DataError: PREFIX.documents names images that do not exist.
@@ -166,6 +168,14 @@ class TokenFile:
             what = f"document {document} has the images {first} to {last} of {self.info.images}"
             raise DataError(f"{self.prefix}.documents", what, _REMEDY)
         return self.images[first:last]
+
+    def image_grids(self, document: int) -> list[Grid]:
+        """Rows and columns of the codes of each image of a document.
+
+        Raises:
+            DataError: As ``image_spans``, or an image of a file without shapes is no square.
+        """
+        return grids_of_images(self.image_spans(document))
 
     def image_counts(self, first: int, stop: int) -> np.ndarray:
         """Count the images of the documents ``first`` to ``stop`` - 1.
@@ -274,6 +284,9 @@ class TokenFile:
         images = self.images[borders[0] : borders[-1]]
         room = np.repeat(lengths, counts)
         wrong = images["start"].astype(np.int64) + images["length"] > room
+        if self.info.is_shaped:
+            rows, columns = (images[name].astype(np.int64) for name in ("rows", "columns"))
+            wrong |= images["length"] != rows * (columns + 1) + 3
         document = np.repeat(np.arange(count), counts)
         _refuse(f"{self.prefix}.images", wrong, start, "ends before its image does", document)
 
@@ -339,7 +352,7 @@ def _check_sizes(prefix: str, info: TokenFileInfo) -> None:
     contents = [
         (".bin", info.tokens, np.dtype(info.dtype).itemsize, "tokens"),
         (".documents", info.documents, DOCUMENT_RECORD.itemsize, "documents"),
-        (".images", info.images, IMAGE_RECORD.itemsize, "images"),
+        (".images", info.images, info.image_record.itemsize, "images"),
     ]
     if info.answers:
         contents.append((ANSWERS_SUFFIX, info.answers, ANSWER_RECORD.itemsize, "answers"))

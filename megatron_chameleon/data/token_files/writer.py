@@ -32,6 +32,8 @@ from megatron_chameleon.data.token_files.format import (
     MOST_CORPORA,
     OTHER_CORPORA,
     REQUIRED_SUFFIXES,
+    SHAPED_FORMAT,
+    SHAPED_IMAGE_RECORD,
     TOKEN_SPAN,
     CorpusTotals,
     HoldoutInfo,
@@ -98,6 +100,8 @@ class TokenFileWriter:
         """For the sidecar; ``SplitWriter`` sets it."""
         self._partial = PartialFiles(prefix)
         self._dtype = np.dtype(token_dtype(tokenizer.vocabulary.size))
+        self._is_shaped = bool(tokenizer.vocabulary.grids)
+        self._image_record = SHAPED_IMAGE_RECORD if self._is_shaped else IMAGE_RECORD
         self._corpus_numbers: dict[str, int] = {}
         self._keep = False
 
@@ -170,7 +174,7 @@ class TokenFileWriter:
                 ".bin": state.tokens * self._dtype.itemsize,
                 ".idx": header_bytes + 4 * state.documents,
                 ".documents": DOCUMENT_RECORD.itemsize * state.documents,
-                ".images": IMAGE_RECORD.itemsize * state.images,
+                ".images": self._image_record.itemsize * state.images,
                 ANSWERS_SUFFIX: ANSWER_RECORD.itemsize * state.answers,
                 DROPPED_SUFFIX: state.dropped_bytes,
             }
@@ -216,8 +220,13 @@ class TokenFileWriter:
         starts = np.flatnonzero(token_ids == vocabulary.begin_image)
         ends = np.flatnonzero(token_ids == vocabulary.end_image)
         assert len(starts) == len(ends) == images, "image blocks are not whole"
-        spans = np.empty(images, dtype=IMAGE_RECORD)
+        spans = np.empty(images, dtype=self._image_record)
         spans["start"], spans["length"] = starts, ends + 1 - starts
+        if self._is_shaped:
+            pairs = zip(starts.tolist(), ends.tolist(), strict=True)
+            grids = [vocabulary.read_image(token_ids[a + 1 : b])[0] for a, b in pairs]
+            spans["rows"] = [grid.rows for grid in grids]
+            spans["columns"] = [grid.columns for grid in grids]
         self.add_block(
             TokenBlock(
                 token_ids=token_ids.astype(self._dtype),
@@ -235,6 +244,7 @@ class TokenFileWriter:
     def add_block(self, block: TokenBlock) -> None:
         """Append consecutive documents."""
         assert block.token_ids.dtype == self._dtype and len(block.token_ids) == block.lengths.sum()
+        assert block.images.dtype == self._image_record, "records of images of another vocabulary"
         if not len(block.lengths):
             return
         numbers = np.array([self._number_of(name) for name in block.corpus_names])
@@ -289,7 +299,7 @@ class TokenFileWriter:
         copied = (
             (".bin", 0, info.bin_bytes),
             (".idx", IDX_HEADER.size, 4 * info.documents),
-            (".images", 0, IMAGE_RECORD.itemsize * info.images),
+            (".images", 0, self._image_record.itemsize * info.images),
         )
         with self._disk_errors():
             for suffix, start, size in copied:
@@ -384,6 +394,7 @@ class TokenFileWriter:
     def info(self) -> TokenFileInfo:
         """The sidecar of what has been added so far."""
         state = self.state
+        squares = ANSWERS_FORMAT if state.answers else FORMAT
         return TokenFileInfo(
             tokenizer_fingerprint=self.tokenizer.fingerprint,
             tokenizer=self.tokenizer.origin,
@@ -401,8 +412,9 @@ class TokenFileWriter:
             answers=state.answers,
             longest_conversation=state.longest_conversation,
             image_fit=self.image_fit,
-            format=ANSWERS_FORMAT if state.answers else FORMAT,
+            format=SHAPED_FORMAT if self._is_shaped else squares,
             holdout=self.holdout,
+            longest_image=state.longest_image,
         )
 
     @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_chameleon.data.token_files.format import (
     OTHER_CORPORA,
+    SHAPED_IMAGE_RECORD,
     CorpusTotals,
     TokenBlock,
     TokenFileInfo,
@@ -33,6 +34,8 @@ class WriterState:
     answers: int = 0
     longest_conversation: int = 0
     """In tokens."""
+    longest_image: int = 0
+    """In tokens, of images with shapes."""
     dropped_bytes: int = 0
     """Length of the list of dropped documents."""
     dropped: dict[str, int] = field(default_factory=dict)
@@ -56,6 +59,9 @@ class WriterState:
         self.tokens += len(block.token_ids)
         self.images += len(block.images)
         self.image_tokens += int(block.images["length"].sum())
+        if block.images.dtype == SHAPED_IMAGE_RECORD:
+            longest = int(block.images["length"].max(initial=0))
+            self.longest_image = max(self.longest_image, longest)
 
     def _totals_of(self, name: str) -> CorpusTotals:
         """The totals that count a corpus: its own, or those of all that share a number."""
@@ -73,6 +79,7 @@ class WriterState:
         self.tokens += info.tokens
         self.images += info.images
         self.image_tokens += info.image_tokens
+        self.longest_image = max(self.longest_image, info.longest_image)
 
 
 def read_writer_state(prefix: str | Path) -> WriterState | None:

@@ -13,7 +13,8 @@ from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 KINDS = ("text", "image", "control", "padding")
-"""Image: image codes with their begin and end tokens. Control: ``<s>``, ``</s>`` and separators."""
+"""Image: everything from the begin to the end of an image. Control: ``<s>``, ``</s>`` and
+separators."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def kinds_of(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """The kind of each token as an index into ``KINDS``: int64, the same shape."""
     kinds = np.zeros(token_ids.shape, dtype=np.int64)
     image = [vocabulary.begin_image, vocabulary.end_image]
-    kinds[vocabulary.is_image_code(token_ids) | np.isin(token_ids, image)] = 1
+    kinds[vocabulary.is_inside_image(token_ids) | np.isin(token_ids, image)] = 1
     control = [vocabulary.bos, vocabulary.eos, vocabulary.separator, vocabulary.image_placeholder]
     kinds[np.isin(token_ids, control)] = 2
     kinds[token_ids == vocabulary.pad] = 3

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_chameleon.errors import DataError
 from megatron_chameleon.images.png import png_bytes
 from megatron_chameleon.pages.elements import Cell, escape, folded, image, table
+from megatron_chameleon.tokenizer.common.grids import Grid
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
 
@@ -39,7 +41,7 @@ class Segment:
     """Consecutive tokens of one kind."""
 
     kind: str
-    """text, image (the codes of one image) or control."""
+    """text, image (what stands between the begin and the end of one image) or control."""
     token_ids: np.ndarray
 
 
@@ -54,12 +56,12 @@ def segments(token_ids: np.ndarray, vocabulary: Vocabulary) -> Iterator[Segment]
         vocabulary.separator,
         vocabulary.image_placeholder,
     ]
-    kinds = np.where(vocabulary.is_image_code(token_ids), 1, 0)
+    kinds = np.where(vocabulary.is_inside_image(token_ids), 1, 0)
     kinds[np.isin(token_ids, control)] = 2
     borders = np.flatnonzero((np.diff(kinds) != 0) | (kinds[1:] == 2)) + 1
     for run in np.split(token_ids, borders):
         if len(run):
-            kind = 1 if vocabulary.is_image_code(run[:1])[0] else 2 * (int(run[0]) in control)
+            kind = 1 if vocabulary.is_inside_image(run[:1])[0] else 2 * (int(run[0]) in control)
             yield Segment(("text", "image", "control")[kind], run)
 
 
@@ -70,6 +72,13 @@ def special_tokens(vocabulary: Vocabulary) -> str:
         for name, meaning in _MEANINGS.items()
         for token_id in [getattr(vocabulary, name)]
     ]
+    if vocabulary.end_row is not None:
+        first, last = (int(vocabulary.grid_token_ids[place]) for place in (0, -1))
+        names = f"{vocabulary.tokens[first]} … {vocabulary.tokens[last]}"
+        what = "rows and columns of the codes of the image"
+        rows.append((Cell(names, "code"), f"{first} … {last}", what))
+        end = Cell(vocabulary.tokens[vocabulary.end_row], "code")
+        rows.append((end, vocabulary.end_row, "a row of an image's codes ends"))
     heads = ("token", Cell("id", "n"), Cell("what it says", "long"))
     return folded("Special tokens", table(heads, rows, "special tokens"))
 
@@ -146,15 +155,36 @@ def _span(token_ids: np.ndarray, names: str, text: str, attributes: str = "") ->
 
 
 def _figure(token_ids: np.ndarray, tokenizer: Tokenizer) -> str:
-    codes = tokenizer.vocabulary.token_ids_to_codes(token_ids)
+    """An image decoded from its codes; if that cannot be, the codes themselves."""
+    vocabulary, decoder = tokenizer.vocabulary, tokenizer.image
+    codes = vocabulary.token_ids_to_codes(token_ids[vocabulary.is_image_code(token_ids)])
     listed = " ".join(str(code) for code in codes)
-    decoder = tokenizer.image
-    if decoder is None or len(codes) != decoder.codes_per_image or not decoder.has_decoder:
-        expected = "" if decoder is None else f", not {decoder.codes_per_image}"
-        if decoder is not None and len(codes) == decoder.codes_per_image:
-            expected = ", which the tokenizer cannot draw, as it has no decoder"
-        caption = f"{len(codes)} image codes{expected}: {listed}"
+    grid, fault = _grid_of(token_ids, tokenizer)
+    if fault or decoder is None:
+        caption = f"{len(codes)} image codes{fault}: {listed}"
         return f"<figure><figcaption>{escape(caption)}</figcaption></figure>"
-    shown = image(png_bytes(decoder.decode(codes[np.newaxis])[0]), "image decoded from its codes")
-    caption = f'<figcaption tabindex="-1" title="codes {listed}">{len(codes)} codes</figcaption>'
+    drawn = decoder.decode_shaped([(grid, codes)])[0]
+    shown = image(png_bytes(drawn), "image decoded from its codes")
+    size = f"{grid} = {len(codes)} codes" if vocabulary.grids else f"{len(codes)} codes"
+    caption = f'<figcaption tabindex="-1" title="codes {listed}">{size}</figcaption>'
     return f"<figure>{shown}{caption}</figure>"
+
+
+def _grid_of(token_ids: np.ndarray, tokenizer: Tokenizer) -> tuple[Grid, str]:
+    """The grid of what stands between the begin and the end of an image, and why it cannot be
+    drawn; empty if it can, or if the tokenizer has no images at all."""
+    decoder = tokenizer.image
+    if decoder is None:
+        return Grid(0, 0), ""
+    if tokenizer.vocabulary.grids:
+        try:
+            grid, _ = tokenizer.vocabulary.read_image(token_ids)
+        except DataError as error:
+            return Grid(0, 0), f", no whole image ({error.what})"
+    else:
+        grid = decoder.grids[0]
+        if len(token_ids) != grid.codes:
+            return grid, f", not {grid.codes}"
+    if not decoder.has_decoder:
+        return grid, ", which the tokenizer cannot draw, as it has no decoder"
+    return grid, ""

@@ -20,6 +20,8 @@ from megatron_chameleon.errors import ConfigError, DataError
 
 LARGEST_RATIO = 4.0
 """How much longer one side of a grid may be than the other, where nothing else is asked for."""
+BEYOND = 1 / 0.9
+"""A picture that is longer than the longest grid by more than this factor is not cropped."""
 MOST_BUDGET = 2**16
 MOST_RATIO = 64.0
 
@@ -79,8 +81,9 @@ def square_grid(codes: int, where: str = "image codes") -> Grid:
 class Shapes:
     """The grids of a tokenizer folder, the tallest first and the widest last.
 
-    A grid is there if no row, or no column, could be added within the budget. The largest square is
-    always there, so a square picture keeps its shape under every budget.
+    A grid is there if no row, or no column, could be added within the budget. The largest square
+    and the most elongated grids are always there, so that every budget reaches from square pictures
+    to those of the largest ratio.
 
     Args:
         codes: The budget: the most codes of a picture.
@@ -117,6 +120,14 @@ class Shapes:
     def largest_codes(self) -> int:
         """The codes of the largest grid, at most the budget."""
         return max(grid.codes for grid in self.grids)
+
+    def is_beyond(self, width: int, height: int) -> bool:
+        """Whether a picture is so elongated that the nearest grid would lose more than a tenth of
+        it, because there is no longer grid."""
+        tallest, widest = self.grids[0], self.grids[-1]
+        too_wide = width * widest.rows / (height * widest.columns)
+        too_tall = height * tallest.columns / (width * tallest.rows)
+        return max(too_wide, too_tall) > BEYOND
 
     @cached_property
     def square(self) -> Grid:
@@ -164,9 +175,18 @@ def _check_budget(codes: int, largest_ratio: float) -> None:
 
 
 def _grids_within(codes: int, largest_ratio: float) -> set[Grid]:
-    """The grids to which no row or no column can be added, and the largest square."""
-    grids = {Grid(math.isqrt(codes), math.isqrt(codes))}
-    for rows in range(1, codes + 1):
+    """The grids to which no row or no column can be added, the largest square, and the most
+    elongated grids, without which a budget may stop short of the ratio."""
+    side = math.isqrt(codes)
+    grids = {Grid(side, side)}
+    longest = Grid(side, side)
+    for rows in range(1, side + 1):
         columns = codes // rows
-        grids |= {Grid(rows, columns), Grid(columns, rows)}
+        within = Grid(rows, min(columns, math.floor(rows * largest_ratio)))
+        longest = max(longest, within, key=lambda grid: (grid.elongation, grid.codes))
+        grids |= {Grid(rows, columns)}
+    for columns in range(side + 1, codes + 1):
+        grids |= {Grid(codes // columns, columns)}
+    grids |= {longest}
+    grids |= {Grid(grid.columns, grid.rows) for grid in grids}
     return {grid for grid in grids if grid.elongation <= largest_ratio}

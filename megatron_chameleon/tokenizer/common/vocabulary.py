@@ -162,12 +162,26 @@ class Vocabulary:
         """The tokens of a picture, from begin-image to end-image, both included."""
         return 2 + grid.codes + (1 + grid.rows if self.grids else 0)
 
-    @property
+    @cached_property
     def tokens_beside_codes(self) -> np.ndarray:
         """What stands between begin-image and end-image apart from codes: int64 [grids + 1], the
         grids and the end of a row; empty without grids."""
         end = [] if self.end_row is None else [self.end_row]
         return np.append(self.grid_token_ids, np.array(end, dtype=np.int64))
+
+    @cached_property
+    def _stands_in_image(self) -> np.ndarray:
+        """For each token id whether it is an image code, a grid or the end of a row: bool."""
+        table = self._code_of_token_id >= 0
+        table[self.tokens_beside_codes] = True
+        return table
+
+    def is_inside_image(self, token_ids: np.ndarray) -> np.ndarray:
+        """Which token ids stand between begin-image and end-image: image codes, and with grids
+        their tokens and ends of rows. bool, same shape; False for ids outside [0, size)."""
+        token_ids = _as_integers(token_ids, "token ids")
+        inside = (token_ids >= 0) & (token_ids < self.size)
+        return inside & self._stands_in_image[np.where(inside, token_ids, 0)]
 
     def image_tokens(self, codes: np.ndarray, grid: Grid) -> np.ndarray:
         """The tokens of a picture between begin-image and end-image.

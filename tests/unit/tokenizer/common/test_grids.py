@@ -49,11 +49,26 @@ def test_every_budget_gives_grids_of_the_promised_kind(largest_ratio: float) -> 
             for grid in grids
             if (grid.rows + 1) * grid.columns > codes or grid.rows * (grid.columns + 1) > codes
         }
-        assert grids - full <= {shapes.square}
+        longest = max(grid.elongation for grid in grids)
+        assert all(g == shapes.square or g.elongation == longest for g in grids - full)
+        assert longest == largest_ratio or largest_ratio % 1
         assert shapes.square.rows == shapes.square.columns
         assert Shapes.of(shapes.grids[::-1]) == shapes
         ratios = [grid.columns / grid.rows for grid in shapes.grids]
         assert ratios == sorted(ratios)
+
+
+def test_a_small_budget_reaches_the_ratio_too() -> None:
+    """Of 25 codes 2 x 12 is too long and 3 x 8 too short, so 2 x 8 is added."""
+    shapes = Shapes(25)
+    assert shapes.grids[-1] == (2, 8) and shapes.grids[0] == (8, 2)
+    assert Shapes(8).grids == ((4, 1), (4, 2), (3, 2), (2, 2), (2, 3), (2, 4), (1, 4))
+
+
+def test_only_pictures_longer_than_all_grids_are_beyond() -> None:
+    shapes = Shapes(codes=1024)
+    sizes = [(1000, 1000), (4000, 1000), (4400, 1000), (4500, 1000), (1000, 4400), (1000, 4500)]
+    assert [shapes.is_beyond(*size) for size in sizes] == [False] * 3 + [True, False, True]
 
 
 def test_a_picture_gets_the_nearest_grid_and_a_turned_one_the_turned_grid() -> None:
