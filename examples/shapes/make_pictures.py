@@ -40,7 +40,8 @@ def drawn(ratio: str, colour: str, form: str, rng: random.Random) -> Image.Image
     else:  # along the longer side
         across, down = (1.0, 0.4) if width >= height else (0.4, 1.0)
         long = 0.42 * max(width, height)
-        draw.rectangle((x - long * across, y - long * down, x + long * across, y + long * down), fill)
+        x_half, y_half = long * across, long * down
+        draw.rectangle((x - x_half, y - y_half, x + x_half, y + y_half), fill)
     return picture
 
 

@@ -137,9 +137,7 @@ def main() -> None:
         heading("Pictures"),
         samples(shown),
     ]
-    origin = Origin(
-        masked_command(sys.argv), datetime.now(UTC), str(args.run), args.seed
-    )
+    origin = Origin(masked_command(sys.argv), datetime.now(UTC), str(args.run), args.seed)
     html = page("Pictures of three shapes", body, origin)
     result["on the page"] = {
         "pictures": len(shown),

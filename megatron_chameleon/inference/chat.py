@@ -20,7 +20,7 @@ from megatron_chameleon.data.documents.schema import USER, Document, TextPart
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.tokenizer.common.grids import Grid
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
+from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 
 
 class PromptFormat(StrEnum):
@@ -49,15 +49,16 @@ class ControlToken:
 
 @dataclass(slots=True)
 class PaddedImage(ImagePart):
-    """An image of a prompt: it is padded to a square when it is opened, so nothing is cropped."""
+    """An image of a prompt: it is padded to its grid when it is opened, so nothing is cropped."""
 
-    resolution: int = 0
-    """Pixels of its edge."""
+    tokenizer: ImageTokenizer | None = field(default=None, compare=False, repr=False)
+    """Whose grids they are."""
 
     def open(self) -> Image.Image:
         # not super(): a dataclass with slots is another class than the one that is written here
         image = ImagePart.open(self)
-        return Image.fromarray(prepare_image(image, self.resolution, pad=True))
+        assert self.tokenizer is not None
+        return Image.fromarray(self.tokenizer.prepare(image, pad=True)[1])
 
 
 @dataclass(slots=True)
@@ -138,10 +139,8 @@ def chat_prompt(document: Document, tokenizer: Tokenizer) -> list[ChatPart]:
 
 
 def _padded(part: TextPart | ImagePart, tokenizer: Tokenizer) -> ChatPart:
-    """The part; an image is padded to the tokenizer's square, unless images have shapes."""
+    """The part; an image is padded to its grid."""
     if isinstance(part, TextPart | EncodedImage) or tokenizer.image is None:
         return part
-    if tokenizer.vocabulary.grids:
-        return part
     values = {each.name: getattr(part, each.name) for each in fields(part)}
-    return PaddedImage(**values, resolution=tokenizer.image.resolution)
+    return PaddedImage(**values, tokenizer=tokenizer.image)

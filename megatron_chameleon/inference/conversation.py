@@ -22,7 +22,6 @@ from megatron_chameleon.inference.answers.stream import DrawnImage
 from megatron_chameleon.inference.chat import EncodedImage, PromptFormat, prompt_of
 from megatron_chameleon.inference.prompts import PromptPart, image_tokenizer_of
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
 
 Part = TextPart | ImagePart
 
@@ -163,10 +162,9 @@ class Conversation:
         tokenizer = image_tokenizer_of(self._tokenizer)
         data = part.read()
         pad = self._form is PromptFormat.CHAT
-        pixels = prepare_image(part.decode(data), tokenizer.resolution, pad=pad)
-        return EncodedImage(
-            data, part.options, codes=tokenizer.encode([Image.fromarray(pixels)])[0]
-        )
+        _, pixels = tokenizer.prepare(part.decode(data), pad=pad)
+        ((grid, codes),) = tokenizer.encode_shaped([Image.fromarray(pixels)])
+        return EncodedImage(data, part.options, codes=codes, grid=grid)
 
 
 def _drawn(drawn: DrawnImage, image: Image.Image) -> EncodedImage:

@@ -57,6 +57,8 @@ def _encoded(
         DataError: An image cannot be read, or there is no image tokenizer.
     """
     image_tokenizer = image_tokenizer_of(tokenizer)
+    if tokenizer.vocabulary.grids:
+        return image_tokenizer.encode_shaped(images)
     return [(None, codes) for codes in image_tokenizer.encode(images)]
 
 

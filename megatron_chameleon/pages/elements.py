@@ -3,6 +3,7 @@
 
 import base64
 import html
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -141,7 +142,7 @@ def samples(contents: Iterable[str], is_wide: bool = False) -> str:
 
 
 def image(data: bytes, alt: str) -> str:
-    """An image inside the page.
+    """An image inside the page, which keeps its place free until it is drawn.
 
     Args:
         data: Its file, PNG or JPEG, written by this program.
@@ -149,7 +150,12 @@ def image(data: bytes, alt: str) -> str:
     """
     kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
     source = base64.b64encode(data).decode("ascii")
-    return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{source}">'
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as opened:  # reads the head alone
+        width, height = opened.size
+    size = f'width="{width}" height="{height}"'
+    return f'<img alt="{escape(alt)}" {size} src="data:image/{kind};base64,{source}">'
 
 
 def choice(name: str, views: Sequence[tuple[str, str]], label: str = "Axes") -> str:

@@ -51,7 +51,7 @@ def decoded(image: DrawnImage, tokenizer: Tokenizer) -> Image.Image:
         DataError: The codes are none of its.
     """
     assert tokenizer.image is not None, "without it, a stream has no images"
-    return tokenizer.image.decode(image.codes[None])[0]
+    return tokenizer.image.decode_shaped([image])[0]
 
 
 def _joined(texts: list[str]) -> list[str]:

@@ -26,7 +26,6 @@ from megatron_chameleon.inference.serving.requests.pictures import Picture
 from megatron_chameleon.inference.serving.requests.refusal import bad
 from megatron_chameleon.inference.serving.requests.remote import fetch_image
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.image.tokenizer import prepare_image
 
 T = TypeVar("T")
 
@@ -173,9 +172,9 @@ class PromptEncoder:
         assert image_tokenizer is not None
         try:
             image = part.open()
-            if isinstance(part, PaddedImage) or self._model.tokenizer.vocabulary.grids:
+            if isinstance(part, PaddedImage):
                 return image
-            return Image.fromarray(prepare_image(image, image_tokenizer.resolution))
+            return Image.fromarray(image_tokenizer.prepare(image)[1])
         except (ImageError, DataError) as error:
             raise bad(picture.where, error.what, error.remedy, "invalid_image") from error
 
