@@ -195,7 +195,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference/vllm",
         "parallel",
         "tokenizer",
-        "tokenizer/image",
     },
     "evaluation/asking": {"data/documents", "inference", "inference/engine"},
     "evaluation/tasks": {
