@@ -145,7 +145,8 @@ def _inspect_mixture(args: argparse.Namespace) -> None:
     from megatron_chameleon.cli.origins import page_origin
     from megatron_chameleon.data.preprocess.encode import load_for_encoding
     from megatron_chameleon.data.views.audit import audit_step
-    from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
+    from megatron_chameleon.data.views.mixture import mixture_summary
+    from megatron_chameleon.data.views.sequence_page import write_sequence_page
     from megatron_chameleon.training.run.open_data import open_newest
 
     with (

@@ -16,7 +16,7 @@ from megatron_chameleon.training.inheriting import load_inheriting, tokenizer_in
 if TYPE_CHECKING:
     from megatron_chameleon.config.schema import Config
     from megatron_chameleon.parallel.launch import Launch
-    from megatron_chameleon.training.run.inputs import RunInputs
+    from megatron_chameleon.training.dry_run import DryRun, TriedStep
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-step", action="store_true", help="with --dry-run: only check, without the step"
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="with --dry-run: also write what it finds as an HTML page: layout, parameters, memory "
+        "and time, the mixture, the steps, and what is odd",
     )
     parser.add_argument(
         "--resume",
@@ -52,13 +58,18 @@ def run(args: argparse.Namespace) -> None:
     from megatron_chameleon.config.checks.check import check_config, smallest_world_size
     from megatron_chameleon.config.names import find_config
     from megatron_chameleon.errors import ConfigError
+    from megatron_chameleon.outputs import check_output
 
     if args.no_step and not args.dry_run:
         raise ConfigError("--no-step", "it goes with --dry-run only", "Add --dry-run, or remove it")
+    if args.html is not None and not args.dry_run:
+        raise ConfigError("--html", "it goes with --dry-run only", "Add --dry-run, or remove it")
     if args.start_from is not None and args.resume != "auto":
         what = f"it does not go with --resume {args.resume}"
         raise ConfigError(f"--start-from {args.start_from}", what, "Give one of the two")
     with one_of_a_job(debug=args.debug, is_shown=not args.no_step) as launch:
+        if args.html is not None and launch.rank == 0:
+            check_output("--html", args.html, [find_config(args.config)])
         start_from = args.start_from or _weights_to_resume(args.resume)
         config, weights = load_inheriting(find_config(args.config), args.overrides, start_from)
         world_size = launch.world_size
@@ -95,19 +106,23 @@ def _start(
         Whether all steps were done.
     """
     from megatron_chameleon.config import paper
+    from megatron_chameleon.training.dry_run import DryRun
     from megatron_chameleon.training.loop import train
     from megatron_chameleon.training.prepare import prepare_run
     from megatron_chameleon.training.records.notify import receiver_warning
 
     resume, weights_only = args.start_from or args.resume, args.start_from is not None
     inputs = prepare_run(config, world_size, resume, weights_only=weights_only)
+    warnings = []
     if launch.rank == 0:
         receiver = receiver_warning(config.logging)
-        for line in (*paper.warnings(config), *inputs.warnings(), receiver):
-            if line:
-                _logger.warning(line)
+        warnings = list(filter(None, (*paper.warnings(config), *inputs.warnings(), receiver)))
+        for line in warnings:
+            _logger.warning(line)
     if args.dry_run:
-        _dry_run(inputs, shown, launch, world_size, with_step=not args.no_step)
+        # The run's own config, whose steps follow from its epochs, with the tokenizer's real place.
+        planned = replace(inputs.config, tokenizer=shown.tokenizer)
+        _dry_run(args, DryRun(inputs, planned, launch, world_size, warnings))
         return True
     return train(inputs, launch)
 
@@ -139,16 +154,38 @@ def _check_tokenizer_named(config: "Config", resume: str) -> None:
     )
 
 
-def _dry_run(
-    inputs: "RunInputs", shown: "Config", launch: "Launch", world_size: int, *, with_step: bool
-) -> None:
-    """Print what the run would do, and try its next step."""
-    from megatron_chameleon.training.dry_run import describe_dry_run, try_step
+def _dry_run(args: argparse.Namespace, plan: "DryRun") -> None:
+    """Print what the run would do, and try its next step. With ``--html``, write it as a page.
 
-    if launch.rank == 0:
-        # The run's own config, whose steps follow from its epochs, with the tokenizer's real place.
-        config = replace(inputs.config, tokenizer=shown.tokenizer)
-        show(describe_dry_run(replace(inputs, config=config), launch, world_size))
-    found = try_step(inputs, launch, world_size) if with_step else ""
-    if found and launch.rank == 0:
-        show(found)
+    Raises:
+        ChameleonError: The step cannot be done; the page says it too.
+    """
+    from megatron_chameleon.errors import ChameleonError
+    from megatron_chameleon.training.dry_run import TriedStep, describe_dry_run, try_step
+
+    is_first = plan.launch.rank == 0
+    if is_first:
+        show(describe_dry_run(plan))
+    tried = TriedStep("")
+    try:
+        if not args.no_step:
+            tried = try_step(plan.inputs, plan.launch, plan.world_size)
+    except ChameleonError as error:
+        if is_first and args.html is not None:
+            _write_page(args, plan, TriedStep("\n".join(error.lines()), failed=True))
+        raise
+    if is_first:
+        if tried.text:
+            show(tried.text)
+        if args.html is not None:
+            _write_page(args, plan, tried)
+
+
+def _write_page(args: argparse.Namespace, plan: "DryRun", tried: "TriedStep") -> None:
+    from megatron_chameleon.cli.origins import page_origin
+    from megatron_chameleon.files import write_text
+    from megatron_chameleon.training.dry_run_page import dry_run_page
+
+    page = dry_run_page(plan, tried, page_origin(args))
+    write_text(Path(args.html), page)
+    show(args.html)

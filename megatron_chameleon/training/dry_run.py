@@ -8,8 +8,8 @@ loss that is not finite. No file is written, nothing is locked, and nothing is k
 import math
 import os
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_chameleon.announce import announced
@@ -17,6 +17,7 @@ from megatron_chameleon.checkpoint.loading.beginning import describe_beginning
 from megatron_chameleon.checkpoint.state.folders import load_state
 from megatron_chameleon.checkpoint.state.resume import load
 from megatron_chameleon.config.load import format_config
+from megatron_chameleon.config.schema import Config
 from megatron_chameleon.errors import ConfigError, TrainingError
 from megatron_chameleon.model.backend import machine_problems
 from megatron_chameleon.parallel import platform
@@ -39,31 +40,86 @@ LONGEST_SECONDS = 900.0
 """A step that would take longer on CPUs is not tried."""
 CPU_FLOPS = 30e9
 """Of a core, optimistically."""
+PASSED = "Dry run passed: config, tokenizer, data and checkpoint are ready."
 MOST_RANKS = 8
 """Ranks whose memory is listed one by one."""
 
 
-def describe_dry_run(inputs: RunInputs, launch: Launch, world_size: int) -> str:
+@dataclass(frozen=True)
+class DryRun:
+    """A run that is looked at."""
+
+    inputs: RunInputs
+    config: Config
+    """As the run would write it."""
+    launch: Launch
+    world_size: int
+    """Number of processes that the config was checked for."""
+    warnings: Sequence[str] = ()
+    """What is odd about it, a line each."""
+
+
+def describe_dry_run(plan: DryRun) -> str:
     """The resolved config, what the run would do, and why this machine cannot do it, if so."""
-    start = f"resumes from {inputs.checkpoint}" if inputs.checkpoint else "starts from step 0"
-    if inputs.start.weights and inputs.weights:
-        start = describe_beginning(inputs.weights, inputs.config)
+    inputs = plan.inputs
+    start = f"{describe_start(inputs)}; {plan.launch.launcher}"
     lines = [
-        f"{format_config(inputs.config)}\n{describe_run(inputs)}; {start}; {launch.launcher}",
+        f"{format_config(plan.config)}\n{describe_run(inputs)}; {start}",
+        *start_notes(inputs),
         *resume_lines(inputs),
-        "Dry run passed: config, tokenizer, data and checkpoint are ready.",
+        PASSED,
+        *machine_notes(inputs, plan.world_size),
     ]
-    # A login node may lack what the config needs; that does not make the config wrong.
-    lines += [
-        f"But this machine cannot run it: {problem.where}: {problem.what}."
-        for problem in _machine_problems(inputs, world_size)
-    ]
-    if note := inputs.start.note:
-        lines.insert(1, f"{note[0].upper()}{note[1:]}.")
     return "\n".join(lines)
 
 
-def try_step(inputs: RunInputs, launch: Launch, world_size: int) -> str:
+def describe_start(inputs: RunInputs) -> str:
+    """Where the run starts, in words."""
+    if inputs.start.weights and inputs.weights:
+        return describe_beginning(inputs.weights, inputs.config)
+    return f"resumes from {inputs.checkpoint}" if inputs.checkpoint else "starts from step 0"
+
+
+def start_notes(inputs: RunInputs) -> list[str]:
+    """What is unusual about the start, if anything."""
+    note = inputs.start.note
+    return [f"{note[0].upper()}{note[1:]}."] if note else []
+
+
+def machine_notes(inputs: RunInputs, world_size: int) -> list[str]:
+    """Why this machine cannot run it, a line each.
+
+    A login node may lack what the config needs; that does not make the config wrong.
+    """
+    return [
+        f"But this machine cannot run it: {problem.where}: {problem.what}."
+        for problem in _machine_problems(inputs, world_size)
+    ]
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The memory that one process has used at most."""
+
+    rank: int
+    host: str
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class TriedStep:
+    """What trying a step has found."""
+
+    text: str
+    """In words, or why the step was not tried; empty if that was said already."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Of the engine; empty if the step was not tried."""
+    memory: Sequence[RankMemory] = ()
+    failed: bool = False
+    """Whether the text is an error."""
+
+
+def try_step(inputs: RunInputs, launch: Launch, world_size: int) -> TriedStep:
     """Do the step that comes next, and drop it. Every process of the job calls it.
 
     Args:
@@ -72,7 +128,7 @@ def try_step(inputs: RunInputs, launch: Launch, world_size: int) -> str:
         world_size: Number of processes that the config was checked for.
 
     Returns:
-        What was found, or why the step was not tried, in words; empty if that was said already.
+        What was found, on every rank.
 
     Raises:
         TrainingError: The loss or the gradient of the step is not finite.
@@ -92,8 +148,8 @@ def try_step(inputs: RunInputs, launch: Launch, world_size: int) -> str:
         leave_process_group()
 
 
-def _not_tried(obstacle: str) -> str:
-    return f"Its next step was not tried: {obstacle}." if obstacle else ""
+def _not_tried(obstacle: str) -> TriedStep:
+    return TriedStep(f"Its next step was not tried: {obstacle}." if obstacle else "")
 
 
 def _machine_problems(inputs: RunInputs, world_size: int) -> list[ConfigError]:
@@ -114,9 +170,9 @@ def _find_obstacle(inputs: RunInputs, launch: Launch, world_size: int) -> str | 
     if _machine_problems(inputs, world_size):
         return ""
     steps = inputs.config.training.steps
-    if _steps_done(inputs) >= steps:
+    if steps_done(inputs) >= steps:
         return f"all {counted(steps, 'step')} are done"
-    seconds = _cpu_seconds(inputs, world_size)
+    seconds = cpu_seconds(inputs, world_size)
     if seconds > LONGEST_SECONDS:
         return (
             f"it would take about {format_duration(seconds)} or more on the CPUs of this machine; "
@@ -125,19 +181,20 @@ def _find_obstacle(inputs: RunInputs, launch: Launch, world_size: int) -> str | 
     return None
 
 
-def _steps_done(inputs: RunInputs) -> int:
+def steps_done(inputs: RunInputs) -> int:
+    """Steps that were done before the one that comes next."""
     if inputs.checkpoint is None:
         return 0
     state = load_state(inputs.checkpoint)
     return 0 if state.get("optimizer") is False else int(state["step"])
 
 
-def _cpu_seconds(inputs: RunInputs, world_size: int) -> float:
+def cpu_seconds(inputs: RunInputs, world_size: int) -> float:
     """How long the next step takes at least without GPUs; 0 with them."""
     if platform.has_gpu():
         return 0.0
     config = inputs.config
-    samples = inputs.reader.history.batch_size(_steps_done(inputs))
+    samples = inputs.reader.history.batch_size(steps_done(inputs))
     tokens = samples * config.model.seq_length
     vocab_size, frozen = inputs.tokenizer.vocabulary.size, config.adapter.rank > 0
     flops = training_flops_per_token(config.model, vocab_size, frozen) * tokens
@@ -145,14 +202,7 @@ def _cpu_seconds(inputs: RunInputs, world_size: int) -> float:
     return flops / (CPU_FLOPS * cores)
 
 
-@dataclass(frozen=True)
-class _RankMemory:
-    rank: int
-    host: str
-    peak_bytes: int
-
-
-def _try_step(inputs: RunInputs) -> str:
+def _try_step(inputs: RunInputs) -> TriedStep:
     """``try_step`` for a process that has joined its process group."""
     config = inputs.config
     topology = create_topology(config.parallel)
@@ -169,7 +219,7 @@ def _try_step(inputs: RunInputs) -> str:
         check_loaded_weights(engine.named_parameters(), inputs.checkpoint)
     if inputs.start.weights is not None:
         check_loaded_weights(engine.named_parameters(), inputs.start.weights)
-    step = _steps_done(inputs) + 1
+    step = steps_done(inputs) + 1
     if config.training.objective == "dpo":
         batches = batches_with_reference(inputs, engine, topology, step)
     else:
@@ -178,11 +228,12 @@ def _try_step(inputs: RunInputs) -> str:
     with announced(f"computing step {step}, {count} on each rank (--no-step leaves it out)"):
         metrics = engine.train_step(step, batches, update=step not in inputs.skipped_steps)
     _check_finite(step, metrics)
-    memory = all_gather(_RankMemory(topology.rank, socket.gethostname(), platform.peak_bytes()))
-    return (
+    memory = all_gather(RankMemory(topology.rank, socket.gethostname(), platform.peak_bytes()))
+    text = (
         f"Step {step} was computed and dropped: {_describe_metrics(metrics)}, {count} on each "
         f"rank, {metrics['step_seconds']:.3g} s.\n{_describe_memory(memory)}"
     )
+    return TriedStep(text, metrics, memory)
 
 
 def _check_finite(step: int, metrics: Mapping[str, Any]) -> None:
@@ -209,7 +260,7 @@ def _describe_metrics(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _describe_memory(ranks: list[_RankMemory]) -> str:
+def _describe_memory(ranks: list[RankMemory]) -> str:
     kind = "GPU memory" if platform.has_gpu() else "memory of the process"
     total = platform.gpu_memory_bytes()
     of_all = f", of {format_bytes(total)}" if total else ""

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_chameleon.data.batches.reader import BatchReader, PackedSample
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.pages.elements import Cell, bar, how, table
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 KINDS = ("text", "image", "control", "padding")
@@ -115,33 +116,79 @@ def format_audit(audit: StepAudit, vocabulary: Vocabulary, documents: int) -> st
 
 def format_shares(audit: StepAudit, vocabulary: Vocabulary) -> str:
     """Format the samples of a step, and its tokens by source and kind."""
-    samples = [sample for _, sample in audit.samples]
+    rows = _source_rows(audit, vocabulary)
+    width = max(map(len, (*(row.name for row in rows), "source")))
+    heads = "".join(f"{kind:>12}" for kind in KINDS)
+    lines = [
+        f"{'source':{width}} {'share':>7}{heads}{'in the loss':>12} {'epochs':>8}  file",
+        *(row.line(width) for row in rows),
+    ]
+    return "\n".join([_head(audit), "", *lines])
+
+
+def share_blocks(audit: StepAudit, vocabulary: Vocabulary) -> list[str]:
+    """The same as blocks of a page."""
+    numbers = (*KINDS, "in the loss", "times read")
+    columns = (Cell(name, "n") for name in ("share", *numbers))
+    rows = [row.cells() for row in _source_rows(audit, vocabulary)]
+    return [
+        how(f"{_head(audit)}."),
+        table(["source", *columns, Cell("file", "long")], rows, "By source"),
+    ]
+
+
+@dataclass(frozen=True)
+class _SourceRow:
+    """What a step has read of a source, or its padding."""
+
+    name: str
+    share: float
+    counts: list[int]
+    """By kind."""
+    trained: int | None = None
+    epochs: float = 0.0
+    file: str = ""
+
+    def line(self, width: int) -> str:
+        numbers = "".join(f"{count:>12,}" for count in self.counts)
+        line = f"{self.name:{width}} {100 * self.share:6.2f}%{numbers}"
+        if self.trained is None:
+            return line
+        return f"{line}{self.trained:>12,} {self.epochs:8.3f}  {self.file}"
+
+    def cells(self) -> list[object]:
+        counts = [f"{count:,}" for count in self.counts]
+        share = Cell("", "n", f"{100 * self.share:.2f}%{bar(self.share)}")
+        name = Cell("padding" if self.trained is None else self.name, "long")
+        rest = ["", "", ""]
+        if self.trained is not None:
+            rest = [f"{self.trained:,}", f"{self.epochs:.3f}", self.file]
+        return [name, share, *counts, *rest]
+
+
+def _head(audit: StepAudit) -> str:
     first, last = audit.samples[0][0], audit.samples[-1][0]
-    tokens = sum(len(sample.tokens) for sample in samples)
-    head = (
+    tokens = sum(len(sample.tokens) for _, sample in audit.samples)
+    return (
         f"step {audit.step}: samples {first:,} to {last:,}, {tokens:,} tokens, stage {audit.stage}"
     )
+
+
+def _source_rows(audit: StepAudit, vocabulary: Vocabulary) -> list[_SourceRow]:
+    samples = [sample for _, sample in audit.samples]
+    tokens = sum(len(sample.tokens) for sample in samples)
     counts, trained = count_kinds(samples, vocabulary), count_trained(samples)
-    return "\n".join([head, "", *_share_lines(counts, trained, audit, tokens)])
-
-
-def _share_lines(
-    counts: dict[str, np.ndarray], trained: dict[str, int], audit: StepAudit, tokens: int
-) -> list[str]:
-    width = max(map(len, (*counts, "source")))
-    heads = "".join(f"{kind:>12}" for kind in KINDS)
-    lines = [f"{'source':{width}} {'share':>7}{heads}{'in the loss':>12} {'epochs':>8}  file"]
     padding = counts.pop("padding", None)
-    for name, row in sorted(counts.items()):
-        numbers = "".join(f"{count:>12,}" for count in row.tolist())
-        share = f"{100 * row.sum() / tokens:6.2f}%"
-        file = audit.files.get(name, "")
-        numbers += f"{trained.get(name, 0):>12,}"
-        lines.append(f"{name:{width}} {share}{numbers} {audit.epoch_of.get(name, 0):8.3f}  {file}")
+    rows = [
+        _SourceRow(
+            *(name, row.sum() / tokens, row.tolist(), trained.get(name, 0)),
+            *(audit.epoch_of.get(name, 0), audit.files.get(name, "")),
+        )
+        for name, row in sorted(counts.items())
+    ]
     if padding is not None:
-        numbers = "".join(f"{count:>12,}" for count in padding.tolist())
-        lines.append(f"{'-':{width}} {100 * padding.sum() / tokens:6.2f}%{numbers}")
-    return lines
+        rows.append(_SourceRow("-", padding.sum() / tokens, padding.tolist()))
+    return rows
 
 
 def _document_lines(samples: list[tuple[int, PackedSample]], documents: int) -> list[str]:

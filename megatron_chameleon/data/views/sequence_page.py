@@ -1,4 +1,4 @@
-"""Looks into a mixture: its sources and stages as a table, the packed sequences of a step as HTML.
+"""Looks into the packed sequences of a step, as HTML below the mixture of the run.
 
 Colours tell the kinds of tokens apart. A bar above each sequence shows where its documents lie and
 how much of it is text, images, control tokens and padding.
@@ -13,102 +13,26 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chameleon.data.batches.reader import BatchReader, PackedSample
-from megatron_chameleon.data.batches.shares import amounts_of
-from megatron_chameleon.data.mixture.phases import Phase
 from megatron_chameleon.data.views.audit import (
     KINDS,
     StepAudit,
     count_kinds,
-    format_shares,
     kinds_of,
+    share_blocks,
 )
+from megatron_chameleon.data.views.mixture import mixture_blocks
 from megatron_chameleon.data.views.tokens import render_tokens, special_tokens
-from megatron_chameleon.errors import ConfigError
 from megatron_chameleon.files import write_text
 from megatron_chameleon.pages.elements import (
     cards,
     escape,
     heading,
     how,
-    preformatted,
     stripe_key,
     stripes,
 )
 from megatron_chameleon.pages.page import Origin, page
 from megatron_chameleon.tokenizer.folder import Tokenizer
-
-
-def mixture_summary(reader: BatchReader) -> str:
-    """Describe the sources, their sizes, and what each stage takes from them, for people."""
-    config, history = reader.config, reader.history
-    samples = reader.samples
-    first = history.entries[-1].first_sample
-    mixture = reader.mixture(max(first, samples - 1))
-    width = max(map(len, (*mixture.source_names, "source")))
-    epochs = reader.epochs_end
-    lines = [] if epochs is None else [epochs.description]
-    lines += [
-        f"{config.training.steps:,} steps, {samples:,} sequences of {mixture.seq_length:,} tokens; "
-        f"{len(history.entries)} mixture{'s' if len(history.entries) > 1 else ''}",
-        "",
-        f"{'source':{width}} {'documents':>14} {'tokens':>18} {'images':>13} {'mean length':>12}",
-    ]
-    for key, cursor in mixture.cursors.items():
-        corpus = cursor.stream.corpus
-        lines.append(
-            f"{key:{width}} {corpus.documents:>14,} {corpus.tokens:>18,} {corpus.images:>13,} "
-            f"{corpus.tokens / corpus.documents:>12,.1f}"
-        )
-    if answers := reader.describe_answers():
-        lines += ["", *answers]
-    ends = [entry.first_sample for entry in history.entries[1:]] + [samples]
-    for entry, end in zip(history.entries, ends, strict=True):
-        if entry.first_sample < end:
-            lines += _phase_lines(reader, entry.first_sample, end, width)
-    return "\n".join(lines)
-
-
-def _phase_lines(reader: BatchReader, first: int, samples: int, width: int) -> list[str]:
-    """What each phase of the mixture from a sample on takes from its sources, up to another."""
-    lines = []
-    try:
-        mixture = reader.mixture(first)
-    except ConfigError as error:  # the run has used it before, and needs its files no more
-        return ["", f"samples {first:,} to {samples - 1:,}: not known ({error.what})"]
-    for phase in mixture.phases_to_end(samples):
-        end = samples if phase.end_sample is None else min(samples, phase.end_sample)
-        lines += ["", f"stage {phase.stage}, samples {phase.first_sample:,} to {end - 1:,}:"]
-        others = _other_shares(reader, phase)
-        for key, share in phase.shares().items():
-            blocks = -(-(end - phase.first_sample) // phase.sequences)
-            epochs = phase.position(key, blocks) / mixture.cursors[key].stream.corpus.tokens
-            text = "".join(f", {100 * part:.2f}% of the {unit}" for unit, part in others[key])
-            lines.append(
-                f"{key:{width}} {100 * share:6.2f}% of the tokens{text}, {epochs:,.3f} epochs"
-            )
-    return lines
-
-
-def _other_shares(reader: BatchReader, phase: Phase) -> dict[str, list[tuple[str, float]]]:
-    """The shares of the samples and of the trained tokens that each source of a phase has.
-
-    There are none of a source that the config no longer lists.
-    """
-    sources = {source.key: source for source in reader.sources}
-    shares = phase.shares()
-    if not all(key in sources for key in shares):
-        return {key: [] for key in shares}
-    amounts = {key: amounts_of(reader.config, sources[key]) for key in shares}
-    parts = {key: share / sources[key].corpus.tokens for key, share in shares.items()}
-    found: dict[str, list[tuple[str, float]]] = {key: [] for key in shares}
-    for unit, counts in (
-        ("samples", {key: amount.documents for key, amount in amounts.items()}),
-        ("trained tokens", {key: amount.trained_tokens for key, amount in amounts.items()}),
-    ):
-        total = sum(parts[key] * count for key, count in counts.items())
-        for key, count in counts.items():
-            found[key].append((unit, parts[key] * count / total if total else 0.0))
-    return found
 
 
 def write_sequence_page(
@@ -142,9 +66,9 @@ def write_sequence_page(
             ]
         ),
         heading("Mixture"),
-        preformatted(mixture_summary(reader)),
+        *mixture_blocks(reader),
         heading(f"What step {audit.step:,} reads"),
-        preformatted(format_shares(audit, tokenizer.vocabulary)),
+        *share_blocks(audit, tokenizer.vocabulary),
         heading(f"{len(chosen)} of its {len(audit.samples)} sequences"),
         how("A strip shows where each document lies and which kinds of tokens it has."),
         stripe_key(KINDS),

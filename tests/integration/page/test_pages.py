@@ -57,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> It
         main(["inspect", "tokens", "--html", "tokens.html"])
         main(["inspect", "train.yaml", "--html", "sequences.html"])
         main(["inspect", "in.jsonl", "--html", "documents.html"])
+        main(["train", "train.yaml", "--dry-run", "--no-step", "--html", "dry_run.html"])
         words = ["data", "filter", "in.jsonl", "--dry-run", "--min-words", "3"]
         main([*words, "--html", "filter.html"])
         write_run(folder / "run")
@@ -155,7 +156,7 @@ def serious(page: Page, *rules: str) -> list[tuple[str, str]]:
 
 KINDS = (
     *("tokens", "sequences", "documents", "filter", "report", "compare", "samples"),
-    *("evaluation", "form"),
+    *("evaluation", "form", "dry_run"),
 )
 
 

@@ -30,11 +30,33 @@ def as_printed(record: dict) -> list[str]:
     return [f"{record[key]:.4f}" for key in ("loss", "loss_text", "loss_image")]
 
 
+def check_page(page: Path, loss: str) -> None:
+    """It has what was printed, and the numbers behind it."""
+    text = page.read_text()
+    assert PASSED in text and f"loss {loss} (text" in text
+    headings = re.findall(r"<h2>([^<]*)</h2>", text)
+    assert headings == [
+        *("What is odd", "Layout", "Parameters", "Memory and time", "Mixture", "What is read"),
+        *("Steps", "Config"),
+    ]
+    begin = text.index('aria-label="Parameters"')
+    parts = [
+        int(number.replace(",", ""))
+        for number in re.findall(r'<td class="n">([\d,]+)</td>', text[begin:])[:7]
+    ]
+    assert sum(parts[:6]) == parts[6] > 0
+    assert "Times that each source has been read" in text and "Learning rate" in text
+    assert "http" not in text.replace("http-equiv", "")
+
+
 def test_the_step_is_the_one_that_the_run_does_next(tiny) -> None:
     words = ("training.steps=5", "checkpoint.every_steps=3")
     folder = tiny.folder / "tried"
-    first = tiny.train("tried", *words, "--dry-run").stdout
+    page = tiny.folder / "dry_run.html"
+    first = tiny.train("tried", *words, "--dry-run", "--html", page).stdout
     assert not folder.exists()
+    check_page(page, found_losses(first)[1][0])
+    first = first.removesuffix(f"{page}\n")
     on_two = tiny.train("tried", *words, "--dry-run", processes=2).stdout
     assert not folder.exists()
     tiny.train("tried", *words)
@@ -108,11 +130,13 @@ def test_a_loss_that_is_not_finite(
         return {**train_step(*args, **options), "loss": math.nan}  # type: ignore[arg-type]
 
     monkeypatch.setattr(MegatronEngine, "train_step", broken)
+    page = tiny.folder / "failed.html"
     with pytest.raises(SystemExit) as end:
-        run_here(tiny, capsys)
+        run_here(tiny, capsys, "--html", str(page))
     assert end.value.code == 2
     printed = capsys.readouterr()
     assert PASSED in printed.out
+    assert '<li class="bad">step 1: loss is nan in the dry run.' in page.read_text()
     assert printed.err.splitlines()[-1] == (
         "error: step 1: loss is nan in the dry run. Check the weights that the run starts from, "
         "optimizer.lr and the data."

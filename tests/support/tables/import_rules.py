@@ -328,8 +328,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data/batches",
         "data/mixture",
         "data/validation",
+        "data/views",  # the page of a dry run shows the mixture as inspect does
         "model",
         "model/tuning",
+        "pages",
         "parallel",
         "planner",
         "schedules",

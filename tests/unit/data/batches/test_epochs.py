@@ -13,7 +13,7 @@ from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.token_files.reader import TokenFileWriter
 from megatron_chameleon.data.views.audit import audit_step, format_audit
 from megatron_chameleon.data.views.borders import find_borders
-from megatron_chameleon.data.views.sequence_page import mixture_summary
+from megatron_chameleon.data.views.mixture import mixture_summary
 from megatron_chameleon.data.views.source_shares import tokens_seen
 from megatron_chameleon.errors import ConfigError, ConfigErrors
 

@@ -7,7 +7,7 @@ from megatron_chameleon.config.schema import Config, SourceConfig
 from megatron_chameleon.data.batches.reader import BatchReader
 from megatron_chameleon.data.token_files.reader import TokenFileWriter
 from megatron_chameleon.data.views.audit import count_kinds, count_trained
-from megatron_chameleon.data.views.sequence_page import mixture_summary
+from megatron_chameleon.data.views.mixture import mixture_summary
 from megatron_chameleon.errors import ConfigErrors
 
 SEQ_LENGTH = 256

@@ -18,7 +18,8 @@ from megatron_chameleon.data.preprocess.options import EncodeOptions
 from megatron_chameleon.data.token_files.modality_balance import describe_answers, rare_modality
 from megatron_chameleon.data.token_files.reader import TokenFileWriter, open_token_file, read_info
 from megatron_chameleon.data.views.audit import audit_step, count_trained, format_audit
-from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
+from megatron_chameleon.data.views.mixture import mixture_summary
+from megatron_chameleon.data.views.sequence_page import write_sequence_page
 from megatron_chameleon.data.views.token_file_page import token_file_summary, write_token_file_page
 from megatron_chameleon.errors import ConfigErrors, DataError
 from page_origin import ORIGIN

@@ -11,7 +11,12 @@ from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.documents.schema import Document, TextPart
 from megatron_chameleon.data.preprocess.encode import DocumentEncoder
 from megatron_chameleon.data.views.audit import audit_step, count_kinds, format_audit, kinds_of
-from megatron_chameleon.data.views.sequence_page import mixture_summary, write_sequence_page
+from megatron_chameleon.data.views.mixture import (
+    mixture_blocks,
+    mixture_spans,
+    mixture_summary,
+)
+from megatron_chameleon.data.views.sequence_page import write_sequence_page
 from megatron_chameleon.errors import ConfigError
 from page_origin import ORIGIN
 
@@ -86,6 +91,29 @@ def test_the_mixture_s_table(config, tokenizer):
     assert "stage 1, samples 0 to 31:" in text and "stage 2, samples 32 to 39:" in text
     shares = [float(share) for share in re.findall(r"([\d.]+)% of the tokens", text)]
     assert shares == [50, 50, 25, 25, 50]
+
+
+def test_the_mixture_on_a_page_has_the_numbers_of_its_text(config, tokenizer):
+    reader = BatchReader(config, tokenizer)
+    text, page = mixture_summary(reader), "".join(mixture_blocks(reader))
+    pattern = r"([\d.]+)% of the tokens, ([\d.]+)% of the samples, ([\d.]+)% .*, ([\d.]+) epochs"
+    shown = r'<td class="n">([\d.]+)%<span[^/]*/span></td>' * 3 + r'<td class="n">([\d.]+)</td>'
+    assert (
+        re.findall(shown, page) == re.findall(pattern, text) and len(re.findall(pattern, text)) == 5
+    )
+    assert "<h3>Stage 1, steps 1 to 8</h3>" in page and "<h3>Stage 2, steps 9 to 10</h3>" in page
+    assert page.count('<svg viewBox="0 0 2000') == 2  # shares, and how often each was read
+
+
+def test_how_often_a_source_is_read_counts_what_the_run_uses_of_a_block(config, tokenizer):
+    """The run has 40 sequences of a block of 2,048."""
+    reader = BatchReader(config, tokenizer)
+    read = {part.key: part.epochs[1] for span in mixture_spans(reader) for part in span.parts}
+    tokens = {key: c.stream.corpus.tokens for key, c in reader.mixture(39).cursors.items()}
+    expected = 40 * 80 * (1 - config.data.packing_reserve)
+    total = sum(read[key] * tokens[key] for key in read)
+    # Sequences that no document fills are padding, which is not read.
+    assert 0.6 * expected < total <= 1.001 * expected
 
 
 def test_the_page_shows_sequences_with_kinds_and_pictures(config, tokenizer, tmp_path):
