@@ -37,7 +37,8 @@ for name in pairs sums text chats quality; do
 done
 
 say "4. Training: two processes with tensor and sequence parallelism"
-torchrun --standalone --nproc-per-node 2 -m megatron_chameleon train $HERE/train.yaml \
+torchrun --standalone --local-addr localhost --nproc-per-node 2 \
+    -m megatron_chameleon train $HERE/train.yaml \
     training.seed="$SEED" variables.inputs="$RUN" logging.run_dir="$RUN" "${train[@]}"
 
 say "5. Export: convert the checkpoint to the Hugging Face format"

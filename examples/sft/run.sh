@@ -40,7 +40,8 @@ say "3. Before fine-tuning: ask the demo's model"
 [ -n "${QUICK:-}" ] || OMP_NUM_THREADS=2 python $HERE/measure.py "$BASE" --data "$RUN/data" --pictures "$BASE/data" --output "$RUN/before.json" "${measure[@]}"
 
 say "4. Fine-tuning: two processes start from the demo's weights, with the loss on answers only"
-torchrun --standalone --nproc-per-node 2 -m megatron_chameleon train $HERE/digits.yaml --start-from "$BASE" \
+torchrun --standalone --local-addr localhost --nproc-per-node 2 \
+    -m megatron_chameleon train $HERE/digits.yaml --start-from "$BASE" \
     training.seed="$SEED" variables.run="$RUN" logging.run_dir="$RUN" "${train[@]}"
 
 say "5. After fine-tuning: ask the same questions"

@@ -124,6 +124,8 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self._opened.__exit__(kind, error, traceback)
+        if error is None:  # otherwise it might hide the error by one of its own
+            self.engine.close()
 
     def _find_reference(self, steps_done: int) -> dict[str, str]:
         """Give the readers the reference of ``training.objective: dpo``.

@@ -124,6 +124,9 @@ class TrainingEngine(Protocol):
             CheckpointError: It cannot be read.
         """
 
+    def close(self) -> None:
+        """Let go of the model, after the last step, so that a later run in the process has room."""
+
 
 def check_installed(config: Config) -> None:
     """Check that the engine is installed, before anything is started.

@@ -255,6 +255,13 @@ class DeepSpeedEngine:
         self.average.forget()
         self._state.restore_weights(checkpoint, self.engine.optimizer)
 
+    def close(self) -> None:
+        """Remove ZeRO's hooks on gradients, which keep the model alive; see ``TrainingEngine``.
+
+        ZeRO 3 has others, which DeepSpeed 0.19 cannot remove.
+        """
+        self.engine.destroy()
+
 
 def _own_part(parameter: Any) -> Tensor:
     """This rank's part of a parameter; under ZeRO 3 without the padding, which is never set."""

@@ -257,6 +257,9 @@ class MegatronEngine:
         self._load_weights(checkpoint, TrainingCheckpoint(checkpoint).names, fp8_state=False)
         self.optimizer.reload_model_params()  # the fp32 copies of bf16 weights
 
+    def close(self) -> None:
+        """Nothing outlives the engine; see ``TrainingEngine``."""
+
     def _load_weights(self, checkpoint: Path, stored: Collection[str], *, fp8_state: bool) -> None:
         model, split = self._sharded_model(), split_in(stored)
         for part in model.values():
