@@ -11,8 +11,10 @@ import os
 import platform
 import re
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,18 +254,33 @@ def _tested_versions() -> dict[str, str]:
 def _command() -> Check:
     """Whether a shell finds ``chameleon``, and this one."""
     purpose = "typing `chameleon`"
-    here, found = Path(sys.executable).parent, shutil.which("chameleon")
-    activate = here / "activate"
-    remedy = f"source {activate}" if activate.is_file() else f'export PATH="{here}:$PATH"'
+    found = shutil.which("chameleon")
+    folders = _script_folders()
+    there = next((folder for folder in folders if (folder / "chameleon").is_file()), None)
+    activate = (there or folders[0]) / "activate"
+    remedy = f'export PATH="{there or folders[0]}:$PATH"'
+    remedy = f"source {activate}" if activate.is_file() else remedy
     if found is None:
-        there = (here / "chameleon").is_file()
-        what = f"not on the PATH, but in {here}" if there else "not on the PATH"
+        what = f"not on the PATH, but in {there}" if there else "not on the PATH"
         remedy = remedy if there else f"python -m pip install {DISTRIBUTION}, or -e . in a clone"
         return Check("Command", WARN, what, purpose, remedy)
-    if Path(found).parent.resolve() != here.resolve():
+    if Path(found).parent.resolve() not in [folder.resolve() for folder in folders]:
         what = f"{found}, of another environment than {sys.executable}"
         return Check("Command", WARN, what, purpose, remedy)
     return Check("Command", OK, found, purpose)
+
+
+def _script_folders() -> list[Path]:
+    """Where pip puts the commands of this Python, the likeliest place first.
+
+    Debian's Python in /usr/bin puts them into /usr/local/bin, and ``pip install --user`` puts them
+    below the home folder.
+    """
+    folders = [Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))]
+    if site.ENABLE_USER_SITE:  # not in a virtual environment
+        user = sysconfig.get_preferred_scheme("user")
+        folders.append(Path(sysconfig.get_path("scripts", user)))
+    return folders
 
 
 def _gpu_packages() -> Iterator[Check]:

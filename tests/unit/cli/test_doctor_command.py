@@ -170,6 +170,32 @@ def test_a_command_that_a_shell_does_not_find(
     assert examination._command().status == "ok"
 
 
+def test_a_command_beside_a_python_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, local, home = (tmp_path / name for name in ("usr/bin", "usr/local/bin", "home/bin"))
+    folders = {"default": local, "user": home}
+    for folder in (system, local, home):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr("sys.executable", str(system / "python3"))
+    monkeypatch.setattr("sysconfig.get_preferred_scheme", lambda kind: kind)
+    monkeypatch.setattr("sysconfig.get_path", lambda _, scheme="default": str(folders[scheme]))
+    monkeypatch.setattr("site.ENABLE_USER_SITE", True)
+    monkeypatch.setenv("PATH", str(local))
+    assert examination._command().remedy.startswith("python -m pip install")
+    (home / "chameleon").touch(mode=0o755)
+    check = examination._command()
+    assert check.found == f"not on the PATH, but in {home}"
+    assert check.remedy == f'export PATH="{home}:$PATH"'
+    for folder in (home, local):
+        (folder / "chameleon").touch(mode=0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        assert (examination._command().status, examination._command().found) == (
+            "ok",
+            str(folder / "chameleon"),
+        )
+
+
 @pytest.mark.parametrize(
     ("free_gib", "memory_gib", "lacking"),
     [(0.2, 8, ["Disk"]), (1, 3, []), (50, 1.5, ["Memory"])],
