@@ -68,6 +68,13 @@ class ImageTrainingConfig:
     """Weight of the loss that moves codebook vectors to the latents."""
     commitment_beta: LossWeight = 0.25
     """Weight of the commitment loss."""
+    codebook: Annotated[str, OneOf("loss", "ema")] = "loss"
+    """What moves codebook vectors to the latents: the codebook loss, or moving averages of the
+    latents (``ema``), which need no weight and no learning rate."""
+    ema_decay: Share = 0.99
+    """Share of the moving averages that a step keeps."""
+    entropy_weight: LossWeight = 0.1
+    """Weight of the entropy loss, by which ``lfq`` and ``ibq`` use all codes."""
     reseed_every_steps: NonNegativeInt = 0
     """Move codebook vectors that were unused for this many steps to latents; 0 turns this off."""
     reseed_fraction: Share = 0.8
@@ -143,6 +150,12 @@ def _check_training(config: ImageTokenizerConfig, where: str) -> None:
             f"{where}: training.l1_weight", "l1_weight and l2_weight are both 0", "Set one above 0"
         )
     _check_perceptual(config, where)
+    if training.codebook == "ema" and config.model.quantizer != "vq":
+        raise ConfigError(
+            f"{where}: training.codebook",
+            f"ema is for model.quantizer=vq, not {config.model.quantizer}",
+            "Use training.codebook=loss",
+        )
     smallest = smallest_resolution(training.discriminator_layers)
     if training.discriminator_weight > 0 and config.model.resolution < smallest:
         raise ConfigError(

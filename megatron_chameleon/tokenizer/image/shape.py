@@ -37,6 +37,10 @@ class VqganConfig:
     """Number of image codes."""
     dropout: Annotated[float, Below(0, 1)] = 0.0
     """Dropout rate in the residual blocks."""
+    quantizer: Annotated[str, OneOf("vq", "lfq", "ibq")] = "vq"
+    """How latents become codes: ``vq`` (the nearest codebook vector), ``lfq`` (the signs of
+    embed_dim dimensions; no codebook) or ``ibq`` (the codebook vector with the largest inner
+    product, all of which learn in every step)."""
 
     @property
     def downsampling(self) -> int:
@@ -75,6 +79,14 @@ class VqganConfig:
                 f"{where}: model.base_channels",
                 f"{self.base_channels} is not a multiple of {NORM_GROUPS}, the groups of GroupNorm",
                 f"Use {-(-self.base_channels // NORM_GROUPS) * NORM_GROUPS}",
+            )
+        if self.quantizer == "lfq" and self.codebook_size != 2**self.embed_dim:
+            bits = (self.codebook_size - 1).bit_length()
+            raise ConfigError(
+                f"{where}: model.codebook_size",
+                f"{self.codebook_size} codes, but lfq has two for each of the {self.embed_dim} "
+                "dimensions of model.embed_dim, all combined",
+                f"Use model.embed_dim={bits} and model.codebook_size={2**bits}",
             )
         if self.resolution % self.downsampling:
             nearest = -(-self.resolution // self.downsampling) * self.downsampling

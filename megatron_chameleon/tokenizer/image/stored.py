@@ -78,7 +78,7 @@ def read_vqgan_config(folder: str | Path) -> VqganConfig:
     path = tokenizer_file(folder, IMAGE_CONFIG_FILE)
     model = read_checked_json(path, FORMAT, MADE_BY).get("model")
     names = {item.name for item in fields(VqganConfig)}
-    if not isinstance(model, dict) or set(model) != names:
+    if not isinstance(model, dict) or {"quantizer", *model} != names:
         found = sorted(model) if isinstance(model, dict) else model
         raise DataError(
             str(path), f"`model` has {found}, not {sorted(names)}", f"Make it with `{MADE_BY}`"
@@ -105,6 +105,7 @@ def vqgan_config(values: Values) -> VqganConfig:
         embed_dim=values.whole("embed_dim", 1, 2**14, default.embed_dim),
         codebook_size=values.whole("codebook_size", 2, 2**24, default.codebook_size),
         dropout=values.number("dropout", 0, 1, default.dropout),
+        quantizer=values.text("quantizer", default.quantizer, longest=99),
     )
     try:
         config.check(values.where)
@@ -136,5 +137,11 @@ def save_vqgan(model: Vqgan, folder: str | Path, details: Mapping[str, Any] | No
 
 
 def vqgan_config_to_json(config: VqganConfig) -> dict[str, object]:
-    """The ``model`` part of image.json."""
-    return asdict(config)
+    """The ``model`` part of image.json.
+
+    The paper's quantizer is not named, so that its files are those of earlier versions.
+    """
+    values = asdict(config)
+    if config.quantizer == "vq":
+        del values["quantizer"]
+    return values

@@ -221,8 +221,12 @@ class ImageTokenizer:
 
     @property
     def vqgan(self) -> Vqgan | None:
-        """The network if it is a ``Vqgan``, which Meta's and Hugging Face's Chameleon have."""
-        return self.model if isinstance(self.model, Vqgan) else None
+        """The network if it is a ``Vqgan`` with a codebook to search in.
+
+        Meta's and Hugging Face's Chameleon have such a network.
+        """
+        is_theirs = isinstance(self.model, Vqgan) and self.model.config.quantizer == "vq"
+        return self.model if is_theirs else None  # type: ignore[return-value]
 
     @property
     def codebook_size(self) -> int:

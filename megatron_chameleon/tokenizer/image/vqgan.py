@@ -11,17 +11,17 @@ latent positions, N = h * w codes per image, M latents in all, K codebook vector
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_chameleon.tokenizer.image.network import FROM_MINUS_ONE_TO_ONE
+from megatron_chameleon.tokenizer.image.quantizers.choose import make_quantizer
+from megatron_chameleon.tokenizer.image.quantizers.quantized import Quantized
 from megatron_chameleon.tokenizer.image.shape import NORM_GROUPS
 from megatron_chameleon.tokenizer.image.shape import VqganConfig as VqganConfig
-
-SEARCH_ROWS = 1024
-"""Latents that are compared with the codebook at once, so that distances fit in a GPU's cache."""
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -179,39 +179,6 @@ class VqganDecoder(nn.Module):
         return self.conv_out(functional.silu(self.norm_out(x_BCHW)))
 
 
-class Codebook(nn.Module):
-    """Replaces each latent vector by the nearest of ``codebook_size`` learned vectors."""
-
-    def __init__(self, codebook_size: int, embed_dim: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(codebook_size, embed_dim)
-        nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
-
-    @torch.no_grad()
-    def nearest(self, latents_BDhw: Tensor) -> Tensor:
-        """Indices of the nearest codebook vectors: int64 [B, N], row-major."""
-        flat_MD = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, self.embedding.embedding_dim).float()
-        weight_KD = self.embedding.weight
-        norms_K = weight_KD.square().sum(dim=1)
-        found = [
-            self._nearest(rows_MD, weight_KD, norms_K) for rows_MD in flat_MD.split(SEARCH_ROWS)
-        ]
-        nearest_M = found[0] if len(found) == 1 else torch.cat(found)
-        return nearest_M.view(latents_BDhw.shape[0], -1)
-
-    def _nearest(self, flat_MD: Tensor, weight_KD: Tensor, norms_K: Tensor) -> Tensor:
-        # |z - e|^2 is written out: it takes one matrix product and rounds as Hugging Face's code
-        # does, so that ties agree.
-        distances_MK = flat_MD.square().sum(dim=1, keepdim=True) + norms_K
-        distances_MK -= 2 * flat_MD @ weight_KD.T
-        return distances_MK.argmin(dim=1)
-
-    def lookup(self, codes_BN: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Codebook vectors of row-major codes: [B, D, h, w]."""
-        vectors_BND = self.embedding(codes_BN)
-        return vectors_BND.transpose(1, 2).unflatten(2, grid)
-
-
 @dataclass
 class VqganOutput:
     """The results of one training pass."""
@@ -224,6 +191,8 @@ class VqganOutput:
     """Mean squared distance of the codebook vectors from the (detached) latents."""
     commitment_loss: Tensor
     """Mean squared distance of the latents from the (detached) codebook vectors."""
+    entropy_loss: Tensor | None = None
+    """Low if each code is certain and all are used; ``lfq`` and ``ibq`` have it."""
 
 
 class Vqgan(nn.Module):
@@ -244,7 +213,9 @@ class Vqgan(nn.Module):
         self.has_decoder = has_decoder
         if has_decoder:
             self.decoder = VqganDecoder(config)
-        self.quantize = Codebook(config.codebook_size, config.embed_dim)
+        self.quantize: Any = make_quantizer(
+            config.quantizer, config.codebook_size, config.embed_dim
+        )
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
@@ -310,15 +281,12 @@ class Vqgan(nn.Module):
         compatibility; this does not affect the codes.
         """
         latents_BDhw = self.latents(pixels_BCHW)
-        codes_BN = self.quantize.nearest(latents_BDhw.detach())
-        vectors_BDhw = self.quantize.lookup(
-            codes_BN, (latents_BDhw.shape[2], latents_BDhw.shape[3])
-        )
-        straight_BDhw = latents_BDhw + (vectors_BDhw - latents_BDhw).detach()
+        found: Quantized = self.quantize.quantize(latents_BDhw)
         return VqganOutput(
-            reconstruction_BCHW=self.decoder(self.post_quant_conv(straight_BDhw)),
-            codes_BN=codes_BN,
+            reconstruction_BCHW=self.decoder(self.post_quant_conv(found.straight_BDhw)),
+            codes_BN=found.codes_BN,
             latents_BDhw=latents_BDhw,
-            codebook_loss=functional.mse_loss(vectors_BDhw, latents_BDhw.detach()),
-            commitment_loss=functional.mse_loss(latents_BDhw, vectors_BDhw.detach()),
+            codebook_loss=found.codebook_loss,
+            commitment_loss=found.commitment_loss,
+            entropy_loss=found.entropy_loss,
         )

@@ -18,7 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": {"checkpoint/names", "config", "config/checks", "schedules"},
     "images": set(),
     "tokenizer/common": set(),
-    "tokenizer/image": {"config", "images", "tokenizer/common"},
+    "tokenizer/image": {"config", "images", "tokenizer/common", "tokenizer/image/quantizers"},
+    "tokenizer/image/quantizers": set(),
     "tokenizer/image/losses": {"tokenizer/image"},
     "tokenizer/image/training": {
         "images",
@@ -26,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer/common",
         "tokenizer/image",
         "tokenizer/image/losses",
+        "tokenizer/image/quantizers",
     },
     "tokenizer/text": {"tokenizer/common", "tokenizer/image"},
     "tokenizer": {"tokenizer/common", "tokenizer/image", "tokenizer/text"},

@@ -20,6 +20,7 @@ from megatron_chameleon.tokenizer.image.losses.discriminator import (
     hinge_loss,
 )
 from megatron_chameleon.tokenizer.image.losses.perceptual import perceptual_loss
+from megatron_chameleon.tokenizer.image.quantizers.ema import MovingAverages
 from megatron_chameleon.tokenizer.image.tokenizer import to_pixels
 from megatron_chameleon.tokenizer.image.training.batches import ImageSet, training_batch
 from megatron_chameleon.tokenizer.image.training.limits import FiniteLosses, check_weights
@@ -54,6 +55,11 @@ class Trainer:
         self.device = device
         self.processes = processes or Processes()
         self.model = Vqgan(config.model).to(device).train()
+        self.averages: MovingAverages | None = None
+        if self.config.codebook == "ema":
+            self.averages = MovingAverages(
+                self.model.quantize, self.config.ema_decay, self.processes.sum
+            )
         self.network = self.processes.parallel(self.model)
         """``model``, whose backward pass averages over the processes."""
         self.optimizer = torch.optim.Adam(
@@ -144,7 +150,7 @@ class Trainer:
         uses_K = self.processes.sum(uses_K)
         self.uses_K += uses_K
         progress.step(step, losses, uses_K, len(images.dropped))
-        every = config.reseed_every_steps
+        every = config.reseed_every_steps if self.has_movable_codes else 0
         if every and (step + 1) % every == 0 and step + 1 <= config.reseed_fraction * config.steps:
             self.reseed(output.latents_BDhw.detach(), step)
         self.done += 1
@@ -182,11 +188,23 @@ class Trainer:
         if self.discriminator is not None:
             parts["discriminator"] = self.discriminator
             parts["discriminator_optimizer"] = self.discriminator_optimizer
+        if self.averages is not None:
+            parts["codebook_averages"] = self.averages
         return parts
+
+    @property
+    def has_movable_codes(self) -> bool:
+        """Whether a code can be unused because its vector is far from all latents.
+
+        The vectors of ``ibq`` all learn in every step, and ``lfq`` has none.
+        """
+        return self.model.config.quantizer == "vq"
 
     @torch.no_grad()
     def start_codebook(self, images: ImageSet) -> None:
         """Set the codebook to the first latents: vectors far from them would never be chosen."""
+        if not self.has_movable_codes:
+            return
         weight_KD = self.model.quantize.embedding.weight
         vectors: list[Tensor] = []
         rng = np.random.default_rng([self.seed, self.config.steps])  # a stream of its own
@@ -196,6 +214,8 @@ class Trainer:
             vectors.append(self.processes.rows(_latent_rows(self.model.latents(pixels_BCHW))))
         rows_MD = torch.cat(vectors)
         weight_KD.copy_(rows_MD[torch.tensor(rng.permutation(len(rows_MD))[: len(weight_KD)])])
+        if self.averages is not None:
+            self.averages.restart()
 
     def set_learning_rate(self, step: int) -> None:
         lr = self.config.lr * learning_rate_share(self.config, step)
@@ -220,6 +240,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        if self.averages is not None:
+            rows_MD = _latent_rows(output.latents_BDhw.detach())
+            self.averages.update(rows_MD, output.codes_BN.flatten())
         if self.is_adversarial(step):
             fake_BCHW = output.reconstruction_BCHW.detach()
             losses["disc"] = self.discriminator_step(pixels_BCHW, fake_BCHW)
@@ -241,6 +264,9 @@ class Trainer:
             + self.config.commitment_beta * output.commitment_loss
         )
         losses |= {"codebook": output.codebook_loss, "commit": output.commitment_loss}
+        if output.entropy_loss is not None:
+            losses["entropy"] = output.entropy_loss
+            loss = loss + self.config.entropy_weight * output.entropy_loss
         if self.is_adversarial(step):
             assert self.discriminator is not None
             losses["gan"] = -self.discriminator(output.reconstruction_BCHW).mean()
@@ -284,6 +310,9 @@ class Trainer:
         chosen = torch.tensor(rng.permutation(len(rows_MD))[: len(unused)], device=self.device)
         weight_KD = self.model.quantize.embedding.weight
         weight_KD[unused] = rows_MD[chosen]
+        if self.averages is not None:
+            self.averages.restart(unused)
+            return
         for name in ("exp_avg", "exp_avg_sq"):
             self.optimizer.state[weight_KD][name][unused] = 0
 

@@ -45,6 +45,16 @@ def test_overrides_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Pat
             ["training.discriminator_weight=1", "model.resolution=16"],
             "3 layers need images of 24 pixels, model.resolution is 16. Use fewer",
         ),
+        (["model.quantizer=fsq"], "'fsq' is not one of vq, lfq, ibq"),
+        (
+            ["model.quantizer=lfq", "model.codebook_size=1000"],
+            "1000 codes, but lfq has two for each of the 32 .*Use model.embed_dim=10 and model.code"
+            "book_size=1024",
+        ),
+        (
+            ["model.quantizer=ibq", "training.codebook=ema"],
+            "ema is for model.quantizer=vq, not ibq",
+        ),
         (["training.perceptual=vgg"], "'vgg' is not one of none, auto, lpips, spectral, wavelet"),
         (["training.perceptual=lpips"], "perceptual_backbone names no file. Give the file of torc"),
         (

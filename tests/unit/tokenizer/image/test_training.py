@@ -21,6 +21,7 @@ from megatron_chameleon.tokenizer.image.shape import smallest_resolution
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer, to_pixels
 from megatron_chameleon.tokenizer.image.training import progress
 from megatron_chameleon.tokenizer.image.training.batches import ImageSet, augment, training_batch
+from megatron_chameleon.tokenizer.image.training.progress import Progress
 from megatron_chameleon.tokenizer.image.training.train import train_image_tokenizer
 from megatron_chameleon.tokenizer.image.training.trainer import Trainer, learning_rate_share
 
@@ -138,6 +139,53 @@ def test_a_moved_code_leaves_its_momentum_behind() -> None:
     assert momentum.any()
     trainer.reseed(output.latents_BDhw.detach(), 0)  # as if none had been chosen since
     assert not momentum.any()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["model.quantizer=lfq", "model.embed_dim=4"], {"quantizer": "lfq"}),
+        (["model.quantizer=ibq"], {"quantizer": "ibq"}),
+        (["training.codebook=ema", "training.codebook_weight=0"], {}),
+    ],
+)
+def test_other_quantizers_learn_and_are_read_again(
+    photos: Path, tmp_path: Path, words: list[str], named: dict[str, str]
+) -> None:
+    lines = train(photos, tmp_path / "out", "training.steps=40", *words)
+    assert loss_of(lines[-1]) < 0.8 * loss_of(lines[0])
+    assert ("entropy" in lines[-1]) == bool(named)
+    tokenizer = ImageTokenizer.load(tmp_path / "out")
+    images = [entry.open() for entry in find_images([photos])]
+    codes = tokenizer.encode(images)
+    details = json.loads((tmp_path / "out" / "image.json").read_text())
+    assert details["model"].get("quantizer") == named.get("quantizer")
+    missed = np.stack([np.asarray(image) for image in tokenizer.decode(codes)]).astype(float)
+    missed -= np.stack([np.asarray(image) for image in images])
+    assert 10 * np.log10(255**2 / np.square(missed).mean()) == pytest.approx(
+        details["result"]["psnr"],
+        abs=0.1,  # pixels are rounded
+    )
+    assert (tokenizer.vqgan is None) == bool(named)  # no part of Meta's or Hugging Face's files
+
+
+def test_unused_codes_are_moved_with_averages_too(photos: Path, tmp_path: Path) -> None:
+    """Three in four codes begin out of reach; without moving them, they would stay there."""
+    images = ImageSet(find_images([photos]), 8, 10**6)
+    used = []
+    for every in (0, 2):
+        config = tiny_config("training.codebook=ema", f"training.reseed_every_steps={every}")
+        torch.manual_seed(0)
+        trainer = Trainer(config, seed=0, device=torch.device("cpu"))
+        with torch.no_grad():
+            trainer.model.quantize.embedding.weight[4:] = 100.0
+        assert trainer.averages is not None
+        trainer.averages.restart()
+        progress = Progress(config.training, lambda line: None, trainer.clock)
+        for _ in range(8):
+            trainer.train_step(images, progress)
+        used.append(trainer.model.encode(to_pixels(images.first(12))).unique().numel())
+    assert used[0] <= 4 < used[1]
 
 
 def test_a_step_sees_the_same_whenever_it_is_asked(photos: Path) -> None:

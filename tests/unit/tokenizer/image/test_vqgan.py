@@ -3,8 +3,8 @@ import torch
 from torch.nn import functional
 
 from megatron_chameleon.errors import ConfigError
-from megatron_chameleon.tokenizer.image import vqgan
 from megatron_chameleon.tokenizer.image.config import load_image_config
+from megatron_chameleon.tokenizer.image.quantizers import codebook
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 
 
@@ -123,7 +123,7 @@ def test_the_search_in_steps_gives_the_same_codes(
     latents = torch.randn(5, 8, 4, 4, generator=torch.Generator().manual_seed(2))
     flat = latents.movedim(1, 3).flatten(0, 2)
     distances = flat.square().sum(1, keepdim=True) + weight.square().sum(1) - 2 * flat @ weight.T
-    monkeypatch.setattr(vqgan, "SEARCH_ROWS", 32)
+    monkeypatch.setattr(codebook, "SEARCH_ROWS", 32)
     found = model.quantize.nearest(latents)
     assert torch.equal(found.flatten(), distances.argmin(1))
     assert found.shape == (5, 16) and found.max() < 12

@@ -1,0 +1,1 @@
+"""How latents become image codes, and codes become vectors."""
