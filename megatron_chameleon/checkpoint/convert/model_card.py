@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_chameleon.checkpoint.formats.base import Target
 from megatron_chameleon.checkpoint.tensor_files.raw import element_count
 from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.tokenizer.common.grids import Grid
 
 CARD_FILE = "README.md"
 
@@ -62,6 +63,12 @@ _OWNER = """\
 - What the model is for, what it was evaluated on, and what it must not be used for.
 """
 
+_SHAPES = """\
+The processor of transformers knows squares alone, and does not write the tokens of the grid and of
+the ends of rows with which this model was trained. Let megatron_chameleon encode images, or write
+the tokens with `Vocabulary.image_tokens`.
+"""
+
 
 def model_card(target: Target, place: str) -> str:
     """Write the card.
@@ -84,7 +91,10 @@ def model_card(target: Target, place: str) -> str:
     if target.config is not None:
         parts.append(_table("Training", _training_rows(target.config, target.step)))
         parts.append(_data_table(target.config))
-    parts += [_LOADING.format(place=name), _OWNER]
+    parts.append(_LOADING.format(place=name))
+    if target.tokenizer.vocabulary.grids:
+        parts.append(_SHAPES)
+    parts.append(_OWNER)
     return "\n".join(parts)
 
 
@@ -103,7 +113,12 @@ def _model_rows(target: Target) -> list[tuple[str, str]]:
     ]
     if image is not None:
         pixels = f"{image.resolution} x {image.resolution} pixels"
-        rows.append(("An image", f"{pixels}, {image.codes_per_image:,} tokens"))
+        said = f"{pixels}, {image.codes_per_image:,} tokens"
+        if image.shapes is not None:
+            grids, (width, height) = image.grids, image.size_of(Grid(1, 1))
+            said = f"keeps its shape: {len(grids)} grids, from {grids[0]} to {grids[-1]} codes of "
+            said += f"{width} x {height} pixels"
+        rows.append(("An image", said))
     rows.append(("Updates", f"{target.step:,}"))
     if target.conversations is not None:
         form = "conversations" if target.conversations else "the beginnings of documents"

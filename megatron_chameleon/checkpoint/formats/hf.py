@@ -294,6 +294,11 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Write our tokenizer's files, and those that transformers reads."""
     from megatron_chameleon.tokenizer.huggingface import write_huggingface_tokenizer
 
+    if tokenizer.vocabulary.grids:
+        logger.warning(
+            "the processor of transformers makes a square of each image and writes no grid, which "
+            "this model was not trained on; images need megatron_chameleon (see README.md there)"
+        )
     write_huggingface_tokenizer(tokenizer, folder)
     (folder / IMAGE_TOKENIZER_FOLDER).mkdir()
     for name in FINGERPRINTED_FILES:

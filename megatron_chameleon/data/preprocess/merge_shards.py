@@ -152,7 +152,7 @@ def _read_shard(shard: str) -> TokenFileInfo:
     for suffix, size in (
         (".bin", info.bin_bytes),
         (".documents", 24 * info.documents),
-        (".images", 8 * info.images),
+        (".images", info.image_record.itemsize * info.images),
         (ANSWERS_SUFFIX, ANSWER_RECORD.itemsize * info.answers),
     ):
         found = file_of(shard, suffix).stat().st_size if size or suffix != ANSWERS_SUFFIX else 0
