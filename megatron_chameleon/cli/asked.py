@@ -9,14 +9,21 @@ if TYPE_CHECKING:
     from megatron_chameleon.images.options import ImageOptions
 
 
-def add_prompt_options(parser: argparse.ArgumentParser, what: str) -> None:
+def add_prompt_options(
+    parser: argparse.ArgumentParser, what: str, *, are_many: bool = False
+) -> None:
     """Add ``--prompt`` and ``--image``.
 
     Args:
         parser: The parser of a verb.
         what: What they make up, such as "the prompt".
+        are_many: Whether there may be many prompts, each of them with all images.
     """
-    parser.add_argument("--prompt", metavar="TEXT", help=f"text of {what}, after the images")
+    text = f"text of {what}, after the images"
+    if are_many:
+        text += "; can be repeated: each is answered by itself, with all images, in this order"
+    action = "append" if are_many else "store"
+    parser.add_argument("--prompt", metavar="TEXT", action=action, help=text)
     parser.add_argument(
         "--image",
         metavar="FILE",
@@ -26,12 +33,15 @@ def add_prompt_options(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def prompt_parts(args: argparse.Namespace, images: "ImageOptions") -> "list[TextPart | ImagePart]":
+def prompt_parts(
+    args: argparse.Namespace, images: "ImageOptions", prompt: str | None
+) -> "list[TextPart | ImagePart]":
     """What ``add_prompt_options`` parsed.
 
     Args:
         args: The verb's.
         images: Which images may be opened.
+        prompt: The text, or one of the texts, of ``--prompt``.
 
     Raises:
         DataError: An image does not exist; that is found before a model is loaded.
@@ -50,7 +60,7 @@ def prompt_parts(args: argparse.Namespace, images: "ImageOptions") -> "list[Text
         except ImageError as fault:
             raise DataError(image, fault.what, "Check the path that --image names") from fault
     parts: list[TextPart | ImagePart] = [ImagePart(image, images) for image in args.image]
-    return parts if args.prompt is None else [*parts, TextPart(args.prompt)]
+    return parts if prompt is None else [*parts, TextPart(prompt)]
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     options = generation_options(args)
     check_device(args)
     check_output_folder("--output", args.output)
-    first = prompt_parts(args, ImageOptions())
+    first = prompt_parts(args, ImageOptions(), args.prompt)
     source = sys.stdin or io.StringIO()  # it may have been closed
     is_interactive = source.isatty() and sys.stdout.isatty()
     with closing(

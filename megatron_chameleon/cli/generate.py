@@ -50,7 +50,7 @@ ANSWERS_FILE = "documents.jsonl"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
-    add_prompt_options(parser, "the prompt")
+    add_prompt_options(parser, "the prompt", are_many=True)
     parser.add_argument(
         "--document",
         metavar="FILE",
@@ -163,7 +163,7 @@ def _check_compiler(args: argparse.Namespace) -> None:
 
 
 def _prompts(args: argparse.Namespace) -> list["Document"]:
-    """The documents of ``--document``, or the one prompt of ``--image`` and ``--prompt``."""
+    """The documents of ``--document``, or those of ``--image`` and each ``--prompt``."""
     from megatron_chameleon.data.documents.parse import read_prompts
     from megatron_chameleon.data.documents.schema import Document
     from megatron_chameleon.errors import ConfigError
@@ -177,7 +177,10 @@ def _prompts(args: argparse.Namespace) -> list["Document"]:
                 "Put everything into the document, or leave it out",
             )
         return read_prompts([args.document], images)
-    return [Document("", "", tuple(prompt_parts(args, images)), "--prompt")]
+    return [
+        Document("", "", tuple(prompt_parts(args, images, prompt)), "--prompt")
+        for prompt in args.prompt or [None]
+    ]
 
 
 def _report(done: int, total: int, started: float) -> None:

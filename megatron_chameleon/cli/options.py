@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_chameleon.cli.examples import examples_text
+from megatron_chameleon.cli.single_values import StoreOnce
 from megatron_chameleon.config.constraints import Above, Between, Constraint, Within
 from megatron_chameleon.tokenizer.common.grids import MOST_BUDGET, MOST_RATIO
 from megatron_chameleon.wording import shown
@@ -26,8 +27,13 @@ _LONGEST_NUMBER = 100
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as those of all other mistakes.
 
-    Its help ends with two examples.
+    Its help ends with two examples. An option that takes one value refuses two that differ.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for action in (None, "store"):
+            self.register("action", action, StoreOnce)
 
     def format_help(self) -> str:
         return super().format_help() + examples_text(self.prog)

@@ -94,6 +94,19 @@ def test_documents_are_answered_one_by_one(tiny_checkpoint: Path, tmp_path: Path
     assert texts == ["one", "one", "two", "two"]
 
 
+def test_prompts_are_answered_one_by_one_each_with_all_images(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    words = ("--image", tmp_path / "red.png", "--prompt", "one", "--prompt", "two")
+    generate(tiny_checkpoint, *words, "--force", "text", "--output", tmp_path / "out")
+    prompts = [line["prompt"] for line in answers(tmp_path / "out")]
+    assert [[part.get("text") for part in prompt] for prompt in prompts] == [
+        [None, "one"],
+        [None, "two"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -11,6 +11,8 @@ from value_table import VALUES, Option, options, parsers
 
 from megatron_chameleon.cli.main import main
 from megatron_chameleon.cli.options import SHARE, NumberOption, device
+from megatron_chameleon.cli.single_values import StoreOnce
+from megatron_chameleon.masking import is_secret_name
 
 NUMBER_OPTIONS = [option for option in options() if option.is_number]
 
@@ -23,6 +25,52 @@ def test_the_table_is_not_empty() -> None:
 def test_every_number_has_limits() -> None:
     """``int`` and ``float`` as the type of an option take nan, inf and 10^30."""
     assert [str(option) for option in options() if option.action.type in (int, float)] == []
+
+
+def test_an_option_with_one_value_refuses_two_that_differ() -> None:
+    """argparse keeps the last one, and says nothing."""
+    checked = 0
+    for name, parser in parsers():
+        for action in parser._actions:
+            assert type(action).__name__ != "_StoreAction", f"{name}: {action.dest}"
+            if not isinstance(action, StoreOnce) or not action.option_strings:
+                continue
+            space = argparse.Namespace()
+            action(parser, space, "one")
+            action(parser, space, "one")
+            with pytest.raises(
+                argparse.ArgumentError, match="takes one value, and two differ"
+            ) as e:
+                action(parser, space, "two")
+            assert ("'two'" in str(e.value)) != is_secret_name(action.dest), (
+                f"{name}: {action.dest}"
+            )
+            action(parser, argparse.Namespace(), "two")  # another use of the parser
+            checked += 1
+    assert checked > 100
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("chat x --prompt A --prompt B", "--prompt: takes one value, and two differ: 'A' and 'B'."),
+        ("generate x --seed 1 --seed=2", "--seed: takes one value, and two differ: 1 and 2."),
+        (
+            "train x --resume auto a.b=1 --resume never",
+            "--resume: takes one value, and two differ:",
+        ),
+        ("tokenizer image x --output a --output b", "--output: takes one value, and two differ:"),
+        ("generate x --force text --force image", "--force: takes one value, and two differ:"),
+        ("plan x --gpus 8 --gpu h100 --gpus 64", "--gpus: takes one value, and two differ: 8 and"),
+    ],
+)
+def test_two_values_are_refused_in_a_line(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words.split())
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", NUMBER_OPTIONS, ids=str)
