@@ -85,6 +85,7 @@ def train_steps(run: Run) -> bool:
         TrainingError: The run cannot go on, for example after a non-finite loss.
         Rollback: The run is to continue from an earlier checkpoint.
     """
+    run.catch_up()
     for step, micro_batches in run.steps():
         run.reporter.begin_step(step)
         metrics = run.engine.train_step(step, micro_batches, update=not run.skips(step))

@@ -16,7 +16,7 @@ from megatron_chameleon.checkpoint.state.save import VALIDATION_LOSS, Saver
 from megatron_chameleon.data.batches.reader import Batch, read_ahead
 from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.model.fusions import fusion_names
-from megatron_chameleon.parallel.collectives import raise_together
+from megatron_chameleon.parallel.collectives import raise_together, run_on_rank_0
 from megatron_chameleon.parallel.topology import create_topology
 from megatron_chameleon.training.engines.base import build_engine
 from megatron_chameleon.training.faults.hang import HangWatch
@@ -283,8 +283,9 @@ class Run:
     def finish(self) -> None:
         """Finish the last checkpoint after the last step, and see what the model answers."""
         self.saver.wait()
-        steps = self.config.training.steps
-        if self._modalities.is_due and self._steps_done < steps:
+        steps, checks = self.config.training.steps, self._modalities
+        is_new = checks.is_due and self._steps_done < steps
+        if is_new or run_on_rank_0(lambda: checks.is_missing(steps)):
             self._check_modalities(steps)
         self.events.record("finish", f"all {steps:,} steps are done", steps)
 
@@ -320,6 +321,15 @@ class Run:
             "nothing was saved, because no step has made an update yet; the same command starts "
             f"again from {self.inputs.beginning}"
         )
+
+    def catch_up(self) -> None:
+        """Write the samples of the step that the run starts behind, if a kill has prevented that.
+
+        A collective of the job.
+        """
+        step = self._steps_done
+        if step and run_on_rank_0(lambda: self.sampler.is_missing(step)):
+            self.sample(step)
 
     def sample(self, step: int) -> None:
         """Let the model write its samples."""

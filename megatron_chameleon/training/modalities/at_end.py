@@ -11,7 +11,7 @@ from megatron_chameleon.checkpoint.state.folders import step_folder
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.validation.reader import HeldOutReader
 from megatron_chameleon.errors import ChameleonError, PeerError, first_line
-from megatron_chameleon.runs.answers.modalities import FOLDER, ModalityCheck
+from megatron_chameleon.runs.answers.modalities import CHECK_FILE, FOLDER, ModalityCheck
 from megatron_chameleon.training.modalities.check import (
     TOGETHER,
     ask_prompts,
@@ -59,6 +59,15 @@ class ModalityChecker:
             "the modalities of answers were not checked, because the model is split by pipelines "
             f"or ZeRO 3; use chameleon evaluate-modalities {self._config.logging.run_dir}"
         )
+
+    def is_missing(self, step: int) -> bool:
+        """Whether the check after a step is wanted and not there: for rank 0.
+
+        A run that is killed while the model answers has saved its last step already.
+        """
+        folder = Path(self._config.logging.run_dir) / FOLDER / step_folder(step)
+        can_answer = self.is_due and not self.obstacle
+        return can_answer and not (folder / CHECK_FILE).is_file()
 
     def check(self, step: int, model: Any, say: Callable[[str], None]) -> ModalityCheck | str:
         """Ask the model, and write ``modalities/`` into the run folder.

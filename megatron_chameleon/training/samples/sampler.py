@@ -70,6 +70,15 @@ class Sampler:
         """Whether the config wants samples after this step, counted from 1."""
         return self._every > 0 and step % self._every == 0
 
+    def is_missing(self, step: int) -> bool:
+        """Whether the samples after a step are wanted and not there: for rank 0.
+
+        A run that is killed while it samples has saved the step already.
+        """
+        folder = self._folder / step_folder(step)
+        can_answer = self._trained is not None
+        return can_answer and self.is_due(step) and not (folder / SAMPLES_FILE).is_file()
+
     def sample(self, step: int, model: Any) -> str:
         """Write the samples of a step on rank 0. A collective of its tensor-parallel group.
 

@@ -1,6 +1,7 @@
 """A run on conversations ends with a check of its answers' modalities, in every layout."""
 
 import json
+import shutil
 
 import pytest
 
@@ -33,7 +34,8 @@ def check_of(tiny, run):
 
 def test_every_layout_that_can_answer_finds_the_same(tiny, chat):
     """And so does the checkpoint, asked by itself."""
-    result = tiny.train("alone", *settings(chat))
+    samples = ("logging.sample_every_steps=2", "logging.sample_prompts=[{text: one}]")
+    result = tiny.train("alone", *settings(chat, *samples))
     assert "checking modalities: the model answers 6 prompts" in result.stdout
     found, answers = check_of(tiny, "alone")
     tensor = "parallel.tensor_model_parallel_size=2"
@@ -45,8 +47,16 @@ def test_every_layout_that_can_answer_finds_the_same(tiny, chat):
     told = [json.loads(line) for line in events]
     assert [e["text"] for e in told if e["event"] == "modalities"] == found["warnings"] != []
     assert told[-1]["event"] == "finish"
-    again = tiny.train("alone", *settings(chat))  # nothing is left to do
-    assert "modalities" not in again.stdout
+    again = tiny.train("alone", *settings(chat, *samples))  # nothing is left to do
+    assert "modalities" not in again.stdout and "sampled" not in again.stdout
+
+    # As a kill leaves it between the last save and what the model is asked behind it.
+    file = tiny.folder / "alone" / "samples" / "step_00000002" / "samples.jsonl"
+    text = file.read_text()
+    shutil.rmtree(tiny.folder / "alone" / "modalities")
+    file.unlink()
+    tiny.train("alone", *settings(chat, *samples))
+    assert check_of(tiny, "alone") == (found, answers) and file.read_text() == text
 
 
 def test_what_cannot_be_checked_is_said(tiny, chat):
