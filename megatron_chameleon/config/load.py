@@ -96,6 +96,8 @@ def load_recorded_config(path: Path) -> Config:
     if (preset := _preset_of(own, ())) is not None:
         layers.insert(0, read_yaml(_preset_path(preset, f"{path}: preset")))
     config = _resolve(Config, layers, str(path), (), replace=False)
+    if config.data.reset_attention is None:  # earlier versions did not isolate by themselves
+        config.data.reset_attention = False
     for violation in find_violations(config.model, "model"):
         raise ConfigError(f"{path}: {violation.where}", violation.what, "Restore the file")
     return config

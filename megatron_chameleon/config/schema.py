@@ -145,9 +145,11 @@ class DataConfig:
     weights_by: Annotated[str, OneOf("tokens", "samples", "trained_tokens")] = "tokens"
     """What the weights and ``stage2_share`` are shares of. tokens: all tokens; samples: documents,
     such as conversations; trained_tokens: tokens that the loss is computed on."""
-    reset_attention: bool = False
+    reset_attention: bool | None = None
     """Isolate documents: each document that is packed into a sequence attends only to itself, and a
-    text is cut only if it is longer than a sequence."""
+    text is cut only if it is longer than a sequence. null: a new run decides by its data, and
+    isolates short documents, of which four or more share a sequence on average. A run that resumes
+    keeps what it began with; its ``config.yaml`` has true or false."""
     loss_on: Annotated[str, OneOf("auto", "answers", "all")] = "auto"
     """Tokens that the loss is computed on. auto: the answers of conversations, and all tokens of
     other documents; answers: the same, but a source that holds anything except conversations is

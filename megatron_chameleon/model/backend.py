@@ -165,7 +165,8 @@ def packs_documents(config: Config) -> bool:
     """
     emulated = config.fp8.format is not None and config.fp8.emulate
     packable = config.training.dtype == "bf16" and not emulated
-    return config.data.reset_attention and packable and platform.has_transformer_engine()
+    isolated = bool(config.data.reset_attention)
+    return isolated and packable and platform.has_transformer_engine()
 
 
 def layer_backend(

@@ -147,11 +147,12 @@ def describe_run(inputs: RunInputs) -> str:
     stage2 = count_stage2_steps(inputs.reader.history, config.training.steps)
     end = inputs.reader.epochs_end
     epochs = "" if end is None else f"; {end.description}"
+    isolation = f"; {inputs.reader.isolation}" if inputs.reader.isolation else ""
     has_stages = config.data.stage2 or stage2
     stages = f", {stage2:,} of them in stage 2" if has_stages else " in one stage"
     return (
         f"{parameters}; {_describe_batches(inputs)}; {config.training.steps:,} steps"
-        f"{stages}{_describe_decay(inputs)}{epochs}"
+        f"{stages}{_describe_decay(inputs)}{epochs}{isolation}"
     )
 
 

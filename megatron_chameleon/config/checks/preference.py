@@ -16,7 +16,7 @@ def check_preference(config: Config) -> Iterator[ConfigError]:
                 what = f"{value:g} is set, but training.objective is {config.training.objective}"
                 yield ConfigError(f"dpo.{key}", what, "Set training.objective=dpo, or remove it")
         return
-    if not config.data.reset_attention:
+    if config.data.reset_attention is False:
         what = "false lets one answer of a pair see the other"
         yield ConfigError("data.reset_attention", what, "Set it to true for training.objective=dpo")
     if config.data.loss_on == "all":

@@ -10,6 +10,7 @@ import numpy as np
 from megatron_chameleon.config.schema import Config
 from megatron_chameleon.data.batches.batch import Batch, PackedSample, make_batch, read_sample
 from megatron_chameleon.data.batches.epochs import EpochsEnd, find_end
+from megatron_chameleon.data.batches.isolation import settle_isolation
 from megatron_chameleon.data.batches.loss_on import check_loss_on, data_warnings
 from megatron_chameleon.data.batches.open_sources import open_sources
 from megatron_chameleon.data.batches.pairs import ReferenceTables
@@ -49,9 +50,11 @@ class BatchReader:
         steps_done: Number of steps done by then.
 
     Attributes:
-        config: As given, with the number of steps that follows from ``training.epochs``.
+        config: As given, with the number of steps that follows from ``training.epochs``, and with
+            true or false for ``data.reset_attention``.
         epochs_end: Where the last epoch ends; None without ``training.epochs``.
         sources: Those that the config lists, stage 1 first.
+        isolation: Why documents are isolated or not, in words; empty if that is said elsewhere.
         references: What the reference gives to the pairs of each source; None until it is known, or
             if no preferences are trained.
 
@@ -74,6 +77,9 @@ class BatchReader:
         sources = with_shares(config, open_sources(config, tokenizer))
         check_loss_on(config, sources)
         self.sources = sources
+        so_far = None if state is None else _read_history(state).isolated
+        config, self.isolation = settle_isolation(config, sources, so_far)
+        self.config = config
         self.references: ReferenceTables | None = None
         self._corpora = {source.key: source.corpus for source in sources}
         self._mixtures: dict[int, Mixture] = {}
@@ -162,7 +168,7 @@ class BatchReader:
     def batch(self, indices: Sequence[int]) -> Batch:
         """Read the samples with these indices as one batch, in their order."""
         samples = [self.sample(index) for index in indices]
-        return make_batch(samples, self.vocabulary, isolated=self.config.data.reset_attention)
+        return make_batch(samples, self.vocabulary, isolated=bool(self.config.data.reset_attention))
 
     def batches_for(
         self, step: int, data_parallel_rank: int, data_parallel_size: int

@@ -214,7 +214,7 @@ def begin_history(config: Config, sources: Sequence[DataSource]) -> MixtureHisto
     return MixtureHistory(
         config.training.seed,
         config.model.seq_length,
-        config.data.reset_attention,
+        bool(config.data.reset_attention),
         (_new_entry(config, sources, take_snapshots(sources, {}), batches, 0),),
         batches,
         lr_warmup_begin=1,
@@ -386,7 +386,7 @@ def _check_same_order(history: MixtureHistory, config: Config) -> None:
     values = {
         "training.seed": (config.training.seed, history.seed),
         "model.seq_length": (config.model.seq_length, history.seq_length),
-        "data.reset_attention": (config.data.reset_attention, history.isolated),
+        "data.reset_attention": (bool(config.data.reset_attention), history.isolated),
     }
     problems = [
         ConfigError(

@@ -81,7 +81,7 @@ class HeldOutReader:
             seed=0,
             stream=0,
             seq_length=self.config.model.seq_length,
-            isolated=self.config.data.reset_attention,
+            isolated=bool(self.config.data.reset_attention),
             image_first=source.config.image_first,
         )
 
@@ -161,7 +161,8 @@ class HeldOutReader:
             )
             for packed in [*group, *[empty] * missing]
         ]
-        return make_batch(samples, self._vocabulary, isolated=self.config.data.reset_attention)
+        isolated = bool(self.config.data.reset_attention)
+        return make_batch(samples, self._vocabulary, isolated=isolated)
 
 
 def next_or_failure(chunks: Iterator[Chunk]) -> tuple[Chunk | None, ChameleonError | None]:
