@@ -39,19 +39,19 @@ def announced_imports() -> Iterator[None]:
     """Log once that libraries are being loaded, when the main thread has done that for a while.
 
     PyTorch takes some seconds, and minutes on a slow network file system. A verb loads it after
-    its first checks, so the whole block is watched. Called in the main thread.
+    its first checks and in several parts, so the whole block is watched, and the parts add up.
+    Called in the main thread.
     """
     main, is_over = threading.get_ident(), threading.Event()
 
     def watch() -> None:
-        since: float | None = None
+        spent, last = 0.0, time.monotonic()
         while not is_over.wait(_WATCH_SECONDS):
             now = time.monotonic()
-            if not is_importing(sys._current_frames().get(main)):
-                since = None
-            elif since is None:
-                since = now
-            elif now - since >= IMPORT_SECONDS:
+            if is_importing(sys._current_frames().get(main)):
+                spent += now - last
+            last = now
+            if spent >= IMPORT_SECONDS:
                 _say("loading PyTorch and other libraries")
                 return
 

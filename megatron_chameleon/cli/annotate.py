@@ -100,7 +100,14 @@ def _add_score(score: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    {"answer": _answer, "prepare": _prepare, "score": _score}[args.action](args)
+    actions = {
+        "answer": (_answer, "preparing to ask the model"),
+        "prepare": (_prepare, "reading the answers"),
+        "score": (_score, "reading the judgements"),
+    }
+    action, what = actions[args.action]
+    with announced(what):  # before the imports, which take seconds
+        action(args)
 
 
 def _answer(args: argparse.Namespace) -> None:

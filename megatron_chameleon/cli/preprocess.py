@@ -11,6 +11,7 @@ import argparse
 import re
 from pathlib import Path
 
+from megatron_chameleon.announce import announced
 from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
     MIB,
@@ -23,7 +24,7 @@ from megatron_chameleon.cli.options import (
 )
 from megatron_chameleon.cli.tokenizer_folders import TOKENIZER, tokenizer_folder
 from megatron_chameleon.images.fit import DEFAULT_IMAGE_FIT, IMAGE_FITS
-from megatron_chameleon.wording import shown
+from megatron_chameleon.wording import counted, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +185,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("INPUT", "no documents are given", "Give files, globs or URLs")
     if args.tokenizer is None:
         raise ConfigError("--tokenizer", "is missing", f"Name {TOKENIZER}")
-    with tokenizer_folder(args.tokenizer) as folder:
+    what = f"preparing to encode {counted(len(args.inputs), 'input')}"
+    with announced(what), tokenizer_folder(args.tokenizer) as folder:
         _preprocess(args, folder)
 
 
