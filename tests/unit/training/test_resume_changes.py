@@ -26,6 +26,7 @@ def config() -> Config:
     config.model.seq_length, config.training.steps = LENGTH, STEPS
     config.training.global_batch_size = BATCH
     config.data.stage1 = [SourceConfig("web", weight=3.0), SourceConfig("pairs", weight=1.0)]
+    config.data.reset_attention = False  # a run has settled it before it resumes
     config.optimizer.lr, config.optimizer.min_lr = 1e-2, 1e-3
     config.optimizer.lr_warmup_steps, config.optimizer.lr_decay_style = 10, "cosine"
     return config
