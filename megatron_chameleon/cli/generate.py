@@ -127,6 +127,7 @@ def _answer(
     if session.model is not None:
         session.execution = Execution.on(args.device, "inductor" if args.compile else None)
     asked = [parts_of(prompt, session.tokenizer, is_chat=args.chat) for prompt in prompts]
+    _say_grid(session, options)
     started = time.monotonic()
     compiling = ", after compiling the layers" if session.execution.compiler else ""
     with announced(f"generating {counted(len(asked), 'answer')}{compiling}"):
@@ -135,6 +136,18 @@ def _answer(
         )
     progress(f"{session.device}: {session.execution.summary()}")
     return answers
+
+
+def _say_grid(session: "Session", options: "GenerationOptions") -> None:
+    """What ``--size`` has become, because only a few grids are there.
+
+    Raises:
+        ChameleonError: The model draws no such images.
+    """
+    grid = session.image_form.grid_of_size(options.size)
+    if grid is not None and session.tokenizer.image is not None:
+        width, height = session.tokenizer.image.size_of(grid)
+        progress(f"images have {grid.rows} rows of {grid.columns} codes, {width} x {height} pixels")
 
 
 def _check_output(args: argparse.Namespace) -> Path:
