@@ -303,4 +303,4 @@ def test_images_of_any_shape_are_the_grids_that_they_announce(seed: int) -> None
             grid, _ = SHAPED.read_image(answer[begin + 1 : at])
             assert SHAPED_FORM.grid_of_size(options.size) in (None, grid)
             grids += 1
-    assert grids >= 6
+    assert grids >= 4  # three are forced
