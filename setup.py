@@ -68,6 +68,7 @@ setup(
         "qlora": ["bitsandbytes>=0.48"],  # frozen weights in 4 bits, on GPUs and CPUs
         "mpi": ["mpi4py"],
         "demo": ["scikit-learn"],
+        "faces": ["scikit-image"],  # finds faces, with a cascade that it ships
         "serve": [
             "starlette",  # HTTP, and the base of what vLLM serves with
             "uvicorn",
@@ -112,6 +113,8 @@ setup(
             "pycocoevalcap",
             "nltk",
             "krippendorff",
+            "scikit-image",
+            "PyWavelets",  # what the wavelet loss is compared with
             "webdataset",  # what the tar reader is compared with
             "datasets",  # writes the files that people have
             "datasketch",

@@ -18,6 +18,7 @@ from megatron_chameleon.config.constraints import (
     PathText,
     PositiveInt,
     Share,
+    Text,
     find_violations,
 )
 from megatron_chameleon.config.load import load_dataclass
@@ -87,6 +88,11 @@ class ImageTrainingConfig:
     """Channels of the discriminator's first layer."""
     discriminator_layers: Annotated[int, Between(0, 10)] = 3
     """How often the resolution is halved before a patch is judged."""
+    faces: Annotated[float, Between(1, 1000)] = 1.0
+    """How much more often a picture with a face is drawn: 2 in the paper; 1 looks for none."""
+    face_detector: Annotated[str, Text(200)] = "skimage"
+    """Who finds faces: ``skimage`` (extra [faces]), MODULE:FUNCTION, or the name of an entry point
+    of ``megatron_chameleon.face_detectors``."""
     rotate_degrees: Annotated[float, Between(0, 180)] = 0.0
     """Augmentation: largest rotation in either direction."""
     shift: Share = 0.0

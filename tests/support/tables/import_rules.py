@@ -20,12 +20,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenizer/common": set(),
     "tokenizer/image": {"config", "images", "tokenizer/common", "tokenizer/image/quantizers"},
     "tokenizer/image/quantizers": set(),
+    "tokenizer/image/faces": {"images"},
     "tokenizer/image/losses": {"tokenizer/image"},
     "tokenizer/image/training": {
         "images",
         "parallel",  # several processes share a batch
         "tokenizer/common",
         "tokenizer/image",
+        "tokenizer/image/faces",
         "tokenizer/image/losses",
         "tokenizer/image/quantizers",
     },

@@ -17,10 +17,11 @@ import torch
 
 from megatron_chameleon.announce import announced
 from megatron_chameleon.errors import ConfigError, TrainingError
-from megatron_chameleon.files import make_folder
+from megatron_chameleon.files import make_folder, writing
 from megatron_chameleon.outputs import save_anyhow
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig
+from megatron_chameleon.tokenizer.image.faces.weights import FACES_FILE, emphasise, find_faces
 from megatron_chameleon.tokenizer.image.stored import save_vqgan
 from megatron_chameleon.tokenizer.image.tokenizer import to_pixels
 from megatron_chameleon.tokenizer.image.training.batches import (
@@ -32,6 +33,7 @@ from megatron_chameleon.tokenizer.image.training.limits import (
 )
 from megatron_chameleon.tokenizer.image.training.trainer import Trainer
 from megatron_chameleon.tokenizer.image.training.unfinished import (
+    PARTIAL_FOLDER,
     Saver,
     UnfinishedTraining,
     identity_of,
@@ -105,6 +107,7 @@ def train_image_tokenizer(
     output, device = make_folder(output), torch.device(device)
     _check_vocabulary(output, config.model.codebook_size)
     check_memory(config, device)
+    entries = _with_faces(entries, config, output / PARTIAL_FOLDER, restart)
     with announced(f"opening {counted(len(entries), 'image')}"):
         images = ImageSet(entries, config.model.resolution, int(config.training.cache_gib * 2**30))
     # fork_rng leaves the state of the caller's random generators unchanged
@@ -171,6 +174,19 @@ def measure_reconstruction(model: Vqgan, images: ImageSet, batch_size: int) -> I
         codes_used=int(used.sum()),
         codebook_size=model.config.codebook_size,
     )
+
+
+def _with_faces(
+    entries: Sequence[TrainingImage], config: ImageTokenizerConfig, partial: Path, restart: bool
+) -> Sequence[TrainingImage]:
+    """The images; those with faces have a higher weight if the config says so."""
+    if config.training.faces == 1:
+        return entries
+    if restart:
+        with writing(partial):
+            (partial / FACES_FILE).unlink(missing_ok=True)
+    faces = find_faces(entries, config.training.face_detector, partial)
+    return emphasise(entries, faces, config.training.faces)
 
 
 def _check_vocabulary(output: Path, codebook_size: int) -> None:
