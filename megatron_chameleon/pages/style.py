@@ -1,14 +1,49 @@
-"""The style sheet of all pages. Colours are variables, which follow light and dark."""
+"""Colours and style sheet of all pages. Colours are variables, which follow light and dark."""
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1a202c; --soft: #4a5568; --pale: #5d6a7e;
-  --line: #e2e8f0; --edge: #8895a7; --panel: #f4f7fa; --back: #fff; --hover: #ffe08a;
-  --warn: #b7521d; --bad: #c53030; --good: #276749; --on: #fff; --stripe: #e8f1fb;
-  --c0: #2b6cb0; --c1: #b7521d; --c2: #2f855a; --c3: #6b46c1; --c4: #b83280; --c5: #4a5568; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e2e8f0; --soft: #a9b6c9; --pale: #93a1b5;
-  --line: #2d3748; --edge: #66758c; --panel: #1a2130; --back: #11161f; --hover: #6b5310;
-  --warn: #ed8936; --bad: #fc8181; --good: #68d391; --on: #0d1726; --stripe: #1b3049;
-  --c0: #63b3ed; --c1: #f6ad55; --c2: #68d391; --c3: #b794f4; --c4: #f687b3; --c5: #a0aec0; } }
+COLOURS = {
+    "ink": ("#1a202c", "#e2e8f0"),
+    "soft": ("#4a5568", "#a9b6c9"),
+    "pale": ("#5d6a7e", "#93a1b5"),
+    "line": ("#e2e8f0", "#2d3748"),
+    "edge": ("#8895a7", "#66758c"),
+    "panel": ("#f4f7fa", "#1a2130"),
+    "back": ("#fff", "#11161f"),
+    "hover": ("#ffe08a", "#6b5310"),
+    "warn": ("#b7521d", "#ed8936"),
+    "bad": ("#c53030", "#fc8181"),
+    "good": ("#276749", "#68d391"),
+    "on": ("#fff", "#0d1726"),
+    "stripe": ("#e8f1fb", "#1b3049"),
+    "c0": ("#2b6cb0", "#63b3ed"),
+    "c1": ("#b7521d", "#f6ad55"),
+    "c2": ("#2f855a", "#68d391"),
+    "c3": ("#6b46c1", "#b794f4"),
+    "c4": ("#b83280", "#f687b3"),
+    "c5": ("#4a5568", "#a0aec0"),
+}
+"""The name of each variable, and its value in light and in dark."""
+
+
+def _colours(dark: bool) -> str:
+    return " ".join(f"--{name}: {values[dark]};" for name, values in COLOURS.items())
+
+
+CHOSEN_COLOURS = "\n  ".join(
+    [
+        ":root { color-scheme: light dark;",
+        *(f"--{name}: light-dark({light}, {dark});" for name, (light, dark) in COLOURS.items()),
+    ]
+)
+CHOSEN_COLOURS += """ }
+:root[data-theme="light"] { color-scheme: light; }
+:root[data-theme="dark"] { color-scheme: dark; }
+"""
+"""The colours for a page on which people choose between light and dark, by ``data-theme``."""
+
+STYLE = f"""
+:root {{ color-scheme: light dark; {_colours(dark=False)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_colours(dark=True)} }} }}"""
+STYLE += """
 * { box-sizing: border-box; }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--back);
   max-width: 64rem; margin: 2.5rem auto; padding: 0 1.25rem; overflow-wrap: anywhere; }

@@ -186,7 +186,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference/engine",
         "tokenizer/common",
     },
-    "inference/serving/network": {"inference/serving/requests"},
+    "inference/serving/network": {"inference/serving/requests", "pages"},
     "inference/serving": {
         "data/documents",
         "images",

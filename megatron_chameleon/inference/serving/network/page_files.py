@@ -9,6 +9,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from megatron_chameleon.pages.style import CHOSEN_COLOURS
+
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -42,9 +44,10 @@ PAGE_POLICY = "; ".join(
 def page_routes() -> list[Route]:
     """A route for each file of the page, and ``/`` for its beginning."""
     folder = resources.files("megatron_chameleon.inference.serving") / "page"
+    files = [*_files(folder), ("colours.css", CHOSEN_COLOURS.encode())]
     return [
         Route("/" if name == INDEX else f"/{name}", _PageFile(name, content), methods=["GET"])
-        for name, content in _files(folder)
+        for name, content in files
     ]
 
 
