@@ -21,6 +21,7 @@ STATED_ELSEWHERE = {
     "pycocoevalcap": "BSD-2-Clause",
     "transformer-engine": "Apache-2.0",
     "matplotlib": "PSF-based (matplotlib's own)",
+    "scikit-image": "BSD-3-Clause",
     "scipy": "BSD-3-Clause",
     "mpich": "MPICH (permissive)",
     "megatron-core": "Apache-2.0 and BSD-3-Clause",
