@@ -200,7 +200,8 @@ def _inspect_token_file(args: argparse.Namespace) -> None:
         with announced(f"checking the index of {counted(len(token_file), 'document')}"):
             token_file.verify()
         show(f"{args.prefix}: the index agrees with {counted(len(token_file), 'document')}")
-    show(token_file_summary(args.prefix, token_file.info, token_file.lengths))
+    lengths, images = token_file.lengths, token_file.images
+    show(token_file_summary(args.prefix, token_file.info, lengths, images))
     if args.html and tokenizer is not None:
         with announced(f"writing {args.html}"):
             written = write_token_file_page(

@@ -36,21 +36,26 @@ from megatron_chameleon.tokenizer.folder import Tokenizer
 MOST_LENGTHS = 10_000_000
 """If there are more documents, the histogram counts only every second, third, ... of them."""
 MOST_SOURCES_SHOWN = 20
+MOST_GRIDS_SHOWN = 8
 
 
-def token_file_summary(prefix: str, info: TokenFileInfo, lengths: np.ndarray) -> str:
+def token_file_summary(
+    prefix: str, info: TokenFileInfo, lengths: np.ndarray, images: np.ndarray | None = None
+) -> str:
     """Describe a token file for people: its totals and a histogram of document lengths.
 
     Args:
         prefix: Name of the token file.
         info: Its sidecar.
         lengths: Tokens of each document, int32 [documents].
+        images: The records of its images, for their grids; None leaves these out.
     """
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(info.dropped.items()))
     share = 100 * info.image_tokens / info.tokens
     lines = [
         f"{prefix}: {info.documents:,} documents, {info.tokens:,} tokens, {info.images:,} images",
         f"image tokens: {info.image_tokens:,} ({share:.1f}%)",
+        *_grids(info, images),
         *describe_answers(info),
         *_holdout(info),
         f"vocabulary: {info.vocab_size:,} ids, stored as {info.dtype}, tokenizer {info.tokenizer}",
@@ -60,6 +65,21 @@ def token_file_summary(prefix: str, info: TokenFileInfo, lengths: np.ndarray) ->
         *_sources(info),
     ]
     return "\n".join(lines)
+
+
+def _grids(info: TokenFileInfo, images: np.ndarray | None) -> Iterator[str]:
+    """How many images have which grid, where they keep their shape."""
+    if not info.is_shaped or images is None or not len(images):
+        return
+    pairs = images["rows"].astype(np.int64) << 16 | images["columns"]
+    grids, counts = np.unique(pairs, return_counts=True)
+    ranked = sorted(zip(counts.tolist(), grids.tolist(), strict=True), reverse=True)
+    shown = [
+        f"{grid >> 16} x {grid & 0xFFFF} ({100 * count / len(images):.1f}%)"
+        for count, grid in ranked[:MOST_GRIDS_SHOWN]
+    ]
+    more = ", ..." if len(ranked) > MOST_GRIDS_SHOWN else ""
+    yield f"grids of images: {len(ranked)}, the most frequent {', '.join(shown)}{more}"
 
 
 def _holdout(info: TokenFileInfo) -> Iterator[str]:
@@ -155,7 +175,7 @@ def _summary(token_file: TokenFile) -> Iterator[str]:
     heads = (Cell("tokens", "n"), Cell("documents", "n"), Cell("", "bar"))
     yield heading("How long the documents are")
     yield table(heads, rows, "documents by length")
-    text = token_file_summary(token_file.prefix, info, token_file.lengths)
+    text = token_file_summary(token_file.prefix, info, token_file.lengths, token_file.images)
     yield folded("Everything that is known about it", preformatted(text))
 
 

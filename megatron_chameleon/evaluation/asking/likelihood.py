@@ -68,7 +68,9 @@ def score_continuations(
     """
     scores: dict[int, ContinuationScore] = {}
     forbidden_V = torch.zeros(session.model.lm_head.weight.shape[0], dtype=torch.bool)
-    forbidden_V[torch.as_tensor(session.tokenizer.vocabulary.code_token_ids.copy())] = True
+    vocabulary = session.tokenizer.vocabulary
+    for token_ids in (vocabulary.code_token_ids, vocabulary.tokens_beside_codes):
+        forbidden_V[torch.as_tensor(token_ids.copy())] = True
     forbidden_V = forbidden_V.to(session.device)
     for batch in _batches(_group_by_inputs(pairs, session.context_tokens), batch_tokens):
         found = _score_batch(session, batch, forbidden_V, block_positions)

@@ -45,8 +45,8 @@ def write_documents(folder: Path, count: int = 12) -> Path:
             parts += [{"type": "image", "image": name}]
             parts += [{"type": "text", "text": "two and three"}] if number % 2 else []
         if number % 4 == 3:
-            question = {"role": "user", "content": "zero or one"}
-            answer = {"role": "assistant", "content": parts}
+            question: dict[str, object] = {"role": "user", "content": "zero or one"}
+            answer: dict[str, object] = {"role": "assistant", "content": parts}
             lines.append({"messages": [question, answer]})
         else:
             lines.append({"content": parts})

@@ -226,11 +226,17 @@ def test_a_cache_gives_what_the_network_gives(
 
 
 def test_pages_show_pictures_in_their_shape(
-    written: TokenFile, shaped: Tokenizer, shaped_folder: Path, tmp_path: Path
+    written: TokenFile,
+    shaped: Tokenizer,
+    shaped_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     page = tmp_path / "page.html"
     words = ["--html", page, "--documents", "12", "--tokenizer", shaped_folder]
     assert run("inspect", written.prefix, *words) == 0
+    said = capsys.readouterr().out
+    assert "grids of images: 4, the most frequent 4 x 4 (33.3%), 2 x 8 (33.3%), " in said
     captions = re.findall(r"<figcaption[^>]*>(\d+) x (\d+) = (\d+) codes", page.read_text())
     grids = [(int(rows), int(columns)) for rows, columns, _ in captions]
     assert grids == [grid for grid, _ in pictures_of(written, shaped)]
