@@ -10,6 +10,8 @@ import argparse
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +27,15 @@ from megatron_chameleon.cli.options import (
     add_image_options,
     image_options,
 )
+from megatron_chameleon.cli.ranks import one_of_a_job
 from megatron_chameleon.errors import ConfigError
+from megatron_chameleon.masking import masked_command
 from megatron_chameleon.tokenizer.common.grids import LARGEST_RATIO, Shapes
 from megatron_chameleon.wording import counted
 
 if TYPE_CHECKING:
     from megatron_chameleon.data.tokenizer_corpus.documents import DroppedDocuments
+    from megatron_chameleon.parallel.launch import Launch
     from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 _logger = logging.getLogger(__name__)
@@ -38,6 +43,7 @@ _logger = logging.getLogger(__name__)
 
 DROPPED_TEXTS, DROPPED_DOCUMENTS = "text.dropped.jsonl", "image.dropped_documents.jsonl"
 """Lists of the documents that were left out. ``image.dropped.jsonl`` has the unreadable images."""
+RUN_FOLDER = "image.run"
 WRITTEN = {
     "text": ("text.model", "vocabulary.json", DROPPED_TEXTS),
     "image": ("image.safetensors", "image.json", "image.dropped.jsonl", DROPPED_DOCUMENTS),
@@ -97,6 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start from the beginning and discard an unfinished training of DIR; without it, the "
         "same command goes on after a kill",
+    )
+    image.add_argument(
+        "--run",
+        dest="run_folder",
+        metavar="DIR",
+        help=f"folder for metrics.jsonl and report.html (default: {RUN_FOLDER} in the tokenizer "
+        "folder)",
     )
     add_image_options(image)
     image.set_defaults(overrides=[])
@@ -182,6 +195,11 @@ def _grids_in_words(vocabulary: "Vocabulary") -> str:
 
 
 def _train_image(args: argparse.Namespace) -> None:
+    with one_of_a_job(debug=args.debug) as launch:
+        _train_image_here(args, launch)
+
+
+def _train_image_here(args: argparse.Namespace, launch: "Launch") -> None:
     from megatron_chameleon.tokenizer.image.config import load_image_config
 
     start_seconds = time.perf_counter()
@@ -200,20 +218,26 @@ def _train_image(args: argparse.Namespace) -> None:
             paths = [image for image in args.images if image not in words]
             images = find_images(paths, image_options(args), dropped)
     finally:
-        _report(dropped)
+        if launch.rank == 0:
+            _report(dropped)
     stop = StopRequests()
-    result = train_image_tokenizer(
-        images,
-        config,
-        args.output,
-        seed=args.seed,
-        device=platform.device(),
-        report=_logger.info,
-        stop=stop,
-        restart=args.restart,
-    )
+    with _joined(launch):
+        result = train_image_tokenizer(
+            images,
+            config,
+            args.output,
+            seed=args.seed,
+            device=platform.device(),
+            report=_logger.info,
+            stop=stop,
+            restart=args.restart,
+            run=args.run_folder or Path(args.output) / RUN_FOLDER,
+            command=masked_command(["chameleon", *sys.argv[1:]]),
+        )
     if result is None:
         sys.exit(stop.exit_code())
+    if launch.rank > 0:
+        return
     dropped.write(Path(args.output) / DROPPED_DOCUMENTS)
     show(
         f"{args.output}: image tokenizer from {counted(result.images, 'image')} "
@@ -221,6 +245,23 @@ def _train_image(args: argparse.Namespace) -> None:
         f"{result.psnr:.1f} dB, {result.codes_used} of {result.codebook_size} codes used, "
         f"in {time.perf_counter() - start_seconds:.1f} s"
     )
+
+
+@contextmanager
+def _joined(launch: "Launch") -> Iterator[None]:
+    """With several processes, they form a process group while the block runs."""
+    if launch.world_size == 1:
+        yield
+        return
+    import torch
+
+    from megatron_chameleon.parallel.launch import join_process_group
+
+    join_process_group(launch)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _report(dropped: "DroppedDocuments") -> None:

@@ -6,7 +6,7 @@ Presets are in ``presets/``; a YAML file and ``section.key=value`` words overrid
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -99,8 +99,17 @@ class ImageTrainingConfig:
     """Augmentation: largest shift along each axis, as a share of the image."""
     scale: Annotated[float, Below(0, 1)] = 0.0
     """Augmentation: largest change of size, as a share; 0.1 draws scales from 0.9 to 1.1."""
+    dtype: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
+    """fp32, or bf16 with fp32 weights and an fp32 search of the codebook."""
+    holdout: Annotated[float, Below(0, 1)] = 0.01
+    """Share of the images that is not trained on, but measured; which ones they are depends on
+    their names alone. 0: none."""
+    measure_every_steps: NonNegativeInt = 500
+    """Steps between two measurements of the held-out images, which update the page of the run; 0:
+    only after the last step."""
     cache_gib: Annotated[float, Between(0, 1e6)] = 4.0
-    """Memory for prepared images; images that do not fit are read again whenever they are drawn."""
+    """Memory for prepared images, of all processes of a machine together; images that do not fit
+    are read again whenever they are drawn."""
     log_every_steps: PositiveInt = 50
     """Steps between two progress lines."""
     save_minutes: Annotated[float, Between(0, 1e6)] = 5.0
@@ -118,6 +127,34 @@ class ImageTrainingConfig:
         if self.perceptual == "auto":
             return "lpips" if self.perceptual_backbone else "wavelet"
         return self.perceptual
+
+
+LATER_KEYS: dict[str, object] = {
+    "dtype": "fp32",
+    "holdout": 0.0,
+    "measure_every_steps": None,
+    "perceptual": "none",
+    "perceptual_weight": 1.0,
+    "perceptual_backbone": None,
+    "codebook": "loss",
+    "ema_decay": 0.99,
+    "entropy_weight": 0.1,
+    "faces": 1.0,
+    "face_detector": "skimage",
+    "model.quantizer": "vq",
+}
+"""Keys of ``training`` that came later, with what was done before. image.json names them only if
+they say something else, so that the same training has the same fingerprint; None: never, because
+they change no weight, or are a place on one machine."""
+
+
+def recorded(training: ImageTrainingConfig) -> dict[str, object]:
+    """The part ``training`` of image.json."""
+    return {
+        key: value
+        for key, value in asdict(training).items()
+        if key not in LATER_KEYS or LATER_KEYS[key] not in (value, None)
+    }
 
 
 @dataclass

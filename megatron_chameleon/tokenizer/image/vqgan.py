@@ -281,7 +281,8 @@ class Vqgan(nn.Module):
         compatibility; this does not affect the codes.
         """
         latents_BDhw = self.latents(pixels_BCHW)
-        found: Quantized = self.quantize.quantize(latents_BDhw)
+        with torch.autocast(latents_BDhw.device.type, enabled=False):  # bf16 rounds distances
+            found: Quantized = self.quantize.quantize(latents_BDhw.float())
         return VqganOutput(
             reconstruction_BCHW=self.decoder(self.post_quant_conv(found.straight_BDhw)),
             codes_BN=found.codes_BN,

@@ -30,7 +30,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer/image/faces",
         "tokenizer/image/losses",
         "tokenizer/image/quantizers",
+        "tokenizer/image/training/records",
     },
+    # the page of a training has the look of all pages
+    "tokenizer/image/training/records": {"images", "pages", "tokenizer/image"},
     "tokenizer/text": {"tokenizer/common", "tokenizer/image"},
     "tokenizer": {"tokenizer/common", "tokenizer/image", "tokenizer/text"},
     "data": set(),

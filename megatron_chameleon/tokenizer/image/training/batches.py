@@ -80,6 +80,9 @@ class ImageSet:
                 self._cache[index] = image
         self._agree()
 
+    def __len__(self) -> int:
+        return len(self.entries)
+
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Draw images with replacement, in proportion to their weights.
 
@@ -108,7 +111,13 @@ class ImageSet:
         """The first readable images: uint8 [at most count, resolution, resolution, 3]."""
         images = (self._get(index) for index in range(len(self.entries)))
         readable = (image for image in images if image is not None)
-        return np.stack([image for image, _ in zip(readable, range(count), strict=False)])
+        found = [image for image, _ in zip(readable, range(count), strict=False)]
+        shape = (0, self.resolution, self.resolution, 3)
+        return np.stack(found) if found else np.empty(shape, dtype=np.uint8)
+
+    def dropped_reasons(self) -> list[tuple[str, str]]:
+        """The images that were left out, each with the reason."""
+        return [(self.entries[index].where, why) for index, why in sorted(self.dropped.items())]
 
     def names_digest(self) -> str:
         """A hash of the names and weights of all images, in order."""
@@ -137,19 +146,6 @@ class ImageSet:
         self.weights[list(dropped)] = 0
         for index in dropped:
             self._cache.pop(index, None)
-
-    def write_dropped(self, folder: Path) -> None:
-        """List the dropped images in FOLDER/image.dropped.jsonl; without any there is no file."""
-        path = folder / DROPPED_FILE
-        lines = [
-            json.dumps({"image": self.entries[index].where, "reason": reason}, ensure_ascii=False)
-            for index, reason in sorted(self.dropped.items())
-        ]
-        if lines:
-            write_text(path, "\n".join(lines) + "\n")
-        else:
-            with writing(path):
-                path.unlink(missing_ok=True)
 
     def _read_all(self, indices: Sequence[int]) -> dict[int, np.ndarray]:
         """The readable ones of some images, by index."""
@@ -194,6 +190,20 @@ class ImageSet:
             f"{reason}, and none of the {len(self.entries)} images can be used",
             "Pass images that Pillow can read",
         )
+
+
+def write_dropped(dropped: Sequence[tuple[str, str]], folder: Path) -> None:
+    """List images, each with the reason, in FOLDER/image.dropped.jsonl; without any, no file."""
+    path = folder / DROPPED_FILE
+    lines = [
+        json.dumps({"image": name, "reason": reason}, ensure_ascii=False)
+        for name, reason in dropped
+    ]
+    if lines:
+        write_text(path, "\n".join(lines) + "\n")
+    else:
+        with writing(path):
+            path.unlink(missing_ok=True)
 
 
 def training_batch(images: ImageSet, config: ImageTrainingConfig, seed: int, step: int) -> Tensor:

@@ -7,6 +7,7 @@ discriminator's batch statistics, and what becomes of unused codes. So the resul
 process with the same batch, up to rounding.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -130,7 +131,10 @@ class Processes:
         """
         if self.size == 1:
             return module
-        return DistributedDataParallel(module, broadcast_buffers=False)
+        names = inspect.signature(DistributedDataParallel).parameters
+        new = "forward_sync_buffers" in names  # the name since PyTorch 2.13
+        option = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return DistributedDataParallel(module, **option)  # type: ignore[arg-type]
 
     def with_global_batches(self, module: T) -> T:
         """Let the batch norms of a module see the batch of all processes; changes it in place.

@@ -10,8 +10,9 @@ from torch import Tensor
 from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
 from megatron_chameleon.wording import format_duration
 
-FIRST_STEPS, LONG_SECONDS = 3, 3600.0
-"""After so many steps, a training that will take longer than this says so."""
+FIRST_STEPS, LONG_SECONDS, HOUR_SECONDS = 3, 60.0, 3600.0
+"""After so many steps, a training that will take longer than ``LONG_SECONDS`` says so; one that
+will take hours says how to make it shorter too."""
 
 
 class TrainingClock:
@@ -73,7 +74,9 @@ class Progress:
         self.used: Tensor | None = None
         """Codes that have been used since the last line."""
 
-    def step(self, step: int, losses: dict[str, Tensor], uses_K: Tensor, dropped: int) -> None:
+    def step(
+        self, step: int, losses: dict[str, Tensor], uses_K: Tensor, dropped: int
+    ) -> dict[str, float] | None:
         """Note a step, counted from 0; print the line if it is time.
 
         Args:
@@ -81,6 +84,9 @@ class Progress:
             losses: Scalars, in the order of the line.
             uses_K: How often the step has chosen each code.
             dropped: Images that were left out so far.
+
+        Returns:
+            What the line says, by name; None if it was not time.
         """
         seen = uses_K.nonzero().flatten()
         self.used = seen if self.used is None else torch.cat([self.used, seen]).unique()
@@ -90,19 +96,22 @@ class Progress:
         if here == FIRST_STEPS:
             self._forecast(done, step_seconds)
         if done % self.config.log_every_steps and done != self.config.steps:
-            return
+            return None
         left = max(min(step_seconds * (self.config.steps - done), self.clock.left()), 0)
-        values = " ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
+        numbers = {name: value.item() for name, value in losses.items()}
+        values = " ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+        used, speed = self.used.numel(), self.config.batch_size / max(step_seconds, 1e-9)
         line = (
-            f"step {done}/{self.config.steps} {values} codes {self.used.numel()} "
-            f"{self.config.batch_size / max(step_seconds, 1e-9):.0f} images/s "
+            f"step {done}/{self.config.steps} {values} codes {used} {speed:.0f} images/s "
             f"ETA {format_duration(left)}"
         )
         self.report(f"{line} dropped {dropped}" if dropped else line)
         self.used = None
+        more = {"codes_used": used, "images_per_second": speed, "seconds": self.clock.total()}
+        return {**numbers, **more}
 
     def _forecast(self, done: int, step_seconds: float) -> None:
-        """Say it if the training will be long, or will not come to its end."""
+        """Say how long the training will take, and if it will not come to its end."""
         config, rest = self.config, self.config.steps - done
         seconds = rest * step_seconds
         if seconds > self.clock.left() > 0:
@@ -112,7 +121,7 @@ class Progress:
                 f"training.max_minutes={config.max_minutes:g}; with training.steps={fitting} the "
                 "learning rate would reach its end too"
             )
-        elif seconds > LONG_SECONDS:
+        elif seconds > HOUR_SECONDS:
             every = f"every {format_duration(60 * config.save_minutes)}"
             saving = f"it saves {every if config.save_minutes else 'when it is asked to stop'}"
             self.report(
@@ -120,3 +129,5 @@ class Progress:
                 "the same command goes on after a kill. training.steps=N or "
                 "training.max_minutes=N makes it shorter"
             )
+        elif seconds > LONG_SECONDS:
+            self.report(f"{rest:,} steps will take about {format_duration(seconds)} here")

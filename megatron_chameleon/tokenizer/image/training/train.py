@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,23 @@ from megatron_chameleon.errors import ConfigError, TrainingError
 from megatron_chameleon.files import make_folder, writing
 from megatron_chameleon.outputs import save_anyhow
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
-from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig
+from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig, recorded
 from megatron_chameleon.tokenizer.image.faces.weights import FACES_FILE, emphasise, find_faces
 from megatron_chameleon.tokenizer.image.stored import save_vqgan
 from megatron_chameleon.tokenizer.image.tokenizer import to_pixels
 from megatron_chameleon.tokenizer.image.training.batches import (
     ImageSet,
     TrainingImage,
+    write_dropped,
 )
+from megatron_chameleon.tokenizer.image.training.holdout import hold_out
 from megatron_chameleon.tokenizer.image.training.limits import (
-    check_memory,
+    check_fits,
+    describe_cost,
+    needs_of,
 )
+from megatron_chameleon.tokenizer.image.training.processes import Processes
+from megatron_chameleon.tokenizer.image.training.records.folder import RunFolder
 from megatron_chameleon.tokenizer.image.training.trainer import Trainer
 from megatron_chameleon.tokenizer.image.training.unfinished import (
     PARTIAL_FOLDER,
@@ -43,6 +50,8 @@ from megatron_chameleon.wording import counted
 
 logger = logging.getLogger(__name__)
 
+_OPENED = 256
+"""Of the pictures to measure during the training, so many are tried until enough can be read."""
 MEASURED_IMAGES = 1024
 """The closing figures are measured on at most this many training images."""
 
@@ -78,11 +87,13 @@ def train_image_tokenizer(
     report: Callable[[str], None] = logger.info,
     stop: StopRequest | None = None,
     restart: bool = False,
+    run: str | Path | None = None,
+    command: str = "chameleon tokenizer image",
 ) -> ImageTrainingResult | None:
     """Train on images; write OUTPUT/image.safetensors, image.json and the list of dropped images.
 
-    On the same CPU, the same images, config and seed give the same weights. An unfinished training
-    of them in the folder is continued.
+    The same images, config and seed give the same weights on the same CPU, also after a kill. All
+    processes of a job that has joined a process group call it, and share every batch.
 
     Args:
         entries: The images.
@@ -93,43 +104,89 @@ def train_image_tokenizer(
         report: Called with each progress line.
         stop: Asked before each step whether to save and stop.
         restart: Begin anew, and discard an unfinished training.
+        run: The folder for metrics.jsonl and report.html; None: they are not written.
+        command: What the page names as its origin.
 
     Returns:
         The result; None if it was asked to stop.
 
     Raises:
-        ConfigError: If the folder's vocabulary has a different number of image codes, the training
-            cannot fit into memory, or an unfinished training of something else is in the folder.
+        ConfigError: If the config does not suit the vocabulary, the machine or what is unfinished.
         TrainingError: If a loss or weight is not finite. The older tokenizer of the folder remains.
-        DataError: If no image can be read, or the folder cannot be written. If it cannot take the
-            result, the error names another folder that has it.
+        DataError: If no image can be read, or the folder cannot be written.
     """
+    processes = Processes.of_job()
     output, device = make_folder(output), torch.device(device)
     _check_vocabulary(output, config.model.codebook_size)
-    check_memory(config, device)
-    entries = _with_faces(entries, config, output / PARTIAL_FOLDER, restart)
-    with announced(f"opening {counted(len(entries), 'image')}"):
-        images = ImageSet(entries, config.model.resolution, int(config.training.cache_gib * 2**30))
+    processes.check_batch(config.training.batch_size)
+    check_fits(config, device, processes.size)
+    report = report if processes.is_first else _say_nothing
+    entries = _with_faces(entries, config, output / PARTIAL_FOLDER, restart, processes)
+    images, folder = _open(entries, config, seed, processes, run, command)
     # fork_rng leaves the state of the caller's random generators unchanged
     devices = [device] if device.type == "cuda" else []
-    with UnfinishedTraining(output) as unfinished, torch.random.fork_rng(devices=devices):
+    with UnfinishedTraining(output, processes) as unfinished, torch.random.fork_rng(devices):
         if restart:
             unfinished.discard()
         torch.manual_seed(seed)
-        trainer = Trainer(config, seed, device)
+        trainer = Trainer(config, seed, device, processes)
         saver = Saver(trainer, images, unfinished, identity_of(config, seed, images))
         saver.resume(report)
-        result = _train(trainer, images, saver, report, stop or nullcontext(lambda: None))
+        result = _train(trainer, images, saver, report, stop, folder)
         if result is not None:
-            save_anyhow(lambda folder: _write(folder, trainer, images, result), output)
+            _finish(output, trainer, images, result, folder)
             unfinished.remove()
     return result
 
 
-def _write(folder: Path, trainer: Trainer, images: ImageSet, result: ImageTrainingResult) -> None:
-    training, seed = asdict(trainer.config), trainer.seed
-    images.write_dropped(folder)
-    details = {"training": training, "seed": seed, "result": asdict(result)}
+def _finish(
+    output: Path,
+    trainer: Trainer,
+    images: ImageSet,
+    result: ImageTrainingResult,
+    folder: RunFolder | None,
+) -> None:
+    write = partial(_write, trainer=trainer, images=images, result=result, run=folder)
+    trainer.processes.on_first(lambda: save_anyhow(write, output))
+
+
+def _open(
+    entries: Sequence[TrainingImage],
+    config: ImageTokenizerConfig,
+    seed: int,
+    processes: Processes,
+    run: str | Path | None,
+    command: str,
+) -> tuple[ImageSet, RunFolder | None]:
+    """The images to train on, and on the first process the run folder with those to measure."""
+    training, resolution = config.training, config.model.resolution
+    kept, held_out = hold_out(entries, training.holdout)
+    needs = needs_of(config, processes.size)
+    if processes.is_first:
+        logger.info(describe_cost(config, needs, len(kept), len(held_out), processes.size))
+    with announced(f"opening {counted(len(kept), 'image')}"):
+        cache_bytes = int(training.cache_gib * 2**30) // processes.size
+        images = ImageSet(kept, resolution, cache_bytes, processes)
+    if run is None or not processes.is_first:
+        return images, None
+    measured = [ImageSet(part[:_OPENED], resolution, 0) for part in (held_out, kept)]
+    return images, RunFolder(Path(run), config, seed, images, measured, command)
+
+
+def _say_nothing(line: str) -> None:
+    """In place of ``report``: the first process speaks for all."""
+
+
+def _write(
+    folder: Path,
+    trainer: Trainer,
+    images: ImageSet,
+    result: ImageTrainingResult,
+    run: RunFolder | None,
+) -> None:
+    write_dropped(run.dropped() if run is not None else images.dropped_reasons(), folder)
+    training = recorded(trainer.config)
+    details = {"training": training, "seed": trainer.seed, "result": asdict(result)}
     save_vqgan(trainer.model, folder, details)
 
 
@@ -138,17 +195,21 @@ def _train(
     images: ImageSet,
     saver: Saver,
     report: Callable[[str], None],
-    stop: StopRequest,
+    stop: StopRequest | None,
+    folder: RunFolder | None,
 ) -> ImageTrainingResult | None:
     try:
-        with stop as asked:
-            if not trainer.fit(images, report, saver, asked):
+        with stop or nullcontext(lambda: None) as asked:
+            if not trainer.fit(images, report, saver, asked, folder):
                 return None
     except TrainingError:
         saver.unfinished.discard()  # it would end there again; with other values it is another one
         raise
     with announced("measuring the reconstruction"):
-        result = measure_reconstruction(trainer.model, images, trainer.config.batch_size)
+        trainer.measure(folder)
+        result = trainer.processes.on_first(
+            lambda: measure_reconstruction(trainer.model, images, trainer.config.batch_size)
+        )
     return replace(result, steps=trainer.done)
 
 
@@ -177,16 +238,23 @@ def measure_reconstruction(model: Vqgan, images: ImageSet, batch_size: int) -> I
 
 
 def _with_faces(
-    entries: Sequence[TrainingImage], config: ImageTokenizerConfig, partial: Path, restart: bool
+    entries: Sequence[TrainingImage],
+    config: ImageTokenizerConfig,
+    partial_folder: Path,
+    restart: bool,
+    processes: Processes,
 ) -> Sequence[TrainingImage]:
     """The images; those with faces have a higher weight if the config says so."""
     if config.training.faces == 1:
         return entries
-    if restart:
-        with writing(partial):
-            (partial / FACES_FILE).unlink(missing_ok=True)
-    faces = find_faces(entries, config.training.face_detector, partial)
-    return emphasise(entries, faces, config.training.faces)
+
+    def look() -> dict[str, int]:
+        if restart:
+            with writing(partial_folder):
+                (partial_folder / FACES_FILE).unlink(missing_ok=True)
+        return find_faces(entries, config.training.face_detector, partial_folder)
+
+    return emphasise(entries, processes.on_first(look), config.training.faces)
 
 
 def _check_vocabulary(output: Path, codebook_size: int) -> None:

@@ -26,6 +26,7 @@ from megatron_chameleon.tokenizer.image.training.batches import ImageSet, traini
 from megatron_chameleon.tokenizer.image.training.limits import FiniteLosses, check_weights
 from megatron_chameleon.tokenizer.image.training.processes import Processes
 from megatron_chameleon.tokenizer.image.training.progress import Progress, TrainingClock
+from megatron_chameleon.tokenizer.image.training.records.folder import RunFolder
 from megatron_chameleon.tokenizer.image.training.unfinished import Saver
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganOutput
 from megatron_chameleon.wording import format_duration
@@ -82,6 +83,8 @@ class Trainer:
             )
         self.uses_K = torch.zeros(config.model.codebook_size, dtype=torch.int64, device=device)
         """How often each code has been chosen since the last reseeding."""
+        self.measured_uses_K = torch.zeros_like(self.uses_K)
+        """How often each code has been chosen since the last measurement."""
         self.finite = FiniteLosses(device)
         self.done = 0
         """Steps that were done, those of earlier starts included."""
@@ -95,6 +98,7 @@ class Trainer:
         report: Callable[[str], None],
         saver: Saver,
         asked: Callable[[], str | None],
+        folder: RunFolder | None = None,
     ) -> bool:
         """Train all steps, with a progress line every ``log_every_steps``.
 
@@ -106,6 +110,8 @@ class Trainer:
             self.start_codebook(images)
         progress = Progress(config, report, clock, self.done)
         progress.used = self.used_codes
+        if folder is not None:
+            folder.begin(self.done)
         while True:
             signal, is_late, is_save_due = self._agree(asked())
             is_over = self.done >= config.steps or (self.done > 0 and is_late)
@@ -121,7 +127,7 @@ class Trainer:
                 return False
             if is_over:
                 break
-            self.train_step(images, progress)
+            self.train_step(images, progress, folder)
         if self.done < config.steps:
             report(
                 f"stopped by training.max_minutes={config.max_minutes:g} after "
@@ -137,7 +143,7 @@ class Trainer:
         number, is_late, is_save_due = self.processes.highest(wishes)
         return (signals.Signals(number).name if number else None), bool(is_late), bool(is_save_due)
 
-    def train_step(self, images: ImageSet, progress: Progress) -> None:
+    def train_step(self, images: ImageSet, progress: Progress, folder: RunFolder | None) -> None:
         """Do the next step, and what follows it."""
         config, step = self.config, self.done
         self.set_learning_rate(step)
@@ -149,11 +155,22 @@ class Trainer:
         uses_K = output.codes_BN.flatten().bincount(minlength=len(self.uses_K))
         uses_K = self.processes.sum(uses_K)
         self.uses_K += uses_K
-        progress.step(step, losses, uses_K, len(images.dropped))
+        self.measured_uses_K += uses_K
+        line = progress.step(step, losses, uses_K, len(images.dropped))
+        if folder is not None and line is not None:
+            folder.log(step + 1, {**line, "lr": self.optimizer.param_groups[0]["lr"]})
         every = config.reseed_every_steps if self.has_movable_codes else 0
         if every and (step + 1) % every == 0 and step + 1 <= config.reseed_fraction * config.steps:
             self.reseed(output.latents_BDhw.detach(), step)
         self.done += 1
+        if config.measure_every_steps and self.done % config.measure_every_steps == 0:
+            self.measure(folder)
+
+    def measure(self, folder: RunFolder | None) -> None:
+        """Measure the held-out pictures, and write the page anew."""
+        if folder is not None and self.measured_uses_K.any():  # not twice after the same step
+            folder.measure(self.model, self.done, self.measured_uses_K)
+        self.measured_uses_K.zero_()
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, and the time that was spent."""
@@ -162,6 +179,7 @@ class Trainer:
         return {
             **parts,
             "uses": self.uses_K,
+            "measured_uses": self.measured_uses_K,
             "done": self.done,
             "seconds": self.clock.total(),
             "used_codes": self.used_codes,
@@ -174,6 +192,8 @@ class Trainer:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.uses_K.copy_(state["uses"])
+        if "measured_uses" in state:  # not in those of older versions
+            self.measured_uses_K.copy_(state["measured_uses"])
         self.done = int(state["done"])
         self.clock = TrainingClock(self.config, float(state["seconds"]))
         used = state["used_codes"]
@@ -234,9 +254,11 @@ class Trainer:
             The losses, which are means over the whole batch, and what the network gave to the
             share.
         """
-        output = self.network(pixels_BCHW)
         losses: dict[str, Tensor] = {}
-        loss = self.network_loss(output, pixels_BCHW, step, losses)
+        self._seed_dropout(step)
+        with self._autocast():
+            output = self.network(pixels_BCHW)
+            loss = self.network_loss(output, pixels_BCHW, step, losses)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -248,6 +270,16 @@ class Trainer:
             losses["disc"] = self.discriminator_step(pixels_BCHW, fake_BCHW)
         losses = {name: value.detach() for name, value in losses.items()}
         return self.processes.mean_losses(losses), output
+
+    def _autocast(self) -> torch.autocast:
+        is_bf16 = self.config.dtype == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
+
+    def _seed_dropout(self, step: int) -> None:
+        """Let each process drop other values; what one process draws is in its state."""
+        if self.processes.size > 1:
+            seed = np.random.SeedSequence([self.seed, step, 2, self.processes.rank])
+            torch.manual_seed(int(seed.generate_state(1)[0]))
 
     def is_adversarial(self, step: int) -> bool:
         """Whether a step, counted from 0, has the adversarial loss."""
@@ -294,7 +326,8 @@ class Trainer:
         assert self.discriminator_optimizer is not None
         # The network's backward pass has left gradients in the discriminator too.
         self.discriminator_optimizer.zero_grad(set_to_none=True)
-        loss = hinge_loss(self.judge(real_BCHW), self.judge(fake_BCHW))
+        with self._autocast():
+            loss = hinge_loss(self.judge(real_BCHW), self.judge(fake_BCHW))
         loss.backward()
         self.discriminator_optimizer.step()
         return loss
@@ -328,4 +361,4 @@ def learning_rate_share(config: ImageTrainingConfig, step: int) -> float:
 
 def _latent_rows(latents_BDhw: Tensor) -> Tensor:
     """Latent vectors as rows: [B * N, D]."""
-    return latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
+    return latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2).float()

@@ -27,9 +27,10 @@ from megatron_chameleon.files import (
     try_lock,
     writing,
 )
-from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig
+from megatron_chameleon.tokenizer.image.config import LATER_KEYS, ImageTokenizerConfig
 from megatron_chameleon.tokenizer.image.training.batches import ImageSet
 from megatron_chameleon.tokenizer.image.training.limits import FiniteLosses
+from megatron_chameleon.tokenizer.image.training.processes import Processes
 from megatron_chameleon.tokenizer.image.training.progress import TrainingClock
 from megatron_chameleon.wording import counted, shown
 
@@ -38,7 +39,13 @@ logger = logging.getLogger(__name__)
 PARTIAL_FOLDER = "image.partial"
 STATE_FILE = "state.pt"
 FORMAT = "megatron_chameleon.image_training/1"
-MAY_CHANGE = ("cache_gib", "log_every_steps", "save_minutes", "max_minutes")
+MAY_CHANGE = (
+    "cache_gib",
+    "log_every_steps",
+    "save_minutes",
+    "max_minutes",
+    "measure_every_steps",
+)
 """Keys of ``training`` that do not change what a step does."""
 COMPARED_IMAGES = 1024
 """So many of the images that are in memory are compared by their pixels; the others by name."""
@@ -47,18 +54,26 @@ _DIFFERENCES = 3
 
 
 class UnfinishedTraining:
-    """The folder OUTPUT/image.partial; while it is entered, it belongs to this process.
+    """The folder OUTPUT/image.partial; while it is entered, it belongs to this training.
+
+    The first process reads and writes it. All processes call the same methods.
 
     Args:
         output: The tokenizer folder, which exists.
+        processes: Those that train together.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, processes: Processes | None = None) -> None:
         self.folder = output / PARTIAL_FOLDER
+        self.processes = processes or Processes()
         self._path = self.folder / STATE_FILE
         self._lock: int | None = None
 
     def __enter__(self) -> "UnfinishedTraining":
+        self.processes.on_first(self._enter)
+        return self
+
+    def _enter(self) -> None:
         own_folder(self.folder)
         self._lock = open_lock(self.folder / "lock")
         is_ours = True
@@ -71,7 +86,6 @@ class UnfinishedTraining:
         for path in self.folder.glob(f".{STATE_FILE}.*"):  # of a process killed while it saved
             with suppress(OSError):
                 path.unlink()
-        return self
 
     def __exit__(
         self,
@@ -79,7 +93,7 @@ class UnfinishedTraining:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not os.path.lexists(self._path):
+        if self.processes.is_first and not os.path.lexists(self._path):
             self.remove()
         self._unlock()
 
@@ -89,7 +103,7 @@ class UnfinishedTraining:
             self._lock = None
 
     def save(self, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-        """Replace the saved state; the disk needs room for both.
+        """Replace the saved state, on the first process; the disk needs room for both.
 
         Args:
             state: Plain values and tensors.
@@ -104,7 +118,7 @@ class UnfinishedTraining:
             file.write(content.getbuffer())
 
     def load(self, identity: Mapping[str, Any], images: ImageSet) -> dict[str, Any] | None:
-        """The saved state, on the CPU; None if there is none.
+        """The saved state, on the CPU of every process; None if there is none.
 
         Args:
             identity: What this training belongs to.
@@ -114,6 +128,9 @@ class UnfinishedTraining:
             ConfigError: The state belongs to other images, another config or another seed.
             DataError: It cannot be read.
         """
+        return self.processes.on_first(lambda: self._load(identity, images))
+
+    def _load(self, identity: Mapping[str, Any], images: ImageSet) -> dict[str, Any] | None:
         if not os.path.lexists(self._path):
             return None
         with open_to_read(self._path) as file:
@@ -142,12 +159,14 @@ class UnfinishedTraining:
         Raises:
             DataError: It cannot be removed.
         """
-        with writing(self._path):
-            self._path.unlink(missing_ok=True)
+        if self.processes.is_first:
+            with writing(self._path):
+                self._path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the folder. What cannot be removed stays: nothing depends on it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.processes.is_first:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Resumable(Protocol):
@@ -213,18 +232,22 @@ class Saver:
             TrainingError: A loss was not finite.
         """
         self.trainer.finite.check()
+        failure = self._save() if self.unfinished.processes.is_first else None
+        if must:
+            self.unfinished.processes.raise_together(failure)
+        elif failure is not None and not self._is_failing:
+            logger.warning(f"{failure.where}: {failure.what}; the training goes on, not saved")
+        self._is_failing = failure is not None
+        self.trainer.clock.note_save()
+
+    def _save(self) -> DataError | None:
         try:
             dropped = {int(index): reason for index, reason in self.images.dropped.items()}
             state = {**self.trainer.state(), "dropped": dropped}
             self.unfinished.save(state, self.identity)
-            self._is_failing = False
         except DataError as error:
-            if must:
-                raise
-            if not self._is_failing:
-                logger.warning(f"{error.where}: {error.what}; the training goes on, not saved")
-            self._is_failing = True
-        self.trainer.clock.note_save()
+            return error
+        return None
 
 
 def identity_of(config: ImageTokenizerConfig, seed: int, images: ImageSet) -> dict[str, Any]:
@@ -256,7 +279,7 @@ def _differences(saved: Any, now: Mapping[str, Any], images: ImageSet) -> list[s
     found = [
         f"{key} was {shown(saved.get(key))} and is {shown(now.get(key))}"
         for key in keys
-        if saved.get(key) != now.get(key)
+        if saved.get(key, LATER_KEYS.get(key.removeprefix("training."))) != now.get(key)
     ]
     if saved["images"] != now["images"]:
         found.append(f"it had {counted(saved['images'], 'image')} and now {now['images']:,}")

@@ -15,7 +15,7 @@ from megatron_chameleon.tokenizer.image.shape import activation_bytes
 from megatron_chameleon.tokenizer.image.training import limits
 from megatron_chameleon.tokenizer.image.training.limits import (
     FiniteLosses,
-    check_memory,
+    check_fits,
 )
 from megatron_chameleon.tokenizer.image.training.train import train_image_tokenizer
 from megatron_chameleon.tokenizer.image.training.trainer import Trainer
@@ -105,8 +105,8 @@ def test_what_cannot_fit_is_said_before_it_is_allocated(
 ) -> None:
     monkeypatch.setattr(limits, "machine_memory", lambda: 24 << 30)
     with pytest.raises(ConfigError, match=problem):
-        check_memory(load_image_config("chameleon_512", words), CPU)
-    check_memory(load_image_config("chameleon_512", ["training.batch_size=1"]), CPU)
+        check_fits(load_image_config("chameleon_512", words), CPU)
+    check_fits(load_image_config("chameleon_512", ["training.batch_size=1"]), CPU)
 
 
 def test_the_estimate_is_below_what_a_real_network_keeps() -> None:

@@ -213,7 +213,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     kill(99)
     assert run(*command) == 0
     assert "goes on from step 6 of 12" in capsys.readouterr().out
-    assert names(tmp_path / "out") == ["image.json", "image.safetensors"]
+    assert names(tmp_path / "out") == ["image.json", "image.run", "image.safetensors"]
 
 
 def test_a_kill_while_the_result_is_measured_loses_no_step(
