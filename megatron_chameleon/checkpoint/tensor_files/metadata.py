@@ -6,6 +6,7 @@ shapes, chunks and files is checked before anything is built from it.
 """
 
 import pickle
+from enum import EnumMeta
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,16 @@ _NAMES: dict[str, Any] = {
         for name in names
     },
 }
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """A member of an enumeration, which Python 3.11.2, Debian 12's, stores as ``getattr``."""
+    if not (isinstance(kind, EnumMeta) and isinstance(name, str) and name in kind.__members__):
+        raise pickle.UnpicklingError("it asks for 'builtins.getattr' of what is no enumeration")
+    return kind.__members__[name]
+
+
+_NAMES["builtins.getattr"] = _member
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -3,6 +3,7 @@
 import pickle
 import shutil
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_chameleon.checkpoint.state.torch_dist import ShardedSnapshot, load_sharded
 from megatron_chameleon.checkpoint.tensor_files.metadata import read_metadata
@@ -159,3 +161,34 @@ def test_no_code_is_run_when_a_run_resumes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"metadata\.json: has JSON values nested deeper"):
         load_sharded(folder, wanted())
     assert not (tmp_path / "ran").exists()
+
+
+class OldPickler(pickle.Pickler):
+    """Stores enumerations as Python 3.11.2 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+@pytest.mark.usefixtures("topology")
+def test_an_index_written_by_an_older_python(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "checkpoint")
+    metadata = read_metadata(folder)
+    metadata.planner_data = WriteItemType.TENSOR
+    with (folder / ".metadata").open("wb") as file:
+        OldPickler(file).dump(metadata)
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    assert read_metadata(folder).planner_data is WriteItemType.TENSOR
+
+
+@pytest.mark.parametrize(
+    "asked", [(torch.Size, "__init__"), (WriteItemType, "mro"), (WriteItemType, "__class__")]
+)
+def test_getattr_gives_members_of_enumerations_only(tmp_path: Path, asked: tuple) -> None:
+    class Asks:
+        def __reduce__(self) -> Any:
+            return getattr, asked
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Asks()))
+    with pytest.raises(CheckpointError, match=r"'builtins\.getattr' of what is no enumeration"):
+        read_metadata(tmp_path)
