@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pictures that keep their shape: data, tokenizers with grids, token files, training, and what the
-# model then draws. It takes about ten minutes on one CPU core.
+# model then draws. It takes a few minutes on one CPU core.
 #
 # Usage: bash examples/shapes/run.sh [RUN_FOLDER]
 #
