@@ -60,9 +60,9 @@ def test_the_step_is_the_one_that_the_run_does_next(tiny) -> None:
     on_two = tiny.train("tried", *words, "--dry-run", processes=2).stdout
     assert not folder.exists()
     tiny.train("tried", *words)
-    # The config leaves it open, and its documents are short.
-    assert "\n  reset_attention: true\n" in (folder / "config.yaml").read_text()
-    assert "; documents are isolated (about" in first
+    # The config leaves it open, and few documents share a sequence.
+    assert "\n  reset_attention: false\n" in (folder / "config.yaml").read_text()
+    assert "; documents are not isolated (about" in first
     metrics = tiny.metrics("tried")
     assert found_losses(first) == (1, as_printed(metrics[0]))
     assert found_losses(on_two)[0] == 1
