@@ -33,7 +33,7 @@ def shaped(shaped_folder: Path) -> Tokenizer:
 
 def write_documents(folder: Path, count: int = 12) -> Path:
     """Documents and conversations with 1 to 3 pictures of several shapes each."""
-    lines = []
+    lines: list[dict[str, object]] = []
     for number in range(count):
         parts: list[dict[str, str]] = []
         for place in range(1 + number % 3):
