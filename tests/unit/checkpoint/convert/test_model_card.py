@@ -13,6 +13,8 @@ from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.formats.base import Target
 from megatron_chameleon.checkpoint.formats.opening import open_checkpoint
 from megatron_chameleon.config.schema import Config, SourceConfig
+from megatron_chameleon.tokenizer.common.grids import Shapes
+from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +65,15 @@ def test_a_source_without_a_training_config_has_a_card_too(target: Target) -> No
     card = model_card(replace(target, config=None), 'a"b/../c')
     assert "## Training" not in card and "## Data" not in card
     assert 'Session.load("a_b_.._c")' in card
+
+
+def test_a_model_whose_images_keep_their_shape_says_so(target: Target) -> None:
+    tokenizer, shapes = target.tokenizer, Shapes(16)
+    assert tokenizer.image is not None
+    vocabulary = replace(tokenizer.vocabulary, grids=shapes.grids, end_row=0)
+    image = ImageTokenizer(tokenizer.image.model, shapes=shapes)
+    shaped = replace(tokenizer, vocabulary=vocabulary, image=image)
+    card = model_card(replace(target, tokenizer=shaped), "mine")
+    assert "keeps its shape: 9 grids, from 8 x 2 to 2 x 8 codes of" in card
+    assert "The processor of transformers knows squares alone" in card
+    assert "knows squares alone" not in model_card(target, "mine")
