@@ -143,7 +143,9 @@ class Trainer:
         number, is_late, is_save_due = self.processes.highest(wishes)
         return (signals.Signals(number).name if number else None), bool(is_late), bool(is_save_due)
 
-    def train_step(self, images: ImageSet, progress: Progress, folder: RunFolder | None) -> None:
+    def train_step(
+        self, images: ImageSet, progress: Progress, folder: RunFolder | None = None
+    ) -> None:
         """Do the next step, and what follows it."""
         config, step = self.config, self.done
         self.set_learning_rate(step)
