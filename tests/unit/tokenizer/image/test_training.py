@@ -21,7 +21,6 @@ from megatron_chameleon.tokenizer.image.shape import smallest_resolution
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer, to_pixels
 from megatron_chameleon.tokenizer.image.training import progress
 from megatron_chameleon.tokenizer.image.training.batches import ImageSet, augment, training_batch
-from megatron_chameleon.tokenizer.image.training.progress import Progress
 from megatron_chameleon.tokenizer.image.training.train import train_image_tokenizer
 from megatron_chameleon.tokenizer.image.training.trainer import Trainer, learning_rate_share
 
@@ -181,9 +180,11 @@ def test_unused_codes_are_moved_with_averages_too(photos: Path, tmp_path: Path) 
             trainer.model.quantize.embedding.weight[4:] = 100.0
         assert trainer.averages is not None
         trainer.averages.restart()
-        progress = Progress(config.training, lambda line: None, trainer.clock)
-        for _ in range(8):
-            trainer.train_step(images, progress)
+        for step in range(8):
+            _, output = trainer.step(training_batch(images, config.training, 1, step), step)
+            trainer.uses_K += output.codes_BN.flatten().bincount(minlength=16)
+            if every and step % every == 0:
+                trainer.reseed(output.latents_BDhw.detach(), step)
         used.append(trainer.model.encode(to_pixels(images.first(12))).unique().numel())
     assert used[0] <= 4 < used[1]
 
