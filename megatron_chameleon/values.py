@@ -160,6 +160,10 @@ class Values:
             raise self.error(f"{key} is {describe(value)}, not an object")
         return Values(value, f"{self.where}: {key}", self._remedy, self._kind)
 
+    def like(self, content: Mapping[Any, Any]) -> "Values":
+        """Other values of the same place, for errors like those of these."""
+        return Values(content, self.where, self._remedy, self._kind)
+
     def error(self, what: str) -> ChameleonError:
         """The error to raise about a value of this object."""
         return self._kind(self.where, what, self._remedy)

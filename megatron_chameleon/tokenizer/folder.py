@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_chameleon.errors import DataError, first_line
+from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import open_to_read, why_no_folder
 from megatron_chameleon.tokenizer.common.files import (
     IMAGE_CONFIG_FILE,
@@ -20,6 +20,7 @@ from megatron_chameleon.tokenizer.common.files import (
 )
 from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
+from megatron_chameleon.tokenizer.image.facts import codes_and_grid, read_facts
 from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer
 
 if TYPE_CHECKING:  # text alone needs no torch
@@ -123,6 +124,15 @@ def has_image_tokenizer(folder: str | Path) -> bool:
     return any(tokenizer_file(folder, name).is_file() for name in names)
 
 
+def codes_of_picture(folder: str | Path) -> int:
+    """The codes of an image, from image.json alone.
+
+    Raises:
+        DataError: The file is missing or unreadable.
+    """
+    return codes_and_grid(folder)[1]
+
+
 def drawn_codes(folder: str | Path) -> int:
     """As ``Tokenizer.drawn_codes``, without loading any weights.
 
@@ -131,20 +141,8 @@ def drawn_codes(folder: str | Path) -> int:
     """
     if not has_image_tokenizer(folder):
         return 0
-    from safetensors import SafetensorError, safe_open
-
-    from megatron_chameleon.tokenizer.image.stored import read_vqgan_config
-
-    path = tokenizer_file(folder, IMAGE_WEIGHTS_FILE)
-    codes = read_vqgan_config(folder).codes_per_image
-    try:
-        open_to_read(path).close()
-        with safe_open(path, "pt") as file:
-            has_decoder = any(name.startswith("decoder.") for name in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        what, remedy = f"cannot be read ({first_line(error)[:200]})", "Copy the folder again"
-        raise DataError(str(path), what, remedy) from error
-    return codes if has_decoder else 0
+    facts = read_facts(folder)
+    return facts.codes_per_image if facts.has_decoder else 0
 
 
 def load_image_tokenizer(
@@ -177,7 +175,8 @@ def load_image_tokenizer(
             f"the image tokenizer has {image.codebook_size} codes, "
             f"the vocabulary {vocabulary.image_codes}",
             f"Run `chameleon tokenizer text` again with --image-codes {image.codebook_size}, "
-            f"or `chameleon tokenizer image` with model.codebook_size={vocabulary.image_codes}",
+            f"or `chameleon tokenizer image` for {vocabulary.image_codes} codes (--from, or "
+            f"model.codebook_size={vocabulary.image_codes})",
         )
     return image
 

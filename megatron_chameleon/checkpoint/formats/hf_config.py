@@ -10,8 +10,8 @@ from megatron_chameleon.checkpoint.names.architecture import ARCHITECTURE, bound
 from megatron_chameleon.config.schema import ModelConfig
 from megatron_chameleon.errors import ChameleonError, CheckpointError
 from megatron_chameleon.tokenizer.common.vocabulary import IMAGE_PLACEHOLDER, Vocabulary
-from megatron_chameleon.tokenizer.image.stored import vqgan_config
-from megatron_chameleon.tokenizer.image.vqgan import VqganConfig
+from megatron_chameleon.tokenizer.image.facts import TRANSFORMERS_NAMES, transformers_vqgan
+from megatron_chameleon.tokenizer.image.shape import VqganConfig
 from megatron_chameleon.values import Values, describe
 
 CONFIG_FILE = "config.json"
@@ -25,17 +25,6 @@ _FIXED = {
 }
 """Settings for which our model has one value only. It is Hugging Face's default except for tied
 embeddings."""
-_VQ_NAMES = {
-    "embed_dim": "embed_dim",
-    "num_embeddings": "codebook_size",
-    "latent_channels": "z_channels",
-    "resolution": "resolution",
-    "in_channels": "in_channels",
-    "base_channels": "base_channels",
-    "channel_multiplier": "ch_mult",
-    "num_res_blocks": "num_res_blocks",
-    "dropout": "dropout",
-}
 
 
 def build_config(
@@ -92,7 +81,7 @@ def vocabulary_map(vocabulary: Vocabulary) -> dict[str, int]:
 
 def vq_config(vqgan: VqganConfig) -> dict[str, Any]:
     """The image tokenizer's shape under HF's names; both have attention in the mid block only."""
-    values = {hf: getattr(vqgan, ours) for hf, ours in _VQ_NAMES.items()}
+    values = {hf: getattr(vqgan, ours) for hf, ours in TRANSFORMERS_NAMES.items()}
     return {**values, "channel_multiplier": list(vqgan.ch_mult)}
 
 
@@ -186,5 +175,6 @@ def vqgan_of_config(config: Values) -> VqganConfig:
             "double_latent or attn_resolutions is set, which the image tokenizer does not have",
             "Convert another checkpoint",
         )
-    content = {ours: values.content[hf] for hf, ours in _VQ_NAMES.items() if hf in values}
-    return vqgan_config(Values(content, values.where, "Use the config.json of the checkpoint"))
+    return transformers_vqgan(
+        Values(values.content, values.where, "Use the config.json of the checkpoint")
+    )

@@ -36,10 +36,9 @@ from megatron_chameleon.data.token_files.format import (
 )
 from megatron_chameleon.data.token_files.shaped_images import find_shaped_images
 from megatron_chameleon.errors import DataError
-from megatron_chameleon.files import read_json_object
 from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE, tokenizer_file
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
-from megatron_chameleon.tokenizer.folder import Tokenizer
+from megatron_chameleon.tokenizer.folder import Tokenizer, codes_of_picture
 from megatron_chameleon.wording import counted
 
 CHUNK_TOKENS = 1 << 22
@@ -308,9 +307,8 @@ def _codes_per_image(tokenizer: Tokenizer) -> int | None:
     if not path.is_file():
         return None
     try:
-        model = read_json_object(path)["model"]
-        return int(model["resolution"] // 2 ** (len(model["ch_mult"]) - 1)) ** 2
-    except (KeyError, TypeError, ValueError):
+        return codes_of_picture(tokenizer.folder)
+    except DataError:
         return None
 
 

@@ -4,6 +4,7 @@
 ``vqgan.py``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -25,16 +26,16 @@ class PixelRule:
 
     def to_floats(self, bytes_BCHW: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] to float32 of the same shape and order."""
-        pixels = bytes_BCHW.float().mul(self.rescale).sub(self._of_channels(self.mean, bytes_BCHW))
-        if self.std == (1.0, 1.0, 1.0):
-            return pixels
+        if self == FROM_MINUS_ONE_TO_ONE:
+            return bytes_BCHW.float().mul(self.rescale).sub(1)
+        # rounded as in transformers' processors, so that no code on a border becomes another
+        pixels = bytes_BCHW.double().mul(self.rescale).float()
+        pixels = pixels.sub(self._of_channels(self.mean, bytes_BCHW))
         return pixels.div(self._of_channels(self.std, bytes_BCHW))
 
     def to_bytes(self, pixels_BCHW: Tensor) -> Tensor:
         """The inverse of ``to_floats``, rounded; values beyond black and white are clamped."""
-        pixels = pixels_BCHW.float()
-        if self.std != (1.0, 1.0, 1.0):
-            pixels = pixels.mul(self._of_channels(self.std, pixels))
+        pixels = pixels_BCHW.float().mul(self._of_channels(self.std, pixels_BCHW))
         values = pixels.add(self._of_channels(self.mean, pixels)).mul(1 / self.rescale)
         return values.clamp(0, 255).round().to(torch.uint8)
 
@@ -116,4 +117,6 @@ class ImageNetwork(Protocol):
     def to(self, *args: Any, **kwargs: Any) -> Self: ...
     def eval(self) -> Self: ...
     def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+    def float(self) -> Self: ...
     def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, assign: bool = False) -> Any: ...

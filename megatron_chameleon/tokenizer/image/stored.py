@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +10,134 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
+from torch import Tensor
 
-from megatron_chameleon.errors import ConfigError, DataError, first_line
+from megatron_chameleon.errors import ChameleonError, DataError, first_line
 from megatron_chameleon.files import open_to_read, write_together
 from megatron_chameleon.tokenizer.common.files import (
     IMAGE_CONFIG_FILE,
     IMAGE_WEIGHTS_FILE,
-    read_checked_json,
     tokenizer_file,
 )
-from megatron_chameleon.tokenizer.image.network import ImageNetwork
-from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
-from megatron_chameleon.values import Values, printable
+from megatron_chameleon.tokenizer.image.facts import (
+    FORMAT,
+    MADE_BY,
+    VQGAN,
+    NetworkFacts,
+    StoredNetwork,
+    network_name,
+    read_stored,
+    read_vqgan_config,
+    vqgan_config_to_json,
+)
+from megatron_chameleon.tokenizer.image.kinds import NetworkKind, kind_named
+from megatron_chameleon.tokenizer.image.network import ImageNetwork, PixelRule
+from megatron_chameleon.tokenizer.image.vqgan import Vqgan
+from megatron_chameleon.values import Values, describe, printable
 
-FORMAT = "megatron_chameleon.image_tokenizer/1"
-MADE_BY = "chameleon tokenizer image"
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_REMEDY = f"Make it with `{MADE_BY}`"
 
 
 def load_network(folder: str | Path) -> ImageNetwork:
     """Read the network of FOLDER/image.json and FOLDER/image.safetensors.
 
     Raises:
-        DataError: If one of them is missing or unreadable, or they do not belong together.
+        DataError: If one of them is missing or unreadable, they do not belong together, or no
+            installed package has the network.
     """
-    config = read_vqgan_config(folder)
     path = tokenizer_file(folder, IMAGE_WEIGHTS_FILE)
+    remedy = f"Copy both files from the same `{MADE_BY}` run"
+    if network_name(folder) == VQGAN:
+        config = read_vqgan_config(folder)
+        weights = _load_weights(path)
+        has_decoder = any(name.startswith("decoder.") for name in weights)
+        with torch.device("meta"):
+            model: ImageNetwork = Vqgan(config, has_decoder=has_decoder)
+        check_tensors(model, weights, str(path), IMAGE_CONFIG_FILE, remedy)
+        model.load_state_dict(weights, assign=True)
+        return model
+    stored = read_stored(folder)
+    rule = _rule_of_json(stored.pixels)
+    kind = kind_named(stored.network, stored.where)
+    network = build_network(kind, stored.model, stored.facts.resolution, rule, stored.where)
+    _check_facts(facts_of(network), stored)
+    weights = _load_weights(path)
+    check_tensors(network, weights, str(path), IMAGE_CONFIG_FILE, remedy)
+    network.load_state_dict(weights, assign=True)
+    return network.float()
+
+
+def build_network(
+    kind: NetworkKind, model: Mapping[str, Any], resolution: int, rule: PixelRule, where: str
+) -> ImageNetwork:
+    """A network without weights, as its kind builds it.
+
+    Raises:
+        DataError: The kind refuses the description. Kinds of other packages may raise anything.
+    """
+    try:
+        with torch.device("meta"):
+            return kind.build(model, resolution, rule)
+    except ChameleonError:
+        raise
+    except Exception as error:
+        what = f"describes no network that can be built: {type(error).__name__}: "
+        what += first_line(error)[:200]
+        raise DataError(where, what, "Use the file that belongs to the weights") from error
+
+
+def facts_of(network: ImageNetwork) -> NetworkFacts:
+    """What image.json states of a network."""
+    return NetworkFacts(
+        network.resolution,
+        network.downsampling,
+        network.codebook_size,
+        network.has_decoder,
+        network.fixed_grid,
+    )
+
+
+def _check_facts(found: NetworkFacts, stored: StoredNetwork) -> None:
+    """Refuse an image.json whose facts are not those of its network.
+
+    Raises:
+        DataError: It names the first that differs.
+    """
+    for name, value in asdict(stored.facts).items():
+        if getattr(found, name) != value:
+            what = f"facts: {name} is {value}, and the network {stored.network!r} of its `model` "
+            what += f"has {getattr(found, name)}"
+            raise DataError(stored.where, what, "Copy the file again")
+
+
+def _load_weights(path: Path) -> dict[str, Tensor]:
     remedy = f"Make it with `{MADE_BY}`"
     try:
         open_to_read(path).close()
-        weights = load_file(path)
+        return load_file(path)
     except DataError as error:
         raise DataError(error.where, error.what, remedy) from error
     except (OSError, safetensors.SafetensorError) as error:
         raise DataError(str(path), f"cannot be read ({first_line(error)[:200]})", remedy) from error
-    has_decoder = any(name.startswith("decoder.") for name in weights)
-    with torch.device("meta"):
-        model = Vqgan(config, has_decoder=has_decoder)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_tensors(
+    network: ImageNetwork, weights: Mapping[str, Tensor], where: str, config: str, remedy: str
+) -> None:
+    """Refuse weights that are not those of a network.
+
+    Args:
+        network: The network; it needs no weights yet.
+        weights: The tensors by name.
+        where: The file or folder that they are from.
+        config: The file that describes the network.
+        remedy: What to do.
+
+    Raises:
+        DataError: A tensor is missing, unexpected, or of another shape or type.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = sorted(
         name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
@@ -55,63 +145,57 @@ def load_network(folder: str | Path) -> ImageNetwork:
     if wrong:
         name = wrong[0]
         raise DataError(
-            str(path),
-            f"{len(wrong)} tensors do not fit {IMAGE_CONFIG_FILE}: "
+            where,
+            f"{len(wrong)} tensors do not fit {config}: "
             f"{printable(name)} is {found.get(name, 'missing')}, "
             f"the config needs {expected.get(name, 'none')}",
-            f"Copy both files from the same `{MADE_BY}` run",
+            remedy,
         )
     for name, tensor in weights.items():
-        if tensor.dtype not in _WEIGHT_DTYPES:
+        counts = network.state_dict()[name].dtype
+        if tensor.dtype not in _WEIGHT_DTYPES and tensor.dtype != counts:
             what = f"{name} is {tensor.dtype}, which is not a type of weights"
-            raise DataError(str(path), what, remedy)
-    model.load_state_dict(weights, assign=True)
-    return model
+            raise DataError(where, what, f"Make it with `{MADE_BY}`")
 
 
-def read_vqgan_config(folder: str | Path) -> VqganConfig:
-    """Read the network's shape from FOLDER/image.json.
+def save_network(
+    name: str,
+    model: Mapping[str, Any],
+    network: ImageNetwork,
+    weights: Mapping[str, Tensor],
+    folder: str | Path,
+) -> None:
+    """Write FOLDER/image.safetensors and image.json of another network than ours.
 
-    Raises:
-        DataError: If the file is missing or unreadable, or does not describe a network.
-    """
-    path = tokenizer_file(folder, IMAGE_CONFIG_FILE)
-    model = read_checked_json(path, FORMAT, MADE_BY).get("model")
-    names = {item.name for item in fields(VqganConfig)}
-    if not isinstance(model, dict) or {"quantizer", *model} != names:
-        found = sorted(model) if isinstance(model, dict) else model
-        raise DataError(
-            str(path), f"`model` has {found}, not {sorted(names)}", f"Make it with `{MADE_BY}`"
-        )
-    remedy = f"Make it with `{MADE_BY}`"
-    return vqgan_config(Values(model, f"{path}: model", remedy, DataError))
-
-
-def vqgan_config(values: Values) -> VqganConfig:
-    """The network's shape, from what a file states; missing values are the defaults.
+    Args:
+        name: The name of its kind.
+        model: What the kind builds it from.
+        network: The network, for its facts.
+        weights: Its weights, which are written as they are.
+        folder: The tokenizer folder; created if it is missing.
 
     Raises:
-        ChameleonError: Of the values' kind: a value cannot be, or two of them do not fit.
+        DataError: If the file system refuses them; older files in the folder then remain.
     """
-    default = VqganConfig()
-    factors = values.wholes("ch_mult", low=1, high=64, most=10) or default.ch_mult
-    config = VqganConfig(
-        resolution=values.whole("resolution", 1, 2**14, default.resolution),
-        in_channels=values.whole("in_channels", 1, 64, default.in_channels),
-        base_channels=values.whole("base_channels", 1, 2**12, default.base_channels),
-        ch_mult=factors,
-        num_res_blocks=values.whole("num_res_blocks", 1, 32, default.num_res_blocks),
-        z_channels=values.whole("z_channels", 1, 2**14, default.z_channels),
-        embed_dim=values.whole("embed_dim", 1, 2**14, default.embed_dim),
-        codebook_size=values.whole("codebook_size", 2, 2**24, default.codebook_size),
-        dropout=values.number("dropout", 0, 1, default.dropout),
-        quantizer=values.text("quantizer", default.quantizer, longest=99),
+    rule = asdict(network.pixel_rule)
+    facts = asdict(facts_of(network))
+    content = {"format": FORMAT, "network": name, "facts": facts, "pixels": rule, "model": model}
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
+    _write(Path(folder), content, tensors)
+
+
+def _rule_of_json(values: Values) -> PixelRule:
+    return PixelRule(
+        values.number("rescale", 1e-6, 1e3), _three(values, "mean", -1e6), _three(values, "std")
     )
-    try:
-        config.check(values.where)
-    except ConfigError as error:
-        raise values.error(f"{error.where.removeprefix(values.where)[2:]}: {error.what}") from error
-    return config
+
+
+def _three(values: Values, key: str, low: float = 1e-6) -> tuple[float, float, float]:
+    given = values.content.get(key)
+    if not isinstance(given, list) or len(given) != 3:
+        raise values.error(f"{key} is {describe(given)}, not three numbers")
+    red, green, blue = (values.like({key: number}).number(key, low, 1e6) for number in given)
+    return red, green, blue
 
 
 def save_vqgan(model: Vqgan, folder: str | Path, details: Mapping[str, Any] | None = None) -> None:
@@ -125,23 +209,15 @@ def save_vqgan(model: Vqgan, folder: str | Path, details: Mapping[str, Any] | No
     Raises:
         DataError: If the file system refuses them; older files in the folder then remain.
     """
-    folder = Path(folder)
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = {"format": FORMAT, "model": vqgan_config_to_json(model.config), **(details or {})}
+    _write(Path(folder), content, weights)
+
+
+def _write(folder: Path, content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     write_together(
         {
             folder / IMAGE_CONFIG_FILE: (json.dumps(content, indent=2) + "\n").encode(),
-            folder / IMAGE_WEIGHTS_FILE: to_safetensors(weights),
+            folder / IMAGE_WEIGHTS_FILE: to_safetensors(dict(weights)),
         }
     )
-
-
-def vqgan_config_to_json(config: VqganConfig) -> dict[str, object]:
-    """The ``model`` part of image.json.
-
-    The paper's quantizer is not named, so that its files are those of earlier versions.
-    """
-    values = asdict(config)
-    if config.quantizer == "vq":
-        del values["quantizer"]
-    return values

@@ -29,7 +29,7 @@ from megatron_chameleon.tokenizer.common.vocabulary import (
     Vocabulary,
     control_names,
 )
-from megatron_chameleon.tokenizer.image.stored import IMAGE_CONFIG_FILE, read_vqgan_config
+from megatron_chameleon.tokenizer.image.facts import IMAGE_CONFIG_FILE, codes_and_grid
 from megatron_chameleon.tokenizer.text.tokenizer import (
     TEXT_MODEL_FILE,
     TextTokenizer,
@@ -237,7 +237,7 @@ def _check_image_tokenizer(output: Path, image_codes: int) -> None:
     """Refuse an image tokenizer with another codebook size: its codes would get wrong ids."""
     if not (output / IMAGE_CONFIG_FILE).exists():
         return
-    codebook_size = read_vqgan_config(output).codebook_size
+    codebook_size, _ = codes_and_grid(output)
     if codebook_size != image_codes:
         raise ConfigError(
             "--image-codes",

@@ -22,6 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenizer/image/quantizers": set(),
     "tokenizer/image/faces": {"images"},
     "tokenizer/image/losses": {"tokenizer/image"},
+    # other libraries' networks, which are loaded by name
+    "tokenizer/image/others": {"tokenizer/image"},
     "tokenizer/image/training": {
         "images",
         "parallel",  # several processes share a batch
