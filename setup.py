@@ -69,6 +69,7 @@ setup(
         "mpi": ["mpi4py"],
         "demo": ["scikit-learn"],
         "faces": ["scikit-image"],  # finds faces, with a cascade that it ships
+        "diffusers": ["diffusers>=0.36"],  # image tokenizers that it has: VQModel, MoVQGAN
         "serve": [
             "starlette",  # HTTP, and the base of what vLLM serves with
             "uvicorn",
@@ -100,6 +101,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",  # two tests at a time on two cores
             "scikit-learn",
+            "diffusers",
             "tensorboard",
             "wandb",
             "ruff",

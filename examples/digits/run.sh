@@ -4,6 +4,9 @@
 #
 # Usage: bash examples/digits/run.sh [RUN_FOLDER]
 #
+# IMAGE_FROM=FOLDER takes the image tokenizer that another library saved in FOLDER, for 16 x 16
+# pixels, in place of training one.
+#
 # SEED=1 is the seed of everything that is drawn at random. QUICK=1 runs the same commands in a
 # minute or two; the model then learns nothing.
 set -euo pipefail
@@ -25,10 +28,14 @@ say "1. Data: make handwritten digits with captions, sums, plain text and conver
 python $HERE/make_documents.py --output "$RUN/data" --seed "$SEED" "${data[@]}"
 
 say "2. Tokenizers: train one vocabulary for text and image codes"
+if [ -n "${IMAGE_FROM:-}" ]; then
+    chameleon tokenizer image --from "$IMAGE_FROM" --resolution 16 --output "$RUN/tokenizer"
+else
+    OMP_NUM_THREADS=2 chameleon tokenizer image "$RUN/data/train_images" \
+        --output "$RUN/tokenizer" --config digits --seed "$SEED" "${image[@]}"
+fi
 chameleon tokenizer text "$RUN"/data/{pairs,sums,text,chats,quality}.jsonl \
-    --output "$RUN/tokenizer" --vocab-size 512 --image-codes 64
-OMP_NUM_THREADS=2 chameleon tokenizer image "$RUN/data/train_images" \
-    --output "$RUN/tokenizer" --config digits --seed "$SEED" "${image[@]}"
+    --output "$RUN/tokenizer" --vocab-size 512
 
 say "3. Token files: turn the documents into tokens"
 for name in pairs sums text chats quality; do

@@ -48,8 +48,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
             "tokenizer image data/*.jsonl --output tokenizer --config chameleon_512",
         ),
         (
-            "A tiny one for pictures of 16 x 16 pixels, in a minute on a CPU.",
-            "tokenizer image pictures/ --output tokenizer --config digits training.steps=600",
+            "Train nothing: take Emu3's, for pictures of 256 x 256 pixels.",
+            "tokenizer image --from Emu3-VisionTokenizer --output tokenizer --resolution 256",
         ),
     ),
     "preprocess": (

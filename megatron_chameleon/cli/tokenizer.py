@@ -20,6 +20,7 @@ from megatron_chameleon.cli.logs import show
 from megatron_chameleon.cli.options import (
     IDS,
     IMAGE_BUDGET,
+    PIXELS,
     RATIO,
     SEED,
     add_action,
@@ -49,6 +50,7 @@ WRITTEN = {
     "image": ("image.safetensors", "image.json", "image.dropped.jsonl", DROPPED_DOCUMENTS),
 }
 """The files of the tokenizer folder that each kind replaces."""
+DEFAULT_IMAGE_CONFIG = "chameleon_512"
 
 
 def is_override(word: str) -> bool:
@@ -74,16 +76,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument(
         "--image-codes",
-        required=True,
         type=IDS,
         metavar="N",
-        help="codebook size of the image tokenizer",
+        help="codebook size of the image tokenizer (default: that of the one in DIR)",
     )
     _add_grid_options(text)
-    image = add_action(kinds, "image", "train a VQGAN, which turns images into codes")
+    image = add_action(
+        kinds, "image", "train a VQGAN, which turns images into codes, or take another"
+    )
     image.add_argument(
         "images",
-        nargs="+",
+        nargs="*",
         metavar="IMAGE",
         help="image files, folders, or documents, as for preprocess (their key `weight` says how "
         "often an image is drawn)",
@@ -91,9 +94,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     image.add_argument("--output", required=True, metavar="DIR", help="the tokenizer folder")
     image.add_argument(
         "--config",
-        default="chameleon_512",
         metavar="NAME|YAML",
-        help="a preset (chameleon_512, digits) or a YAML file; section.key=value replaces values",
+        help="a preset (chameleon_512, digits) or a YAML file; section.key=value replaces values "
+        f"(default: {DEFAULT_IMAGE_CONFIG})",
+    )
+    image.add_argument(
+        "--from",
+        dest="source",
+        metavar="FOLDER",
+        help="train nothing, and take the image tokenizer that another library saved in FOLDER: "
+        "Emu3VQVAE, JanusVQVAE or ChameleonVQVAE of transformers, VQModel of diffusers, or one "
+        "that an installed package adds",
+    )
+    image.add_argument(
+        "--resolution",
+        type=PIXELS,
+        metavar="PIXELS",
+        help="with --from: width and height of an image (default: what the network is made for)",
     )
     image.add_argument(
         "--seed", type=SEED, default=1, metavar="N", help="seed of the training (default: 1)"
@@ -142,8 +159,49 @@ def run(args: argparse.Namespace) -> None:
     keep_inputs("--output", [folder / name for name in WRITTEN[args.kind]], inputs)
     if args.kind == "text":
         _train_text(args)
+    elif args.source is not None:
+        _import_image(args)
     else:
+        _check_trains(args)
         _train_image(args)
+
+
+def _check_trains(args: argparse.Namespace) -> None:
+    """Refuse a training without images, and what has no effect on one.
+
+    Raises:
+        ConfigError: It says which.
+    """
+    if args.resolution is not None:
+        what, remedy = "belongs to --from", "Give model.resolution=PIXELS for a training"
+        raise ConfigError("--resolution", what, remedy)
+    if not args.images:
+        what = "no images are named, and no --from FOLDER"
+        remedy = (
+            "Name images, folders or documents to train on, or the folder of another library's "
+        )
+        raise ConfigError("tokenizer image", what, remedy + "image tokenizer")
+
+
+def _import_image(args: argparse.Namespace) -> None:
+    """Take another library's image tokenizer.
+
+    Raises:
+        ConfigError: Something that belongs to a training is given too.
+    """
+    given = [*args.images, *args.overrides]
+    given += ["--config"] if args.config is not None else []
+    given += ["--restart"] if args.restart else []
+    if given:
+        what = f"trains nothing, and {given[0]} belongs to a training"
+        raise ConfigError("--from", what, "Leave one of them out")
+    start_seconds = time.perf_counter()
+    from megatron_chameleon.tokenizer.image.importing import describe_import, import_network
+
+    with announced(f"reading the image tokenizer of {args.source}"):
+        made = import_network(args.source, args.output, args.resolution)
+    seconds = time.perf_counter() - start_seconds
+    show(f"{args.output}: image tokenizer {describe_import(made)}, in {seconds:.1f} s")
 
 
 def _shapes(args: argparse.Namespace) -> Shapes | None:
@@ -171,7 +229,7 @@ def _train_text(args: argparse.Namespace) -> None:
     try:
         with announced(f"reading {counted(len(args.files), 'file')} and training on their text"):
             texts = read_texts(args.files, dropped)
-            sizes = (args.vocab_size, args.image_codes, shapes)
+            sizes = (args.vocab_size, _image_codes(args), shapes)
             vocabulary = train_text_tokenizer(texts, args.output, *sizes)
     finally:
         _report(dropped)
@@ -182,6 +240,26 @@ def _train_text(args: argparse.Namespace) -> None:
         f"{vocabulary.image_codes} of them image codes{_grids_in_words(vocabulary)}, "
         f"in {seconds:.1f} s"
     )
+
+
+def _image_codes(args: argparse.Namespace) -> int:
+    """The size of the codebook: as given, or that of the image tokenizer in the folder.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    if args.image_codes is not None:
+        return int(args.image_codes)
+    from megatron_chameleon.tokenizer.folder import has_image_tokenizer
+    from megatron_chameleon.tokenizer.image.facts import codes_and_grid
+
+    if not has_image_tokenizer(args.output):
+        what = (
+            f"is not given, and {args.output} has no image tokenizer whose codes could be counted"
+        )
+        remedy = "Give the codebook size, or make the image tokenizer first"
+        raise ConfigError("--image-codes", what, remedy)
+    return codes_and_grid(args.output)[0]
 
 
 def _grids_in_words(vocabulary: "Vocabulary") -> str:
@@ -204,7 +282,7 @@ def _train_image_here(args: argparse.Namespace, launch: "Launch") -> None:
 
     start_seconds = time.perf_counter()
     words = [word for word in args.images if is_override(word)]
-    config = load_image_config(args.config, [*words, *args.overrides])
+    config = load_image_config(args.config or DEFAULT_IMAGE_CONFIG, [*words, *args.overrides])
 
     from megatron_chameleon.cli.stopping import StopRequests
     from megatron_chameleon.data.tokenizer_corpus.documents import DroppedDocuments

@@ -20,7 +20,12 @@ from megatron_chameleon.tokenizer.common.files import (
 )
 from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
-from megatron_chameleon.tokenizer.image.facts import codes_and_grid, read_facts
+from megatron_chameleon.tokenizer.image.facts import (
+    VQGAN,
+    codes_and_grid,
+    described_network,
+    read_facts,
+)
 from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer
 
 if TYPE_CHECKING:  # text alone needs no torch
@@ -55,6 +60,11 @@ class Tokenizer:
     def origin(self) -> str:
         """The folder that people know it by, for messages and for what names its tokenizer."""
         return self.given or str(self.folder)
+
+    @property
+    def network(self) -> str:
+        """The name of the image tokenizer's network, such as vqgan; empty if there is none."""
+        return described_network(self.folder) if self.image is not None else ""
 
     @property
     def drawn_codes(self) -> int:
@@ -122,6 +132,17 @@ def has_image_tokenizer(folder: str | Path) -> bool:
     """Whether a tokenizer folder has any file of an image tokenizer."""
     names = (IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE)
     return any(tokenizer_file(folder, name).is_file() for name in names)
+
+
+def has_another_network(folder: str | Path) -> bool:
+    """Whether a folder has an image tokenizer whose network is not Chameleon's VQGAN.
+
+    A damaged image.json says of none; whoever loads the tokenizer finds the damage.
+    """
+    try:
+        return has_image_tokenizer(folder) and described_network(folder) != VQGAN
+    except DataError:
+        return False
 
 
 def codes_of_picture(folder: str | Path) -> int:

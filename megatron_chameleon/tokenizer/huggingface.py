@@ -50,13 +50,6 @@ CHAT_TEMPLATE = """\
 
 _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
-RESCALE_FACTOR = 2 / 255
-"""Scales pixel values to [0, 2], from which the mean of 1 is then subtracted.
-
-Hugging Face's default, 0.0078, is this number rounded. It puts white at 0.989 instead of 1, so that
-the codes of bright images differ from those the model was trained on.
-"""
-
 
 def write_huggingface_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json, processor_config.json and chat_template.jinja.
@@ -79,15 +72,17 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
             "was loaded without its image tokenizer",
             "Load it with images=True",
         )
-    resolution = tokenizer.image.resolution
+    resolution, rule = tokenizer.image.resolution, tokenizer.image.model.pixel_rule
+    # Hugging Face's default for the VQGAN, 0.0078, is its 2/255 rounded. It puts white at 0.989
+    # instead of 1, so that the codes of bright images differ from those of the training.
     # The PIL class gives the same result with or without torchvision. It is saved under a name from
     # which Hugging Face picks the class that the reader has installed.
     image_processor = ChameleonImageProcessorPil(
         size={"shortest_edge": resolution},
         crop_size={"height": resolution, "width": resolution},
-        rescale_factor=RESCALE_FACTOR,
-        image_mean=[1.0, 1.0, 1.0],
-        image_std=[1.0, 1.0, 1.0],
+        rescale_factor=rule.rescale,
+        image_mean=list(rule.mean),
+        image_std=list(rule.std),
     )
     processor = ChameleonProcessor(
         image_processor,

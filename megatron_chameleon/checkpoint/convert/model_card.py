@@ -119,6 +119,10 @@ def _model_rows(target: Target) -> list[tuple[str, str]]:
             said = f"keeps its shape: {len(grids)} grids, from {grids[0]} to {grids[-1]} codes of "
             said += f"{width} x {height} pixels"
         rows.append(("An image", said))
+        if image.vqgan is None:
+            what = f"`{target.tokenizer.network}`, in `image_tokenizer/`; "
+            what += "transformers cannot read images with it"
+            rows.append(("Image tokenizer", what))
     rows.append(("Updates", f"{target.step:,}"))
     if target.conversations is not None:
         form = "conversations" if target.conversations else "the beginnings of documents"

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,13 +57,23 @@ from megatron_chameleon.tokenizer.common.files import (
     tokenizer_file,
 )
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE
-from megatron_chameleon.tokenizer.folder import FINGERPRINTED_FILES, Tokenizer
+from megatron_chameleon.tokenizer.folder import (
+    FINGERPRINTED_FILES,
+    Tokenizer,
+    has_another_network,
+)
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 from megatron_chameleon.tokenizer.published import PUBLISHED_TEXT_FILE, write_published_tokenizer
 
 logger = logging.getLogger(__name__)
 
 VQ_PREFIX = "model.vqmodel."
+_UNUSED: dict[str, Any] = {
+    **{"resolution": 8, "base_channels": 32, "ch_mult": [1], "num_res_blocks": 1},
+    **{"z_channels": 4, "embed_dim": 4, "codebook_size": 2},
+}
+"""The shape of an encoder that stands where Hugging Face's Chameleon cannot leave one out. It makes
+one code of each pixel, so that transformers refuses images by their number of tokens."""
 
 
 def recognise(folder: Path) -> bool:
@@ -104,6 +115,8 @@ class Reader:
         self.image_config = vqgan_of_config(config) if self._has_encoder else None
         if self.image_config is not None:
             expected |= _encoder_shapes(self.image_config)
+        if has_another_network(folder):  # the encoder among the weights stands for none
+            self._has_encoder, self.image_config = False, None
         check_names(str(folder), self._files.shapes, expected)
         self.model.qk_norm_groups, q_groups, k_groups = norm_settings(
             self.origin.model.get("qk_norm_groups"),
@@ -150,6 +163,8 @@ class Reader:
 
     def encoder(self) -> Mapping[str, Callable[[], torch.Tensor]]:
         """How to read each tensor of transformers' image encoder."""
+        if not self._has_encoder:
+            return {}
         return {
             name.removeprefix(VQ_PREFIX): partial(self._files.read, name)
             for name in self._files.shapes
@@ -224,13 +239,27 @@ def check_has_images(target: Target, *, decoder: bool) -> None:
         raise CheckpointError(target.origin, what, remedy)
 
 
+def check_has_vqgan(target: Target) -> None:
+    """Refuse an image tokenizer with another network than the VQGAN, which alone a format can hold.
+
+    Raises:
+        CheckpointError: It has another network.
+    """
+    tokenizer = target.tokenizer
+    if tokenizer.image is not None and tokenizer.image.vqgan is None:
+        what = f"the network of its image tokenizer is {tokenizer.network!r}, and the "
+        what += "format can hold Chameleon's VQGAN alone"
+        raise CheckpointError(target.origin, what, "Use --to hf or --to megatron")
+
+
 def write_settings(folder: Path, target: Target) -> None:
     """Write everything except the transformer's tensors."""
     from transformers import GenerationConfig
 
     vocabulary, image = target.tokenizer.vocabulary, target.tokenizer.image
-    assert image is not None and image.vqgan is not None
-    config = build_config(target.model, vocabulary, image.vqgan.config, target.main_dtype)
+    assert image is not None
+    shape = encoder_shape(target.tokenizer)
+    config = build_config(target.model, vocabulary, shape, target.main_dtype)
     config.save_pretrained(folder)
     GenerationConfig(
         bos_token_id=vocabulary.bos,
@@ -279,10 +308,24 @@ def _encoder_shapes(config: VqganConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def encoder_shape(tokenizer: Tokenizer) -> VqganConfig:
+    """The shape of the tensors of ``encoder_tensors``."""
+    vqgan = tokenizer.image.vqgan if tokenizer.image else None
+    return vqgan.config if vqgan is not None else VqganConfig(**_UNUSED)
+
+
 def encoder_tensors(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
-    """The VQGAN's tensors that HF can store, under HF's names: all except the decoder's."""
-    assert tokenizer.image is not None
-    weights = tokenizer.image.model.state_dict()
+    """The VQGAN's tensors that HF can store, under HF's names: all except the decoder's.
+
+    Hugging Face's Chameleon cannot leave them out. A model with another network, or without images,
+    gets small ones that are never used.
+    """
+    vqgan = tokenizer.image.vqgan if tokenizer.image else None
+    if vqgan is None:
+        vqgan = Vqgan(encoder_shape(tokenizer), has_decoder=False)
+        for parameter in vqgan.parameters():
+            parameter.data.zero_()
+    weights = vqgan.state_dict()
     return {
         VQ_PREFIX + name: tensor
         for name, tensor in weights.items()

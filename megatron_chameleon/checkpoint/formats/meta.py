@@ -30,7 +30,7 @@ from megatron_chameleon.checkpoint.formats.base import (
     with_recorded,
     write_origin,
 )
-from megatron_chameleon.checkpoint.formats.hf import check_has_images
+from megatron_chameleon.checkpoint.formats.hf import check_has_images, check_has_vqgan
 from megatron_chameleon.checkpoint.formats.hf_config import whole_rotary_base
 from megatron_chameleon.checkpoint.formats.meta_tokenizer import (
     META_TEXT_FILE,
@@ -216,6 +216,7 @@ class Writer:
 
     def __init__(self, target: Target) -> None:
         check_has_images(target, decoder=True)
+        check_has_vqgan(target)
         dims = target.dimensions
         count = target.shards or max(1, dims.q_norm_groups, dims.k_norm_groups)
         check_divides(f"--shards {count}", dims, count)

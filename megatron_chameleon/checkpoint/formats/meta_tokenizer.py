@@ -24,11 +24,8 @@ from megatron_chameleon.files import read_bytes, write_bytes, write_text
 from megatron_chameleon.tokenizer.common.files import tokenizer_file
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.image.stored import (
-    IMAGE_CONFIG_FILE,
-    save_vqgan,
-    vqgan_config,
-)
+from megatron_chameleon.tokenizer.image.facts import vqgan_config
+from megatron_chameleon.tokenizer.image.stored import IMAGE_CONFIG_FILE, save_vqgan
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan, VqganConfig
 from megatron_chameleon.tokenizer.text.model_file import sentencepiece_from_huggingface
 from megatron_chameleon.tokenizer.text.tokenizer import TEXT_MODEL_FILE, TextTokenizer

@@ -8,19 +8,11 @@ from typing import Any
 import torch
 
 from megatron_chameleon.checkpoint.formats.base import CheckpointReader
-from megatron_chameleon.checkpoint.formats.hf import VQ_PREFIX, encoder_tensors
+from megatron_chameleon.checkpoint.formats.hf import encoder_shape, encoder_tensors
 from megatron_chameleon.checkpoint.formats.hf_config import build_config
 from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
 from megatron_chameleon.errors import CheckpointError, first_line
 from megatron_chameleon.tokenizer.folder import Tokenizer
-from megatron_chameleon.tokenizer.image.shape import VqganConfig
-from megatron_chameleon.tokenizer.image.vqgan import Vqgan
-
-_SMALLEST: dict[str, Any] = {
-    **{"resolution": 8, "base_channels": 32, "ch_mult": [1], "num_res_blocks": 1},
-    **{"z_channels": 4, "embed_dim": 4, "codebook_size": 2},
-}
-"""A shape of an image tokenizer."""
 
 
 def read_transformers(reader: CheckpointReader, tokenizer: Tokenizer) -> Any:
@@ -42,12 +34,7 @@ def read_transformers(reader: CheckpointReader, tokenizer: Tokenizer) -> Any:
             "cannot leave it out",
             "Use a model that was trained with QK-norm",
         )
-    if tokenizer.image is not None and tokenizer.image.vqgan is not None:
-        tensors, shape = encoder_tensors(tokenizer), tokenizer.image.vqgan.config
-    else:  # transformers' Chameleon cannot leave it out, so it gets a small one that is never used
-        shape = VqganConfig(**_SMALLEST)
-        unused = Vqgan(shape, has_decoder=False).state_dict()
-        tensors = {f"{VQ_PREFIX}{name}": tensor for name, tensor in unused.items()}
+    tensors, shape = encoder_tensors(tokenizer), encoder_shape(tokenizer)
     for row in tensor_rows(reader.dimensions):
         for name, part in row.to_hf(reader.read(row)).items():
             tensors[name] = part.contiguous()

@@ -87,6 +87,17 @@ def network_name(folder: str | Path) -> str:
     return _content(folder).text("network", VQGAN)
 
 
+def described_network(folder: str | Path) -> str:
+    """``network_name``, and of our VQGAN its quantizer, if that is not Chameleon's.
+
+    Raises:
+        DataError: The file is missing or unreadable, or does not describe a network.
+    """
+    name = network_name(folder)
+    quantizer = read_vqgan_config(folder).quantizer if name == VQGAN else ""
+    return f"{name} ({quantizer})" if quantizer not in ("", "vq") else name
+
+
 def read_facts(folder: str | Path) -> NetworkFacts:
     """The facts of the network of a tokenizer folder.
 

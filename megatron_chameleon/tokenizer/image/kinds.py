@@ -143,7 +143,8 @@ def _load(point: EntryPoint, where: str) -> NetworkKind:
         DataError: Its module cannot be imported, or has no such object.
     """
     try:
-        return point.load()  # type: ignore[no-any-return]
+        loaded: NetworkKind = point.load()
+        return loaded
     except ChameleonError:
         raise
     except Exception as error:  # a module of another package may raise anything

@@ -177,7 +177,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # What clients send is read without knowing the model, but for its vocabulary.
     # What vLLM's own processes load: the rules are the same as the decoder's.
-    "inference/vllm/plugins": {"inference/engine", "tokenizer/common"},
+    # how many codes an image has, whatever its network is
+    "inference/vllm/plugins": {"inference/engine", "tokenizer", "tokenizer/common"},
     "inference/vllm": {
         "checkpoint/formats",
         "inference/engine",

@@ -15,6 +15,7 @@ from megatron_chameleon.inference.vllm.plugins.row_request import RowRequest
 from megatron_chameleon.inference.vllm.plugins.rules import Rules
 from megatron_chameleon.tokenizer.common.image_form import ImageForm
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
+from megatron_chameleon.tokenizer.folder import codes_of_picture
 
 UNSUPPORTED = ("min_tokens", "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs")
 """Parameters of vLLM that change logits before the rules see them."""
@@ -30,9 +31,7 @@ class ChameleonProcessor(V1Processor, V2Processor):
         device = where if self.states is None else self.states.device
         vocabulary = Vocabulary.load(config.model)
         classes = TokenClasses(vocabulary, device)
-        image = config.hf_config.vq_config
-        halvings = len(image.channel_multiplier) - 1
-        codes_per_image = (image.resolution >> halvings) ** 2
+        codes_per_image = codes_of_picture(config.model)
         places = vllm_config.scheduler_config.max_num_seqs
         if self.states is not None:
             places = self.states.max_num_reqs

@@ -33,7 +33,7 @@ RULE = PixelRule(1 / 255, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
 """Of ``Emu3ImageProcessor``, where no file says another."""
 
 
-class Emu3Network(Foreign, Emu3VQVAE):  # type: ignore[misc]
+class Emu3Network(Foreign, Emu3VQVAE):
     """``Emu3VQVAE`` as an ``ImageNetwork``."""
 
     @property

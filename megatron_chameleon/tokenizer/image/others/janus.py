@@ -32,7 +32,7 @@ RULE = PixelRule(1 / 255, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
 """Of ``JanusImageProcessor``, where no file says another."""
 
 
-class JanusNetwork(Foreign, JanusVQVAE):  # type: ignore[misc]
+class JanusNetwork(Foreign, JanusVQVAE):
     """``JanusVQVAE`` as an ``ImageNetwork``."""
 
     @property

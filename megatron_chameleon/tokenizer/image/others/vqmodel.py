@@ -24,8 +24,15 @@ RULE = PixelRule(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Of ``VaeImageProcessor``: from -1 to 1."""
 
 
-class VqmodelNetwork(Foreign, VQModel):  # type: ignore[misc]
+class VqmodelNetwork(Foreign, VQModel):
     """``VQModel`` as an ``ImageNetwork``."""
+
+    config: Any
+    encoder: Any
+    decoder: Any
+    quantize: Any
+    quant_conv: Any
+    post_quant_conv: Any
 
     @property
     def codebook_size(self) -> int:
