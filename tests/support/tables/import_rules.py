@@ -123,7 +123,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
         "tokenizer",
         "tokenizer/common",
-        "tokenizer/image",  # a model that reads no images still has one in transformers
     },
     "checkpoint/convert": {
         "checkpoint/adapters",
