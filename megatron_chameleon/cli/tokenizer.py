@@ -98,20 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a preset (chameleon_512, digits) or a YAML file; section.key=value replaces values "
         f"(default: {DEFAULT_IMAGE_CONFIG})",
     )
-    image.add_argument(
-        "--from",
-        dest="source",
-        metavar="FOLDER",
-        help="train nothing, and take the image tokenizer that another library saved in FOLDER: "
-        "Emu3VQVAE, JanusVQVAE or ChameleonVQVAE of transformers, VQModel of diffusers, or one "
-        "that an installed package adds",
-    )
-    image.add_argument(
-        "--resolution",
-        type=PIXELS,
-        metavar="PIXELS",
-        help="with --from: width and height of an image (default: what the network is made for)",
-    )
+    _add_source_options(image)
     image.add_argument(
         "--seed", type=SEED, default=1, metavar="N", help="seed of the training (default: 1)"
     )
@@ -132,6 +119,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     image.set_defaults(overrides=[])
     for kind in (text, image):
         add_common_options(kind, nested=True)
+
+
+def _add_source_options(image: argparse.ArgumentParser) -> None:
+    image.add_argument(
+        "--from",
+        dest="source",
+        metavar="FOLDER",
+        help="train nothing, and take the image tokenizer that another library saved in FOLDER: "
+        "Emu3VQVAE, JanusVQVAE or ChameleonVQVAE of transformers, VQModel of diffusers, or one "
+        "that an installed package adds",
+    )
+    image.add_argument(
+        "--resolution",
+        type=PIXELS,
+        metavar="PIXELS",
+        help="with --from: width and height of an image (default: what the network is made for)",
+    )
 
 
 def _add_grid_options(text: argparse.ArgumentParser) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from foreign_networks import make, save
 from PIL import Image
 
-from foreign_networks import make, save
 from megatron_chameleon.data.token_files.reader import open_token_file
 from megatron_chameleon.tokenizer.folder import fingerprint, load_tokenizer
 from run_command import run_chameleon

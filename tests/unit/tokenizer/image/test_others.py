@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foreign_networks import CODES, make, save
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from foreign_networks import CODES, make, save
 from megatron_chameleon.errors import ChameleonError, ConfigError, DataError
 from megatron_chameleon.tokenizer.folder import drawn_codes, fingerprint, load_tokenizer
 from megatron_chameleon.tokenizer.image.facts import read_facts
