@@ -51,16 +51,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
 def test_the_token_file_has_the_codes_of_the_library(project: TinyProject) -> None:
     tokenizer = load_tokenizer(project.tokenizer)
     assert tokenizer.image is not None
-    images = [Image.open(project.folder / f"{number}.png") for number in range(40)]
-    prepared = np.stack([np.asarray(image.resize((19, 16), 1)) for image in images[:1]])
-    assert prepared.shape == (1, 16, 19, 3)  # covers the square, of which the middle is taken
-    pixels = tokenizer.image.model.pixel_rule.to_floats(
-        torch.from_numpy(prepared[:, :, 1:17]).permute(0, 3, 1, 2)
-    )
+    image = Image.open(project.folder / "0.png").resize((19, 16), Image.Resampling.LANCZOS)
+    middle = np.asarray(image)[None, :, 1:17]  # it covers the square, of which the middle is taken
+    rule = tokenizer.image.model.pixel_rule
+    pixels = rule.to_floats(torch.tensor(middle).permute(0, 3, 1, 2))
     with torch.inference_mode():
         (codes,) = make("emu3").encode(pixels, torch.tensor([[16, 16]])).image_tokens
     vocabulary = tokenizer.vocabulary
-    tokens = np.asarray(open_token_file(project.tokens, tokenizer)[0])
+    token_file = open_token_file(project.tokens, tokenizer)
+    tokens = token_file.read(0)
     inside = tokens[vocabulary.is_image_code(tokens)]
     np.testing.assert_array_equal(vocabulary.token_ids_to_codes(inside), codes.flatten().numpy())
 
