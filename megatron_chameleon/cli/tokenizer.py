@@ -108,6 +108,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start from the beginning and discard an unfinished training of DIR; without it, the "
         "same command goes on after a kill",
     )
+    _add_run_option(image)
+    add_image_options(image)
+    image.set_defaults(overrides=[])
+    for kind in (text, image):
+        add_common_options(kind, nested=True)
+
+
+def _add_run_option(image: argparse.ArgumentParser) -> None:
     image.add_argument(
         "--run",
         dest="run_folder",
@@ -115,10 +123,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"folder for metrics.jsonl and report.html (default: {RUN_FOLDER} in the tokenizer "
         "folder)",
     )
-    add_image_options(image)
-    image.set_defaults(overrides=[])
-    for kind in (text, image):
-        add_common_options(kind, nested=True)
 
 
 def _add_source_options(image: argparse.ArgumentParser) -> None:
