@@ -120,7 +120,7 @@ def test_grids_are_asked_for_with_a_budget(
         (["--image-grids", "0"], "--image-grids: '0' is not a whole number"),
         (["--image-grids", "9", "--largest-ratio", "nan"], "'nan' is not a number between 1"),
         (["--largest-ratio", "2"], "--largest-ratio: has no effect on squares"),
-        (["--image-grids", "4000"], "16 image codes, 125 grids and the end of a row, 264 special"),
+        (["--image-grids", "4000"], "16 image codes, 127 grids and the end of a row"),
     ],
 )
 def test_grids_that_cannot_be_are_refused(
