@@ -73,6 +73,18 @@ class Origin:
     """Line, row or sample in it, from 1."""
 
 
+def _keep_maps(dataset: IndexedDataset) -> IndexedDataset:
+    """Leave it to the arrays over a dataset's files how long these stay in memory.
+
+    megatron-core unmaps the files when the dataset is collected. An array that was read from it and
+    is still in use would then end the process with a segmentation fault. Without the references
+    that it unmaps by, the map goes with the last array over it.
+    """
+    dataset.bin_reader._bin_buffer_mmap = None
+    del dataset.index.bin_buffer_mmap
+    return dataset
+
+
 class TokenFile:
     """A complete token file, memory-mapped. ``open_token_file`` makes it."""
 
@@ -93,7 +105,7 @@ class TokenFile:
         if plain is not None:
             self.documents, self.images = plain.documents, plain.images
             return
-        self._dataset = IndexedDataset(prefix)
+        self._dataset = _keep_maps(IndexedDataset(prefix))
         self.documents = np.memmap(f"{prefix}.documents", dtype=DOCUMENT_RECORD, mode="r")
         if info.images:  # an empty file cannot be memory-mapped
             self.images = np.memmap(f"{prefix}.images", dtype=info.image_record, mode="r")

@@ -1,6 +1,7 @@
 """Token files: megatron-core reads what we write, and each kind of damage has its own message."""
 
 import dataclasses
+import gc
 import json
 import os
 import struct
@@ -50,6 +51,16 @@ def test_files_are_what_megatron_core_s_builder_writes(tmp_path, tokenizer, numb
     for suffix in (".bin", ".idx"):
         ours, theirs = tmp_path / f"tokens{suffix}", tmp_path / f"peer{suffix}"
         assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_what_was_read_outlives_its_file(written):
+    token_file, documents = written
+    file = open_token_file(token_file.prefix, None)
+    tokens, lengths, offsets = file.read(2), file.lengths, file.offsets
+    del file
+    gc.collect()  # megatron-core would unmap the files now, and the next line would crash
+    np.testing.assert_array_equal(tokens, documents[2])
+    assert lengths.tolist() == [5, 2, 9] and offsets.tolist() == [0, 10, 14]
 
 
 def test_reading_a_part(written):
