@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--html",
         metavar="FILE",
         help="with --dry-run: also write what it finds as an HTML page: layout, parameters, memory "
-        "and time, the mixture, the steps, and what is odd",
+        "and time, the mixture, the steps, and possible problems",
     )
     parser.add_argument(
         "--resume",

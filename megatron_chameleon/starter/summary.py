@@ -29,7 +29,7 @@ def summary(project: Project, written: Sequence[Path]) -> str:
     resolution = project.image.resolution if project.image else 0
     odd = list(oddities(project.looked, per_token * length.seq_length, resolution))
     if odd:
-        lines += ["", "What is odd", *(f"  - {line}" for line in odd)]
+        lines += ["", "Possible problems", *(f"  - {line}" for line in odd)]
     lines += ["", "What was chosen", *(f"  {line}" for line in _choices(project))]
     lines += ["", *costs(project)]
     lines += ["", f"Written: {', '.join(map(str, written))}"]

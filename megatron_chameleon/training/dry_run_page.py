@@ -71,7 +71,7 @@ def _body(plan: DryRun, tried: TriedStep) -> Iterator[str]:
     yield notes([("\n".join(lines), "")] if (lines := resume_lines(plan.inputs)) else [])
     odd = [(line, "warn") for line in plan.warnings]
     for title, blocks in (
-        ("What is odd", [notes(odd) if odd else how("Nothing.")]),
+        ("Possible problems", [notes(odd) if odd else how("Nothing.")]),
         ("Layout", [_layout(plan)]),
         ("Parameters", [_parameters(plan)]),
         ("Memory and time", [*_memory(plan, tried), *_time(plan, tried)]),
