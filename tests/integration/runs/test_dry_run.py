@@ -36,7 +36,14 @@ def check_page(page: Path, loss: str) -> None:
     assert PASSED in text and f"loss {loss} (text" in text
     headings = re.findall(r"<h2>([^<]*)</h2>", text)
     assert headings == [
-        *("Possible problems", "Layout", "Parameters", "Memory and time", "Mixture", "What is read"),
+        *(
+            "Possible problems",
+            "Layout",
+            "Parameters",
+            "Memory and time",
+            "Mixture",
+            "What is read",
+        ),
         *("Steps", "Config"),
     ]
     begin = text.index('aria-label="Parameters"')
