@@ -48,6 +48,7 @@ from megatron_chameleon.checkpoint.formats.deepspeed_files import (
 )
 from megatron_chameleon.checkpoint.formats.hf import (
     VQ_PREFIX,
+    build_settings,
     check_has_images,
     check_has_norms,
     check_has_tokenizer,
@@ -254,7 +255,7 @@ class Writer:
     def __init__(self, target: Target) -> None:
         check_has_norms(target)
         check_has_images(target, decoder=False)
-        self._target = target
+        self._target, self._settings = target, build_settings(target)
         self._folder = f"global_step{target.step}"
         self._encoder = encoder_tensors(target.tokenizer)
         self._parts = (MAIN_WEIGHT, *(MOMENTS if target.has_optimizer else ()))
@@ -286,7 +287,7 @@ class Writer:
                 self._write_part(zero / name, part, torch.zeros_like(tensor))
         self._write_global(step_folder, dtypes)
         write_text(folder / LATEST_UNIVERSAL, self._folder, CheckpointError)
-        write_settings(folder, target)
+        write_settings(folder, target, self._settings)
         if target.config is not None:
             save_config(replace(target.config, model=target.model), folder / OWN_CONFIG_FILE)
 

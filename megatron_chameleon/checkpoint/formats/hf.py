@@ -49,7 +49,7 @@ from megatron_chameleon.checkpoint.tensor_files.safetensors import (
     SafetensorsWriter,
     TensorSpec,
 )
-from megatron_chameleon.errors import CheckpointError
+from megatron_chameleon.errors import CheckpointError, one_line
 from megatron_chameleon.tokenizer.common.files import (
     IMAGE_CONFIG_FILE,
     IMAGE_TOKENIZER_FOLDER,
@@ -180,7 +180,7 @@ class Writer:
     def __init__(self, target: Target) -> None:
         check_has_norms(target)
         check_has_images(target, decoder=False)
-        self._target = target
+        self._target, self._settings = target, build_settings(target)
         self._encoder = encoder_tensors(target.tokenizer)
         specs = [
             TensorSpec(name, shape, target.dtypes[row.key])
@@ -203,7 +203,7 @@ class Writer:
         for name, tensor in self._encoder.items():
             self._writer.write(name, tensor)
         self._writer.finish()
-        write_settings(folder, self._target)
+        write_settings(folder, self._target, self._settings)
 
 
 def check_has_norms(target: Target) -> None:
@@ -252,25 +252,42 @@ def check_has_vqgan(target: Target) -> None:
         raise CheckpointError(target.origin, what, "Use --to hf or --to megatron")
 
 
-def write_settings(folder: Path, target: Target) -> None:
-    """Write everything except the transformer's tensors."""
+def build_settings(target: Target) -> tuple[Any, Any]:
+    """Build transformers' config and generation config, which it checks.
+
+    A writer calls this before it writes tensors, because for a large model those take hours.
+
+    Raises:
+        CheckpointError: transformers refuses a value.
+    """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import GenerationConfig
 
-    vocabulary, image = target.tokenizer.vocabulary, target.tokenizer.image
-    assert image is not None
+    vocabulary = target.tokenizer.vocabulary
     shape = encoder_shape(target.tokenizer)
-    config = build_config(target.model, vocabulary, shape, target.main_dtype)
-    config.save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=vocabulary.bos,
-        eos_token_id=vocabulary.eos,
-        pad_token_id=vocabulary.pad,
-        do_sample=True,
-        temperature=0.7,
-        top_p=0.9,
-        repetition_penalty=1.2,
-        max_new_tokens=min(512, target.model.seq_length // 2),
-    ).save_pretrained(folder)
+    try:
+        config = build_config(target.model, vocabulary, shape, target.main_dtype)
+        generation = GenerationConfig(
+            bos_token_id=vocabulary.bos,
+            eos_token_id=vocabulary.eos,
+            pad_token_id=vocabulary.pad,
+            do_sample=True,
+            temperature=0.7,
+            top_p=0.9,
+            repetition_penalty=1.2,
+            max_new_tokens=max(min(512, target.model.seq_length // 2), 1),
+        )
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        what = f"transformers refuses the model's settings ({one_line(error)})"
+        remedy = "Correct the value in config.yaml beside the checkpoint, or use --to megatron"
+        raise CheckpointError(target.origin, what, remedy) from error
+    return config, generation
+
+
+def write_settings(folder: Path, target: Target, settings: tuple[Any, Any]) -> None:
+    """Write everything except the transformer's tensors; ``settings`` from ``build_settings``."""
+    for part in settings:
+        part.save_pretrained(folder)
     write_tokenizer(folder, target.tokenizer)
     write_origin(folder, target)
 

@@ -3,13 +3,15 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_chameleon.checkpoint.convert.plan import plan_conversion
 from megatron_chameleon.checkpoint.convert.run import convert
-from megatron_chameleon.checkpoint.formats import hf
+from megatron_chameleon.checkpoint.formats import hf, load_format
 from megatron_chameleon.checkpoint.formats.hf_config import vocabulary_map
 from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.names.tensor_rows import tensor_rows
@@ -189,6 +191,36 @@ def test_a_failure_leaves_nothing(
     with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
         convert(tiny_checkpoint, tmp_path / "hf", "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["hf", "deepspeed"])
+def test_settings_that_transformers_refuses_are_found_before_tensors_are_written(
+    to: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*args: object) -> object:
+        from transformers import ChameleonConfig
+
+        return ChameleonConfig(hidden_size="wide")
+
+    def write(*args: object) -> None:
+        pytest.fail("a tensor is written")
+
+    monkeypatch.setattr(hf, "build_config", build)
+    monkeypatch.setattr(load_format(to).Writer, "write", write)
+    with pytest.raises(CheckpointError, match=r"refuses .*'hidden_size'.* or use --to megatron"):
+        convert(tiny_checkpoint, tmp_path / "new", to)
+    with pytest.raises(CheckpointError, match="hidden_size"):  # --dry-run
+        plan_conversion(tiny_checkpoint, tmp_path / "new", to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_context_of_one_token_generates_one(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    model = replace(model_config(), seq_length=1)
+    tensors = random_tensors(model, VOCAB_SIZE)
+    source = write_checkpoint(tmp_path / "step_00000007", model, tensors, tiny_tokenizer)
+    convert(source, tmp_path / "hf", "hf", verify=False)
+    generation = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert generation["max_new_tokens"] == 1
 
 
 def test_a_tensor_that_changed_on_the_disk_is_named(
