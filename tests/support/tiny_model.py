@@ -22,7 +22,7 @@ VOCAB_SIZE = 320
 PADDED_VOCAB_SIZE = 384
 
 
-def write_tokenizer(folder: Path, seed: int = 1) -> Path:
+def write_tokenizer(folder: Path, seed: int = 1, quantizer: str = "vq") -> Path:
     """A trained text tokenizer and an untrained image tokenizer: 8x8 pixels, 4x4 codes of 16."""
     from safetensors.torch import save_file
 
@@ -42,13 +42,15 @@ def write_tokenizer(folder: Path, seed: int = 1) -> Path:
         ch_mult=[1, 2],
         num_res_blocks=1,
         z_channels=8,
-        embed_dim=8,
+        embed_dim=4 if quantizer == "lfq" else 8,
         codebook_size=IMAGE_CODES,
+        quantizer=quantizer,
     )
     torch.manual_seed(seed)
     model = Vqgan(config)
     # As widely spread as an untrained encoder's latents, so that random images get different codes.
-    torch.nn.init.normal_(model.quantize.embedding.weight, std=0.3)
+    if quantizer != "lfq":
+        torch.nn.init.normal_(model.quantize.embedding.weight, std=0.3)
     save_file(model.state_dict(), folder / IMAGE_WEIGHTS_FILE)
     (folder / IMAGE_CONFIG_FILE).write_text(
         json.dumps({"format": FORMAT, "model": vqgan_config_to_json(config)})

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megatron_chameleon.checkpoint.convert.run import convert
 from megatron_chameleon.checkpoint.formats.meta import model_params
@@ -13,9 +15,17 @@ from megatron_chameleon.checkpoint.names.mappings import Dimensions
 from megatron_chameleon.checkpoint.state.reader import TrainingCheckpoint
 from megatron_chameleon.checkpoint.tensor_files.safetensors import SafetensorsReader
 from megatron_chameleon.errors import CheckpointError
-from megatron_chameleon.tokenizer.folder import fingerprint
+from megatron_chameleon.tokenizer.common.files import IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE
+from megatron_chameleon.tokenizer.folder import fingerprint, load_tokenizer
 from meta_files import MetaModel, load_shards, random_shards, same_shards, write_meta
-from tiny_model import PADDED_VOCAB_SIZE, VOCAB_SIZE, model_config, random_tensors
+from tiny_model import (
+    PADDED_VOCAB_SIZE,
+    VOCAB_SIZE,
+    model_config,
+    random_tensors,
+    write_checkpoint,
+    write_tokenizer,
+)
 
 
 def test_hf_megatron_hf(tiny_checkpoint: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
@@ -105,8 +115,6 @@ def test_groups_are_kept_although_their_norms_are_equal(
     tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     """In our own files, a model with four groups keeps four, even if they are still equal."""
-    from tiny_model import write_checkpoint
-
     model = model_config(qk_norm_groups=4)
     tensors = random_tensors(model, PADDED_VOCAB_SIZE)
     for name in tensors:
@@ -172,3 +180,47 @@ def test_a_folder_of_transformers_alone_takes_metas_tokenizer(
         assert torch.equal(old.read(name)[: info.shape[0]], new.read(name)), name
     weights = tmp_path / "megatron/tokenizer/image.safetensors"
     assert weights.read_bytes() == (tiny_tokenizer / "image.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("quantizer", ["lfq", "ibq"])
+def test_a_vqgan_with_another_quantizer_travels_inside_the_hf_folder(
+    quantizer: str, tmp_path: Path
+) -> None:
+    """transformers has Chameleon's quantizer alone, and gets zeros in place of the encoder."""
+    ours = write_tokenizer(tmp_path / "tokenizer", quantizer=quantizer)
+    model = model_config()
+    tensors = random_tensors(model, PADDED_VOCAB_SIZE)
+    source = write_checkpoint(tmp_path / "run/step_00000007", model, tensors, ours)
+    hf, again = tmp_path / "hf", tmp_path / "again"
+    convert(source, hf, "hf")
+    weights = SafetensorsReader(hf)
+    encoder = [name for name in weights.shapes if name.startswith("model.vqmodel.encoder.")]
+    assert encoder
+    assert not any(weights.read(name).any() for name in encoder)
+    card = (hf / "README.md").read_text(encoding="utf-8")
+    assert f"`vqgan ({quantizer})`, in `image_tokenizer/`; transformers cannot read" in card
+
+    convert(hf, again, "megatron")
+    for name in (IMAGE_CONFIG_FILE, IMAGE_WEIGHTS_FILE):
+        content = (ours / name).read_bytes()
+        assert (hf / "image_tokenizer" / name).read_bytes() == content
+        assert (again / "tokenizer" / name).read_bytes() == content
+    noise = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels) for pixels in noise]
+    codes = []
+    for folder in (ours, hf, again / "tokenizer"):
+        image = load_tokenizer(folder).image
+        assert image is not None
+        codes.append(image.encode(images))
+    assert len(np.unique(codes[0])) > 2
+    assert (codes[0] == codes[1]).all()
+    assert (codes[0] == codes[2]).all()
+
+    for folder in (source, hf):
+        with pytest.raises(CheckpointError) as caught:
+            convert(folder, tmp_path / "meta", "meta")
+        message = str(caught.value)
+        assert f"the network of its image tokenizer is 'vqgan ({quantizer})'" in message
+        assert message.endswith("VQGAN alone. Use --to hf or --to megatron.")
+        assert "\n" not in message
+    assert not list(tmp_path.glob("*meta*"))
