@@ -5,7 +5,25 @@ A fault of the machine that nobody expected gets such a line too (``cli/outside_
 other exception is a bug of ours: it exits with code 1 and asks for a report (``cli/bugs.py``).
 """
 
+import errno
 from collections.abc import Sequence
+
+REMEDIES = {
+    errno.ENOSPC: "Make room on the disk and run the same command again",
+    errno.EDQUOT: "Make room in your quota and run the same command again",
+    errno.EROFS: "Choose another folder: this file system is read-only",
+    errno.EACCES: "Choose another folder, or change its permissions",
+    errno.EPERM: "Choose another folder, or change its permissions",
+    errno.ENOTDIR: "Choose another folder: a part of this path is a file",
+    errno.EISDIR: "Give the name of a file: this is a folder",
+    errno.ENOENT: "Create the folder that it lies in",
+    errno.EEXIST: "Choose another name: a file already has this one",
+    errno.ELOOP: "Remove the link and run the same command again",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another disk",
+    errno.EIO: "Check the disk",
+}
+"""What to do about an error of the file system, by its number."""
 
 
 class ChameleonError(Exception):

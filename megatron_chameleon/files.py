@@ -6,8 +6,9 @@
 
 A written file is complete or absent: it grows under a temporary name that nobody can foresee, is
 flushed to the disk and then renamed. A failure of the disk is one error that names the file, and it
-leaves nothing half-written. Temporary names, locks and partial folders are opened without following
-links, because in a folder that others can write a link could lead anywhere.
+leaves nothing half-written. What a kill leaves, the next write of the same file removes. Temporary
+names, locks and partial folders are opened without following links, because in a folder that others
+can write a link could lead anywhere.
 
 A read is bounded by a limit in bytes, and only regular files are opened: a FIFO would block
 forever, and a device has no end.
@@ -16,16 +17,18 @@ forever, and a device has no end.
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_chameleon.errors import ChameleonError, DataError
+from megatron_chameleon.errors import REMEDIES, ChameleonError, DataError
 from megatron_chameleon.json_text import parse_json
 
 SMALL_FILE_BYTES = 64 << 20
@@ -33,22 +36,8 @@ SMALL_FILE_BYTES = 64 << 20
 the index of a 34B export, about 0.1 MB."""
 
 _READ_BYTES = 1 << 16
-
-_REMEDIES = {
-    errno.ENOSPC: "Make room on the disk and run the same command again",
-    errno.EDQUOT: "Make room in your quota and run the same command again",
-    errno.EROFS: "Choose another folder: this file system is read-only",
-    errno.EACCES: "Choose another folder, or change its permissions",
-    errno.EPERM: "Choose another folder, or change its permissions",
-    errno.ENOTDIR: "Choose another folder: a part of this path is a file",
-    errno.EISDIR: "Give the name of a file: this is a folder",
-    errno.ENOENT: "Create the folder that it lies in",
-    errno.EEXIST: "Choose another name: a file already has this one",
-    errno.ELOOP: "Remove the link and run the same command again",
-    errno.ENAMETOOLONG: "Choose a shorter name",
-    errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another disk",
-    errno.EIO: "Check the disk",
-}
+_MOST_LOOKED_AT = 1000
+"""Entries of a folder among which each write looks for what killed writers have left."""
 
 
 def cannot_write(
@@ -56,7 +45,7 @@ def cannot_write(
 ) -> ChameleonError:
     """The error to raise for an ``OSError`` while a file was written: one line that names it."""
     reason = error.strerror or str(error) or type(error).__name__
-    remedy = _REMEDIES.get(error.errno or 0, "Check the file system, or choose another folder")
+    remedy = REMEDIES.get(error.errno or 0, "Check the file system, or choose another folder")
     return kind(str(path), f"cannot be written ({reason})", remedy)
 
 
@@ -151,13 +140,13 @@ def replace_file(
                 yield stream
             return
         with _made(path.parent):
-            partial = _partial_of(path)
+            file, partial = _create(path, private)
             try:
-                with _create(partial, private) as file:
+                with file:
                     yield file
                     file.flush()
                     os.fsync(file.fileno())
-                partial.replace(path)
+                    partial.replace(path)  # while the lock is held
             finally:
                 with suppress(OSError):
                     partial.unlink()
@@ -183,11 +172,11 @@ def write_together(contents: Mapping[Path, bytes], kind: type[ChameleonError] = 
         for path, content in contents.items():
             with writing(path, kind):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                partials[path] = _partial_of(path)
-                with _create(partials[path]) as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
+                file, partials[path] = _create(path)
+                stack.callback(_close, file)  # and so unlock, after the last is in place
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         with writing(marker, kind):
             marker.unlink(missing_ok=True)
         for path in (*others, marker):
@@ -199,6 +188,11 @@ def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         with suppress(OSError):
             path.unlink()
+
+
+def _close(file: IO[bytes]) -> None:
+    with suppress(OSError):  # a full disk was an error before, at the write
+        file.close()
 
 
 def write_bytes(
@@ -397,20 +391,39 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
-def _partial_of(path: Path) -> Path:
-    """A name beside a file under which it grows.
+def _create(path: Path, private: bool = False) -> tuple[IO[bytes], Path]:
+    """Open a new file beside one that it will replace; it is locked as long as it is open.
+
+    What killed writers of the same file have left is removed: nobody holds the locks any more.
 
     Raises:
         IsADirectoryError: The path is a folder, which cannot be replaced by a file.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
-
-
-def _create(path: Path, private: bool = False) -> IO[bytes]:
+    start = f".{path.name[:100]}."
+    _remove_abandoned(path.parent, start)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.fdopen(os.open(path, flags, 0o600 if private else 0o666), "wb")
+    while True:
+        partial = path.with_name(f"{start}{secrets.token_hex(8)}.partial")
+        file = os.fdopen(os.open(partial, flags, 0o600 if private else 0o666), "wb")
+        is_ours = True
+        with suppress(OSError):  # without locks in the file system, nobody removes it either
+            is_ours = try_lock(file.fileno())
+        if is_ours and os.path.lexists(partial):
+            return file, partial
+        file.close()  # another writer took it for abandoned before it was locked
+
+
+def _remove_abandoned(folder: Path, start: str) -> None:
+    abandoned = re.compile(re.escape(start) + r"[0-9a-f]{16}\.partial")
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in islice(entries, _MOST_LOOKED_AT):
+            if abandoned.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with suppress(OSError), os.fdopen(os.open(entry.path, flags), "rb") as file:
+                    if try_lock(file.fileno()):
+                        Path(entry.path).unlink()
 
 
 def is_special(path: Path) -> bool:

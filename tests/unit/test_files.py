@@ -1,15 +1,21 @@
 """Writing a file completely or not at all, and reading one within bounds."""
 
 import errno
+import fcntl
 import json
 import os
+import resource
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_chameleon import files
 from megatron_chameleon.errors import CheckpointError, DataError
+from places import REPOSITORY
 
 
 def names(folder: Path) -> list[str]:
@@ -38,6 +44,116 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Pat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_chameleon import files
+with files.replace_file(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_a_writer(path: Path) -> Path:
+    """What a writer of the file leaves that is killed."""
+    before = set(path.parent.iterdir())
+    command = [sys.executable, "-c", KILLED, path]
+    result = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    (left,) = set(path.parent.iterdir()) - before
+    return left
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_of_the_file(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.txt", tmp_path / "a"
+    kill_a_writer(path)
+    left = kill_a_writer(other)
+    hexadecimal = left.name.split(".")[2]
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / f".a.txt.{'0' * 16}.partial").symlink_to("mine")
+    (tmp_path / f".a.txt.{'1' * 16}.partial").mkdir()
+    (tmp_path / f".a.txt.notes.{hexadecimal}.partial").write_text("kept")
+    kept = set(names(tmp_path))
+    files.write_text(path, "whole")
+    gone = kept - set(names(tmp_path))
+    assert len(gone) == 1
+    assert gone.pop().startswith(".a.txt.")
+    files.write_together({tmp_path / "marker": b"1", other: b"2"})
+    assert not left.exists()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_file_that_still_grows_is_no_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    with files.replace_file(path) as file:
+        files.write_text(path, "second")
+        assert path.read_text() == "second"
+        file.write(b"first")
+    assert path.read_text() == "first"
+
+    fsync = os.fsync
+
+    def write_among_them(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        files.write_text(path, "among them")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", write_among_them)
+    files.write_together({path: b"together", tmp_path / "b": b"b"})
+    assert path.read_text() == "together"
+    assert names(tmp_path) == ["a.txt", "b"]
+
+
+def test_a_file_that_is_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lock, taken = tmp_path / "a.txt", files.try_lock, []
+
+    def lock_late(descriptor: int) -> bool:
+        for left in set(tmp_path.iterdir()) if len(taken) < 2 else ():
+            taken.append(left)
+            left.unlink()
+        return lock(descriptor) and len(taken) != 1
+
+    monkeypatch.setattr(files, "try_lock", lock_late)
+    files.write_text(path, "whole")
+    assert len(taken) == 2
+    assert path.read_text() == "whole"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_without_locks_files_are_written_and_leftovers_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = kill_a_writer(tmp_path / "a.txt")
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    files.write_text(tmp_path / "a.txt", "whole")
+    assert names(tmp_path) == [left.name, "a.txt"]
+
+
+def test_a_file_that_grows_too_large_is_one_error(tmp_path: Path) -> None:
+    """A limit of the shell acts like a full disk: the rest stays in the file object's buffer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        for write in (
+            lambda: files.write_bytes(tmp_path / "b", bytes(5000)),
+            lambda: files.write_together({tmp_path / "a": b"a", tmp_path / "b": bytes(5000)}),
+        ):
+            with pytest.raises(DataError, match=r"b: cannot be written \(File too large\)"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == []
 
 
 def test_the_mode_follows_the_umask_unless_the_file_is_private(tmp_path: Path) -> None:

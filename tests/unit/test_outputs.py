@@ -20,7 +20,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     tried = files.try_to_write
 
     def create(path: Path, private: bool = False):
-        if path.parent == folder and not path.name.startswith(".small"):
+        if path.parent == folder and not path.name.startswith("small"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return opened(path, private)
 
