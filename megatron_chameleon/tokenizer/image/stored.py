@@ -137,7 +137,8 @@ def check_tensors(
     Raises:
         DataError: A tensor is missing, unexpected, or of another shape or type.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    own = network.state_dict()  # walks through all modules: once, not for each tensor
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = sorted(
         name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
@@ -152,8 +153,7 @@ def check_tensors(
             remedy,
         )
     for name, tensor in weights.items():
-        counts = network.state_dict()[name].dtype
-        if tensor.dtype not in _WEIGHT_DTYPES and tensor.dtype != counts:
+        if tensor.dtype not in _WEIGHT_DTYPES and tensor.dtype != own[name].dtype:
             what = f"{name} is {tensor.dtype}, which is not a type of weights"
             raise DataError(where, what, f"Make it with `{MADE_BY}`")
 

@@ -171,6 +171,24 @@ def test_a_narrower_type_changes_few_codes(sources: Path, tmp_path: Path, noise:
         assert all(np.abs(np.int16(a) - np.int16(b)).mean() < 4 for a, b in pairs)
 
 
+def test_a_network_is_walked_through_once_to_check_its_tensors(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each walk visits all modules; one for each tensor made large networks slow to open."""
+    import_network(sources / "vqmodel", tmp_path, 16)
+    walks = []
+    honest = torch.nn.Module.state_dict
+
+    def state_dict(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
+        if not args and not options:  # not those of its children
+            walks.append(module)
+        return honest(module, *args, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "state_dict", state_dict)
+    ImageTokenizer.load(tmp_path)
+    assert len(walks) == 1
+
+
 # What is refused
 
 
