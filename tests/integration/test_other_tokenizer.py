@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_chameleon.data.token_files.reader import open_token_file
 from megatron_chameleon.tokenizer.folder import fingerprint, load_tokenizer
-from run_command import run_chameleon
+from run_command import run_chameleon, warm_server
 from tiny_project import CONFIG, TinyProject
 
 WORDS = ("red", "green", "blue", "grey")
@@ -21,6 +21,7 @@ WORDS = ("red", "green", "blue", "grey")
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
     """Forty captioned pictures with Emu3's tokenizer, trained for four steps."""
+    warm_server("megatron_chameleon.tokenizer.image.others.emu3")  # imports transformers' models
     folder = tmp_path_factory.mktemp("other")
     rng = np.random.default_rng(0)
     lines = []

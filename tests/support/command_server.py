@@ -9,6 +9,9 @@ A request is one line of JSON on standard input: ``words`` behind ``chameleon``,
 in seconds, and ``file_bytes``, a limit on the size of files, or null. The answer is one line with
 the exit code, or null after the timeout.
 
+``{"import": module}`` makes the server import one more module, for a file whose every command needs
+it; the answer is 0.
+
 With ``background``, the answer is the number of the one process, and comes at once. Its exit code
 is the answer to ``{"wait": number, "timeout": seconds}``.
 """
@@ -56,6 +59,9 @@ def serve() -> None:
 
 def answer(request: dict[str, Any]) -> int | None:
     """Do what a request asks for."""
+    if "import" in request:
+        importlib.import_module(request["import"])
+        return 0
     if "wait" in request:
         return wait([request["wait"]], request["timeout"])
     port = free_port()

@@ -89,6 +89,25 @@ def run_jobs(program: str, jobs: Sequence[Mapping[str, Any]], folder: Path, seco
     assert ended.returncode == 0, ended.stderr[-4000:]
 
 
+def warm_server(module: str) -> None:
+    """Let the command server import a module, which all commands after this then have.
+
+    For a test file whose commands would each import a large library.
+    """
+    assert ask_server({"import": module}) == 0
+
+
+def ask_server(request: Mapping[str, Any]) -> Any:
+    """The command server's answer to a request; see ``command_server.py``."""
+    server = command_server()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    assert answer, "the command server has ended"
+    return json.loads(answer)
+
+
 def _launch(
     words: list[str], processes: int, variables: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
@@ -117,13 +136,7 @@ def _fork(
             "file_bytes": file_bytes,
             **outputs,
         }
-        server = command_server()
-        assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
-        assert answer, "the command server has ended"
+        code = ask_server(request)
         texts = {name: Path(path).read_text(errors="replace") for name, path in outputs.items()}
-    code = json.loads(answer)
     assert code is not None, f"no end after {TIMEOUT_SECONDS} s: {texts['stderr'][-4000:]}"
     return subprocess.CompletedProcess(words, code, **texts)

@@ -1,7 +1,6 @@
 """A real ``chameleon serve``, forked from the warm command server, that runs while a test talks."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -10,9 +9,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from run_command import command_server, environment
+from run_command import ask_server, environment
 
 READY_SECONDS = 120
 
@@ -72,24 +70,16 @@ def running_server(
         "background": True,
         **{name: str(path) for name, path in outputs.items()},
     }
-    pid = _ask(request)
+    pid = ask_server(request)
     codes: list[int] = []
     try:
         yield RunningServer(_port(outputs), pid, **outputs), codes
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-        codes.append(_ask({"wait": pid, "timeout": 30}))
-
-
-def _ask(request: dict[str, Any]) -> int:
-    forks = command_server()
-    assert forks.stdin is not None and forks.stdout is not None
-    forks.stdin.write(json.dumps(request) + "\n")
-    forks.stdin.flush()
-    answer = json.loads(forks.stdout.readline())
-    assert isinstance(answer, int), "the server does not end"
-    return answer
+        code = ask_server({"wait": pid, "timeout": 30})
+        assert code is not None, "the server does not end"
+        codes.append(code)
 
 
 def _port(outputs: dict[str, Path]) -> int:
