@@ -24,15 +24,23 @@ SMALL += ["training.discriminator_weight=0.5", "training.discriminator_layers=1"
 SMALL += ["training.discriminator_start=1", "training.holdout=0.3", "training.cache_gib=0"]
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Must not be changed."""
+    folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for index in range(12):
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
     (folder / "5.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process has trained. Must not be changed."""
+    folder = tmp_path_factory.mktemp("one")
+    train(photos, folder, 1)
     return folder
 
 
@@ -49,9 +57,8 @@ def metrics(output: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(x).items() if k not in timed} for x in lines]
 
 
-def test_two_processes_train_what_one_does(photos: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(photos, one, 1)
+def test_two_processes_train_what_one_does(photos: Path, one: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two"
     said = train(photos, two, 2)
     assert said.count("6 steps of 4, shared by 2 processes") == 1 == said.count("step 6/6 ")
     for first, second in zip(metrics(one), metrics(two), strict=True):
@@ -65,7 +72,7 @@ def test_two_processes_train_what_one_does(photos: Path, tmp_path: Path) -> None
 
 
 def test_a_killed_training_goes_on_with_another_number_of_processes(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = Trainer.step
 
@@ -79,11 +86,10 @@ def test_a_killed_training_goes_on_with_another_number_of_processes(
         config = load_image_config("digits", [*SMALL[2:], "training.save_minutes=1e-9"])
         with pytest.raises(KeyboardInterrupt):
             train_image_tokenizer(find_images([photos]), config, tmp_path / "out")
-    train(photos, tmp_path / "whole", 1)
     assert "image.partial: goes on from step 4 of 6" in train(photos, tmp_path / "out", 2)
     weights = [
-        load_file(tmp_path / name / "image.safetensors")["quantize.embedding.weight"]
-        for name in ("whole", "out")
+        load_file(folder / "image.safetensors")["quantize.embedding.weight"]
+        for folder in (one, tmp_path / "out")
     ]
     np.testing.assert_allclose(*weights, rtol=0, atol=1e-6)
 

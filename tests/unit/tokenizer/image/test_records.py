@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,14 +31,22 @@ class Killed(BaseException):
     """Ends a training as nothing that the library handles."""
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Must not be changed."""
+    folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for index in range(12):
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an unbroken run leaves. Must not be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(photos, folder)
     return folder
 
 
@@ -92,6 +101,7 @@ def test_which_images_are_held_out_depends_on_their_names_alone() -> None:
 
 
 def test_a_run_leaves_metrics_and_a_page(photos: Path, tmp_path: Path) -> None:
+    photos = shutil.copytree(photos, tmp_path / "photos")
     (photos / "03.png").write_bytes(b"no image")
     train(photos, tmp_path / "out")
     lines = metrics(tmp_path / "out")
@@ -123,10 +133,8 @@ def test_nothing_held_out_is_said(photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", ["step", "page", "metrics"])
 def test_a_kill_leaves_the_metrics_of_an_unbroken_run(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    train(photos, tmp_path / "whole")
-
     def die(*_: object, **__: object) -> None:
         raise Killed
 
@@ -147,7 +155,7 @@ def test_a_kill_leaves_the_metrics_of_an_unbroken_run(
         path = tmp_path / "out" / "image.run" / "metrics.jsonl"
         path.write_bytes(path.read_bytes()[:-9])
     train(photos, tmp_path / "out")
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    out = tmp_path / "out"
     assert (out / "image.safetensors").read_bytes() == (whole / "image.safetensors").read_bytes()
     timed = {"seconds", "images_per_second"}
     without = [
