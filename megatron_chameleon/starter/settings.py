@@ -17,6 +17,8 @@ held-out loss was lowest after three epochs."""
 TEXT_EPOCHS = 10
 """Of texts, which a model of this size learned by heart after four."""
 FEWEST_STEPS = 300
+MANY_EPOCHS = 50
+"""No more are chosen to reach a number of steps, except by ``tiny``, whose run is short."""
 TINY_BATCH, SMALL_BATCH, SMALL_MICRO_BATCH = 4, 32, 8
 MODEL_KEYS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length"),
@@ -61,7 +63,8 @@ def run_length(
     tokens = max(text + images, 1)
     if model is None:
         batch, micro, length = 2048, 1, 4096
-        steps = max(min(round(4 * tokens / (batch * length)), 1_096_725), 100)
+        wanted = min(round(4 * tokens / (batch * length)), 1_096_725)
+        steps = max(wanted, _fewest(100, tokens, batch * length))
     elif size == TINY:
         batch = micro = TINY_BATCH
         length = model.seq_length
@@ -72,10 +75,16 @@ def run_length(
     else:
         batch, micro, length = SMALL_BATCH, SMALL_MICRO_BATCH, model.seq_length
         enough = 20 * count_parameters(model, vocabulary.size)  # tokens per parameter: Chinchilla
-        steps = max(round(min(EPOCHS * tokens, enough) / (batch * length)), 500)
+        wanted = round(min(EPOCHS * tokens, enough) / (batch * length))
+        steps = max(wanted, _fewest(500, tokens, batch * length))
     return RunLength(
         steps, steps * batch * length / tokens, text, images, batch, micro, length
     )  # fmt: skip
+
+
+def _fewest(steps: int, tokens: int, batch_tokens: int) -> int:
+    """The fewest steps of a run: so many, or less if they would read few tokens too often."""
+    return max(min(steps, MANY_EPOCHS * tokens // batch_tokens), MEASUREMENTS)
 
 
 def train_values(

@@ -9,9 +9,8 @@ from megatron_chameleon.starter.costs import costs
 from megatron_chameleon.starter.looking.look import Source
 from megatron_chameleon.starter.odd import languages, oddities
 from megatron_chameleon.starter.project import Project
+from megatron_chameleon.starter.settings import MANY_EPOCHS
 from megatron_chameleon.wording import counted, format_bytes
-
-MANY_EPOCHS = 50
 
 
 def summary(project: Project, written: Sequence[Path]) -> str:

@@ -17,6 +17,7 @@ from megatron_chameleon.starter import project as projects
 from megatron_chameleon.starter.looking.look import Looking
 from megatron_chameleon.starter.measure import Machine, Speeds
 from megatron_chameleon.starter.project import Project, Wanted, plan_project, write_project
+from megatron_chameleon.starter.settings import RunLength
 from megatron_chameleon.starter.summary import summary
 from megatron_chameleon.tokenizer.image.config import load_image_config
 
@@ -135,6 +136,20 @@ def test_a_slow_machine_gets_fewer_steps(tmp_path: Path, monkeypatch: pytest.Mon
     slow = plan_project(Wanted([str(data)], tmp_path / "out"))
     assert slow.length.steps < fast.length.steps
     assert slow.image_steps < fast.image_steps
+
+
+def test_few_documents_are_not_read_hundreds_of_times(tmp_path: Path) -> None:
+    def length(size: str, letters: int) -> RunLength:
+        folder = tmp_path / str(letters)
+        folder.mkdir(exist_ok=True)
+        (folder / "story.txt").write_text(("a cat " * letters)[:letters])
+        return plan_project(Wanted([str(folder)], tmp_path / "out", size)).length
+
+    few, some, more = (length("small", letters) for letters in (300, 200_000, 2_000_000))
+    assert few.steps == 20  # as many as there are measurements
+    assert 20 < some.steps < more.steps == 500
+    assert some.epochs == pytest.approx(50, rel=0.05)
+    assert length("7b", 300).steps == 20
 
 
 def test_meanings_come_from_the_schema() -> None:
