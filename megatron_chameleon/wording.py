@@ -1,6 +1,12 @@
-"""Values in sentences: durations, sizes, nouns that follow a count, and values of any length."""
+"""Values in sentences: durations, sizes, nouns that follow a count, values of any length.
 
-from typing import Any
+Also which of many things people are shown.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _LONGEST_VALUE = 60
 
@@ -88,3 +94,15 @@ def cut(text: str) -> str:
     if len(text) <= 2 * _LONGEST_VALUE and text.isprintable():
         return text
     return shown(text)
+
+
+def at_even_distances(items: Sequence[T], most: int) -> list[T]:
+    """At most so many, the first and the last among them; of one, the first.
+
+    >>> at_even_distances("abcdefg", 3), at_even_distances("ab", 3)
+    (['a', 'd', 'g'], ['a', 'b'])
+    """
+    if len(items) <= most:
+        return list(items)
+    last, gaps = len(items) - 1, max(most - 1, 1)
+    return [items[round(number * last / gaps)] for number in range(most)]

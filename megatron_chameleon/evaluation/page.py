@@ -27,6 +27,7 @@ from megatron_chameleon.pages.elements import (
     table,
 )
 from megatron_chameleon.pages.page import Origin, cut, page
+from megatron_chameleon.wording import at_even_distances
 
 MOST_EXAMPLES = 6
 """Of each task, right ones and wrong ones."""
@@ -113,7 +114,10 @@ def task_section(result: TaskResult) -> str:
             (kind.capitalize(), kind, [item for score, item in known if score == wanted])
             for kind, wanted in (("wrong", 0.0), ("right", 1.0))
         ]
-        chosen = [(title, kind, len(own), _spread(own)) for title, kind, own in groups]
+        chosen = [
+            (title, kind, len(own), at_even_distances(own, MOST_EXAMPLES))
+            for title, kind, own in groups
+        ]
     else:
         order = [item for _, item in sorted(known, key=lambda pair: pair[0])]
         count = min(MOST_EXAMPLES, -(-len(order) // 2))
@@ -128,13 +132,6 @@ def task_section(result: TaskResult) -> str:
         figures = [sample(_example(item, result), item.id[:200], kind) for item in shown]
         parts.append(samples(figures, is_wide=True) if figures else how("None."))
     return f"<section>{''.join(parts)}</section>"
-
-
-def _spread(items: Sequence[ScoredItem]) -> list[ScoredItem]:
-    if len(items) <= MOST_EXAMPLES:
-        return list(items)
-    last = len(items) - 1
-    return [items[round(number * last / (MOST_EXAMPLES - 1))] for number in range(MOST_EXAMPLES)]
 
 
 def _example(item: ScoredItem, result: TaskResult) -> str:

@@ -7,7 +7,7 @@ from megatron_chameleon.errors import ChameleonError
 from megatron_chameleon.images.thumbnails import thumbnail_of_file
 from megatron_chameleon.pages.elements import escape, heading, how, image, sample, samples
 from megatron_chameleon.runs.answers.samples import SamplePart, list_samples, read_samples
-from megatron_chameleon.wording import counted
+from megatron_chameleon.wording import at_even_distances, counted
 
 MOST_STEPS = 10
 """Steps that are shown, spread evenly over the run; the first and the last among them."""
@@ -34,7 +34,7 @@ def sample_section(run: Path, problems: list[str], most_steps: int = MOST_STEPS)
             "The run has written no samples. Set logging.sample_every_steps and",
             "logging.sample_prompts to see what the model writes during training.",
         )
-    chosen = _spread(folders, most_steps)
+    chosen = at_even_distances(folders, most_steps)
     answers: dict[str, list[str]] = {}
     budget = PictureBudget()
     for folder in reversed(chosen):  # the newest get their pictures first
@@ -80,11 +80,3 @@ def part_content(part: SamplePart, budget: PictureBudget) -> str:
         return '<p class="pale">(a picture that is not in the folder)</p>'
     cut = "…" if len(part.text) > _LONGEST_TEXT else ""
     return f"<p>{escape(part.text[:_LONGEST_TEXT])}{cut}</p>"
-
-
-def _spread(folders: list[Path], most: int) -> list[Path]:
-    """At most so many, at even distances, the first and the last among them."""
-    if len(folders) <= most:
-        return folders
-    last = len(folders) - 1
-    return [folders[round(number * last / (most - 1))] for number in range(most)]

@@ -47,7 +47,7 @@ from megatron_chameleon.files import replace_file, write_text
 from megatron_chameleon.outputs import check_output, check_output_folder
 from megatron_chameleon.pages.page import Origin
 from megatron_chameleon.terminal import escape_line
-from megatron_chameleon.wording import counted, format_duration
+from megatron_chameleon.wording import at_even_distances, counted, format_duration
 
 logger = logging.getLogger(__name__)
 
@@ -380,10 +380,8 @@ class _Writing:
 
     def _choose(self) -> np.ndarray:
         """Documents to show: of each filter and of those that are kept, at even distances."""
-        chosen = []
+        chosen: list[np.int64] = []
         for number in range(-1, len(self._verdict.filters)):
             mine = np.flatnonzero(self._verdict.dropped_by == number)
-            if len(mine):
-                places = np.linspace(0, len(mine) - 1, min(MOST_SAMPLES, len(mine)))
-                chosen.append(mine[np.unique(places.astype(np.int64))])
-        return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=np.int64)
+            chosen += [mine[place] for place in at_even_distances(range(len(mine)), MOST_SAMPLES)]
+        return np.sort(np.array(chosen, dtype=np.int64))

@@ -12,7 +12,6 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from megatron_chameleon.data.documents.parse import parse_block
 from megatron_chameleon.data.documents.records import Origin, document_of
@@ -26,8 +25,7 @@ from megatron_chameleon.errors import ChameleonError, DataError
 from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.starter.looking.clipped import ClippedInput
 from megatron_chameleon.starter.looking.tally import MOST_PICTURES, Tally
-
-T = TypeVar("T")
+from megatron_chameleon.wording import at_even_distances
 
 MOST_FILES = 40
 """Files of documents of one source that are opened."""
@@ -175,7 +173,7 @@ def _look_at_inputs(
             items += [(word, item) for item in find_inputs([word])]
         except DataError as error:
             faults.append(f"{error.where}: {error.what}")
-    chosen = _spread(items, MOST_FILES)
+    chosen = at_even_distances(items, MOST_FILES)
     source = Source(name, [], Tally(), files=len(items))
     source.size_bytes = sum(item.size_bytes for _, item in items)
     budget = max(MOST_BYTES // max(len(chosen), 1), _FEWEST_BYTES)
@@ -247,7 +245,7 @@ def _read(item: InputFile, source: Source, looking: Looking, most: int, until: f
 def _look_at_loose(
     name: str, files: Sequence[LooseFile], found: Found, looking: Looking, deadline: float
 ) -> Source:
-    chosen = _spread(list(files), MOST_PICTURES if name == PICTURES else MOST_DOCUMENTS // 10)
+    chosen = at_even_distances(files, MOST_PICTURES if name == PICTURES else MOST_DOCUMENTS // 10)
     source = Source(name, [], Tally(), files=len(files))
     roots = (*found.roots, *looking.images.roots)
     images = ImageOptions(roots, looking.images.protocols, looking.images.profiles)
@@ -298,12 +296,6 @@ def _leave_out_named(found: Found, folders: Collection[Path], named: int) -> Non
     if count > named:
         what = f"{count:,} pictures in folders from which documents take theirs"
         found.left_out.append(f"{what}: only those that a document names are read")
-
-
-def _spread(items: list[T], most: int) -> list[T]:
-    if len(items) <= most:
-        return items
-    return [items[index * len(items) // most] for index in range(most)]
 
 
 def shorten(words: list[str]) -> list[str]:
