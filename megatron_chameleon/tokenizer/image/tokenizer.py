@@ -419,6 +419,8 @@ def _fetch(codes: np.ndarray, start: int, count: int, found: torch.Tensor) -> No
 
 
 def unreadable_image(where: str, error: Exception) -> DataError:
-    """The error for image bytes that Pillow cannot turn into pixels."""
+    """The error for image bytes that cannot be turned into pixels, by us or by Pillow."""
+    if isinstance(error, DataError):
+        return DataError(where, error.what, error.remedy)
     problem = (str(error).splitlines() or [""])[0] or type(error).__name__
     return DataError(where, f"the image cannot be decoded ({problem})", "Replace or remove it")

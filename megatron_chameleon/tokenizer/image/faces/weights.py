@@ -107,16 +107,8 @@ def find_faces(pictures: Sequence[Picture], detector: str, folder: Path) -> dict
     return {name: known[name] for name in by_name}
 
 
-def emphasise(
-    pictures: Sequence[Picture], faces: Mapping[str, int], factor: float
-) -> list[Picture]:
-    """Multiply the weight of each picture that shows a face, and say how many do.
-
-    Args:
-        pictures: What is trained on.
-        faces: Number of faces by the name of the picture.
-        factor: How much more often a picture with a face is drawn.
-    """
+def log_faces(pictures: Sequence[Picture], faces: Mapping[str, int], factor: float) -> None:
+    """Say how many pictures show a face; see ``emphasise``."""
     shown = sum(faces[picture.where] > 0 for picture in pictures)
     logger.info(
         "faces: %d of %s show one, drawn %g times as often as the others",
@@ -124,6 +116,18 @@ def emphasise(
         counted(len(pictures), "picture"),
         factor,
     )
+
+
+def emphasise(
+    pictures: Sequence[Picture], faces: Mapping[str, int], factor: float
+) -> list[Picture]:
+    """Multiply the weight of each picture that shows a face.
+
+    Args:
+        pictures: What is trained on.
+        faces: Number of faces by the name of the picture.
+        factor: How much more often a picture with a face is drawn.
+    """
     return [
         Emphasised(picture, picture.weight * factor) if faces[picture.where] else picture
         for picture in pictures

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_chameleon.errors import DataError
+from megatron_chameleon.errors import DataError, what_and_option
 from megatron_chameleon.files import write_text, writing
 from megatron_chameleon.images.image_error import ImageError
 from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
@@ -179,7 +179,8 @@ class ImageSet:
         except Exception as error:  # Pillow's decoders raise all kinds of exceptions
             if isinstance(error, DataError) and not isinstance(error, ImageError):
                 raise  # a failing disk would drop one image after another
-            self.dropped[index] = unreadable_image(self.entries[index].where, error).what
+            fault = unreadable_image(self.entries[index].where, error)
+            self.dropped[index] = what_and_option(fault)
             self.weights[index] = 0
             return None
 

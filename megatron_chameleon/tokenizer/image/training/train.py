@@ -22,7 +22,12 @@ from megatron_chameleon.files import make_folder, writing
 from megatron_chameleon.outputs import save_anyhow
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
 from megatron_chameleon.tokenizer.image.config import ImageTokenizerConfig, recorded
-from megatron_chameleon.tokenizer.image.faces.weights import FACES_FILE, emphasise, find_faces
+from megatron_chameleon.tokenizer.image.faces.weights import (
+    FACES_FILE,
+    emphasise,
+    find_faces,
+    log_faces,
+)
 from megatron_chameleon.tokenizer.image.stored import save_vqgan
 from megatron_chameleon.tokenizer.image.tokenizer import to_pixels
 from megatron_chameleon.tokenizer.image.training.batches import (
@@ -252,7 +257,9 @@ def _with_faces(
         if restart:
             with writing(partial_folder):
                 (partial_folder / FACES_FILE).unlink(missing_ok=True)
-        return find_faces(entries, config.training.face_detector, partial_folder)
+        found = find_faces(entries, config.training.face_detector, partial_folder)
+        log_faces(entries, found, config.training.faces)
+        return found
 
     return emphasise(entries, processes.on_first(look), config.training.faces)
 

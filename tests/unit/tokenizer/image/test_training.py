@@ -11,6 +11,7 @@ from PIL import Image
 from megatron_chameleon.data.documents.image_part import ImagePart
 from megatron_chameleon.data.tokenizer_corpus.images import ImageEntry, find_images
 from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.images.options import ImageOptions
 from megatron_chameleon.tokenizer.image.config import (
     ImageTokenizerConfig,
     ImageTrainingConfig,
@@ -238,7 +239,10 @@ def test_corrupt_images_are_counted_listed_and_skipped(photos: Path, tmp_path: P
     assert lines[0].endswith("dropped 2")
     dropped = (tmp_path / "out" / "image.dropped.jsonl").read_text().splitlines()
     assert [Path(json.loads(line)["image"]).name for line in dropped] == ["05.png", "07.png"]
-    assert "cannot be decoded" in json.loads(dropped[0])["reason"]
+    reasons = [json.loads(line)["reason"] for line in dropped]
+    assert reasons[0] == "the image has 0 bytes"
+    assert reasons[1].startswith("the image of 60 bytes cannot be decoded (")
+    assert str(photos) not in "".join(reasons)  # each line names the image once
     result = json.loads((tmp_path / "out" / "image.json").read_text())["result"]
     assert (result["images"], result["dropped"]) == (10, 2)
     for name in ("05.png", "07.png"):
@@ -253,6 +257,13 @@ def test_a_corrupt_image_beyond_the_cache_is_dropped_when_drawn(photos: Path) ->
     assert not images.dropped
     assert images.draw(200, np.random.default_rng(0)).shape == (200, 8, 8, 3)
     assert list(images.dropped) == [5]
+
+
+def test_a_reason_names_the_option_that_would_keep_the_image(photos: Path) -> None:
+    Image.new("RGB", (20, 20)).save(photos / "05.png")
+    images = ImageSet(find_images([photos], ImageOptions(max_pixels=399)), 8, cache_bytes=10**6)
+    what = "the image is too large (400 pixels, the limit is 399). Make it smaller, or raise "
+    assert images.dropped == {5: what + "--max-image-pixels"}
 
 
 def test_nothing_but_corrupt_images_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -14,8 +15,14 @@ from megatron_chameleon.errors import ConfigError, DataError
 from megatron_chameleon.tokenizer.image.config import load_image_config
 from megatron_chameleon.tokenizer.image.faces import detectors
 from megatron_chameleon.tokenizer.image.faces.detectors import boxes_of, load_detector
-from megatron_chameleon.tokenizer.image.faces.weights import FACES_FILE, emphasise, find_faces
-from megatron_chameleon.tokenizer.image.training.train import train_image_tokenizer
+from megatron_chameleon.tokenizer.image.faces.weights import (
+    FACES_FILE,
+    emphasise,
+    find_faces,
+    log_faces,
+)
+from megatron_chameleon.tokenizer.image.training.processes import Processes
+from megatron_chameleon.tokenizer.image.training.train import _with_faces, train_image_tokenizer
 
 looked_at: list[tuple[int, ...]] = []
 
@@ -74,7 +81,8 @@ def test_faces_are_drawn_more_often_and_looked_for_once(
     looked_at.clear()
     with caplog.at_level(logging.INFO):
         faces = find_faces(pictures, FIND_RED, tmp_path / "partial")
-        assert [p.weight for p in emphasise(pictures, faces, 2.0)] == [2, 3, 6, 1]
+        log_faces(pictures, faces, 2.0)
+    assert [p.weight for p in emphasise(pictures, faces, 2.0)] == [2, 3, 6, 1]
     assert len(looked_at) == 3 and max(looked_at) <= (384, 384, 3)
     assert "looking for faces in 4 pictures" in caplog.text
     assert "faces: 2 of 4 pictures show one, drawn 2 times as often" in caplog.text
@@ -145,3 +153,23 @@ def test_a_training_draws_faces_more_often(tmp_path: Path) -> None:
     details = json.loads((tmp_path / "out" / "image.json").read_text())
     assert details["training"]["faces"] == 2.0
     assert not (tmp_path / "out" / "image.partial").exists()
+
+
+def test_the_first_process_of_several_says_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[dict[str, int]] = []
+
+    def on_first(self: Processes, action: Callable[[], dict[str, int]]) -> dict[str, int]:
+        if self.is_first:
+            sent.append(action())
+        return sent[0]
+
+    monkeypatch.setattr(Processes, "on_first", on_first)
+    config = load_image_config("digits", [f"training.face_detector={FIND_RED}", "training.faces=3"])
+    pictures = [Picture("a.png", "red"), Picture("b.png", "blue")]
+    with caplog.at_level(logging.INFO):
+        for rank in (0, 1):
+            found = _with_faces(pictures, config, tmp_path, False, Processes(rank, 2))
+            assert [picture.weight for picture in found] == [3, 1]
+    assert caplog.text.count("faces: 1 of 2 pictures show one") == 1
