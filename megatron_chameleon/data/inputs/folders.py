@@ -23,6 +23,8 @@ from megatron_chameleon.files import open_to_read
 _LARGEST_LIST = 64 << 20
 """Bytes of a ``state.json``."""
 _PICTURES = re.compile(r".*\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif)", re.IGNORECASE)
+SPLITS_FILE, STATE_FILE = "dataset_dict.json", "state.json"
+"""Of ``save_to_disk``: of several splits, and of one."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _NO_DOCUMENTS = re.compile(
     r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|cache-.*\.arrow"
@@ -47,13 +49,13 @@ def files_of_folder(folder: str, kind_of: Callable[[str], str | None]) -> list[s
         DataError: The folder has no documents, or does not tell which of several to read.
     """
     path = Path(folder)
-    if (path / "dataset_dict.json").is_file():
-        splits = _read_json(path / "dataset_dict.json").get("splits")
+    if (path / SPLITS_FILE).is_file():
+        splits = _read_json(path / SPLITS_FILE).get("splits")
         names = [n for n in splits if isinstance(n, str)] if isinstance(splits, list) else []
         if len(names) != 1:
             raise _several(folder, "splits", names, [str(path / name) for name in names])
         folder, path = str(path / names[0]), path / names[0]
-    if (path / "state.json").is_file():
+    if is_saved(path):
         return _saved_files(path)
     found, pictures = _walk(path)
     named = [file for file in found if kind_of(file.name) is not None]
@@ -62,6 +64,17 @@ def files_of_folder(folder: str, kind_of: Callable[[str], str | None]) -> list[s
     elif pictures or not named:
         raise _no_documents(folder, pictures, len(named))
     return [str(file) for file in choose_files(folder, path, named, kind_of)]
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is what ``save_to_disk`` of ``datasets`` writes, of one or several splits.
+
+    Other programs write a ``state.json`` too, so it counts beside a file of ``datasets`` alone.
+    """
+    return (folder / SPLITS_FILE).is_file() or (
+        (folder / STATE_FILE).is_file()
+        and ((folder / "dataset_info.json").is_file() or any(folder.glob("*.arrow")))
+    )
 
 
 def choose_files(
@@ -89,14 +102,14 @@ def choose_files(
 
 def _saved_files(path: Path) -> list[str]:
     """The files of ``save_to_disk``."""
-    listed = _read_json(path / "state.json").get("_data_files")
+    listed = _read_json(path / STATE_FILE).get("_data_files")
     names = [d.get("filename") for d in listed if isinstance(d, dict)] if listed else []
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (path / name).is_file():
             what = f"lists the file {str(name)[:100]!r}, which is not in its folder"
-            raise DataError(str(path / "state.json"), what, "Copy the folder again")
+            raise DataError(str(path / STATE_FILE), what, "Copy the folder again")
     if not names:
-        raise DataError(str(path / "state.json"), "lists no files", "Save the data set again")
+        raise DataError(str(path / STATE_FILE), "lists no files", "Save the data set again")
     return [str(path / str(name)) for name in names]
 
 

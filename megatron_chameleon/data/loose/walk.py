@@ -16,7 +16,7 @@ from megatron_chameleon.data.documents.media import (
     medium_of_suffix,
 )
 from megatron_chameleon.data.inputs.files import has_documents
-from megatron_chameleon.data.inputs.folders import METADATA, beside_documents, split_of
+from megatron_chameleon.data.inputs.folders import METADATA, beside_documents, is_saved, split_of
 from megatron_chameleon.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".org", ".tex")
@@ -122,7 +122,7 @@ def _add_glob(found: Found, word: str, outside: frozenset[str]) -> None:
 
 def _add_folder(found: Found, folder: Path, outside: frozenset[str]) -> None:
     top = folder.resolve()
-    if _is_saved(top):
+    if is_saved(top):
         found.inputs.append(str(top))
         return
     documents: list[tuple[Path, Path]] = []
@@ -147,7 +147,7 @@ def _files_below(found: Found, top: Path, outside: frozenset[str]) -> Iterator[P
         if str(here) in outside:
             folders.clear()
             continue
-        if here != top and _is_saved(here):
+        if here != top and is_saved(here):
             found.inputs.append(place)
             folders.clear()
             continue
@@ -161,13 +161,6 @@ def _files_below(found: Found, top: Path, outside: frozenset[str]) -> Iterator[P
         for name in sorted(names):
             if not name.startswith(hidden) and str(here / name) not in outside:
                 yield here / name
-
-
-def _is_saved(folder: Path) -> bool:
-    """Whether a folder is what ``save_to_disk`` of ``datasets`` writes."""
-    return (folder / "dataset_dict.json").is_file() or (
-        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    )
 
 
 def _add_file(found: Found, path: Path, name: Path, outside: frozenset[str]) -> None:

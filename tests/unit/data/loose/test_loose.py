@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from megatron_chameleon.data.documents.parse import read_documents
+from megatron_chameleon.data.inputs.files import find_inputs
 from megatron_chameleon.data.loose.captions import caption_of
 from megatron_chameleon.data.loose.records import DOCUMENT_CHARACTERS, NONE, collect, records_of
 from megatron_chameleon.data.loose.walk import LooseFile, find_loose
@@ -119,3 +120,25 @@ def test_pictures_of_documents_are_not_collected_and_texts_beside_them_are(tmp_p
     found = find_loose([str(tmp_path)], claimed=[tmp_path])
     assert [p.path.name for p in found.pictures] == ["own.png"]
     assert [t.path.name for t in found.texts] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "is_saved"),
+    [("dataset_info.json", True), ("data-00000-of-00001.arrow", True), ("notes.json", False)],
+)
+def test_a_state_of_another_program_makes_no_saved_data_set(
+    beside: str, is_saved: bool, tmp_path: Path
+) -> None:
+    """Walking over folders and reading one agree on what ``save_to_disk`` has written."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    (folder / beside).write_text("{}")
+    (folder / "state.json").write_text('{"step": 7}')
+    found = find_loose([str(tmp_path)])
+    assert (found.inputs == [str(folder)]) == is_saved
+    if is_saved:
+        with pytest.raises(DataError, match=r"state\.json: lists no files"):
+            find_inputs([folder])
+    else:
+        assert str(folder / "a.jsonl") in found.inputs
