@@ -37,7 +37,7 @@ COMPLETE = "the command was already complete"
 NOTHING = f"nothing was written, and {AGAIN}"
 NEXT_STEPS = {
     "tokenizer": NOTHING,
-    "tokenizer image": "the same command goes on from what it has saved, if it has saved already",
+    "tokenizer image": "the same command continues from the last save, if there is one",
     "preprocess": "the same command continues from what it has saved",
     "preprocess --status": AGAIN,
     "train": "the same command resumes from the run's newest checkpoint, or starts at step 0 if it "

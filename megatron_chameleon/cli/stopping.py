@@ -15,13 +15,13 @@ from megatron_chameleon.cli.interrupts import REQUEUE_CODE, SAME_PRESS_SECONDS
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PATIENCE_SECONDS = 1.5
-"""After so long, a line says why the command has not ended yet."""
+"""If the command has not ended after this time, a line says why."""
 
 
 class StopRequests:
     """Notes the signals while it is entered, in the main thread.
 
-    What entering it gives returns the name of the first signal, or None.
+    Entering it returns a function, which returns the name of the first signal, or None.
     """
 
     def __init__(self) -> None:
@@ -66,4 +66,4 @@ class StopRequests:
 
 
 def _ask_for_patience() -> None:
-    os.write(2, b"stopping after this step, to save; a second signal ends it now\n")
+    os.write(2, b"stopping after this step, to save; a second signal ends the command at once\n")

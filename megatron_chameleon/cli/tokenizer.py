@@ -105,8 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     image.add_argument(
         "--restart",
         action="store_true",
-        help="start from the beginning and discard an unfinished training of DIR; without it, the "
-        "same command goes on after a kill",
+        help="start over, and discard the unfinished training in DIR; without it, the same command "
+        "continues after a kill",
     )
     _add_run_option(image)
     add_image_options(image)
@@ -130,7 +130,7 @@ def _add_source_options(image: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         metavar="FOLDER",
-        help="train nothing, and take the image tokenizer that another library saved in FOLDER: "
+        help="train nothing: take the image tokenizer that another library saved in FOLDER: "
         "Emu3VQVAE, JanusVQVAE or ChameleonVQVAE of transformers, VQModel of diffusers, or one "
         "that an installed package adds",
     )
@@ -138,7 +138,7 @@ def _add_source_options(image: argparse.ArgumentParser) -> None:
         "--resolution",
         type=PIXELS,
         metavar="PIXELS",
-        help="with --from: width and height of an image (default: what the network is made for)",
+        help="with --from: width and height of an image (default: the network's own size)",
     )
 
 
@@ -181,10 +181,10 @@ def _check_trains(args: argparse.Namespace) -> None:
         ConfigError: It says which.
     """
     if args.resolution is not None:
-        what, remedy = "belongs to --from", "Give model.resolution=PIXELS for a training"
+        what, remedy = "goes only with --from", "To train, use model.resolution=PIXELS"
         raise ConfigError("--resolution", what, remedy)
     if not args.images:
-        what = "no images are named, and no --from FOLDER"
+        what = "there are neither images nor --from FOLDER"
         remedy = (
             "Name images, folders or documents to train on, or the folder of another library's "
         )
@@ -201,7 +201,7 @@ def _import_image(args: argparse.Namespace) -> None:
     given += ["--config"] if args.config is not None else []
     given += ["--restart"] if args.restart else []
     if given:
-        what = f"trains nothing, and {given[0]} belongs to a training"
+        what = f"trains nothing, but {given[0]} is for training"
         raise ConfigError("--from", what, "Leave one of them out")
     start_seconds = time.perf_counter()
     from megatron_chameleon.tokenizer.image.importing import describe_import, import_network
@@ -222,7 +222,7 @@ def _shapes(args: argparse.Namespace) -> Shapes | None:
         return Shapes(args.image_grids, args.largest_ratio or LARGEST_RATIO)
     if args.largest_ratio is None:
         return None
-    what = "has no effect on squares, which all pictures are without --image-grids"
+    what = "has no effect without --image-grids, because all pictures become squares"
     raise ConfigError("--largest-ratio", what, "Add --image-grids BUDGET, such as 1024")
 
 
@@ -262,10 +262,8 @@ def _image_codes(args: argparse.Namespace) -> int:
     from megatron_chameleon.tokenizer.image.facts import codes_and_grid
 
     if not has_image_tokenizer(args.output):
-        what = (
-            f"is not given, and {args.output} has no image tokenizer whose codes could be counted"
-        )
-        remedy = "Give the codebook size, or make the image tokenizer first"
+        what = f"is not given, and {args.output} has no image tokenizer to take the number from"
+        remedy = "Give the codebook size, or run `chameleon tokenizer image` first"
         raise ConfigError("--image-codes", what, remedy)
     return codes_and_grid(args.output)[0]
 

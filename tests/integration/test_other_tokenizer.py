@@ -129,10 +129,10 @@ def test_what_does_not_belong_together_is_refused(project: TinyProject, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "no images are named, and no --from FOLDER"),
-        (("--resolution", 16, "a.png"), "--resolution: belongs to --from"),
-        (("--from", "x", "a.png"), "--from: trains nothing, and a.png belongs to a training"),
-        (("--from", "x", "--config", "digits"), "--config belongs to a training"),
+        ((), "there are neither images nor --from FOLDER"),
+        (("--resolution", 16, "a.png"), "--resolution: goes only with --from"),
+        (("--from", "x", "a.png"), "--from: trains nothing, but a.png is for training"),
+        (("--from", "x", "--config", "digits"), "--config is for training"),
         (("--from", "nowhere"), "nowhere: no such folder"),
         (("--from", "."), "config.json: no such file"),
     ],

@@ -247,8 +247,8 @@ def check_has_vqgan(target: Target) -> None:
     """
     tokenizer = target.tokenizer
     if tokenizer.image is not None and tokenizer.image.vqgan is None:
-        what = f"the network of its image tokenizer is {tokenizer.network!r}, and the "
-        what += "format can hold Chameleon's VQGAN alone"
+        what = f"the network of its image tokenizer is {tokenizer.network!r}, but the "
+        what += "format can hold only Chameleon's VQGAN"
         raise CheckpointError(target.origin, what, "Use --to hf or --to megatron")
 
 
@@ -356,8 +356,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
     if tokenizer.vocabulary.grids:
         logger.warning(
-            "the processor of transformers makes a square of each image and writes no grid, which "
-            "this model was not trained on; images need megatron_chameleon (see README.md there)"
+            "transformers' processor makes every image a square without a grid, but this model was "
+            "trained with grids; for images, use megatron_chameleon (see README.md there)"
         )
     write_huggingface_tokenizer(tokenizer, folder)
     (folder / IMAGE_TOKENIZER_FOLDER).mkdir()

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from megatron_chameleon.errors import ConfigError, DataError
 
 LARGEST_RATIO = 4.0
-"""How much longer one side of a grid may be than the other, where nothing else is asked for."""
+"""The default limit of how much longer one side of a grid may be than the other."""
 BEYOND = 1 / 0.9
 """A picture that is longer than the longest grid by more than this factor is not cropped."""
 MOST_BUDGET = 2**16
@@ -81,9 +81,9 @@ def square_grid(codes: int, where: str = "image codes") -> Grid:
 class Shapes:
     """The grids of a tokenizer folder, the tallest first and the widest last.
 
-    A grid is there if no row, or no column, could be added within the budget. The largest square
-    and the most elongated grids are always there, so that every budget reaches from square pictures
-    to those of the largest ratio.
+    They are the grids to which no row, or no column, could be added within the budget. The largest
+    square and the most elongated grids are always among them, so that every budget covers pictures
+    from squares to the largest ratio.
 
     Args:
         codes: The budget: the most codes of a picture.
@@ -165,7 +165,7 @@ def _check_budget(codes: int, largest_ratio: float) -> None:
     if codes < least:
         raise ConfigError(
             "--image-grids",
-            f"a budget of {codes} codes has no room for a picture of {largest_ratio:g}:1, which "
+            f"a budget of {codes} codes is too small for a picture of {largest_ratio:g}:1, which "
             f"takes at least {least}",
             f"Use --image-grids {least} or more, or a smaller --largest-ratio",
         )

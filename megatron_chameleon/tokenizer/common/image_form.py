@@ -134,14 +134,14 @@ class ImageForm:
         if ratio != 1:
             raise DataError(
                 "size",
-                f"{shown(size)} is not square, and the images of this model are: its tokenizer has "
+                f"{shown(size)} is not square, but all images of this model are: its tokenizer has "
                 "no grids of other shapes",
-                "Leave it out, or ask a model whose tokenizer was made with --image-grids",
+                "Leave it out, or use a model whose tokenizer was made with --image-grids",
             )
         return None
 
     def after(self, place: ImagePlace, token_id: int) -> ImagePlace:
-        """The place behind a token that may come at ``place``."""
+        """The place after a token that is allowed at ``place``."""
         left = place.left
         if 0 < left < GRID_DUE:
             return ImagePlace(left - 1, place.row_tokens)
@@ -153,12 +153,12 @@ class ImageForm:
 
     @staticmethod
     def body(grid: Grid) -> int:
-        """The codes and ends of rows of an image that has said its grid."""
+        """The number of codes and ends of rows of an image with this grid."""
         return grid.rows * (grid.columns + 1)
 
     def grid_at(self, place: ImagePlace, token_id: int) -> Grid | None:
-        """The grid of an image that has come to ``place`` by a token; None if it is not known, or
-        was before.
+        """The grid that becomes known when a token leads to ``place``; None if it is still unknown,
+        or was known before.
 
         Raises:
             DataError: The codes of a square image fill no square.
@@ -168,7 +168,7 @@ class ImageForm:
         return self.vocabulary.grid_of_token(token_id)
 
     def allows(self, place: ImagePlace, token_id: int) -> bool:
-        """Whether a token may come next; outside an image, whether it belongs in none."""
+        """Whether a token may come next. Outside an image: whether it may stand outside images."""
         if place.left == GRID_DUE:
             return self.vocabulary.grid_of_token(token_id) is not None
         if place.left == 0:
@@ -197,6 +197,6 @@ class ImageForm:
 
     @cached_property
     def _inner(self) -> frozenset[int]:
-        """What comes only in an image, behind its beginning."""
+        """Tokens that occur only inside an image, after its beginning."""
         beside = self.vocabulary.tokens_beside_codes.tolist()
         return self._codes.union(beside, [self.vocabulary.end_image])

@@ -147,7 +147,7 @@ class Vocabulary:
         if grid not in self.grids:
             raise DataError(
                 "image codes",
-                f"a picture of {Grid(*grid)} codes is none of the {len(self.grids)} grids of the "
+                f"a picture of {Grid(*grid)} codes has none of the {len(self.grids)} grids of the "
                 "vocabulary",
                 "Use a grid of the vocabulary: `shapes.grid_of(width, height)`",
             )
@@ -237,13 +237,13 @@ class Vocabulary:
             first = f"begins with the token {ids[0]}, not a grid" if len(ids) else "has no tokens"
             raise DataError("token ids", f"a picture {first}", _WHOLE_PICTURE)
         if len(ids) != self.image_length(grid) - 2:
-            what = f"a picture of {grid} codes has {len(ids) - 1} tokens behind its grid, not "
+            what = f"a picture of {grid} codes has {len(ids) - 1} tokens after its grid, not "
             what += f"{self.image_length(grid) - 3}"
             raise DataError("token ids", what, _WHOLE_PICTURE)
         rows = ids[1:].reshape(grid.rows, grid.columns + 1)
         wrong = np.flatnonzero(rows[:, -1] != self.end_row)
         if len(wrong):
-            what = f"row {wrong[0] + 1} of a picture of {grid} codes does not end behind its "
+            what = f"row {wrong[0] + 1} of a picture of {grid} codes does not end after its "
             what += f"{grid.columns} codes"
             raise DataError("token ids", what, _WHOLE_PICTURE)
         return grid, self.token_ids_to_codes(rows[:, :-1]).reshape(-1)
@@ -256,7 +256,7 @@ class Vocabulary:
         """
         return DataError(
             "vocabulary",
-            f"has no grids, so all pictures are squares: it has no token for {asked}",
+            f"has no token for {asked}: it has no grids, so all pictures are squares",
             "Use a vocabulary of `chameleon tokenizer text --image-grids BUDGET`; released "
             "vocabularies have none",
         )

@@ -58,9 +58,9 @@ class ImageTrainingConfig:
     l2_weight: LossWeight = 0.0
     """Weight of their mean squared error."""
     perceptual: Annotated[str, OneOf("none", "auto", "lpips", "spectral", "wavelet")] = "none"
-    """Perceptual loss: ``lpips`` (features of VGG16, from ``perceptual_backbone``), ``spectral``
-    (magnitudes of local spectra) or ``wavelet`` (Haar coefficients), which need no weights;
-    ``auto``: lpips if there is a backbone, else wavelet."""
+    """Perceptual loss: ``lpips`` (features of VGG16, whose weights ``perceptual_backbone`` names),
+    or ``spectral`` (magnitudes of local spectra) or ``wavelet`` (Haar coefficients), which need no
+    weights; ``auto``: lpips if a backbone is named, else wavelet."""
     perceptual_weight: LossWeight = 1.0
     """Weight of the perceptual loss."""
     perceptual_backbone: PathText = ""
@@ -75,7 +75,7 @@ class ImageTrainingConfig:
     ema_decay: Share = 0.99
     """Share of the moving averages that a step keeps."""
     entropy_weight: LossWeight = 0.1
-    """Weight of the entropy loss, by which ``lfq`` and ``ibq`` use all codes."""
+    """Weight of the entropy loss of ``lfq`` and ``ibq``, which keeps all codes in use."""
     reseed_every_steps: NonNegativeInt = 0
     """Move codebook vectors that were unused for this many steps to latents; 0 turns this off."""
     reseed_fraction: Share = 0.8
@@ -89,10 +89,11 @@ class ImageTrainingConfig:
     discriminator_layers: Annotated[int, Between(0, 10)] = 3
     """How often the resolution is halved before a patch is judged."""
     faces: Annotated[float, Between(1, 1000)] = 1.0
-    """How much more often a picture with a face is drawn: 2 in the paper; 1 looks for none."""
+    """How much more often a picture with a face is sampled: 2 in the paper; 1 does not look for
+    faces."""
     face_detector: Annotated[str, Text(200)] = "skimage"
-    """Who finds faces: ``skimage`` (extra [faces]), MODULE:FUNCTION, or the name of an entry point
-    of ``megatron_chameleon.face_detectors``."""
+    """What finds faces: ``skimage`` (extra [faces]), MODULE:FUNCTION, or the name of an entry point
+    of the group ``megatron_chameleon.face_detectors``."""
     rotate_degrees: Annotated[float, Between(0, 180)] = 0.0
     """Augmentation: largest rotation in either direction."""
     shift: Share = 0.0
@@ -102,22 +103,22 @@ class ImageTrainingConfig:
     dtype: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
     """fp32, or bf16 with fp32 weights and an fp32 search of the codebook."""
     holdout: Annotated[float, Below(0, 1)] = 0.01
-    """Share of the images that is not trained on, but measured; which ones they are depends on
-    their names alone. 0: none."""
+    """Share of the images that is held out to be measured; their names alone decide which ones.
+    0: none."""
     measure_every_steps: NonNegativeInt = 500
-    """Steps between two measurements of the held-out images, which update the page of the run; 0:
+    """Steps between two measurements of the held-out images, which also update report.html; 0:
     only after the last step."""
     cache_gib: Annotated[float, Between(0, 1e6)] = 4.0
-    """Memory for prepared images, of all processes of a machine together; images that do not fit
-    are read again whenever they are drawn."""
+    """Memory for prepared images, for all processes of a machine together; images that do not fit
+    are read again each time they are sampled."""
     log_every_steps: PositiveInt = 50
     """Steps between two progress lines."""
     save_minutes: Annotated[float, Between(0, 1e6)] = 5.0
-    """Minutes between two saves, from which the same command goes on after a kill; 0: it saves only
-    when it is asked to stop, and after its last step."""
+    """Minutes between two saves; after a kill, the same command continues from the last one. 0: it
+    saves only when it is asked to stop, and after its last step."""
     max_minutes: Annotated[float, Between(0, 1e6)] = 0.0
-    """Minutes of training, those before a kill included, after which it stops and writes the
-    tokenizer that it has; 0: no limit."""
+    """Minutes of training, including those before a kill, after which it stops and writes the
+    tokenizer as it is then; 0: no limit."""
 
     @property
     def perceptual_kind(self) -> str:
@@ -143,9 +144,9 @@ LATER_KEYS: dict[str, object] = {
     "face_detector": "skimage",
     "model.quantizer": "vq",
 }
-"""Keys of ``training`` that came later, with what was done before. image.json names them only if
-they say something else, so that the same training has the same fingerprint; None: never, because
-they change no weight, or are a place on one machine."""
+"""Keys of ``training`` that were added later, with the values that give the earlier behaviour.
+image.json has them only if they differ from these, so that the same training has the same
+fingerprint. None: never, because the key changes no weight, or is a path on one machine."""
 
 
 def recorded(training: ImageTrainingConfig) -> dict[str, object]:

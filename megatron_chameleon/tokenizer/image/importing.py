@@ -114,7 +114,7 @@ def _check_resolution(network: ImageNetwork, chosen: int | None, usual: int) -> 
         what = f"{resolution} is not a multiple of {step}, the network's pixels per code"
         raise ConfigError("--resolution", what, f"Use {nearest}")
     if network.fixed_grid and chosen not in (None, usual):
-        what = f"{chosen} was chosen, and the network can take pictures of {usual} x {usual} alone"
+        what = f"{chosen} was chosen, but the network only takes pictures of {usual} x {usual}"
         raise ConfigError("--resolution", what, "Leave it out")
 
 
@@ -123,7 +123,7 @@ def _check_vocabulary(output: Path, codebook_size: int) -> None:
         return
     vocabulary = Vocabulary.load(output)
     if vocabulary.image_codes != codebook_size:
-        what = f"{VOCABULARY_FILE} has {vocabulary.image_codes} image codes, the network "
+        what = f"{VOCABULARY_FILE} has {vocabulary.image_codes} image codes, but the network has "
         what += f"{codebook_size}"
         remedy = f"Run `chameleon tokenizer text` with --image-codes {codebook_size} first, or "
         raise ConfigError(str(output), what, remedy + "choose another --output")
@@ -221,8 +221,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / others[0]]
     what = "has no model.safetensors"
     if others:
-        what += f", and it is not known which of {len(others)} other safetensors files belong "
-        what += "together, as model.safetensors.index.json would say"
+        what += f", and no model.safetensors.index.json says which of its {len(others)} "
+        what += "safetensors files belong together"
     raise DataError(str(folder), what, _REMEDY)
 
 
@@ -234,7 +234,7 @@ def _shards(index: Path) -> list[Path]:
     shards = sorted({str(name) for name in names})
     for name in shards:
         if Path(name).name != name:
-            raise content.error(f"weight_map names {printable(name)!r}, which is not beside it")
+            raise content.error(f"weight_map names {printable(name)!r}, which is in another folder")
         if not (index.parent / name).is_file():
             raise DataError(str(index.parent / name), "is missing", "Copy the whole folder again")
     if not shards:
@@ -250,9 +250,9 @@ def _only_pickled(folder: Path) -> DataError:
     name = _pickles(folder)[0]
     return DataError(
         str(folder),
-        f"has its weights in {printable(name)} alone, a pickle, which can run any program when it "
+        f"has its weights only in {printable(name)}, a pickle, which can run any program when it "
         "is opened",
-        "Load it with its own library where you trust it, and write it with "
+        "If you trust it, load it with its own library, and write it with "
         "save_pretrained(FOLDER), which makes safetensors",
     )
 

@@ -98,8 +98,8 @@ def kind_named(name: str, where: str) -> NetworkKind:
     if not found:
         raise DataError(
             where,
-            f"its network is {printable(name)!r}, which no installed package has; there are "
-            f"{', '.join(sorted(_names()))}",
+            f"its network is {printable(name)!r}, which no installed package has; the known ones "
+            f"are {', '.join(sorted(_names()))}",
             f"Install the package that adds it (entry points {GROUP})",
         )
     return _load(found[0], where)
@@ -150,7 +150,7 @@ def _load(point: EntryPoint, where: str) -> NetworkKind:
     except Exception as error:  # a module of another package may raise anything
         missing = getattr(error, "name", None) if isinstance(error, ImportError) else None
         package = str(missing or "").partition(".")[0]
-        remedy = f"Install {package}" if package else "Mend or remove that package"
+        remedy = f"Install {package}" if package else "Repair or remove that package"
         if package == "diffusers":
             remedy = "Run pip install 'megatron-chameleon[diffusers]'"
         what = f"the network {printable(point.name)!r} ({point.value}) cannot be loaded: "

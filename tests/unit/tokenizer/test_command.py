@@ -116,10 +116,10 @@ def test_grids_are_asked_for_with_a_budget(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--image-grids", "3"], "has no room for a picture of 4:1"),
+        (["--image-grids", "3"], "is too small for a picture of 4:1"),
         (["--image-grids", "0"], "--image-grids: '0' is not a whole number"),
         (["--image-grids", "9", "--largest-ratio", "nan"], "'nan' is not a number between 1"),
-        (["--largest-ratio", "2"], "--largest-ratio: has no effect on squares"),
+        (["--largest-ratio", "2"], "--largest-ratio: has no effect without --image-grids"),
         (["--image-grids", "4000"], "16 image codes, 127 grids and the end of a row"),
     ],
 )

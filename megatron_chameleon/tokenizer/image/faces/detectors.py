@@ -1,7 +1,7 @@
-"""Who finds the faces of a picture.
+"""Detectors, which find the faces of a picture.
 
-A detector is a function of the pixels, uint8 [height, width, 3], which returns the boxes that it
-found, (left, top, width, height) in pixels each. ``training.face_detector`` names one:
+A detector is a function of the pixels, uint8 [height, width, 3]. It returns boxes, each (left, top,
+width, height) in pixels. ``training.face_detector`` names one:
 
     skimage                    the frontal faces of scikit-image's cascade (extra [faces])
     my_package.faces:find      a function of yours
@@ -50,11 +50,11 @@ def load_detector(name: str) -> FaceDetector:
             raise ConfigError(KEY, what, f"Use {known} or MODULE:FUNCTION")
     except ConfigError:
         raise
-    except Exception as error:  # a module of outsiders may raise anything
+    except Exception as error:  # a user's module may raise anything
         what = f"{printable(name)} cannot be imported ({first_line(error)[:200]})"
         raise ConfigError(KEY, what, "Check the name, and PYTHONPATH") from error
     if not callable(found):
-        raise ConfigError(KEY, f"{printable(name)} is no function", "Name a function")
+        raise ConfigError(KEY, f"{printable(name)} is not a function", "Name a function")
     return found
 
 

@@ -63,8 +63,8 @@ class Emphasised:
 def find_faces(pictures: Sequence[Picture], detector: str, folder: Path) -> dict[str, int]:
     """Count the faces of each picture.
 
-    What was found is added to FOLDER/faces.jsonl while it is found, so that a training that goes on
-    does not look again. Unreadable pictures have no face; the training finds and lists them.
+    Results are added to FOLDER/faces.jsonl as they come, so that a training that is continued does
+    not look again. Unreadable pictures have no face; the training finds and lists them.
 
     Args:
         pictures: What is trained on.
@@ -90,10 +90,10 @@ def find_faces(pictures: Sequence[Picture], detector: str, folder: Path) -> dict
             return 0
         try:
             found = detect(pixels_HWC)
-        except Exception as error:  # a function of outsiders may raise anything
+        except Exception as error:  # a user's function may raise anything
             what = f"{printable(detector)} fails for {name} ({type(error).__name__}: "
             what += f"{first_line(error)[:200]})"
-            raise ConfigError(KEY, what, "Mend it, or name another detector") from error
+            raise ConfigError(KEY, what, "Repair it, or name another detector") from error
         return len(boxes_of(found, detector))
 
     if missing:
@@ -111,7 +111,7 @@ def log_faces(pictures: Sequence[Picture], faces: Mapping[str, int], factor: flo
     """Say how many pictures show a face; see ``emphasise``."""
     shown = sum(faces[picture.where] > 0 for picture in pictures)
     logger.info(
-        "faces: %d of %s show one, drawn %g times as often as the others",
+        "faces: %d of %s show a face, and are sampled %g times as often as the others",
         shown,
         counted(len(pictures), "picture"),
         factor,

@@ -117,7 +117,7 @@ def read_backbone(path: str | Path) -> dict[str, Tensor]:
     except (OSError, safetensors.SafetensorError) as error:
         raise DataError(where, f"cannot be read ({first_line(error)[:200]})", REMEDY) from error
     except Exception as error:  # torch.load raises all kinds for a file that it does not know
-        what = f"is no file of weights ({first_line(error)[:200]})"
+        what = f"is not a file of weights ({first_line(error)[:200]})"
         raise DataError(where, what, REMEDY) from error
     with torch.device("meta"):
         expected = _vgg16().state_dict()

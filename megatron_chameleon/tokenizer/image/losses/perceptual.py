@@ -28,7 +28,7 @@ def perceptual_loss(config: ImageTrainingConfig, device: torch.device) -> nn.Mod
         return None
     why = ""
     if config.perceptual == "auto":
-        given = "is given" if kind == "lpips" else "is not given, so there are no weights for LPIPS"
+        given = "is set" if kind == "lpips" else "is not set, so there are no weights for LPIPS"
         why = f", because training.perceptual_backbone {given}"
     weight = f"weight {config.perceptual_weight:g}"
     if kind == "lpips":

@@ -155,7 +155,7 @@ class ImageSet:
 
     def _drawn(self, index: int, read: Mapping[int, np.ndarray]) -> np.ndarray:
         if index not in read:
-            what = f"this process cannot read it and another one can ({self.dropped.get(index)})"
+            what = f"this process cannot read it, but another one can ({self.dropped.get(index)})"
             raise DataError(self.entries[index].where, what, "Give all processes the same files")
         return read[index]
 

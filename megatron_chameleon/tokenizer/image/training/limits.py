@@ -1,4 +1,4 @@
-"""What stops the training of an image tokenizer: too little memory, and values not finite."""
+"""What stops the training of an image tokenizer: too little memory, or values not finite."""
 
 import math
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ class Needs:
 
 
 def needs_of(config: ImageTokenizerConfig, processes: int = 1) -> Needs:
-    """What each of so many processes needs. Nothing is allocated."""
+    """What each of the processes needs. Nothing is allocated."""
     training = config.training
     judges = 0
     with torch.device("meta"):

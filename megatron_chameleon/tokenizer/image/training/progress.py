@@ -11,8 +11,8 @@ from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
 from megatron_chameleon.wording import format_duration
 
 FIRST_STEPS, LONG_SECONDS, HOUR_SECONDS = 3, 60.0, 3600.0
-"""After so many steps, a training that will take longer than ``LONG_SECONDS`` says so; one that
-will take hours says how to make it shorter too."""
+"""After ``FIRST_STEPS`` steps, a training that will take longer than ``LONG_SECONDS`` says so; one
+that will take longer than ``HOUR_SECONDS`` also says how to make it shorter."""
 
 
 class TrainingClock:
@@ -119,14 +119,14 @@ class Progress:
             self.report(
                 f"about {fitting:,} of {config.steps:,} steps fit into "
                 f"training.max_minutes={config.max_minutes:g}; with training.steps={fitting} the "
-                "learning rate would reach its end too"
+                "learning rate would also reach its final value"
             )
         elif seconds > HOUR_SECONDS:
             every = f"every {format_duration(60 * config.save_minutes)}"
             saving = f"it saves {every if config.save_minutes else 'when it is asked to stop'}"
             self.report(
                 f"{rest:,} steps will take about {format_duration(seconds)} here; {saving}, and "
-                "the same command goes on after a kill. training.steps=N or "
+                "after a kill the same command continues. training.steps=N or "
                 "training.max_minutes=N makes it shorter"
             )
         elif seconds > LONG_SECONDS:

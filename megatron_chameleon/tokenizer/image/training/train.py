@@ -2,8 +2,9 @@
 
     chameleon tokenizer image photos/ --output DIR --config digits training.steps=500
 
-The state is saved every few minutes; after a kill the same command goes on from it
-(``unfinished.py``). On one CPU process the result is that of an unbroken training, bit for bit.
+The state is saved every few minutes; after a kill the same command continues from it
+(``unfinished.py``). With one process on a CPU, the result is bit for bit that of an uninterrupted
+training.
 """
 
 import logging
@@ -56,7 +57,7 @@ from megatron_chameleon.wording import counted
 logger = logging.getLogger(__name__)
 
 _OPENED = 256
-"""Of the pictures to measure during the training, so many are tried until enough can be read."""
+"""At most this many pictures are opened to find enough readable ones to measure."""
 MEASURED_IMAGES = 1024
 """The closing figures are measured on at most this many training images."""
 
@@ -108,7 +109,7 @@ def train_image_tokenizer(
         device: Where to compute.
         report: Called with each progress line.
         stop: Asked before each step whether to save and stop.
-        restart: Begin anew, and discard an unfinished training.
+        restart: Start over, and discard an unfinished training.
         run: The folder for metrics.jsonl and report.html; None: they are not written.
         command: What the page names as its origin.
 

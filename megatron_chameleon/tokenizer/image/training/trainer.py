@@ -123,7 +123,7 @@ class Trainer:
                 saver.save(must=bool(signal))
             if signal:
                 place = f"step {self.done:,} of {config.steps:,}"
-                report(f"{signal}: saved at {place}; the same command goes on from there")
+                report(f"{signal}: saved at {place}; the same command continues from there")
                 return False
             if is_over:
                 break
@@ -132,7 +132,7 @@ class Trainer:
             report(
                 f"stopped by training.max_minutes={config.max_minutes:g} after "
                 f"{format_duration(clock.total())}, at step {self.done:,} of {config.steps:,}: "
-                "the tokenizer is what it has learnt by then"
+                "the tokenizer is written as it is now"
             )
         return True
 

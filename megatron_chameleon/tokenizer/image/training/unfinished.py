@@ -1,8 +1,8 @@
 """The state of an unfinished training of an image tokenizer, in OUTPUT/image.partial.
 
-A killed command, given again, goes on from it. The state names the images, the config and the seed
-that it belongs to: with others the result would be of neither, so they are refused. One process at
-a time trains there, which a lock ensures.
+A killed command, given again, continues from it. The state names the images, the config and the
+seed that it belongs to; others are refused, because the result would belong to neither. A lock
+ensures that one process at a time trains there.
 """
 
 import io
@@ -48,9 +48,10 @@ MAY_CHANGE = (
 )
 """Keys of ``training`` that do not change what a step does."""
 COMPARED_IMAGES = 1024
-"""So many of the images that are in memory are compared by their pixels; the others by name."""
+"""The first images in memory, up to this number, are compared by their pixels; the others by
+name."""
 _DIFFERENCES = 3
-"""An error names at most so many."""
+"""An error names at most this many."""
 
 
 class UnfinishedTraining:
@@ -141,15 +142,15 @@ class UnfinishedTraining:
                 differences = _differences(state["identity"], identity, images)
             except Exception as error:  # torch.load raises all kinds for a damaged file
                 what = f"cannot be read as an unfinished training ({first_line(error)[:200]})"
-                remedy = "Add --restart to begin anew"
+                remedy = "Add --restart to start over"
                 raise DataError(str(self._path), what, remedy) from error
         if differences:
             more = len(differences) - _DIFFERENCES
             named = "; ".join(differences[:_DIFFERENCES]) + (f"; and {more} more" * (more > 0))
             raise ConfigError(
                 str(self.folder),
-                f"an unfinished training is there, and differs: {named}",
-                "Give its images, config and seed to go on with it, or --restart to begin anew",
+                f"there is an unfinished training with other settings: {named}",
+                "Give its images, config and seed to continue it, or --restart to start over",
             )
         return dict(state)
 
@@ -218,7 +219,7 @@ class Saver:
         self.images.drop(state["dropped"])
         self.trainer.load(state)
         place = f"step {self.trainer.done:,} of {self.identity['training.steps']:,}"
-        report(f"{self.unfinished.folder}: goes on from {place}")
+        report(f"{self.unfinished.folder}: continues from {place}")
 
     def save(self, *, must: bool) -> None:
         """Save the state now.
@@ -236,7 +237,9 @@ class Saver:
         if must:
             self.unfinished.processes.raise_together(failure)
         elif failure is not None and not self._is_failing:
-            logger.warning(f"{failure.where}: {failure.what}; the training goes on, not saved")
+            logger.warning(
+                f"{failure.where}: {failure.what}; the training continues without this save"
+            )
         self._is_failing = failure is not None
         self.trainer.clock.note_save()
 

@@ -90,9 +90,9 @@ def test_a_picture_gets_the_nearest_grid_and_a_turned_one_the_turned_grid() -> N
 @pytest.mark.parametrize(
     ("codes", "largest_ratio", "message"),
     [
-        (3, 4.0, "a budget of 3 codes has no room for a picture of 4:1, which takes at least 4"),
+        (3, 4.0, "a budget of 3 codes is too small for a picture of 4:1, which takes at least 4"),
         (4, 4.5, "which takes at least 5. Use --image-grids 5 or more, or a smaller"),
-        (0, 1.0, "no room for a picture of 1:1"),
+        (0, 1.0, "is too small for a picture of 1:1"),
         (MOST_BUDGET + 1, 4.0, "is above 65536. Use --image-grids 65536 or less"),
         (64, 0.5, "--largest-ratio: 0.5 is outside [1, 64]"),
         (64, float("nan"), "--largest-ratio: nan is outside [1, 64]"),
@@ -182,7 +182,7 @@ def test_every_damage_of_a_picture_is_refused() -> None:
     [
         ([], "a picture has no tokens"),
         ([5, 5], "a picture begins with the token 5, not a grid"),
-        (["<grid_2x2>", 5, 5, END_ROW, 5, 5], "has 5 tokens behind its grid, not 6"),
+        (["<grid_2x2>", 5, 5, END_ROW, 5, 5], "has 5 tokens after its grid, not 6"),
         (["<grid_2x2>", 5, END_ROW, 5, 5, 5, END_ROW], "row 1 of a picture of 2 x 2 codes"),
         (["<grid_2x2>", 5, 5, END_ROW, 5, 0, END_ROW], "1 of 4 ids are not image codes"),
     ],
@@ -198,8 +198,8 @@ def test_damage_is_named(tokens: list[int | str], message: str) -> None:
     ("budget", "codes", "grid", "message"),
     [
         (6, 5, (2, 3), "5 codes for a grid of 2 x 3, which has 6"),
-        (6, 5, (1, 5), "a picture of 1 x 5 codes is none of the 5 grids of the vocabulary"),
-        (None, 6, (2, 3), "has no grids, so all pictures are squares"),
+        (6, 5, (1, 5), "a picture of 1 x 5 codes has none of the 5 grids of the vocabulary"),
+        (None, 6, (2, 3), "it has no grids, so all pictures are squares"),
     ],
 )
 def test_a_grid_that_cannot_be_laid_out_is_refused(

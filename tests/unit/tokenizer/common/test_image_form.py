@@ -94,7 +94,7 @@ def test_a_size_gets_the_nearest_grid() -> None:
 
 def test_squares_alone_refuse_other_shapes() -> None:
     assert SQUARE.grid_of_size("512x512") is None and SQUARE.tokens_needed("1:1") == 11
-    with pytest.raises(DataError, match=r"'3:2' is not square, and the images of this model are"):
+    with pytest.raises(DataError, match=r"'3:2' is not square, but all images of this model are"):
         SQUARE.grid_of_size("3:2")
     with pytest.raises(DataError, match=r"the model draws no images"):
         ImageForm(SQUARE.vocabulary, 0).grid_of_size("1:1")

@@ -249,17 +249,17 @@ def test_a_folder_without_usable_weights_says_what_to_do(sources: Path, tmp_path
     assert "model.safetensors: cannot be read" in refusal()
     weights.rename(folder / "a.safetensors")
     weights.with_name("b.safetensors").write_bytes(whole)
-    assert "not known which of 2 other safetensors files belong together" in refusal()
+    assert "says which of its 2 safetensors files belong together" in refusal()
     (folder / "a.safetensors").unlink()
     (folder / "b.safetensors").unlink()
     assert "has no model.safetensors. Give a folder with config.json" in refusal()
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
-    assert "pytorch_model.bin alone, a pickle" in refusal()
+    assert "only in pytorch_model.bin, a pickle" in refusal()
     assert "write it with save_pretrained(FOLDER)" in refusal()
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}')
-    assert "weight_map names '../x', which is not beside it" in refusal()
+    assert "weight_map names '../x', which is in another folder" in refusal()
     (folder / "config.json").unlink()
-    assert "pytorch_model.bin alone, a pickle" in refusal()
+    assert "only in pytorch_model.bin, a pickle" in refusal()
     shutil.rmtree(folder)
     assert "source: " in refusal()
 
@@ -268,7 +268,7 @@ def test_a_resolution_and_a_vocabulary_must_fit(sources: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"--resolution: 18 is not a multiple of 4.*Use 16"):
         import_network(sources / "emu3", tmp_path, 18)
     train_text_tokenizer(["a seven and a nine"] * 30, tmp_path, 310, 32)
-    message = "has 32 image codes, the network 64. Run .* with --image-codes 64 first"
+    message = "has 32 image codes, but the network has 64. Run .* with --image-codes 64 first"
     with pytest.raises(ConfigError, match=message):
         import_network(sources / "emu3", tmp_path, 16)
     assert not (tmp_path / "image.json").exists()
@@ -277,7 +277,11 @@ def test_a_resolution_and_a_vocabulary_must_fit(sources: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("network",), "of_nobody", "which no installed package has; there are chameleon, emu3"),
+        (
+            ("network",),
+            "of_nobody",
+            "which no installed package has; the known ones are chameleon, emu3",
+        ),
         (("network",), 3, "network is 3, not a string"),
         (("facts", "resolution"), 18, "resolution 18 is not a multiple of 4"),
         (("facts", "codebook_size"), 32, "codebook_size is 32, and the network 'emu3'"),
@@ -369,7 +373,9 @@ def test_another_package_adds_a_network(plugin: Path, tmp_path: Path) -> None:
     (decoded,) = tokenizer.decode(codes)
     assert np.abs(np.int16(decoded)[..., 0] - np.int16(image)).max() <= 1
 
-    with pytest.raises(ConfigError, match=r"8 was chosen, and the network can take pictures of 4"):
+    with pytest.raises(
+        ConfigError, match=r"8 was chosen, but the network only takes pictures of 4"
+    ):
         import_network(plugin, tmp_path / "out", 8)
 
 

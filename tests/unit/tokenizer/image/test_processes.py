@@ -86,7 +86,7 @@ def test_a_killed_training_goes_on_with_another_number_of_processes(
         config = load_image_config("digits", [*SMALL[2:], "training.save_minutes=1e-9"])
         with pytest.raises(KeyboardInterrupt):
             train_image_tokenizer(find_images([photos]), config, tmp_path / "out")
-    assert "image.partial: goes on from step 4 of 6" in train(photos, tmp_path / "out", 2)
+    assert "image.partial: continues from step 4 of 6" in train(photos, tmp_path / "out", 2)
     weights = [
         load_file(folder / "image.safetensors")["quantize.embedding.weight"]
         for folder in (one, tmp_path / "out")

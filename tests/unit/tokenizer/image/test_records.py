@@ -172,7 +172,7 @@ def test_a_disk_that_takes_no_page_does_not_end_the_training(
     train(photos, tmp_path / "out")
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(messages) == 1 and "report.html: " in messages[0]
-    assert messages[0].endswith("; the training goes on without it")
+    assert messages[0].endswith("; the training continues without it")
     assert (tmp_path / "out" / "image.json").exists()
 
 

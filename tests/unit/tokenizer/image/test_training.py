@@ -308,7 +308,7 @@ def test_a_training_of_days_says_so_after_a_few_steps(monkeypatch: pytest.Monkey
 
     (line,) = lines_of()
     assert line.startswith("499,997 steps will take about 57d") and "training.steps=N" in line
-    assert "it saves every 5m00s, and the same command goes on after a kill" in line
+    assert "it saves every 5m00s, and after a kill the same command continues" in line
     assert lines_of(steps=100) == ["97 steps will take about 16m10s here"]
     assert lines_of(steps=8) == []
     (line,) = lines_of(max_minutes=10)

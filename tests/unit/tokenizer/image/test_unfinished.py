@@ -107,7 +107,7 @@ def test_a_killed_training_ends_as_an_unbroken_one(
     expected = train(photos, tmp_path / "whole", word)
     killed(photos, tmp_path / "out", kill, word)
     first, *lines = train(photos, tmp_path / "out", word)
-    assert first == f"{tmp_path}/out/image.partial: goes on from step 7 of 12"
+    assert first == f"{tmp_path}/out/image.partial: continues from step 7 of 12"
     assert without_speed(lines) == without_speed(expected[1:]) and len(lines) == 2
     for name in ("image.safetensors", "image.dropped.jsonl"):
         whole, out = ((tmp_path / folder / name).read_bytes() for folder in ("whole", "out"))
@@ -118,7 +118,11 @@ def test_a_killed_training_ends_as_an_unbroken_one(
 @pytest.mark.parametrize(
     ("words", "seed", "problem"),
     [
-        (["training.lr=0.1"], 1, r"differs: training\.lr was 0\.003 and is 0\.1\. Give its"),
+        (
+            ["training.lr=0.1"],
+            1,
+            r"with other settings: training\.lr was 0\.003 and is 0\.1\. Give its",
+        ),
         (
             ["training.lr=1", "training.steps=3", "training.shift=0.1", "model.z_channels=4"],
             2,
@@ -144,13 +148,13 @@ def test_another_config_or_seed_is_refused(
 def test_other_images_are_refused(photos: Path, tmp_path: Path, kill: Callable[..., None]) -> None:
     killed(photos, tmp_path / "out", kill)
     (photos / "3.png").write_bytes((photos / "2.png").read_bytes())
-    with pytest.raises(ConfigError, match="differs: the images have other pixels"):
+    with pytest.raises(ConfigError, match="with other settings: the images have other pixels"):
         train(photos, tmp_path / "out")
     (photos / "3.png").rename(photos / "33.png")
-    with pytest.raises(ConfigError, match="differs: the images have other names"):
+    with pytest.raises(ConfigError, match="with other settings: the images have other names"):
         train(photos, tmp_path / "out")
     (photos / "33.png").unlink()
-    with pytest.raises(ConfigError, match="differs: it had 9 images and now 8"):
+    with pytest.raises(ConfigError, match="with other settings: it had 9 images and now 8"):
         train(photos, tmp_path / "out")
     lines = train(photos, tmp_path / "out", restart=True)
     assert lines[0].startswith("step 4/12") and not (tmp_path / "out" / STATE).exists()
@@ -166,7 +170,7 @@ def test_a_state_of_a_version_without_a_key_goes_on(
     torch.save(state, tmp_path / "out" / STATE)
     with pytest.raises(ConfigError, match=r"training\.perceptual was 'none' and is 'wavelet'\."):
         train(photos, tmp_path / "out", "training.perceptual=wavelet")
-    assert train(photos, tmp_path / "out")[0].endswith("goes on from step 7 of 12")
+    assert train(photos, tmp_path / "out")[0].endswith("continues from step 7 of 12")
 
 
 def test_what_changes_no_step_may_change(
@@ -182,9 +186,9 @@ def test_a_time_limit_counts_all_starts_and_writes_the_tokenizer(
 ) -> None:
     killed(photos, tmp_path / "out", kill)
     first, line = train(photos, tmp_path / "out", "training.max_minutes=0.0001")
-    assert first.endswith("goes on from step 7 of 12")
+    assert first.endswith("continues from step 7 of 12")
     assert line.startswith("stopped by training.max_minutes=0.0001 after ")
-    assert "at step 7 of 12: the tokenizer is what it has learnt" in line
+    assert "at step 7 of 12: the tokenizer is written as it is now" in line
     assert '"steps": 7' in (tmp_path / "out" / "image.json").read_text()
     assert not (tmp_path / "out" / "image.partial").exists()
     assert len(train(photos, tmp_path / "new", "training.max_minutes=1e-9")) == 1  # does one step
@@ -207,12 +211,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert signal.getsignal(number) == before
     said = capsys.readouterr()
     assert said.out.endswith(
-        f"{number.name}: saved at step 6 of 12; the same command goes on from there\n"
+        f"{number.name}: saved at step 6 of 12; the same command continues from there\n"
     )
     assert said.err == "" and not (tmp_path / "out" / "image.json").exists()
     kill(99)
     assert run(*command) == 0
-    assert "goes on from step 6 of 12" in capsys.readouterr().out
+    assert "continues from step 6 of 12" in capsys.readouterr().out
     assert names(tmp_path / "out") == ["image.json", "image.run", "image.safetensors"]
 
 
@@ -226,7 +230,7 @@ def test_a_kill_while_the_result_is_measured_loses_no_step(
         patch.setattr(train_module, "measure_reconstruction", die)
         with pytest.raises(Killed):
             train(photos, tmp_path / "out")
-    assert train(photos, tmp_path / "out")[0].endswith("goes on from step 12 of 12")
+    assert train(photos, tmp_path / "out")[0].endswith("continues from step 12 of 12")
     assert (tmp_path / "out" / "image.json").exists()
 
 
@@ -250,7 +254,8 @@ def test_a_full_disk_keeps_the_last_state_and_the_training_goes_on(
         train(photos, tmp_path / "out", "training.save_minutes=1e-9")
     (record,) = caplog.records  # and not one for each save
     assert record.getMessage() == (
-        f"{state}: cannot be written (No space left on device); the training goes on, not saved"
+        f"{state}: cannot be written (No space left on device); "
+        "the training continues without this save"
     )
     assert state.read_bytes() == before and names(state.parent) == ["lock", "state.pt"]
     kill(9, lambda: os.kill(os.getpid(), signal.SIGTERM))

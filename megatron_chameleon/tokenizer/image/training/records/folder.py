@@ -1,7 +1,7 @@
 """The run folder of an image tokenizer's training: metrics.jsonl and report.html.
 
-Both are for people and their programs: the training reads nothing from them but the measurements
-before a kill, and goes on where a disk does not take them.
+Both are for people and their programs. The training reads only the measurements before a kill from
+them, and continues if they cannot be written.
 """
 
 import json
@@ -159,7 +159,7 @@ class RunFolder:
             write()
         except DataError as error:
             if not self._has_failed:
-                logger.warning(f"{error.where}: {error.what}; the training goes on without it")
+                logger.warning(f"{error.where}: {error.what}; the training continues without it")
             self._has_failed = True
 
 

@@ -85,7 +85,7 @@ def test_faces_are_drawn_more_often_and_looked_for_once(
     assert [p.weight for p in emphasise(pictures, faces, 2.0)] == [2, 3, 6, 1]
     assert len(looked_at) == 3 and max(looked_at) <= (384, 384, 3)
     assert "looking for faces in 4 pictures" in caplog.text
-    assert "faces: 2 of 4 pictures show one, drawn 2 times as often" in caplog.text
+    assert "faces: 2 of 4 pictures show a face, and are sampled 2 times as often" in caplog.text
     # a kill has cut a line, and somebody has written into the file
     path = tmp_path / "partial" / FACES_FILE
     with path.open("a") as file:
@@ -99,7 +99,7 @@ def test_faces_are_drawn_more_often_and_looked_for_once(
 def test_another_detector_looks_again(tmp_path: Path) -> None:
     pictures = [Picture("a.png", "red")]
     assert find_faces(pictures, FIND_RED, tmp_path) == {"a.png": 1}
-    with pytest.raises(ConfigError, match=r"fails for a\.png \(RuntimeError: no model\)\. Mend"):
+    with pytest.raises(ConfigError, match=r"fails for a\.png \(RuntimeError: no model\)\. Repair"):
         find_faces(pictures, f"{__name__}:fails", tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_a_disk_that_fails_is_no_picture_without_a_face(tmp_path: Path) -> None:
         ("opencv", "there is no detector opencv. Use skimage or MODULE:FUNCTION"),
         ("no_such_module:find", r"cannot be imported \(No module named 'no_such_module'\). Check"),
         (f"{__name__}:missing", "cannot be imported .module .* has no attribute 'missing'"),
-        (f"{__name__}:FIND_RED", "is no function. Name a function"),
+        (f"{__name__}:FIND_RED", "is not a function. Name a function"),
         (":", "there is no detector :. Use"),
     ],
 )

@@ -26,7 +26,7 @@ TINY += ["model.z_channels=8", "model.embed_dim=8", "training.batch_size=4"]
             "perceptual loss: spectral, which needs no pretrained weights",
         ),
         ("wavelet", WaveletLoss, "perceptual loss: wavelet, which needs no pretrained weights, "),
-        ("auto", WaveletLoss, "because training.perceptual_backbone is not given, so there are no"),
+        ("auto", WaveletLoss, "because training.perceptual_backbone is not set, so there are no"),
     ],
 )
 def test_a_line_says_which_loss_is_used(
