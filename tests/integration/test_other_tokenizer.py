@@ -78,7 +78,7 @@ def test_an_export_carries_the_network_and_comes_back(project: TinyProject) -> N
         "convert", exported, project.folder / "meta", "--to", "meta", succeeds=False
     )
     assert result.returncode == 2
-    assert "network of its image tokenizer is 'emu3', and the format can hold" in result.stderr
+    assert "network of its image tokenizer is 'emu3', but the format can hold" in result.stderr
     assert not (project.folder / "meta").exists()
 
 
