@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,10 +35,10 @@ class Killed(BaseException):
     """Ends a training as nothing that the library handles."""
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Must not be changed."""
+    folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for index in range(9):
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -63,6 +64,28 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return at
 
 
+@pytest.fixture(scope="module")
+def killed_once(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See ``out``. Must not be changed."""
+    folder, honest = tmp_path_factory.mktemp("killed"), Trainer.step
+
+    def step(trainer: Trainer, pixels: torch.Tensor, number: int) -> Any:
+        if number == 7:
+            raise Killed
+        return honest(trainer, pixels, number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "step", step)
+        train(photos, folder, "training.save_minutes=1e-9")
+    return folder
+
+
+@pytest.fixture
+def out(killed_once: Path, tmp_path: Path) -> Path:
+    """A training that was killed after its seventh step and saved after each."""
+    return shutil.copytree(killed_once, tmp_path / "out")
+
+
 def train(
     photos: Path, output: Path, *words: str, seed: int = 1, restart: bool = False
 ) -> list[str]:
@@ -75,7 +98,7 @@ def train(
 
 
 def killed(photos: Path, output: Path, kill: Callable[..., None], *words: str) -> None:
-    """Leave a training that was killed after its seventh step and saved after each."""
+    """Leave a training as ``out`` is."""
     kill(7)
     with pytest.raises(Killed):
         train(photos, output, "training.save_minutes=1e-9", *words)
@@ -102,6 +125,7 @@ def without_speed(lines: Sequence[str]) -> list[str]:
 def test_a_killed_training_ends_as_an_unbroken_one(
     photos: Path, tmp_path: Path, kill: Callable[..., None], cache: str
 ) -> None:
+    photos = shutil.copytree(photos, tmp_path / "photos")
     (photos / "4.png").write_bytes(b"no image")  # beyond the cache, it is found when it is drawn
     word = f"training.cache_gib={cache}"
     expected = train(photos, tmp_path / "whole", word)
@@ -131,66 +155,54 @@ def test_a_killed_training_ends_as_an_unbroken_one(
     ],
 )
 def test_another_config_or_seed_is_refused(
-    photos: Path,
-    tmp_path: Path,
-    kill: Callable[..., None],
-    words: list[str],
-    seed: int,
-    problem: str,
+    photos: Path, out: Path, words: list[str], seed: int, problem: str
 ) -> None:
-    killed(photos, tmp_path / "out", kill)
-    before = (tmp_path / "out" / STATE).read_bytes()
+    before = (out / STATE).read_bytes()
     with pytest.raises(ConfigError, match=problem):
-        train(photos, tmp_path / "out", *words, seed=seed)
-    assert (tmp_path / "out" / STATE).read_bytes() == before
+        train(photos, out, *words, seed=seed)
+    assert (out / STATE).read_bytes() == before
 
 
 def test_other_images_are_refused(photos: Path, tmp_path: Path, kill: Callable[..., None]) -> None:
-    killed(photos, tmp_path / "out", kill)
+    photos, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "out"
+    killed(photos, out, kill)
     (photos / "3.png").write_bytes((photos / "2.png").read_bytes())
     with pytest.raises(ConfigError, match="with other settings: the images have other pixels"):
-        train(photos, tmp_path / "out")
+        train(photos, out)
     (photos / "3.png").rename(photos / "33.png")
     with pytest.raises(ConfigError, match="with other settings: the images have other names"):
-        train(photos, tmp_path / "out")
+        train(photos, out)
     (photos / "33.png").unlink()
     with pytest.raises(ConfigError, match="with other settings: it had 9 images and now 8"):
-        train(photos, tmp_path / "out")
-    lines = train(photos, tmp_path / "out", restart=True)
-    assert lines[0].startswith("step 4/12") and not (tmp_path / "out" / STATE).exists()
+        train(photos, out)
+    lines = train(photos, out, restart=True)
+    assert lines[0].startswith("step 4/12") and not (out / STATE).exists()
 
 
-def test_a_state_of_a_version_without_a_key_goes_on(
-    photos: Path, tmp_path: Path, kill: Callable[..., None]
-) -> None:
+def test_a_state_of_a_version_without_a_key_goes_on(photos: Path, out: Path) -> None:
     """It was trained with what is the default now."""
-    killed(photos, tmp_path / "out", kill)
-    state = torch.load(tmp_path / "out" / STATE, weights_only=True)
+    state = torch.load(out / STATE, weights_only=True)
     del state["identity"]["training.perceptual"]
-    torch.save(state, tmp_path / "out" / STATE)
+    torch.save(state, out / STATE)
     with pytest.raises(ConfigError, match=r"training\.perceptual was 'none' and is 'wavelet'\."):
-        train(photos, tmp_path / "out", "training.perceptual=wavelet")
-    assert train(photos, tmp_path / "out")[0].endswith("continues from step 7 of 12")
+        train(photos, out, "training.perceptual=wavelet")
+    assert train(photos, out)[0].endswith("continues from step 7 of 12")
 
 
-def test_what_changes_no_step_may_change(
-    photos: Path, tmp_path: Path, kill: Callable[..., None]
-) -> None:
-    killed(photos, tmp_path / "out", kill)
+def test_what_changes_no_step_may_change(photos: Path, out: Path) -> None:
     words = ["training.cache_gib=0", "training.log_every_steps=1", "training.save_minutes=0"]
-    assert train(photos, tmp_path / "out", *words)[1].startswith("step 8/12")
+    assert train(photos, out, *words)[1].startswith("step 8/12")
 
 
 def test_a_time_limit_counts_all_starts_and_writes_the_tokenizer(
-    photos: Path, tmp_path: Path, kill: Callable[..., None]
+    photos: Path, out: Path, tmp_path: Path
 ) -> None:
-    killed(photos, tmp_path / "out", kill)
-    first, line = train(photos, tmp_path / "out", "training.max_minutes=0.0001")
+    first, line = train(photos, out, "training.max_minutes=0.0001")
     assert first.endswith("continues from step 7 of 12")
     assert line.startswith("stopped by training.max_minutes=0.0001 after ")
     assert "at step 7 of 12: the tokenizer is written as it is now" in line
-    assert '"steps": 7' in (tmp_path / "out" / "image.json").read_text()
-    assert not (tmp_path / "out" / "image.partial").exists()
+    assert '"steps": 7' in (out / "image.json").read_text()
+    assert not (out / "image.partial").exists()
     assert len(train(photos, tmp_path / "new", "training.max_minutes=1e-9")) == 1  # does one step
     assert '"steps": 1\n' in (tmp_path / "new" / "image.json").read_text()
 
@@ -236,13 +248,12 @@ def test_a_kill_while_the_result_is_measured_loses_no_step(
 
 def test_a_full_disk_keeps_the_last_state_and_the_training_goes_on(
     photos: Path,
-    tmp_path: Path,
+    out: Path,
     kill: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    killed(photos, tmp_path / "out", kill)
-    state = tmp_path / "out" / STATE
+    state = out / STATE
     before = state.read_bytes()
 
     def refuse(descriptor: int) -> None:
@@ -251,7 +262,7 @@ def test_a_full_disk_keeps_the_last_state_and_the_training_goes_on(
     monkeypatch.setattr("megatron_chameleon.files.os.fsync", refuse)
     kill(10)
     with pytest.raises(Killed):
-        train(photos, tmp_path / "out", "training.save_minutes=1e-9")
+        train(photos, out, "training.save_minutes=1e-9")
     (record,) = caplog.records  # and not one for each save
     assert record.getMessage() == (
         f"{state}: cannot be written (No space left on device); "
@@ -259,7 +270,7 @@ def test_a_full_disk_keeps_the_last_state_and_the_training_goes_on(
     )
     assert state.read_bytes() == before and names(state.parent) == ["lock", "state.pt"]
     kill(9, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run(photos, "--output", tmp_path / "out", "--config", "digits", *SMALL) == 2
+    assert run(photos, "--output", out, "--config", "digits", *SMALL) == 2
     assert state.read_bytes() == before
 
 
