@@ -172,4 +172,4 @@ def test_the_first_process_of_several_says_it_alone(
         for rank in (0, 1):
             found = _with_faces(pictures, config, tmp_path, False, Processes(rank, 2))
             assert [picture.weight for picture in found] == [3, 1]
-    assert caplog.text.count("faces: 1 of 2 pictures show one") == 1
+    assert caplog.text.count("faces: 1 of 2 pictures show a face") == 1
