@@ -221,6 +221,6 @@ def test_a_vqgan_with_another_quantizer_travels_inside_the_hf_folder(
             convert(folder, tmp_path / "meta", "meta")
         message = str(caught.value)
         assert f"the network of its image tokenizer is 'vqgan ({quantizer})'" in message
-        assert message.endswith("VQGAN alone. Use --to hf or --to megatron.")
+        assert message.endswith(". Use --to hf or --to megatron.")
         assert "\n" not in message
     assert not list(tmp_path.glob("*meta*"))
