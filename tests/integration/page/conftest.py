@@ -71,11 +71,15 @@ def _wait(process: int, address: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser(address: str) -> Iterator[Browser]:
     """Chromium, for the tests of one file.
 
     While Playwright runs, an event loop runs in this thread, and ``asyncio.run`` of any other test
     would be refused. So it ends with the file, and not with the session.
+
+    Args:
+        address: The server is forked before Playwright starts. Otherwise it would hold Playwright's
+            pipes open, and Playwright would wait for their end without end.
     """
     chromium = shutil.which("chromium")
     assert chromium, "chromium is missing, in which the chat page is tested: see .ci/run"
