@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from argcomplete.completers import BaseCompleter
-from argcomplete.finders import CompletionFinder
+from argcomplete.finders import CompletionFinder, safe_actions
 from argcomplete.lexers import split_line
 
 from megatron_chameleon.cli.options import NumberOption
+from megatron_chameleon.cli.single_values import StoreOnce
 from megatron_chameleon.config.keys import Key, config_keys
 from megatron_chameleon.config.names import PRESETS, SUFFIXES, preset_names
 from megatron_chameleon.config.schema import Config
@@ -37,6 +38,8 @@ def complete(
     """
     line, point = os.environ.get("COMP_LINE", ""), os.environ.get("COMP_POINT", "")
     before = split_line(line, int(point))[3] if point.isdigit() else []
+    # argcomplete carries out the actions that it knows to change nothing but the parsed values
+    safe_actions.add(StoreOnce)
     words = [word for word in before[1:2] if word in verbs]
     parser = build_parser(words[0] if words else None)
     Finder()(

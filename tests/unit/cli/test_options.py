@@ -9,7 +9,7 @@ from megatron_chameleon.cli.main import main
     ("words", "description"),
     [
         (["train"], "Train a model from a YAML config."),
-        (["tokenizer", "image"], "Train a VQGAN, which turns images into codes."),
+        (["tokenizer", "image"], "Train a VQGAN, which turns images into codes, or take another."),
         (["annotate", "score"], "Count the judgements and print a table."),
     ],
 )
