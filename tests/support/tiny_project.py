@@ -55,7 +55,7 @@ logging: {{every_steps: 5}}
 IMAGE_CONFIG = """
 model: {{resolution: 16, base_channels: 32, ch_mult: [1, 1, 1], num_res_blocks: 1, z_channels: 8,
   embed_dim: 8, codebook_size: {codes}}}
-training: {{steps: 10, batch_size: 8, lr: 1.0e-3}}
+training: {{steps: 10, batch_size: 8, lr: 1.0e-3, holdout: 0}}
 """
 
 

@@ -1,6 +1,7 @@
 """Which pictures are not trained on, so that a tokenizer can be measured on them."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -12,7 +13,8 @@ Entry = TypeVar("Entry", bound=TrainingImage)
 def hold_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[Entry]]:
     """Divide pictures into those to train on and those to measure.
 
-    It depends on the name of a picture alone, so a larger set keeps the division of a smaller one.
+    It depends on the name of a picture without its folder, so a larger set keeps the division of a
+    smaller one, and so does a set that is moved. Pictures of the same name are counted.
 
     Args:
         entries: All of them.
@@ -23,7 +25,12 @@ def hold_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[
     """
     if share <= 0:
         return list(entries), []
-    is_held_out = [_place(entry.where) < share for entry in entries]
+    seen: Counter[str] = Counter()
+    is_held_out = []
+    for entry in entries:
+        name = entry.where.replace("\\", "/").rpartition("/")[2]
+        is_held_out.append(_place(f"{name}\0{seen[name]}") < share)
+        seen[name] += 1
     kept = [entry for entry, held in zip(entries, is_held_out, strict=True) if not held]
     if sum(entry.weight for entry in kept) <= 0:
         return list(entries), []

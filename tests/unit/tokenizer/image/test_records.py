@@ -96,6 +96,9 @@ def test_which_images_are_held_out_depends_on_their_names_alone() -> None:
     assert 52 < len(held_out) < 148 and len(kept) + len(held_out) == 1000
     _, fewer = hold_out(entries[::-2], 0.1)
     assert fewer == [entry for entry in entries[::-2] if entry in held_out]
+    moved = [ImageEntry(ImagePart(name), f"/elsewhere/photos/{name}") for name in names]
+    places = [entry.where.rpartition("/")[2] for entry in hold_out(moved, 0.1)[1]]
+    assert places == [entry.where for entry in held_out]
     assert hold_out(entries, 0) == (entries, [])
     assert hold_out(held_out[:1], 0.1) == (held_out[:1], [])  # something must be trained on
 
