@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_chameleon.checkpoint.formats.hf_config import vq_config
 from megatron_chameleon.tokenizer.image.shape import VqganConfig
 from megatron_chameleon.tokenizer.image.tokenizer import ImageTokenizer, prepare_image, to_pixels
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan
@@ -102,17 +103,7 @@ def _transformers(config: VqganConfig, model: Vqgan) -> tuple[Any, Encoder]:
         ChameleonVQVAEConfig,
     )
 
-    network = ChameleonVQVAE(
-        ChameleonVQVAEConfig(
-            embed_dim=config.embed_dim,
-            num_embeddings=config.codebook_size,
-            latent_channels=config.z_channels,
-            resolution=config.resolution,
-            base_channels=config.base_channels,
-            channel_multiplier=config.ch_mult,
-            num_res_blocks=config.num_res_blocks,
-        )
-    ).eval()
+    network = ChameleonVQVAE(ChameleonVQVAEConfig(**vq_config(config))).eval()
     network.load_state_dict(model.state_dict())
     side = config.resolution
     processor = ChameleonImageProcessor(

@@ -27,7 +27,6 @@ from megatron_chameleon.data.preprocess.image_codes import ImageCache, ImageEnco
 from megatron_chameleon.data.preprocess.layout import (
     EncodedDocuments,
     ShapedCodes,
-    image_record_of,
     lay_out,
     lay_out_texts,
     span_counts,
@@ -35,7 +34,7 @@ from megatron_chameleon.data.preprocess.layout import (
 )
 from megatron_chameleon.data.preprocess.memory_budget import MemoryBudget
 from megatron_chameleon.data.preprocess.options import EncodeOptions
-from megatron_chameleon.data.token_files.format import TokenBlock, token_dtype
+from megatron_chameleon.data.token_files.format import TokenBlock, image_record_of, token_dtype
 from megatron_chameleon.errors import DataError, what_and_option
 from megatron_chameleon.images.options import APPLY
 from megatron_chameleon.images.pixels import RULES

@@ -14,11 +14,7 @@ import numpy as np
 
 from megatron_chameleon.data.documents.conversations import turns_of
 from megatron_chameleon.data.documents.schema import Document, TextPart
-from megatron_chameleon.data.token_files.format import (
-    IMAGE_RECORD,
-    SHAPED_IMAGE_RECORD,
-    TOKEN_SPAN,
-)
+from megatron_chameleon.data.token_files.format import TOKEN_SPAN
 from megatron_chameleon.tokenizer.common.grids import Grid
 from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
@@ -139,11 +135,6 @@ class _Layout:
         self.lengths.append(length)
         self.images.append(images)
         self.answers.append(answers)
-
-
-def image_record_of(vocabulary: Vocabulary) -> np.dtype:
-    """The records of images in token files of a vocabulary."""
-    return SHAPED_IMAGE_RECORD if vocabulary.grids else IMAGE_RECORD
 
 
 def span_records(spans: TokenSpans, record: np.dtype = TOKEN_SPAN) -> np.ndarray:

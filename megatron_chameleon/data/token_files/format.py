@@ -36,6 +36,7 @@ import numpy as np
 from megatron_chameleon.errors import DataError
 from megatron_chameleon.files import read_json
 from megatron_chameleon.tokenizer.common.grids import Grid, square_grid
+from megatron_chameleon.tokenizer.common.vocabulary import Vocabulary
 
 FORMAT = "megatron_chameleon.tokens/2"
 ANSWERS_FORMAT = "megatron_chameleon.tokens/3"
@@ -72,6 +73,12 @@ SHAPED_IMAGE_RECORD = np.dtype(
     [("start", "<u4"), ("length", "<u4"), ("rows", "<u2"), ("columns", "<u2")]
 )
 """The same with the picture's grid, where pictures have shapes."""
+
+
+def image_record_of(vocabulary: Vocabulary) -> np.dtype:
+    """The records of images in token files of a vocabulary."""
+    return SHAPED_IMAGE_RECORD if vocabulary.grids else IMAGE_RECORD
+
 
 ANSWER_RECORD = np.dtype([("start", "<u8"), ("length", "<u8")])
 """An answer, including the ``</s>`` after it. ``start`` is counted from the file's first token, so

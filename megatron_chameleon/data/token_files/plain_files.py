@@ -28,10 +28,10 @@ from megatron_chameleon.data.token_files.format import (
     IDX_MAGIC,
     IMAGE_RECORD,
     SHAPED_FORMAT,
-    SHAPED_IMAGE_RECORD,
     CorpusTotals,
     TokenFileInfo,
     file_of,
+    image_record_of,
     partial_folder_of,
 )
 from megatron_chameleon.data.token_files.shaped_images import find_shaped_images
@@ -210,7 +210,7 @@ def _scan(
     codes = _codes_per_image(tokenizer)
     shaped = bool(tokenizer.vocabulary.grids)
     counts = np.zeros(len(ends), dtype=np.int64)
-    found = [np.empty(0, dtype=SHAPED_IMAGE_RECORD if shaped else IMAGE_RECORD)]
+    found = [np.empty(0, dtype=image_record_of(tokenizer.vocabulary))]
     foreign, broken = [], []
     for first, stop in _chunks(ends):
         begin = int(ends[first - 1]) if first else 0

@@ -28,18 +28,17 @@ from megatron_chameleon.data.token_files.format import (
     DOCUMENT_RECORD,
     FORMAT,
     IDX_HEADER,
-    IMAGE_RECORD,
     MOST_CORPORA,
     OTHER_CORPORA,
     REQUIRED_SUFFIXES,
     SHAPED_FORMAT,
-    SHAPED_IMAGE_RECORD,
     TOKEN_SPAN,
     CorpusTotals,
     HoldoutInfo,
     TokenBlock,
     TokenFileInfo,
     file_of,
+    image_record_of,
     info_to_json,
     token_dtype,
 )
@@ -101,7 +100,7 @@ class TokenFileWriter:
         self._partial = PartialFiles(prefix)
         self._dtype = np.dtype(token_dtype(tokenizer.vocabulary.size))
         self._is_shaped = bool(tokenizer.vocabulary.grids)
-        self._image_record = SHAPED_IMAGE_RECORD if self._is_shaped else IMAGE_RECORD
+        self._image_record = image_record_of(tokenizer.vocabulary)
         self._corpus_numbers: dict[str, int] = {}
         self._keep = False
 

@@ -111,12 +111,12 @@ def _other_shares(reader: BatchReader, phase: Phase) -> dict[str, list[tuple[str
 
 def _length(reader: BatchReader) -> list[str]:
     """How long the run is, in words."""
-    config, entries = reader.config, len(reader.history.entries)
+    config = reader.config
     epochs = reader.epochs_end
     return [
         *([] if epochs is None else [epochs.description]),
         f"{config.training.steps:,} steps, {reader.samples:,} sequences of "
-        f"{config.model.seq_length:,} tokens; {entries} mixture{'s' if entries > 1 else ''}",
+        f"{config.model.seq_length:,} tokens; {counted(len(reader.history.entries), 'mixture')}",
     ]
 
 

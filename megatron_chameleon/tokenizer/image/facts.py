@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_chameleon.errors import ConfigError, DataError
+from megatron_chameleon.errors import ConfigError, DataError, first_line
+from megatron_chameleon.files import open_to_read
 from megatron_chameleon.tokenizer.common.files import (
     IMAGE_CONFIG_FILE,
+    IMAGE_WEIGHTS_FILE,
     read_checked_json,
     tokenizer_file,
 )
@@ -113,19 +115,28 @@ def read_facts(folder: str | Path) -> NetworkFacts:
 
 
 def _has_decoder(folder: str | Path) -> bool:
+    path = tokenizer_file(folder, IMAGE_WEIGHTS_FILE)
+    return any(name.startswith("decoder.") for name in tensor_names(path, "Copy the folder again"))
+
+
+def tensor_names(path: Path, remedy: str) -> list[str]:
+    """The names in a safetensors file, of which only the head is read.
+
+    Args:
+        path: The file.
+        remedy: What to do if it cannot be read.
+
+    Raises:
+        DataError: It is missing or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
-    from megatron_chameleon.errors import first_line
-    from megatron_chameleon.files import open_to_read
-    from megatron_chameleon.tokenizer.common.files import IMAGE_WEIGHTS_FILE
-
-    path = tokenizer_file(folder, IMAGE_WEIGHTS_FILE)
     try:
         open_to_read(path).close()
         with safe_open(path, "np") as file:
-            return any(name.startswith("decoder.") for name in file.keys())  # noqa: SIM118
+            return list(file.keys())
     except (OSError, SafetensorError) as error:
-        what, remedy = f"cannot be read ({first_line(error)[:200]})", "Copy the folder again"
+        what = f"cannot be read ({first_line(error)[:200]})"
         raise DataError(str(path), what, remedy) from error
 
 

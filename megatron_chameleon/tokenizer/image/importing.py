@@ -16,9 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_chameleon.errors import ConfigError, DataError, first_line
-from megatron_chameleon.files import open_to_read, read_json_object, why_no_folder
+from megatron_chameleon.files import read_json_object, why_no_folder
 from megatron_chameleon.tokenizer.common.vocabulary import VOCABULARY_FILE, Vocabulary
-from megatron_chameleon.tokenizer.image.facts import LARGEST_RESOLUTION, VQGAN, NetworkFacts
+from megatron_chameleon.tokenizer.image.facts import (
+    LARGEST_RESOLUTION,
+    VQGAN,
+    NetworkFacts,
+    tensor_names,
+)
 from megatron_chameleon.tokenizer.image.kinds import Described, NetworkKind, kind_of_config
 from megatron_chameleon.tokenizer.image.network import ImageNetwork
 from megatron_chameleon.tokenizer.image.stored import (
@@ -35,6 +40,7 @@ CONFIG_FILE = "config.json"
 LARGEST_JSON_BYTES = 64 << 20
 _WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_COPY = "Copy it again"
 _REMEDY = "Give a folder with config.json and safetensors, as save_pretrained writes them"
 
 
@@ -174,7 +180,7 @@ def read_weights(folder: Path, prefixes: Any = ()) -> dict[str, torch.Tensor]:
     """
     found: dict[str, torch.Tensor] = {}
     files = _weight_files(folder)
-    names = {name: file for file in files for name in _names(file)}
+    names = {name: file for file in files for name in tensor_names(file, _COPY)}
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in names)), "")
     wanted = {name for name in names if name.startswith(prefix)}
     for file in files:
@@ -194,17 +200,8 @@ def _load_some(file: Path, prefix: str) -> dict[str, torch.Tensor]:
         return {name: opened.get_tensor(name) for name in names}
 
 
-def _names(file: Path) -> list[str]:
-    try:
-        open_to_read(file).close()
-        with safetensors.safe_open(file, "pt") as opened:
-            return list(opened.keys())
-    except (OSError, safetensors.SafetensorError) as error:
-        raise _unreadable(file, error) from error
-
-
 def _unreadable(file: Path, error: Exception) -> DataError:
-    return DataError(str(file), f"cannot be read ({first_line(error)[:200]})", "Copy it again")
+    return DataError(str(file), f"cannot be read ({first_line(error)[:200]})", _COPY)
 
 
 def _weight_files(folder: Path) -> list[Path]:

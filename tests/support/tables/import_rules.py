@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenizer/common": set(),
     "tokenizer/image": {"config", "images", "tokenizer/common", "tokenizer/image/quantizers"},
     "tokenizer/image/quantizers": set(),
-    "tokenizer/image/faces": {"images"},
+    # weights are raised of what is trained on
+    "tokenizer/image/faces": {"images", "tokenizer/image"},
     "tokenizer/image/losses": {"tokenizer/image"},
     # other libraries' networks, which are loaded by name
     "tokenizer/image/others": {"tokenizer/image"},

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -17,6 +16,7 @@ from megatron_chameleon.images.image_error import ImageError
 from megatron_chameleon.images.pixels import upright_rgb
 from megatron_chameleon.json_text import parse_json
 from megatron_chameleon.tokenizer.image.faces.detectors import KEY, boxes_of, load_detector
+from megatron_chameleon.tokenizer.image.training_image import TrainingImage
 from megatron_chameleon.values import printable
 from megatron_chameleon.wording import counted
 
@@ -30,26 +30,11 @@ BLOCK = 64
 """Pictures between two additions to the file."""
 
 
-class Picture(Protocol):
-    """A picture to train on."""
-
-    @property
-    def where(self) -> str:
-        """What errors name."""
-
-    @property
-    def weight(self) -> float:
-        """How often it is drawn relative to the others."""
-
-    def open(self) -> Image.Image:
-        """Read and decode it."""
-
-
 @dataclass(frozen=True)
 class Emphasised:
     """A picture with another weight."""
 
-    picture: Picture
+    picture: TrainingImage
     weight: float
 
     @property
@@ -60,7 +45,7 @@ class Emphasised:
         return self.picture.open()
 
 
-def find_faces(pictures: Sequence[Picture], detector: str, folder: Path) -> dict[str, int]:
+def find_faces(pictures: Sequence[TrainingImage], detector: str, folder: Path) -> dict[str, int]:
     """Count the faces of each picture.
 
     Results are added to FOLDER/faces.jsonl as they come, so that a training that is continued does
@@ -107,7 +92,7 @@ def find_faces(pictures: Sequence[Picture], detector: str, folder: Path) -> dict
     return {name: known[name] for name in by_name}
 
 
-def log_faces(pictures: Sequence[Picture], faces: Mapping[str, int], factor: float) -> None:
+def log_faces(pictures: Sequence[TrainingImage], faces: Mapping[str, int], factor: float) -> None:
     """Say how many pictures show a face; see ``emphasise``."""
     shown = sum(faces[picture.where] > 0 for picture in pictures)
     logger.info(
@@ -119,8 +104,8 @@ def log_faces(pictures: Sequence[Picture], faces: Mapping[str, int], factor: flo
 
 
 def emphasise(
-    pictures: Sequence[Picture], faces: Mapping[str, int], factor: float
-) -> list[Picture]:
+    pictures: Sequence[TrainingImage], faces: Mapping[str, int], factor: float
+) -> list[TrainingImage]:
     """Multiply the weight of each picture that shows a face.
 
     Args:
@@ -134,7 +119,7 @@ def emphasise(
     ]
 
 
-def _pixels(picture: Picture) -> np.ndarray | None:
+def _pixels(picture: TrainingImage) -> np.ndarray | None:
     """The pixels in which faces are looked for: RGB, uint8; None if they cannot be read."""
     try:
         with picture.open() as image:

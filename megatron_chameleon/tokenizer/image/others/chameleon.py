@@ -16,7 +16,7 @@ from megatron_chameleon.tokenizer.image.facts import (
 )
 from megatron_chameleon.tokenizer.image.kinds import Described
 from megatron_chameleon.tokenizer.image.network import FROM_MINUS_ONE_TO_ONE, PixelRule
-from megatron_chameleon.tokenizer.image.others.common import only, own_config
+from megatron_chameleon.tokenizer.image.others.common import IN_A_MODEL, only, own_config
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan
 from megatron_chameleon.values import Values
 
@@ -31,8 +31,7 @@ class _Chameleon:
             raise own.error("attn_resolutions is set, and only attention in the middle can be read")
         shape = transformers_vqgan(own)
         model = dict(vqgan_config_to_json(shape))
-        prefixes = ("model.vqmodel.", "vqmodel.")
-        return Described(model, shape.resolution, FROM_MINUS_ONE_TO_ONE, prefixes)
+        return Described(model, shape.resolution, FROM_MINUS_ONE_TO_ONE, IN_A_MODEL)
 
     def build(self, model: Mapping[str, Any], resolution: int, pixel_rule: PixelRule) -> Vqgan:
         config = vqgan_config(Values(model, "model", "Use the config.json of the weights"))

@@ -13,6 +13,8 @@ from megatron_chameleon.tokenizer.image.network import PixelRule
 from megatron_chameleon.values import Values
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+IN_A_MODEL = ("model.vqmodel.", "vqmodel.")
+"""Beginnings of the names of a network's tensors among those of a whole model of transformers."""
 MOST_LEVELS, MOST_BLOCKS, WIDEST = 12, 64, 2**14
 """Bounds of what a config may ask for, so that a wrong one is refused before it is built."""
 
@@ -25,6 +27,11 @@ class Foreign:
     has_decoder = True
     fixed_grid = False
     _dtype = torch.float32
+
+    def for_pictures(self, resolution: int, pixel_rule: PixelRule) -> Self:
+        """Take pictures of this size and rule; see ``NetworkKind.build``."""
+        self.resolution, self.pixel_rule = resolution, pixel_rule
+        return self
 
     def convolve_in(self, dtype: torch.dtype, memory_format: torch.memory_format) -> Self:
         """Compute in another type, by autocast; the comparison with the codebook stays fp32."""

@@ -11,26 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from megatron_chameleon.tokenizer.image.kinds import Described
 from megatron_chameleon.tokenizer.image.network import PixelRule
 from megatron_chameleon.tokenizer.image.others.common import (
-    MOST_BLOCKS,
+    IN_A_MODEL,
     MOST_LEVELS,
-    WIDEST,
     Foreign,
-    only,
-    own_config,
     processor_rule,
     tuples,
+)
+from megatron_chameleon.tokenizer.image.others.transformers_networks import (
+    CLIP_RULE,
+    shared_values,
 )
 from megatron_chameleon.values import Values
 
 RESOLUTION = 512
 """The least that its processor makes of an image: 512 x 512 pixels."""
-RULE = PixelRule(1 / 255, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
-"""Of ``Emu3ImageProcessor``, where no file says another."""
 
 
 class Emu3Network(Foreign, Emu3VQVAE):
@@ -73,16 +71,9 @@ class _Emu3:
     model_types = ("emu3_vqgan", "emu3")
 
     def describe(self, config: Values, folder: Path) -> Described:
-        own = own_config(config, "vq_config", "emu3_vqgan")
-        for key, value in {"in_channels": 3, "out_channels": 3, "double_latent": False}.items():
-            only(own, key, value)
         usual = Emu3VQVAEConfig()
-        model: dict[str, Any] = {
-            name: own.whole(name, 1, 2**24, getattr(usual, name))
-            for name in ("codebook_size", "embed_dim", "latent_channels", "hidden_size")
-        }
-        model["base_channels"] = own.whole("base_channels", 1, WIDEST, usual.base_channels)
-        model["num_res_blocks"] = own.whole("num_res_blocks", 1, MOST_BLOCKS, usual.num_res_blocks)
+        sizes = ("codebook_size", "embed_dim", "latent_channels", "hidden_size")
+        own, model = shared_values(config, "emu3_vqgan", usual, sizes)
         model["num_attention_heads"] = own.whole("num_attention_heads", 1, 4096, 1)
         for name in ("channel_multiplier", "attn_resolutions"):
             given = own.wholes(name, 0, 4096, most=MOST_LEVELS)
@@ -93,15 +84,13 @@ class _Emu3:
         if frames & (frames - 1):
             raise own.error(f"temporal_downsample_factor is {frames}, not a power of two")
         model["temporal_downsample_factor"] = frames
-        prefixes = ("model.vqmodel.", "vqmodel.")
-        return Described(model, RESOLUTION, processor_rule(folder, RULE), prefixes)
+        return Described(model, RESOLUTION, processor_rule(folder, CLIP_RULE), IN_A_MODEL)
 
     def build(
         self, model: Mapping[str, Any], resolution: int, pixel_rule: PixelRule
     ) -> Emu3Network:
         network = Emu3Network(Emu3VQVAEConfig(**tuples(model)))
-        network.resolution, network.pixel_rule = resolution, pixel_rule
-        return network
+        return network.for_pictures(resolution, pixel_rule)
 
 
 KIND = _Emu3()

@@ -12,24 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import JanusVQVAE, JanusVQVAEConfig
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from megatron_chameleon.tokenizer.image.kinds import Described
 from megatron_chameleon.tokenizer.image.network import PixelRule
 from megatron_chameleon.tokenizer.image.others.common import (
-    MOST_BLOCKS,
+    IN_A_MODEL,
     MOST_LEVELS,
-    WIDEST,
     Foreign,
-    only,
-    own_config,
     processor_rule,
     tuples,
 )
+from megatron_chameleon.tokenizer.image.others.transformers_networks import (
+    CLIP_RULE,
+    shared_values,
+)
 from megatron_chameleon.values import Values
-
-RULE = PixelRule(1 / 255, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
-"""Of ``JanusImageProcessor``, where no file says another."""
 
 
 class JanusNetwork(Foreign, JanusVQVAE):
@@ -64,29 +61,20 @@ class _Janus:
     model_types = ("janus_vqgan", "janus")
 
     def describe(self, config: Values, folder: Path) -> Described:
-        own = own_config(config, "vq_config", "janus_vqgan")
-        for key, value in {"in_channels": 3, "out_channels": 3, "double_latent": False}.items():
-            only(own, key, value)
         usual = JanusVQVAEConfig()
-        model: dict[str, Any] = {
-            name: own.whole(name, 1, 2**24, getattr(usual, name))
-            for name in ("num_embeddings", "embed_dim", "latent_channels")
-        }
-        model["base_channels"] = own.whole("base_channels", 1, WIDEST, usual.base_channels)
-        model["num_res_blocks"] = own.whole("num_res_blocks", 1, MOST_BLOCKS, usual.num_res_blocks)
+        sizes = ("num_embeddings", "embed_dim", "latent_channels")
+        own, model = shared_values(config, "janus_vqgan", usual, sizes)
         model["num_patches"] = own.whole("num_patches", 1, 4096, usual.num_patches)
         factors = own.wholes("channel_multiplier", 1, 4096, most=MOST_LEVELS)
         model["channel_multiplier"] = factors or list(usual.channel_multiplier)
         resolution = model["num_patches"] * 2 ** (len(model["channel_multiplier"]) - 1)
-        prefixes = ("model.vqmodel.", "vqmodel.")
-        return Described(model, resolution, processor_rule(folder, RULE), prefixes)
+        return Described(model, resolution, processor_rule(folder, CLIP_RULE), IN_A_MODEL)
 
     def build(
         self, model: Mapping[str, Any], resolution: int, pixel_rule: PixelRule
     ) -> JanusNetwork:
         network = JanusNetwork(JanusVQVAEConfig(**tuples(model)))
-        network.resolution, network.pixel_rule = resolution, pixel_rule
-        return network
+        return network.for_pictures(resolution, pixel_rule)
 
 
 KIND = _Janus()

@@ -93,8 +93,7 @@ class _Vqmodel:
         self, model: Mapping[str, Any], resolution: int, pixel_rule: PixelRule
     ) -> VqmodelNetwork:
         network = VqmodelNetwork(**tuples(model))
-        network.resolution, network.pixel_rule = resolution, pixel_rule
-        return network
+        return network.for_pictures(resolution, pixel_rule)
 
 
 KIND = _Vqmodel()

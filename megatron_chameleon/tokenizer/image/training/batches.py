@@ -8,11 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,25 +20,10 @@ from megatron_chameleon.images.image_error import ImageError
 from megatron_chameleon.tokenizer.image.config import ImageTrainingConfig
 from megatron_chameleon.tokenizer.image.tokenizer import prepare_image, to_pixels, unreadable_image
 from megatron_chameleon.tokenizer.image.training.processes import Processes
+from megatron_chameleon.tokenizer.image.training_image import TrainingImage
 
 READING_THREADS = 8
 DROPPED_FILE = "image.dropped.jsonl"
-
-
-class TrainingImage(Protocol):
-    """An image to train on, not yet opened."""
-
-    @property
-    def where(self) -> str:
-        """What errors name."""
-
-    @property
-    def weight(self) -> float:
-        """How often it is drawn relative to the others."""
-
-    def open(self) -> Image.Image:
-        """Read and decode it; raises any exception if it cannot be used, and a ``DataError`` that
-        is no ``ImageError`` if a disk fails."""
 
 
 class ImageSet:

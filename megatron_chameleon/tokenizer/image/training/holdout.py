@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
-from megatron_chameleon.tokenizer.image.training.batches import TrainingImage
+from megatron_chameleon.tokenizer.image.training_image import TrainingImage
 
 Entry = TypeVar("Entry", bound=TrainingImage)
 

@@ -31,11 +31,7 @@ from megatron_chameleon.tokenizer.image.faces.weights import (
 )
 from megatron_chameleon.tokenizer.image.stored import save_vqgan
 from megatron_chameleon.tokenizer.image.tokenizer import to_pixels
-from megatron_chameleon.tokenizer.image.training.batches import (
-    ImageSet,
-    TrainingImage,
-    write_dropped,
-)
+from megatron_chameleon.tokenizer.image.training.batches import ImageSet, write_dropped
 from megatron_chameleon.tokenizer.image.training.holdout import hold_out
 from megatron_chameleon.tokenizer.image.training.limits import (
     check_fits,
@@ -51,6 +47,7 @@ from megatron_chameleon.tokenizer.image.training.unfinished import (
     UnfinishedTraining,
     identity_of,
 )
+from megatron_chameleon.tokenizer.image.training_image import TrainingImage
 from megatron_chameleon.tokenizer.image.vqgan import Vqgan
 from megatron_chameleon.wording import counted
 
