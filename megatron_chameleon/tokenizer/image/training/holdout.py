@@ -28,7 +28,7 @@ def hold_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[
     seen: Counter[str] = Counter()
     is_held_out = []
     for entry in entries:
-        name = entry.where.replace("\\", "/").rpartition("/")[2]
+        name = entry.where.rpartition("/")[2]
         is_held_out.append(_place(f"{name}\0{seen[name]}") < share)
         seen[name] += 1
     kept = [entry for entry, held in zip(entries, is_held_out, strict=True) if not held]
